@@ -1,0 +1,250 @@
+"""Every option of `train`, once: name, default, meaning, unit and range.
+
+The command line, the YAML file and `config.resolved.yaml` are all made from `TrainConfig`; equation numbers are those of
+arXiv 2405.13014.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from qcrd_fast.errors import InputError
+
+METHODS = ("qcrd", "sft-all", "dss", "finetune", "single-task", "mi", "redi")
+SCHEMES = {  # Table 5: (positive selection, negative selection)
+    "minmax": ("min", "max"),
+    "maxmin": ("max", "min"),
+    "sampling": ("sampling", "sampling"),
+    "mean": ("mean", "mean"),
+    "wmean": ("wmean", "wmean"),
+}
+POSITIVE_SELECT = ("min", "max", "mean", "wmean", "sampling")
+NEGATIVE_SELECT = ("max", "max-active", "min", "mean", "wmean", "sampling")
+TASKS = ("number", "equation", "choice", "yes-no", "text")
+IMPLS = ("auto", "triton", "torch", "eager")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    aliases: tuple[str, ...] = (),
+    group: str = "Training",
+) -> Any:
+    """A dataclass field that carries what the command line and the checks need to know of it."""
+    metadata = dict(help=help, choices=choices, low=low, high=high, open_low=open_low, aliases=aliases, group=group)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run. Construction checks every value and raises `InputError` naming the option."""
+
+    # Data and student
+    data: str | None = option(None, "training rows: prepared JSONL, or a published file or folder", group="Data")
+    student: str | None = option(None, "local folder or hub id of the student", aliases=("model_name_or_path",), group="Data")
+    output_dir: str | None = option(None, "run folder to write", group="Data")
+    eval_data: str | None = option(None, "validation rows; default: a seeded share of --data", group="Data")
+    test_data: str | None = option(None, "test rows, read once, at the end", group="Data")
+    validation_fraction: float = option(
+        0.1, "share of the questions of --data held out when there is no --eval-data", low=0, high=0.9, group="Data"
+    )
+    on_bad_row: str = option("error", "what to do with an unreadable row", choices=("error", "skip"), group="Data")
+    task: str | None = option(None, "answer type; default: guessed from the answers", choices=TASKS, group="Data")
+    label: str | None = option(
+        None,
+        "answer taught by the label task; default: gold where known, else the majority",
+        choices=("gold", "majority"),
+        group="Data",
+    )
+    num_positives: int | None = option(None, "use at most this many positives a question", low=1, group="Data")
+    prompt_template: str = option(
+        "raw", "raw, chat (the tokenizer's chat template), or a file containing {prompt}", group="Data"
+    )
+    reasoning_task: bool = option(False, "add a third task: `reason: x` -> rationale, then `Answer: a`", group="Data")
+    max_source_length: int = option(1024, "tokens kept of a question", low=8, group="Data")
+    max_target_length: int = option(256, "tokens kept of a rationale or label", low=2, group="Data")
+
+    # Method
+    method: str = option("qcrd", "training objective", choices=METHODS, group="Method")
+    scheme: str = option("minmax", "named pair of selections (Table 5)", choices=tuple(SCHEMES), group="Method")
+    positive_select: str | None = option(
+        None, "selection of positives; default: the scheme's", choices=POSITIVE_SELECT, group="Method"
+    )
+    negative_select: str | None = option(
+        None, "selection of negatives; default: the scheme's", choices=NEGATIVE_SELECT, group="Method"
+    )
+    beta: float = option(0.2, "weight of the negative term (Eq. 3)", low=0, group="Method")
+    delta: float = option(3.0, "margin of the hinge (Eq. 7) [nats/token]", low=0, group="Method")
+    alpha_pred: float = option(0.5, "a1: weight of the label task (Eq. 8)", low=0, group="Method")
+    alpha_cl: float = option(0.5, "a2: weight of the contrastive loss (Eq. 8)", low=0, group="Method")
+    alpha_d: float = option(
+        0.5, "a3: weight of the discriminator's loss (Eq. 8); multiplies its learning rate", low=0, group="Method"
+    )
+    alpha_d_decay: float = option(0.9, "factor on alpha_d each iteration", low=0, high=1, group="Method")
+    redi_warmup: float = option(
+        0.5, "share of the steps that redi trains as dss before its own loss", low=0, high=1, group="Method"
+    )
+    forward: str = option(
+        "two-pass",
+        "two-pass: score without gradient, train what was selected; joint: one pass over all candidates",
+        choices=("two-pass", "joint"),
+        group="Method",
+    )
+    impl: str = option("auto", "implementation of the loss; QCRD_FAST_IMPL overrides", choices=IMPLS, group="Method")
+
+    # Negatives
+    negative_source: str = option(
+        "lagged",
+        "lagged: the teacher's minority and the student as it was; fixed: the initial student instead; "
+        "minority: the minority alone; none: no negatives",
+        choices=("lagged", "fixed", "minority", "none"),
+        group="Negatives",
+    )
+    negative_lag: int = option(5, "j: iterations between a student and its use", low=1, group="Negatives")
+    iteration_steps: int | None = option(
+        None, "optimizer steps of an iteration; default: one pass over the data", low=1, group="Negatives"
+    )
+    negative_temperature: float = option(1.5, "sampling temperature", low=0, open_low=True, group="Negatives")
+    negative_top_k: int = option(50, "sample among the k likeliest tokens; 0: all", low=0, group="Negatives")
+    negative_top_p: float = option(1.0, "nucleus mass to sample from", low=0, high=1, open_low=True, group="Negatives")
+    max_new_tokens: int = option(128, "longest sampled negative [tokens]", low=1, group="Negatives")
+    sample_batch_size: int = option(64, "questions of a sampling batch, and fewest of a chunk", low=1, group="Negatives")
+
+    # Discriminator
+    discriminator: str = option(
+        "auto",
+        "auto: a T5 student's encoder, copied, or a small own one; none: no quality weights; "
+        "else folder or hub id of an encoder",
+        group="Discriminator",
+    )
+    discriminator_loss: str = option(
+        "ratio", "ratio: Eq. 2; infonce; bce", choices=("ratio", "infonce", "bce"), group="Discriminator"
+    )
+    discriminator_learning_rate: float = option(
+        1e-4, "learning rate before alpha_d", low=0, open_low=True, group="Discriminator"
+    )
+    discriminator_batch_size: int = option(16, "questions of a discriminator batch", low=1, group="Discriminator")
+    discriminator_pretrain_steps: int = option(
+        500, "steps before training; also at most 10 x max_steps", low=0, group="Discriminator"
+    )
+    discriminator_update_batches: int = option(
+        64, "batches at most of the update after each iteration", low=0, group="Discriminator"
+    )
+
+    # Optimization, as in Hugging Face
+    learning_rate: float = option(5e-5, "peak learning rate of AdamW", low=0, open_low=True)
+    per_device_train_batch_size: int = option(8, "questions of a micro-batch", low=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step", low=1)
+    num_train_epochs: float = option(3.0, "passes over the data", low=0, open_low=True)
+    max_steps: int = option(-1, "optimizer steps; -1: from num_train_epochs", low=-1)
+    warmup_ratio: float = option(0.0, "share of the steps spent warming up", low=0, high=1)
+    lr_scheduler_type: str = option("linear", "decay", choices=("linear", "cosine", "constant"))
+    weight_decay: float = option(0.0, "AdamW's decoupled decay", low=0)
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: no clipping", low=0)
+    bf16: bool | None = option(None, "bf16 autocast; default: where the GPU has it")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    seed: int = option(0, "seed of everything random", low=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N")
+
+    # Evaluation, logging, checkpoints
+    eval_steps: int | None = option(None, "steps between validations; default: save_steps", low=1, group="Run")
+    save_steps: int | None = option(None, "steps between checkpoints; default: one pass over the data", low=1, group="Run")
+    save_total_limit: int | None = option(2, "checkpoints kept beside the best one", low=1, group="Run")
+    logging_steps: int = option(1, "steps between lines of metrics.jsonl", low=1, group="Run")
+    eval_batch_size: int = option(64, "questions of an evaluation batch", low=1, group="Run")
+    max_answer_tokens: int = option(48, "longest answer generated in evaluation [tokens]", low=1, group="Run")
+    report_to: str = option("none", "also log to", choices=("none", "tensorboard", "wandb"), group="Run")
+    resume: str | None = option(
+        None,
+        "auto: continue from the latest whole checkpoint; or a checkpoint folder",
+        aliases=("resume_from_checkpoint",),
+        group="Run",
+    )
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _check(field, hints[field.name], getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        if self.max_steps == 0:
+            raise InputError("--max-steps must be positive, or -1 for num_train_epochs; got 0")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "options") -> TrainConfig:
+        """A config from option names (dashes or underscores, aliases allowed). Unknown names raise `InputError`."""
+        known = option_names()
+        resolved: dict[str, Any] = {}
+        for key, value in values.items():
+            name = known.get(str(key).replace("-", "_"))
+            if name is None:
+                raise InputError(f"{source}: unknown option {key!r}{nearest(str(key), known)}")
+            if name in resolved:
+                raise InputError(f"{source}: option {name!r} is given twice")
+            resolved[name] = value
+        return cls(**resolved)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def selects(self) -> tuple[str, str]:
+        """(positive selection, negative selection) after the scheme's defaults."""
+        positive, negative = SCHEMES[self.scheme]
+        return self.positive_select or positive, self.negative_select or negative
+
+
+def option_names() -> dict[str, str]:
+    """{accepted name or alias, underscored: field name}."""
+    names = {}
+    for field in dataclasses.fields(TrainConfig):
+        for name in (field.name, *field.metadata["aliases"]):
+            names[name] = field.name
+    return names
+
+
+def nearest(name: str, known: Any) -> str:
+    """ "; did you mean 'x'?" for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name.strip("-").replace("-", "_"), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+    """`value` in the field's type, or `InputError` with the option, what was expected and what came."""
+    flag, meta = "--" + field.name.replace("_", "-"), field.metadata
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None:
+        if type(None) in kinds:
+            return None
+        raise InputError(f"{flag} needs a value")
+    kind = next(k for k in kinds if k is not type(None))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 5e-5 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise InputError(f"{flag} expects {kind.__name__}, got {value!r}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise InputError(f"{flag} is one of {', '.join(meta['choices'])}; got {value!r}{nearest(value, meta['choices'])}")
+    if kind in (int, float):
+        low, high = meta["low"], meta["high"]
+        if not math.isfinite(value):
+            raise InputError(f"{flag} must be finite, got {value}")
+        if low is not None and (value < low or (meta["open_low"] and value == low)):
+            raise InputError(f"{flag} must be {'above' if meta['open_low'] else 'at least'} {low:g}, got {value:g}")
+        if high is not None and value > high:
+            raise InputError(f"{flag} must be at most {high:g}, got {value:g}")
+    return value
