@@ -1,0 +1,106 @@
+"""What surrounds a verb: logs to stderr, results to stdout, signals, and errors turned into exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from qcrd_fast.errors import InputError, RunError, Stopped
+from qcrd_fast.redact import RedactingFormatter, redact
+
+from .options import suggest
+
+
+def run(call: Callable[[], Any]) -> int:
+    """The exit code of `call`; whatever goes wrong is said on stderr, in one line where the user can act on it."""
+    try:
+        with _logs_to_stderr(), _sigterm_exits():
+            result = call()
+            sys.stdout.flush()
+            return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        _say(_usage_message(error))
+        return error.exit_code
+    except (InputError, RunError, Stopped) as error:
+        _say(f"qcrd-fast: {error}")
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _say("qcrd-fast: interrupted")
+        return 128 + signal.SIGINT
+    except Exception:
+        _say(traceback.format_exc().rstrip())
+        return 1
+
+
+def show(result: Any, as_json: bool, text: str) -> None:
+    """Print a verb's result: as JSON, or as a few lines."""
+    click.echo(json.dumps(result, ensure_ascii=False, indent=2) if as_json else text)
+
+
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Whatever a library prints goes to stderr: stdout is for results."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _usage_message(error: click.ClickException) -> str:
+    ctx = getattr(error, "ctx", None)
+    message = error.format_message()
+    if isinstance(error, click.NoSuchOption):
+        flags = [flag for p in ctx.command.params for flag in (*p.opts, *p.secondary_opts)] if ctx else []
+        message = f"unknown option {error.option_name}{suggest(error.option_name, flags)}"
+    path = ctx.command_path if ctx else "qcrd-fast"
+    return f"{path}: {message} (see {path} --help)"
+
+
+def _say(text: str) -> None:
+    print(redact(text), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _logs_to_stderr() -> Iterator[None]:
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logger = logging.getLogger("qcrd_fast")
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+
+
+@contextlib.contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """SIGTERM unwinds and exits with 143; `train` installs its own handler while there is a step to finish."""
+
+    def stop(signum: int, _: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,254 @@
+"""qcrd-fast VERB: click options -> config -> library. Each verb imports what it needs, so that help is instant."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import click
+
+from qcrd_fast.config import TASKS, TrainConfig
+from qcrd_fast.errors import InputError
+
+from . import console
+from .options import (
+    Group,
+    Verb,
+    config_option,
+    dry_run_option,
+    given_train_options,
+    json_option,
+    train_options,
+)
+
+FORMATS = ("auto", "native", "mentor-kd", "dss")
+DEVICE_HELP = "auto, cpu, cuda, cuda:N"
+
+natural = partial(click.option, type=click.IntRange(0), metavar="INT", show_default=True)
+positive = partial(click.option, type=click.IntRange(1), metavar="INT", show_default=True)
+format_option = click.option("--format", type=click.Choice(FORMATS), default="auto", show_default=True, help="input format")
+task_option = click.option("--task", type=click.Choice(TASKS), help="answer type; default: guessed from the answers")
+bad_row_option = click.option(
+    "--on-bad-row",
+    type=click.Choice(("error", "skip")),
+    default="error",
+    show_default=True,
+    help="what to do with an unreadable row",
+)
+device_option = click.option("--device", metavar="NAME", default="auto", show_default=True, help=DEVICE_HELP)
+reasoning_option = click.option("--reasoning", is_flag=True, help="answer by reasoning first (`reason: x`)")
+
+
+def entry(args: list[str] | None = None) -> int:
+    """The console command; returns the exit code: 0, 1 failed, 2 usage or data, 75 resumable, 130 SIGINT, 143 SIGTERM."""
+    return console.run(lambda: cli.main(args, prog_name="qcrd-fast", standalone_mode=False))
+
+
+def _version() -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("qcrd-fast")
+    return "unknown"
+
+
+@click.group(
+    cls=Group,
+    subcommand_metavar="VERB [ARGS]...",
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 120,
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+@click.version_option(_version(), prog_name="qcrd-fast")
+def cli() -> None:
+    """Distil a teacher's rationales into a small language model: quality-guided contrastive rationale distillation (QCRD).
+
+    Results go to stdout, logs to stderr. Exit codes: 0; 1 failed while running; 2 usage, config or data; 75 stopped but
+    resumable; 130 interrupted; 143 terminated. In option names, - and _ are the same.
+    """
+
+
+@cli.command(cls=Verb)
+@train_options()
+@config_option
+@dry_run_option
+@json_option
+@click.pass_context
+def demo(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
+    """Train the built-in student on built-in data.
+
+    Minutes on a CPU. Takes train's options; what is not given is the demo's own choice, not the default shown below.
+    """
+    options = given_train_options(ctx)
+    output_dir = options.pop("output_dir", None)
+    if not output_dir:
+        raise InputError("demo needs --output-dir DIR, the run folder to write")
+    from qcrd_fast.demo import run_demo
+
+    with console.quiet_stdout():
+        results = run_demo(options, output_dir, dry_run=dry_run)
+    console.show(results, as_json, _results_text(results))
+
+
+@cli.command(cls=Verb)
+@json_option
+def doctor(as_json: bool) -> None:
+    """Versions, GPU, and which kernels will run and why."""
+    from qcrd_fast.doctor import as_text, examine
+
+    with console.quiet_stdout():
+        report = examine()
+    console.show(report, as_json, as_text(report))
+
+
+@cli.command(cls=Verb)
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("--output", "-o", required=True, metavar="FILE", help="prepared JSONL to write")
+@format_option
+@click.option(
+    "--split-by",
+    type=click.Choice(("majority", "gold")),
+    default="majority",
+    show_default=True,
+    help="which answer makes a rationale positive",
+)
+@click.option("--split", metavar="NAME", help="only this split of the input, such as train or test")
+@task_option
+@bad_row_option
+@natural("--seed", default=0, help="seed of ties and splits")
+@config_option
+@dry_run_option
+@json_option
+def prepare(inputs: tuple[str, ...], output: str, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Turn a teacher's samples into training rows.
+
+    Pools the samples of each question, votes, and splits them into positives and negatives. INPUT is JSONL, a file of
+    Mentor-KD or a folder of Distilling Step-by-Step.
+    """
+    from qcrd_fast import data
+
+    with console.quiet_stdout():
+        loaded = data.load_questions(list(inputs), **options)
+        if not dry_run:
+            data.write_prepared(output, loaded.questions)
+    console.show(loaded.summary.to_dict(), as_json, loaded.summary.text())
+
+
+@cli.command(cls=Verb)
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@format_option
+@config_option
+@click.pass_context
+def validate(ctx: click.Context, files: tuple[str, ...], format: str) -> None:
+    """Print every bad row, as FILE:LINE: REASON.
+
+    The exit code is 2 if there is any.
+    """
+    from qcrd_fast import data
+
+    bad = 0
+    for path in files:
+        for row in data.validate_file(path, format=format):
+            bad += 1
+            click.echo(f"{row.path}:{row.line}: {row.reason}")
+    click.echo(f"{len(files)} file(s) read, {bad} bad row(s)", err=True)
+    ctx.exit(2 if bad else 0)
+
+
+@cli.command(cls=Verb)
+@train_options()
+@config_option
+@dry_run_option
+@json_option
+@click.pass_context
+def train(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
+    """Train a student and write a run folder.
+
+    \b
+    qcrd-fast train --data train.jsonl --student NAME_OR_PATH --output-dir runs/one
+    """
+    config = TrainConfig.from_dict(given_train_options(ctx))
+    if not config.data:
+        raise InputError("train needs --data FILE; without data of your own, try `qcrd-fast demo --output-dir runs/demo`")
+    if not config.student:
+        raise InputError("train needs --student, a local folder or hub id")
+    if not config.output_dir:
+        raise InputError("train needs --output-dir DIR, the run folder to write")
+    from qcrd_fast.train import train
+
+    with console.quiet_stdout():
+        results = train(config, dry_run=dry_run)
+    console.show(results, as_json, _results_text(results))
+
+
+@cli.command("eval", cls=Verb)
+@click.argument("run_or_model")
+@click.option("--data", required=True, metavar="FILE", help="rows to answer")
+@click.option("--output", metavar="DIR", help="folder for predictions.jsonl; default: the run folder, else this folder")
+@task_option
+@positive("--batch-size", default=64, help="questions of a batch")
+@positive("--max-answer-tokens", default=48, help="longest answer [tokens]")
+@reasoning_option
+@device_option
+@bad_row_option
+@config_option
+@dry_run_option
+@json_option
+def evaluate(run_or_model: str, data: str, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Answer questions greedily and print the accuracy.
+
+    RUN_OR_MODEL is a run folder, a model folder or a hub id. The answers go to predictions.jsonl.
+    """
+    with console.quiet_stdout():
+        if dry_run:
+            from qcrd_fast.data import load_questions
+
+            loaded = load_questions([data], task=options["task"], on_bad_row=options["on_bad_row"])
+            results = {"would_answer": len(loaded.questions), "model": run_or_model}
+        else:
+            from qcrd_fast.evaluate import evaluate_run
+
+            results = evaluate_run(run_or_model, data, **options)
+    console.show(results, as_json, _results_text(results))
+
+
+@cli.command(cls=Verb)
+@click.argument("run_or_model")
+@click.argument("question")
+@click.option("--temperature", type=click.FloatRange(0), metavar="FLOAT", default=0.0, show_default=True, help="0: greedy")
+@positive("--num-samples", default=1, help="rationales to sample")
+@natural("--seed", default=0, help="seed of the sampling")
+@positive("--max-new-tokens", default=256, help="longest rationale [tokens]")
+@reasoning_option
+@device_option
+@config_option
+@json_option
+def generate(run_or_model: str, question: str, as_json: bool, **options: Any) -> None:
+    """Print the rationale and the answer to a question.
+
+    RUN_OR_MODEL is a run folder, a model folder or a hub id; QUESTION may be -, for standard input.
+    """
+    if question == "-":
+        with click.open_file("-", encoding="utf-8") as stdin:
+            question = stdin.read().strip()
+    if not question.strip():
+        raise InputError("the question is empty")
+    from qcrd_fast.evaluate import generate_text
+
+    with console.quiet_stdout():
+        samples = generate_text(run_or_model, question, **options)
+    console.show(samples, as_json, "\n\n".join(f"Rationale: {s['rationale']}\nAnswer: {s['answer']}" for s in samples))
+
+
+def _results_text(results: Mapping[str, Any]) -> str:
+    """The scalars of a result, one a line."""
+    rows = {
+        name: f"{value:.4f}" if isinstance(value, float) else str(value)
+        for name, value in results.items()
+        if isinstance(value, int | float | str)
+    }
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

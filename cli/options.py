@@ -1,0 +1,195 @@
+"""Options of the command line: `train`'s come from `TrainConfig`; every verb reads `--config FILE.yaml` and suggests names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+import yaml
+from click.core import ParameterSource
+
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.errors import InputError
+
+METAVARS = {
+    "data": "FILE",
+    "eval_data": "FILE",
+    "test_data": "FILE",
+    "output_dir": "DIR",
+    "student": "NAME_OR_PATH",
+    "discriminator": "NAME",
+    "prompt_template": "raw|chat|FILE",
+    "device": "NAME",
+    "resume": "auto|DIR",
+}
+_CONFIG_KEY = "qcrd_fast.config_file"  # where ctx.meta holds what --config said of TrainConfig's fields
+
+
+class Group(click.Group):
+    """A group that names the nearest verb."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            raise click.UsageError(f"unknown verb {name!r}{suggest(name, self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+class Verb(click.Command):
+    """A command whose help lists the options in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                groups.setdefault(getattr(param, "group", "Options"), []).append(record)
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records, col_max=34)
+
+
+class TrainOption(click.Option):
+    """The option of one field of `TrainConfig`."""
+
+    def __init__(self, field: dataclasses.Field[Any], hint: Any, *, help_default: Any):
+        meta = field.metadata
+        kind, *_ = [k for k in (typing.get_args(hint) or (hint,)) if k is not type(None)]
+        can_be_none = field.default is not None and type(None) in typing.get_args(hint)
+        flags = ["--" + name.replace("_", "-") for name in (field.name, *meta["aliases"])]
+        if kind is bool:
+            flags = [f"{flag}/--no-{flag[2:]}" for flag in flags]
+        super().__init__(
+            [field.name, *flags],
+            type=_type(kind, meta, can_be_none),
+            default=help_default,
+            show_default=help_default is not None,
+            metavar=METAVARS.get(field.name) or {int: "INT|none" if can_be_none else "INT", float: "FLOAT"}.get(kind),
+            help=meta["help"],
+        )
+        self.group = meta["group"]
+
+
+class _IntOrNone(click.IntRange):
+    """An integer, or the word none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return None if value == "none" else super().convert(value, param, ctx)
+
+
+def _type(kind: type, meta: Any, can_be_none: bool) -> click.ParamType:
+    if meta["choices"]:
+        return click.Choice(meta["choices"])
+    if kind is int:
+        return (_IntOrNone if can_be_none else click.IntRange)(meta["low"], meta["high"])
+    if kind is float:
+        return click.FloatRange(meta["low"], meta["high"], min_open=meta["open_low"])
+    return click.BOOL if kind is bool else click.STRING
+
+
+def train_options(defaults: dict[str, Any] | None = None) -> Callable[[Any], Any]:
+    """Decorator: every field of `TrainConfig` as an option; `defaults` are shown instead of the field's own."""
+    hints = typing.get_type_hints(TrainConfig)
+
+    def decorate(command: Any) -> Any:
+        for field in reversed(dataclasses.fields(TrainConfig)):
+            shown = (defaults or {}).get(field.name, field.default)
+            option = TrainOption(field, hints[field.name], help_default=shown)
+            command.__dict__.setdefault("__click_params__", []).append(option)
+        return command
+
+    return decorate
+
+
+def given_train_options(ctx: click.Context) -> dict[str, Any]:
+    """What `--config` and then the command line say of `TrainConfig`'s fields; defaults are left to the config."""
+    values = dict(ctx.meta.get(_CONFIG_KEY, {}))
+    for param in ctx.command.params:
+        if isinstance(param, TrainOption) and ctx.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE:
+            values[str(param.name)] = ctx.params[str(param.name)]
+    return values
+
+
+def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> None:
+    if path is None:
+        return
+    values = read_yaml(path)
+    options = {name: p for p in ctx.command.params for name in option_names(p)}
+    train_values: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
+    for key, value in values.items():
+        option = options.get(str(key).replace("-", "_"))
+        if option is None:
+            raise InputError(f"{path}: unknown option {key!r}{suggest(str(key), options)}")
+        target = train_values if isinstance(option, TrainOption) else defaults
+        name = str(option.name)
+        if name in target:
+            raise InputError(f"{path}: option {name!r} is given twice")
+        target[name] = value if value is None or isinstance(value, bool | str) or target is train_values else str(value)
+    ctx.meta[_CONFIG_KEY] = train_values
+    ctx.default_map = defaults
+
+
+def option_names(param: click.Parameter) -> list[str]:
+    """The names, underscored, by which `--config` may set this option."""
+    if not isinstance(param, click.Option) or param.name in ("config", "help"):
+        return []
+    return [flag.lstrip("-").replace("-", "_") for flag in param.opts if flag.startswith("--")]
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(),
+    metavar="FILE.yaml",
+    help="options as a YAML mapping; the command line overrides it",
+    is_eager=True,
+    expose_value=False,
+    callback=_load_config,
+)
+dry_run_option = click.option("--dry-run", is_flag=True, help="check everything, write nothing, say what would be done")
+json_option = click.option("--json", "as_json", is_flag=True, help="print JSON instead of text")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no key twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str) -> dict[Any, Any]:
+    """The mapping in a YAML file of plain values; tags that would build Python objects are refused, never run."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            values = yaml.load(file, _Loader)
+    except OSError as error:
+        raise InputError(f"--config: cannot read {path}: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise InputError(f"{where}: {error.problem}; only plain YAML values are read") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise InputError(f"{path}: not readable as YAML: {reason[0]}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping of options, got {type(values).__name__}")
+    return values
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" for the closest known name, or an empty string; `-` and `_` count as the same."""
+    by_dashed = {k.lstrip("-").replace("_", "-"): k for k in known}
+    close = difflib.get_close_matches(name.lstrip("-").replace("_", "-"), by_dashed, n=1, cutoff=0.5)
+    return f"; did you mean {by_dashed[close[0]]!r}?" if close else ""

@@ -1,0 +1,129 @@
+"""What `qcrd-fast doctor` reports: versions, devices, memory, and which kernels will run and why. Never fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from qcrd_fast.config import IMPLS
+
+PACKAGES = ("qcrd-fast", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
+VARIABLES = ("QCRD_FAST_IMPL", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+GIB = 1024**3
+
+
+def examine() -> dict[str, Any]:
+    """The report as plain values; what cannot be found out is None, with a word why."""
+    torch, torch_error = _import_torch()
+    gpus = _gpus(torch) if torch else []
+    impl, why = kernel_path(torch, gpus) if torch else (None, f"torch cannot be imported: {torch_error}")
+    return {
+        "kernels": {"impl": impl, "why": why},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "cuda": torch.version.cuda if torch else None,
+        "gpus": gpus,
+        "cpu": {"cores": _cores(), "torch_threads": torch.get_num_threads() if torch else None, "machine": platform.machine()},
+        "memory_free_gib": _free_memory_gib(),
+        "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / GIB, 1),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "platform": platform.platform(),
+    }
+
+
+def kernel_path(torch: Any, gpus: list[dict[str, Any]]) -> tuple[str, str]:
+    """(implementation that `--impl auto` takes, why)."""
+    forced = os.environ.get("QCRD_FAST_IMPL", "auto")
+    if forced not in IMPLS:
+        return "none", f"QCRD_FAST_IMPL={forced} is not one of {', '.join(IMPLS)}: a run will refuse it"
+    if forced != "auto":
+        return forced, "QCRD_FAST_IMPL says so"
+    if not gpus:
+        if torch.version.cuda is None and shutil.which("nvidia-smi"):
+            return "torch", "an NVIDIA driver is here, but this build of torch has no CUDA: install the CUDA build"
+        return "torch", "no CUDA GPU"
+    gpu = gpus[0]
+    if tuple(gpu["capability"]) < (8, 0):
+        return "torch", f"{gpu['name']} has capability {_dotted(gpu)}; the Triton kernels need 8.0 (bf16)"
+    try:
+        import triton  # noqa: F401
+    except Exception as error:
+        return "torch", f"triton cannot be imported: {error}"
+    return "triton", f"{gpu['name']} has capability {_dotted(gpu)}"
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report in lines."""
+    cpu, kernels = report["cpu"], report["kernels"]
+    lines = [f"kernels      {kernels['impl'] or 'unknown'}: {kernels['why']}"]
+    if "TRITON_INTERPRET" in report["environment"]:
+        lines.append("             TRITON_INTERPRET is set: kernels run in Triton's interpreter, for tests only")
+    lines += [
+        f"gpu {i}        {g['name']}, capability {_dotted(g)}, {g['memory_free_gib']} of {g['memory_gib']} GiB free, "
+        f"bf16 {'yes' if g['bf16'] else 'no'}"
+        for i, g in enumerate(report["gpus"])
+    ] or ["gpu          none"]
+    lines.append(f"cpu          {cpu['cores']} cores, {cpu['torch_threads']} torch threads, {cpu['machine']}")
+    lines.append(f"memory       {report['memory_free_gib']} GiB free")
+    lines.append(f"disk         {report['disk_free_gib']} GiB free here")
+    lines += [f"{name:<12} {version or 'not installed'}" for name, version in report["versions"].items()]
+    lines.append(f"cuda         {report['cuda'] or 'not in this build of torch'}")
+    lines += [f"{name}={value}" for name, value in report["environment"].items()]
+    return "\n".join(lines)
+
+
+def _import_torch() -> tuple[Any, str | None]:
+    try:
+        import torch
+    except Exception as error:  # a broken install is a finding, not a failure
+        return None, str(error)
+    return torch, None
+
+
+def _gpus(torch: Any) -> list[dict[str, Any]]:
+    found = []
+    with contextlib.suppress(Exception):
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            capability = torch.cuda.get_device_capability(index)
+            found.append(
+                {
+                    "name": torch.cuda.get_device_name(index),
+                    "capability": list(capability),
+                    "memory_gib": round(total / GIB, 1),
+                    "memory_free_gib": round(free / GIB, 1),
+                    "bf16": capability >= (8, 0),
+                }
+            )
+    return found
+
+
+def _dotted(gpu: dict[str, Any]) -> str:
+    return ".".join(map(str, gpu["capability"]))
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _free_memory_gib() -> float | None:
+    """What the system has free, or what this container may still take if that is less."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+        with contextlib.suppress(OSError, ValueError):
+            group = Path("/sys/fs/cgroup")
+            limit = int((group / "memory.max").read_text())
+            free = min(free, limit - int((group / "memory.current").read_text()))
+        return round(free / GIB, 1)
+    return None

@@ -1,0 +1,31 @@
+"""Keeps secrets out of logs and tracebacks. Standard library only."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+
+_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+_SHORTEST = 8  # a shorter value is more likely a word than a secret
+_PATTERNS = (
+    (re.compile(r"\b(hf_|sk-|ghp_)[\w-]{12,}"), r"\1***"),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 ***"),
+    (re.compile(r"(?i)\b((?:api[_-]?key|password|secret)\s*[=:]\s*['\"]?)[^\s'\"&,;]{6,}"), r"\1***"),
+    (re.compile(r"://[^\s/@]+@"), "://***@"),
+)
+
+
+def redact(text: str) -> str:
+    """`text` without the values of secret-looking environment variables, and without keys, tokens and URL passwords."""
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST:
+            text = text.replace(value, "***")
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+class RedactingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
