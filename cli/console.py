@@ -21,6 +21,10 @@ from qcrd_fast.redact import RedactingFormatter, redact
 from .options import suggest
 
 
+class _Terminated(BaseException):
+    """SIGTERM came; not an `Exception`, so that nothing on the way takes it for an error."""
+
+
 def run(call: Callable[[], Any]) -> int:
     """The exit code of `call`; whatever goes wrong is said on stderr, in one line where the user can act on it."""
     try:
@@ -40,6 +44,9 @@ def run(call: Callable[[], Any]) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("qcrd-fast: interrupted")
         return 128 + signal.SIGINT
+    except _Terminated:
+        _say("qcrd-fast: terminated")
+        return 128 + signal.SIGTERM
     except Exception:
         _say(traceback.format_exc().rstrip())
         return 1
@@ -91,10 +98,10 @@ def _logs_to_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM unwinds and exits with 143; `train` installs its own handler while there is a step to finish."""
+    """SIGTERM unwinds, then exits with 143; `train` installs its own handler while there is a step to finish."""
 
     def stop(signum: int, _: Any) -> None:
-        raise SystemExit(128 + signum)
+        raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -10,8 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qcrd_fast.config import IMPLS
-
 PACKAGES = ("qcrd-fast", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 VARIABLES = ("QCRD_FAST_IMPL", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 GIB = 1024**3
@@ -36,24 +34,19 @@ def examine() -> dict[str, Any]:
 
 
 def kernel_path(torch: Any, gpus: list[dict[str, Any]]) -> tuple[str, str]:
-    """(implementation that `--impl auto` takes, why)."""
-    forced = os.environ.get("QCRD_FAST_IMPL", "auto")
-    if forced not in IMPLS:
-        return "none", f"QCRD_FAST_IMPL={forced} is not one of {', '.join(IMPLS)}: a run will refuse it"
-    if forced != "auto":
-        return forced, "QCRD_FAST_IMPL says so"
-    if not gpus:
-        if torch.version.cuda is None and shutil.which("nvidia-smi"):
-            return "torch", "an NVIDIA driver is here, but this build of torch has no CUDA: install the CUDA build"
-        return "torch", "no CUDA GPU"
-    gpu = gpus[0]
-    if tuple(gpu["capability"]) < (8, 0):
-        return "torch", f"{gpu['name']} has capability {_dotted(gpu)}; the Triton kernels need 8.0 (bf16)"
+    """(implementation that `--impl auto` takes, why): asked of the code that chooses it."""
+    from qcrd_fast.ops import choose_impl
+
+    device, dtype = ("cuda", torch.bfloat16) if gpus else ("cpu", torch.float32)
     try:
-        import triton  # noqa: F401
-    except Exception as error:
-        return "torch", f"triton cannot be imported: {error}"
-    return "triton", f"{gpu['name']} has capability {_dotted(gpu)}"
+        impl, why = choose_impl("auto", torch.device(device), dtype)
+    except ValueError as error:
+        return "none", f"{error}; a run would refuse this"
+    if impl == "torch" and not gpus and "QCRD_FAST_IMPL" not in os.environ:
+        why = "no CUDA GPU"
+        if torch.version.cuda is None and shutil.which("nvidia-smi"):
+            why = "an NVIDIA driver is here, but this build of torch has no CUDA: install the CUDA build"
+    return impl, why
 
 
 def as_text(report: dict[str, Any]) -> str:

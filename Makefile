@@ -1,0 +1,32 @@
+# make demo: train the built-in student.  make test: the tests.  make lint: style and types.
+# Each makes .venv first where it is missing or older than pyproject.toml; PYTHON=python3.12 picks another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: demo test lint venv
+
+demo: $(READY)
+	$(BIN)/qcrd-fast demo --output-dir runs/demo --resume auto
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+venv: $(READY)
+
+# torch comes first and by itself, so that whichever build pip is set up to find (CPU or CUDA) is the one used.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "qcrd-fast needs Python 3.10 or newer; name one with: make PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments (no ensurepip); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install "torch==2.13.0"
+	$(BIN)/pip install -e ".[dev]"
+	touch $@
