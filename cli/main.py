@@ -11,7 +11,10 @@ from typing import Any
 import click
 
 from qcrd_fast.config import TASKS, TrainConfig
+from qcrd_fast.demo import DEFAULTS as DEMO_DEFAULTS
+from qcrd_fast.demo import run_demo
 from qcrd_fast.errors import InputError
+from qcrd_fast.runfolder import RunFolder
 
 from . import console
 from .options import (
@@ -72,7 +75,7 @@ def cli() -> None:
 
 
 @cli.command(cls=Verb)
-@train_options()
+@train_options(DEMO_DEFAULTS, hidden=("data", "test_data", "student"))
 @config_option
 @dry_run_option
 @json_option
@@ -80,14 +83,12 @@ def cli() -> None:
 def demo(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
     """Train the built-in student on built-in data.
 
-    Minutes on a CPU. Takes train's options; what is not given is the demo's own choice, not the default shown below.
+    Minutes on a CPU. Takes train's options but for the data and the student, with defaults of its own.
     """
     options = given_train_options(ctx)
     output_dir = options.pop("output_dir", None)
     if not output_dir:
         raise InputError("demo needs --output-dir DIR, the run folder to write")
-    from qcrd_fast.demo import run_demo
-
     with console.quiet_stdout():
         results = run_demo(options, output_dir, dry_run=dry_run)
     console.show(results, as_json, _results_text(results))
@@ -177,10 +178,10 @@ def train(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
         raise InputError("train needs --student, a local folder or hub id")
     if not config.output_dir:
         raise InputError("train needs --output-dir DIR, the run folder to write")
-    from qcrd_fast.train import train
+    with console.quiet_stdout(), contextlib.nullcontext() if dry_run else RunFolder(config) as run:
+        from qcrd_fast.train import train  # after the lock: a folder in use is refused before torch is loaded
 
-    with console.quiet_stdout():
-        results = train(config, dry_run=dry_run)
+        results = train(config, run, dry_run=dry_run)
     console.show(results, as_json, _results_text(results))
 
 

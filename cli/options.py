@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -56,7 +56,7 @@ class Verb(click.Command):
 class TrainOption(click.Option):
     """The option of one field of `TrainConfig`."""
 
-    def __init__(self, field: dataclasses.Field[Any], hint: Any, *, help_default: Any):
+    def __init__(self, field: dataclasses.Field[Any], hint: Any, default: Any, hidden: bool):
         meta = field.metadata
         kind, *_ = [k for k in (typing.get_args(hint) or (hint,)) if k is not type(None)]
         can_be_none = field.default is not None and type(None) in typing.get_args(hint)
@@ -66,8 +66,9 @@ class TrainOption(click.Option):
         super().__init__(
             [field.name, *flags],
             type=_type(kind, meta, can_be_none),
-            default=help_default,
-            show_default=help_default is not None,
+            default=default,
+            show_default=default is not None,
+            hidden=hidden,
             metavar=METAVARS.get(field.name) or {int: "INT|none" if can_be_none else "INT", float: "FLOAT"}.get(kind),
             help=meta["help"],
         )
@@ -91,14 +92,14 @@ def _type(kind: type, meta: Any, can_be_none: bool) -> click.ParamType:
     return click.BOOL if kind is bool else click.STRING
 
 
-def train_options(defaults: dict[str, Any] | None = None) -> Callable[[Any], Any]:
-    """Decorator: every field of `TrainConfig` as an option; `defaults` are shown instead of the field's own."""
+def train_options(defaults: Mapping[str, Any] | None = None, hidden: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """Decorator: every field of `TrainConfig` as an option; `defaults` are shown instead of the fields' own."""
     hints = typing.get_type_hints(TrainConfig)
 
     def decorate(command: Any) -> Any:
         for field in reversed(dataclasses.fields(TrainConfig)):
             shown = (defaults or {}).get(field.name, field.default)
-            option = TrainOption(field, hints[field.name], help_default=shown)
+            option = TrainOption(field, hints[field.name], shown, hidden=field.name in hidden)
             command.__dict__.setdefault("__click_params__", []).append(option)
         return command
 

@@ -1,0 +1,105 @@
+"""How the code hangs together: imports run one way, and the wheel holds what it should."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("csrc_triton", "qcrd_fast", "cli")
+LAYERS = ("csrc_triton", "qcrd_fast.ops", "qcrd_fast.losses", "qcrd_fast.train", "cli")
+
+
+def modules() -> dict[str, Path]:
+    """{dotted name: file} of every module that is shipped."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """What a module imports, anywhere in it; of our own code, the module itself rather than the package around it."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            base = ".".join(part for part in (base, node.module) if part)
+            inner = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {i if i in known else base for i in inner}
+    return found
+
+
+def layer(name: str) -> int | None:
+    return next((i for i, top in enumerate(LAYERS) if name == top or name.startswith(top + ".")), None)
+
+
+def test_imports_run_one_way() -> None:
+    known = modules()
+    graph = {name: imports(name, path, known) & set(known) for name, path in known.items()}
+    graph["qcrd_fast"] = set()  # its names load on first use; they are above everything that they name
+    for name in known:
+        reached, todo = set(), [name]
+        while todo:
+            for other in graph[todo.pop()] - reached:
+                reached.add(other)
+                todo.append(other)
+        assert name not in reached, f"{name} imports itself, through {sorted(reached)}"
+        mine = layer(name)
+        above = {other for other in reached if mine is not None and (layer(other) or 0) > mine}
+        assert not above, f"{name} reaches up to {sorted(above)}"
+    below = {name: path for name, path in known.items() if layer(name) != len(LAYERS) - 1 and name != "qcrd_fast.__main__"}
+    for name, path in below.items():
+        assert not {i for i in imports(name, path, known) if i.split(".")[0] == "cli" or i.startswith("qcrd_fast.cli")}, name
+
+
+def test_the_kernels_are_a_leaf() -> None:
+    known = modules()
+    for name, path in known.items():
+        if layer(name) == 0:
+            allowed = {"torch", "triton", "csrc_triton", *sys.stdlib_module_names}
+            assert {i.split(".")[0] for i in imports(name, path, known)} <= allowed, name
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    known = modules()
+    declared = {"click", "numpy", "yaml", "safetensors", "torch", "transformers", "triton"}
+    brought_along = {"tokenizers"}  # transformers depends on it
+    extras = {"tensorboard", "wandb"}
+    allowed = {*sys.stdlib_module_names, *PACKAGES, *declared, *brought_along, *extras}
+    for name, path in known.items():
+        assert {i.split(".")[0] for i in imports(name, path, known)} <= allowed, name
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names in a wheel built from a copy of what is shipped."""
+    source = tmp_path_factory.mktemp("source")
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source / file)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(source / "dist"), str(source)]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return zipfile.ZipFile(next((source / "dist").glob("*.whl"))).namelist()
+
+
+def test_wheel_holds_two_names_and_every_module(wheel: list[str]) -> None:
+    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"qcrd_fast", "csrc_triton"}
+    assert "qcrd_fast/py.typed" in wheel
+    assert any(name.endswith("licenses/LICENSE") for name in wheel)
+    for path in modules().values():
+        inside = path.relative_to(ROOT).as_posix()
+        assert ("qcrd_fast/" + inside if inside.startswith("cli/") else inside) in wheel
