@@ -1,0 +1,357 @@
+"""Reading and comparing answers: numbers as numbers, equations by value, letters and yes/no without case.
+
+Everything here is pure text work with bounds on length, digits and exponents: nothing is ever passed to `eval`.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from decimal import Decimal, localcontext
+from fractions import Fraction
+
+MAX_EXPRESSION = 512  # characters
+MAX_ANSWER = 4096  # characters looked at
+MAX_DIGITS = 64  # of one number
+MAX_EXPONENT = 64
+MAX_BITS = 4096  # of a numerator or denominator
+
+_DIGITS = r"(?:\d{1,3}(?:[,\u00a0\u2009\u202f]\d{2,3})*[,\u00a0\u2009\u202f]\d{3}(?!\d)|\d+)"
+_NUMBER = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?![\w.]))?"
+_FRACTION = rf"(?:\d+ +\d+ */ *\d+|\d+ */ *\d+(?!\.?\d)|{_NUMBER})"
+_WHOLE_NUMBER = re.compile(rf"([-+]?) *({_FRACTION})\.?")
+_RUN = re.compile(r"(?<![\w.,])[-+]?\.?\d[\d.,]*(?:[eE][-+]?\d+)?")  # what looks like a number in running text
+_ARITHMETIC = re.compile(r"[\d\s.,()+\-*/^=]*")
+_TOKEN = re.compile(rf"\s*(?:({_NUMBER})|(\*\*|[-+*/^()]))")
+_TIMES = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])")
+_MARKER = re.compile(r"(?:\banswers?(?: is| are|\s*:)(?:\s*:)?|####|\\boxed\b)\s*", re.IGNORECASE)
+_LETTER = re.compile(r"\(([A-Za-z])\)[.:]?\s*(.*)|([A-Za-z])(?:[).:]+(?:\s+(.*)|$)|$)", re.DOTALL)
+_CHOICE_LINE = re.compile(r"^[ \t]*\(?([A-Za-z])[).:][ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
+_WORDS = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+_YES_NO = re.compile(r"\b(?:yes|no|true|false)\b")
+_FOLDED = str.maketrans(
+    {
+        "\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2012": "-", "\u2013": "-", "\ufe63": "-",
+        "\u00d7": "*", "\u22c5": "*", "\u00b7": "*", "\u2217": "*", "\u00f7": "/", "\u2215": "/", "\u2044": "/",
+        "\u066b": ".", "\u066c": ",",
+    }
+)  # fmt: skip
+
+
+def canonical(answer: str, task: str, choices: Sequence[str] = ()) -> str | None:
+    """The form in which two equal answers are equal strings; None where the answer cannot be read as one of `task`.
+
+    number: its value, `32` for `32.0`, `$32`, `1,000` -> `1000`, `1/2` -> `0.5`; units, currency and `%` are ignored, and
+    a text with several different numbers is none. equation: its value. yes-no: `yes` or `no` (also from true, false).
+    choice: the choice's text where known (from `choices` or the answer itself), else its letter. text: without case,
+    invisible characters (joiners, direction marks), outer punctuation and repeated white space, in NFKC.
+    """
+    text = _visible(answer[:MAX_ANSWER]).strip()
+    if not text:
+        return None
+    if task in ("number", "equation"):
+        value = _value(text, loose=task == "number")
+        return None if value is None else _format(value)
+    if task == "yes-no":
+        return _yes_no(text)
+    if task == "choice":
+        return _choice(text, choices)
+    return _plain(text) or None
+
+
+def surface(answer: str, task: str, choices: Sequence[str] = ()) -> str | None:
+    """A readable answer as it is taught: the canonical form of numbers and yes/no, the choice's own text, else as written."""
+    key = canonical(answer, task, choices)
+    if key is None or task in ("number", "yes-no"):
+        return key
+    if task == "choice":
+        if choices:
+            return next(choice for choice in choices if _plain(choice) == key)
+        match = _LETTER.fullmatch(answer.strip())
+        answer = (match[2] or match[4] or key) if match else answer
+    return answer.strip().rstrip(".").strip() or key
+
+
+def same_answer(a: str, b: str, task: str, choices: Sequence[str] = ()) -> bool:
+    """Whether two answers are one; `(c)` and `(c) train station` are, also where the choices are not known."""
+    key = canonical(a, task, choices)
+    if key is None:
+        return False
+    if key == canonical(b, task, choices):
+        return True
+    return task == "choice" and not choices and _letter(a) is not None and _letter(a) == _letter(b)
+
+
+def is_correct(prediction: str, gold: str, task: str, choices: Sequence[str] = ()) -> bool:
+    """Whether generated text answers `gold`. Pass `parse_choices(question)` for choices, so that letters are understood."""
+    answer = extract_answer(prediction, task, choices)
+    return answer is not None and same_answer(answer, gold, task, choices)
+
+
+def extract_answer(text: str, task: str, choices: Sequence[str] = ()) -> str | None:
+    """The answer in generated text, or None.
+
+    What follows the last "answer is", "answer:", "####" or "\\boxed" is read; without such a marker the text as a whole,
+    then, for numbers, its last number. A yes-no answer needs the word: a statement such as "that it is not common" agrees
+    with one wording of the question and denies another.
+    """
+    text = text.strip()
+    parts = _MARKER.split(text[-8 * MAX_ANSWER :])
+    if len(parts) > 1:
+        rest = parts[-1].strip().split("\n\n")[0].split("\nQ:")[0]
+        for piece in (rest, rest.split("\n")[0], _sentence(rest)):
+            piece = piece.strip().removeprefix("{").removesuffix("}").strip(" :*\"'")
+            if task == "text":
+                piece = piece.split("\n")[0]
+            answer = surface(piece, task, choices)
+            if answer is not None:
+                return answer
+        return _edge_number(rest, first=True) if task == "number" else None
+    if task == "text":
+        return surface(text, task) if "\n" not in text else None
+    answer = surface(text, task, choices)
+    if answer is None and task != "equation":
+        answer = surface(_sentence(text, last=True), task, choices)
+    return _edge_number(text) if answer is None and task == "number" else answer
+
+
+def guess_task(answers: Iterable[str]) -> str:
+    """number, equation, choice (single letters), yes-no or text: whichever at least 95% of the answers can be read as."""
+    counts = dict.fromkeys(("number", "equation", "choice", "yes-no", "text"), 0)
+    for answer in answers:
+        text = _visible(answer[:MAX_ANSWER]).strip()
+        if not text:
+            continue
+        letter = _LETTER.fullmatch(text)
+        if _number(text) is not None:
+            counts["number"] += 1
+        elif evaluate_expression(text) is not None:
+            counts["equation"] += 1
+        elif text.casefold().strip(".") in _WORDS:
+            counts["yes-no"] += 1
+        elif letter and not (letter[2] or letter[4]):
+            counts["choice"] += 1
+        else:
+            counts["text"] += 1
+    total = sum(counts.values())
+    if counts["equation"] > 0.05 * total:
+        counts["equation"] += counts["number"]
+    return next((task for task, count in counts.items() if total and count >= 0.95 * total), "text")
+
+
+def parse_choices(question: str) -> tuple[str, ...]:
+    """The choices of a question that ends in lines `(a) ...`, `(b) ...`; empty where it has none."""
+    found: list[str] = []
+    for letter, text in _CHOICE_LINE.findall(question[-8 * MAX_ANSWER :]):
+        if letter.lower() == chr(ord("a") + len(found)):
+            found.append(text)
+        elif letter.lower() == "a":
+            found = [text]
+    return tuple(found) if len(found) > 1 else ()
+
+
+def evaluate_expression(text: str) -> Fraction | None:
+    """The value of an arithmetic expression with + - * / ** ^ and parentheses; None where it is none, or out of bounds."""
+    if len(text) > MAX_EXPRESSION:
+        return None
+    text = _TIMES.sub("*", _fold(text)).strip().rstrip(".=").strip()
+    values: list[Fraction] = []
+    operators: list[str] = []
+    position, operand = 0, True  # whether an operand comes next
+    try:
+        while position < len(text):
+            match = _TOKEN.match(text, position)
+            if match is None:
+                return None
+            position, token = match.end(), match[2]
+            if token is None or token == "(":
+                if not operand:
+                    return None
+                if token:
+                    operators.append(token)
+                else:
+                    values.append(_parse_number(match[1]))
+                    operand = False
+            elif token == ")":
+                if operand:
+                    return None
+                while operators[-1] != "(":
+                    _apply(operators.pop(), values)
+                operators.pop()
+            elif operand:
+                if token not in "+-":
+                    return None
+                operators.append("neg" if token == "-" else "pos")
+            else:
+                token = "**" if token == "^" else token
+                rank = _RANK[token] + (token == "**")  # right associative
+                while operators and operators[-1] != "(" and _RANK[operators[-1]] >= rank:
+                    _apply(operators.pop(), values)
+                operators.append(token)
+                operand = True
+        if operand:
+            return None
+        while operators:
+            _apply(operators.pop(), values)
+    except (_OutOfBounds, IndexError, KeyError, ZeroDivisionError):
+        return None
+    return values[0]
+
+
+class _OutOfBounds(Exception):
+    pass
+
+
+_RANK = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3, "pos": 3, "**": 4}
+
+
+def _apply(operator: str, values: list[Fraction]) -> None:
+    right = values.pop()
+    if operator in ("neg", "pos"):
+        values.append(-right if operator == "neg" else right)
+        return
+    left = values.pop()
+    if operator == "+":
+        result = left + right
+    elif operator == "-":
+        result = left - right
+    elif operator == "*":
+        result = left * right
+    elif operator == "/":
+        result = left / right
+    else:
+        size = max(left.numerator.bit_length(), left.denominator.bit_length())
+        if right.denominator != 1 or abs(right) > MAX_EXPONENT or size * abs(right) > MAX_BITS:
+            raise _OutOfBounds
+        result = left ** int(right)
+    if max(result.numerator.bit_length(), result.denominator.bit_length()) > MAX_BITS:
+        raise _OutOfBounds
+    values.append(result)
+
+
+def _parse_number(text: str) -> Fraction:
+    text = re.sub(r"[,\u00a0\u2009\u202f]", "", text)
+    exponent = re.search(r"[eE]([-+]?\d+)", text)
+    if sum(c.isdigit() for c in text) > MAX_DIGITS or (exponent and abs(int(exponent[1])) > MAX_EXPONENT):
+        raise _OutOfBounds
+    return Fraction(text)
+
+
+def _number(text: str) -> Fraction | None:
+    """The value of a text that is one number, mixed number or fraction, with perhaps a currency or `%`."""
+    match = _WHOLE_NUMBER.fullmatch(_fold(text).strip().rstrip("% ").strip())
+    if match is None:
+        return None
+    whole, _, fraction = match[2].rpartition(" ") if re.match(r"\d+ +\d", match[2]) else ("", "", match[2])
+    if whole:
+        whole, fraction = match[2].split(" ", 1)
+    try:
+        parts = [_parse_number(part.strip()) for part in fraction.split("/")]
+        value = parts[0] / parts[1] if len(parts) == 2 else parts[0]
+        value += _parse_number(whole) if whole else 0
+    except (_OutOfBounds, ZeroDivisionError):
+        return None
+    return -value if match[1] == "-" else value
+
+
+def _value(text: str, loose: bool) -> Fraction | None:
+    for piece in (text, text.rsplit("=", 1)[-1]):
+        for read in (_number, evaluate_expression):
+            value = read(piece)
+            if value is not None:
+                return value
+    if not loose:
+        return None
+    folded = _fold(text)
+    if _ARITHMETIC.fullmatch(folded):  # an expression that has no value, or is out of bounds
+        return None
+    values = {_number(run.rstrip(".,")) for run in _RUN.findall(folded)}
+    return values.pop() if len(values) == 1 else None
+
+
+def _edge_number(text: str, first: bool = False) -> str | None:
+    """The last (or first) number written in `text`."""
+    folded = _fold(text[:MAX_ANSWER] if first else text[-MAX_ANSWER:])
+    if _ARITHMETIC.fullmatch(folded):
+        return None
+    runs = _RUN.findall(folded)
+    value = _number(runs[0 if first else -1].rstrip(".,")) if runs else None
+    return None if value is None else _format(value)
+
+
+def _format(value: Fraction) -> str:
+    """An integer exactly, anything else to nine digits after those of its integer part."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    with localcontext() as context:
+        context.prec = len(str(abs(int(value)))) + 9
+        number = Decimal(value.numerator) / Decimal(value.denominator)
+    return format(number.normalize(), "f")
+
+
+def _yes_no(text: str) -> str | None:
+    words = _YES_NO.findall(text.casefold())
+    if not words:
+        return None
+    found = {_WORDS[word] for word in words}
+    if len(found) == 1:
+        return found.pop()
+    start = re.match(r"\W*(yes|no|true|false)\b(?!\s+(?:and|or)\b)", text.casefold())
+    return _WORDS[start[1]] if start else None
+
+
+def _choice(text: str, choices: Sequence[str]) -> str | None:
+    match = _LETTER.fullmatch(text)
+    letter = (match[1] or match[3]).lower() if match else None
+    rest = _plain((match[2] or match[4] or "") if match else text)
+    if not choices:
+        return rest or letter
+    if letter is not None:
+        index = ord(letter) - ord("a")
+        return _plain(choices[index]) if index < len(choices) else None
+    keys = [_plain(choice) for choice in choices]
+    if rest in keys:
+        return rest
+    named = {key for key in keys if key and re.search(rf"(?<!\w){re.escape(key)}(?!\w)", rest)}
+    return named.pop() if len(named) == 1 else None
+
+
+def _letter(answer: str) -> str | None:
+    match = _LETTER.fullmatch(answer.strip())
+    return (match[1] or match[3]).lower() if match else None
+
+
+def _sentence(text: str, last: bool = False) -> str:
+    """The first or the last sentence of `text`."""
+    parts = [part for part in re.split(r"(?<=[.!?])\s+|\n+", text[-MAX_ANSWER:] if last else text[:MAX_ANSWER]) if part]
+    return parts[-1 if last else 0] if parts else ""
+
+
+def _visible(text: str) -> str:
+    """`text` without format characters: joiners, direction marks, soft hyphens."""
+    return text if text.isascii() else "".join(c for c in text if unicodedata.category(c) != "Cf")
+
+
+def _plain(text: str) -> str:
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(text.split()).strip(" .,;:!?\"'`*()[]{}").strip()
+
+
+def _fold(text: str) -> str:
+    """Digits, signs and operators of any script as ASCII; currency signs dropped."""
+    if text.isascii():
+        return text.replace("$", "")
+    out = []
+    for c in _visible(text).translate(_FOLDED):
+        if c.isdecimal():
+            out.append(str(unicodedata.decimal(c)))
+        elif "\uff01" <= c <= "\uff5e":
+            out.append(chr(ord(c) - 0xFEE0))
+        elif unicodedata.category(c) == "No" and "\u2044" in unicodedata.normalize("NFKC", c):
+            out.append(" " + unicodedata.normalize("NFKC", c).replace("\u2044", "/"))
+        elif unicodedata.decomposition(c).startswith("<super> 00") and c.isdigit():
+            out.append(f"^{unicodedata.digit(c)}")
+        elif unicodedata.category(c) != "Sc":
+            out.append(c)
+    return "".join(out)

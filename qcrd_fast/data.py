@@ -1,0 +1,381 @@
+"""From files to questions: read any mix of inputs, pool the samples of each question, vote, split; and write the result.
+
+    result = load_questions(["svamp_3_train.json", "svamp_aug_t5_large.json"])
+    write_prepared("train.jsonl", result.questions)
+
+Inputs: prepared and sampled JSONL, Mentor-KD's JSON, Distilling Step-by-Step's folders (see `published`). No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qcrd_fast import published
+from qcrd_fast.answers import canonical, guess_task, parse_choices, same_answer
+from qcrd_fast.config import TASKS
+from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.native import native_row
+from qcrd_fast.rows import BadRow, Question, Rationale, RowError, get_text, iter_rows, require, shown
+from qcrd_fast.voting import Vote, vote
+
+FORMATS = ("auto", "native", "mentor-kd", "dss")
+
+__all__ = [
+    "FORMATS",
+    "BadRow",
+    "LoadResult",
+    "PrepareSummary",
+    "Question",
+    "Rationale",
+    "drop_overlap",
+    "hold_out",
+    "load_questions",
+    "question_text",
+    "validate_file",
+    "write_prepared",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareSummary:
+    """What `prepare` reports. Means and the share are over the questions that have samples."""
+
+    questions: int
+    with_samples: int
+    with_gold: int
+    positives: int
+    negatives: int
+    mean_positives: float
+    mean_negatives: float
+    share_without_minority: float
+    majority_wrong_against_gold: int
+    ties: int
+    duplicates: int
+    answers_dropped: int
+    skipped_rows: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def text(self) -> str:
+        """One `name: value` line for each field."""
+        notes = {
+            "majority_wrong_against_gold": "of the questions with both",
+            "ties": "settled by a seeded hash",
+            "duplicates": "same rationale and answer, counted once",
+            "answers_dropped": "samples without a rationale or a readable answer",
+        }
+        lines = []
+        for name, value in self.to_dict().items():
+            figure = f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+            note = f"  ({notes[name]})" if name in notes else ""
+            lines.append(f"{name.replace('_', ' ') + ':':<30}{figure:>10}{note}")
+        return "\n".join(lines)
+
+
+class LoadResult(NamedTuple):
+    questions: list[Question]
+    summary: PrepareSummary
+    skipped: list[BadRow]
+
+
+class Record(NamedTuple):
+    """One row of an input: its question, its samples, and where it stands."""
+
+    question: Question
+    samples: tuple[Rationale, ...]
+    prepared: bool
+    path: str
+    line: int
+
+
+def load_questions(
+    paths: Sequence[str | Path] | str | Path,
+    *,
+    format: str = "auto",
+    split_by: str = "majority",
+    split: str | None = None,
+    seed: int = 0,
+    on_bad_row: str = "error",
+    task: str | None = None,
+) -> LoadResult:
+    """The questions of one or more inputs, in the order of their first appearance.
+
+    Samples are pooled by id, or by the question's text where a row has no id, and voted on (see `voting.vote`). One
+    prepared file alone is taken as it is; pooled with others, its rationales vote again. Of a Distilling Step-by-Step
+    folder `split` names the part (default train); of rows that carry a `split` it keeps those, and those without one.
+    `split_by="gold"` splits by agreement with the gold answer instead of the majority, and every sampled question must
+    have one. `task` overrides the answer type, which is otherwise the row's own, or guessed from the answers of its file.
+
+    Raises:
+        InputError: an unknown option, a file that cannot be read, no question at all, or, unless `on_bad_row="skip"`
+            sets them aside in `skipped`, the first bad row, as `file:line: reason`.
+    """
+    for name, value, known in (
+        ("format", format, FORMATS),
+        ("split-by", split_by, ("majority", "gold")),
+        ("on-bad-row", on_bad_row, ("error", "skip")),
+        ("task", task, (None, *TASKS)),
+    ):
+        if value not in known:
+            raise InputError(f"--{name} is one of {', '.join(filter(None, known))}; got {value!r}")
+    inputs = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
+    skipped: list[BadRow] = []
+
+    def bad(row: BadRow) -> None:
+        if on_bad_row == "error":
+            raise InputError(str(row))
+        skipped.append(row)
+
+    records: list[Record] = []
+    for path in inputs:
+        found: list[Record] = []
+        for row in _scan(path, format, split):
+            if isinstance(row, BadRow):
+                bad(row)
+            elif split is None or row.question.split in (None, split):
+                found.append(row)
+        records += _with_tasks(found, task)
+
+    votes: list[Vote] = []
+    if len(inputs) == 1 and split_by == "majority" and records and all(record.prepared for record in records):
+        questions = [record.question for record in records]
+    else:
+        questions = []
+        for group in _pooled(records, bad).values():
+            try:
+                question, result = _merge(group, split_by, seed)
+            except RowError as error:
+                bad(BadRow(group[0].path, group[0].line, str(error)))
+                continue
+            questions.append(question)
+            votes.append(result)
+    if not questions:
+        reason = f"; the first of {len(skipped)} bad rows: {skipped[0]}" if skipped else ""
+        raise InputError(f"{', '.join(map(shown, inputs)) or 'no input'}: no questions{reason}")
+    return LoadResult(questions, _summarize(questions, votes, split_by, len(skipped)), skipped)
+
+
+def question_text(question: Question) -> str:
+    """What a prompt shows: the context, if there is one, and the question with its choices."""
+    return f"{question.context}\n{question.question}" if question.context else question.question
+
+
+def validate_file(path: str | Path, format: str = "auto") -> Iterator[BadRow]:
+    """Every bad row of a file, or of all the splits of a folder, as it is met. Memory does not grow with the file but for
+    16 bytes an id.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path = Path(path)
+    splits: list[str | None] = [None]
+    if path.is_dir():
+        splits = [s for s in published.SPLITS if (path / f"{path.resolve().name}_{s}.json").is_file()] or [None]
+    for split in splits:
+        for row in _scan(path, format, split):
+            if isinstance(row, BadRow):
+                yield row
+
+
+def write_prepared(path: str | Path, questions: Iterable[Question]) -> None:
+    """Write prepared JSONL under a temporary name beside `path`, then rename it: a reader sees the whole file or none.
+
+    Raises:
+        RunError: the file cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".qcrd-{os.getpid()}.tmp")
+    try:
+        try:
+            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                for question in questions:
+                    file.write(json.dumps(_to_row(question), ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+
+
+def hold_out(questions: Sequence[Question], fraction: float, seed: int = 0) -> tuple[list[Question], list[Question]]:
+    """(train, validation), both in the order given; which questions are held out depends on their ids and the seed alone.
+
+    `fraction` is rounded to whole questions, at least one on each side where there are two and it is not 0.
+    """
+    count = round(fraction * len(questions))
+    if fraction > 0 and len(questions) > 1:
+        count = min(max(count, 1), len(questions) - 1)
+    ranked = sorted(questions, key=lambda q: hashlib.sha256(f"{seed}\0{q.id}".encode()).digest())
+    held = {question.id for question in ranked[:count]}
+    return [q for q in questions if q.id not in held], [q for q in questions if q.id in held]
+
+
+def drop_overlap(train: Sequence[Question], test: Iterable[Question]) -> tuple[list[Question], int]:
+    """`train` without the questions whose text stands in `test`, and how many were dropped."""
+    seen = {_text_key(question) for question in test}
+    kept = [question for question in train if _text_key(question) not in seen]
+    return kept, len(train) - len(kept)
+
+
+def _text_key(question: Question) -> str:
+    return unicodedata.normalize("NFC", question_text(question).strip())
+
+
+def _text_id(question: Question) -> str:
+    return hashlib.sha256(_text_key(question).encode()).hexdigest()[:16]
+
+
+def _scan(path: Path, format: str, split: str | None) -> Iterator[Record | BadRow]:
+    """The rows of one input, good and bad, as they are read."""
+    folder = path.is_dir()
+    if folder and format not in ("auto", "dss"):
+        raise InputError(f"{shown(path)}: a folder is read with --format dss or auto, not {format}")
+    files = published.find_dss(path, split) if format in ("auto", "dss") else None
+    format = "dss" if folder else format
+    rows = files.rows if files else path
+    samples = list(published.iter_samples(files)) if files else []
+    where, count, line = shown(rows), 0, 1
+    ids: dict[bytes, int] = {}
+    kind = "question"
+    if published.is_sample_list(path):
+        yield BadRow(where, 1, "a list of samples; name its folder or NAME_{split}.json")
+        return
+    for line, value in iter_rows(rows):
+        sample = samples[count] if count < len(samples) else None
+        count += 1
+        if isinstance(value, BadRow):
+            yield value._replace(path=where, line=line)
+            continue
+        try:
+            question, found, row_kind = _parse(require(value), format, rows, files)
+            if row_kind == "question" != kind:
+                raise RowError(f"missing key {'samples' if kind == 'sampled' else 'positives'!r}, which the rows above have")
+            kind = row_kind
+            if isinstance(sample, str) and row_kind == "dss":
+                found = (published.dss_sample(sample, f"{rows.parent.name}/llm"),)
+            given = bool(question.id)
+            question = dataclasses.replace(question, id=question.id or _text_id(question))
+            if given or row_kind == "prepared":
+                key = hashlib.blake2b(question.id.encode(), digest_size=16).digest()
+                if key in ids:
+                    raise RowError(f"duplicate id {question.id!r}, first on line {ids[key]}")
+                ids[key] = line
+            yield Record(question, found, row_kind == "prepared", where, line)
+        except RowError as error:
+            yield BadRow(where, line, str(error))
+        if isinstance(sample, BadRow):
+            yield sample
+    if samples and len(samples) != count:
+        raise InputError(f"{where}:{line}: {count} rows, but {len(samples)} samples in {shown(rows.parent / 'llm')}")
+
+
+def _parse(
+    row: dict[str, Any], format: str, path: Path, files: published.DssFiles | None
+) -> tuple[Question, tuple[Rationale, ...], str]:
+    """(question, samples, kind of row), the kind told by its keys where `format` is auto."""
+    if format == "auto":
+        if "premise" in row or ("input" in row and "label" in row) or ("choices" in row and files and files.samples):
+            format = "dss"
+        else:
+            format = "mentor-kd" if "input" in row and "question" not in row else "native"
+    if format == "dss":
+        return published.dss_row(row, files.split if files else None), (), "dss"
+    if format == "mentor-kd":
+        get_text(row, "input", required=True)
+        return *published.mentor_row(row, path.stem), "mentor-kd"
+    return native_row(row)
+
+
+def _with_tasks(records: list[Record], task: str | None) -> list[Record]:
+    """The records of one input, each with a task: the override, its own, or the one guessed from the answers."""
+    golds = [record.question.gold for record in records if record.question.gold]
+    answers = golds or [sample.answer for record in records for sample in record.samples if sample.answer]
+    guess = task or guess_task(answers)
+
+    def choose(question: Question) -> str:
+        if task or question.task:
+            return task or question.task or ""
+        choices = parse_choices(question.question)
+        if choices and (question.gold is None or canonical(question.gold, "choice", choices)):
+            return "choice"
+        return guess
+
+    return [r._replace(question=dataclasses.replace(r.question, task=choose(r.question))) for r in records]
+
+
+def _pooled(records: Iterable[Record], bad: Any) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        group = groups.setdefault(record.question.id, [])
+        if group and _text_key(group[0].question) != _text_key(record.question):
+            first = group[0]
+            bad(BadRow(record.path, record.line, f"id {record.question.id!r} is another question at {first.path}:{first.line}"))
+            continue
+        group.append(record)
+    return groups
+
+
+def _merge(group: list[Record], split_by: str, seed: int) -> tuple[Question, Vote]:
+    """One question from its rows: the first value of each field, and the vote of all samples."""
+    first = group[0].question
+    fields: dict[str, Any] = {}
+    for name in ("context", "gold", "domain", "split"):
+        fields[name] = next((v for r in group if (v := getattr(r.question, name)) is not None), None)
+    samples = [sample for record in group for sample in record.samples]
+    if split_by == "gold" and samples and fields["gold"] is None:
+        raise RowError(f"question {first.id!r} has no gold answer to split by")
+    result = vote(
+        samples,
+        seed=seed,
+        question_id=first.id,
+        task=first.task or "text",
+        choices=parse_choices(first.question),
+        gold=fields["gold"] if split_by == "gold" else None,
+    )
+    fields.update(majority=result.majority, votes=result.votes, positives=result.positives, negatives=result.negatives)
+    return dataclasses.replace(first, **fields), result
+
+
+def _summarize(questions: Sequence[Question], votes: Sequence[Vote], split_by: str, skipped: int) -> PrepareSummary:
+    sampled = [q for q in questions if q.positives or q.negatives]
+    positives, negatives = sum(len(q.positives) for q in questions), sum(len(q.negatives) for q in questions)
+    alone = sum(len(q.votes) < 2 if split_by == "gold" else not q.negatives for q in sampled)
+    wrong = sum(
+        not same_answer(q.majority, q.gold, q.task or "text", parse_choices(q.question))
+        for q in questions
+        if q.majority is not None and q.gold is not None
+    )
+    return PrepareSummary(
+        questions=len(questions),
+        with_samples=len(sampled),
+        with_gold=sum(q.gold is not None for q in questions),
+        positives=positives,
+        negatives=negatives,
+        mean_positives=positives / max(len(sampled), 1),
+        mean_negatives=negatives / max(len(sampled), 1),
+        share_without_minority=alone / max(len(sampled), 1),
+        majority_wrong_against_gold=wrong,
+        ties=sum(v.tied for v in votes),
+        duplicates=sum(v.duplicates for v in votes),
+        answers_dropped=sum(v.dropped for v in votes),
+        skipped_rows=skipped,
+    )
+
+
+def _to_row(question: Question) -> dict[str, Any]:
+    """The row as it is written: keys in the documented order, absent optional ones left out."""
+    row = dataclasses.asdict(question)
+    row["votes"] = dict(question.votes)
+    for side in ("positives", "negatives"):
+        row[side] = [{k: v for k, v in item.items() if v is not None or k == "answer"} for item in row[side]]
+    return {k: v for k, v in row.items() if v is not None or k == "majority"}

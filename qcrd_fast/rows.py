@@ -1,0 +1,307 @@
+"""The rows of the data files, and the strict reading of JSON lines and JSON arrays.
+
+Reading is streamed with a bound on every row, so a hostile or broken file costs a bounded amount of memory, and every
+fault becomes a `BadRow` that names the line.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from qcrd_fast.errors import InputError
+
+MAX_ROW_BYTES = 16 * 1024 * 1024
+_CHUNK = 1024 * 1024
+_MAGIC = {
+    b"\x1f\x8b": "a gzip file; decompress it first",
+    b"BZh": "a bzip2 file; decompress it first",
+    b"\xfd7zXZ": "an xz file; decompress it first",
+    b"\x28\xb5\x2f\xfd": "a zstd file; decompress it first",
+    b"PK\x03\x04": "a zip archive (or a torch checkpoint)",
+    b"PAR1": "a parquet file",
+    b"\x93NUMPY": "a numpy array",
+    b"\x80\x02": "a pickle, which is never loaded",
+    b"\x80\x03": "a pickle, which is never loaded",
+    b"\x80\x04": "a pickle, which is never loaded",
+    b"\x80\x05": "a pickle, which is never loaded",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rationale:
+    """One rationale, with the answer it ends in, who said it and the discriminator's score."""
+
+    text: str
+    answer: str | None = None
+    source: str | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One prepared row: a question with its gold answer, the vote, and the rationales on either side of it."""
+
+    id: str
+    question: str
+    context: str | None = None
+    gold: str | None = None
+    majority: str | None = None
+    votes: Mapping[str, int] = field(default_factory=dict)
+    task: str | None = None
+    domain: str | None = None
+    split: str | None = None
+    positives: tuple[Rationale, ...] = ()
+    negatives: tuple[Rationale, ...] = ()
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be used, and why. `str()` gives `file:line: reason`."""
+
+    path: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.reason}"
+
+
+class RowError(ValueError):
+    """What is wrong with one row; the reader adds the file and the line."""
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """`path` for a message: one printable line, whatever bytes the name has."""
+    name = os.fspath(path).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def iter_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Each row of a JSONL file or of a JSON array as (line, value); the value is a `BadRow` where there is a fault.
+
+    A file is an array where its first character is `[`, unless it is named `.jsonl`. After a fault of syntax an array
+    cannot be read further.
+
+    Raises:
+        InputError: the file cannot be opened.
+    """
+    with _open(path) as file:
+        head = file.peek(16)
+        kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+        if not head:
+            yield 1, BadRow(shown(path), 1, "the file is empty")
+        elif kind:
+            yield 1, BadRow(shown(path), 1, f"this is {kind}; rows are UTF-8 JSON")
+        elif head.lstrip().startswith(b"[") and Path(path).suffix not in (".jsonl", ".ndjson"):
+            yield from _array_rows(path, file)
+        else:
+            yield from _line_rows(path, file)
+
+
+def _open(path: str | Path) -> io.BufferedReader:
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise InputError(f"{shown(path)}: not a file")
+        return open(path, "rb")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _line_rows(path: str | Path, file: io.BufferedReader) -> Iterator[tuple[int, Any]]:
+    for line in itertools.count(1):
+        raw = file.readline(MAX_ROW_BYTES + 1)
+        if not raw:
+            return
+        try:
+            if len(raw) > MAX_ROW_BYTES:
+                length = len(raw) + _skip_line(file, raw)
+                raise RowError(f"a line of {length:,} bytes; at most {MAX_ROW_BYTES:,} are read")
+            yield line, _parse_line(raw, first=line == 1)
+        except RowError as error:
+            yield line, BadRow(shown(path), line, str(error))
+
+
+def _skip_line(file: BinaryIO, raw: bytes) -> int:
+    length = 0
+    while not raw.endswith(b"\n"):
+        raw = file.readline(_CHUNK)
+        if not raw:
+            break
+        length += len(raw)
+    return length
+
+
+def _parse_line(raw: bytes, first: bool) -> Any:
+    raw = raw.removesuffix(b"\n")
+    if first and raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise RowError("the file starts with a byte order mark; save it as plain UTF-8")
+    if raw.endswith(b"\r"):
+        raise RowError("the line ends with CRLF; end lines with LF alone")
+    if not raw.strip():
+        raise RowError("blank line")
+    if b"\0" in raw:
+        raise RowError(f"a NUL byte at column {raw.index(0) + 1}")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}") from None
+    try:
+        value, end = _decode(text, 0)
+    except json.JSONDecodeError as error:
+        if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
+            raise RowError(f"the line is cut: {error.msg} at column {error.colno}") from None
+        raise RowError(f"not JSON: {error.msg} at column {error.colno}") from None
+    if text[end:].strip():
+        raise RowError(f"more than one JSON value, from column {end + 1}")
+    return value
+
+
+def _decode(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value at `start` and where it ends. Raises RowError, and JSONDecodeError where it is incomplete."""
+    faults: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) < len(items):
+            keys = [key for key, _ in items]
+            faults.append(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+        return result
+
+    def constant(name: str) -> float:
+        faults.append(f"{name} is not JSON")
+        return 0.0
+
+    while start < len(text) and text[start] in " \t\r\n":
+        start += 1
+    try:
+        value, end = json.JSONDecoder(object_pairs_hook=pairs, parse_constant=constant).raw_decode(text, start)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise RowError("nested too deeply") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise RowError(str(error).split(";")[0]) from None
+    return (BadRow("", 0, faults[0]) if faults else value), end
+
+
+class _ArrayText:
+    """A JSON array's text, read as it is needed, with the line the reader stands in."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = io.TextIOWrapper(file, encoding="utf-8", newline="\n")
+        self.text, self.position, self.line = "", 0, 1
+
+    def more(self) -> bool:
+        self.text, self.position = self.text[self.position :], 0
+        if len(self.text) > MAX_ROW_BYTES:
+            raise RowError(f"no complete row within {MAX_ROW_BYTES:,} characters")
+        try:
+            chunk = self.file.read(max(_CHUNK, len(self.text)))
+        except UnicodeDecodeError as error:
+            raise RowError(f"not UTF-8: byte 0x{error.object[error.start]:02x}") from None
+        self.text += chunk
+        return bool(chunk)
+
+    def advance(self, end: int) -> None:
+        self.line += self.text.count("\n", self.position, end)
+        self.position = end
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end."""
+        while True:
+            while self.position < len(self.text):
+                if self.text[self.position] not in " \t\r\n":
+                    return self.text[self.position]
+                self.advance(self.position + 1)
+            if not self.more():
+                return ""
+
+    def value(self) -> Any:
+        while True:
+            try:
+                value, end = _decode(self.text, self.position)
+            except json.JSONDecodeError as error:
+                if not self.more():
+                    raise RowError(f"not JSON, or cut: {error.msg}; nothing after it is read") from None
+                continue
+            self.advance(end)
+            return value
+
+
+def _array_rows(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    text = _ArrayText(file)
+    try:
+        text.peek()
+        text.advance(text.position + 1)
+        if text.peek() == "]":
+            raise RowError("the array is empty")
+        while True:
+            text.peek()
+            line, value = text.line, text.value()
+            yield line, value._replace(path=shown(path), line=line) if isinstance(value, BadRow) else value
+            mark = text.peek()
+            if mark == "]":
+                return
+            if mark != ",":
+                raise RowError("the array is cut" if not mark else f"expected ',' or ']', got {mark!r}")
+            text.advance(text.position + 1)
+    except RowError as error:
+        yield text.line, BadRow(shown(path), text.line, str(error))
+
+
+# Checks of single fields: each raises RowError naming the key.
+
+
+def require(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise RowError(f"expected an object, got {_kind(row)}")
+    return row
+
+
+def check_text(value: Any, key: str) -> str:
+    """`value` if it is a string that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise RowError(f"{key} expects a string, got {_kind(value)}")
+    if "\0" in value:
+        raise RowError(f"{key} has a NUL character")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RowError(f"{key} has a lone surrogate") from None
+    return value
+
+
+def get_text(row: dict[str, Any], key: str, *, required: bool = False, numbers: bool = False) -> str | None:
+    """The string at `key`; None where it is missing or null; with `numbers`, a number counts as its own text."""
+    value = row.get(key)
+    if value is None:
+        if required:
+            raise RowError(f"missing key {key!r}" if key not in row else f"{key} is null")
+        return None
+    if numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = repr(value)
+    return check_text(value, key)
+
+
+def get_list(row: dict[str, Any], key: str, parse: Callable[[Any, str], Any]) -> tuple[Any, ...]:
+    if key not in row:
+        raise RowError(f"missing key {key!r}")
+    if not isinstance(row[key], list):
+        raise RowError(f"{key} expects a list, got {_kind(row[key])}")
+    return tuple(parse(item, f"{key}[{index}]") for index, item in enumerate(row[key]))
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
