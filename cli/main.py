@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import click
@@ -131,10 +132,17 @@ def prepare(inputs: tuple[str, ...], output: str, dry_run: bool, as_json: bool, 
     """
     from qcrd_fast import data
 
+    folder = Path(output).parent
+    if not folder.is_dir() or Path(output).is_dir():
+        raise InputError(f"--output: {output} is not a file in a folder that exists")
+    if Path(output).resolve() in {Path(name).resolve() for name in inputs}:
+        raise InputError(f"--output: {output} is also an input; choose another name")
     with console.quiet_stdout():
-        loaded = data.load_questions(list(inputs), **options)
+        loaded = data.load_questions(inputs, **options)
         if not dry_run:
             data.write_prepared(output, loaded.questions)
+    for row in loaded.skipped:
+        click.echo(f"set aside {row}", err=True)
     console.show(loaded.summary.to_dict(), as_json, loaded.summary.text())
 
 
@@ -150,13 +158,17 @@ def validate(ctx: click.Context, files: tuple[str, ...], format: str) -> None:
     """
     from qcrd_fast import data
 
-    bad = 0
+    bad_rows = bad_files = 0
     for path in files:
-        for row in data.validate_file(path, format=format):
-            bad += 1
-            click.echo(f"{row.path}:{row.line}: {row.reason}")
-    click.echo(f"{len(files)} file(s) read, {bad} bad row(s)", err=True)
-    ctx.exit(2 if bad else 0)
+        try:
+            for row in data.validate_file(path, format=format):
+                bad_rows += 1
+                click.echo(str(row))
+        except InputError as error:  # the file as a whole; the others are still looked at
+            bad_files += 1
+            click.echo(f"qcrd-fast: {error}", err=True)
+    click.echo(f"bad rows: {bad_rows}; files read: {len(files) - bad_files} of {len(files)}", err=True)
+    ctx.exit(2 if bad_rows or bad_files else 0)
 
 
 @cli.command(cls=Verb)
@@ -207,7 +219,7 @@ def evaluate(run_or_model: str, data: str, dry_run: bool, as_json: bool, **optio
         if dry_run:
             from qcrd_fast.data import load_questions
 
-            loaded = load_questions([data], task=options["task"], on_bad_row=options["on_bad_row"])
+            loaded = load_questions(data, split="test", task=options["task"], on_bad_row=options["on_bad_row"])
             results = {"would_answer": len(loaded.questions), "model": run_or_model}
         else:
             from qcrd_fast.evaluate import evaluate_run

@@ -360,6 +360,21 @@ def test_prepare_and_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.startswith(f"{rows}:2: ")
     assert f"{rows}:2" in fails(args, capsys)
     assert entry([*args, "--on-bad-row", "skip"]) == 0
+    assert f"set aside {rows}:2" in capsys.readouterr().err
+
+
+def test_validate_looks_at_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "b.jsonl").write_text("{\n")
+    assert entry(["validate", str(tmp_path / "missing.jsonl"), str(tmp_path / "b.jsonl")]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{tmp_path}/b.jsonl:1: ") and "missing.jsonl: No such file" in err and "files read: 1 of 2" in err
+
+
+def test_prepare_checks_its_output_before_reading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    assert "also an input" in fails(["prepare", str(rows), "--output", f"{tmp_path}/./rows.jsonl"], capsys)
+    for output in (tmp_path, tmp_path / "nowhere" / "out.jsonl"):
+        assert f"--output: {output} is not a file" in fails(["prepare", str(rows), "--output", str(output)], capsys)
 
 
 def test_doctor_tells_what_will_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
