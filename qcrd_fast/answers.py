@@ -27,6 +27,7 @@ _TOKEN = re.compile(rf"\s*(?:({_NUMBER})|(\*\*|[-+*/^()]))")
 _TIMES = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])")
 _MARKER = re.compile(r"(?:\banswers?(?: is| are|\s*:)(?:\s*:)?|####|\\boxed\b)\s*", re.IGNORECASE)
 _LETTER = re.compile(r"\(([A-Za-z])\)[.:]?\s*(.*)|([A-Za-z])(?:[).:]+(?:\s+(.*)|$)|$)", re.DOTALL)
+_LABEL = re.compile(r"\(([A-Za-z])\)")
 _CHOICE_LINE = re.compile(r"^[ \t]*\(?([A-Za-z])[).:][ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
 _WORDS = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 _YES_NO = re.compile(r"\b(?:yes|no|true|false)\b")
@@ -313,6 +314,9 @@ def _choice(text: str, choices: Sequence[str]) -> str | None:
     keys = [_plain(choice) for choice in choices]
     if rest in keys:
         return rest
+    letters = {label.lower() for label in _LABEL.findall(text)}
+    if letters:
+        return _choice(letters.pop(), choices) if len(letters) == 1 else None
     named = {key for key in keys if key and re.search(rf"(?<!\w){re.escape(key)}(?!\w)", rest)}
     return named.pop() if len(named) == 1 else None
 

@@ -23,6 +23,7 @@ from qcrd_fast.config import TASKS
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.native import native_row
 from qcrd_fast.rows import BadRow, Question, Rationale, RowError, get_text, iter_rows, require, shown
+from qcrd_fast.summary import PrepareSummary, summarize
 from qcrd_fast.voting import Vote, vote
 
 FORMATS = ("auto", "native", "mentor-kd", "dss")
@@ -41,43 +42,6 @@ __all__ = [
     "validate_file",
     "write_prepared",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class PrepareSummary:
-    """What `prepare` reports. Means and the share are over the questions that have samples."""
-
-    questions: int
-    with_samples: int
-    with_gold: int
-    positives: int
-    negatives: int
-    mean_positives: float
-    mean_negatives: float
-    share_without_minority: float
-    majority_wrong_against_gold: int
-    ties: int
-    duplicates: int
-    answers_dropped: int
-    skipped_rows: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def text(self) -> str:
-        """One `name: value` line for each field."""
-        notes = {
-            "majority_wrong_against_gold": "of the questions with both",
-            "ties": "settled by a seeded hash",
-            "duplicates": "same rationale and answer, counted once",
-            "answers_dropped": "samples without a rationale or a readable answer",
-        }
-        lines = []
-        for name, value in self.to_dict().items():
-            figure = f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
-            note = f"  ({notes[name]})" if name in notes else ""
-            lines.append(f"{name.replace('_', ' ') + ':':<30}{figure:>10}{note}")
-        return "\n".join(lines)
 
 
 class LoadResult(NamedTuple):
@@ -160,7 +124,7 @@ def load_questions(
     if not questions:
         reason = f"; the first of {len(skipped)} bad rows: {skipped[0]}" if skipped else ""
         raise InputError(f"{', '.join(map(shown, inputs)) or 'no input'}: no questions{reason}")
-    return LoadResult(questions, _summarize(questions, votes, split_by, len(skipped)), skipped)
+    return LoadResult(questions, summarize(questions, votes, split_by, len(skipped)), skipped)
 
 
 def question_text(question: Question) -> str:
@@ -180,9 +144,10 @@ def validate_file(path: str | Path, format: str = "auto") -> Iterator[BadRow]:
     if path.is_dir():
         splits = [s for s in published.SPLITS if (path / f"{path.resolve().name}_{s}.json").is_file()] or [None]
     for split in splits:
-        for row in _scan(path, format, split):
-            if isinstance(row, BadRow):
-                yield row
+        try:
+            yield from (row for row in _scan(path, format, split) if isinstance(row, BadRow))
+        except _Mismatch as error:
+            yield error.row
 
 
 def write_prepared(path: str | Path, questions: Iterable[Question]) -> None:
@@ -227,6 +192,14 @@ def drop_overlap(train: Sequence[Question], test: Iterable[Question]) -> tuple[l
     return kept, len(train) - len(kept)
 
 
+class _Mismatch(InputError):
+    """The samples beside a file are not as many as its rows: which belongs to which is not known, so none can be used."""
+
+    def __init__(self, row: BadRow):
+        super().__init__(str(row))
+        self.row = row
+
+
 def _text_key(question: Question) -> str:
     return unicodedata.normalize("NFC", question_text(question).strip())
 
@@ -243,15 +216,16 @@ def _scan(path: Path, format: str, split: str | None) -> Iterator[Record | BadRo
     files = published.find_dss(path, split) if format in ("auto", "dss") else None
     format = "dss" if folder else format
     rows = files.rows if files else path
-    samples = list(published.iter_samples(files)) if files else []
-    where, count, line = shown(rows), 0, 1
+    samples = published.iter_samples(files) if files and files.samples else None
+    where, line, count, unpaired = shown(rows), 1, 0, 0
     ids: dict[bytes, int] = {}
     kind = "question"
     if published.is_sample_list(path):
         yield BadRow(where, 1, "a list of samples; name its folder or NAME_{split}.json")
         return
     for line, value in iter_rows(rows):
-        sample = samples[count] if count < len(samples) else None
+        sample = next(samples, None) if samples else None
+        unpaired += sample is None
         count += 1
         if isinstance(value, BadRow):
             yield value._replace(path=where, line=line)
@@ -275,8 +249,9 @@ def _scan(path: Path, format: str, split: str | None) -> Iterator[Record | BadRo
             yield BadRow(where, line, str(error))
         if isinstance(sample, BadRow):
             yield sample
-    if samples and len(samples) != count:
-        raise InputError(f"{where}:{line}: {count} rows, but {len(samples)} samples in {shown(rows.parent / 'llm')}")
+    total = count - unpaired + sum(1 for _ in samples) if samples else count
+    if total != count:
+        raise _Mismatch(BadRow(where, line, f"{count} rows, but {total} samples in {shown(rows.parent / 'llm')}"))
 
 
 def _parse(
@@ -331,6 +306,11 @@ def _merge(group: list[Record], split_by: str, seed: int) -> tuple[Question, Vot
     fields: dict[str, Any] = {}
     for name in ("context", "gold", "domain", "split"):
         fields[name] = next((v for r in group if (v := getattr(r.question, name)) is not None), None)
+    task, choices = first.task or "text", parse_choices(first.question)
+    for record in group:
+        gold = record.question.gold
+        if gold is not None and gold != fields["gold"] and not same_answer(gold, fields["gold"], task, choices):
+            raise RowError(f"gold is {fields['gold']!r}, but {gold!r} at {record.path}:{record.line}")
     samples = [sample for record in group for sample in record.samples]
     if split_by == "gold" and samples and fields["gold"] is None:
         raise RowError(f"question {first.id!r} has no gold answer to split by")
@@ -338,38 +318,12 @@ def _merge(group: list[Record], split_by: str, seed: int) -> tuple[Question, Vot
         samples,
         seed=seed,
         question_id=first.id,
-        task=first.task or "text",
-        choices=parse_choices(first.question),
+        task=task,
+        choices=choices,
         gold=fields["gold"] if split_by == "gold" else None,
     )
     fields.update(majority=result.majority, votes=result.votes, positives=result.positives, negatives=result.negatives)
     return dataclasses.replace(first, **fields), result
-
-
-def _summarize(questions: Sequence[Question], votes: Sequence[Vote], split_by: str, skipped: int) -> PrepareSummary:
-    sampled = [q for q in questions if q.positives or q.negatives]
-    positives, negatives = sum(len(q.positives) for q in questions), sum(len(q.negatives) for q in questions)
-    alone = sum(len(q.votes) < 2 if split_by == "gold" else not q.negatives for q in sampled)
-    wrong = sum(
-        not same_answer(q.majority, q.gold, q.task or "text", parse_choices(q.question))
-        for q in questions
-        if q.majority is not None and q.gold is not None
-    )
-    return PrepareSummary(
-        questions=len(questions),
-        with_samples=len(sampled),
-        with_gold=sum(q.gold is not None for q in questions),
-        positives=positives,
-        negatives=negatives,
-        mean_positives=positives / max(len(sampled), 1),
-        mean_negatives=negatives / max(len(sampled), 1),
-        share_without_minority=alone / max(len(sampled), 1),
-        majority_wrong_against_gold=wrong,
-        ties=sum(v.tied for v in votes),
-        duplicates=sum(v.duplicates for v in votes),
-        answers_dropped=sum(v.dropped for v in votes),
-        skipped_rows=skipped,
-    )
 
 
 def _to_row(question: Question) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def native_row(row: dict[str, Any]) -> tuple[Question, tuple[Rationale, ...], st
     prepared = "samples" not in row and any(key in row for key in _PREPARED_KEYS)
     if row.get("choices") is not None and not prepared:
         text = with_choices(text, get_list(row, "choices", check_text))
-    gold = get_text(row, "gold", numbers=True)
+    gold = get_text(row, "gold", numbers=True) or None
     question = Question(
         id=get_text(row, "id", numbers=True) or "",
         question=text if prepared else text.strip(),
@@ -70,7 +70,7 @@ def _prepared(question: Question, row: dict[str, Any]) -> Question:
 
 def _rationale(item: Any, where: str, answer: str | None) -> Rationale:
     if isinstance(item, str):
-        return Rationale(check_text(item, where), answer)
+        item = {"text": item, "answer": answer}
     if not isinstance(item, dict):
         raise RowError(f"{where} expects a string or an object")
     try:
@@ -78,6 +78,8 @@ def _rationale(item: Any, where: str, answer: str | None) -> Rationale:
         if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score)):
             raise RowError("score expects a number")
         text = get_text(item, "text", required=True) or ""
+        if not text.strip():
+            raise RowError("text is empty")
         return Rationale(text, get_text(item, "answer", numbers=True), get_text(item, "source"), score)
     except RowError as error:
         raise RowError(f"{where}: {error}") from None

@@ -6,6 +6,7 @@ fault becomes a `BadRow` that names the line.
 
 from __future__ import annotations
 
+import collections
 import io
 import itertools
 import json
@@ -20,6 +21,7 @@ from qcrd_fast.errors import InputError
 
 MAX_ROW_BYTES = 16 * 1024 * 1024
 _CHUNK = 1024 * 1024
+_BOM, _BOM_FAULT = b"\xef\xbb\xbf", "the file starts with a byte order mark; save it as plain UTF-8"
 _MAGIC = {
     b"\x1f\x8b": "a gzip file; decompress it first",
     b"BZh": "a bzip2 file; decompress it first",
@@ -28,6 +30,8 @@ _MAGIC = {
     b"PK\x03\x04": "a zip archive (or a torch checkpoint)",
     b"PAR1": "a parquet file",
     b"\x93NUMPY": "a numpy array",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
     b"\x80\x02": "a pickle, which is never loaded",
     b"\x80\x03": "a pickle, which is never loaded",
     b"\x80\x04": "a pickle, which is never loaded",
@@ -99,6 +103,8 @@ def iter_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
             yield 1, BadRow(shown(path), 1, "the file is empty")
         elif kind:
             yield 1, BadRow(shown(path), 1, f"this is {kind}; rows are UTF-8 JSON")
+        elif head.startswith(_BOM) and head[3:].lstrip().startswith(b"["):
+            yield 1, BadRow(shown(path), 1, _BOM_FAULT)
         elif head.lstrip().startswith(b"[") and Path(path).suffix not in (".jsonl", ".ndjson"):
             yield from _array_rows(path, file)
         else:
@@ -143,8 +149,8 @@ def _skip_line(file: BinaryIO, raw: bytes) -> int:
 
 def _parse_line(raw: bytes, first: bool) -> Any:
     raw = raw.removesuffix(b"\n")
-    if first and raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        raise RowError("the file starts with a byte order mark; save it as plain UTF-8")
+    if first and raw.startswith(_BOM):
+        raise RowError(_BOM_FAULT)
     if raw.endswith(b"\r"):
         raise RowError("the line ends with CRLF; end lines with LF alone")
     if not raw.strip():
@@ -161,20 +167,27 @@ def _parse_line(raw: bytes, first: bool) -> Any:
         if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
             raise RowError(f"the line is cut: {error.msg} at column {error.colno}") from None
         raise RowError(f"not JSON: {error.msg} at column {error.colno}") from None
+    if isinstance(value, BadRow):
+        raise RowError(value.reason)
     if text[end:].strip():
         raise RowError(f"more than one JSON value, from column {end + 1}")
     return value
 
 
 def _decode(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value at `start` and where it ends. Raises RowError, and JSONDecodeError where it is incomplete."""
+    """The JSON value at `start`, or a BadRow without a place, and where it ends.
+
+    Raises:
+        RowError: a fault after which the end of the value is not known.
+        JSONDecodeError: no JSON, or incomplete.
+    """
     faults: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
         if len(result) < len(items):
-            keys = [key for key, _ in items]
-            faults.append(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+            counts = collections.Counter(key for key, _ in items)
+            faults.append(f"duplicate key {counts.most_common(1)[0][0]!r}")
         return result
 
     def constant(name: str) -> float:

@@ -8,7 +8,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from qcrd_fast.answers import canonical, extract_answer, same_answer
+from qcrd_fast.answers import canonical, extract_answer, same_answer, surface
 from qcrd_fast.rows import Rationale
 
 
@@ -52,7 +52,7 @@ def vote(
     kept: list[tuple[str, Rationale]] = []
     duplicates = dropped = 0
     for sample in samples:
-        answer = None if sample.answer is None else extract_answer(sample.answer, task, choices)
+        answer = None if sample.answer is None else _read(sample.answer, task, choices)
         key = None if answer is None else canonical(answer, task, choices)
         if key is None or not sample.text.strip():
             dropped += 1
@@ -81,6 +81,10 @@ def vote(
         dropped=dropped,
         tied=len(tied) > 1,
     )
+
+
+def _read(answer: str, task: str, choices: Sequence[str]) -> str | None:
+    return extract_answer(answer, task, choices) or surface(answer, task, choices)
 
 
 def _tie_rank(seed: int, question_id: str, key: str) -> bytes:
