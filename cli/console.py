@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -27,6 +28,8 @@ class _Terminated(BaseException):
 
 def run(call: Callable[[], Any]) -> int:
     """The exit code of `call`; whatever goes wrong is said on stderr, in one line where the user can act on it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a result may hold what the terminal's encoding lacks
     try:
         with _logs_to_stderr(), _sigterm_exits():
             result = call()
@@ -44,6 +47,9 @@ def run(call: Callable[[], Any]) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("qcrd-fast: interrupted")
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read our results has gone; nothing may be flushed to it at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except _Terminated:
         _say("qcrd-fast: terminated")
         return 128 + signal.SIGTERM

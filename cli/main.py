@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
 
+from qcrd_fast import __version__
 from qcrd_fast.config import TASKS, TrainConfig
 from qcrd_fast.demo import DEFAULTS as DEMO_DEFAULTS
 from qcrd_fast.demo import run_demo
@@ -51,12 +51,6 @@ def entry(args: list[str] | None = None) -> int:
     return console.run(lambda: cli.main(args, prog_name="qcrd-fast", standalone_mode=False))
 
 
-def _version() -> str:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version("qcrd-fast")
-    return "unknown"
-
-
 @click.group(
     cls=Group,
     subcommand_metavar="VERB [ARGS]...",
@@ -66,7 +60,7 @@ def _version() -> str:
         "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
-@click.version_option(_version(), prog_name="qcrd-fast")
+@click.version_option(__version__, prog_name="qcrd-fast")
 def cli() -> None:
     """Distil a teacher's rationales into a small language model: quality-guided contrastive rationale distillation (QCRD).
 

@@ -10,7 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("qcrd-fast", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
+from qcrd_fast import __version__
+
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 VARIABLES = ("QCRD_FAST_IMPL", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 GIB = 1024**3
 
@@ -22,7 +24,11 @@ def examine() -> dict[str, Any]:
     impl, why = kernel_path(torch, gpus) if torch else (None, f"torch cannot be imported: {torch_error}")
     return {
         "kernels": {"impl": impl, "why": why},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "qcrd-fast": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
         "cuda": torch.version.cuda if torch else None,
         "gpus": gpus,
         "cpu": {"cores": _cores(), "torch_threads": torch.get_num_threads() if torch else None, "machine": platform.machine()},

@@ -386,3 +386,24 @@ def test_doctor_tells_what_will_run(capsys: pytest.CaptureFixture[str], monkeypa
     report = json.loads(capsys.readouterr().out)
     assert report["kernels"]["impl"] == "none" and "expected one of" in report["kernels"]["why"]
     assert report["versions"]["torch"] and report["memory_free_gib"] > 0 and report["disk_free_gib"] > 0
+
+
+@pytest.mark.parametrize(("capability", "impl", "why"), [((7, 5), "torch", "below 8.0"), ((9, 0), "triton", "CUDA GPU")])
+def test_doctor_names_the_kernels_of_a_gpu(
+    capability: tuple[int, int],
+    impl: str,
+    why: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    monkeypatch.delenv("QCRD_FAST_IMPL", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (15 * 2**30, 16 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Fake GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert entry(["doctor"]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"kernels      {impl}: ") and why in first
+    assert "Fake GPU, capability {}.{}, 15.0 of 16.0 GiB free".format(*capability) in "\n".join(rest)
