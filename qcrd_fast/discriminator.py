@@ -1,0 +1,451 @@
+"""The discriminator D(x, r): how good is rationale r for question x, in (0, 1) (section 3.3 of arXiv 2405.13014).
+
+Shapes: B sequences of a batch, L padded length, H width of the encoder, R rationales, Q questions.
+
+Everything random here comes from a key (seed, what, when), never from call order, and inside a fork of torch's generators:
+the student's random numbers are left alone and a resumed run repeats the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutput
+
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.data import Question, question_text
+from qcrd_fast.errors import InputError, RunError
+
+MAX_LENGTH = 512  # tokens of question + separator + rationale
+BLANK = "___"  # stands for a masked word in any tokenizer's alphabet
+MAX_GRAD_NORM = 1.0
+WEIGHT_DECAY = 0.01
+MAX_REPLACEMENT_WORDS = 100_000
+
+Pair = tuple[str, str]  # (question, rationale)
+
+
+# ---- the module ----
+
+
+class Discriminator(nn.Module):
+    """Encoder, max pooling over tokens, two linear layers, sigmoid.
+
+    `encoder(input_ids=, attention_mask=)` returns an object with `last_hidden_state` [B, L, H].
+    """
+
+    def __init__(self, encoder: nn.Module, width: int, tokenizer: Any, max_length: int = MAX_LENGTH):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+        """score_B in (0, 1), fp32 even under autocast. Every row needs a token with attention mask 1, as `encode` sees to."""
+        with torch.autocast(input_ids_BL.device.type, enabled=False):
+            hidden_BLH = self.encoder(input_ids=input_ids_BL, attention_mask=attention_mask_BL).last_hidden_state
+            padding_BL1 = (attention_mask_BL == 0).unsqueeze(-1)
+            pooled_BH = hidden_BLH.masked_fill(padding_BL1, float("-inf")).amax(dim=1)
+            return torch.sigmoid(self.head(pooled_BH).squeeze(-1))
+
+    def encode(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """(input_ids_BL, attention_mask_BL) of question, separator, rationale; padded on the right, on the module's device.
+
+        Beyond `max_length` the question loses its left end first, then the rationale its right end.
+        """
+        return self._pad(self._token_ids(pairs))
+
+    @torch.no_grad()
+    def score(self, pairs: Sequence[Pair], batch_size: int = 64) -> Tensor:
+        """score_R of `pairs` in their order, fp32, on the module's device; eval mode, batches of similar length."""
+        ids = self._token_ids(pairs)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        score_R = torch.empty(len(ids), dtype=torch.float32, device=self.device)
+        was_training = self.training
+        self.eval()
+        try:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                score_R[torch.tensor(rows, device=self.device)] = self(*self._pad([ids[i] for i in rows]))
+        finally:
+            self.train(was_training)
+        return score_R
+
+    def tensors(self) -> dict[str, Tensor]:
+        """{name: weight}, each once however many names it is tied to: what safetensors accepts."""
+        first_name = self._first_names()
+        return {
+            name: t.detach().contiguous() for name, t in self.state_dict(keep_vars=True).items() if first_name[name] == name
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over the weights of `tensors()`. Raises `InputError` if names or shapes are another discriminator's."""
+        own = self.tensors()
+        expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if wrong := [name for name in sorted(expected | actual) if expected.get(name) != actual.get(name)]:
+            shapes = f"{wrong[0]}: expected {expected.get(wrong[0])}, got {actual.get(wrong[0])}"
+            raise InputError(f"{len(wrong)} weights are not those of this discriminator, e.g. {shapes}")
+        self.load_state_dict({name: tensors[first] for name, first in self._first_names().items()})
+
+    def _first_names(self) -> dict[str, str]:
+        """{name of a weight: the first name that the same weight has}; they differ where weights are tied."""
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(tensor), name) for name, tensor in self.state_dict(keep_vars=True).items()}
+
+    def _token_ids(self, pairs: Sequence[Pair]) -> list[list[int]]:
+        if not pairs:
+            return []
+        tokenize = lambda texts: self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
+        separator = _first_id(self.tokenizer, "sep_token_id", "eos_token_id")
+        middle = [separator] if separator is not None else tokenize(["\n"])[0]
+        distinct = list(dict.fromkeys(question for question, _ in pairs))
+        question_ids = dict(zip(distinct, tokenize(distinct), strict=True))
+        rows = []
+        for (question, _), rationale in zip(pairs, tokenize(r for _, r in pairs), strict=True):
+            rationale = rationale[: self.max_length - len(middle)]
+            room = self.max_length - len(middle) - len(rationale)
+            left = question_ids[question]
+            rows.append(left[max(0, len(left) - room) :] + middle + rationale or [self._pad_id])
+        return rows
+
+    def _pad(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        length = max(map(len, ids), default=0)
+        input_ids = [row + [self._pad_id] * (length - len(row)) for row in ids]
+        mask = [[1] * len(row) + [0] * (length - len(row)) for row in ids]
+        shape = (len(ids), length)
+        return (
+            torch.tensor(input_ids, dtype=torch.long, device=self.device).view(shape),
+            torch.tensor(mask, dtype=torch.long, device=self.device).view(shape),
+        )
+
+    @property
+    def _pad_id(self) -> int:
+        return _first_id(self.tokenizer, "pad_token_id", "eos_token_id") or 0
+
+
+class SmallEncoder(nn.Module):
+    """A bidirectional pre-norm Transformer with learned positions, for students that have no encoder to copy."""
+
+    def __init__(self, vocab_size: int, width: int = 256, layers: int = 4, heads: int = 4, dropout: float = 0.1):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, width)
+        self.position = nn.Embedding(MAX_LENGTH, width)
+        self.dropout = nn.Dropout(dropout)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.position.weight, std=0.02)
+        for parameter in self.layers.parameters():  # nn.TransformerEncoder starts all layers as copies of one
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
+        position_L = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden_BLH = self.dropout(self.embed(input_ids) + self.position(position_L))
+        hidden_BLH = self.layers(hidden_BLH, src_key_padding_mask=attention_mask == 0)
+        return BaseModelOutput(last_hidden_state=hidden_BLH)
+
+
+def build_discriminator(name: str, student_model: Any, student_tokenizer: Any, *, seed: int = 0) -> Discriminator | None:
+    """The discriminator of `--discriminator name`, fp32, on the student's device, sharing no parameter with the student.
+
+    "none": None. "auto": a copy of an encoder-decoder student's own encoder, else a `SmallEncoder` over the student's
+    vocabulary. Anything else: a Hugging Face folder or hub id (of an encoder-decoder, its encoder), from safetensors alone
+    and without remote code; raises `InputError` where it cannot be loaded.
+    """
+    if name == "none":
+        return None
+    with _own_randomness(torch.device("cpu"), seed, "discriminator", "build"):
+        max_length, tokenizer = MAX_LENGTH, student_tokenizer
+        if name != "auto":
+            encoder, tokenizer = _load_encoder(name)
+            width, max_length = encoder.config.hidden_size, _length_limit(encoder, tokenizer)
+        elif getattr(student_model.config, "is_encoder_decoder", False):
+            encoder = copy.deepcopy(student_model.get_encoder())
+            width, max_length = encoder.config.hidden_size, _length_limit(encoder)
+        else:
+            encoder = SmallEncoder(max(student_tokenizer.get_vocab().values()) + 1)
+            width = encoder.embed.embedding_dim
+        for module in encoder.modules():  # a copy would go on checkpointing as the student does
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+        discriminator = Discriminator(encoder, width, tokenizer, max_length)
+    device = next(student_model.parameters()).device
+    return discriminator.requires_grad_(True).to(device=device, dtype=torch.float32).eval()
+
+
+def _load_encoder(name: str) -> tuple[Any, Any]:
+    """(encoder, tokenizer) of a Hugging Face folder or hub id."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        model = AutoModel.from_pretrained(name, config=config, use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"--discriminator {name!r} cannot be loaded as an encoder with a tokenizer: {error}") from error
+    encoder = model.get_encoder() if config.is_encoder_decoder else model
+    if not isinstance(getattr(encoder.config, "hidden_size", None), int):
+        raise InputError(f"--discriminator {name!r} is no text encoder: {type(encoder).__name__} has no single hidden size")
+    return encoder, tokenizer
+
+
+def _length_limit(encoder: Any, tokenizer: Any = None) -> int:
+    """Tokens the encoder takes: its positions (RoBERTa's kind start after the padding index), at most `MAX_LENGTH`."""
+    limit = getattr(encoder.config, "max_position_embeddings", None) or MAX_LENGTH
+    for name, module in encoder.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limit -= module.padding_idx + 1
+    return min(MAX_LENGTH, limit, getattr(tokenizer, "model_max_length", None) or MAX_LENGTH)
+
+
+def _first_id(tokenizer: Any, *names: str) -> int | None:
+    return next((token for name in names if (token := getattr(tokenizer, name, None)) is not None), None)
+
+
+# ---- losses ----
+
+
+def discriminator_loss(score_R: Tensor, question_R: Tensor, positive_R: Tensor, kind: str = "ratio") -> tuple[Tensor, Tensor]:
+    """(L_D, number of questions counted [int64 scalar]); L_D is the mean over the questions that have both classes.
+
+    score_R in (0, 1); question_R: index of a rationale's question, in any order; positive_R bool. kind:
+    "ratio" Eq. 2, "infonce" the same with the positives in the denominator too, "bce" the mean binary cross entropy of a
+    question's rationales. Without any question to count the loss is 0 and so is its gradient.
+    """
+    if kind not in ("ratio", "infonce", "bce"):
+        raise ValueError(f"kind is ratio, infonce or bce; got {kind!r}")
+    if score_R.dim() != 1 or question_R.shape != score_R.shape or positive_R.shape != score_R.shape:
+        shapes = [tuple(t.shape) for t in (score_R, question_R, positive_R)]
+        raise ValueError(f"score_R, question_R and positive_R have one shape [R]; got {shapes}")
+    if len(score_R) == 0:
+        return score_R.sum(), question_R.new_zeros((), dtype=torch.long)
+    positive_R = positive_R.bool()
+    member_QR = torch.arange(int(question_R.max()) + 1, device=question_R.device)[:, None] == question_R
+    positive_QR, negative_QR = member_QR & positive_R, member_QR & ~positive_R
+    counted_Q = positive_QR.any(1) & negative_QR.any(1)
+    # Rows without a class are filled so that no -inf enters the backward pass; they are dropped at the end.
+    positive_QR, negative_QR = positive_QR | ~counted_Q[:, None], negative_QR | ~counted_Q[:, None]
+    if kind == "bce":
+        bce_R = F.binary_cross_entropy(score_R, positive_R.to(score_R.dtype), reduction="none")
+        loss_Q = (member_QR * bce_R).sum(1) / member_QR.sum(1).clamp(min=1)
+    else:
+        log_positive_Q = score_R.masked_fill(~positive_QR, float("-inf")).logsumexp(1)
+        below_QR = negative_QR if kind == "ratio" else positive_QR | negative_QR
+        loss_Q = score_R.masked_fill(~below_QR, float("-inf")).logsumexp(1) - log_positive_Q  # Eq. 2
+    count = counted_Q.sum()
+    return torch.where(counted_Q, loss_Q, 0.0).sum() / count.clamp(min=1), count
+
+
+# ---- augmentation ----
+
+
+def augment(text: str, key: tuple[Any, ...], words: Sequence[str], kinds: Sequence[str] = ("mask", "replace")) -> str:
+    """`text` with 15 to 50 % of its words (at least one) masked by `BLANK` or replaced from `words`; never `text` itself.
+
+    A pure function of its arguments: `key` (seed, question id, index) names the random numbers. What is not a word,
+    spaces and punctuation, is kept, so that the corruption cannot be told by its layout.
+    """
+    if not kinds or set(kinds) - {"mask", "replace"}:
+        raise ValueError(f"kinds are mask and replace; got {kinds!r}")
+    rng = random.Random(_hash(*key))
+    kind = rng.choice(kinds)
+    pieces = re.split(r"(\w+)", text)
+    places = list(range(1, len(pieces), 2))
+    for place in rng.sample(places, min(len(places), max(1, round(len(places) * rng.uniform(0.15, 0.5))))):
+        word = rng.choice(words) if kind == "replace" and words else BLANK
+        pieces[place] = word if word != pieces[place] else BLANK
+    corrupted = "".join(pieces)
+    return corrupted if corrupted != text else f"{text} {BLANK}".lstrip()
+
+
+# ---- training ----
+
+
+class _Example(NamedTuple):
+    """A question with the texts of both classes."""
+
+    id: str
+    text: str
+    positives: list[str]
+    negatives: list[str]
+
+
+class DiscriminatorTrainer:
+    """Trains a discriminator with its own AdamW; the learning rate is config.discriminator_learning_rate * a3 (Eq. 8)."""
+
+    def __init__(self, discriminator: Discriminator, config: TrainConfig):
+        self.discriminator, self.config = discriminator, config
+        self.optimizer = torch.optim.AdamW(discriminator.parameters(), weight_decay=WEIGHT_DECAY)
+        self.set_alpha(config.alpha_d)
+
+    def set_alpha(self, alpha_d: float) -> None:
+        """a3 of this iteration."""
+        self.alpha_d = alpha_d
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.discriminator_learning_rate * alpha_d
+
+    def pretrain(self, questions: Sequence[Question], steps: int, on_step: Callable[[int], None] | None = None) -> float | None:
+        """`steps` optimizer steps on the teacher's rationales, balanced by corrupted positives; mean loss or None.
+
+        Each pass over the questions corrupts anew. `on_step(step)` is called after each step, e.g. to stop the run.
+        """
+        words, usable = _words(questions), [question for question in questions if question.positives]
+
+        def batches() -> Iterator[list[_Example]]:
+            for epoch in itertools.count() if usable else ():
+                key = (self.config.seed, "pretrain", epoch)
+                for batch in self._batches(usable, key):
+                    examples = [_example(question) for question in batch]
+                    yield [e._replace(negatives=e.negatives + _corrupted(e, (*key, e.id), words)) for e in examples]
+
+        return self._train(itertools.islice(batches(), steps), "pretraining", on_step)
+
+    def update(
+        self,
+        questions: Sequence[Question],
+        lagged: Mapping[str, Sequence[str]],
+        iteration: int,
+        on_step: Callable[[int], None] | None = None,
+    ) -> float | None:
+        """One pass over at most config.discriminator_update_batches batches; mean loss, or None if nothing could be learnt.
+
+        Negatives are the teacher's minority and `lagged[question id]`, the student's. Batches are made of the questions
+        that have both classes, shuffled by (seed, iteration).
+        """
+        usable = [q for q in questions if q.positives and (q.negatives or lagged.get(q.id))]
+        batches = itertools.islice(
+            self._batches(usable, (self.config.seed, "update", iteration)), self.config.discriminator_update_batches
+        )
+        examples = ([_example(question, lagged.get(question.id, ())) for question in batch] for batch in batches)
+        return self._train(examples, f"iteration {iteration}", on_step)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The discriminator's weights, for safetensors."""
+        return self.discriminator.tensors()
+
+    def optimizer_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """({parameter/moment: tensor} for safetensors, the rest for JSON). A parameter never updated has no entry."""
+        tensors = {
+            f"{name}/{moment}": tensor.detach().contiguous()
+            for name, parameter in self.discriminator.named_parameters()
+            for moment, tensor in self.optimizer.state.get(parameter, {}).items()
+        }
+        return tensors, {"alpha_d": self.alpha_d}
+
+    def load(
+        self, tensors: Mapping[str, Tensor], optimizer_tensors: Mapping[str, Tensor], optimizer_state: Mapping[str, Any]
+    ) -> None:
+        """Continues from what `tensors()` and `optimizer_tensors()` gave. Raises `InputError` if it does not fit."""
+        self.discriminator.load_tensors(tensors)
+        parameters = dict(self.discriminator.named_parameters())
+        self.optimizer.state.clear()
+        for key, tensor in optimizer_tensors.items():
+            name, _, moment = key.rpartition("/")
+            if name not in parameters or (moment != "step" and tensor.shape != parameters[name].shape):
+                raise InputError(f"the discriminator's optimizer state has an unexpected {key} {tuple(tensor.shape)}")
+            device = "cpu" if moment == "step" else parameters[name].device  # AdamW counts steps on the CPU
+            self.optimizer.state[parameters[name]][moment] = tensor.detach().to(device, copy=True)
+        self.set_alpha(float(optimizer_state["alpha_d"]))
+
+    def _batches(self, questions: Sequence[Question], key: tuple[Any, ...]) -> Iterator[list[Question]]:
+        """The questions, shuffled by `key`, in batches of config.discriminator_batch_size."""
+        order, size = list(questions), self.config.discriminator_batch_size
+        random.Random(_hash(*key)).shuffle(order)
+        return (order[start : start + size] for start in range(0, len(order), size))
+
+    def _train(self, batches: Iterator[list[_Example]], when: str, on_step: Callable[[int], None] | None) -> float | None:
+        """One optimizer step a batch; the mean loss over questions, or None without a batch."""
+        total, count = 0.0, 0
+        with _own_randomness(self.discriminator.device, self.config.seed, "discriminator", when):
+            self.discriminator.train()
+            try:
+                for step, batch in enumerate(batches):
+                    total += self._step(batch, f"{when}, step {step}") * len(batch)
+                    count += len(batch)
+                    if on_step:
+                        on_step(step)
+            finally:
+                self.discriminator.eval()
+        return total / count if count else None
+
+    def _step(self, batch: list[_Example], when: str) -> float:
+        pairs, question, positive = [], [], []
+        for index, example in enumerate(batch):
+            for is_positive, texts in ((True, example.positives), (False, example.negatives)):
+                pairs += [(example.text, text) for text in texts]
+                question += [index] * len(texts)
+                positive += [is_positive] * len(texts)
+        device = self.discriminator.device
+        score_R = self.discriminator(*self.discriminator.encode(pairs))
+        loss, _ = discriminator_loss(
+            score_R,
+            torch.tensor(question, device=device),
+            torch.tensor(positive, device=device),
+            self.config.discriminator_loss,
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), MAX_GRAD_NORM)
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            ids = ", ".join(example.id for example in batch)
+            raise RunError(f"discriminator, {when}: loss {loss:g}, gradient norm {norm:g}; questions {ids}")
+        self.optimizer.step()
+        return loss.item()
+
+
+def _texts(rationales: Sequence[Any]) -> list[str]:
+    return [rationale.text for rationale in rationales]
+
+
+def _example(question: Question, more_negatives: Sequence[str] = ()) -> _Example:
+    negatives = [*_texts(question.negatives), *more_negatives]
+    return _Example(question.id, question_text(question), _texts(question.positives), negatives)
+
+
+def _corrupted(example: _Example, key: tuple[Any, ...], words: Sequence[str]) -> list[str]:
+    """Corrupted positives, as many as the question lacks negatives for equal counts of both classes."""
+    missing = max(0, len(example.positives) - len(example.negatives))
+    return [augment(example.positives[i], (*key, i), words) for i in range(missing)]
+
+
+def _words(questions: Sequence[Question]) -> list[str]:
+    """Words of the positive rationales, repeated as often as they occur, so that frequent ones replace more often."""
+    words = (w for q in questions for text in _texts(q.positives) for w in re.findall(r"\w+", text))
+    return list(itertools.islice(words, MAX_REPLACEMENT_WORDS))
+
+
+# ---- keyed randomness ----
+
+
+def _hash(*key: Any) -> int:
+    """63 bits that depend on the key alone, in every process and on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+@contextmanager
+def _own_randomness(device: torch.device, *key: Any) -> Iterator[None]:
+    """Inside, torch draws from `key` on the CPU and on `device`; afterwards its generators stand where they stood."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(_hash(*key))  # torch.manual_seed would reseed every other GPU too
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(_hash(*key))
+        yield
