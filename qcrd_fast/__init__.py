@@ -1,0 +1,29 @@
+"""QCRD (arXiv 2405.13014): quality-guided contrastive rationale distillation, with a loss that never holds the logits.
+
+The names below load on first use, so that `import qcrd_fast` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcrd_fast.losses import QCRDLoss as QCRDLoss
+    from qcrd_fast.losses import contrastive_loss as contrastive_loss
+    from qcrd_fast.ops import linear_logprob as linear_logprob
+
+__version__ = "0.1.0"
+__all__ = ["QCRDLoss", "__version__", "contrastive_loss", "linear_logprob"]
+
+_HOME = {"QCRDLoss": "losses", "contrastive_loss": "losses", "linear_logprob": "ops"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

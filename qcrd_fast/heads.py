@@ -1,0 +1,112 @@
+"""How a Hugging Face model turns its last hidden states into logits: read off the model, and checked against it once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcrd_fast.errors import InputError
+
+DIVIDED_BY_LOGITS_SCALING = ("granite", "minicpm")  # beginnings of model types; others multiply by it
+T5_LIKE = ("umt5", "switch_transformers")  # they scale when embeddings are tied, and say so nowhere else
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """logits = softcap * tanh(a / softcap), a = scale * hidden weight^T + bias, with the model's own tensors (not copies)."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., V] of hidden states [..., H], in their type; what the losses never hold."""
+        logits = self.scale * torch.nn.functional.linear(hidden, self.weight)
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+def read_head(model: Any) -> Head:
+    """The head of a Hugging Face language model. Cheap: looks at the configuration and the output embedding.
+
+    Raises `InputError` where there is no output embedding.
+    """
+    model = _unwrapped(model)
+    output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if getattr(output, "weight", None) is None:
+        raise InputError(
+            f"{type(model).__name__} has no output embedding: expected a causal or sequence-to-sequence language model"
+        )
+    config = model.config
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    kind = str(config.model_type)
+    scale = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere
+    if scaling := getattr(text, "logits_scaling", None):  # Granite
+        scale *= 1 / scaling if kind.startswith(DIVIDED_BY_LOGITS_SCALING) else scaling
+    scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
+    if getattr(config, "scale_decoder_outputs", kind in T5_LIKE and config.tie_word_embeddings):
+        scale *= config.d_model**-0.5
+    bias = output.bias if getattr(output, "bias", None) is not None else None
+    final_bias = getattr(model, "final_logits_bias", None)  # BART: a buffer [1, V]
+    if bias is None and final_bias is not None:
+        bias = final_bias[0]
+    return Head(output.weight, bias, scale, getattr(text, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def check_head(model: Any, head: Head) -> None:
+    """Compares the head's logits with the model's own on a few random tokens.
+
+    Raises `InputError` if they differ: this architecture computes its logits in a way that `Head` cannot express.
+    """
+    model = _unwrapped(model)
+    hidden: list[Tensor] = []
+
+    def capture(module: Any, inputs: Any, output: Any) -> None:
+        hidden.append(output[0] if isinstance(output, (tuple, list)) else output.last_hidden_state)
+
+    device = head.weight.device
+    ids = torch.randint(0, len(head.weight), (1, 5), generator=torch.Generator().manual_seed(0)).to(device)
+    inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    training = model.training
+    handle = body(model).register_forward_hook(capture)
+    try:
+        model.eval()
+        expected = model(input_ids=ids, **inputs).logits.float()
+    finally:
+        handle.remove()
+        model.train(training)
+    if not hidden or hidden[-1].shape[-1] != head.weight.shape[1]:
+        raise InputError(f"{_name(model)} is not supported: its last hidden states could not be read")
+    actual = head.logits(hidden[-1]).float()
+    tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 3e-2
+    error = (actual - expected).norm() / expected.norm().clamp(min=1e-12) if actual.shape == expected.shape else torch.inf
+    if not error <= tolerance:
+        raise InputError(
+            f"{_name(model)} is not supported: it computes its logits in another way than "
+            f"softcap * tanh((scale * h W^T + bias) / softcap) with scale {head.scale:g} and softcap {head.softcap} "
+            f"(relative difference {float(error):.2g}, expected at most {tolerance:g})"
+        )
+
+
+def body(model: Any) -> Any:
+    """The module whose output is the hidden states that enter the head: the decoder, or the model without its head."""
+    return model.get_decoder() if model.config.is_encoder_decoder else model.base_model
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside DistributedDataParallel, torch.compile or PEFT."""
+    for name in ("module", "_orig_mod"):
+        model = getattr(model, name, model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _name(model: Any) -> str:
+    return f"{type(model).__name__} (model_type {model.config.model_type!r})"

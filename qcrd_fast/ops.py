@@ -1,0 +1,433 @@
+"""The two ops of the loss as torch operators: checks, choice of implementation, autograd.
+
+`linear_logprob`: hidden states x head -> log p of each target, never holding the logits. `contrastive`: log p of each token ->
+mean per rationale, selection per question, weights, hinge, the two terms of Eq. 3. Shape suffixes as in `reference`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcrd_fast import reference
+from qcrd_fast.config import IMPLS
+from qcrd_fast.reference import Contrast, HeadOptions
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(eager | torch | triton, why). QCRD_FAST_IMPL overrides `impl`. What was asked for and cannot run is a `ValueError`."""
+    forced = os.environ.get("QCRD_FAST_IMPL")
+    asked = forced or impl
+    origin = f"QCRD_FAST_IMPL={forced}" if forced else f"impl={impl!r}"
+    if asked not in IMPLS:
+        raise ValueError(f"{origin}: expected one of {', '.join(IMPLS)}")
+    obstacle = _triton_obstacle(device, dtype)
+    if asked == "auto":
+        return ("torch", obstacle) if obstacle else ("triton", f"a CUDA GPU and {dtype}")
+    if asked == "triton" and obstacle and not (device.type == "cpu" and _interpreting() and dtype != torch.float64):
+        raise ValueError(f"{origin} cannot run: {obstacle}")
+    return asked, origin
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels do not run by themselves, or None."""
+    if dtype == torch.float64:
+        return "the kernels have no float64"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, and the kernels need a CUDA GPU (or TRITON_INTERPRET=1, for tests)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"compute capability {torch.cuda.get_device_capability(device)} is below 8.0"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def require(condition: Tensor | bool, message: Callable[[], str]) -> None:
+    """`ValueError` unless true. A value on a GPU is asserted there, without a host sync; under torch.compile it is trusted."""
+    if not isinstance(condition, Tensor):
+        if not condition:
+            raise ValueError(message())
+    elif torch.compiler.is_compiling():
+        return
+    elif condition.is_cuda:
+        torch._assert_async(condition, "qcrd_fast: a value is out of range; run on the CPU to see which")
+    elif not bool(condition):
+        raise ValueError(message())
+
+
+# ---- log p of each token ------------------------------------------------------------------------------------------------
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    impl: str = "auto",
+    max_rows: int | None = None,
+) -> Any:
+    """log p(target) in nats [...], fp32 (float64 for float64 operands), never above 0; 0 and no gradient where ignored.
+
+    hidden [..., H]; weight [V, H]; target [...] int64, already shifted; bias [V].
+    logits = softcap * tanh(a / softcap) / temperature, a = scale * hidden weight^T + bias.
+
+    With `return_lse` / `return_entropy` a tuple: log p, then log-sum-exp, then entropy, in nats and differentiable too.
+    The product is taken in hidden's type (under autocast, autocast's) and accumulated in fp32. The backward pass visits only
+    rows whose gradient is not 0; `max_rows`, a bound on their number, saves it one host sync on a GPU.
+
+    Raises `ValueError` naming what was expected and what came.
+    """
+    weight = full_tensor(weight)
+    bias = None if bias is None else full_tensor(bias)
+    H, V = hidden.shape[-1], weight.shape[0]
+    require(hidden.is_floating_point(), lambda: f"hidden must be floating point, got {hidden.dtype}")
+    require(weight.is_floating_point(), lambda: f"weight must be floating point, got {weight.dtype}")
+    require(
+        weight.dim() == 2 and weight.shape[1] == H,
+        lambda: f"weight must be [V, {H}] to match hidden {list(hidden.shape)}, got {list(weight.shape)}",
+    )
+    require(
+        target.shape == hidden.shape[:-1],
+        lambda: f"target must be {list(hidden.shape[:-1])} to match hidden, got {list(target.shape)}",
+    )
+    require(target.dtype in (torch.int64, torch.int32), lambda: f"target must be int64 or int32, got {target.dtype}")
+    require(
+        bias is None or bias.shape == (V,),
+        lambda: f"bias must be [{V}] to match weight, got {list(bias.shape) if bias is not None else None}",
+    )
+    require(
+        all(x is None or x.device == hidden.device for x in (weight, target, bias)),
+        lambda: f"weight, target and bias must be on {hidden.device} with hidden",
+    )
+    require(temperature > 0, lambda: f"temperature must be above 0, got {temperature}")
+    require(softcap is None or softcap > 0, lambda: f"softcap must be above 0 or None, got {softcap}")
+    require(max_rows is None or max_rows >= 0, lambda: f"max_rows must be at least 0 or None, got {max_rows}")
+    hidden_TH, target_T = hidden.reshape(-1, H), target.reshape(-1).long()
+    require(
+        ((target_T == ignore_index) | ((target_T >= 0) & (target_T < V))).all(),
+        lambda: (
+            f"target must lie in [0, {V}) or be ignore_index {ignore_index}, got {int(target.min())} to {int(target.max())}"
+        ),
+    )
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        hidden_TH = hidden_TH.to(torch.get_autocast_dtype(device_type))
+    chosen = choose_impl(impl, hidden.device, hidden_TH.dtype)[0]
+    options = HeadOptions(float(scale), float(softcap or 0), float(temperature))
+    with torch.autocast(device_type, enabled=False):
+        if chosen == "eager":
+            out = reference.linear_logprob_eager(hidden_TH, weight, target_T, bias, options, ignore_index)
+        else:
+            head = (hidden_TH, weight, target_T, bias, *options)
+            out = _linear_logprob(*head, ignore_index, return_entropy, chosen == "triton", max_rows)
+    logprob, lse, entropy = (x.reshape(target.shape) if x.numel() == target.numel() else x for x in out)
+    extras = (lse,) * return_lse + (entropy,) * return_entropy
+    return (logprob, *extras) if extras else logprob
+
+
+def full_tensor(x: Any) -> Tensor:
+    """`x` gathered if it is sharded (FSDP2's DTensor); its gradient is averaged over the ranks, as FSDP2 does with others."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    from torch.distributed.tensor import Partial
+
+    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
+
+
+@torch.library.custom_op("qcrd_fast::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    scale: float,
+    softcap: float,
+    temperature: float,
+    ignore_index: int,
+    want_entropy: bool,
+    triton: bool,
+    max_rows: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p, log-sum-exp, entropy or [0])."""
+    options = HeadOptions(scale, softcap, temperature)
+    twin: Any = reference.chunked_forward
+    if triton:
+        from csrc_triton.linear_logprob import forward as twin  # type: ignore[no-redef]
+    with torch.autocast(hidden_TH.device.type, enabled=False):
+        return twin(hidden_TH, weight_VH, target_T, bias_V, options, ignore_index, want_entropy)
+
+
+@_linear_logprob.register_fake
+def _(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    scale: float,
+    softcap: float,
+    temperature: float,
+    ignore_index: int,
+    want_entropy: bool,
+    triton: bool,
+    max_rows: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out_T = hidden_TH.new_empty(hidden_TH.shape[0], dtype=reference.accumulation_dtype(hidden_TH.dtype))
+    return out_T, torch.empty_like(out_T), torch.empty_like(out_T) if want_entropy else out_T.new_empty(0)
+
+
+@torch.library.custom_op("qcrd_fast::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    lse_T: Tensor,
+    onehot_T: Tensor,
+    prob_T: Tensor,
+    probz_T: Tensor | None,
+    scale: float,
+    softcap: float,
+    temperature: float,
+    triton: bool,
+    max_rows: int | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dHidden, dWeight, dBias), each [0] where not needed; the three coefficients are those of `chunked_backward`."""
+    options = HeadOptions(scale, softcap, temperature)
+    twin: Any = reference.chunked_backward
+    if triton:
+        from csrc_triton.linear_logprob import backward as twin  # type: ignore[no-redef]
+    T = len(target_T)
+    wanted_T = (onehot_T != 0) | (prob_T != 0)
+    if probz_T is not None:
+        wanted_T = wanted_T | (probz_T != 0)
+    rows_S, real_S = compact(wanted_T, max_rows)
+
+    def take(x_T: Tensor) -> Tensor:
+        return x_T[rows_S] if real_S is None else x_T[rows_S].where(real_S, 0)
+
+    coefficients = (take(onehot_T), take(prob_T), None if probz_T is None else take(probz_T))
+    with torch.autocast(hidden_TH.device.type, enabled=False):
+        dhidden_SH, dweight_VH, dbias_V = twin(
+            hidden_TH[rows_S], weight_VH, target_T[rows_S], bias_V, lse_T[rows_S], coefficients, options, tuple(needs)
+        )
+    dhidden_TH, empty = None, hidden_TH.new_empty(0)
+    if dhidden_SH is not None:
+        # One row more than there are tokens takes what the padding of `rows_S` writes.
+        dhidden_TH = hidden_TH.new_zeros((T + 1, hidden_TH.shape[1]))
+        slots_S = rows_S if real_S is None else rows_S.where(real_S, T)
+        dhidden_TH[slots_S] = dhidden_SH.to(hidden_TH.dtype)
+        dhidden_TH = dhidden_TH[:T]
+    grads = (dhidden_TH, dweight_VH, dbias_V)
+    return tuple(empty.clone() if grad is None else grad for grad in grads)  # type: ignore[return-value]
+
+
+@_linear_logprob_backward.register_fake
+def _(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    lse_T: Tensor,
+    onehot_T: Tensor,
+    prob_T: Tensor,
+    probz_T: Tensor | None,
+    scale: float,
+    softcap: float,
+    temperature: float,
+    triton: bool,
+    max_rows: int | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    def like(x: Tensor | None, need: bool) -> Tensor:
+        return torch.empty_like(x).contiguous() if need and x is not None else hidden_TH.new_empty(0)
+
+    return like(hidden_TH, needs[0]), like(weight_VH, needs[1]), like(bias_V, needs[2])
+
+
+def compact(wanted_T: Tensor, max_rows: int | None) -> tuple[Tensor, Tensor | None]:
+    """(indices of the true entries, which of them are real). With `max_rows`: exactly that many, padded, and no host sync."""
+    if max_rows is None:
+        return wanted_T.nonzero()[:, 0], None
+    T = len(wanted_T)
+    S = min(max_rows, T)
+    count = wanted_T.sum()
+    require(count <= S, lambda: f"max_selected_tokens is {max_rows}, but {int(count)} tokens have a gradient")
+    slot_T = torch.where(wanted_T, wanted_T.cumsum(0) - 1, S).clamp(max=S)
+    index_T = torch.arange(T, device=wanted_T.device)
+    rows_S = torch.zeros(S + 1, dtype=torch.int64, device=wanted_T.device).scatter(0, slot_T, index_T)[:S]
+    return rows_S, torch.arange(S, device=wanted_T.device) < count
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden_TH, weight_VH, target_T, bias_V, scale, softcap, temperature, ignore_index, _, triton, max_rows = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden_TH, weight_VH, target_T, bias_V, output[1], output[2])
+    ctx.settings = (scale, softcap, temperature, triton, max_rows)
+    ctx.ignore_index = ignore_index
+
+
+def _linear_backward(ctx: Any, dlogprob_T: Tensor | None, dlse_T: Tensor | None, dentropy_T: Tensor | None) -> tuple[Any, ...]:
+    hidden_TH, weight_VH, target_T, bias_V, lse_T, entropy_T = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    # With z a row's logits and H its entropy: d log p_t / dz_j = [j = t] - p_j; d lse / dz_j = p_j;
+    # d H / dz_j = -p_j (z_j - lse + H).
+    zero_T = torch.zeros_like(lse_T)
+    onehot_T = zero_T if dlogprob_T is None else dlogprob_T
+    prob_T = -onehot_T if dlse_T is None else dlse_T - onehot_T
+    probz_T = None
+    if dentropy_T is not None and len(entropy_T) == len(lse_T):
+        prob_T = prob_T + dentropy_T * (lse_T - entropy_T)
+        probz_T = -dentropy_T
+    valid_T = target_T != ctx.ignore_index
+    onehot_T, prob_T = onehot_T.where(valid_T, 0), prob_T.where(valid_T, 0)
+    probz_T = None if probz_T is None else probz_T.where(valid_T, 0)
+    scale, softcap, temperature, triton, max_rows = ctx.settings
+    head = (hidden_TH, weight_VH, target_T, bias_V, lse_T)
+    grads = _linear_logprob_backward(*head, onehot_T, prob_T, probz_T, scale, softcap, temperature, triton, max_rows, needs)
+    dhidden, dweight, dbias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return dhidden, dweight, None, dbias, *[None] * 7
+
+
+_linear_logprob.register_autograd(_linear_backward, setup_context=_save_linear)
+
+
+# ---- many-to-one contrastive loss ---------------------------------------------------------------------------------------
+
+
+def contrastive(
+    logprob_T: Tensor,
+    rationale_T: Tensor,
+    valid_T: Tensor | None,
+    question_R: Tensor,
+    positive_R: Tensor,
+    quality_R: Tensor | None,
+    key_R: Tensor,
+    selects: tuple[str, str],
+    delta: float,
+    num_questions: Tensor,
+    seed: int,
+    iteration: int,
+    impl: str,
+) -> Contrast:
+    """The two terms of Eq. 3 and what was selected, from fp32 or float64 log p. Arguments are already checked."""
+    chosen = choose_impl(impl, logprob_T.device, logprob_T.dtype)[0]
+    segments = (logprob_T, rationale_T, valid_T, question_R, positive_R, quality_R)
+    if chosen == "eager":
+        return reference.contrastive_eager(*segments, key_R, selects, delta, num_questions, seed, iteration)
+    score_R = None
+    if "sampling" in selects:
+        score_R = reference.sampling_scores(seed, key_R, iteration, question_R, positive_R)
+    return Contrast(*_contrastive(*segments, score_R, *selects, delta, num_questions, chosen == "triton"))
+
+
+@torch.library.custom_op("qcrd_fast::contrastive", mutates_args=())
+def _contrastive(
+    logprob_T: Tensor,
+    rationale_T: Tensor,
+    valid_T: Tensor | None,
+    question_R: Tensor,
+    positive_R: Tensor,
+    quality_R: Tensor | None,
+    score_R: Tensor | None,
+    positive_select: str,
+    negative_select: str,
+    delta: float,
+    num_questions: Tensor,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `Contrast`."""
+    twin: Any = reference.contrastive_torch
+    if triton:
+        from csrc_triton.contrastive import forward as twin  # type: ignore[no-redef]
+    segments = (logprob_T, rationale_T, valid_T, question_R, positive_R, quality_R, score_R)
+    return tuple(twin(*segments, (positive_select, negative_select), delta, num_questions))  # type: ignore[return-value]
+
+
+@_contrastive.register_fake
+def _(
+    logprob_T: Tensor,
+    rationale_T: Tensor,
+    valid_T: Tensor | None,
+    question_R: Tensor,
+    positive_R: Tensor,
+    quality_R: Tensor | None,
+    score_R: Tensor | None,
+    positive_select: str,
+    negative_select: str,
+    delta: float,
+    num_questions: Tensor,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    nll_R, term = logprob_T.new_empty(question_R.shape), logprob_T.new_empty(())
+    count_R = torch.empty_like(question_R)
+    return term, torch.empty_like(term), nll_R, torch.empty_like(nll_R), torch.empty_like(positive_R), count_R
+
+
+@torch.library.custom_op("qcrd_fast::contrastive_backward", mutates_args=())
+def _contrastive_backward(
+    dloss_pos: Tensor,
+    dloss_neg: Tensor,
+    rationale_T: Tensor,
+    valid_T: Tensor | None,
+    positive_R: Tensor,
+    weight_R: Tensor,
+    count_R: Tensor,
+    triton: bool,
+) -> Tensor:
+    """d log p [T]: each token of a rationale takes -weight / count of its term's gradient."""
+    if triton:
+        from csrc_triton.contrastive import backward
+
+        return backward(dloss_pos, dloss_neg, rationale_T, valid_T, positive_R, weight_R, count_R)
+    dmean_R = -weight_R * torch.where(positive_R, dloss_pos, dloss_neg) / count_R.clamp(min=1)
+    dlogprob_T = dmean_R[rationale_T]
+    return dlogprob_T if valid_T is None else dlogprob_T.where(valid_T, 0)
+
+
+@_contrastive_backward.register_fake
+def _(
+    dloss_pos: Tensor,
+    dloss_neg: Tensor,
+    rationale_T: Tensor,
+    valid_T: Tensor | None,
+    positive_R: Tensor,
+    weight_R: Tensor,
+    count_R: Tensor,
+    triton: bool,
+) -> Tensor:
+    return weight_R.new_empty(rationale_T.shape)
+
+
+def _save_contrastive(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, rationale_T, valid_T, _, positive_R, *_, triton = inputs
+    weight_R, count_R = output[3], output[5]
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(rationale_T, valid_T, positive_R, weight_R, count_R)
+    ctx.triton = triton
+
+
+def _contrastive_gradient(ctx: Any, dloss_pos: Tensor, dloss_neg: Tensor, *_: Any) -> tuple[Any, ...]:
+    dlogprob_T = _contrastive_backward(dloss_pos, dloss_neg, *ctx.saved_tensors, ctx.triton)
+    return dlogprob_T, *[None] * 11
+
+
+_contrastive.register_autograd(_contrastive_gradient, setup_context=_save_contrastive)

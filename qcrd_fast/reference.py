@@ -1,0 +1,382 @@
+"""The loss in plain torch, twice: `*_eager`, the oracle (full logits, Python loops, autograd), and the vectorised twins that
+run on a CPU (`chunked_*`, `contrastive_torch`), whose gradients are written out. Shape suffixes: T tokens, H hidden,
+V vocabulary, C chunk of the vocabulary, R rationales, S rows with a gradient. Equation numbers: arXiv 2405.13014.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 16 * 2**20  # largest block of logits that the chunked twin holds
+MIN_CHUNK = 64  # vocabulary rows, however many tokens there are
+MASK64 = 2**64 - 1
+GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
+
+
+class HeadOptions(NamedTuple):
+    """How hidden states become logits: `softcap * tanh(a / softcap) / temperature`, `a = scale * h W^T + bias`."""
+
+    scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+    temperature: float = 1.0
+
+
+class Contrast(NamedTuple):
+    """What the contrastive ops return. `weight_R` includes quality, the scheme's normalisation, 1/N and the hinge's gate."""
+
+    loss_pos: Tensor
+    loss_neg: Tensor
+    nll_R: Tensor
+    weight_R: Tensor
+    active_R: Tensor
+    count_R: Tensor
+
+
+# ---- log p of each token ------------------------------------------------------------------------------------------------
+
+
+def linear_logprob_eager(
+    hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, bias_V: Tensor | None, options: HeadOptions, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p of the target, log-sum-exp, entropy), each [T] in nats and 0 where ignored. Differentiated by autograd.
+
+    Operands are rounded to `hidden`'s type and multiplied in fp32 (float64 stays float64).
+    """
+    hidden_TH, weight_VH = accumulable(hidden_TH), accumulable(weight_VH.to(hidden_TH.dtype))
+    logits_TV = options.scale * (hidden_TH @ weight_VH.T)
+    if bias_V is not None:
+        logits_TV = logits_TV + bias_V.to(logits_TV.dtype)
+    if options.softcap:
+        logits_TV = options.softcap * torch.tanh(logits_TV / options.softcap)
+    logits_TV = logits_TV / options.temperature
+    logprob_TV = torch.log_softmax(logits_TV, dim=1)
+    valid_T = target_T != ignore_index
+    picked_T = logprob_TV.gather(1, target_T.where(valid_T, 0)[:, None])[:, 0]
+    prob_TV = logprob_TV.exp()
+    entropy_T = -(prob_TV * logprob_TV.masked_fill(prob_TV == 0, 0)).sum(1)
+    zero = picked_T.new_zeros(())
+    return (
+        torch.where(valid_T, picked_T, zero),
+        torch.where(valid_T, torch.logsumexp(logits_TV, dim=1), zero),
+        torch.where(valid_T, entropy_T, zero),
+    )
+
+
+def chunked_forward(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    options: HeadOptions,
+    ignore_index: int,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `linear_logprob_eager`, one chunk of the vocabulary at a time with an online log-sum-exp. Entropy [0] if unwanted."""
+    dtype = accumulation_dtype(hidden_TH.dtype)
+    (T, _), V = hidden_TH.shape, len(weight_VH)
+    # The smallest finite number, not -inf, so that a chunk of logits that are all -inf (masked by the bias) gives no NaN.
+    max_T = torch.full((T,), torch.finfo(dtype).min, dtype=dtype, device=hidden_TH.device)
+    sum_T, picked_T = torch.zeros_like(max_T), torch.zeros_like(max_T)
+    plogp_T = torch.zeros_like(max_T) if want_entropy else max_T.new_empty(0)  # sum of e log e, e = exp(logit - max)
+    hidden_TH = operand(hidden_TH)
+    for start, stop in chunks(V, T):
+        weight_CH = operand(weight_VH[start:stop].to(hidden_TH.dtype))
+        logits_TC = chunk_logits(hidden_TH, weight_CH, None if bias_V is None else bias_V[start:stop], options)[0]
+        local_T, hit_T = local_target(target_T, start, stop)
+        picked_T += logits_TC.gather(1, local_T[:, None])[:, 0].where(hit_T, 0)
+        new_max_T = torch.maximum(max_T, logits_TC.amax(1))
+        shift_T = max_T - new_max_T
+        decay_T = shift_T.exp()
+        exp_TC = logits_TC.sub_(new_max_T[:, None]).exp_()
+        if want_entropy:
+            plogp_T = decay_T * (plogp_T + shift_T.where(sum_T > 0, 0) * sum_T) - torch.special.entr(exp_TC).sum(1)
+        sum_T = sum_T * decay_T + exp_TC.sum(1)
+        max_T = new_max_T
+    valid_T = target_T != ignore_index
+    log_sum_T = sum_T.log()
+    lse_T = max_T + log_sum_T
+    logprob_T = (picked_T - lse_T).clamp(max=0)  # rounding can leave it a little above 0
+    entropy_T = (log_sum_T - plogp_T / sum_T).where(valid_T, 0) if want_entropy else plogp_T
+    return logprob_T.where(valid_T, 0), lse_T.where(valid_T, 0), entropy_T
+
+
+def chunked_backward(
+    hidden_SH: Tensor,
+    weight_VH: Tensor,
+    target_S: Tensor,
+    bias_V: Tensor | None,
+    lse_S: Tensor,
+    coefficients: tuple[Tensor, Tensor, Tensor | None],
+    options: HeadOptions,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dHidden [S, H] fp32, dWeight [V, H], dBias [V]) of the rows given; None where `needs` says no.
+
+    `coefficients` (onehot_S, prob_S, probz_S) make the gradient of a row's logits z:
+    onehot * [j = target] + p_j * (prob + probz * z_j), which covers log p, log-sum-exp and entropy.
+    """
+    dtype = accumulation_dtype(hidden_SH.dtype)
+    onehot_S, prob_S, probz_S = coefficients
+    need_hidden, need_weight, need_bias = needs
+    (S, H), V = hidden_SH.shape, len(weight_VH)
+    dhidden_SH = hidden_SH.new_zeros((S, H), dtype=dtype) if need_hidden else None
+    dweight_VH = torch.empty_like(weight_VH, memory_format=torch.contiguous_format) if need_weight else None
+    dbias_V = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
+    hidden_SH = operand(hidden_SH)
+    for start, stop in chunks(V, S):
+        weight_CH = operand(weight_VH[start:stop].to(hidden_SH.dtype))
+        bias_C = None if bias_V is None else bias_V[start:stop]
+        logits_SC, slope_SC = chunk_logits(hidden_SH, weight_CH, bias_C, options, want_slope=True)
+        if probz_S is None:
+            dz_SC = logits_SC.sub_(lse_S[:, None]).exp_().mul_(prob_S[:, None])
+        else:
+            p_SC = (logits_SC - lse_S[:, None]).exp_()
+            dz_SC = p_SC * (prob_S[:, None] + probz_S[:, None] * logits_SC.masked_fill_(p_SC == 0, 0))
+        local_S, hit_S = local_target(target_S, start, stop)
+        dz_SC.scatter_add_(1, local_S[:, None], onehot_S.where(hit_S, 0)[:, None])
+        if slope_SC is not None or options.temperature != 1:
+            dz_SC *= 1 / options.temperature if slope_SC is None else slope_SC
+        if dbias_V is not None:
+            dbias_V[start:stop] = dz_SC.sum(0)
+        if options.scale != 1:
+            dz_SC *= options.scale
+        if dhidden_SH is not None:
+            dhidden_SH += matmul(dz_SC.to(hidden_SH.dtype), weight_CH)
+        if dweight_VH is not None:
+            dweight_VH[start:stop] = matmul(dz_SC.to(hidden_SH.dtype).T, hidden_SH)
+    return dhidden_SH, dweight_VH, dbias_V
+
+
+def chunk_logits(
+    hidden_TH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, options: HeadOptions, want_slope: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(logits, d logits / d a where a softcap bends them), both [T, C]."""
+    logits_TC = matmul(hidden_TH, weight_CH.T)
+    if options.scale != 1:
+        logits_TC *= options.scale
+    if bias_C is not None:
+        logits_TC += bias_C
+    slope_TC = None
+    if options.softcap:
+        logits_TC.div_(options.softcap).tanh_()
+        if want_slope:
+            slope_TC = (1 - logits_TC.square()) / options.temperature
+        logits_TC *= options.softcap
+    if options.temperature != 1:
+        logits_TC /= options.temperature
+    return logits_TC, slope_TC
+
+
+def chunks(V: int, T: int) -> list[tuple[int, int]]:
+    """(start, stop) of each chunk of the vocabulary for T rows."""
+    step = max(MIN_CHUNK, CHUNK_BYTES // 4 // max(T, 1))
+    return [(start, min(start + step, V)) for start in range(0, V, step)]
+
+
+def local_target(target_T: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """(the target's column in the chunk, clamped into it; whether it lies there)."""
+    local_T = target_T - start
+    return local_T.clamp(0, stop - start - 1), (local_T >= 0) & (local_T < stop - start)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def accumulable(x: Tensor) -> Tensor:
+    return x.to(accumulation_dtype(x.dtype))
+
+
+def operand(x: Tensor) -> Tensor:
+    """`x` ready for `matmul`: half types stay on a GPU and are widened elsewhere, where their product would be rounded."""
+    return x if x.is_cuda else accumulable(x)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, accumulated and returned in fp32 (float64 for float64)."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
+
+
+# ---- many-to-one contrastive loss ---------------------------------------------------------------------------------------
+
+
+def contrastive_eager(
+    logprob_T: Tensor,
+    rationale_T: Tensor,
+    valid_T: Tensor | None,
+    question_R: Tensor,
+    positive_R: Tensor,
+    quality_R: Tensor | None,
+    key_R: Tensor,
+    selects: tuple[str, str],
+    delta: float,
+    num_questions: Tensor,
+    seed: int,
+    iteration: int,
+) -> Contrast:
+    """Eq. 3, 6 and 7 question by question, in loops; `loss_pos` and `loss_neg` are differentiated by autograd."""
+    R = len(question_R)
+    valid_T = torch.ones_like(rationale_T, dtype=torch.bool) if valid_T is None else valid_T
+    tokens = [(rationale_T == r) & valid_T for r in range(R)]
+    count = [int(t.sum()) for t in tokens]
+    zero = logprob_T.new_zeros(())
+    nll = [-logprob_T[t].mean() if n else zero for t, n in zip(tokens, count, strict=True)]  # l(f(x), r)
+    positive, question = positive_R.tolist(), question_R.tolist()
+    quality = None if quality_R is None else quality_R.detach().to(logprob_T.dtype)
+
+    loss_pos, loss_neg = zero, zero
+    weight_R = torch.zeros(R, dtype=logprob_T.dtype, device=logprob_T.device)
+    for i in sorted(set(question)):
+        for is_positive, select in ((True, selects[0]), (False, selects[1])):
+            members = [r for r in range(R) if question[r] == i and positive[r] == is_positive]
+            candidates = [r for r in members if count[r]]
+            if select == "max-active":
+                candidates = [r for r in candidates if not nll[r] >= delta]
+            if not candidates:
+                continue  # m_i = 0 or k_i = 0: the term is 0
+            if quality is None:
+                s = {r: zero + 1 for r in candidates}  # weights of 1: s_pos = 1, s_neg = 0
+            else:
+                s = {r: quality[r] if is_positive else 1 - quality[r] for r in candidates}
+            if select in ("mean", "wmean"):
+                total = sum(s.values()) if select == "wmean" else zero + len(candidates)
+                chosen = {r: s[r] / total if total != 0 else zero for r in candidates}
+            else:
+                if select == "sampling":
+                    key = int(key_R[members[0]])
+                    score = {r: float(sampling_score(seed, key, iteration, is_positive, members.index(r))) for r in candidates}
+                else:
+                    sign = -1 if select == "min" else 1
+                    score = {r: sign * float(nll[r].detach()) for r in candidates}
+                score = {r: float("inf") if x != x else x for r, x in score.items()}  # a NaN must reach the loss
+                best = min(r for r in candidates if score[r] == max(score.values()))
+                chosen = {best: s[best]}
+            for r, w in chosen.items():
+                w = w / num_questions
+                if is_positive:
+                    loss_pos = loss_pos + w * nll[r]  # Eq. 6
+                elif not nll[r] >= delta:
+                    loss_neg = loss_neg + w * (nll[r] - delta)  # Eq. 7, h(u) = min(u - delta, 0)
+                else:
+                    w = zero
+                weight_R[r] = w
+    nll_R = torch.stack(nll).detach() if R else logprob_T.new_zeros(0)
+    count_R = torch.tensor(count, device=logprob_T.device)
+    active_R = ~positive_R & (count_R > 0) & (nll_R < delta)
+    return Contrast(loss_pos, loss_neg, nll_R, weight_R, active_R, count_R)
+
+
+def contrastive_torch(
+    logprob_T: Tensor,
+    rationale_T: Tensor,
+    valid_T: Tensor | None,
+    question_R: Tensor,
+    positive_R: Tensor,
+    quality_R: Tensor | None,
+    score_R: Tensor | None,
+    selects: tuple[str, str],
+    delta: float,
+    num_questions: Tensor,
+) -> Contrast:
+    """As `contrastive_eager`, vectorised and without autograd. `score_R`: who wins where a class is sampled."""
+    R, dtype = len(question_R), logprob_T.dtype
+    nll_R, count_R = rationale_mean(logprob_T, rationale_T, valid_T, R)
+    # One group for each question and class. Numbering by first appearance needs no host sync for the number of questions.
+    order_R = torch.argsort(question_R, stable=True)
+    sorted_R = question_R[order_R]
+    index_R = torch.arange(R, device=question_R.device)
+    new_R = torch.zeros_like(order_R)
+    new_R[1:] = sorted_R[1:] != sorted_R[:-1]
+    group_R = torch.empty_like(order_R)
+    group_R[order_R] = new_R.cumsum(0)
+    group_R = 2 * group_R + ~positive_R
+
+    def pick(values_R: Tensor | float, negatives_R: Tensor | float) -> Tensor:
+        return torch.where(positive_R, values_R, negatives_R)
+
+    candidate_R = count_R > 0
+    if selects[1] == "max-active":
+        candidate_R = candidate_R & (positive_R | ~(nll_R >= delta))
+    s_R = torch.ones_like(nll_R) if quality_R is None else pick(quality_R.to(dtype), 1 - quality_R.to(dtype))
+
+    # Selection: the largest score of the group, ties to the lowest index.
+    scores = {"min": -nll_R, "sampling": nll_R if score_R is None else score_R.to(dtype)}
+    rank_R = pick(scores.get(selects[0], nll_R), scores.get(selects[1], nll_R))
+    rank_R = torch.where(rank_R.isnan(), torch.inf, rank_R)  # a NaN must reach the loss
+    best_R = torch.full((2 * R,), -torch.inf, dtype=dtype, device=nll_R.device)
+    best_R = best_R.scatter_reduce(0, group_R, rank_R.where(candidate_R, -torch.inf), "amax")
+    first_R = torch.full_like(best_R, R, dtype=torch.int64)
+    top_R = candidate_R & (rank_R == best_R[group_R])
+    first_R = first_R.scatter_reduce(0, group_R, index_R.where(top_R, R), "amin")
+    chosen_R = s_R * (first_R[group_R] == index_R)
+
+    # Means over all candidates, weighted or not.
+    zeros = torch.zeros(2 * R, dtype=torch.float64, device=nll_R.device)
+    in_R = s_R.where(candidate_R, 0)
+
+    def share(total_R: Tensor) -> Tensor:
+        total_R = zeros.scatter_add(0, group_R, total_R.double())[group_R].to(dtype)
+        return torch.where(total_R == 0, 0, in_R / total_R)
+
+    weights = {"mean": share(candidate_R), "wmean": share(in_R)}
+    weight_R = pick(weights.get(selects[0], chosen_R), weights.get(selects[1], chosen_R)) / num_questions
+
+    hinge_R = nll_R - delta  # Eq. 7: h(u) = min(u - delta, 0), gated by the weight
+    weight_R = weight_R.masked_fill(~positive_R & (nll_R >= delta), 0)
+    term_R = torch.where(weight_R == 0, 0, weight_R * pick(nll_R, hinge_R))
+    loss_pos = term_R.where(positive_R, 0).sum()  # Eq. 6
+    loss_neg = term_R.where(~positive_R, 0).sum()
+    active_R = ~positive_R & (count_R > 0) & (nll_R < delta)
+    return Contrast(loss_pos, loss_neg, nll_R, weight_R, active_R, count_R)
+
+
+def rationale_mean(logprob_T: Tensor, rationale_T: Tensor, valid_T: Tensor | None, R: int) -> tuple[Tensor, Tensor]:
+    """(mean -log p [R], tokens [R] int64) over valid tokens, 0 where there are none. Differentiable; sums in float64."""
+    valid_T = torch.ones_like(rationale_T, dtype=torch.bool) if valid_T is None else valid_T
+    count_R = torch.zeros(R, dtype=torch.int64, device=logprob_T.device).scatter_add(0, rationale_T, valid_T.long())
+    sums_R = torch.zeros(R, dtype=torch.float64, device=logprob_T.device)
+    sums_R = sums_R.scatter_add(0, rationale_T, logprob_T.where(valid_T, 0).double())
+    return (-sums_R / count_R.clamp(min=1)).to(logprob_T.dtype), count_R
+
+
+# ---- sampling -----------------------------------------------------------------------------------------------------------
+
+
+def sampling_score(seed: int, key: int, iteration: int, is_positive: bool, rank: int) -> int:
+    """A 24-bit hash of its arguments; the candidate with the largest is the one sampled."""
+    state = 0
+    for word in (seed, iteration, key, 2 * rank + (not is_positive)):
+        state = (state ^ (word & MASK64)) + GOLDEN & MASK64
+        state = (state ^ state >> 30) * MIX_1 & MASK64
+        state = (state ^ state >> 27) * MIX_2 & MASK64
+        state ^= state >> 31
+    return state >> 40
+
+
+def sampling_scores(seed: int, key_R: Tensor, iteration: int, question_R: Tensor, positive_R: Tensor) -> Tensor:
+    """`sampling_score` of every rationale, fp32 [R]. Its rank is that among its question's rationales of the same class."""
+    R = len(question_R)
+    group_R = 2 * question_R + ~positive_R
+    order_R = torch.argsort(group_R, stable=True)
+    sorted_R = group_R[order_R]
+    rank_R = torch.empty_like(order_R)
+    rank_R[order_R] = torch.arange(R, device=order_R.device) - torch.searchsorted(sorted_R, sorted_R)
+
+    def signed(x: int) -> int:
+        return (x + 2**63) % 2**64 - 2**63
+
+    def shifted(x_R: Tensor, bits: int) -> Tensor:  # a logical shift; int64's is arithmetic
+        return (x_R >> bits) & (2 ** (64 - bits) - 1)
+
+    state_R = torch.zeros_like(key_R)
+    for word in (signed(seed), signed(iteration), key_R, 2 * rank_R + ~positive_R):
+        state_R = (state_R ^ word) + signed(GOLDEN)
+        state_R = (state_R ^ shifted(state_R, 30)) * signed(MIX_1)
+        state_R = (state_R ^ shifted(state_R, 27)) * signed(MIX_2)
+        state_R = state_R ^ shifted(state_R, 31)
+    return shifted(state_R, 40).float()
