@@ -5,6 +5,7 @@ Everything here is pure text work with bounds on length, digits and exponents: n
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -19,8 +20,8 @@ MAX_BITS = 4096  # of a numerator or denominator
 
 _DIGITS = r"(?:\d{1,3}(?:[,\u00a0\u2009\u202f]\d{2,3})*[,\u00a0\u2009\u202f]\d{3}(?!\d)|\d+)"
 _NUMBER = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?![\w.]))?"
-_FRACTION = rf"(?:\d+ +\d+ */ *\d+|\d+ */ *\d+(?!\.?\d)|{_NUMBER})"
-_WHOLE_NUMBER = re.compile(rf"([-+]?) *({_FRACTION})\.?")
+_ONE_NUMBER = re.compile(rf"([-+]? *{_NUMBER})\.?")
+_ONE_FRACTION = re.compile(r"([-+]?) *(?:(\d+) +)?(\d+) */ *(\d+)\.?")
 _RUN = re.compile(r"(?<![\w.,])[-+]?\.?\d[\d.,]*(?:[eE][-+]?\d+)?")  # what looks like a number in running text
 _ARITHMETIC = re.compile(r"[\d\s.,()+\-*/^=]*")
 _TOKEN = re.compile(rf"\s*(?:({_NUMBER})|(\*\*|[-+*/^()]))")
@@ -52,8 +53,7 @@ def canonical(answer: str, task: str, choices: Sequence[str] = ()) -> str | None
     if not text:
         return None
     if task in ("number", "equation"):
-        value = _value(text, loose=task == "number")
-        return None if value is None else _format(value)
+        return _value_key(text, loose=task == "number")
     if task == "yes-no":
         return _yes_no(text)
     if task == "choice":
@@ -241,19 +241,23 @@ def _parse_number(text: str) -> Fraction:
 
 def _number(text: str) -> Fraction | None:
     """The value of a text that is one number, mixed number or fraction, with perhaps a currency or `%`."""
-    match = _WHOLE_NUMBER.fullmatch(_fold(text).strip().rstrip("% ").strip())
-    if match is None:
-        return None
-    whole, _, fraction = match[2].rpartition(" ") if re.match(r"\d+ +\d", match[2]) else ("", "", match[2])
-    if whole:
-        whole, fraction = match[2].split(" ", 1)
+    text = _fold(text).strip().rstrip("% ").strip()
     try:
-        parts = [_parse_number(part.strip()) for part in fraction.split("/")]
-        value = parts[0] / parts[1] if len(parts) == 2 else parts[0]
-        value += _parse_number(whole) if whole else 0
+        if match := _ONE_NUMBER.fullmatch(text):
+            return _parse_number(match[1].replace(" ", ""))
+        if match := _ONE_FRACTION.fullmatch(text):
+            sign, whole, above, below = match.groups()
+            value = _parse_number(whole or "0") + _parse_number(above) / _parse_number(below)
+            return -value if sign == "-" else value
     except (_OutOfBounds, ZeroDivisionError):
-        return None
-    return -value if match[1] == "-" else value
+        pass
+    return None
+
+
+@functools.lru_cache(maxsize=8192)
+def _value_key(text: str, loose: bool) -> str | None:
+    value = _value(text, loose)
+    return None if value is None else _format(value)
 
 
 def _value(text: str, loose: bool) -> Fraction | None:

@@ -1,0 +1,211 @@
+"""Reading and comparing answers: what counts as one answer, and what must stay bounded."""
+
+from __future__ import annotations
+
+import time
+import unicodedata
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcrd_fast import answers
+from qcrd_fast.answers import (
+    canonical,
+    evaluate_expression,
+    extract_answer,
+    guess_task,
+    is_correct,
+    parse_choices,
+    same_answer,
+    surface,
+)
+from qcrd_fast.config import TASKS
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("32", "32"), ("32.0", "32"), ("$32", "32"), (" 32 ", "32"), ("32.", "32"), ("+32", "32"), ("32%", "32"),
+        ("1,000", "1000"), ("12,34,567", "1234567"), ("$1,234.50", "1234.5"), ("1\u202f000", "1000"),
+        ("\uff13\uff12", "32"), ("\u0663\u0662", "32"), ("\uffe532", "32"),  # full-width, Arabic-Indic, yen
+        ("-5", "-5"), ("\u22125", "-5"), ("\u20135", "-5"), ("- 5", "-5"), ("-.5", "-0.5"),  # minus signs
+        ("1/2", "0.5"), ("\u00bd", "0.5"), ("1\u00bd", "1.5"), ("1 1/2", "1.5"), ("10/3", "3.333333333"),
+        ("3.3333333333333335", "3.333333333"), ("1e5", "100000"), ("2\u00b2", "4"), ("15 + 18 = 33", "33"),
+        ("32 apples", "32"), ("about 5.", "5"), ("5 and 5", "5"), ("12345678901234567890", "12345678901234567890"),
+        ("\u200f32\u200e", "32"), ("3\u200d2", "32"),  # direction marks, a joiner
+        ("", None), (" \n", None), ("x", None), ("between 3 and 5", None), ("1,5", None), ("9**9**9**9", None),
+        ("1e999999", None), ("1/0", None), ("9" * 5000, None), ("3 4", None), ("5 -", None), (" x", None),
+    ],
+)  # fmt: skip
+def test_numbers(text, value):
+    assert canonical(text, "number") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("( 84.0 / 2.0 )", 42), ("( ( 108.0 - 35.0 ) - 62.0 )", 11), ("(84 / 2).", 42), ("8.0", 8), ("2*-3", -6),
+        ("-2**2", -4), ("2^3^2", 512), ("2**-2", Fraction(1, 4)), ("1,000 + 1", 1001), ("3 x 4", 12),
+        ("6 \u00f7 4", Fraction(3, 2)),
+        ("7 \u2212 2 \u00d7 3", 1), ("0.1 + 0.2", Fraction(3, 10)), ("--3", 3), ("1 - 2 - 3", -4), ("8 / 4 / 2", 1),
+        ("", None), ("()", None), (")(", None), ("(1", None), ("1)", None), ("1 2", None), ("1 +", None), ("* 1", None),
+        ("2 (3)", None), ("1/0", None), ("0**-1", None), ("(2 * x)", None), ("__import__('os')", None), ("1..2", None),
+        ("2**0.5", None),
+    ],
+)  # fmt: skip
+def test_expressions(text, value):
+    assert evaluate_expression(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9**9**9**9", "((9**64)**64)**64", "9" * 100_000, "(" * 1_000_000, "1+" * 200_000 + "1", "-" * 500 + "1",
+        "*".join(["9" * 60] * 8) + "**64", "1e64**64**64", "(" * 250 + "1" + ")" * 250, "1," * 2000, "1,111" * 2000,
+        " ".join("1/2" for _ in range(5000)), "\u0661" * 100_000, "answer is " * 20_000, "(a) " * 20_000,
+    ],
+)  # fmt: skip
+def test_nothing_hangs(text):
+    start = time.perf_counter()
+    for task in TASKS:
+        canonical(text, task)
+        extract_answer(text, task)
+        is_correct(text, "7", task)
+    evaluate_expression(text)
+    guess_task([text])
+    parse_choices(text)
+    assert time.perf_counter() - start < 2
+
+
+def test_blow_ups_are_counted_wrong():
+    assert not is_correct("9**9**9**9", "9", "number")
+    assert not is_correct("9**9**9**9", "( 9.0 )", "equation")
+    assert evaluate_expression("((9**64)**64)**64") is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60), st.sampled_from(TASKS), st.lists(st.text(min_size=1, max_size=8), max_size=4))
+def test_canonical_is_a_fixed_point_and_never_raises(text, task, choices):
+    key = canonical(text, task, choices)
+    assert key is None or key
+    if key is not None and task in ("number", "equation", "yes-no"):
+        assert canonical(key, task) == key
+    spelled = surface(text, task, choices)
+    assert (spelled is None) == (key is None)
+    extract_answer(text, task, choices)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.recursive(
+    st.integers(0, 99).map(str),
+    lambda inner: st.tuples(inner, st.sampled_from(["+", "-", "*", "/"]), inner).map(lambda t: f"( {t[0]} {t[1]} {t[2]} )"),
+    max_leaves=8,
+))  # fmt: skip
+def test_expressions_agree_with_python(text):
+    import re
+
+    try:
+        expected = eval(re.sub(r"\d+", r"Fraction(\g<0>)", text), {"Fraction": Fraction})
+    except ZeroDivisionError:
+        expected = None
+    assert evaluate_expression(text) == expected
+
+
+def test_equations_are_compared_by_value():
+    assert same_answer("( 84.0 / 2.0 )", "42", "equation")
+    assert same_answer("(84 / 2) = 42", "(21 * 2).", "equation")
+    assert not same_answer("( 84.0 / 2.0 )", "( 84.0 * 2.0 )", "equation")
+    assert not same_answer("(2 * x)", "(2 * x)", "equation")  # no value: never right
+    assert surface(" (84 / 2). ", "equation") == "(84 / 2)"
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("Yes", "yes"), (" no.", "no"), ("TRUE", "yes"), ("false.", "no"), (" probably no.", "no"),
+        ("yes, even though there is no evidence", "yes"),
+        ("no or yes", None), ("yes and no", None), (" it depends.", None), ("nothing", None),
+        ("notyes", None), ("\u200eYes", "yes"),
+        (" that it is not common to see frost during some college commencements.", None),
+        ("So the answer is no.", "no"), ("Yes and no. In the end, the answer is: Yes", "yes"),
+    ],
+)  # fmt: skip
+def test_yes_no(text, word):
+    assert extract_answer(text, "yes-no") == word
+
+
+CHOICES = ("park", "coloring book", "Garden Center", "math problem", "gravity")
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("(d) math problem.", "math problem"), ("d", "math problem"), ("(D)", "math problem"), ("d.", "math problem"),
+        ("So the answer is (c) garden center.", "Garden Center"), ("garden  center", "Garden Center"), ("the park", "park"),
+        ("(a) park or (b) coloring book", "park"),  # it names one first
+        ("either (a) park or (b) coloring book", None), ("park or gravity", None), ("probably (e)", "gravity"),
+        ("(f) sky", None),
+        ("sky", None), ("parking", None),
+    ],
+)  # fmt: skip
+def test_choices(text, choice):
+    assert extract_answer(text, "choice", CHOICES) == choice
+
+
+def test_choices_that_are_not_known():
+    assert canonical("(c) Train Station.", "choice") == "train station"
+    assert canonical("(C)", "choice") == "c"
+    assert same_answer("(c)", "C", "choice") and same_answer("(c) train station", "c", "choice")
+    assert not same_answer("(c) train station", "d", "choice")
+    assert extract_answer("So the answer is (c) train station.", "choice") == "train station"
+
+
+def test_parse_choices():
+    assert parse_choices("Where?\nAnswer Choices:\n(a) park\n(b) zoo ") == ("park", "zoo")
+    assert parse_choices("Where?\nA) park\nB) zoo\nC) sea") == ("park", "zoo", "sea")
+    assert parse_choices("a. Plan b was good.") == () == parse_choices("Where?")
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "answer"),
+    [
+        ("32.0", "number", "32"), ("He has 3 + 4 = 7 apples.\nSo 7 remain.", "number", "7"), ("#### 1,000", "number", "1000"),
+        ("so \\boxed{5}.", "number", "5"), ("The answer is 5. Then 7.", "number", "5"),
+        ("Answer: **12**\n\nQ: 13", "number", "12"),
+        ("First the answer is 3. No, the answer is 4.", "number", "4"), ("nothing", "number", None),
+        ("The answer is (84 / 2).", "equation", "(84 / 2)"), ("The answer is ((491 - 21", "equation", None),
+        ("the answer is Paris.", "text", "Paris"), ("Paris", "text", "Paris"), ("Two\nlines", "text", None), ("", "text", None),
+    ],
+)  # fmt: skip
+def test_extract(text, task, answer):
+    assert extract_answer(text, task) == answer
+
+
+def test_unicode_forms_of_a_text_are_one_answer():
+    composed, decomposed = unicodedata.normalize("NFC", "Café"), unicodedata.normalize("NFD", "Café")
+    assert composed != decomposed and same_answer(composed, decomposed, "text")
+    assert same_answer("\u05e9\u05dc\u05d5\u05dd", "\u200f\u05e9\u05dc\u05d5\u05dd\u200f", "text")  # right-to-left, with marks
+    assert same_answer("co\u00adop", "coop", "text")  # a soft hyphen
+    assert same_answer("STRASSE", "stra\u00dfe", "text") and same_answer('"The  End."', "the end", "text")
+    assert not same_answer("", "", "text") and not same_answer("?", "?", "text")
+
+
+@pytest.mark.parametrize(
+    ("given_answers", "task"),
+    [
+        (["32", "32.0", "1,000", "1/2", "$5"], "number"), (["( 84.0 / 2.0 )", "8.0", "( 1 + 2 )"], "equation"),
+        (["Yes", "no", "No."], "yes-no"),
+        (["a", "(B)", "c."], "choice"), (["park", "zoo"], "text"), ([], "text"), (["", " "], "text"),
+        (["1"] * 30 + ["x"], "number"),
+        (["1", "x"], "text"),
+    ],
+)  # fmt: skip
+def test_guess_task(given_answers, task):
+    assert guess_task(given_answers) == task
+
+
+def test_every_task_is_handled():
+    assert all(canonical("1", task) for task in TASKS if task != "yes-no")
+    assert answers.canonical("true", "yes-no") == "yes"
