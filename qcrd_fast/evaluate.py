@@ -1,0 +1,188 @@
+"""Greedy answers and their accuracy; text from a trained student."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcrd_fast import answers
+from qcrd_fast.checkpoint import STATE, latest_checkpoint
+from qcrd_fast.data import Question, load_questions, question_text
+from qcrd_fast.errors import InputError
+from qcrd_fast.examples import label_of
+from qcrd_fast.runfolder import write_lines
+from qcrd_fast.sampling import SampleSettings, key_words, sample
+from qcrd_fast.students import EXPLAIN, PREDICT, REASON, PromptSettings, Student
+
+Autocast = Callable[[], torch.autocast]
+
+
+def resolve_device(name: str) -> torch.device:
+    """`--device`: auto is the GPU where there is one. Raises `InputError` for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device: {name!r} is not a device") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"--device: {name} is not available on this machine")
+    return device
+
+
+def make_autocast(device: torch.device, bf16: bool | None) -> Autocast:
+    """A maker of autocast contexts. bf16 None: where the GPU has it."""
+    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported() if bf16 is None else bf16
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def predict(
+    student: Student,
+    questions: Sequence[Question],
+    task: str,
+    *,
+    batch_size: int = 64,
+    max_answer_tokens: int = 48,
+    reasoning: bool = False,
+    autocast: Autocast | None = None,
+) -> list[dict[str, Any]]:
+    """Greedy answers: one record of id, question, gold, output, prediction, correct for each question.
+
+    `gold` is the majority where a question has no gold answer. With `reasoning`, the answer stands behind the rationale
+    of the third task, after `Answer:`.
+    """
+    settings = SampleSettings(max_new_tokens=max_answer_tokens, batch_size=batch_size)
+    if reasoning:
+        settings = dataclasses.replace(settings, max_new_tokens=student.prompts.max_target_length)
+    prefix = REASON if reasoning else PREDICT
+    sources = [student.source_ids(prefix, question_text(q)) for q in questions]
+    outputs = sample(student, sources, [(0, 0)] * len(sources), settings, autocast=autocast)
+    records = []
+    for question, tokens in zip(questions, outputs, strict=True):
+        output = student.text(tokens)
+        prediction = answers.extract_answer(output.rpartition("Answer:")[2] if reasoning else output, task)
+        gold = label_of(question, None)
+        records.append(
+            {
+                "id": question.id,
+                "question": question_text(question),
+                "gold": gold,
+                "output": output,
+                "prediction": prediction,
+                "correct": gold is not None and prediction is not None and answers.is_correct(prediction, gold, task),
+            }
+        )
+    return records
+
+
+def accuracy(records: Sequence[dict[str, Any]]) -> float | None:
+    """Share of correct records, 0..1; None without records."""
+    return sum(r["correct"] for r in records) / len(records) if records else None
+
+
+def find_model(run_or_model: str) -> str:
+    """The model folder of a run (its `final`, else its latest checkpoint), or the argument itself."""
+    path = Path(run_or_model)
+    if (path / "config.resolved.yaml").is_file():
+        if (path / "final" / "config.json").is_file():
+            return str(path / "final")
+        latest = latest_checkpoint(path)
+        if latest is None:
+            raise InputError(f"{path}: the run has no checkpoint yet")
+        return str(latest)
+    return run_or_model
+
+
+def load_student(run_or_model: str, device: str = "auto") -> tuple[Student, dict[str, Any]]:
+    """A student with the prompts that it was trained with, and the state saved beside it ({} for a plain model)."""
+    name = find_model(run_or_model)
+    state: dict[str, Any] = {}
+    path = Path(name) / STATE
+    if path.is_file():
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            prompts = PromptSettings(**state["prompt"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: unreadable: {error}") from error
+    else:
+        prompts = PromptSettings()
+    student = Student.load(name, prompts, resolve_device(device))
+    student.model.eval()
+    return student, state
+
+
+def evaluate_run(
+    run_or_model: str,
+    data: str,
+    *,
+    output: str | None = None,
+    task: str | None = None,
+    batch_size: int = 64,
+    max_answer_tokens: int = 48,
+    reasoning: bool = False,
+    device: str = "auto",
+    on_bad_row: str = "error",
+) -> dict[str, Any]:
+    """Accuracy of a run or model on a file; `predictions.jsonl` goes to `output`, else the run, else the current folder."""
+    loaded = load_questions(data, split="test", on_bad_row=on_bad_row, task=task)
+    questions = [q for q in loaded.questions if label_of(q, None) is not None]
+    if not questions:
+        raise InputError(f"{data}: no question has an answer to compare with")
+    student, state = load_student(run_or_model, device)
+    task = task or state.get("task") or answers.guess_task([str(label_of(q, None)) for q in questions])
+    records = predict(
+        student,
+        questions,
+        task,
+        batch_size=batch_size,
+        max_answer_tokens=max_answer_tokens,
+        reasoning=reasoning,
+        autocast=make_autocast(student.device, None),
+    )
+    folder = Path(output or (run_or_model if (Path(run_or_model) / "config.resolved.yaml").is_file() else "."))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_lines(folder / "predictions.jsonl", records)
+    except OSError as error:
+        raise InputError(f"cannot write {folder / 'predictions.jsonl'}: {error.strerror}") from error
+    return {
+        "accuracy": accuracy(records),
+        "n": len(records),
+        "task": task,
+        "without_answer": len(loaded.questions) - len(questions),
+        "predictions": str(folder / "predictions.jsonl"),
+    }
+
+
+def generate_text(
+    run_or_model: str,
+    question: str,
+    *,
+    temperature: float = 0.0,
+    num_samples: int = 1,
+    seed: int = 0,
+    max_new_tokens: int = 256,
+    reasoning: bool = False,
+    device: str = "auto",
+) -> list[dict[str, str]]:
+    """Rationales and answers to one question: `num_samples` of each, greedy at temperature 0."""
+    if not question.strip():
+        raise InputError("the question is empty")
+    student, _ = load_student(run_or_model, device)
+    settings = SampleSettings(temperature, max_new_tokens=max_new_tokens)
+    keys, indices = [key_words(seed, question)] * num_samples, list(range(num_samples))
+
+    def say(prefix: str) -> list[str]:
+        sources = [student.source_ids(prefix, question)] * num_samples
+        autocast = make_autocast(student.device, None)
+        return [student.text(t) for t in sample(student, sources, keys, settings, indices=indices, autocast=autocast)]
+
+    if reasoning:
+        parts = [text.rpartition("Answer:") for text in say(REASON)]
+        return [{"rationale": before.strip() or after.strip(), "answer": after.strip()} for before, _, after in parts]
+    return [{"rationale": r, "answer": a} for r, a in zip(say(EXPLAIN), say(PREDICT), strict=True)]

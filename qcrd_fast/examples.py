@@ -1,0 +1,93 @@
+"""Questions as a student reads them: tokens of every prompt, label and rationale, made once before training."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.data import Question, question_text
+from qcrd_fast.errors import InputError
+from qcrd_fast.negatives import Negative
+from qcrd_fast.students import EXPLAIN, PREDICT, REASON, Student, TokenIds
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A rationale that a question's contrastive loss may select."""
+
+    text: str
+    tokens: TokenIds
+    source: str  # teacher, minority, lagged
+
+    @property
+    def positive(self) -> bool:
+        return self.source == "teacher"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    id: str
+    key: int  # 63 bits that stand for the id in keyed selections
+    text: str
+    predict: TokenIds
+    explain: TokenIds
+    label: TokenIds
+    positives: tuple[Candidate, ...]
+    minority: tuple[Candidate, ...]
+    reason: tuple[TokenIds, TokenIds] | None = None  # (prompt, rationale then answer) of the third task
+
+    def candidates(self, lagged: Mapping[str, Negative]) -> list[Candidate]:
+        """Positives, the teacher's minority, and the student's own negative unless it says what a positive says."""
+        own = lagged.get(self.id)
+        said = own is not None and own.text not in {p.text for p in self.positives}
+        return [*self.positives, *self.minority, *([Candidate(own.text, own.tokens, "lagged")] if own and said else [])]
+
+
+def label_of(question: Question, label: str | None) -> str | None:
+    """The answer that the label task teaches (`--label`)."""
+    if label == "gold":
+        return question.gold
+    if label == "majority":
+        return question.majority
+    return question.gold if question.gold is not None else question.majority
+
+
+def make_examples(questions: Sequence[Question], student: Student, config: TrainConfig) -> list[Example]:
+    """Tokenise the training questions.
+
+    Raises `InputError` when a question lacks the label asked for, or when no question has a positive rationale though
+    the method needs them.
+    """
+    kind = config.label or {"finetune": "gold", "single-task": "majority"}.get(config.method)
+    unlabelled = [q.id for q in questions if label_of(q, kind) is None]
+    if unlabelled:
+        raise InputError(
+            f"--data: {len(unlabelled)} of {len(questions)} questions have no {kind or 'gold or majority'} answer "
+            f"to teach, such as {unlabelled[0]}"
+        )
+    if config.method not in ("finetune", "single-task") and not any(q.positives for q in questions):
+        raise InputError(f"--data: no question has a positive rationale, which --method {config.method} needs")
+    return [_example(q, str(label_of(q, kind)), student, config) for q in questions]
+
+
+def _example(question: Question, label: str, student: Student, config: TrainConfig) -> Example:
+    text = question_text(question)
+    positives = question.positives[: config.num_positives]
+    minority = () if config.negative_source == "none" else question.negatives
+    reason = None
+    if config.reasoning_task and positives:
+        worked = f"{positives[0].text.strip()}\nAnswer: {label}"
+        reason = (student.source_ids(REASON, text), student.target_ids(worked))
+    return Example(
+        id=question.id,
+        key=int.from_bytes(hashlib.sha256(question.id.encode("utf-8", "surrogatepass")).digest()[:8], "little") >> 1,
+        text=text,
+        predict=student.source_ids(PREDICT, text),
+        explain=student.source_ids(EXPLAIN, text),
+        label=student.target_ids(label),
+        positives=tuple(Candidate(r.text, student.target_ids(r.text), "teacher") for r in positives),
+        minority=tuple(Candidate(r.text, student.target_ids(r.text), "minority") for r in minority),
+        reason=reason,
+    )

@@ -1,0 +1,82 @@
+"""`metrics.jsonl`: one object a logged step, read a step late so that logging never stalls a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.runfolder import append_lines, read_lines, write_lines
+
+
+def mean(counts: Counter[str], total: str, number: str) -> float | None:
+    return counts[total] / counts[number] if counts[number] else None
+
+
+def share(counts: Counter[str], source: str) -> float | None:
+    """Share of a source's negatives whose hinge is active."""
+    return mean(counts, f"{source}_active", source)
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl` and, if asked, to TensorBoard or Weights & Biases.
+
+    Raises `RunError` within one step of a loss or gradient that is not finite, naming the step and its questions;
+    `InputError` when the package of `report_to` is not installed.
+    """
+
+    def __init__(self, run: Path, report_to: str = "none"):
+        self.path = run / "metrics.jsonl"
+        self._pending: tuple[dict[str, Any], list[str], Tensor, float, list[str], bool] | None = None
+        self._writer = _writer(run, report_to)
+
+    def cut(self, step: int) -> None:
+        """Drop what was logged after `step`, when a run resumes from there."""
+        write_lines(self.path, [record for record in read_lines(self.path) if record["step"] <= step])
+
+    def put(self, record: dict[str, Any], values: dict[str, Tensor], loss_extra: float, ids: list[str], logged: bool) -> None:
+        """Queue a step's record; `values` are 0-d tensors still on the device, `loss_extra` is added to their loss."""
+        self.flush()
+        stacked = torch.stack([v.detach().float().reshape(()) for v in values.values()])
+        self._pending = (record, list(values), stacked, loss_extra, ids, logged)
+
+    def flush(self) -> None:
+        if self._pending is None:
+            return
+        (record, names, stacked, loss_extra, ids, logged), self._pending = self._pending, None
+        values = dict(zip(names, stacked.tolist(), strict=True))
+        bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise RunError(f"step {record['step']}: {', '.join(bad)}; questions {', '.join(ids)}")
+        record |= values
+        record["loss"] += loss_extra
+        if logged:
+            self.write(record)
+
+    def write(self, record: dict[str, Any]) -> None:
+        append_lines(self.path, [record])
+        if self._writer:
+            self._writer({k: v for k, v in record.items() if isinstance(v, int | float)}, record["step"])
+
+
+def _writer(run: Path, report_to: str) -> Any:
+    if report_to == "tensorboard":
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError("--report-to tensorboard: install qcrd-fast[tensorboard]") from error
+        board = SummaryWriter(str(run / "tensorboard"))
+        return lambda values, step: [board.add_scalar(name, value, step) for name, value in values.items()]
+    if report_to == "wandb":
+        try:
+            import wandb
+        except ImportError as error:
+            raise InputError("--report-to wandb: install qcrd-fast[wandb]") from error
+        wandb.init(project="qcrd-fast", dir=str(run))
+        return lambda values, step: wandb.log(values, step=step)
+    return None

@@ -1,0 +1,318 @@
+"""The training objectives (Eq. 8 and the methods it is compared with), one micro-batch at a time.
+
+L = a1 L_pred + a2 L_cl with L_pred = sum_label w l and L_cl = sum_pos w l - beta * sum_neg w h(l), where l is a target's
+mean -log p per token. A method is a choice of the weights w (1/N included, N the questions of the whole optimizer batch):
+QCRD finds them by scoring all candidates first, the others know theirs beforehand.
+
+Suffixes: Q questions of the micro-batch, R rationales, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.discriminator import Discriminator
+from qcrd_fast.errors import RunError
+from qcrd_fast.examples import Candidate, Example
+from qcrd_fast.losses import QCRDOutput, contrastive_loss, weighted_rationale_loss
+from qcrd_fast.negatives import Negative
+from qcrd_fast.ops import linear_logprob
+from qcrd_fast.students import PackedHidden, Student, TokenIds
+
+REDI_BETA = 0.8  # arXiv 2505.24850, as qcrd.md section 7 states it
+MI_WEIGHT = 0.1
+
+
+@dataclasses.dataclass
+class Weighted:
+    """Candidates that get gradient, each with its question (index in the micro-batch) and its weight, 1/N included."""
+
+    candidates: list[Candidate]
+    question: list[int]
+    weight: list[float]
+    beta: float = 0.0
+    delta: float | None = None
+
+
+class Objective:
+    """Computes the loss of a micro-batch, runs its backward pass and returns what is logged.
+
+    `step` returns ({loss, loss_pred, loss_cl: 0-d tensors that add up over micro-batches}, counts and sums of the
+    scored candidates). Its `loss` is Eq. 8 without the discriminator's term, which has no gradient here.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        config: TrainConfig,
+        discriminator: Discriminator | None,
+        autocast: Callable[[], torch.autocast],
+        warmup_steps: int = 0,
+    ):
+        self.student, self.config, self.discriminator, self.autocast = student, config, discriminator, autocast
+        self.warmup_steps = warmup_steps
+        self.alpha_pred = 1.0 if config.method in ("finetune", "single-task") else config.alpha_pred
+
+    def step(
+        self, batch: Sequence[Example], lagged: Mapping[str, Negative], num_questions: int, step: int, iteration: int
+    ) -> tuple[dict[str, Tensor], Counter[str]]:
+        stats: Counter[str] = Counter()
+        joint = self.config.method == "qcrd" and self.config.forward == "joint"
+        if joint:
+            losses = self._joint(batch, lagged, num_questions, iteration, stats)
+        else:
+            weighted = self._weigh(batch, lagged, num_questions, step, iteration, stats)
+            losses = self._train(batch, weighted, num_questions)
+            if self.config.method == "mi":
+                losses["loss_mi"] = self._mutual_information(batch, num_questions)
+        loss = self.alpha_pred * losses["loss_pred"] + self.config.alpha_cl * losses["loss_cl"]  # Eq. 8 less a3 L_D
+        if "loss_mi" in losses:
+            loss = loss + MI_WEIGHT * losses["loss_mi"]
+        if loss.requires_grad:
+            loss.backward()
+        return {"loss": loss.detach(), **{name: value.detach() for name, value in losses.items()}}, stats
+
+    # Weights
+
+    def _weigh(
+        self,
+        batch: Sequence[Example],
+        lagged: Mapping[str, Negative],
+        num_questions: int,
+        step: int,
+        iteration: int,
+        stats: Counter[str],
+    ) -> Weighted:
+        method, share = self.config.method, 1 / num_questions
+        chosen = Weighted([], [], [])
+        if method == "qcrd":
+            return self._score_and_select(batch, lagged, num_questions, iteration, stats)
+        for q, example in enumerate(batch):
+            if method in ("dss", "mi") or (method == "redi" and step < self.warmup_steps):
+                picked = [(p, share) for p in example.positives[:1]]
+            elif method in ("sft-all", "redi"):
+                picked = [(p, share / len(example.positives)) for p in example.positives]
+            else:  # finetune, single-task
+                picked = []
+            if method == "redi" and step >= self.warmup_steps:
+                chosen.beta = REDI_BETA
+                picked += [(n, share / len(example.minority)) for n in example.minority]
+            for candidate, weight in picked:
+                chosen.candidates.append(candidate)
+                chosen.question.append(q)
+                chosen.weight.append(weight)
+        return chosen
+
+    def _score_and_select(
+        self,
+        batch: Sequence[Example],
+        lagged: Mapping[str, Negative],
+        num_questions: int,
+        iteration: int,
+        stats: Counter[str],
+    ) -> Weighted:
+        """First pass: score every candidate without gradient in eval mode, select, and drop inactive hinges."""
+        candidates, question = _candidates(batch, lagged)
+        chosen = Weighted([], [], [], self.config.beta, self.config.delta)
+        if not candidates:
+            return chosen
+        self.student.model.eval()
+        with torch.no_grad(), self.autocast():
+            packed = self.student.hidden([e.explain for e in batch], [c.tokens for c in candidates], question)
+            logprob_T = self._logprob(packed)
+        self.student.model.train()
+        out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)
+        for c, q, weight, selected in zip(candidates, question, out.weight_R.tolist(), out.selected_R.tolist(), strict=True):
+            if selected:
+                chosen.candidates.append(c)
+                chosen.question.append(q)
+                chosen.weight.append(weight)
+        return chosen
+
+    def _contrast(
+        self,
+        batch: Sequence[Example],
+        candidates: list[Candidate],
+        question: list[int],
+        packed: PackedHidden,
+        logprob_T: Tensor,
+        num_questions: int,
+        iteration: int,
+        stats: Counter[str],
+    ) -> QCRDOutput:
+        """Eq. 3, 6 and 7 over all candidates, and the counts that are logged."""
+        device = logprob_T.device
+        quality_R = self._quality(batch, candidates, question)
+        positive_select, negative_select = self.config.selects
+        out = contrastive_loss(
+            logprob_T,
+            packed.segment,
+            torch.tensor(question, device=device),
+            torch.tensor([c.positive for c in candidates], device=device),
+            quality_R,
+            beta=self.config.beta,
+            delta=self.config.delta,
+            scheme=self.config.scheme,
+            positive_select=positive_select,
+            negative_select=negative_select,
+            num_questions=num_questions,
+            question_key=torch.tensor([e.key for e in batch], device=device),
+            iteration=iteration,
+            seed=self.config.seed,
+            impl=self.config.impl,
+        )
+        _count(stats, candidates, question, out, quality_R)
+        return out
+
+    def _quality(self, batch: Sequence[Example], candidates: list[Candidate], question: list[int]) -> Tensor | None:
+        if self.discriminator is None:
+            return None
+        score_R = self.discriminator.score([(batch[q].text, c.text) for c, q in zip(candidates, question, strict=True)])
+        if not torch.isfinite(score_R).all():
+            ids = ", ".join(sorted({batch[question[i]].id for i in (~torch.isfinite(score_R)).nonzero()[:, 0].tolist()}))
+            raise RunError(f"the discriminator gave a score that is not finite; questions {ids}")
+        return score_R
+
+    # Losses with gradient
+
+    def _train(self, batch: Sequence[Example], weighted: Weighted, num_questions: int) -> dict[str, Tensor]:
+        """Second pass: labels, the optional reasoning task and the chosen candidates in one forward pass."""
+        sources, targets, source_of, weights = self._label_targets(batch, num_questions)
+        labels = len(targets)
+        explain_at: dict[int, int] = {}
+        for c, q in zip(weighted.candidates, weighted.question, strict=True):
+            if q not in explain_at:
+                explain_at[q] = len(sources)
+                sources.append(batch[q].explain)
+            targets.append(c.tokens)
+            source_of.append(explain_at[q])
+        with self.autocast():
+            packed = self.student.hidden(sources, targets, source_of)
+            logprob_T = self._logprob(packed)
+        positive = [True] * labels + [c.positive for c in weighted.candidates]
+        weight_R = torch.tensor(weights + weighted.weight, dtype=torch.float32, device=logprob_T.device)
+        is_label_R = torch.arange(len(targets), device=logprob_T.device) < labels
+        positive_R = torch.tensor(positive, device=logprob_T.device)
+        terms = dict(beta=weighted.beta, delta=weighted.delta)
+        loss_pred = weighted_rationale_loss(
+            logprob_T,
+            packed.segment,
+            positive_R,
+            weight_R * is_label_R,
+            **terms,  # type: ignore[arg-type]
+        )[0]
+        loss_cl = weighted_rationale_loss(
+            logprob_T,
+            packed.segment,
+            positive_R,
+            weight_R * ~is_label_R,
+            **terms,  # type: ignore[arg-type]
+        )[0]
+        return {"loss_pred": loss_pred, "loss_cl": loss_cl}
+
+    def _label_targets(
+        self, batch: Sequence[Example], num_questions: int
+    ) -> tuple[list[TokenIds], list[TokenIds], list[int], list[float]]:
+        sources, targets = [e.predict for e in batch], [e.label for e in batch]
+        for prompt, worked in (e.reason for e in batch if e.reason):
+            sources.append(prompt)
+            targets.append(worked)
+        return sources, targets, list(range(len(sources))), [1 / num_questions] * len(targets)
+
+    def _joint(
+        self,
+        batch: Sequence[Example],
+        lagged: Mapping[str, Negative],
+        num_questions: int,
+        iteration: int,
+        stats: Counter[str],
+    ) -> dict[str, Tensor]:
+        """The paper's single pass: every candidate carries gradient through the model, whatever is selected."""
+        labels = self._train(batch, Weighted([], [], []), num_questions)
+        candidates, question = _candidates(batch, lagged)
+        if not candidates:
+            return labels
+        with self.autocast():
+            packed = self.student.hidden([e.explain for e in batch], [c.tokens for c in candidates], question)
+            logprob_T = self._logprob(packed)
+        out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)
+        return {"loss_pred": labels["loss_pred"], "loss_cl": out.loss}
+
+    def _mutual_information(self, batch: Sequence[Example], num_questions: int) -> Tensor:
+        """MI's extra term as in its released code: softmax on softmax, maximum over time with padding unmasked."""
+        have = [e for e in batch if e.positives]
+        if not have:
+            return torch.zeros((), device=self.student.device)
+        rows = list(range(len(have)))
+        head = self.student.head
+
+        def pooled(prompts: list[TokenIds], targets: list[TokenIds]) -> Tensor:
+            with self.autocast():
+                padded_BLH = self.student.decode(self.student.encode(prompts), targets, rows).padded
+                assert padded_BLH is not None
+                logits_BLV = head.logits(padded_BLH)
+            return logits_BLV.float().softmax(-1).amax(1)
+
+        explained_BV = pooled([e.explain for e in have], [e.positives[0].tokens for e in have])
+        with torch.no_grad():
+            predicted_BV = pooled([e.predict for e in have], [e.label for e in have])
+        return F.cross_entropy(explained_BV, predicted_BV, reduction="sum") / num_questions
+
+    def _logprob(self, packed: PackedHidden) -> Tensor:
+        head = self.student.head
+        result = linear_logprob(
+            packed.hidden,
+            head.weight,
+            packed.target,
+            bias=head.bias,
+            scale=head.scale,
+            softcap=head.softcap,
+            impl=self.config.impl,
+        )
+        assert isinstance(result, Tensor)
+        return result
+
+
+def _candidates(batch: Sequence[Example], lagged: Mapping[str, Negative]) -> tuple[list[Candidate], list[int]]:
+    candidates, question = [], []
+    for q, example in enumerate(batch):
+        for candidate in example.candidates(lagged):
+            candidates.append(candidate)
+            question.append(q)
+    return candidates, question
+
+
+def _count(
+    stats: Counter[str],
+    candidates: list[Candidate],
+    question: list[int],
+    out: QCRDOutput,
+    quality_R: Tensor | None,
+) -> None:
+    """Active hinges by source, masked minorities and quality sums, for the log."""
+    active_R, selected_R = out.active_R.tolist(), out.selected_R.tolist()
+    minority_active, pushed = set(), set()
+    for r, (c, q) in enumerate(zip(candidates, question, strict=True)):
+        if c.positive:
+            continue
+        stats[c.source] += 1
+        stats[f"{c.source}_active"] += active_R[r]
+        if c.source == "minority" and active_R[r]:
+            minority_active.add(q)
+        if selected_R[r]:
+            pushed.add(q)
+    stats["minority_questions"] += len(minority_active)
+    stats["masked_minorities"] += len(minority_active - pushed)
+    if quality_R is not None:
+        for c, s in zip(candidates, quality_R.tolist(), strict=True):
+            kind = "positive" if c.positive else "negative"
+            stats[f"quality_{kind}"] += s
+            stats[f"num_{kind}"] += 1
+    stats["tokens"] += sum(len(c.tokens) for c in candidates)

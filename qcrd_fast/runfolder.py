@@ -1,0 +1,158 @@
+"""The run folder: who may write to it, what is in it, and files that are whole or absent. Imports no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.errors import InputError
+
+LOCK = ".lock"
+# Options that a resumed run may change: they do not touch what is computed.
+FREE_OPTIONS = {"output_dir", "resume", "save_total_limit", "report_to", "device", "eval_batch_size"}
+
+
+class RunFolder:
+    """A locked output folder; use as a context manager. The lock dies with the process, so none is ever stale.
+
+    Raises `InputError` when the folder cannot be written, belongs to a running process (named by its PID), or already
+    holds something and `--resume` was not given.
+    """
+
+    def __init__(self, config: TrainConfig):
+        if not config.output_dir:
+            raise InputError("--output-dir is needed")
+        self.path = Path(config.output_dir)
+        self.config = config
+        self._lock: int | None = None
+
+    def __enter__(self) -> RunFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise InputError(f"--output-dir: cannot write to {self.path}: {error.strerror}; choose another folder") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(self._lock, 32, 0).decode(errors="replace").strip() or "unknown"
+            self._release()
+            raise InputError(f"--output-dir: {self.path} is in use by process {owner}; choose another folder") from None
+        try:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+            held = [p.name for p in self.path.iterdir() if p.name != LOCK]
+            if held and not self.config.resume:
+                raise InputError(
+                    f"--output-dir: {self.path} is not empty ({sorted(held)[0]} is there); "
+                    "continue with --resume auto or choose another folder"
+                )
+            self._check_same_config()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _check_same_config(self) -> None:
+        path = self.path / "config.resolved.yaml"
+        if not path.exists():
+            return
+        try:
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{path}: unreadable: {error}") from error
+        now = self.config.to_dict()
+        for name, value in now.items():
+            if name not in FREE_OPTIONS and isinstance(before, dict) and name in before and before[name] != value:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{path}: the run began with {flag} {before[name]!r}, now it is {value!r}")
+
+    def write_config(self) -> None:
+        text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
+        write_text(self.path / "config.resolved.yaml", text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all (temporary name, fsync, rename)."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="surrogatepass") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write a JSONL file whole or not at all."""
+    write_text(path, _lines(records))
+
+
+def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Append records to a JSONL file in one write."""
+    with open(path, "ab") as file:
+        file.write(_lines(records).encode("utf-8", "surrogatepass"))
+
+
+def _lines(records: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole records of a JSONL file; a cut or garbled line and all behind it are left out."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                return
+            if not line.endswith(b"\n") or not isinstance(record, dict):
+                return
+            yield record
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder of ours; a link is unlinked, never followed."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)

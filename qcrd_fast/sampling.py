@@ -1,0 +1,142 @@
+"""Sampling from a student with random numbers that belong to (seed, question, index, iteration, position).
+
+The noise of a token never depends on the batch it was drawn in, on the order of the questions or on earlier draws: it is
+Philox4x32-10 (Salmon et al., SC 2011) with the question in the key and the rest in the counter. A token is drawn by the
+Gumbel-max rule, argmax of logits / temperature + Gumbel noise, which is a draw from the softmax of logits / temperature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
+
+from qcrd_fast.students import Student, TokenIds
+
+_MASK = 0xFFFFFFFF
+
+
+def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor], rounds: int = 10) -> Tensor:
+    """The first 32-bit word of Philox4x32, as int64 in [0, 2^32). Words are int64 tensors that broadcast together."""
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(rounds):
+        # int64 products wrap modulo 2^64; shifting and masking recovers the unsigned high word
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0
+
+
+def key_words(seed: int, question_id: str) -> tuple[int, int]:
+    """Two 32-bit words that stand for a question under a seed."""
+    digest = hashlib.sha256(f"{seed}\0{question_id}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
+
+def gumbel(key_B2: Tensor, vocab_BK: Tensor, position: int, index_B: Tensor, iteration: int) -> Tensor:
+    """Gumbel noise [B, K], float64, of vocabulary entries `vocab_BK` at a position of a sample."""
+    word = philox(
+        (key_B2[:, :1], key_B2[:, 1:]),
+        (vocab_BK, torch.full_like(vocab_BK, position), index_B[:, None], torch.full_like(vocab_BK, iteration)),
+    )
+    uniform = ((word >> 8).double() + 0.5) * 2.0**-24  # 24 bits, strictly inside (0, 1)
+    return -torch.log(-torch.log(uniform))
+
+
+class KeyedSampling(LogitsProcessor):
+    """Turns scores [B, V] into temperature-scaled, truncated scores plus keyed noise, so that argmax draws a sample."""
+
+    def __init__(
+        self, key_B2: Tensor, index_B: Tensor, iteration: int, start: int, temperature: float, top_k: int, top_p: float
+    ):
+        self.key_B2, self.index_B, self.iteration, self.start = key_B2, index_B, iteration, start
+        self.temperature, self.top_k = temperature, top_k
+        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        position = input_ids.shape[1] - self.start
+        scores_BV = scores.double() / self.temperature
+        k = min(self.top_k or scores_BV.shape[1], scores_BV.shape[1])
+        kept_BK, vocab_BK = scores_BV.topk(k, dim=1) if self.top_k else (scores_BV, self._all(scores_BV))
+        if self.top_p is not None:
+            kept_BK = self.top_p(input_ids, kept_BK)  # type: ignore[arg-type]
+        noisy_BK = kept_BK + gumbel(self.key_B2, vocab_BK, position, self.index_B, self.iteration)
+        return torch.full_like(scores_BV, -torch.inf).scatter_(1, vocab_BK, noisy_BK)
+
+    @staticmethod
+    def _all(scores_BV: Tensor) -> Tensor:
+        return torch.arange(scores_BV.shape[1], device=scores_BV.device).expand(scores_BV.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+    """temperature 0 is greedy; top_k 0 and top_p 1 sample from the whole softmax."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    batch_size: int = 64
+
+
+@torch.no_grad()
+def sample(
+    student: Student,
+    sources: Sequence[TokenIds],
+    keys: Sequence[tuple[int, int]],
+    settings: SampleSettings,
+    *,
+    indices: Sequence[int] | None = None,
+    iteration: int = 0,
+    autocast: Callable[[], torch.autocast] | None = None,
+) -> list[TokenIds]:
+    """One continuation for each source, EOS included where it was reached within `max_new_tokens`.
+
+    Args:
+        sources: prompts as tokens.
+        keys: the two words of `key_words` for each source.
+        indices: which sample of its question each one is (0 unless told).
+        autocast: makes the autocast context to run under; None: none.
+    """
+    model, device = student.model, student.device
+    was_training = model.training
+    model.eval()
+    results: list[TokenIds] = [[] for _ in sources]
+    eos = student.tokenizer.eos_token_id
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=eos,
+        pad_token_id=student.pad_id,
+        decoder_start_token_id=model.config.decoder_start_token_id if student.is_encoder_decoder else None,
+    )
+    order = sorted(range(len(sources)), key=lambda i: (len(sources[i]), i))
+    try:
+        for at in range(0, len(order), settings.batch_size):
+            rows = order[at : at + settings.batch_size]
+            width = max(len(sources[i]) for i in rows)
+            pads = [width - len(sources[i]) for i in rows]
+            ids = torch.tensor(
+                [[student.pad_id] * p + list(sources[i]) for i, p in zip(rows, pads, strict=True)], device=device
+            )
+            mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads], device=device)
+            start = 1 if student.is_encoder_decoder else width
+            processors = LogitsProcessorList()
+            if settings.temperature > 0:
+                key_B2 = torch.tensor([keys[i] for i in rows], device=device)
+                index_B = torch.tensor([indices[i] if indices else 0 for i in rows], device=device)
+                processors.append(
+                    KeyedSampling(key_B2, index_B, iteration, start, settings.temperature, settings.top_k, settings.top_p)
+                )
+            with autocast() if autocast else torch.autocast(device.type, enabled=False):
+                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+            for i, tokens in zip(rows, out[:, start:].tolist(), strict=True):
+                results[i] = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+    finally:
+        model.train(was_training)
+    return results

@@ -1,0 +1,97 @@
+"""Which questions a step trains on, which iteration and chunk it belongs to, and its learning rate.
+
+Everything here is a pure function of the configuration and the step, so a resumed run needs no cursor. Steps, iterations
+and chunks count from 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from qcrd_fast.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    num_questions: int
+    config: TrainConfig
+
+    @property
+    def questions_per_step(self) -> int:
+        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_questions / self.questions_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        if self.config.max_steps > 0:
+            return self.config.max_steps
+        return max(1, math.ceil(self.config.num_train_epochs * self.steps_per_epoch))
+
+    @property
+    def iteration_steps(self) -> int:
+        return self.config.iteration_steps or self.steps_per_epoch
+
+    @property
+    def save_steps(self) -> int:
+        return self.config.save_steps or self.steps_per_epoch
+
+    @property
+    def eval_steps(self) -> int:
+        return self.config.eval_steps or self.save_steps
+
+    def questions(self, step: int) -> list[int]:
+        """Indices of the questions of a step: a slice of its epoch's seeded order, shorter at the end of an epoch."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        order = np.random.Generator(np.random.Philox(key=[self.config.seed, epoch])).permutation(self.num_questions)
+        return order[at * self.questions_per_step : (at + 1) * self.questions_per_step].tolist()
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        questions, size = self.questions(step), self.config.per_device_train_batch_size
+        return [questions[i : i + size] for i in range(0, len(questions), size)]
+
+    # Iterations and the chunks that negatives are drawn in
+
+    def iteration(self, step: int) -> int:
+        return step // self.iteration_steps
+
+    @property
+    def chunk_steps(self) -> int:
+        """Steps of a chunk: as many as one sampling batch feeds."""
+        return math.ceil(self.config.sample_batch_size / self.questions_per_step)
+
+    def chunk(self, step: int) -> tuple[int, int]:
+        """(iteration, chunk within it) of a step."""
+        return self.iteration(step), step % self.iteration_steps // self.chunk_steps
+
+    def first_steps(self, iteration: int) -> range:
+        """The first step of each chunk of an iteration."""
+        start = iteration * self.iteration_steps
+        return range(start, start + self.iteration_steps, self.chunk_steps)
+
+    def chunk_questions(self, iteration: int, chunk: int) -> list[int]:
+        """Indices of a chunk's questions, each once, in the order of their first step."""
+        start = iteration * self.iteration_steps
+        steps = range(start + chunk * self.chunk_steps, start + min((chunk + 1) * self.chunk_steps, self.iteration_steps))
+        return list(dict.fromkeys(i for step in steps for i in self.questions(step)))
+
+    # Optimization
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then the chosen decay to 0 at the last step, as in Hugging Face."""
+        config, total = self.config, self.total_steps
+        warmup = math.ceil(config.warmup_ratio * total)
+        if step < warmup:
+            return config.learning_rate * step / warmup
+        progress = (step - warmup) / max(1, total - warmup)
+        factor = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}
+        return config.learning_rate * factor[config.lr_scheduler_type]
+
+    def alpha_d(self, iteration: int) -> float:
+        """a3 of Eq. 8: alpha_d, times its decay each iteration."""
+        return self.config.alpha_d * self.config.alpha_d_decay**iteration

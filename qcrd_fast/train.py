@@ -1,0 +1,397 @@
+"""The loop: score, select, train; draw negatives when an iteration needs them; validate, save, resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcrd_fast import answers, checkpoint
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.data import Question, drop_overlap, hold_out, load_questions
+from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator
+from qcrd_fast.errors import InputError, RunError, Stopped
+from qcrd_fast.evaluate import accuracy, make_autocast, predict, resolve_device
+from qcrd_fast.examples import Example, label_of, make_examples
+from qcrd_fast.metrics import MetricsLog, mean, share
+from qcrd_fast.negatives import Asked, LaggedNegatives, Snapshots
+from qcrd_fast.objective import Objective
+from qcrd_fast.runfolder import RunFolder, write_json, write_lines
+from qcrd_fast.schedule import Schedule
+from qcrd_fast.signals import StopSignals
+from qcrd_fast.students import PromptSettings, Student
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The three question sets of a run, and what the training rows hash to."""
+
+    train: list[Question]
+    validation: list[Question]
+    test: list[Question]
+    task: str
+    dropped: int  # training questions that stand in the test set
+    digest: str
+
+    @classmethod
+    def load(cls, config: TrainConfig) -> Data:
+        """Raises `InputError` naming the file for unreadable or empty data."""
+
+        def questions(path: str, split: str) -> list[Question]:
+            loaded = load_questions(path, split=split, seed=config.seed, on_bad_row=config.on_bad_row, task=config.task)
+            for bad in loaded.skipped:
+                log.warning("set aside %s", bad)
+            if not loaded.questions:
+                raise InputError(f"{path}: no question to use")
+            return loaded.questions
+
+        if not config.data:
+            raise InputError("--data is needed; to try the trainer without any, run: qcrd-fast demo --output-dir DIR")
+        rows = questions(config.data, "train")
+        test = questions(config.test_data, "test") if config.test_data else []
+        rows, dropped = drop_overlap(rows, test)
+        if config.eval_data:
+            validation = questions(config.eval_data, "test")
+            rows, more = drop_overlap(rows, validation)
+            dropped += more
+        else:
+            rows, validation = hold_out(rows, config.validation_fraction, config.seed)
+        if not rows:
+            raise InputError(f"--data: {config.data}: no question is left to train on ({dropped} are in the test set)")
+        for name, some in (("--eval-data", validation), ("--test-data", test)):
+            missing = [q.id for q in some if label_of(q, None) is None]
+            if missing:
+                raise InputError(f"{name}: {len(missing)} questions have no answer, such as {missing[0]}")
+        task = config.task or answers.guess_task([a for q in rows if (a := label_of(q, config.label)) is not None])
+        digest = hashlib.sha256(repr(rows).encode("utf-8", "surrogatepass")).hexdigest()
+        return cls(rows, validation, test, task, dropped, digest)
+
+
+def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = False) -> dict[str, Any]:
+    """Train a student as `config` says and return what `eval_results.json` holds.
+
+    Raises `InputError` for options or data at fault, `RunError` when training fails (a loss that is not finite, a full
+    disk), `Stopped` after a signal, with everything saved. With `dry_run`, loads and checks everything, writes nothing
+    and returns the plan.
+    """
+    if not config.student:
+        raise InputError("--student is needed: a local folder or a hub id")
+    if run is None and not dry_run:
+        with RunFolder(config) as run:
+            return train(config, run)
+    config = dataclasses.replace(config, impl=os.environ.get("QCRD_FAST_IMPL") or config.impl)
+    device = resolve_device(config.device)
+    torch.manual_seed(config.seed)
+    data = Data.load(config)
+    schedule = Schedule(len(data.train), config)
+    log.info("%d training, %d validation, %d test questions; task %s; %d steps, %d an iteration; dropped %d that are tested",
+             len(data.train), len(data.validation), len(data.test), data.task, schedule.total_steps,
+             schedule.iteration_steps, data.dropped)  # fmt: skip
+    found = _resume_point(config, run.path) if run and config.resume else None
+    prompts = PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length)
+    student = Student.load(str(found or config.student), prompts, device)
+    examples = make_examples(data.train, student, config)
+    if run is None:
+        return _plan(config, data, schedule, student)
+    session = Session(config, run.path, data, schedule, student, examples)
+    if found:
+        session.restore(found)
+    else:
+        run.write_config()
+        session.log.cut(0)
+    with StopSignals() as stop:
+        session.loop(stop)
+    return session.finish()
+
+
+def _plan(config: TrainConfig, data: Data, schedule: Schedule, student: Student) -> dict[str, Any]:
+    return {
+        "train": len(data.train),
+        "validation": len(data.validation),
+        "test": len(data.test),
+        "dropped": data.dropped,
+        "task": data.task,
+        "steps": schedule.total_steps,
+        "iteration_steps": schedule.iteration_steps,
+        "student": config.student,
+        "parameters": sum(p.numel() for p in student.model.parameters()),
+        "output_dir": config.output_dir,
+    }
+
+
+def _resume_point(config: TrainConfig, run: Path) -> Path | None:
+    """The checkpoint to continue from, or None for a run that has none yet."""
+    if config.resume != "auto":
+        chosen = Path(str(config.resume))
+        fault = checkpoint.find_fault(chosen, run) if chosen.is_dir() else "no such folder"
+        if fault or chosen.resolve().parent != run.resolve():
+            raise InputError(f"--resume: {chosen}: {fault or f'is not a checkpoint of {run}'}")
+        return chosen
+    found = checkpoint.latest_checkpoint(run, resume=True)
+    if found is None and checkpoint.checkpoints(run):
+        raise RunError(f"{run}: no whole checkpoint is left to resume from")
+    return found
+
+
+class Session:
+    """A run in progress: its student, optimizer, discriminator, negatives and log."""
+
+    def __init__(
+        self, config: TrainConfig, run: Path, data: Data, schedule: Schedule, student: Student, examples: list[Example]
+    ):
+        self.config, self.run, self.data, self.schedule = config, run, data, schedule
+        self.student, self.examples = student, examples
+        self.autocast = make_autocast(student.device, config.bf16)
+        self.log = MetricsLog(run, config.report_to)
+        self.optimizer = _adamw(student.model, config)
+        self.is_qcrd = config.method == "qcrd"
+        self.trainer: DiscriminatorTrainer | None = None
+        if self.is_qcrd:
+            judge = build_discriminator(config.discriminator, student.model, student.tokenizer, seed=config.seed)
+            self.trainer = DiscriminatorTrainer(judge, config) if judge else None
+        warmup = round(config.redi_warmup * schedule.total_steps)
+        self.objective = Objective(student, config, self.trainer.discriminator if self.trainer else None, self.autocast, warmup)
+        self.snapshots = Snapshots(run / "snapshots")
+        self.lagged: LaggedNegatives | None = None
+        if self.is_qcrd and config.negative_source in ("lagged", "fixed"):
+            asked = [Asked(e.id, e.explain) for e in examples]
+            self.lagged = LaggedNegatives(student, asked, schedule, self.snapshots, run / "negatives", config, self.autocast)
+        self.step = 0  # optimizer steps done
+        self.best: dict[str, Any] | None = None
+        self.loss_d: float | None = None
+        self.saved_step: int | None = None
+        self.lagged_active: Counter[str] = Counter()  # of the current iteration
+        student.model.train()
+        if config.gradient_checkpointing:
+            student.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.forward == "joint" and _has_dropout(student.model):
+            log.warning("--forward joint scores with dropout on; the two-pass default scores without")
+
+    # The loop
+
+    def loop(self, stop: StopSignals) -> None:
+        if self.step == 0 and self.trainer:
+            self._pretrain_discriminator(stop)
+        while self.step < self.schedule.total_steps:
+            if self.step % self.schedule.iteration_steps == 0:
+                self._begin_iteration(self.schedule.iteration(self.step))
+            self._train_step()
+            done = self.step == self.schedule.total_steps
+            if self.data.validation and (done or self.step % self.schedule.eval_steps == 0):
+                self._validate()
+                self._save()
+            elif done or self.step % self.schedule.save_steps == 0 or stop.signum:
+                self._save()
+            if stop.signum and not done:
+                self._save()
+                raise Stopped(stop.signum)
+
+    def _train_step(self) -> None:
+        step, started = self.step, time.perf_counter()
+        iteration = self.schedule.iteration(step)
+        lagged = self.lagged.for_step(step) if self.lagged else {}
+        sampled = time.perf_counter()
+        batches = self.schedule.micro_batches(step)
+        num_questions = sum(map(len, batches))
+        losses: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
+        for micro, rows in enumerate(batches):
+            torch.manual_seed(_seed(self.config.seed, step, micro))  # dropout, a function of the step alone
+            batch = [self.examples[i] for i in rows]
+            terms, stats = self.objective.step(batch, lagged, num_questions, step, iteration)
+            for name, value in terms.items():
+                losses[name] = losses[name] + value  # stays on the device
+            counts.update(stats)
+        norm = torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf)
+        lr = self.schedule.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.lagged_active.update({k: v for k, v in counts.items() if k.startswith("lagged")})
+        elapsed = time.perf_counter() - started
+        record = {
+            "step": self.step,
+            "iteration": iteration,
+            "loss": None,
+            "loss_pred": None,
+            "loss_cl": None,
+            "loss_d": self.loss_d,
+            "quality_positive": mean(counts, "quality_positive", "num_positive"),
+            "quality_negative": mean(counts, "quality_negative", "num_negative"),
+            "active_hinge_lagged": share(counts, "lagged"),
+            "active_hinge_minority": share(counts, "minority"),
+            "masked_minority_share": mean(counts, "masked_minorities", "minority_questions"),
+            "lr": lr,
+            "grad_norm": None,
+            "tokens_per_s": counts["tokens"] / elapsed,
+            "step_ms": 1e3 * elapsed,
+            "sample_wait_ms": 1e3 * (sampled - started),
+        }
+        if self.student.device.type == "cuda":
+            record["peak_mib"] = torch.cuda.max_memory_allocated(self.student.device) / 2**20
+        extra = self.schedule.alpha_d(iteration) * (self.loss_d or 0.0)  # a3 L_D of Eq. 8
+        ids = [self.examples[i].id for rows in batches for i in rows]
+        logged = self.step % self.config.logging_steps == 0 or self.step == self.schedule.total_steps
+        self.log.put(record, {**losses, "grad_norm": norm}, extra, ids, logged)
+
+    def _begin_iteration(self, iteration: int) -> None:
+        """Learn from the last iteration's negatives, then keep the student as it is now for a later one."""
+        if self.lagged and iteration:
+            seen = self.lagged_active
+            if seen["lagged"] and seen["lagged_active"] < 0.05 * seen["lagged"]:
+                log.warning(
+                    "iteration %d: only %.1f%% of the student's own negatives had an active hinge; they teach little "
+                    "(see --negative-top-k, --negative-temperature, --delta)",
+                    iteration - 1, 100 * seen["lagged_active"] / seen["lagged"],
+                )  # fmt: skip
+        self.lagged_active = Counter()
+        if self.trainer:
+            self.trainer.set_alpha(self.schedule.alpha_d(iteration))
+            if iteration:
+                drawn = self.lagged.of_iteration(iteration - 1) if self.lagged else {}
+                texts = {e.id: [c.text] for e in self.examples for c in e.candidates(drawn) if c.source == "lagged"}
+                loss = self.trainer.update(self.data.train, texts, iteration)
+                self.loss_d = self.loss_d if loss is None else loss
+        if self.lagged:
+            if self.config.negative_source == "lagged" or iteration == 0:
+                self.snapshots.save(iteration, self.student.model)
+            self.snapshots.prune(self._oldest_snapshot(), self.config.negative_source == "fixed")
+
+    def _pretrain_discriminator(self, stop: StopSignals) -> None:
+        assert self.trainer
+        steps = self.config.discriminator_pretrain_steps
+        if self.config.max_steps > 0:
+            steps = min(steps, 10 * self.config.max_steps)
+
+        def check(_: int) -> None:
+            if stop.signum:  # nothing is trained yet, so nothing is lost
+                raise Stopped(stop.signum)
+
+        if steps:
+            log.info("pretraining the discriminator for %d steps", steps)
+            self.trainer.set_alpha(1.0)  # a3 weighs the online updates alone
+            self.loss_d = self.trainer.pretrain(self.data.train, steps, check)
+
+    # Validation, checkpoints, results
+
+    def _predict(self, student: Student, questions: list[Question]) -> list[dict[str, Any]]:
+        return predict(
+            student,
+            questions,
+            self.data.task,
+            batch_size=self.config.eval_batch_size,
+            max_answer_tokens=self.config.max_answer_tokens,
+            autocast=self.autocast,
+        )
+
+    def _validate(self) -> None:
+        self.log.flush()
+        value = accuracy(self._predict(self.student, self.data.validation))
+        assert value is not None
+        if self.best is None or value > self.best["accuracy"]:
+            self.best = {"step": self.step, "accuracy": value}
+        self.log.write({"step": self.step, "eval_accuracy": value})
+        log.info("step %d: validation accuracy %.4f", self.step, value)
+
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        self.log.flush()  # a loss that is not finite stops here, before anything is overwritten
+        state = {
+            "prompt": dataclasses.asdict(self.student.prompts),
+            "task": self.data.task,
+            "method": self.config.method,
+            "best": self.best,
+            "loss_d": self.loss_d,
+            "data_sha256": self.data.digest,
+            "snapshots": self.snapshots.digests(self._oldest_for(self.step)) if self.lagged else {},
+        }
+        checkpoint.save_checkpoint(self.run, self.step, self.student, self.optimizer, self.trainer, state)
+        self.saved_step = self.step
+        checkpoint.rotate(self.run, self.config.save_total_limit, self.best["step"] if self.best else None)
+
+    def restore(self, found: Path) -> None:
+        """Continue from a checkpoint; the student's weights are loaded already."""
+        state = checkpoint.load_checkpoint(found, self.student, self.optimizer, self.trainer)
+        if state["data_sha256"] != self.data.digest:
+            raise InputError(f"--data: the rows differ from those that {found} was trained on")
+        self.step = self.saved_step = state["step"]
+        self.best, self.loss_d = state["best"], state["loss_d"]
+        self.snapshots.known = {int(k): v for k, v in state["snapshots"].items()}
+        self.log.cut(self.step)
+        log.info("resuming from %s", found)
+
+    def _oldest_for(self, step: int) -> int:
+        """The oldest snapshot that a resume at `step` may ask for: the discriminator looks one iteration back."""
+        if self.config.negative_source == "fixed":
+            return 0
+        return max(self.schedule.iteration(step) - 1 - self.config.negative_lag, 0)
+
+    def _oldest_snapshot(self) -> int:
+        limit = self.config.save_total_limit
+        steps = [checkpoint.step_of(p) for p in checkpoint.checkpoints(self.run)]
+        return self._oldest_for(min([*(steps[:limit] if limit else steps), self.step]) if steps else 0)
+
+    def finish(self) -> dict[str, Any]:
+        """Point `final` at the best checkpoint and evaluate it, and the untrained student, on the test set."""
+        results_path = self.run / "eval_results.json"
+        best = checkpoint.checkpoint_path(self.run, self.best["step"] if self.best else self.step)
+        if results_path.is_file() and (self.run / "final").resolve() == best.resolve():
+            results: dict[str, Any] = json.loads(results_path.read_text(encoding="utf-8"))
+            return results
+        checkpoint.point_final(self.run, best)
+        self.optimizer.state.clear()
+        questions = self.data.test or self.data.validation
+        results = {"accuracy": None, "accuracy_validation": self.best["accuracy"] if self.best else None}
+        if questions:
+            device, prompts = self.student.device, self.student.prompts
+            untrained = Student.load(str(self.config.student), prompts, device)
+            results["accuracy_untrained"] = accuracy(self._predict(untrained, questions))
+            del untrained
+            records = self._predict(Student.load(str(best), prompts, device), questions)
+            results["accuracy"] = accuracy(records)
+            write_lines(self.run / "predictions.jsonl", records)
+        results |= {
+            "n": len(questions),
+            "evaluated_on": "test" if self.data.test else "validation" if self.data.validation else None,
+            "task": self.data.task,
+            "method": self.config.method,
+            "best_step": checkpoint.step_of(best),
+            "steps": self.step,
+            "train_questions": len(self.data.train),
+            "dropped_from_train": self.data.dropped,
+        }
+        write_json(results_path, results)
+        return results
+
+
+def _adamw(model: Any, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW as in Hugging Face: no decay on biases and norms."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
+
+
+def _has_dropout(model: Any) -> bool:
+    return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+
+
+def _seed(*key: int) -> int:
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,386 @@
+"""The loop on tiny students: every method, exact resumes, the two-pass trick, accumulation, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qcrd_fast import checkpoint
+from qcrd_fast.config import METHODS, TrainConfig
+from qcrd_fast.errors import InputError, RunError, Stopped
+from qcrd_fast.train import train
+
+UNTIMED = ("tokens_per_s", "step_ms", "sample_wait_ms")  # fields that measure the machine, not the run
+
+
+def settings(rows: Path, student: Path, out: Path, **changes) -> TrainConfig:
+    values = dict(
+        data=str(rows),
+        student=str(student),
+        output_dir=str(out),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        iteration_steps=2,
+        negative_lag=1,
+        max_new_tokens=6,
+        learning_rate=1e-3,
+        discriminator_pretrain_steps=2,
+        discriminator_update_batches=1,
+        save_steps=3,
+        sample_batch_size=4,
+        max_answer_tokens=4,
+        delta=8.0,
+    )  # fmt: skip  (delta: an untrained student finds everything unlikely)
+    return TrainConfig(**(values | changes))
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in UNTIMED} for line in lines]
+
+
+def weights(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.checkpoint_path(run, step) / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module", params=["t5_folder", "llama_folder"])
+def whole(request, rows_file, tmp_path_factory):
+    """(student folder, run folder) of an unbroken run."""
+    student, out = request.getfixturevalue(request.param), tmp_path_factory.mktemp("whole") / "run"
+    train(settings(rows_file, student, out))
+    return student, out
+
+
+def test_run_folder_is_what_the_interface_says(whole, rows_file):
+    _, run = whole
+    for name in ("config.resolved.yaml", "metrics.jsonl", "eval_results.json", "predictions.jsonl"):
+        assert (run / name).is_file(), name
+    results = json.loads((run / "eval_results.json").read_text())
+    assert list(results)[:4] == ["accuracy", "accuracy_validation", "accuracy_untrained", "n"]
+    assert os.readlink(run / "final").startswith("checkpoint-")
+    assert len((run / "predictions.jsonl").read_text().splitlines()) == results["n"] == 2  # a tenth of 24 questions
+    steps = [m for m in metrics(run) if "loss" in m]
+    assert [m["step"] for m in steps] == [1, 2, 3, 4, 5, 6] and [m["iteration"] for m in steps] == [0, 0, 1, 1, 2, 2]
+    for m in steps:
+        a_d = 0.5 * 0.9 ** m["iteration"]
+        assert m["loss"] == pytest.approx(0.5 * m["loss_pred"] + 0.5 * m["loss_cl"] + a_d * m["loss_d"], rel=1e-5)
+        assert 0 < m["quality_positive"] < 1 and 0 < m["quality_negative"] < 1
+        assert 0 <= m["active_hinge_lagged"] <= 1
+    assert not [p for p in run.rglob("*") if p.suffix in (".pt", ".bin", ".pth", ".pkl")]
+
+
+def test_checkpoint_loads_with_from_pretrained(whole):
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    _, run = whole
+    folder = run / "final"
+    state = json.loads((folder / "state.json").read_text())
+    assert state["prompt"]["template"] == "raw" and state["task"] == "number"
+    is_t5 = json.loads((folder / "config.json").read_text())["model_type"] == "t5"
+    model = (AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM).from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) > 0 and AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
+    assert checkpoint.find_fault(folder.resolve(), run) is None
+
+
+def test_negatives_come_from_the_lagged_snapshot(whole):
+    """Iterations 0 and 1 (lag 1) speak with the initial student, iteration 2 with the trained one of iteration 1."""
+    _, run = whole
+    said = {}
+    for path in sorted((run / "negatives").iterdir()):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        said[path.stem] = {r["id"]: r["tokens"] for r in records if "id" in r}
+        for end in (r for r in records if "end" in r):
+            assert end["end"] == sum(r.get("chunk") == end["chunk"] and "id" in r for r in records)
+    assert sorted(said) == ["iteration-00000", "iteration-00001", "iteration-00002"]
+    assert {p.name for p in (run / "snapshots").iterdir()} >= {"iteration-00001.safetensors", "iteration-00002.safetensors"}
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4])  # before the first save, at one, between two
+def test_killed_and_resumed_is_the_same_run(whole, rows_file, tmp_path, stop_after, monkeypatch):
+    student, unbroken = whole
+    out = tmp_path / "run"
+
+    class Killed(BaseException):
+        pass
+
+    from qcrd_fast.train import Session
+
+    real = Session._train_step
+
+    def dies(self):
+        if self.step == stop_after:
+            raise Killed
+        real(self)
+
+    monkeypatch.setattr(Session, "_train_step", dies)
+    with pytest.raises(Killed):
+        train(settings(rows_file, student, out))
+    monkeypatch.setattr(Session, "_train_step", real)
+    with open(max((out / "negatives").iterdir()), "a") as file:
+        file.write('{"chunk": 1, "id": "q')  # the tail of a write that a kill cut short
+    train(settings(rows_file, student, out, resume="auto"))
+    assert metrics(out) == metrics(unbroken)
+    assert same(weights(out), weights(unbroken))
+    for path in (unbroken / "negatives").iterdir():
+        assert (out / "negatives" / path.name).read_text() == path.read_text()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, rows_file, tmp_path, caplog):
+    import shutil
+
+    student, unbroken = whole
+    out = tmp_path / "run"
+    shutil.copytree(unbroken, out, symlinks=True)
+    model = out / "checkpoint-6" / "model.safetensors"
+    data = bytearray(model.read_bytes())
+    data[-5] ^= 1  # one flipped bit
+    model.write_bytes(bytes(data))
+    train(settings(rows_file, student, out, resume="auto"))
+    assert "model.safetensors does not match" in caplog.text
+    assert same(weights(out), weights(unbroken)) and metrics(out) == metrics(unbroken)
+    (out / "checkpoint-3" / "optimizer.safetensors").unlink()
+    (out / "checkpoint-6" / "MANIFEST.json").write_text("{}")
+    with pytest.raises(RunError, match="no whole checkpoint"):
+        train(settings(rows_file, student, out, resume="auto"))
+
+
+def test_sigterm_saves_and_the_resume_is_exact(whole, rows_file, tmp_path, monkeypatch):
+    student, unbroken = whole
+    out = tmp_path / "run"
+    from qcrd_fast.train import Session
+
+    real = Session._train_step
+
+    def signalled(self):
+        real(self)
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Session, "_train_step", signalled)
+    with pytest.raises(Stopped) as stopped:
+        train(settings(rows_file, student, out))
+    assert stopped.value.exit_code == 143
+    monkeypatch.setattr(Session, "_train_step", real)
+    train(settings(rows_file, student, out, resume="auto"))
+    assert metrics(out) == metrics(unbroken) and same(weights(out), weights(unbroken))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method, rows_file, t5_folder, tmp_path):
+    config = settings(rows_file, t5_folder, tmp_path / "run", method=method, max_steps=2, validation_fraction=0.0)
+    results = train(config)
+    last = metrics(tmp_path / "run")[-1]
+    assert results["accuracy"] is None and last["loss"] > 0
+    if method in ("finetune", "single-task"):
+        assert last["loss_cl"] == 0 and last["loss"] == pytest.approx(last["loss_pred"])
+    elif method in ("dss", "sft-all"):
+        assert last["loss"] == pytest.approx(0.5 * last["loss_pred"] + 0.5 * last["loss_cl"])
+    elif method == "mi":
+        rest = last["loss"] - 0.5 * last["loss_pred"] - 0.5 * last["loss_cl"]
+        assert rest == pytest.approx(0.1 * last["loss_mi"]) and last["loss_mi"] > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"negative_source": "fixed"},
+        {"negative_source": "minority"},
+        {"negative_source": "none", "discriminator": "none"},
+        {"scheme": "mean"},
+        {"scheme": "wmean", "num_positives": 2},
+        {"scheme": "sampling"},
+        {"positive_select": "mean", "negative_select": "max-active"},
+        {"reasoning_task": True, "gradient_checkpointing": True},
+        {"label": "majority", "weight_decay": 0.1, "lr_scheduler_type": "cosine", "discriminator_loss": "infonce"},
+        {"bf16": True, "impl": "eager"},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_switches(changes, rows_file, llama_folder, tmp_path):
+    config = settings(rows_file, llama_folder, tmp_path / "run", max_steps=3, validation_fraction=0.0, **changes)
+    train(config)
+    last = metrics(tmp_path / "run")[-1]
+    assert all(torch.isfinite(torch.tensor(last[k])) for k in ("loss", "loss_pred", "loss_cl", "grad_norm"))
+    assert (last["active_hinge_lagged"] is None) == (changes.get("negative_source") in ("minority", "none"))
+
+
+@pytest.fixture(scope="module")
+def still_t5(tmp_path_factory, t5_folder):
+    """The tiny T5 without dropout."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("still") / "t5"
+    shutil.copytree(t5_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["dropout_rate"] = 0.0
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("student", ["still_t5", "llama_folder"])
+@pytest.mark.parametrize("scheme", ["minmax", "mean"])
+def test_two_passes_equal_one(student, scheme, rows_file, request, tmp_path):
+    """Without dropout, scoring first and training what was selected gives the gradients of the paper's single pass."""
+    folder = request.getfixturevalue(student)
+    runs = {}
+    for forward in ("two-pass", "joint"):
+        out = tmp_path / forward
+        train(settings(rows_file, folder, out, forward=forward, scheme=scheme, max_steps=2, validation_fraction=0.0))
+        runs[forward] = metrics(out)
+    for a, b in zip(runs["two-pass"], runs["joint"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["active_hinge_lagged"] == b["active_hinge_lagged"]
+    assert any(m["active_hinge_lagged"] for m in runs["joint"])
+
+
+@pytest.mark.parametrize("student", ["still_t5", "llama_folder"])
+def test_accumulation_is_normalised_by_the_whole_batch(student, rows_file, request, tmp_path):
+    folder = request.getfixturevalue(student)
+    runs = []
+    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        out = tmp_path / f"{batch}x{accumulation}"
+        train(
+            settings(
+                rows_file,
+                folder,
+                out,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulation,
+                max_steps=2,
+                validation_fraction=0.0,
+            )  # fmt: skip
+        )
+        runs.append(metrics(out))
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_golden_step(rows_file, llama_folder, tmp_path):
+    """One step's loss recomputed from the equations with the model's own logits, in float64."""
+    from qcrd_fast.data import load_questions
+    from qcrd_fast.schedule import Schedule
+    from qcrd_fast.students import PromptSettings, Student
+
+    config = settings(
+        rows_file, llama_folder, tmp_path / "run", max_steps=1, discriminator="none", validation_fraction=0.0,
+        beta=0.7, delta=8.0, negative_source="minority",
+    )  # fmt: skip
+    train(config)
+    logged = metrics(tmp_path / "run")[0]
+    student = Student.load(str(llama_folder), PromptSettings())
+    model = student.model.double().eval()
+
+    def nll(source, target):
+        ids = torch.tensor([source + target])
+        with torch.no_grad():
+            logprob = model(input_ids=ids).logits[0].log_softmax(-1)
+        at = range(len(source) - 1, len(source) + len(target) - 1)
+        return -sum(logprob[i, t].item() for i, t in zip(at, target, strict=True)) / len(target)
+
+    questions = load_questions(config.data, split="train").questions
+    rows = [questions[i] for i in Schedule(len(questions), config).questions(0)]
+    pred = cl = 0.0
+    for q in rows:
+        plain = lambda text: list(student.tokenizer(text, add_special_tokens=False).input_ids)  # noqa: E731
+        label, newline, eos = plain(q.gold), plain("\n"), student.tokenizer.eos_token_id
+        pred += nll([*student.tokenizer("predict: " + q.question).input_ids, *newline], [*label, eos]) / len(rows)
+        source = [*student.tokenizer("explain: " + q.question).input_ids, *newline]
+        cl += min(nll(source, [*plain(r.text), eos]) for r in q.positives) / len(rows)  # Eq. 6, s = 1
+        if q.negatives:  # Eq. 7, s = 0
+            cl -= 0.7 * max(min(nll(source, [*plain(r.text), eos]) - 8.0, 0) for r in q.negatives) / len(rows)
+    assert any(q.negatives for q in rows)
+    assert logged["loss_pred"] == pytest.approx(pred, abs=1e-5)
+    assert logged["loss_cl"] == pytest.approx(cl, abs=1e-5)
+    assert logged["loss"] == pytest.approx(0.5 * pred + 0.5 * cl, abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_naming_the_questions(rows_file, llama_folder, tmp_path, monkeypatch):
+    from qcrd_fast.objective import Objective
+
+    real, calls = Objective.step, []
+
+    def broken(self, *args):
+        losses, stats = real(self, *args)
+        calls.append(1)
+        return (losses | {"loss": losses["loss"] * float("nan")}, stats) if len(calls) == 5 else (losses, stats)
+
+    monkeypatch.setattr(Objective, "step", broken)
+    with pytest.raises(RunError, match=r"step 5: loss nan; questions q\d+"):
+        train(settings(rows_file, llama_folder, tmp_path / "run"))
+    assert checkpoint.find_fault(tmp_path / "run" / "checkpoint-3") is None
+    assert not (tmp_path / "run" / "checkpoint-6").exists()
+
+
+def test_refusals_come_before_anything_is_written(rows_file, llama_folder, t5_folder, whole, tmp_path):
+    student, run = whole
+    with pytest.raises(InputError, match="is not empty.*--resume auto"):
+        train(settings(rows_file, student, run))
+    with pytest.raises(InputError, match=r"--beta 0\.2, now it is 0\.3"):
+        train(settings(rows_file, student, run, beta=0.3, resume="auto"))
+    with pytest.raises(InputError, match="--student is needed"):
+        train(TrainConfig(data=str(rows_file), output_dir=str(tmp_path / "a")))
+    with pytest.raises(InputError, match="demo"):
+        train(TrainConfig(student=str(student), output_dir=str(tmp_path / "b")))
+    with pytest.raises(InputError, match="cannot write"):
+        train(settings(rows_file, student, Path("/proc/nowhere")))
+    with pytest.raises(InputError, match="--device"):
+        train(settings(rows_file, student, tmp_path / "c", device="cuda:77"))
+    unlabelled = tmp_path / "unlabelled.jsonl"
+    row = json.loads(rows_file.read_text().splitlines()[0])
+    unlabelled.write_text(json.dumps(row | {"answer": None}) + "\n")
+    with pytest.raises(InputError, match="no gold answer"):
+        train(settings(unlabelled, student, tmp_path / "d", method="finetune", validation_fraction=0.0))
+
+
+def test_other_rows_on_resume_are_refused(whole, rows_file, tmp_path):
+    import shutil
+
+    student, unbroken = whole
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    shutil.copy(rows_file, rows)
+    train(settings(rows, student, out, max_steps=1, validation_fraction=0.0))
+    rows.write_text("\n".join(rows.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(InputError, match="rows differ"):
+        train(settings(rows, student, out, max_steps=1, validation_fraction=0.0, resume="auto"))
+
+
+def test_a_second_run_in_one_folder_is_refused_with_the_owners_pid(rows_file, tmp_path):
+    from qcrd_fast.runfolder import RunFolder
+
+    out = tmp_path / "run"
+    hold = (
+        "import sys; from qcrd_fast.config import TrainConfig; from qcrd_fast.runfolder import RunFolder\n"
+        f"with RunFolder(TrainConfig(output_dir={str(out)!r})): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"in use by process {owner.pid}"), RunFolder(TrainConfig(output_dir=str(out))):
+            pass
+        owner.kill()
+    with RunFolder(TrainConfig(output_dir=str(out))):  # the lock died with its owner
+        pass
+
+
+def test_questions_of_the_test_set_are_dropped_from_training(rows_file, llama_folder, tmp_path):
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps({"id": f"t{i}", "question": r["question"], "answer": r["answer"], "samples": []}) + "\n"
+                            for i, r in enumerate(rows[:3])))  # fmt: skip
+    plan = train(settings(rows_file, llama_folder, tmp_path / "run", test_data=str(test)), dry_run=True)
+    assert plan["dropped"] == 3 and plan["test"] == 3 and plan["train"] + plan["validation"] == 21
+    assert not (tmp_path / "run").exists()
