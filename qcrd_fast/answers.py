@@ -58,7 +58,7 @@ def canonical(answer: str, task: str, choices: Sequence[str] = ()) -> str | None
         return _yes_no(text)
     if task == "choice":
         return _choice(text, choices)
-    return _plain(text) or None
+    return _plain(text)
 
 
 def surface(answer: str, task: str, choices: Sequence[str] = ()) -> str | None:
@@ -314,7 +314,7 @@ def _choice(text: str, choices: Sequence[str]) -> str | None:
         return rest or letter
     if letter is not None:
         index = ord(letter) - ord("a")
-        return _plain(choices[index]) if index < len(choices) else None
+        return _plain(choices[index]) or None if index < len(choices) else None
     keys = [_plain(choice) for choice in choices]
     if rest in keys:
         return rest
@@ -343,7 +343,8 @@ def _visible(text: str) -> str:
 
 def _plain(text: str) -> str:
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(text.split()).strip(" .,;:!?\"'`*()[]{}").strip()
+    text = " ".join(text.split())
+    return text.strip(" .,;:!?\"'`*()[]{}") or text
 
 
 def _fold(text: str) -> str:

@@ -272,20 +272,23 @@ def _parse(
 
 
 def _with_tasks(records: list[Record], task: str | None) -> list[Record]:
-    """The records of one input, each with a task: the override, its own, or the one guessed from the answers."""
-    golds = [record.question.gold for record in records if record.question.gold]
-    answers = golds or [sample.answer for record in records for sample in record.samples if sample.answer]
-    guess = task or guess_task(answers)
+    """The records of one input, each with a task: the override, its own, choice where the question lists choices, or
+    what the answers of the remaining ones look like: their gold answers, or the samples' where there is no gold."""
+    own = [task or _own_task(record.question) for record in records]
+    rest = [record for record, known in zip(records, own, strict=True) if not known]
+    golds = [record.question.gold for record in rest if record.question.gold]
+    guess = guess_task(golds or [sample.answer for record in rest for sample in record.samples if sample.answer])
+    return [
+        record._replace(question=dataclasses.replace(record.question, task=known or guess))
+        for record, known in zip(records, own, strict=True)
+    ]
 
-    def choose(question: Question) -> str:
-        if task or question.task:
-            return task or question.task or ""
-        choices = parse_choices(question.question)
-        if choices and (question.gold is None or canonical(question.gold, "choice", choices)):
-            return "choice"
-        return guess
 
-    return [r._replace(question=dataclasses.replace(r.question, task=choose(r.question))) for r in records]
+def _own_task(question: Question) -> str | None:
+    choices = parse_choices(question.question)
+    if question.task or not choices:
+        return question.task
+    return "choice" if question.gold is None or canonical(question.gold, "choice", choices) else None
 
 
 def _pooled(records: Iterable[Record], bad: Any) -> dict[str, list[Record]]:
