@@ -45,7 +45,8 @@ def linear_logprob_eager(
 
     Operands are rounded to `hidden`'s type and multiplied in fp32 (float64 stays float64).
     """
-    hidden_TH, weight_VH = accumulable(hidden_TH), accumulable(weight_VH.to(hidden_TH.dtype))
+    weight_VH = accumulable(weight_VH.to(hidden_TH.dtype))
+    hidden_TH = accumulable(hidden_TH)
     logits_TV = options.scale * (hidden_TH @ weight_VH.T)
     if bias_V is not None:
         logits_TV = logits_TV + bias_V.to(logits_TV.dtype)
@@ -81,9 +82,9 @@ def chunked_forward(
     max_T = torch.full((T,), torch.finfo(dtype).min, dtype=dtype, device=hidden_TH.device)
     sum_T, picked_T = torch.zeros_like(max_T), torch.zeros_like(max_T)
     plogp_T = torch.zeros_like(max_T) if want_entropy else max_T.new_empty(0)  # sum of e log e, e = exp(logit - max)
-    hidden_TH = operand(hidden_TH)
+    compute_dtype, hidden_TH = hidden_TH.dtype, operand(hidden_TH)
     for start, stop in chunks(V, T):
-        weight_CH = operand(weight_VH[start:stop].to(hidden_TH.dtype))
+        weight_CH = operand(weight_VH[start:stop].to(compute_dtype))
         logits_TC = chunk_logits(hidden_TH, weight_CH, None if bias_V is None else bias_V[start:stop], options)[0]
         local_T, hit_T = local_target(target_T, start, stop)
         picked_T += logits_TC.gather(1, local_T[:, None])[:, 0].where(hit_T, 0)
@@ -125,9 +126,9 @@ def chunked_backward(
     dhidden_SH = hidden_SH.new_zeros((S, H), dtype=dtype) if need_hidden else None
     dweight_VH = torch.empty_like(weight_VH, memory_format=torch.contiguous_format) if need_weight else None
     dbias_V = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
-    hidden_SH = operand(hidden_SH)
+    compute_dtype, hidden_SH = hidden_SH.dtype, operand(hidden_SH)
     for start, stop in chunks(V, S):
-        weight_CH = operand(weight_VH[start:stop].to(hidden_SH.dtype))
+        weight_CH = operand(weight_VH[start:stop].to(compute_dtype))
         bias_C = None if bias_V is None else bias_V[start:stop]
         logits_SC, slope_SC = chunk_logits(hidden_SH, weight_CH, bias_C, options, want_slope=True)
         if probz_S is None:
@@ -224,7 +225,7 @@ def contrastive_eager(
     valid_T = torch.ones_like(rationale_T, dtype=torch.bool) if valid_T is None else valid_T
     tokens = [(rationale_T == r) & valid_T for r in range(R)]
     count = [int(t.sum()) for t in tokens]
-    zero = logprob_T.new_zeros(())
+    zero = logprob_T[:0].sum()  # differentiable, so that a batch without candidates has a gradient: 0
     nll = [-logprob_T[t].mean() if n else zero for t, n in zip(tokens, count, strict=True)]  # l(f(x), r)
     positive, question = positive_R.tolist(), question_R.tolist()
     quality = None if quality_R is None else quality_R.detach().to(logprob_T.dtype)
@@ -264,7 +265,7 @@ def contrastive_eager(
                     loss_neg = loss_neg + w * (nll[r] - delta)  # Eq. 7, h(u) = min(u - delta, 0)
                 else:
                     w = zero
-                weight_R[r] = w
+                weight_R[r] = w.detach()
     nll_R = torch.stack(nll).detach() if R else logprob_T.new_zeros(0)
     count_R = torch.tensor(count, device=logprob_T.device)
     active_R = ~positive_R & (count_R > 0) & (nll_R < delta)

@@ -12,7 +12,9 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.heads import body, check_head, read_head
 
 V = 61
-LLAMA = dict(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+LLAMA = dict(
+    vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+)
 T5 = dict(vocab_size=V, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
 GEMMA = dict(LLAMA, head_dim=8, pad_token_id=0)
 COHERE = dict(LLAMA, logit_scale=0.25, pad_token_id=0, eos_token_id=1, bos_token_id=2)
@@ -104,7 +106,7 @@ def test_a_head_that_differs_is_refused():
     model = build("llama")
     forward = model.lm_head.forward
     model.lm_head.forward = lambda x: 1.5 * forward(x)
-    with pytest.raises(InputError, match="LlamaForCausalLM.*is not supported.*another way"):
+    with pytest.raises(InputError, match=r"LlamaForCausalLM.*is not supported.*another way"):
         QCRDLoss.for_model(model)
 
 
