@@ -6,6 +6,7 @@ arXiv 2405.13014.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -219,6 +220,25 @@ def nearest(name: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def options_markdown() -> str:
+    """`docs/options.md`: every option with its default, range and meaning, by group."""
+    lines = ["# Options of `train`", "", "`-` and `_` are the same in names; `--config FILE.yaml` takes the same names.", ""]
+    group = None
+    for field in dataclasses.fields(TrainConfig):
+        meta = field.metadata
+        if meta["group"] != group:
+            group = meta["group"]
+            lines += ["", f"## {group}", "", "| option | default | meaning |", "|---|---|---|"]
+        names = ", ".join(f"`--{name.replace('_', '-')}`" for name in (field.name, *meta["aliases"]))
+        default = "" if field.default is None else f"`{str(field.default).lower()}`"
+        choices = f" ({', '.join(meta['choices'])})" if meta["choices"] else ""
+        low, high, above = meta["low"], meta["high"], "above" if meta["open_low"] else "at least"
+        bounds = [f"{above} {low:g}"] * (low is not None) + [f"at most {high:g}"] * (high is not None)
+        limits = f" ({', '.join(bounds)})" if bounds else ""
+        lines.append(f"| {names} | {default} | {meta['help']}{choices}{limits} |")
+    return "\n".join(lines) + "\n"
+
+
 def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     """`value` in the field's type, or `InputError` with the option, what was expected and what came."""
     flag, meta = "--" + field.name.replace("_", "-"), field.metadata
@@ -231,10 +251,8 @@ def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 5e-5 as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise InputError(f"{flag} expects {kind.__name__}, got {value!r}")
     if meta["choices"] and value not in meta["choices"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,11 @@ def predict(
     records = []
     for question, tokens in zip(questions, outputs, strict=True):
         output = student.text(tokens)
-        prediction = answers.extract_answer(output.rpartition("Answer:")[2] if reasoning else output, task)
+        choices = answers.parse_choices(question_text(question)) if task == "choice" else ()
+        said = output.rpartition("Answer:")[2] if reasoning else output
+        prediction = answers.extract_answer(said, task, choices)
         gold = label_of(question, None)
+        known = gold is not None and prediction is not None
         records.append(
             {
                 "id": question.id,
@@ -74,10 +78,15 @@ def predict(
                 "gold": gold,
                 "output": output,
                 "prediction": prediction,
-                "correct": gold is not None and prediction is not None and answers.is_correct(prediction, gold, task),
+                "correct": known and answers.is_correct(prediction, gold, task, choices),
             }
         )
     return records
+
+
+def main_task(questions: Sequence[Question]) -> str:
+    """The answer type of most questions."""
+    return Counter(q.task or "text" for q in questions).most_common(1)[0][0]
 
 
 def accuracy(records: Sequence[dict[str, Any]]) -> float | None:
@@ -134,7 +143,7 @@ def evaluate_run(
     if not questions:
         raise InputError(f"{data}: no question has an answer to compare with")
     student, state = load_student(run_or_model, device)
-    task = task or state.get("task") or answers.guess_task([str(label_of(q, None)) for q in questions])
+    task = task or state.get("task") or main_task(questions)
     records = predict(
         student,
         questions,

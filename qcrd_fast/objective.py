@@ -21,7 +21,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator import Discriminator
 from qcrd_fast.errors import RunError
 from qcrd_fast.examples import Candidate, Example
-from qcrd_fast.losses import QCRDOutput, contrastive_loss, weighted_rationale_loss
+from qcrd_fast.losses import ContrastiveOutput, contrastive_loss, weighted_rationale_loss
 from qcrd_fast.negatives import Negative
 from qcrd_fast.ops import linear_logprob
 from qcrd_fast.students import PackedHidden, Student, TokenIds
@@ -146,7 +146,7 @@ class Objective:
         num_questions: int,
         iteration: int,
         stats: Counter[str],
-    ) -> QCRDOutput:
+    ) -> ContrastiveOutput:
         """Eq. 3, 6 and 7 over all candidates, and the counts that are logged."""
         device = logprob_T.device
         quality_R = self._quality(batch, candidates, question)
@@ -293,7 +293,7 @@ def _count(
     stats: Counter[str],
     candidates: list[Candidate],
     question: list[int],
-    out: QCRDOutput,
+    out: ContrastiveOutput,
     quality_R: Tensor | None,
 ) -> None:
     """Active hinges by source, masked minorities and quality sums, for the log."""

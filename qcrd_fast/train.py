@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from qcrd_fast import answers, checkpoint
+from qcrd_fast import checkpoint
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import Question, drop_overlap, hold_out, load_questions
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.evaluate import accuracy, make_autocast, predict, resolve_device
+from qcrd_fast.evaluate import accuracy, main_task, make_autocast, predict, resolve_device
 from qcrd_fast.examples import Example, label_of, make_examples
 from qcrd_fast.metrics import MetricsLog, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives, Snapshots
@@ -73,7 +73,7 @@ class Data:
             missing = [q.id for q in some if label_of(q, None) is None]
             if missing:
                 raise InputError(f"{name}: {len(missing)} questions have no answer, such as {missing[0]}")
-        task = config.task or answers.guess_task([a for q in rows if (a := label_of(q, config.label)) is not None])
+        task = config.task or main_task(rows)
         digest = hashlib.sha256(repr(rows).encode("utf-8", "surrogatepass")).hexdigest()
         return cls(rows, validation, test, task, dropped, digest)
 
