@@ -233,7 +233,7 @@ def options_markdown() -> str:
         default = "" if field.default is None else f"`{str(field.default).lower()}`"
         choices = f" ({', '.join(meta['choices'])})" if meta["choices"] else ""
         low, high, above = meta["low"], meta["high"], "above" if meta["open_low"] else "at least"
-        bounds = [f"{above} {low:g}"] * (low is not None) + [f"at most {high:g}"] * (high is not None)
+        bounds = [f"{word} {bound:g}" for word, bound in ((above, low), ("at most", high)) if bound is not None]
         limits = f" ({', '.join(bounds)})" if bounds else ""
         lines.append(f"| {names} | {default} | {meta['help']}{choices}{limits} |")
     return "\n".join(lines) + "\n"
