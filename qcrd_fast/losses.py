@@ -177,10 +177,12 @@ def contrastive_loss(
     logprob_T, rationale_T = reference.accumulable(logprob.reshape(-1)), rationale.reshape(-1).long()
     question_R, positive_R = question.long(), positive
     if num_questions is None:
-        num_questions = question_R.max() + 1 if R else torch.ones((), dtype=torch.int64)
-    elif not isinstance(num_questions, Tensor):
+        num_questions = question_R.max() + 1 if R else 1
+    if isinstance(num_questions, Tensor):
+        N = num_questions.to(device=logprob.device, dtype=logprob_T.dtype).reshape(())
+    else:
         require(num_questions > 0, lambda: f"num_questions must be above 0, got {num_questions}")
-    N = torch.as_tensor(num_questions, device=logprob.device).to(logprob_T.dtype).reshape(())
+        N = torch.full((), num_questions, dtype=logprob_T.dtype, device=logprob.device)
     key_R = question_R if question_key is None else question_key.long()[question_R]
     terms = ops.contrastive(
         logprob_T,

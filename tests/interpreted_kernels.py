@@ -1,0 +1,182 @@
+"""Checks of the kernels under Triton's interpreter. `test_kernels.py` runs this file in a process of its own, since a kernel
+imported under TRITON_INTERPRET=1 cannot be compiled afterwards. The interpreter multiplies bf16 wrongly: fp32 and fp16 here.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from loss_oracle import BETA, DELTA, Batch, dense_logprob, error, expected_terms, random_batch
+
+from csrc_triton import linear_logprob as kernels
+from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob
+from qcrd_fast.config import NEGATIVE_SELECT, POSITIVE_SELECT, SCHEMES
+
+torch.set_num_threads(1)
+BUDGET = {torch.float32: 2e-6, torch.float16: 2e-3}
+OPTIONS = [  # (whether there is a bias, options)
+    (False, dict()),
+    (False, dict(scale=24**-0.5)),
+    (False, dict(scale=-0.4)),
+    (True, dict(temperature=0.7)),
+    (True, dict(scale=0.4)),
+    (False, dict(softcap=2.0)),
+    (True, dict(scale=0.3, softcap=1.5, temperature=1.4)),
+]
+
+
+@pytest.fixture(params=["whole", "split"])
+def layout(request, monkeypatch):
+    """The vocabulary in one part and one chunk, or in several, the last of them partial."""
+    if request.param == "split":
+        monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 100)
+        monkeypatch.setattr(kernels, "WORKSPACE_BYTES", 40_000)
+
+
+def doubled(batch):
+    names = ("hidden", "weight", "bias")
+    return Batch(**{**vars(batch), **{n: getattr(batch, n).detach().double().requires_grad_() for n in names}})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("with_bias, options", OPTIONS, ids=str)
+def test_log_prob_and_its_gradients(with_bias, options, dtype, layout):
+    batch = random_batch(V=1003).to(dtype)
+    if not with_bias:
+        batch.bias = torch.zeros_like(batch.bias).requires_grad_()
+    truth, bias = doubled(batch), batch.bias if with_bias else None
+    weights = torch.randn(len(batch.target), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    weights[::3] = 0
+    expected = dense_logprob(truth, **options)
+    actual = linear_logprob(batch.hidden, batch.weight, batch.target, bias=bias, impl="triton", **options)
+    assert actual.dtype == torch.float32 and error(actual, expected) < 2e-6
+    assert (actual <= 0).all() and (actual[batch.target < 0] == 0).all()
+    grads, wanted = batch.grads((actual * weights).sum()), truth.grads((expected * weights).sum())
+    for got, want in list(zip(grads, wanted, strict=True))[: 3 if with_bias else 2]:
+        assert got.dtype == dtype and error(got, want) < 3 * BUDGET[dtype]
+
+
+@pytest.mark.parametrize("T, H, V", [(1, 8, 1), (1, 64, 1024), (130, 64, 1024), (129, 17, 5), (64, 33, 1009)])
+def test_shapes(T, H, V, layout):
+    """One token; one word; tiles that divide everything and tiles that divide nothing."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, H, generator=generator) / 2 for n in (T, V))
+    target = torch.randint(0, V, (T,), generator=generator)
+    results = []
+    for impl, dtype in (("triton", torch.float32), ("eager", torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        out = linear_logprob(*leaves, target, impl=impl, return_lse=True, return_entropy=True)
+        results.append([*out, *torch.autograd.grad(sum((x * x).sum() for x in out), leaves)])
+    for got, want in zip(*results, strict=True):
+        assert error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("options", [dict(), dict(scale=0.3, softcap=1.5, temperature=1.4)])
+def test_log_sum_exp_and_entropy(options, layout):
+    batch = random_batch(V=1003).to(torch.float32)
+    results = []
+    for impl in ("triton", "eager"):
+        head = (batch.hidden, batch.weight, batch.target)
+        out = linear_logprob(*head, bias=batch.bias, return_lse=True, return_entropy=True, impl=impl, **options)
+        results.append([*out, *batch.grads((out[1] ** 2).sum() + (out[2] ** 2).sum())])
+    for got, want in zip(*results, strict=True):
+        assert error(got, want) < 3e-6
+
+
+def test_masked_vocabulary_rows(layout):
+    """A bias of -inf switches off a whole part of the vocabulary."""
+    batch = random_batch(V=1003).to(torch.float32)
+    bias = torch.zeros(1003)
+    bias[:600] = -math.inf
+    target = batch.target.clamp(min=600)
+    out = linear_logprob(batch.hidden, batch.weight, target, bias=bias, return_entropy=True, impl="triton")
+    dense = linear_logprob(batch.hidden, batch.weight[600:], target - 600, return_entropy=True, impl="eager")
+    for got, want in zip(out, dense, strict=True):
+        assert error(got, want) < 2e-6
+    grad = torch.autograd.grad(out[0].sum() + out[1].sum(), batch.weight)[0]
+    assert grad.isfinite().all() and (grad[:600] == 0).all()
+
+
+def test_far_logits():
+    """Logits of hundreds: the largest is subtracted before the exponential, in every part."""
+    hidden, weight = torch.eye(3)[:1] * 300, torch.randn(700, 3, generator=torch.Generator().manual_seed(0))
+    for sign in (1, -1):
+        target = (sign * weight[:, 0]).argmax()[None]
+        out = linear_logprob(sign * hidden, weight, target, impl="triton")
+        assert error(out, torch.log_softmax(sign * hidden.double() @ weight.double().T, 1)[0, target]) < 1e-3 and out <= 0
+
+
+@pytest.mark.parametrize("selects", itertools.product(POSITIVE_SELECT, NEGATIVE_SELECT), ids="-".join)
+def test_every_pair_of_selections(selects):
+    truth, batch = random_batch().to(torch.float64), random_batch().to(torch.float32)
+    expected = expected_terms(truth, dense_logprob(truth), selects)
+    out = QCRDLoss(BETA, DELTA, positive_select=selects[0], negative_select=selects[1], impl="triton")(
+        *batch.call, bias=batch.bias
+    )
+    assert out.selected_R.nonzero()[:, 0].tolist() == expected["selected"]
+    for name in ("loss", "loss_pos", "loss_neg"):
+        assert abs(getattr(out, name).item() - expected[name].item()) < 6e-6, name
+        for got, want in zip(batch.grads(getattr(out, name)), truth.grads(expected[name]), strict=True):
+            assert error(got, want) < 1e-5, name
+    # Every other output equals the torch twin's.
+    again = QCRDLoss(BETA, DELTA, positive_select=selects[0], negative_select=selects[1], impl="torch")(
+        *batch.call, bias=batch.bias
+    )
+    for got, want in zip(out, again, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_questions_of_many_rationales(scheme):
+    """More candidates than a block, ties among them, empty rationales, ragged lengths up to several blocks of tokens."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(0, 9, (150,), generator=generator)
+    lengths[3] = 3000
+    rationale = torch.repeat_interleave(torch.arange(150), lengths)
+    logprob = -torch.randint(1, 6, (len(rationale),), generator=generator).float()
+    question = torch.randint(0, 2, (150,), generator=generator) * 7
+    positive, quality = torch.rand(150, generator=generator) < 0.6, torch.rand(150, generator=generator)
+    valid = torch.rand(len(rationale), generator=generator) < 0.9
+    results = []
+    for impl in ("triton", "torch", "eager"):
+        logprob = logprob.clone().requires_grad_()
+        out = contrastive_loss(logprob, rationale, question, positive, quality, scheme=scheme, valid_T=valid, impl=impl)
+        results.append([*out, torch.autograd.grad(out.loss, logprob)[0]])
+    for i in (0, 1):
+        for got, want in zip(results[i], results[2], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_nan_no_candidates_and_nothing_at_all():
+    for scheme in SCHEMES:
+        logprob = -torch.tensor([1.0, math.nan, 2.0])
+        batch = (torch.arange(3), torch.zeros(3).long(), torch.tensor([True, False, False]))
+        out = contrastive_loss(logprob, *batch, scheme=scheme, impl="triton", delta=9.0)
+        assert out.loss.isnan() or scheme == "sampling"
+    for R in (0, 2):
+        logprob = torch.full((R,), -2.5, requires_grad=True)
+        out = contrastive_loss(logprob, torch.arange(R), torch.arange(R), torch.zeros(R).bool(), impl="triton", delta=1.0)
+        out.loss.backward()
+        assert out.loss == 0 and not out.selected_R.any()
+
+
+def test_the_bound_on_selected_tokens_and_determinism():
+    batch = random_batch().to(torch.float32)
+    loss_fn = QCRDLoss(BETA, DELTA, impl="triton")
+    first, again = (batch.grads(loss_fn(*batch.call, bias=batch.bias).loss) for _ in range(2))
+    bounded = batch.grads(loss_fn(*batch.call, bias=batch.bias, max_selected_tokens=50).loss)
+    for a, b, c in zip(first, again, bounded, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)
+
+
+def test_operands_are_converted_as_documented():
+    """bf16 hidden states with an fp32 head: products of bf16, fp32 results, the head's gradient in fp32."""
+    batch = random_batch().to(torch.float32)
+    results = []
+    for impl in ("triton", "torch"):
+        out = linear_logprob(batch.hidden.bfloat16(), batch.weight, batch.target, impl=impl)
+        results.append([out, *torch.autograd.grad(out.sum(), (batch.weight,))])
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == torch.float32 and error(got, want) < 1e-4

@@ -1,0 +1,160 @@
+"""The Triton kernels: under the interpreter here, on a GPU where there is one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loss_oracle import BETA, DELTA, Batch, dense_logprob, error, random_batch
+
+from qcrd_fast import QCRDLoss, linear_logprob
+from qcrd_fast.config import NEGATIVE_SELECT, SCHEMES
+
+HERE = Path(__file__).parent
+
+
+def test_kernels_under_the_interpreter():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    env.pop("QCRD_FAST_IMPL", None)
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py")]
+    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-20_000:] + done.stderr[-4_000:]
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------------
+
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+]
+BUDGET = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # gradients: da is rounded to the operands' type
+CASES = {
+    "t5-base": dict(T=700, H=768, V=32128, options=dict(scale=768**-0.5)),
+    "smollm2": dict(T=129, H=576, V=49152, options=dict()),
+    "gemma": dict(T=65, H=640, V=262144, options=dict(softcap=30.0)),
+    "uneven": dict(T=333, H=200, V=5003, options=dict(scale=0.3, softcap=5.0, temperature=0.7)),
+    "one-token": dict(T=1, H=64, V=1, options=dict()),
+}
+
+
+def big_batch(T, H, V, dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(T, H, generator=generator), torch.randn(V, H, generator=generator) / 8
+    target = torch.randint(0, V, (T,), generator=generator)
+    target[::7] = -100 if T > 1 else 0
+    ragged = random_batch()
+    batch = Batch(
+        hidden, weight, target, *[getattr(ragged, n) for n in ("rationale", "question", "positive", "quality")], weight[:, 0]
+    )
+    return batch.to(dtype, "cuda")
+
+
+class TestOnGPU:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("name", CASES)
+    def test_log_prob_and_its_gradients(self, name, dtype):
+        """Against float64 on the same rounded operands, every head size, with rows that are skipped."""
+        T, H, V, options = CASES[name].values()
+        batch = big_batch(T, H, V, dtype)
+        truth = Batch(
+            **{**vars(batch), **{n: getattr(batch, n).detach().double().requires_grad_() for n in ("hidden", "weight", "bias")}}
+        )
+        weights = torch.randn(T, generator=torch.Generator().manual_seed(3), dtype=torch.float64).cuda()
+        weights[1::3] = 0
+        head = lambda b: (b.hidden, b.weight, b.target)  # noqa: E731
+        extras = dict(return_lse=True, return_entropy=True)
+        actual = linear_logprob(*head(batch), bias=batch.bias, impl="triton", **extras, **options)
+        expected = linear_logprob(*head(truth), bias=truth.bias, impl="torch", **extras, **options)
+        for got, want in zip(actual, expected, strict=True):
+            assert got.dtype == torch.float32 and error(got, want) < 1e-5
+        assert (actual[0] <= 0).all()
+        combine = lambda out: (out[0] * weights).sum() + (out[1] * weights).sum() / 2 + (out[2] * weights).sum() / 3  # noqa: E731
+        for got, want in zip(batch.grads(combine(actual)), truth.grads(combine(expected)), strict=True):
+            assert got.dtype == dtype and error(got, want) < BUDGET[dtype]
+        plain, wanted = batch.grads((actual[0] * weights).sum()), truth.grads((expected[0] * weights).sum())
+        again = batch.grads((actual[0] * weights).sum())
+        for got, want, same in zip(plain, wanted, again, strict=True):
+            assert error(got, want) < BUDGET[dtype] and torch.equal(got, same)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("negative", NEGATIVE_SELECT)
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_loss_and_gradients(self, scheme, negative, dtype):
+        batch = random_batch().to(dtype, "cuda")
+        truth = Batch(
+            **{**vars(batch), **{n: getattr(batch, n).detach().double().requires_grad_() for n in ("hidden", "weight", "bias")}}
+        )
+        outs = []
+        for b, impl in ((batch, "triton"), (truth, "eager")):
+            outs.append(QCRDLoss(BETA, DELTA, scheme, negative_select=negative, impl=impl)(*b.call, bias=b.bias))
+        assert torch.equal(outs[0].selected_R, outs[1].selected_R) and torch.equal(outs[0].active_R, outs[1].active_R)
+        for name in ("loss", "loss_pos", "loss_neg"):
+            assert abs(getattr(outs[0], name).item() - getattr(outs[1], name).item()) < 1e-5
+        for got, want in zip(batch.grads(outs[0].loss), truth.grads(outs[1].loss), strict=True):
+            assert error(got, want) < BUDGET[dtype]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_torch_twin(self, dtype):
+        """What runs where Triton does not."""
+        batch = random_batch().to(dtype, "cuda")
+        truth = random_batch().to(torch.float64)
+        truth = Batch(
+            **{
+                **vars(truth),
+                **{n: getattr(batch, n).detach().double().cpu().requires_grad_() for n in ("hidden", "weight", "bias")},
+            }
+        )
+        out = linear_logprob(batch.hidden, batch.weight, batch.target, bias=batch.bias, impl="torch")
+        expected = dense_logprob(truth)
+        assert error(out, expected) < 1e-5
+        for got, want in zip(batch.grads(out.sum()), truth.grads(expected.sum()), strict=True):
+            assert error(got, want) < BUDGET[dtype]
+
+    def test_no_host_sync_with_a_bound_on_selected_tokens(self):
+        batch = random_batch().to(torch.bfloat16, "cuda")
+        loss_fn = QCRDLoss(BETA, DELTA, impl="triton")
+        for debug in ("default", "error"):  # the first round compiles
+            torch.cuda.set_sync_debug_mode(debug)
+            try:
+                loss_fn(*batch.call, num_questions=6, max_selected_tokens=64).loss.backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    def test_no_logits_are_held(self):
+        """At T5-base's head: the peak above operands and gradients stays far under T x V."""
+        T, H, V = 8192, 768, 32128
+        hidden = torch.randn(T, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.randn(V, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        target = torch.randint(0, V, (T,), device="cuda")
+        linear_logprob(hidden, weight, target, impl="triton").sum().backward()
+        hidden.grad = weight.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        linear_logprob(hidden, weight, target, impl="triton").sum().backward()
+        assert (torch.cuda.max_memory_allocated() - before) / 2**20 < 200  # dense fp32 logits alone: 1,004 MiB
+
+    def test_more_than_2_31_logits(self):
+        """Offsets are 64 bits wide."""
+        T, H, V = 70_000, 64, 32_768
+        hidden, weight = (torch.randn(n, H, device="cuda", dtype=torch.bfloat16) for n in (T, V))
+        target = torch.randint(0, V, (T,), device="cuda")
+        out = linear_logprob(hidden, weight.requires_grad_(), target, impl="triton")
+        assert error(out[-50:], linear_logprob(hidden[-50:], weight, target[-50:], impl="eager")) < 1e-5
+        grad = torch.autograd.grad(out[-50:].sum(), weight, retain_graph=True)[0]
+        small = linear_logprob(hidden[-50:], weight, target[-50:], impl="eager").sum()
+        assert error(grad, torch.autograd.grad(small, weight)[0]) < 1e-2
+        assert torch.autograd.grad(out.sum(), weight)[0].isfinite().all()
+
+    def test_captured_in_a_cuda_graph(self):
+        batch = random_batch().to(torch.bfloat16, "cuda")
+        with torch.no_grad():
+            expected = linear_logprob(batch.hidden, batch.weight, batch.target.clamp(min=0), impl="triton")
+            graph, target = torch.cuda.CUDAGraph(), batch.target.clamp(min=0)
+            with torch.cuda.graph(graph):
+                out = linear_logprob(batch.hidden, batch.weight, target, impl="triton")
+            graph.replay()
+        assert torch.equal(out, expected)
