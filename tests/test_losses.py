@@ -2,6 +2,10 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -530,6 +534,14 @@ def test_module_and_functions_give_the_same_numbers():
         assert torch.equal(a, b)
     first, second = batch.grads(out.loss), batch.grads(same.loss)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # and determinism
+
+
+def test_data_parallel_and_sharded_models():
+    """DDP and FSDP2 on two ranks give the gradients of one process, also where the head that comes in is sharded."""
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": str(here.parent)}
+    done = subprocess.run([sys.executable, here / "sharded_loss.py"], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_shift_of_all_logits_changes_nothing():

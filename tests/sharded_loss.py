@@ -1,0 +1,51 @@
+"""Two gloo ranks take one step with the loss inside and outside of wrapped modules; `test_losses.py` runs this file."""
+
+import tempfile
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from qcrd_fast import QCRDLoss
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Sequential(torch.nn.Embedding(51, 16), torch.nn.Linear(16, 16), torch.nn.Tanh())
+        self.loss_fn = QCRDLoss(0.2, 4.0, impl="torch")
+
+    def forward(self, rank):
+        ids = torch.randint(0, 50, (12,), generator=torch.Generator().manual_seed(rank))
+        rationale = torch.tensor([0] * 3 + [1] * 4 + [2] + [3] * 4)
+        rest = (ids.roll(-1), rationale, torch.tensor([0, 0, 1, 1]), torch.tensor([True, False, False, True]))
+        return self.loss_fn(self.body(ids), self.body[0].weight, *rest, num_questions=4).loss
+
+
+def main(rank, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    whole = Tiny()
+    (sum(whole(r) for r in range(2)) / 2).backward()
+
+    replicated = DistributedDataParallel(Tiny())
+    replicated(rank).backward()
+    for a, b in zip(whole.parameters(), replicated.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+    inside, outside = Tiny(), Tiny()
+    fully_shard(inside)
+    fully_shard(outside.body[0])  # the head that the loss gets is then a DTensor
+    fully_shard(outside.body)
+    for model in (inside, outside):
+        model(rank).backward()
+        for a, b in zip(whole.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad.full_tensor())
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(main, (f"{folder}/store",), nprocs=2)
