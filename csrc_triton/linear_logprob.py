@@ -41,6 +41,15 @@ def choose_tile(dtype: torch.dtype, rows: int) -> Tile:
     return Tile(128, 128, 64, 8, 3) if rows > 64 else Tile(64, 128, 64, 4, 3)
 
 
+def choose_parts(blocks: int, tiles: int, slots: int) -> int:
+    """Parts of the vocabulary for `blocks` of rows, so that the programs fill `slots` places in the fewest whole rounds.
+
+    A part has four tiles or more, else its start would show, and there are at most four rounds.
+    """
+    most = max(1, min(tiles // 4, 4 * slots // blocks))
+    return min(range(1, most + 1), key=lambda parts: triton.cdiv(blocks * parts, slots) / parts)
+
+
 @triton.jit
 def _bend(acc, bias, scale, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """u of a product: scaled and biased unless the slope does it, tanh of it under a softcap."""
@@ -237,8 +246,7 @@ def forward(
     tile = choose_tile(hidden_TH.dtype, T)
     tiles = triton.cdiv(V, tile.block_v)
     blocks = triton.cdiv(T, tile.block_t)
-    # Two programs a multiprocessor, unless a part would be under four tiles: its prologue would show.
-    parts = max(1, min(triton.cdiv(2 * _multiprocessors(hidden_TH.device), blocks), tiles // 4))
+    parts = choose_parts(blocks, tiles, 2 * _multiprocessors(hidden_TH.device))
     part_size = triton.cdiv(tiles, parts) * tile.block_v
     parts = triton.cdiv(V, part_size)
     head, flags = (hidden_TH, weight_VH, bias_V, target_T.contiguous()), _flags(bias_V, options)

@@ -70,7 +70,6 @@ def predict(
         said = output.rpartition("Answer:")[2] if reasoning else output
         prediction = answers.extract_answer(said, task, choices)
         gold = label_of(question, None)
-        known = gold is not None and prediction is not None
         records.append(
             {
                 "id": question.id,
@@ -78,7 +77,7 @@ def predict(
                 "gold": gold,
                 "output": output,
                 "prediction": prediction,
-                "correct": known and answers.is_correct(prediction, gold, task, choices),
+                "correct": bool(gold and prediction and answers.is_correct(prediction, gold, task, choices)),
             }
         )
     return records

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.logging import tqdm
 
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.runfolder import append_lines, read_lines, write_lines
+
+
+log = logging.getLogger(__name__)
 
 
 def mean(counts: Counter[str], total: str, number: str) -> float | None:
@@ -21,6 +28,24 @@ def mean(counts: Counter[str], total: str, number: str) -> float | None:
 def share(counts: Counter[str], source: str) -> float | None:
     """Share of a source's negatives whose hinge is active."""
     return mean(counts, f"{source}_active", source)
+
+
+class Progress:
+    """A bar on a terminal, a log line every ten seconds elsewhere."""
+
+    def __init__(self, total: int, done: int):
+        self.total, self._said = total, time.monotonic()
+        self._bar = tqdm(total=total, initial=done, unit="step")
+
+    def step(self, step: int, last: str) -> None:
+        self._bar.update(1)
+        self._bar.set_postfix_str(last)
+        if not sys.stderr.isatty() and time.monotonic() - self._said >= 10:
+            self._said = time.monotonic()
+            log.info("step %d of %d, %s", step, self.total, last)
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 class MetricsLog:
@@ -34,6 +59,7 @@ class MetricsLog:
         self.path = run / "metrics.jsonl"
         self._pending: tuple[dict[str, Any], list[str], Tensor, float, list[str], bool] | None = None
         self._writer = _writer(run, report_to)
+        self.last = ""  # the latest loss that was read, for a person who watches
 
     def cut(self, step: int) -> None:
         """Drop what was logged after `step`, when a run resumes from there."""
@@ -55,6 +81,7 @@ class MetricsLog:
             raise RunError(f"step {record['step']}: {', '.join(bad)}; questions {', '.join(ids)}")
         record |= values
         record["loss"] += loss_extra
+        self.last = f"loss {record['loss']:.4f}"
         if logged:
             self.write(record)
 
@@ -71,7 +98,12 @@ def _writer(run: Path, report_to: str) -> Any:
         except ImportError as error:
             raise InputError("--report-to tensorboard: install qcrd-fast[tensorboard]") from error
         board = SummaryWriter(str(run / "tensorboard"))
-        return lambda values, step: [board.add_scalar(name, value, step) for name, value in values.items()]
+
+        def write(values: dict[str, float], step: int) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        return write
     if report_to == "wandb":
         try:
             import wandb

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -16,6 +18,7 @@ import yaml
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
+from qcrd_fast.redact import RedactingFormatter
 
 LOCK = ".lock"
 # Options that a resumed run may change: they do not touch what is computed.
@@ -88,6 +91,20 @@ class RunFolder:
     def write_config(self) -> None:
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
         write_text(self.path / "config.resolved.yaml", text)
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """The package's log lines go to a file too, without secrets."""
+    logger = logging.getLogger("qcrd_fast")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -90,7 +90,7 @@ class Student:
             config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
             auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            model, info = auto.from_pretrained(
+            model, info = auto.from_pretrained(  # type: ignore[misc]
                 name_or_path,
                 dtype=torch.float32,
                 use_safetensors=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,10 +23,10 @@ from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.evaluate import accuracy, main_task, make_autocast, predict, resolve_device
 from qcrd_fast.examples import Example, label_of, make_examples
-from qcrd_fast.metrics import MetricsLog, mean, share
+from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives, Snapshots
 from qcrd_fast.objective import Objective
-from qcrd_fast.runfolder import RunFolder, write_json, write_lines
+from qcrd_fast.runfolder import RunFolder, logging_to, write_json, write_lines
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.signals import StopSignals
 from qcrd_fast.students import PromptSettings, Student
@@ -90,6 +91,11 @@ def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = 
     if run is None and not dry_run:
         with RunFolder(config) as run:
             return train(config, run)
+    with logging_to(run.path / "run.log") if run else contextlib.nullcontext():
+        return _train(config, run)
+
+
+def _train(config: TrainConfig, run: RunFolder | None) -> dict[str, Any]:
     config = dataclasses.replace(config, impl=os.environ.get("QCRD_FAST_IMPL") or config.impl)
     device = resolve_device(config.device)
     torch.manual_seed(config.seed)
@@ -183,10 +189,12 @@ class Session:
     def loop(self, stop: StopSignals) -> None:
         if self.step == 0 and self.trainer:
             self._pretrain_discriminator(stop)
+        progress = Progress(self.schedule.total_steps, self.step)
         while self.step < self.schedule.total_steps:
             if self.step % self.schedule.iteration_steps == 0:
                 self._begin_iteration(self.schedule.iteration(self.step))
             self._train_step()
+            progress.step(self.step, self.log.last)
             done = self.step == self.schedule.total_steps
             if self.data.validation and (done or self.step % self.schedule.eval_steps == 0):
                 self._validate()
@@ -196,6 +204,7 @@ class Session:
             if stop.signum and not done:
                 self._save()
                 raise Stopped(stop.signum)
+        progress.close()
 
     def _train_step(self) -> None:
         step, started = self.step, time.perf_counter()
@@ -204,14 +213,14 @@ class Session:
         sampled = time.perf_counter()
         batches = self.schedule.micro_batches(step)
         num_questions = sum(map(len, batches))
-        losses: Counter[str] = Counter()
+        losses: dict[str, torch.Tensor] = {}
         counts: Counter[str] = Counter()
         for micro, rows in enumerate(batches):
             torch.manual_seed(_seed(self.config.seed, step, micro))  # dropout, a function of the step alone
             batch = [self.examples[i] for i in rows]
             terms, stats = self.objective.step(batch, lagged, num_questions, step, iteration)
             for name, value in terms.items():
-                losses[name] = losses[name] + value  # stays on the device
+                losses[name] = losses[name] + value if name in losses else value  # stays on the device
             counts.update(stats)
         norm = torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf)
         lr = self.schedule.learning_rate(step)

@@ -26,6 +26,17 @@ def test_kernels_under_the_interpreter():
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-20_000:] + done.stderr[-4_000:]
 
 
+def test_parts_fill_whole_rounds():
+    """264 places, as on an H100 or H200; T5-base's vocabulary has 251 tiles."""
+    from csrc_triton.linear_logprob import choose_parts
+
+    assert choose_parts(blocks=1, tiles=251, slots=264) == 62  # few rows: as many parts as have four tiles
+    assert choose_parts(blocks=128, tiles=251, slots=264) == 2  # 256 programs, where 3 parts would need a second round
+    assert choose_parts(blocks=200, tiles=251, slots=264) == 5  # 1,000 programs in 4 rounds, not 200 in one that is 3/4 full
+    assert choose_parts(blocks=5000, tiles=251, slots=264) == 1
+    assert choose_parts(blocks=1, tiles=1, slots=264) == 1
+
+
 # ---- on a GPU -------------------------------------------------------------------------------------------------------------
 
 gpu = [

@@ -261,7 +261,7 @@ def test_accumulation_is_normalised_by_the_whole_batch(student, rows_file, reque
                 gradient_accumulation_steps=accumulation,
                 max_steps=2,
                 validation_fraction=0.0,
-            )  # fmt: skip
+            )
         )
         runs.append(metrics(out))
     for other in runs[1:]:
@@ -328,7 +328,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_questions(rows_file,
 
 def test_refusals_come_before_anything_is_written(rows_file, llama_folder, t5_folder, whole, tmp_path):
     student, run = whole
-    with pytest.raises(InputError, match="is not empty.*--resume auto"):
+    with pytest.raises(InputError, match=r"is not empty.*--resume auto"):
         train(settings(rows_file, student, run))
     with pytest.raises(InputError, match=r"--beta 0\.2, now it is 0\.3"):
         train(settings(rows_file, student, run, beta=0.3, resume="auto"))
@@ -350,7 +350,7 @@ def test_refusals_come_before_anything_is_written(rows_file, llama_folder, t5_fo
 def test_other_rows_on_resume_are_refused(whole, rows_file, tmp_path):
     import shutil
 
-    student, unbroken = whole
+    student, _ = whole
     rows, out = tmp_path / "rows.jsonl", tmp_path / "run"
     shutil.copy(rows_file, rows)
     train(settings(rows, student, out, max_steps=1, validation_fraction=0.0))
