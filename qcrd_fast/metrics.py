@@ -17,7 +17,6 @@ from transformers.utils.logging import tqdm
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.runfolder import append_lines, read_lines, write_lines
 
-
 log = logging.getLogger(__name__)
 
 
