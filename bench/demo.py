@@ -1,0 +1,71 @@
+"""The demo with several methods and seeds, one CSV row a run: python bench/demo.py --methods finetune,dss,qcrd --seeds 0,1,2"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "demo.csv"
+RUN = "import json, sys; from qcrd_fast.demo import run_demo; json.dump(run_demo(json.loads(sys.argv[1]), sys.argv[2]), sys.stdout)"
+
+
+def run(method: str, seed: int, threads: int) -> dict[str, object]:
+    """One demo run in a process of its own."""
+    import json
+
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        options = json.dumps({"method": method, "seed": seed})
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, options, f"{folder}/run"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
+        results = json.loads(done.stdout)
+        wall_s = round(time.perf_counter() - started, 1)
+    row = {name: results[name] for name in ("accuracy_untrained", "accuracy", "accuracy_validation", "n", "steps")}
+    return {"method": method, "seed": seed, **row, "wall_s": wall_s, "threads": threads}
+
+
+def main() -> None:
+    import torch
+    import transformers
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--methods", default="finetune,dss,qcrd")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of each run")
+    args = parser.parse_args()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    where = {
+        "device": f"CPU {platform.machine()} x{os.cpu_count()}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit,
+    }
+    cases = [(method, int(seed)) for method in args.methods.split(",") for seed in args.seeds.split(",")]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(lambda case: run(*case, args.threads), cases):
+            row |= where
+            print(row, flush=True)
+            new = not RESULTS.exists()
+            with open(RESULTS, "a", newline="") as file:
+                writer = csv.DictWriter(file, list(row))
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()
