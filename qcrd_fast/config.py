@@ -135,7 +135,7 @@ class TrainConfig:
     discriminator_learning_rate: float = option(
         1e-4, "learning rate before alpha_d", low=0, open_low=True, group="Discriminator"
     )
-    discriminator_batch_size: int = option(16, "questions of a discriminator batch", low=1, group="Discriminator")
+    discriminator_batch_size: int = option(4, "questions of a discriminator batch", low=1, group="Discriminator")
     discriminator_pretrain_steps: int = option(
         500, "steps before training; also at most 10 x max_steps", low=0, group="Discriminator"
     )

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import Question, question_text
 from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.students import MAX_TOKENS, length_batches
 
 MAX_LENGTH = 512  # tokens of question + separator + rationale
 BLANK = "___"  # stands for a masked word in any tokenizer's alphabet
@@ -71,21 +72,24 @@ class Discriminator(nn.Module):
         """
         return self._pad(self._token_ids(pairs))
 
-    @torch.no_grad()
-    def score(self, pairs: Sequence[Pair], batch_size: int = 64) -> Tensor:
-        """score_R of `pairs` in their order, fp32, on the module's device; eval mode, batches of similar length."""
+    def rate(self, pairs: Sequence[Pair], max_tokens: int = MAX_TOKENS) -> Tensor:
+        """score_R of `pairs` in their order, with gradient, in the current mode; pairs of similar length run together."""
         ids = self._token_ids(pairs)
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        score_R = torch.empty(len(ids), dtype=torch.float32, device=self.device)
+        if not ids:
+            return torch.empty(0, device=self.device)
+        batches = list(length_batches([len(row) for row in ids], max_tokens))
+        score_R = torch.cat([self(*self._pad([ids[i] for i in batch])) for batch in batches])
+        return score_R[torch.tensor([i for batch in batches for i in batch], device=self.device).argsort()]
+
+    @torch.no_grad()
+    def score(self, pairs: Sequence[Pair], max_tokens: int = MAX_TOKENS) -> Tensor:
+        """score_R of `pairs` in their order, fp32, on the module's device; eval mode, without gradient."""
         was_training = self.training
         self.eval()
         try:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                score_R[torch.tensor(rows, device=self.device)] = self(*self._pad([ids[i] for i in rows]))
+            return self.rate(pairs, max_tokens)
         finally:
             self.train(was_training)
-        return score_R
 
     def tensors(self) -> dict[str, Tensor]:
         """{name: weight}, each once however many names it is tied to: what safetensors accepts."""
@@ -394,7 +398,7 @@ class DiscriminatorTrainer:
                 question += [index] * len(texts)
                 positive += [is_positive] * len(texts)
         device = self.discriminator.device
-        score_R = self.discriminator(*self.discriminator.encode(pairs))
+        score_R = self.discriminator.rate(pairs)
         loss, _ = discriminator_loss(
             score_R,
             torch.tensor(question, device=device),
