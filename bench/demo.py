@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import platform
 import subprocess
@@ -14,13 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "demo.csv"
-RUN = "import json, sys; from qcrd_fast.demo import run_demo; json.dump(run_demo(json.loads(sys.argv[1]), sys.argv[2]), sys.stdout)"
+RUN = "import json, sys; from qcrd_fast.demo import run_demo; print(json.dumps(run_demo(json.loads(sys.argv[1]), sys.argv[2])))"
 
 
 def run(method: str, seed: int, threads: int) -> dict[str, object]:
     """One demo run in a process of its own."""
-    import json
-
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         options = json.dumps({"method": method, "seed": seed})
