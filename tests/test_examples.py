@@ -1,0 +1,63 @@
+"""What the loop trains on: labels, candidates, and negatives that must not contradict a positive."""
+
+import dataclasses
+
+import pytest
+
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.data import Question, Rationale
+from qcrd_fast.errors import InputError
+from qcrd_fast.examples import label_of, make_examples
+from qcrd_fast.negatives import Negative
+from qcrd_fast.students import PromptSettings, Student
+
+QUESTION = Question(
+    id="q",
+    question="Ann has 3 eggs, finds 4 and eats 2. How many are left?",
+    gold="5",
+    majority="6",
+    positives=(Rationale("First 3 + 4 = 7. Then 7 - 2 = 5."), Rationale("Add: 3 + 4 = 7. Subtract: 7 - 2 = 5.")),
+    negatives=(Rationale("First 3 + 4 = 8. Then 8 - 2 = 6."),),
+)
+
+
+@pytest.fixture(scope="module")
+def student(llama_folder):
+    return Student.load(str(llama_folder), PromptSettings())
+
+
+def test_the_label_is_gold_where_known_unless_told():
+    assert label_of(QUESTION, None) == "5"
+    assert label_of(dataclasses.replace(QUESTION, gold=None), None) == "6"
+    assert label_of(QUESTION, "majority") == "6"
+
+
+def test_candidates_are_positives_minority_and_the_students_own(student):
+    example = make_examples([QUESTION], student, TrainConfig())[0]
+    own = Negative(student.target_ids("3 + 2 = 5."), "3 + 2 = 5.")
+    assert [c.source for c in example.candidates({"q": own})] == ["teacher", "teacher", "minority", "lagged"]
+    assert [c.positive for c in example.candidates({"q": own})] == [True, True, False, False]
+    assert len(example.candidates({"other": own})) == 3
+    echo = Negative([], QUESTION.positives[1].text)  # says what a positive says
+    assert "lagged" not in [c.source for c in example.candidates({"q": echo})]
+
+
+def test_switches_leave_candidates_out(student):
+    example = make_examples([QUESTION], student, TrainConfig(num_positives=1, negative_source="none"))[0]
+    assert [c.source for c in example.candidates({})] == ["teacher"]
+
+
+def test_the_reasoning_target_ends_in_the_answer(student):
+    example = make_examples([QUESTION], student, TrainConfig(reasoning_task=True))[0]
+    assert example.reason is not None
+    text = student.text(example.reason[1])
+    assert text.startswith("First 3 + 4 = 7") and text.split("Answer:")[1].strip() == "5"
+
+
+def test_questions_without_what_the_method_needs_are_refused(student):
+    with pytest.raises(InputError, match="no gold answer to teach, such as q"):
+        make_examples([dataclasses.replace(QUESTION, gold=None)], student, TrainConfig(method="finetune"))
+    bare = dataclasses.replace(QUESTION, positives=(), negatives=())
+    with pytest.raises(InputError, match="no question has a positive rationale"):
+        make_examples([bare], student, TrainConfig())
+    assert make_examples([bare], student, TrainConfig(method="finetune"))
