@@ -41,7 +41,7 @@ class Progress:
         self._bar.set_postfix_str(last)
         if not sys.stderr.isatty() and time.monotonic() - self._said >= 10:
             self._said = time.monotonic()
-            log.info("step %d of %d, %s", step, self.total, last)
+            log.info("step %d of %d %s", step, self.total, last)
 
     def close(self) -> None:
         self._bar.close()

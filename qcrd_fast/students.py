@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.heads import Head, check_head, read_head
-
-if not sys.stderr.isatty():  # plain lines when piped
-    disable_progress_bar()
 
 PREDICT, EXPLAIN, REASON = "predict: ", "explain: ", "reason: "
 MAX_TOKENS = 16_384  # padded tokens that run through the model at once

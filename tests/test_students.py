@@ -31,6 +31,40 @@ def logprobs(student, sources, targets, source_of, **kwargs):
 
 
 def test_scores_equal_the_models_own_loss(student):
+    check_scores(student)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen2", "phi", "gpt2", "t5-untied"])
+def test_heads_of_other_families_are_honoured(kind, llama_folder, tmp_path):
+    """Softcap (Gemma 2), a bias (Phi), no tie (Qwen 2, Phi), a T5 v1.1 that does not scale: after a save and a load too."""
+    import transformers as tf
+
+    tokenizer = tf.AutoTokenizer.from_pretrained(llama_folder)
+    ids = dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=1)
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    t5 = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, tie_word_embeddings=False)
+    make = {
+        "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**ids, **small, head_dim=8, final_logit_softcapping=0.5)),
+        "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**ids, **small, tie_word_embeddings=False)),
+        "phi": lambda: tf.PhiForCausalLM(tf.PhiConfig(**ids, **small)),
+        "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**ids, n_embd=32, n_layer=2, n_head=4)),
+        "t5-untied": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**ids, **t5)),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make[kind]()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)  # biases and norms too
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    student = Student.load(str(tmp_path), PromptSettings())
+    student.model.eval()
+    head = student.head
+    assert {"gemma2": head.softcap == 0.5, "phi": head.bias is not None, "t5-untied": head.scale == 1}.get(kind, True)
+    check_scores(student)
+
+
+def check_scores(student):
     sources = [student.source_ids(EXPLAIN, q) for q in QUESTIONS]
     targets = [student.target_ids(r) for r in RATIONALES]
     logprob, segment = logprobs(student, sources, targets, SOURCE_OF)
