@@ -198,6 +198,18 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def unused(self) -> list[str]:
+        """Options that were set though the method has no use for them."""
+        if self.method == "qcrd":
+            return []
+        alone = {"scheme", "positive_select", "negative_select", "beta", "delta", "forward"}
+        return [
+            "--" + field.name.replace("_", "-")
+            for field in dataclasses.fields(self)
+            if (field.metadata["group"] in ("Negatives", "Discriminator") or field.name in alone)
+            and getattr(self, field.name) != field.default
+        ]
+
     @property
     def selects(self) -> tuple[str, str]:
         """(positive selection, negative selection) after the scheme's defaults."""

@@ -20,7 +20,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.redact import RedactingFormatter
 
-LOCK = ".lock"
+LOCK, LOG = ".lock", "run.log"
 # Options that a resumed run may change: they do not touch what is computed.
 FREE_OPTIONS = {"output_dir", "resume", "save_total_limit", "report_to", "device", "eval_batch_size"}
 
@@ -54,7 +54,7 @@ class RunFolder:
         try:
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-            held = [p.name for p in self.path.iterdir() if p.name != LOCK]
+            held = [p.name for p in self.path.iterdir() if p.name not in (LOCK, LOG)]  # a start that failed leaves those
             if held and not self.config.resume:
                 raise InputError(
                     f"--output-dir: {self.path} is not empty ({sorted(held)[0]} is there); "

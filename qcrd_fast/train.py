@@ -26,7 +26,7 @@ from qcrd_fast.examples import Example, label_of, make_examples
 from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives, Snapshots
 from qcrd_fast.objective import Objective
-from qcrd_fast.runfolder import RunFolder, logging_to, write_json, write_lines
+from qcrd_fast.runfolder import LOG, RunFolder, logging_to, write_json, write_lines
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.signals import StopSignals
 from qcrd_fast.students import PromptSettings, Student
@@ -91,7 +91,7 @@ def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = 
     if run is None and not dry_run:
         with RunFolder(config) as run:
             return train(config, run)
-    with logging_to(run.path / "run.log") if run else contextlib.nullcontext():
+    with logging_to(run.path / LOG) if run else contextlib.nullcontext():
         return _train(config, run)
 
 
@@ -110,6 +110,8 @@ def _train(config: TrainConfig, run: RunFolder | None) -> dict[str, Any]:
     examples = make_examples(data.train, student, config)
     if run is None:
         return _plan(config, data, schedule, student)
+    if unused := config.unused():
+        log.info("--method %s does not use %s", config.method, ", ".join(unused))
     session = Session(config, run.path, data, schedule, student, examples)
     if found:
         session.restore(found)

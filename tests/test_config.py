@@ -41,6 +41,11 @@ def test_yaml_floats_and_aliases():
     assert (config.learning_rate, config.student, config.resume) == (5e-4, "s", "auto")
 
 
+def test_options_without_a_use_are_known():
+    assert TrainConfig(beta=0.3, negative_lag=2).unused() == []
+    assert TrainConfig(method="dss", beta=0.3, negative_lag=2, seed=3).unused() == ["--beta", "--negative-lag"]
+
+
 def test_selections_follow_the_scheme_unless_set_apart():
     assert TrainConfig().selects == ("min", "max")
     assert TrainConfig(scheme="wmean").selects == ("wmean", "wmean")

@@ -338,6 +338,9 @@ def test_refusals_come_before_anything_is_written(rows_file, llama_folder, t5_fo
         train(TrainConfig(student=str(student), output_dir=str(tmp_path / "b")))
     with pytest.raises(InputError, match="cannot write"):
         train(settings(rows_file, student, Path("/proc/nowhere")))
+    with pytest.raises(InputError, match="does not exist"):
+        train(settings(rows_file, tmp_path / "typo", tmp_path / "again"))
+    train(settings(rows_file, student, tmp_path / "again", max_steps=1))  # a failed start is no obstacle
     with pytest.raises(InputError, match="--device"):
         train(settings(rows_file, student, tmp_path / "c", device="cuda:77"))
     unlabelled = tmp_path / "unlabelled.jsonl"
