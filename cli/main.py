@@ -213,7 +213,7 @@ def evaluate(run_or_model: str, data: str, dry_run: bool, as_json: bool, **optio
         if dry_run:
             from qcrd_fast.data import load_questions
 
-            loaded = load_questions(data, split="test", task=options["task"], on_bad_row=options["on_bad_row"])
+            loaded = load_questions(data, part="test", task=options["task"], on_bad_row=options["on_bad_row"])
             results = {"would_answer": len(loaded.questions), "model": run_or_model}
         else:
             from qcrd_fast.evaluate import evaluate_run

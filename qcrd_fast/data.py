@@ -66,6 +66,7 @@ def load_questions(
     format: str = "auto",
     split_by: str = "majority",
     split: str | None = None,
+    part: str | None = None,
     seed: int = 0,
     on_bad_row: str = "error",
     task: str | None = None,
@@ -73,8 +74,9 @@ def load_questions(
     """The questions of one or more inputs, in the order of their first appearance.
 
     Samples are pooled by id, or by the question's text where a row has no id, and voted on (see `voting.vote`). One
-    prepared file alone is taken as it is; pooled with others, its rationales vote again. Of a Distilling Step-by-Step
-    folder `split` names the part (default train); of rows that carry a `split` it keeps those, and those without one.
+    prepared file alone is taken as it is; pooled with others, its rationales vote again. Of rows that carry a `split`,
+    `split` keeps those, and those without one. `part` (default: `split`, else train) is the part of a Distilling
+    Step-by-Step folder to read, and filters nothing.
     `split_by="gold"` splits by agreement with the gold answer instead of the majority, and every sampled question must
     have one. `task` overrides the answer type, which is otherwise the row's own, or guessed from the answers of its file.
 
@@ -101,7 +103,7 @@ def load_questions(
     records: list[Record] = []
     for path in inputs:
         found: list[Record] = []
-        for row in _scan(path, format, split):
+        for row in _scan(path, format, split or part):
             if isinstance(row, BadRow):
                 bad(row)
             elif split is None or row.question.split in (None, split):

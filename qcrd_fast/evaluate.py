@@ -83,6 +83,11 @@ def predict(
     return records
 
 
+def held_out(questions: list[Question]) -> list[Question]:
+    """Of a file with several splits, those that are not for training; otherwise all."""
+    return [q for q in questions if q.split != "train"] or questions
+
+
 def main_task(questions: Sequence[Question]) -> str:
     """The answer type of most questions."""
     return Counter(q.task or "text" for q in questions).most_common(1)[0][0]
@@ -137,8 +142,8 @@ def evaluate_run(
     on_bad_row: str = "error",
 ) -> dict[str, Any]:
     """Accuracy of a run or model on a file; `predictions.jsonl` goes to `output`, else the run, else the current folder."""
-    loaded = load_questions(data, split="test", on_bad_row=on_bad_row, task=task)
-    questions = [q for q in loaded.questions if label_of(q, None) is not None]
+    loaded = load_questions(data, part="test", on_bad_row=on_bad_row, task=task)
+    questions = [q for q in held_out(loaded.questions) if label_of(q, None) is not None]
     if not questions:
         raise InputError(f"{data}: no question has an answer to compare with")
     student, state = load_student(run_or_model, device)

@@ -21,7 +21,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import Question, drop_overlap, hold_out, load_questions
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.evaluate import accuracy, main_task, make_autocast, predict, resolve_device
+from qcrd_fast.evaluate import accuracy, held_out, main_task, make_autocast, predict, resolve_device
 from qcrd_fast.examples import Example, label_of, make_examples
 from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives, Snapshots
@@ -49,21 +49,19 @@ class Data:
     def load(cls, config: TrainConfig) -> Data:
         """Raises `InputError` naming the file for unreadable or empty data."""
 
-        def questions(path: str, split: str) -> list[Question]:
-            loaded = load_questions(path, split=split, seed=config.seed, on_bad_row=config.on_bad_row, task=config.task)
+        def questions(path: str, **which: str) -> list[Question]:
+            loaded = load_questions(path, seed=config.seed, on_bad_row=config.on_bad_row, task=config.task, **which)
             for bad in loaded.skipped:
                 log.warning("set aside %s", bad)
-            if not loaded.questions:
-                raise InputError(f"{path}: no question to use")
             return loaded.questions
 
         if not config.data:
             raise InputError("--data is needed; to try the trainer without any, run: qcrd-fast demo --output-dir DIR")
-        rows = questions(config.data, "train")
-        test = questions(config.test_data, "test") if config.test_data else []
+        rows = questions(config.data, split="train")
+        test = held_out(questions(config.test_data, part="test")) if config.test_data else []
         rows, dropped = drop_overlap(rows, test)
         if config.eval_data:
-            validation = questions(config.eval_data, "test")
+            validation = held_out(questions(config.eval_data, part="test"))
             rows, more = drop_overlap(rows, validation)
             dropped += more
         else:

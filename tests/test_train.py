@@ -379,6 +379,19 @@ def test_a_second_run_in_one_folder_is_refused_with_the_owners_pid(rows_file, tm
         pass
 
 
+def test_rows_of_other_splits_are_not_trained_on(rows_file, llama_folder, tmp_path):
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    splits = ["train"] * 10 + ["test"] * 8 + [None] * 6
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(row | {"split": split}) + "\n" for row, split in zip(rows, splits, strict=True)))
+    config = settings(mixed, llama_folder, tmp_path / "run", validation_fraction=0.0)
+    assert train(config, dry_run=True)["train"] == 16
+    trained = tmp_path / "train.jsonl"  # a file of the training split alone may still be evaluated on
+    trained.write_text("".join(json.dumps(row | {"split": "train"}) + "\n" for row in rows[:5]))
+    plan = train(settings(mixed, llama_folder, tmp_path / "run", eval_data=str(trained)), dry_run=True)
+    assert plan["validation"] == 5 and plan["train"] == 11
+
+
 def test_questions_of_the_test_set_are_dropped_from_training(rows_file, llama_folder, tmp_path):
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     test = tmp_path / "test.jsonl"

@@ -1,0 +1,204 @@
+"""Who is timed. All do the same work: the loss of the same candidates, and its gradients for hidden states and head.
+
+plain: log p of every token, then the contrastive loss over it, differentiated through both.
+composed: score every token without gradients, select, then train on the selected tokens alone with the weights now known.
+joint: one differentiable pass that skips the losers in its backward.
+
+The contrastive part, selection and all, is qcrd-fast's for everyone: it is small, and none of the others has one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob
+from qcrd_fast.losses import weighted_rationale_loss
+from qcrd_fast.ops import choose_impl
+
+from .cases import BETA, DELTA, Batch
+
+PerToken = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # hidden, weight, target, scale -> -log p of each token
+
+
+class Provider(NamedTuple):
+    """One way to the loss. `units(s)`: what it costs in U with a share s of the tokens selected."""
+
+    name: str
+    mode: str  # plain | composed | joint
+    step: Callable[[Batch], tuple[Tensor, Tensor]]  # -> (loss, selected_R); the caller differentiates the loss
+    units: Callable[[float], float]
+    note: str = ""
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.name} {self.mode}"
+
+
+class Source(NamedTuple):
+    """Where a provider's per-token loss comes from; `load` raises what keeps it from running here."""
+
+    load: Callable[[torch.device, torch.dtype], PerToken]
+    backward_units: int  # of U, for each token that has a gradient: 4 if the logits are kept, 6 if they are computed again
+    note: str = ""
+
+
+# ---- per-token losses ---------------------------------------------------------------------------------------------------
+
+
+def eager_nll(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, scale: float) -> Tensor:
+    """As most training code has it: logits in the operands' type, then a float32 log-softmax of all of them."""
+    logits_TV = F.linear(hidden_TH * scale if scale != 1 else hidden_TH, weight_VH)
+    return F.cross_entropy(logits_TV.float(), target_T, reduction="none")
+
+
+def load_eager(*_: Any) -> PerToken:
+    return eager_nll
+
+
+def load_compiled(*_: Any) -> PerToken:
+    return torch.compile(eager_nll, dynamic=False)
+
+
+def scaled(call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> PerToken:
+    """A peer that has no scale gets hidden states that are scaled already, as T5's own code does it."""
+    return lambda hidden, weight, target, scale: call(hidden * scale if scale != 1 else hidden, weight, target)
+
+
+def load_torch_fused(*_: Any) -> PerToken:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return scaled(lambda h, w, t: F.linear_cross_entropy(h, w, t, reduction="none", options=options))
+
+
+def load_liger(device: torch.device, _: torch.dtype) -> PerToken:
+    module = _peer("liger-kernel", "liger_kernel.transformers.functional", device)
+    # Without accum_dtype it adds up dWeight in bf16.
+    return scaled(lambda h, w, t: module.liger_fused_linear_cross_entropy(h, w, t, reduction="none", accum_dtype=torch.float32))
+
+
+def load_liger_scaled(device: torch.device, _: torch.dtype) -> PerToken:
+    module = _peer("liger-kernel", "liger_kernel.ops.fused_linear_scaled_cross_entropy", device)
+    return scaled(lambda h, w, t: module.LigerFusedLinearScaledCrossEntropyFunction.apply(h, w, t))
+
+
+def load_cce(device: torch.device, _: torch.dtype) -> PerToken:
+    return _cce(device, "auto")
+
+
+def load_cce_exact(device: torch.device, _: torch.dtype) -> PerToken:
+    return _cce(device, None)
+
+
+def _cce(device: torch.device, filter_eps: str | None) -> PerToken:
+    module = _peer("cut-cross-entropy", "cut_cross_entropy", device)
+    return scaled(lambda h, w, t: module.linear_cross_entropy(h, w, t, reduction="none", filter_eps=filter_eps))
+
+
+def load_quack(device: torch.device, _: torch.dtype) -> PerToken:
+    module = _peer("quack-kernels", "quack.linear_cross_entropy", device)
+    return scaled(lambda h, w, t: module.linear_cross_entropy_func(h, w, None, t, reduction="none"))
+
+
+def _peer(distribution: str, module: str, device: torch.device) -> Any:
+    """The module, or an ImportError that says in one line what is missing."""
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"{distribution} is not installed") from None
+    if device.type != "cuda":
+        raise ImportError(f"{distribution} needs a GPU")
+    return importlib.import_module(module)
+
+
+def load_ours(impl: str) -> Callable[[torch.device, torch.dtype], PerToken]:
+    def load(device: torch.device, dtype: torch.dtype) -> PerToken:
+        choose_impl(impl, device, dtype)  # a ValueError that says why it cannot run
+        return lambda h, w, t, scale: -linear_logprob(h, w, t, scale=scale, impl=impl)
+
+    return load
+
+
+SOURCES = {
+    "eager": Source(load_eager, 4),
+    "compiled": Source(load_compiled, 4, "torch.compile of eager"),
+    "torch-fused": Source(load_torch_fused, 6, "torch.nn.functional.linear_cross_entropy, reduction none"),
+    "liger": Source(load_liger, 6, "fused linear cross-entropy, reduction none, fp32 accumulation"),
+    "liger-scaled": Source(load_liger_scaled, 6, "fused linear scaled cross-entropy"),
+    "cce": Source(load_cce, 6, "gradient filter on: costs at most this"),
+    "cce-exact": Source(load_cce_exact, 6, "gradient filter off"),
+    "quack": Source(load_quack, 4, "keeps the logits: its chunked op has no per-token loss"),
+    "qcrd-torch": Source(load_ours("torch"), 6),
+    "qcrd-triton": Source(load_ours("triton"), 6),
+}
+
+
+# ---- from per-token losses to a step ------------------------------------------------------------------------------------
+
+
+def plain(per_token: PerToken) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+    def step(batch: Batch) -> tuple[Tensor, Tensor]:
+        nll_T = per_token(batch.hidden_TH, batch.weight_VH, batch.target_T, batch.scale)
+        out = contrastive_loss(-nll_T, *batch.segments, beta=BETA, delta=DELTA)
+        return out.loss, out.selected_R
+
+    return step
+
+
+def composed(per_token: PerToken) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+    def step(batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            nll_T = per_token(batch.hidden_TH.detach(), batch.weight_VH.detach(), batch.target_T, batch.scale)
+            scored = contrastive_loss(-nll_T, *batch.segments, beta=BETA, delta=DELTA)
+        rows_S = scored.selected_R[batch.rationale_T].nonzero()[:, 0]
+        nll_S = per_token(batch.hidden_TH[rows_S], batch.weight_VH, batch.target_T[rows_S], batch.scale)
+        loss, *_ = weighted_rationale_loss(
+            -nll_S, batch.rationale_T[rows_S], batch.positive_R, scored.weight_R, beta=BETA, delta=DELTA
+        )
+        return loss, scored.selected_R
+
+    return step
+
+
+def joint(impl: str) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+    def step(batch: Batch) -> tuple[Tensor, Tensor]:
+        loss_fn = QCRDLoss(BETA, DELTA, scale=batch.scale, impl=impl)
+        out = loss_fn(batch.hidden_TH, batch.weight_VH, batch.target_T, *batch.segments)
+        return out.loss, out.selected_R
+
+    return step
+
+
+def find_providers(device: torch.device, dtype: torch.dtype, names: tuple[str, ...]) -> tuple[list[Provider], dict[str, str]]:
+    """(those that can run, {name: why it cannot})."""
+    found: list[Provider] = []
+    absent: dict[str, str] = {}
+    for name in names:
+        source = SOURCES[name]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                per_token = source.load(device, dtype)
+        except Exception as error:  # a peer may fail in any way of its own
+            absent[name] = one_line(error)
+            continue
+        b = source.backward_units
+        if name.startswith("qcrd-"):
+            found.append(Provider(name, "joint", joint(name.removeprefix("qcrd-")), lambda s, b=b: 2 + b * s, source.note))
+        else:
+            found.append(Provider(name, "plain", plain(per_token), lambda s, b=b: 2.0 + b, source.note))
+        found.append(Provider(name, "composed", composed(per_token), lambda s, b=b: 2 + (2 + b) * s, source.note))
+    return found, absent
+
+
+def one_line(error: BaseException) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
