@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -116,9 +117,13 @@ def _train(config: TrainConfig, run: RunFolder | None) -> dict[str, Any]:
     else:
         run.write_config()
         session.log.cut(0)
-    with StopSignals() as stop:
-        session.loop(stop)
-    return session.finish()
+    try:
+        with StopSignals() as stop:
+            session.loop(stop)
+        return session.finish()
+    except OSError as error:
+        free = shutil.disk_usage(run.path).free
+        raise RunError(f"{run.path}: {error} ({free} bytes free); whole checkpoints are intact") from error
 
 
 def _plan(config: TrainConfig, data: Data, schedule: Schedule, student: Student) -> dict[str, Any]:
@@ -180,7 +185,9 @@ class Session:
         self.lagged_active: Counter[str] = Counter()  # of the current iteration
         student.model.train()
         if config.gradient_checkpointing:
-            student.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model = student.model  # transformers renamed the method
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         if config.forward == "joint" and _has_dropout(student.model):
             log.warning("--forward joint scores with dropout on; the two-pass default scores without")
 

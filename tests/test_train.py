@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -324,6 +325,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_questions(rows_file,
         train(settings(rows_file, llama_folder, tmp_path / "run"))
     assert checkpoint.find_fault(tmp_path / "run" / "checkpoint-3") is None
     assert not (tmp_path / "run" / "checkpoint-6").exists()
+
+
+def test_a_full_disk_ends_the_run_with_what_is_free(rows_file, llama_folder, tmp_path, monkeypatch):
+    import errno
+
+    from qcrd_fast import metrics as metrics_module
+
+    def full(path, records):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    config = settings(rows_file, llama_folder, tmp_path / "run")
+    monkeypatch.setattr(metrics_module, "append_lines", full)
+    with pytest.raises(RunError, match=r"No space left on device.*metrics\.jsonl.*bytes free"):
+        train(config)
+    monkeypatch.undo()
+    assert train(dataclasses.replace(config, resume="auto"))["steps"] == 6
+
+    def broken(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", broken)
+    with pytest.raises(RunError, match="earlier checkpoints are intact"):
+        train(settings(rows_file, llama_folder, tmp_path / "other"))
+    assert not list((tmp_path / "other").glob("*checkpoint*"))
 
 
 def test_refusals_come_before_anything_is_written(rows_file, llama_folder, t5_folder, whole, tmp_path):
