@@ -107,12 +107,20 @@ def make_batch(case: Case, device: torch.device, seed: int = 0) -> Batch:
     boost_T = STEP * rank_R[rationale_T].float()
     if case.logits == "peaked":
         boost_T = boost_T + 2 * (math.log(V) + spread**2 / 2) * torch.rand(T, generator=generator)
-    # Half of a positive step is as much as one boost: |scale * w|^2 is about 1.
+    # |scale * w|^2 is about 1, so this raises the target's logit by its boost, and the others by next to nothing.
     hidden_TH += (scale * boost_T.to(device))[:, None] * weight_VH[target_T.to(device)]
     dtype = DTYPES[case.dtype]
-    leaves = (hidden_TH.to(dtype).requires_grad_(), weight_VH.to(dtype).requires_grad_())
-    rest = (target_T, rationale_T, torch.arange(R) // n, positive_R, quality_R)
-    return Batch(*leaves, *(x.to(device) for x in rest), scale)
+    question_R = torch.arange(R) // n
+    return Batch(
+        hidden_TH.to(dtype).requires_grad_(),
+        weight_VH.to(dtype).requires_grad_(),
+        target_T.to(device),
+        rationale_T.to(device),
+        question_R.to(device),
+        positive_R.to(device),
+        quality_R.to(device),
+        scale,
+    )
 
 
 @torch.no_grad()

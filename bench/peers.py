@@ -29,13 +29,17 @@ PerToken = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # hidden, weight, 
 
 
 class Provider(NamedTuple):
-    """One way to the loss. `units(s)`: what it costs in U with a share s of the tokens selected."""
+    """One way to the loss."""
 
     name: str
     mode: str  # plain | composed | joint
     step: Callable[[Batch], tuple[Tensor, Tensor]]  # -> (loss, selected_R); the caller differentiates the loss
-    units: Callable[[float], float]
+    units_all: int  # cost in U for every token
+    units_selected: int  # and for the selected ones
     note: str = ""
+
+    def units(self, selected_share: float) -> float:
+        return self.units_all + self.units_selected * selected_share
 
     @property
     def full_name(self) -> str:
@@ -64,6 +68,7 @@ def load_eager(*_: Any) -> PerToken:
 
 
 def load_compiled(*_: Any) -> PerToken:
+    torch._dynamo.reset()  # each case has shapes of its own, and past a limit compiled code is silently left for eager
     return torch.compile(eager_nll, dynamic=False)
 
 
@@ -190,12 +195,12 @@ def find_providers(device: torch.device, dtype: torch.dtype, names: tuple[str, .
         except Exception as error:  # a peer may fail in any way of its own
             absent[name] = one_line(error)
             continue
-        b = source.backward_units
+        again = source.backward_units
         if name.startswith("qcrd-"):
-            found.append(Provider(name, "joint", joint(name.removeprefix("qcrd-")), lambda s, b=b: 2 + b * s, source.note))
+            found.append(Provider(name, "joint", joint(name.removeprefix("qcrd-")), 2, again, source.note))
         else:
-            found.append(Provider(name, "plain", plain(per_token), lambda s, b=b: 2.0 + b, source.note))
-        found.append(Provider(name, "composed", composed(per_token), lambda s, b=b: 2 + (2 + b) * s, source.note))
+            found.append(Provider(name, "plain", plain(per_token), 2 + again, 0, source.note))
+        found.append(Provider(name, "composed", composed(per_token), 2, 2 + again, source.note))
     return found, absent
 
 

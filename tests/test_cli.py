@@ -22,7 +22,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError, Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ("demo", "doctor", "eval", "generate", "prepare", "train", "validate")
+VERBS = ("bench", "demo", "doctor", "eval", "generate", "prepare", "train", "validate")
 RESULTS = {"accuracy": 0.5, "accuracy_validation": 0.25, "accuracy_untrained": 0.0, "n": 8, "task": "number"}
 
 
@@ -106,7 +106,7 @@ def test_aliases(library: SimpleNamespace, tmp_path: Path) -> None:
     ("args", "says"),
     [
         ("trian", "did you mean 'train'?"),
-        ("bench", "unknown verb 'bench'"),
+        ("banana", "unknown verb 'banana'"),
         ("train --lerning_rate 3", "did you mean '--learning-rate'?"),
         ("train --output x", "did you mean '--output-dir'?"),
         ("eval run --date x", "did you mean '--data'?"),

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("csrc_triton", "qcrd_fast", "cli")
-LAYERS = ("csrc_triton", "qcrd_fast.ops", "qcrd_fast.losses", "qcrd_fast.train", "cli")
+PACKAGES = ("csrc_triton", "qcrd_fast", "bench", "cli")
+LAYERS = ("csrc_triton", "qcrd_fast.ops", "qcrd_fast.losses", "qcrd_fast.train", "bench", "cli")
 
 
 def modules() -> dict[str, Path]:
@@ -76,7 +76,7 @@ def test_every_import_is_a_declared_dependency() -> None:
     known = modules()
     declared = {"click", "numpy", "yaml", "safetensors", "torch", "transformers", "triton"}
     brought_along = {"tokenizers"}  # transformers depends on it
-    extras = {"tensorboard", "wandb"}
+    extras = {"tensorboard", "wandb", "matplotlib"}
     allowed = {*sys.stdlib_module_names, *PACKAGES, *declared, *brought_along, *extras}
     for name, path in known.items():
         assert {i.split(".")[0] for i in imports(name, path, known)} <= allowed, name
@@ -102,4 +102,4 @@ def test_wheel_holds_two_names_and_every_module(wheel: list[str]) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
     for path in modules().values():
         inside = path.relative_to(ROOT).as_posix()
-        assert ("qcrd_fast/" + inside if inside.startswith("cli/") else inside) in wheel
+        assert ("qcrd_fast/" + inside if inside.startswith(("bench/", "cli/")) else inside) in wheel

@@ -1,0 +1,337 @@
+"""`qcrd-fast bench loss`: the contrastive loss, forward and backward, in every way that is installed, on the same work.
+
+Each provider is first compared with float64, then timed in turn with the others. The floor is (2 + 6s) U at the rate of plain
+products of the same shape, timed in the same rounds: U = T V H, s the share of tokens that are selected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import datetime
+import functools
+import gc
+import importlib.metadata
+import itertools
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcrd_fast.config import nearest
+from qcrd_fast.errors import InputError
+
+from . import timing
+from .cases import DTYPES, HEADS, LOGITS, Batch, Case, Truth, find_truth, make_batch
+from .peers import SOURCES, Provider, find_providers, joint, one_line
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "loss.csv"
+FOUR_HEADS = ("t5-base", "smollm2-135m", "gemma-3-270m", "llama-3-8b")
+LIMITS = {"fp32": 1e-3, "bf16": 5e-2}  # ||out - ref|| / ||ref|| of a gradient; beyond it a provider is wrong
+CHECKED_ON_CPU = 1024  # tokens: float64 is slow there
+RATE_ROWS = 4096  # of the products that set the floor, so that theirs is no T x V matrix either
+VERSIONED = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+
+log = logging.getLogger("qcrd_fast.bench")
+
+
+def find_cases(
+    device: torch.device,
+    *,
+    full: bool = False,
+    heads: Sequence[str] = (),
+    tokens: Sequence[int] = (),
+    candidates: Sequence[str] = (),
+    logits: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+) -> list[Case]:
+    """What was asked for; the rest from the grid (`full`), the headline set of a GPU or one tiny case on a CPU."""
+    gpu = device.type == "cuda"
+    heads = _known("head", heads, HEADS) or (FOUR_HEADS if gpu or full else ("tiny",))
+    logits = _known("kind of logits", logits, LOGITS) or LOGITS
+    dtypes = _known("dtype", dtypes, DTYPES) or (tuple(DTYPES) if full else ("bf16",) if gpu else ("fp32",))
+    tokens = tokens or ((1024, 4096, 16384) if full else (16384,) if gpu else (1024,))
+    pairs = [_pair(text) for text in candidates or (("1+1", "1+2", "5+1", "5+2") if full else ("5+2",))]
+    for count, (m, k) in itertools.product(tokens, pairs):
+        if count < 8 * (m + k):
+            raise InputError(f"--tokens: {count} are too few for {m + k} candidates; take at least {8 * (m + k)}")
+    grid = itertools.product(heads, tokens, pairs, logits, dtypes)
+    return [Case(head, count, m, k, kind, dtype) for head, count, (m, k), kind, dtype in grid]
+
+
+def find_names(device: torch.device, providers: Sequence[str]) -> tuple[str, ...]:
+    """The providers asked for, or all; on a CPU `compiled` only where asked for, since it compiles for half a minute."""
+    every = tuple(name for name in SOURCES if device.type == "cuda" or name != "compiled")
+    return _known("provider", providers, SOURCES) or every
+
+
+def run_bench(
+    cases: Sequence[Case], device: torch.device, *, providers: Sequence[str] = (), repeats: int | None = None
+) -> dict[str, Any]:
+    """{"where", "cases": [{"case", "selected_share", "rate_tflops", "floor_ms", "rows", "absent"}]}."""
+    if os.environ.get("QCRD_FAST_IMPL"):
+        raise InputError("QCRD_FAST_IMPL overrides which implementation runs; unset it to compare them")
+    names = find_names(device, providers)
+    repeats = repeats or (30 if device.type == "cuda" else 7)
+    results = []
+    for number, case in enumerate(cases, 1):
+        log.info("case %d of %d: %s", number, len(cases), case)
+        results.append(run_case(case, device, names, repeats))
+    return {"where": describe_machine(device), "repeats": repeats, "cases": results}
+
+
+def run_case(case: Case, device: torch.device, names: tuple[str, ...], repeats: int) -> dict[str, Any]:
+    found, absent = find_providers(device, DTYPES[case.dtype], names)
+    checked = dataclasses.replace(case, tokens=min(case.tokens, CHECKED_ON_CPU)) if device.type == "cpu" else case
+    rows = check_all(found, make_batch(checked, device), LIMITS[case.dtype], device)
+    _free(device)
+    measured = time_all(found, rows, make_batch(case, device), case.unit, repeats, device)
+    _free(device)
+    return {"case": dataclasses.asdict(case), "name": str(case), **measured, "rows": rows, "absent": absent}
+
+
+def check_all(found: list[Provider], batch: Batch, limit: float, device: torch.device) -> list[dict[str, Any]]:
+    truth = find_truth(batch)
+    return [check(provider, batch, truth, limit, device) for provider in found]
+
+
+def time_all(
+    found: list[Provider], rows: list[dict[str, Any]], batch: Batch, unit: float, repeats: int, device: torch.device
+) -> dict[str, float]:
+    """Fills the rows of the providers that have not failed; returns what is common to them."""
+    alive, calls = [], []
+    for provider, row in zip(found, rows, strict=True):
+        call = functools.partial(forward_backward, provider, batch)
+        with _failure_into(row, device):
+            if not row["status"].startswith("failed"):
+                call()  # the first call at this size is not timed
+                batch.hidden_TH.grad = batch.weight_VH.grad = None
+                row["peak_mib"] = timing.peak_mib(call, device)
+                alive.append((provider, row))
+                calls.append(call)
+    log.info("timing %s, %d times each", ", ".join(p.full_name for p, _ in alive) or "nothing", repeats)
+    share = selected_share(batch)
+    products, flops = three_products(batch)
+    products()
+    products_ms, *times = timing.rounds([products, *calls], repeats, device)
+    rate = flops / timing.quantile(products_ms, 0.5)  # per millisecond
+    floor_ms = (2 + 6 * share) * unit / rate
+    for (provider, row), ms in zip(alive, times, strict=True):
+        median = timing.quantile(ms, 0.5)
+        units = provider.units(share)
+        row |= {"ms": median, "ms_p20": timing.quantile(ms, 0.2), "ms_p80": timing.quantile(ms, 0.8), "units": units}
+        row |= {"tflops": units * unit / median / 1e9, "floor_share": floor_ms / median}
+    return {"selected_share": share, "rate_tflops": rate / 1e9, "floor_ms": floor_ms}
+
+
+def forward_backward(provider: Provider, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(loss, selected_R); the gradients are in the leaves."""
+    batch.hidden_TH.grad = batch.weight_VH.grad = None
+    loss, selected_R = provider.step(batch)
+    loss.backward()
+    return loss.detach(), selected_R
+
+
+def check(provider: Provider, batch: Batch, truth: Truth, limit: float, device: torch.device) -> dict[str, Any]:
+    """The row of a provider: ok, wrong or failed, and how far its loss and gradients are from float64."""
+    log.info("%s: against float64", provider.full_name)
+    row: dict[str, Any] = {"provider": provider.name, "mode": provider.mode, "status": "ok", "note": provider.note}
+    with _failure_into(row, device):
+        out: list[tuple[Tensor, Tensor]] = []
+        row["first_call_s"] = round(timing.time_ms(lambda: out.append(forward_backward(provider, batch)), device) / 1e3, 3)
+        loss, selected_R = out[0]
+        grads = {"dhidden": (batch.hidden_TH.grad, truth.dhidden_TH), "dweight": (batch.weight_VH.grad, truth.dweight_VH)}
+        row["loss_error"] = abs(float(loss) - truth.loss) / abs(truth.loss)
+        for name, (got, want) in grads.items():
+            row[f"{name}_error"] = 1.0 if got is None else float((got.double() - want).norm() / want.norm())
+        if not torch.equal(selected_R, truth.selected_R):
+            row["status"] = "wrong: selects other rationales"
+        elif not max(row["loss_error"], row["dhidden_error"], row["dweight_error"]) <= limit:  # a NaN is wrong too
+            row["status"] = f"wrong: beyond {limit:g}"
+    batch.hidden_TH.grad = batch.weight_VH.grad = None
+    return row
+
+
+@torch.no_grad()
+def selected_share(batch: Batch) -> float:
+    """s, the share of the tokens that are selected, from the plain-torch twin."""
+    selected_R = joint("torch")(batch)[1]
+    return float(selected_R[batch.rationale_T].double().mean())
+
+
+def three_products(batch: Batch) -> tuple[Callable[[], None], float]:
+    """(the three products of a loss with kept logits, of at most 4,096 rows, written to memory; their flops)."""
+    hidden_CH, weight_VH = batch.hidden_TH.detach()[:RATE_ROWS], batch.weight_VH.detach()
+    logits_CV = torch.empty(len(hidden_CH), len(weight_VH), dtype=hidden_CH.dtype, device=hidden_CH.device)
+    dhidden_CH, dweight_VH = torch.empty_like(hidden_CH), torch.empty_like(weight_VH)
+
+    def products() -> None:
+        torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
+        torch.mm(logits_CV, weight_VH, out=dhidden_CH)
+        torch.mm(logits_CV.T, hidden_CH, out=dweight_VH)
+
+    return products, 6.0 * logits_CV.numel() * hidden_CH.shape[1]
+
+
+# ---- where it ran, and how it is shown ----------------------------------------------------------------------------------
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Device, versions, commit, time."""
+    versions = {}
+    for name in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    describe = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        **versions,
+        "commit": commit,
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def as_text(results: dict[str, Any]) -> str:
+    """One table a case."""
+    where = results["where"]
+    known = ", ".join(f"{name} {where[name]}" for name in VERSIONED if name in where)
+    lines = [f"{where['device']}; {known}; commit {where['commit']}; median of {results['repeats']}"]
+    header = ("provider", "mode", "ms", "p20-p80", "U", "TFLOP/s", "floor", "peak MiB", "first s", "error", "status")
+    for case in results["cases"]:
+        lines += [
+            "",
+            case["name"],
+            f"s = {case['selected_share']:.3f}; products of this shape {case['rate_tflops']:.3g} TFLOP/s; "
+            f"floor, (2 + 6s) U at that rate: {case['floor_ms']:.3g} ms",
+        ]
+        table = [header, *(_cells(row) for row in case["rows"])]
+        widths = [max(len(cells[i]) for cells in table) for i in range(len(header))]
+        left = (0, 1, len(header) - 1)
+        lines += [
+            "  ".join(
+                c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+            ).rstrip()
+            for cells in table
+        ]
+        lines += [f"{name}: not run, {reason}" for name, reason in case["absent"].items()]
+    notes = {row["provider"]: row["note"] for case in results["cases"] for row in case["rows"] if row["note"]}
+    lines += ["", *(f"{name}: {note}" for name, note in notes.items())]
+    lines.append("error: the largest of loss, dHidden and dWeight, ||out - ref|| / ||ref|| with ref in float64")
+    lines.append("peak MiB: beyond what was held before the step; the two gradients are part of it")
+    return "\n".join(lines)
+
+
+def append_csv(results: dict[str, Any], path: Path = RESULTS) -> int:
+    """Adds one line a provider and case; returns how many. A new file gets a header."""
+    if not path.parent.is_dir():
+        raise InputError(f"--append: there is no folder {path.parent}; run from a checkout")
+    fields = [field.name for field in dataclasses.fields(Case)]
+    measured = (
+        "provider", "mode", "status", "ms", "ms_p20", "ms_p80", "units", "tflops", "floor_share", "peak_mib", "first_call_s",
+        "loss_error", "dhidden_error", "dweight_error",
+    )  # fmt: skip
+    per_case, where = ("selected_share", "rate_tflops", "floor_ms"), ("device", "threads", "torch", "triton", "commit", "time")
+    lines = [
+        [case["case"][f] for f in fields]
+        + [_short(row.get(f)) for f in measured]
+        + [_short(case[f]) for f in per_case]
+        + [results["repeats"], *(results["where"].get(f) for f in where)]
+        for case in results["cases"]
+        for row in case["rows"]
+    ]
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow([*fields, *measured, *per_case, "repeats", *where])
+        writer.writerows(lines)
+    return len(lines)
+
+
+def plan(cases: Sequence[Case], device: torch.device, providers: Sequence[str]) -> dict[str, Any]:
+    """What a run would time, and what it could not."""
+    names = find_names(device, providers)
+    found, absent = find_providers(device, DTYPES[cases[0].dtype], names)
+    return {"cases": [str(case) for case in cases], "providers": [p.full_name for p in found], "absent": absent}
+
+
+def plan_text(would: dict[str, Any]) -> str:
+    lines = [f"case      {name}" for name in would["cases"]]
+    lines += [f"provider  {name}" for name in would["providers"]]
+    return "\n".join(lines + [f"absent    {name}: {reason}" for name, reason in would["absent"].items()])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    def show(name: str, form: str) -> str:
+        return format(row[name], form) if row.get(name) is not None else "-"
+
+    errors = [row[name] for name in ("loss_error", "dhidden_error", "dweight_error") if name in row]
+    return (
+        row["provider"],
+        row["mode"],
+        show("ms", ".4g"),
+        f"{row['ms_p20']:.4g}-{row['ms_p80']:.4g}" if "ms" in row else "-",
+        show("units", ".2f"),
+        show("tflops", ".3g"),
+        show("floor_share", ".0%"),
+        show("peak_mib", ".0f"),
+        show("first_call_s", ".2f"),
+        format(max(errors), ".1e") if errors else "-",
+        row["status"],
+    )
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _known(what: str, names: Sequence[str], known: Any) -> tuple[str, ...]:
+    for name in names:
+        if name not in known:
+            raise InputError(f"no {what} {name!r}; there are {', '.join(known)}{nearest(name, known)}")
+    return tuple(dict.fromkeys(names))
+
+
+def _pair(text: str) -> tuple[int, int]:
+    m, plus, k = text.partition("+")
+    if not (plus and m.isdecimal() and k.isdecimal() and int(m) and int(k)):
+        raise InputError(f"--candidates: expected positives+negatives, each at least 1, as in 5+2; got {text!r}")
+    return int(m), int(k)
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def _failure_into(row: dict[str, Any], device: torch.device) -> Iterator[None]:
+    """A provider that fails says so in its row, and the others still run."""
+    try:
+        yield
+    except Exception as error:
+        row["status"] = f"failed: {one_line(error)}"
+        log.info("%s %s %s", row["provider"], row["mode"], row["status"])
+        _free(device)
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

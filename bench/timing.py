@@ -1,0 +1,76 @@
+"""Clocks and memory: CUDA events and the caching allocator's peak on a GPU; perf_counter and the profiler's record of every
+allocation on a CPU (torch's own; what a matrix library takes for itself is not in it)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+def time_ms(call: Callable[[], Any], device: torch.device) -> float:
+    """One call, from an idle device to an idle device."""
+    if device.type == "cuda":
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(stop)
+    started = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
+    """The most memory that `call` holds at once beyond what was held before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    from torch.profiler import ProfilerActivity, profile
+
+    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    assert record.profiler is not None
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
+
+
+def rounds(calls: list[Callable[[], Any]], repeats: int, device: torch.device) -> list[list[float]]:
+    """Milliseconds of each call, `repeats` times, interleaved; every round starts with another one."""
+    times: list[list[float]] = [[] for _ in calls]
+    for r in range(repeats):
+        for i in range(len(calls)):
+            which = (i + r) % len(calls)
+            times[which].append(time_ms(calls[which], device))
+    return times
+
+
+def quantile(values: list[float], q: float) -> float:
+    return float(torch.quantile(torch.tensor(values, dtype=torch.float64), q))
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The profiler's library writes to the file descriptor whenever it starts and stops."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
