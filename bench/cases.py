@@ -124,10 +124,11 @@ def make_batch(case: Case, device: torch.device, seed: int = 0) -> Batch:
 
 
 @torch.no_grad()
-def find_truth(batch: Batch, chunk: int = 1024) -> Truth:
-    """From the formulas (Eq. 3, 6, 7), 1,024 rows of logits at a time; nothing of the library is called."""
+def find_truth(batch: Batch, chunk: int | None = None) -> Truth:
+    """From the formulas (Eq. 3, 6, 7), `chunk` rows of logits at a time (1 GiB of them); nothing of the library is called."""
     hidden_TH, weight_VH = batch.hidden_TH.double(), batch.weight_VH.double()
     T, R = len(hidden_TH), len(batch.question_R)
+    chunk = chunk or max(1, 2**27 // len(weight_VH))
 
     def log_softmax(rows: Tensor) -> Tensor:
         return torch.log_softmax(batch.scale * hidden_TH[rows] @ weight_VH.T, 1)

@@ -124,11 +124,14 @@ def time_all(
     products_ms, *times = timing.rounds([products, *calls], repeats, device)
     rate = flops / timing.quantile(products_ms, 0.5)  # per millisecond
     floor_ms = (2 + 6 * share) * unit / rate
+    eager_ms = next((ms for (provider, _), ms in zip(alive, times, strict=True) if provider.full_name == "eager plain"), None)
     for (provider, row), ms in zip(alive, times, strict=True):
         median = timing.quantile(ms, 0.5)
         units = provider.units(share)
         row |= {"ms": median, "ms_p20": timing.quantile(ms, 0.2), "ms_p80": timing.quantile(ms, 0.8), "units": units}
         row |= {"tflops": units * unit / median / 1e9, "floor_share": floor_ms / median}
+        if eager_ms:
+            row["of_eager"] = timing.quantile([x / y for x, y in zip(ms, eager_ms, strict=True)], 0.5)
     return {"selected_share": share, "rate_tflops": rate / 1e9, "floor_ms": floor_ms}
 
 
@@ -210,7 +213,20 @@ def as_text(results: dict[str, Any]) -> str:
     where = results["where"]
     known = ", ".join(f"{name} {where[name]}" for name in VERSIONED if name in where)
     lines = [f"{where['device']}; {known}; commit {where['commit']}; median of {results['repeats']}"]
-    header = ("provider", "mode", "ms", "p20-p80", "U", "TFLOP/s", "floor", "peak MiB", "first s", "error", "status")
+    header = (
+        "provider",
+        "mode",
+        "ms",
+        "p20-p80",
+        "of eager",
+        "U",
+        "TFLOP/s",
+        "floor",
+        "peak MiB",
+        "first s",
+        "error",
+        "status",
+    )
     for case in results["cases"]:
         lines += [
             "",
@@ -230,6 +246,7 @@ def as_text(results: dict[str, Any]) -> str:
         lines += [f"{name}: not run, {reason}" for name, reason in case["absent"].items()]
     notes = {row["provider"]: row["note"] for case in results["cases"] for row in case["rows"] if row["note"]}
     lines += ["", *(f"{name}: {note}" for name, note in notes.items())]
+    lines.append("of eager: time over that of eager plain, round by round, median")
     lines.append("error: the largest of loss, dHidden and dWeight, ||out - ref|| / ||ref|| with ref in float64")
     lines.append("peak MiB: beyond what was held before the step; the two gradients are part of it")
     return "\n".join(lines)
@@ -241,7 +258,7 @@ def append_csv(results: dict[str, Any], path: Path = RESULTS) -> int:
         raise InputError(f"--append: there is no folder {path.parent}; run from a checkout")
     fields = [field.name for field in dataclasses.fields(Case)]
     measured = (
-        "provider", "mode", "status", "ms", "ms_p20", "ms_p80", "units", "tflops", "floor_share", "peak_mib", "first_call_s",
+        "provider", "mode", "status", "ms", "ms_p20", "ms_p80", "of_eager", "units", "tflops", "floor_share", "peak_mib", "first_call_s",
         "loss_error", "dhidden_error", "dweight_error",
     )  # fmt: skip
     per_case, where = ("selected_share", "rate_tflops", "floor_ms"), ("device", "threads", "torch", "triton", "commit", "time")
@@ -285,6 +302,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["mode"],
         show("ms", ".4g"),
         f"{row['ms_p20']:.4g}-{row['ms_p80']:.4g}" if "ms" in row else "-",
+        show("of_eager", ".3f"),
         show("units", ".2f"),
         show("tflops", ".3g"),
         show("floor_share", ".0%"),

@@ -34,7 +34,7 @@ class Progress:
 
     def __init__(self, total: int, done: int):
         self.total, self._said = total, time.monotonic()
-        self._bar = tqdm(total=total, initial=done, unit="step")
+        self._bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stderr.isatty())
 
     def step(self, step: int, last: str) -> None:
         self._bar.update(1)
