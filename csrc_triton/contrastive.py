@@ -22,17 +22,17 @@ def mean_kernel(
     r = tl.program_id(0)
     begin, stop = tl.load(offset_ptr + r), tl.load(offset_ptr + r + 1)
     lane = tl.arange(0, BLOCK)
-    sum_b = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_b = tl.zeros((BLOCK,), dtype=tl.float64)  # so that the same tokens in another order tie
     count_b = tl.zeros((BLOCK,), dtype=tl.int32)
     for first in range(begin, stop, BLOCK):
         at_b = first + lane
         keep_b = at_b < stop
         if HAS_VALID:
             keep_b = keep_b & (tl.load(valid_ptr + at_b, mask=keep_b, other=0) != 0)
-        sum_b += tl.load(logprob_ptr + at_b, mask=keep_b, other=0.0)
+        sum_b += tl.load(logprob_ptr + at_b, mask=keep_b, other=0.0).to(tl.float64)
         count_b += keep_b.to(tl.int32)
     count = tl.sum(count_b, 0)
-    tl.store(nll_ptr + r, -tl.sum(sum_b, 0) / tl.maximum(count, 1))
+    tl.store(nll_ptr + r, (-tl.sum(sum_b, 0) / tl.maximum(count, 1)).to(tl.float32))
     tl.store(count_ptr + r, count.to(tl.int64))
 
 

@@ -83,9 +83,15 @@ def predict(
     return records
 
 
-def held_out(questions: list[Question]) -> list[Question]:
-    """Of a file with several splits, those that are not for training; otherwise all."""
-    return [q for q in questions if q.split != "train"] or questions
+SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+
+def of_split(questions: list[Question], wanted: str) -> list[Question]:
+    """Of rows with several splits those of the wanted one ("validation", "test"), or those without; otherwise all."""
+    for names in (SPLITS[wanted], (None,)):
+        if found := [q for q in questions if q.split in names]:
+            return found
+    return questions
 
 
 def main_task(questions: Sequence[Question]) -> str:
@@ -143,7 +149,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Accuracy of a run or model on a file; `predictions.jsonl` goes to `output`, else the run, else the current folder."""
     loaded = load_questions(data, part="test", on_bad_row=on_bad_row, task=task)
-    questions = [q for q in held_out(loaded.questions) if label_of(q, None) is not None]
+    questions = [q for q in of_split(loaded.questions, "test") if label_of(q, None) is not None]
     if not questions:
         raise InputError(f"{data}: no question has an answer to compare with")
     student, state = load_student(run_or_model, device)

@@ -41,7 +41,7 @@ class Example:
     def candidates(self, lagged: Mapping[str, Negative]) -> list[Candidate]:
         """Positives, the teacher's minority, and the student's own negative unless it says what a positive says."""
         own = lagged.get(self.id)
-        said = own is not None and own.text not in {p.text for p in self.positives}
+        said = own is not None and own.text.strip() not in {p.text.strip() for p in self.positives}
         return [*self.positives, *self.minority, *([Candidate(own.text, own.tokens, "lagged")] if own and said else [])]
 
 

@@ -304,12 +304,11 @@ def _check_batch(
         ((rationale_T >= 0) & (rationale_T < R)).all(),
         lambda: f"rationale must lie in [0, {R}), got {int(rationale_T.min())} to {int(rationale_T.max())}",
     )
-    upper = torch.iinfo(torch.int64).max if question_key is None else len(question_key)
+    upper = None if question_key is None else len(question_key)
     require(
-        ((question >= 0) & (question < upper)).all(),
+        ((question >= 0) if upper is None else (question >= 0) & (question.long() < upper)).all(),
         lambda: (
-            f"question must lie in [0, {'...' if question_key is None else upper}), "
-            f"got {int(question.min())} to {int(question.max())}"
+            f"question must lie in [0, {'...' if upper is None else upper}), got {int(question.min())} to {int(question.max())}"
         ),
     )
     if quality is not None:  # one that is not finite is let through, so that the loss shows it

@@ -69,7 +69,7 @@ class Objective:
             losses = self._joint(batch, lagged, num_questions, iteration, stats)
         else:
             weighted = self._weigh(batch, lagged, num_questions, step, iteration, stats)
-            losses = self._train(batch, weighted, num_questions)
+            losses = self._train(batch, weighted, num_questions, stats)
             if self.config.method == "mi":
                 losses["loss_mi"] = self._mutual_information(batch, num_questions)
         loss = self.alpha_pred * losses["loss_pred"] + self.config.alpha_cl * losses["loss_cl"]  # Eq. 8 less a3 L_D
@@ -182,7 +182,9 @@ class Objective:
 
     # Losses with gradient
 
-    def _train(self, batch: Sequence[Example], weighted: Weighted, num_questions: int) -> dict[str, Tensor]:
+    def _train(
+        self, batch: Sequence[Example], weighted: Weighted, num_questions: int, stats: Counter[str]
+    ) -> dict[str, Tensor]:
         """Second pass: labels, the optional reasoning task and the chosen candidates in one forward pass."""
         sources, targets, source_of, weights = self._label_targets(batch, num_questions)
         labels = len(targets)
@@ -193,6 +195,7 @@ class Objective:
                 sources.append(batch[q].explain)
             targets.append(c.tokens)
             source_of.append(explain_at[q])
+        stats["tokens"] += sum(map(len, targets))
         with self.autocast():
             packed = self.student.hidden(sources, targets, source_of)
             logprob_T = self._logprob(packed)
@@ -235,7 +238,7 @@ class Objective:
         stats: Counter[str],
     ) -> dict[str, Tensor]:
         """The paper's single pass: every candidate carries gradient through the model, whatever is selected."""
-        labels = self._train(batch, Weighted([], [], []), num_questions)
+        labels = self._train(batch, Weighted([], [], []), num_questions, stats)
         candidates, question = _candidates(batch, lagged)
         if not candidates:
             return labels
@@ -246,7 +249,10 @@ class Objective:
         return {"loss_pred": labels["loss_pred"], "loss_cl": out.loss}
 
     def _mutual_information(self, batch: Sequence[Example], num_questions: int) -> Tensor:
-        """MI's extra term as in its released code: softmax on softmax, maximum over time with padding unmasked."""
+        """MI's extra term as in its released code: softmax on softmax, maximum over time with padding unmasked.
+
+        A decoder-only student's prompt is left out of the maximum; the released code has an encoder for it.
+        """
         have = [e for e in batch if e.positives]
         if not have:
             return torch.zeros((), device=self.student.device)
@@ -255,10 +261,12 @@ class Objective:
 
         def pooled(prompts: list[TokenIds], targets: list[TokenIds]) -> Tensor:
             with self.autocast():
-                padded_BLH = self.student.decode(self.student.encode(prompts), targets, rows).padded
-                assert padded_BLH is not None
-                logits_BLV = head.logits(padded_BLH)
-            return logits_BLV.float().softmax(-1).amax(1)
+                decoded = self.student.decode(self.student.encode(prompts), targets, rows)
+                assert decoded.padded is not None and decoded.first is not None
+                logits_BLV = head.logits(decoded.padded)
+            position_L = torch.arange(logits_BLV.shape[1], device=logits_BLV.device)
+            of_prompt_BL = position_L < torch.tensor(decoded.first, device=logits_BLV.device)[:, None]
+            return logits_BLV.float().softmax(-1).masked_fill(of_prompt_BL[:, :, None], 0).amax(1)
 
         explained_BV = pooled([e.explain for e in have], [e.positives[0].tokens for e in have])
         with torch.no_grad():

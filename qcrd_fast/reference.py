@@ -226,7 +226,7 @@ def contrastive_eager(
     tokens = [(rationale_T == r) & valid_T for r in range(R)]
     count = [int(t.sum()) for t in tokens]
     zero = logprob_T[:0].sum()  # differentiable, so that a batch without candidates has a gradient: 0
-    nll = [-logprob_T[t].mean() if n else zero for t, n in zip(tokens, count, strict=True)]  # l(f(x), r)
+    nll = [-logprob_T[t].double().mean().to(zero.dtype) if n else zero for t, n in zip(tokens, count, strict=True)]  # l
     positive, question = positive_R.tolist(), question_R.tolist()
     quality = None if quality_R is None else quality_R.detach().to(logprob_T.dtype)
 

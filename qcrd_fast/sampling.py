@@ -104,8 +104,9 @@ def sample(
         autocast: makes the autocast context to run under; None: none.
     """
     model, device = student.model, student.device
-    was_training = model.training
+    was_training, own_settings = model.training, model.generation_config
     model.eval()
+    model.generation_config = GenerationConfig()  # else its penalties and beams would fill what `config` leaves open
     results: list[TokenIds] = [[] for _ in sources]
     eos = student.tokenizer.eos_token_id
     config = GenerationConfig(
@@ -139,4 +140,5 @@ def sample(
                 results[i] = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
     finally:
         model.train(was_training)
+        model.generation_config = own_settings
     return results

@@ -52,6 +52,7 @@ class PackedHidden:
     target: Tensor  # [T]
     segment: Tensor  # [T] which target a token belongs to, non-decreasing
     padded: Tensor | None = None  # [B, L, H] the states that hidden was taken from, where one batch held them all
+    first: list[int] | None = None  # [B] where each target begins in `padded`
 
 
 class Student:
@@ -201,6 +202,7 @@ class Student:
             target=self._tensor([t for target in targets for t in target]),
             segment=self._tensor([b for b, target in enumerate(targets) for _ in target]),
             padded=hidden_BLH,
+            first=first,
         )
 
     def _pad(self, sequences: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:

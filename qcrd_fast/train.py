@@ -22,7 +22,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import Question, drop_overlap, hold_out, load_questions
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.evaluate import accuracy, held_out, main_task, make_autocast, predict, resolve_device
+from qcrd_fast.evaluate import accuracy, main_task, make_autocast, of_split, predict, resolve_device
 from qcrd_fast.examples import Example, label_of, make_examples
 from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives, Snapshots
@@ -59,10 +59,15 @@ class Data:
         if not config.data:
             raise InputError("--data is needed; to try the trainer without any, run: qcrd-fast demo --output-dir DIR")
         rows = questions(config.data, split="train")
-        test = held_out(questions(config.test_data, part="test")) if config.test_data else []
+        test = of_split(questions(config.test_data, part="test"), "test") if config.test_data else []
         rows, dropped = drop_overlap(rows, test)
         if config.eval_data:
-            validation = held_out(questions(config.eval_data, part="test"))
+            validation = of_split(questions(config.eval_data, part="validation"), "validation")
+            validation, shared = drop_overlap(validation, test)
+            if not validation:
+                raise InputError(f"--eval-data: {config.eval_data}: all {shared} questions are in the test set")
+            if shared:
+                log.warning("--eval-data: dropped %d questions that are in the test set", shared)
             rows, more = drop_overlap(rows, validation)
             dropped += more
         else:
@@ -74,7 +79,7 @@ class Data:
             if missing:
                 raise InputError(f"{name}: {len(missing)} questions have no answer, such as {missing[0]}")
         task = config.task or main_task(rows)
-        digest = hashlib.sha256(repr(rows).encode("utf-8", "surrogatepass")).hexdigest()
+        digest = hashlib.sha256(repr((rows, validation, test)).encode("utf-8", "surrogatepass")).hexdigest()
         return cls(rows, validation, test, task, dropped, digest)
 
 
@@ -96,6 +101,8 @@ def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = 
 
 def _train(config: TrainConfig, run: RunFolder | None) -> dict[str, Any]:
     config = dataclasses.replace(config, impl=os.environ.get("QCRD_FAST_IMPL") or config.impl)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("WORLD_SIZE: training runs in one process; start it without torchrun")
     device = resolve_device(config.device)
     torch.manual_seed(config.seed)
     data = Data.load(config)
@@ -211,6 +218,7 @@ class Session:
             if stop.signum and not done:
                 self._save()
                 raise Stopped(stop.signum)
+        self._warn_of_idle_negatives(self.schedule.iteration(self.schedule.total_steps - 1))
         progress.close()
 
     def _train_step(self) -> None:
@@ -265,32 +273,30 @@ class Session:
 
     def _begin_iteration(self, iteration: int) -> None:
         """Learn from the last iteration's negatives, then keep the student as it is now for a later one."""
-        if self.lagged and iteration:
-            seen = self.lagged_active
-            if seen["lagged"] and seen["lagged_active"] < 0.05 * seen["lagged"]:
-                log.warning(
-                    "iteration %d: only %.1f%% of the student's own negatives had an active hinge; they teach little "
-                    "(see --negative-top-k, --negative-temperature, --delta)",
-                    iteration - 1, 100 * seen["lagged_active"] / seen["lagged"],
-                )  # fmt: skip
-        self.lagged_active = Counter()
-        if self.trainer:
-            self.trainer.set_alpha(self.schedule.alpha_d(iteration))
-            if iteration:
-                drawn = self.lagged.of_iteration(iteration - 1) if self.lagged else {}
-                texts = {e.id: [c.text] for e in self.examples for c in e.candidates(drawn) if c.source == "lagged"}
-                loss = self.trainer.update(self.data.train, texts, iteration)
-                self.loss_d = self.loss_d if loss is None else loss
+        self._warn_of_idle_negatives(iteration - 1)
+        if self.trainer and iteration:
+            self.trainer.set_alpha(self.schedule.alpha_d(iteration - 1))  # of the iteration that is learnt from
+            drawn = self.lagged.of_iteration(iteration - 1) if self.lagged else {}
+            texts = {e.id: [c.text] for e in self.examples for c in e.candidates(drawn) if c.source == "lagged"}
+            loss = self.trainer.update(self.data.train, texts, iteration)
+            self.loss_d = self.loss_d if loss is None else loss
         if self.lagged:
             if self.config.negative_source == "lagged" or iteration == 0:
                 self.snapshots.save(iteration, self.student.model)
             self.snapshots.prune(self._oldest_snapshot(), self.config.negative_source == "fixed")
 
+    def _warn_of_idle_negatives(self, iteration: int) -> None:
+        seen, self.lagged_active = self.lagged_active, Counter()
+        if seen["lagged_active"] < 0.05 * seen["lagged"]:
+            log.warning(
+                "iteration %d: only %.1f%% of the student's own negatives had an active hinge; they teach little "
+                "(see --negative-top-k, --negative-temperature, --delta)",
+                iteration, 100 * seen["lagged_active"] / seen["lagged"],
+            )  # fmt: skip
+
     def _pretrain_discriminator(self, stop: StopSignals) -> None:
         assert self.trainer
-        steps = self.config.discriminator_pretrain_steps
-        if self.config.max_steps > 0:
-            steps = min(steps, 10 * self.config.max_steps)
+        steps = min(self.config.discriminator_pretrain_steps, 10 * self.schedule.total_steps)
 
         def check(_: int) -> None:
             if stop.signum:  # nothing is trained yet, so nothing is lost
@@ -371,7 +377,11 @@ class Session:
         checkpoint.point_final(self.run, best)
         self.optimizer.state.clear()
         questions = self.data.test or self.data.validation
-        results = {"accuracy": None, "accuracy_validation": self.best["accuracy"] if self.best else None}
+        results = {
+            "accuracy": None,
+            "accuracy_validation": self.best["accuracy"] if self.best else None,
+            "accuracy_untrained": None,
+        }
         if questions:
             device, prompts = self.student.device, self.student.prompts
             untrained = Student.load(str(self.config.student), prompts, device)
@@ -405,7 +415,8 @@ def _adamw(model: Any, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def _has_dropout(model: Any) -> bool:
-    return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+    names = (name for name in dir(model.config) if "drop" in name and not name.startswith("_"))
+    return any(isinstance(p := getattr(model.config, name), float) and p > 0 for name in names)
 
 
 def _seed(*key: int) -> int:
