@@ -258,8 +258,8 @@ def append_csv(results: dict[str, Any], path: Path = RESULTS) -> int:
         raise InputError(f"--append: there is no folder {path.parent}; run from a checkout")
     fields = [field.name for field in dataclasses.fields(Case)]
     measured = (
-        "provider", "mode", "status", "ms", "ms_p20", "ms_p80", "of_eager", "units", "tflops", "floor_share", "peak_mib", "first_call_s",
-        "loss_error", "dhidden_error", "dweight_error",
+        "provider", "mode", "status", "ms", "ms_p20", "ms_p80", "of_eager", "units", "tflops", "floor_share", "peak_mib",
+        "first_call_s", "loss_error", "dhidden_error", "dweight_error",
     )  # fmt: skip
     per_case, where = ("selected_share", "rate_tflops", "floor_ms"), ("device", "threads", "torch", "triton", "commit", "time")
     lines = [
