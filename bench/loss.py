@@ -35,7 +35,7 @@ from .peers import SOURCES, Provider, find_providers, joint, one_line
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "loss.csv"
 FOUR_HEADS = ("t5-base", "smollm2-135m", "gemma-3-270m", "llama-3-8b")
-LIMITS = {"fp32": 1e-3, "bf16": 5e-2}  # ||out - ref|| / ||ref|| of a gradient; beyond it a provider is wrong
+LIMITS = {"fp32": 1e-3, "bf16": 2e-2}  # ||out - ref|| / ||ref|| of a gradient; beyond it a provider is wrong
 CHECKED_ON_CPU = 1024  # tokens: float64 is slow there
 RATE_ROWS = 4096  # of the products that set the floor, so that theirs is no T x V matrix either
 VERSIONED = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
