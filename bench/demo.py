@@ -58,6 +58,7 @@ def main() -> None:
         for row in pool.map(lambda case: run(*case, args.threads), cases):
             row |= where
             print(row, flush=True)
+            RESULTS.parent.mkdir(exist_ok=True)
             new = not RESULTS.exists()
             with open(RESULTS, "a", newline="") as file:
                 writer = csv.DictWriter(file, list(row))

@@ -153,14 +153,17 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ten
         optimizer.state[parameters[name]][moment] = tensor.to(device)
 
 
-def rotate(run: Path, limit: int | None, best: int | None) -> list[Path]:
-    """Delete all but the latest `limit` checkpoints and the best; returns those that a resume can use, latest first."""
-    found = checkpoints(run)
-    kept = found[:limit] if limit else found
-    for checkpoint in found:
-        if checkpoint not in kept and step_of(checkpoint) != best:
+def resumable(run: Path, step: int, limit: int | None) -> list[Path]:
+    """The latest `limit` checkpoints up to `step`. One beyond it is a damaged one that this run was resumed without."""
+    return [checkpoint for checkpoint in checkpoints(run) if step_of(checkpoint) <= step][:limit]
+
+
+def rotate(run: Path, step: int, limit: int | None, best: int | None) -> None:
+    """Delete the checkpoints before `step` but for the latest `limit` and the best."""
+    kept = resumable(run, step, limit)
+    for checkpoint in checkpoints(run):
+        if checkpoint not in kept and step_of(checkpoint) != best and step_of(checkpoint) <= step:
             remove_tree(checkpoint)
-    return kept
 
 
 def point_final(run: Path, checkpoint: Path) -> None:

@@ -62,7 +62,10 @@ class MetricsLog:
 
     def cut(self, step: int) -> None:
         """Drop what was logged after `step`, when a run resumes from there."""
-        write_lines(self.path, [record for record in read_lines(self.path) if record["step"] <= step])
+        write_lines(self.path, [record for record in self.read() if record["step"] <= step])
+
+    def read(self) -> list[dict[str, Any]]:
+        return list(read_lines(self.path))
 
     def put(self, record: dict[str, Any], values: dict[str, Tensor], loss_extra: float, ids: list[str], logged: bool) -> None:
         """Queue a step's record; `values` are 0-d tensors still on the device, `loss_extra` is added to their loss."""

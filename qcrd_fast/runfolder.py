@@ -21,8 +21,8 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.redact import RedactingFormatter
 
 LOCK, LOG = ".lock", "run.log"
-# Options that a resumed run may change: they do not touch what is computed.
-FREE_OPTIONS = {"output_dir", "resume", "save_total_limit", "report_to", "device", "eval_batch_size"}
+# Options that a resumed run may change: they do not touch what is computed, but for rounding (--impl, the kill-switch).
+FREE_OPTIONS = {"impl", "output_dir", "resume", "save_total_limit", "report_to", "device", "eval_batch_size"}
 
 
 class RunFolder:
@@ -76,10 +76,12 @@ class RunFolder:
 
     def _check_same_config(self) -> None:
         path = self.path / "config.resolved.yaml"
-        if not path.exists():
+        states = sorted(self.path.glob("checkpoint-*/state.json"))
+        if not path.exists() and not states:
             return
         try:
-            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+            text = (path if path.exists() else states[0]).read_text(encoding="utf-8")
+            before = yaml.safe_load(text) if path.exists() else json.loads(text).get("config")
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"{path}: unreadable: {error}") from error
         now = self.config.to_dict()

@@ -119,10 +119,10 @@ def _train(config: TrainConfig, run: RunFolder | None) -> dict[str, Any]:
     if unused := config.unused():
         log.info("--method %s does not use %s", config.method, ", ".join(unused))
     session = Session(config, run.path, data, schedule, student, examples)
+    run.write_config()
     if found:
         session.restore(found)
     else:
-        run.write_config()
         session.log.cut(0)
     try:
         with StopSignals() as stop:
@@ -333,6 +333,7 @@ class Session:
             return
         self.log.flush()  # a loss that is not finite stops here, before anything is overwritten
         state = {
+            "config": self.config.to_dict(),
             "prompt": dataclasses.asdict(self.student.prompts),
             "task": self.data.task,
             "method": self.config.method,
@@ -343,7 +344,7 @@ class Session:
         }
         checkpoint.save_checkpoint(self.run, self.step, self.student, self.optimizer, self.trainer, state)
         self.saved_step = self.step
-        checkpoint.rotate(self.run, self.config.save_total_limit, self.best["step"] if self.best else None)
+        checkpoint.rotate(self.run, self.step, self.config.save_total_limit, self.best["step"] if self.best else None)
 
     def restore(self, found: Path) -> None:
         """Continue from a checkpoint; the student's weights are loaded already."""
@@ -353,6 +354,8 @@ class Session:
         self.step = self.saved_step = state["step"]
         self.best, self.loss_d = state["best"], state["loss_d"]
         self.snapshots.known = {int(k): v for k, v in state["snapshots"].items()}
+        if not self.log.path.exists():
+            log.warning("%s is gone; it begins anew", self.log.path)
         self.log.cut(self.step)
         log.info("resuming from %s", found)
 
@@ -363,21 +366,35 @@ class Session:
         return max(self.schedule.iteration(step) - 1 - self.config.negative_lag, 0)
 
     def _oldest_snapshot(self) -> int:
-        limit = self.config.save_total_limit
-        steps = [checkpoint.step_of(p) for p in checkpoint.checkpoints(self.run)]
-        return self._oldest_for(min([*(steps[:limit] if limit else steps), self.step]) if steps else 0)
+        resumable = checkpoint.resumable(self.run, self.step, self.config.save_total_limit)
+        return self._oldest_for(min(map(checkpoint.step_of, resumable))) if resumable else 0
+
+    def _best_checkpoint(self) -> Path:
+        """The whole checkpoint with the best validation accuracy; without validation, the last."""
+        rated = {m["step"]: m["eval_accuracy"] for m in self.log.read() if "eval_accuracy" in m}
+        if self.best:
+            rated[self.best["step"]] = self.best["accuracy"]
+        for step in sorted(rated, key=lambda step: (-rated[step], step)):
+            path = checkpoint.checkpoint_path(self.run, step)
+            if path.exists() or (self.best and step == self.best["step"]):
+                if (fault := checkpoint.find_fault(path)) is None:
+                    self.best = {"step": step, "accuracy": rated[step]}
+                    return path
+                log.warning("%s is damaged (%s); taking the next best", path, fault)
+        self.best = None
+        return checkpoint.checkpoint_path(self.run, self.step)
 
     def finish(self) -> dict[str, Any]:
         """Point `final` at the best checkpoint and evaluate it, and the untrained student, on the test set."""
-        results_path = self.run / "eval_results.json"
-        best = checkpoint.checkpoint_path(self.run, self.best["step"] if self.best else self.step)
-        if results_path.is_file() and (self.run / "final").resolve() == best.resolve():
-            results: dict[str, Any] = json.loads(results_path.read_text(encoding="utf-8"))
-            return results
+        results_path, predictions_path = self.run / "eval_results.json", self.run / "predictions.jsonl"
+        best, questions = self._best_checkpoint(), self.data.test or self.data.validation
+        if (self.run / "final").resolve() == best.resolve() and (predictions_path.is_file() or not questions):
+            with contextlib.suppress(OSError, ValueError):  # a finished run has nothing left to do
+                finished: dict[str, Any] = json.loads(results_path.read_text(encoding="utf-8"))
+                return finished
         checkpoint.point_final(self.run, best)
         self.optimizer.state.clear()
-        questions = self.data.test or self.data.validation
-        results = {
+        results: dict[str, Any] = {
             "accuracy": None,
             "accuracy_validation": self.best["accuracy"] if self.best else None,
             "accuracy_untrained": None,
@@ -389,7 +406,7 @@ class Session:
             del untrained
             records = self._predict(Student.load(str(best), prompts, device), questions)
             results["accuracy"] = accuracy(records)
-            write_lines(self.run / "predictions.jsonl", records)
+            write_lines(predictions_path, records)
         results |= {
             "n": len(questions),
             "evaluated_on": "test" if self.data.test else "validation" if self.data.validation else None,
