@@ -578,3 +578,25 @@ def test_chunking_holds_a_bounded_block_of_logits(monkeypatch):
             hidden[rows], weight, target[rows], None, lse[rows], coefficients, options, (True, True, False)
         )
     assert 16 < peak[0] / 2**20 < 64
+
+
+def test_the_training_pass_uses_its_own_hinge():
+    """A negative at or beyond the margin gives neither loss nor gradient, whatever its weight."""
+    logprob = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0], dtype=torch.float64, requires_grad=True)
+    rationale, positive = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([True, False, False, False, False])
+    weight = torch.tensor([0.5, 0.25, 0.25, 0.25, 0.0], dtype=torch.float64)
+    loss, loss_pos, loss_neg, _ = weighted_rationale_loss(logprob, rationale, positive, weight, beta=0.2, delta=3.0)
+    loss.backward()
+    assert (loss_pos.item(), loss_neg.item()) == (0.5, -0.25) and loss.item() == pytest.approx(0.55)
+    assert logprob.grad.tolist() == pytest.approx([-0.5, 0.05, 0, 0, 0])
+    free = weighted_rationale_loss(logprob, rationale, positive, weight, beta=0.2, delta=None)[2]
+    assert free.item() == pytest.approx(0.25 * (2 + 3 + 4))
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int16, torch.int32])
+def test_narrow_question_indices(kind):
+    out = contrastive_loss(
+        torch.tensor([-1.0, -2.0]), torch.tensor([0, 1]), torch.tensor([0, 1]).to(kind), torch.tensor([True, True]),
+        beta=0.2, delta=3.0, scheme="minmax",
+    )  # fmt: skip
+    assert out.loss.item() == pytest.approx(1.5)

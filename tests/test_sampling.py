@@ -82,3 +82,15 @@ def test_temperature_zero_is_greedy(student):
         out = student.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)[0]
         theirs = out[1 if student.is_encoder_decoder else len(source) :].tolist()
         assert theirs[: len(tokens)] == tokens
+
+
+def test_the_models_own_generation_settings_stay_out(student):
+    """Penalties and beams of a student's generation_config.json would make other draws than the softmax's."""
+    source = [student.source_ids(EXPLAIN, q) for q in QUESTIONS]
+    keys = [key_words(0, q) for q in QUESTIONS]
+    both = SampleSettings(max_new_tokens=8), SampleSettings(1.5, 50, 1.0, max_new_tokens=8)
+    before = [sample(student, source, keys, settings) for settings in both]
+    own = student.model.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams = 50.0, 1, 4
+    assert [sample(student, source, keys, settings) for settings in both] == before
+    assert student.model.generation_config is own

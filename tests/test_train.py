@@ -157,6 +157,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, rows_fi
         train(settings(rows_file, student, out, resume="auto"))
 
 
+def test_a_damaged_best_checkpoint_is_passed_over(whole, rows_file, tmp_path, caplog):
+    import shutil
+
+    student, unbroken = whole
+    out = tmp_path / "run"
+    shutil.copytree(unbroken, out, symlinks=True)
+    best = (out / "final").resolve()
+    (best / "model.safetensors").unlink()
+    (out / "predictions.jsonl").unlink()
+    (out / "config.resolved.yaml").unlink()
+    with pytest.raises(InputError, match=r"--beta 0\.2, now it is 0\.3"):  # known from the checkpoints too
+        train(settings(rows_file, student, out, resume="auto", beta=0.3))
+    train(settings(rows_file, student, out, resume="auto"))
+    assert "damaged" in caplog.text
+    assert checkpoint.find_fault((out / "final").resolve()) is None
+    assert (out / "predictions.jsonl").is_file() and (out / "config.resolved.yaml").is_file()
+
+
 def test_sigterm_saves_and_the_resume_is_exact(whole, rows_file, tmp_path, monkeypatch):
     student, unbroken = whole
     out = tmp_path / "run"
@@ -271,19 +289,24 @@ def test_accumulation_is_normalised_by_the_whole_batch(student, rows_file, reque
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
-def test_golden_step(rows_file, llama_folder, tmp_path):
+@pytest.mark.parametrize("method", ["qcrd", "qcrd-judged", "dss", "sft-all", "redi", "finetune", "single-task"])
+def test_golden_step(method, rows_file, llama_folder, tmp_path):
     """One step's loss recomputed from the equations with the model's own logits, in float64."""
     from qcrd_fast.data import load_questions
+    from qcrd_fast.discriminator import build_discriminator
     from qcrd_fast.schedule import Schedule
     from qcrd_fast.students import PromptSettings, Student
 
+    beta, delta, a1, a2 = 0.7, 8.0, 0.3, 0.6
     config = settings(
-        rows_file, llama_folder, tmp_path / "run", max_steps=1, discriminator="none", validation_fraction=0.0,
-        beta=0.7, delta=8.0, negative_source="minority",
+        rows_file, llama_folder, tmp_path / "run", max_steps=1, validation_fraction=0.0, negative_source="minority",
+        method=method.removesuffix("-judged"), discriminator="auto" if method == "qcrd-judged" else "none", redi_warmup=0.0,
+        discriminator_pretrain_steps=0, beta=beta, delta=delta, alpha_pred=a1, alpha_cl=a2,
     )  # fmt: skip
     train(config)
     logged = metrics(tmp_path / "run")[0]
     student = Student.load(str(llama_folder), PromptSettings())
+    judge = build_discriminator(config.discriminator, student.model, student.tokenizer, seed=config.seed)
     model = student.model.double().eval()
 
     def nll(source, target):
@@ -293,21 +316,56 @@ def test_golden_step(rows_file, llama_folder, tmp_path):
         at = range(len(source) - 1, len(source) + len(target) - 1)
         return -sum(logprob[i, t].item() for i, t in zip(at, target, strict=True)) / len(target)
 
+    def plain(text):
+        return list(student.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def quality(question, rationales):
+        return judge.score([(question.question, r.text) for r in rationales]).tolist() if judge else None
+
+    def mean(values):
+        return sum(values) / len(values) if values else 0.0
+
     questions = load_questions(config.data, split="train").questions
     rows = [questions[i] for i in Schedule(len(questions), config).questions(0)]
+    assert any(q.negatives for q in rows)
+    newline, eos = plain("\n"), student.tokenizer.eos_token_id
     pred = cl = 0.0
     for q in rows:
-        plain = lambda text: list(student.tokenizer(text, add_special_tokens=False).input_ids)  # noqa: E731
-        label, newline, eos = plain(q.gold), plain("\n"), student.tokenizer.eos_token_id
-        pred += nll([*student.tokenizer("predict: " + q.question).input_ids, *newline], [*label, eos]) / len(rows)
+        label = q.majority if method == "single-task" else q.gold
+        pred += nll([*student.tokenizer("predict: " + q.question).input_ids, *newline], [*plain(label), eos]) / len(rows)
         source = [*student.tokenizer("explain: " + q.question).input_ids, *newline]
-        cl += min(nll(source, [*plain(r.text), eos]) for r in q.positives) / len(rows)  # Eq. 6, s = 1
-        if q.negatives:  # Eq. 7, s = 0
-            cl -= 0.7 * max(min(nll(source, [*plain(r.text), eos]) - 8.0, 0) for r in q.negatives) / len(rows)
-    assert any(q.negatives for q in rows)
+        pos = [nll(source, [*plain(r.text), eos]) for r in q.positives]
+        neg = [nll(source, [*plain(r.text), eos]) for r in q.negatives]
+        if method.startswith("qcrd"):
+            s_pos, s_neg = quality(q, q.positives) or [1.0] * len(pos), quality(q, q.negatives) or [0.0] * len(neg)
+            best = pos.index(min(pos))
+            term = s_pos[best] * pos[best]  # Eq. 6
+            if neg:
+                worst = neg.index(max(neg))
+                term -= beta * (1 - s_neg[worst]) * min(neg[worst] - delta, 0)  # Eq. 7
+        else:
+            term = {"dss": pos[0], "sft-all": mean(pos), "redi": mean(pos) - 0.8 * mean(neg)}.get(method, 0.0)
+        cl += term / len(rows)
     assert logged["loss_pred"] == pytest.approx(pred, abs=1e-5)
     assert logged["loss_cl"] == pytest.approx(cl, abs=1e-5)
-    assert logged["loss"] == pytest.approx(0.5 * pred + 0.5 * cl, abs=1e-5)
+    expected = pred if method in ("finetune", "single-task") else a1 * pred + a2 * cl
+    assert logged["loss"] == pytest.approx(expected, abs=1e-5)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["tokens_per_s"] > 0
+
+
+def test_scoring_runs_without_dropout_and_training_with(rows_file, t5_folder, tmp_path, monkeypatch):
+    from qcrd_fast.students import Student
+
+    real, modes = Student.hidden, []
+
+    def spy(self, *args, **kwargs):
+        modes.append((self.model.training, torch.is_grad_enabled()))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Student, "hidden", spy)
+    train(settings(rows_file, t5_folder, tmp_path / "run", max_steps=2, validation_fraction=0.0))
+    assert modes == [(False, False), (True, True)] * 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_naming_the_questions(rows_file, llama_folder, tmp_path, monkeypatch):
@@ -415,6 +473,14 @@ def test_rows_of_other_splits_are_not_trained_on(rows_file, llama_folder, tmp_pa
     trained.write_text("".join(json.dumps(row | {"split": "train"}) + "\n" for row in rows[:5]))
     plan = train(settings(mixed, llama_folder, tmp_path / "run", eval_data=str(trained)), dry_run=True)
     assert plan["validation"] == 5 and plan["train"] == 11
+    splits = ["train"] * 16 + ["validation"] * 4 + ["test"] * 4
+    mixed.write_text("".join(json.dumps(row | {"split": split}) + "\n" for row, split in zip(rows, splits, strict=True)))
+    three = settings(mixed, llama_folder, tmp_path / "run", eval_data=str(mixed), test_data=str(mixed))
+    assert {k: train(three, dry_run=True)[k] for k in ("train", "validation", "test")} == {
+        "train": 16, "validation": 4, "test": 4,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="all 5 questions are in the test set"):
+        train(settings(mixed, llama_folder, tmp_path / "run", eval_data=str(trained), test_data=str(trained)), dry_run=True)
 
 
 def test_questions_of_the_test_set_are_dropped_from_training(rows_file, llama_folder, tmp_path):
