@@ -36,7 +36,11 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, latest first."""
-    found = [p for p in run.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()]
+    found = [
+        p
+        for p in run.glob("checkpoint-*")
+        if p.is_dir() and p.name.removeprefix("checkpoint-").isdecimal() and p.name.isascii()
+    ]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -64,6 +68,8 @@ def find_fault(checkpoint: Path, run: Path | None = None) -> str | None:
         files = dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
+    if missing := {"config.json", STATE, OPTIMIZER} - files.keys():
+        return f"{MANIFEST} does not list {sorted(missing)[0]}"
     fault = _find_bad_file(checkpoint, files)
     if fault is None and run is not None:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))

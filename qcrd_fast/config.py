@@ -155,7 +155,7 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: no clipping", low=0)
     bf16: bool | None = option(None, "bf16 autocast; default: where the GPU has it")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    seed: int = option(0, "seed of everything random", low=0)
+    seed: int = option(0, "seed of everything random", low=0, high=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
 
     # Evaluation, logging, checkpoints

@@ -194,10 +194,11 @@ def generate_text(
         raise InputError("the question is empty")
     student, _ = load_student(run_or_model, device)
     settings = SampleSettings(temperature, max_new_tokens=max_new_tokens)
-    keys, indices = [key_words(seed, question)] * num_samples, list(range(num_samples))
+    indices = list(range(num_samples))
 
     def say(prefix: str) -> list[str]:
         sources = [student.source_ids(prefix, question)] * num_samples
+        keys = [key_words(seed, prefix + question)] * num_samples
         autocast = make_autocast(student.device, None)
         return [student.text(t) for t in sample(student, sources, keys, settings, indices=indices, autocast=autocast)]
 

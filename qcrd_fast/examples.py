@@ -54,13 +54,18 @@ def label_of(question: Question, label: str | None) -> str | None:
     return question.gold if question.gold is not None else question.majority
 
 
+def label_kind(config: TrainConfig) -> str | None:
+    """gold, majority, or None: gold where known, else the majority."""
+    return config.label or {"finetune": "gold", "single-task": "majority"}.get(config.method)
+
+
 def make_examples(questions: Sequence[Question], student: Student, config: TrainConfig) -> list[Example]:
     """Tokenise the training questions.
 
     Raises `InputError` when a question lacks the label asked for, or when no question has a positive rationale though
     the method needs them.
     """
-    kind = config.label or {"finetune": "gold", "single-task": "majority"}.get(config.method)
+    kind = label_kind(config)
     unlabelled = [q.id for q in questions if label_of(q, kind) is None]
     if unlabelled:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import sys
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.runfolder import append_lines, read_lines, write_lines
+from qcrd_fast.runfolder import append_lines, write_lines
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,17 @@ class MetricsLog:
         write_lines(self.path, [record for record in self.read() if record["step"] <= step])
 
     def read(self) -> list[dict[str, Any]]:
-        return list(read_lines(self.path))
+        """The records that can be read; a damaged line is passed over, with a warning."""
+        records, damaged = [], 0
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+            try:
+                record = json.loads(line)
+                records.append(record | {"step": int(record["step"])})
+            except (ValueError, TypeError, KeyError):
+                damaged += 1
+        if damaged:
+            log.warning("%s: passed over %d damaged lines", self.path, damaged)
+        return records
 
     def put(self, record: dict[str, Any], values: dict[str, Tensor], loss_extra: float, ids: list[str], logged: bool) -> None:
         """Queue a step's record; `values` are 0-d tensors still on the device, `loss_extra` is added to their loss."""

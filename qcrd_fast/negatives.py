@@ -11,6 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -136,12 +137,25 @@ class LaggedNegatives:
         for record in read_lines(path):
             pending.append(record)
             if "end" in record:
-                if record["end"] == len(pending) - 1 and record["chunk"] not in self._drawn:
+                if self._is_whole(iteration, pending):
                     self._drawn[record["chunk"]] = {r["id"]: Negative(r["tokens"], r["text"]) for r in pending[:-1]}
                     whole += pending
                 pending = []
         if path.exists():
             write_lines(path, whole)  # without the tail that a killed run left
+
+    def _is_whole(self, iteration: int, records: list[dict[str, Any]]) -> bool:
+        """Whether these are the records of one chunk, all its questions and no other; if not, it is drawn again."""
+        *rows, end = records
+        chunk = end.get("chunk")
+        if not isinstance(chunk, int) or not 0 <= chunk < len(self.schedule.first_steps(iteration)) or chunk in self._drawn:
+            return False
+        asked = [self.questions[i].id for i in self.schedule.chunk_questions(iteration, chunk)]
+        return (
+            end["end"] == len(rows)
+            and [r.get("id") for r in rows] == asked
+            and all(isinstance(r.get("text"), str) and isinstance(r.get("tokens"), list) for r in rows)
+        )
 
     def _draw(self, iteration: int, chunk: int) -> dict[str, Negative]:
         asked = [self.questions[i] for i in self.schedule.chunk_questions(iteration, chunk)]

@@ -71,8 +71,8 @@ class Student:
         if tokenizer.eos_token_id is None:
             raise InputError("student: the tokenizer has no end-of-sequence token")
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        if prompts.template == "chat" and not tokenizer.chat_template:
-            raise InputError("--prompt-template chat: the student's tokenizer has no chat template")
+        if prompts.template == "chat" and (self.is_encoder_decoder or not tokenizer.chat_template):
+            raise InputError("--prompt-template chat: the student has no chat template")
         check_head(model, self.head)
 
     @classmethod
@@ -113,23 +113,20 @@ class Student:
 
     def source_ids(self, prefix: str, question: str) -> TokenIds:
         """Tokens of a task's input. A question over the maximum length loses its end, never the template."""
-        template, limit = self.prompts.template, self.prompts.max_source_length
-        tokenizer = self.tokenizer
+        template, limit, tokenizer = self.prompts.template, self.prompts.max_source_length, self.tokenizer
         text = prefix + question.strip()
-        if self.is_encoder_decoder:
-            if template not in ("raw", "chat"):
-                text = template.replace("{prompt}", text)
-            return list(tokenizer(text, truncation=True, max_length=limit).input_ids)
-        if template == "raw":
-            return list(tokenizer(text).input_ids)[:limit] + self._plain_ids("\n")
         body = self._plain_ids(text)
         if len(body) > limit:
             text = tokenizer.decode(body[:limit])
         if template == "chat":
             chat = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-            return self._plain_ids(text)
-        return list(tokenizer(template.replace("{prompt}", text)).input_ids)
+            return self._plain_ids(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        ids = list(tokenizer(text if template == "raw" else template.replace("{prompt}", text)).input_ids)
+        if self.is_encoder_decoder:
+            return ids
+        if ids and ids[-1] == tokenizer.eos_token_id:  # a prompt goes on
+            ids.pop()
+        return ids + self._plain_ids("\n") if template == "raw" else ids
 
     def target_ids(self, text: str) -> TokenIds:
         """Tokens of a label or rationale with EOS; a text cut at the maximum length gets no EOS."""

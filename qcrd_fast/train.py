@@ -23,11 +23,12 @@ from qcrd_fast.data import Question, drop_overlap, hold_out, load_questions
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.evaluate import accuracy, main_task, make_autocast, of_split, predict, resolve_device
-from qcrd_fast.examples import Example, label_of, make_examples
+from qcrd_fast.examples import Example, label_kind, label_of, make_examples
 from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives, Snapshots
 from qcrd_fast.objective import Objective
-from qcrd_fast.runfolder import LOG, RunFolder, logging_to, write_json, write_lines
+from qcrd_fast.ops import choose_impl
+from qcrd_fast.runfolder import FREE_OPTIONS, LOG, RunFolder, logging_to, write_json, write_lines
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.signals import StopSignals
 from qcrd_fast.students import PromptSettings, Student
@@ -60,7 +61,13 @@ class Data:
             raise InputError("--data is needed; to try the trainer without any, run: qcrd-fast demo --output-dir DIR")
         rows = questions(config.data, split="train")
         test = of_split(questions(config.test_data, part="test"), "test") if config.test_data else []
-        rows, dropped = drop_overlap(rows, test)
+        kind = label_kind(config)
+        labelled = [q for q in rows if label_of(q, kind) is not None]
+        if not labelled:
+            raise InputError(f"--data: {config.data}: no question has a {kind or 'gold or majority'} answer to teach")
+        if len(labelled) < len(rows):
+            log.warning("--data: set aside %d questions without an answer to teach", len(rows) - len(labelled))
+        rows, dropped = drop_overlap(labelled, test)
         if config.eval_data:
             validation = of_split(questions(config.eval_data, part="validation"), "validation")
             validation, shared = drop_overlap(validation, test)
@@ -72,6 +79,7 @@ class Data:
             dropped += more
         else:
             rows, validation = hold_out(rows, config.validation_fraction, config.seed)
+            rows, _ = drop_overlap(rows, validation)  # the same question under another id
         if not rows:
             raise InputError(f"--data: {config.data}: no question is left to train on ({dropped} are in the test set)")
         for name, some in (("--eval-data", validation), ("--test-data", test)):
@@ -104,6 +112,10 @@ def _train(config: TrainConfig, run: RunFolder | None) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("WORLD_SIZE: training runs in one process; start it without torchrun")
     device = resolve_device(config.device)
+    try:
+        choose_impl(config.impl, device, torch.float32)
+    except ValueError as error:
+        raise InputError(f"--impl: {error}") from error
     torch.manual_seed(config.seed)
     data = Data.load(config)
     schedule = Schedule(len(data.train), config)
@@ -215,7 +227,7 @@ class Session:
                 self._save()
             elif done or self.step % self.schedule.save_steps == 0 or stop.signum:
                 self._save()
-            if stop.signum and not done:
+            if stop.signum:  # also after the last step: a resume evaluates
                 self._save()
                 raise Stopped(stop.signum)
         self._warn_of_idle_negatives(self.schedule.iteration(self.schedule.total_steps - 1))
@@ -333,7 +345,7 @@ class Session:
             return
         self.log.flush()  # a loss that is not finite stops here, before anything is overwritten
         state = {
-            "config": self.config.to_dict(),
+            "config": {name: value for name, value in self.config.to_dict().items() if name not in FREE_OPTIONS},
             "prompt": dataclasses.asdict(self.student.prompts),
             "task": self.data.task,
             "method": self.config.method,

@@ -332,8 +332,8 @@ def test_golden_step(method, rows_file, llama_folder, tmp_path):
     pred = cl = 0.0
     for q in rows:
         label = q.majority if method == "single-task" else q.gold
-        pred += nll([*student.tokenizer("predict: " + q.question).input_ids, *newline], [*plain(label), eos]) / len(rows)
-        source = [*student.tokenizer("explain: " + q.question).input_ids, *newline]
+        pred += nll([*plain("predict: " + q.question), *newline], [*plain(label), eos]) / len(rows)
+        source = [*plain("explain: " + q.question), *newline]
         pos = [nll(source, [*plain(r.text), eos]) for r in q.positives]
         neg = [nll(source, [*plain(r.text), eos]) for r in q.negatives]
         if method.startswith("qcrd"):
@@ -424,12 +424,14 @@ def test_refusals_come_before_anything_is_written(rows_file, llama_folder, t5_fo
     with pytest.raises(InputError, match="does not exist"):
         train(settings(rows_file, tmp_path / "typo", tmp_path / "again"))
     train(settings(rows_file, student, tmp_path / "again", max_steps=1))  # a failed start is no obstacle
+    with pytest.raises(InputError, match=r"--impl: .*triton"):
+        train(settings(rows_file, student, tmp_path / "c", impl="triton"))
     with pytest.raises(InputError, match="--device"):
         train(settings(rows_file, student, tmp_path / "c", device="cuda:77"))
     unlabelled = tmp_path / "unlabelled.jsonl"
     row = json.loads(rows_file.read_text().splitlines()[0])
     unlabelled.write_text(json.dumps(row | {"answer": None}) + "\n")
-    with pytest.raises(InputError, match="no gold answer"):
+    with pytest.raises(InputError, match="no question has a gold answer"):
         train(settings(unlabelled, student, tmp_path / "d", method="finetune", validation_fraction=0.0))
 
 
