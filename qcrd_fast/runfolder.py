@@ -54,6 +54,15 @@ class RunFolder:
         try:
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+            for name in (
+                "metrics.jsonl",
+                "run.log",
+                "snapshots",
+                "negatives",
+                *(p.name for p in self.path.glob("checkpoint-*")),
+            ):
+                if (self.path / name).is_symlink():
+                    raise InputError(f"--output-dir: {self.path / name} is a link; nothing outside the run folder is written")
             held = [p.name for p in self.path.iterdir() if p.name not in (LOCK, LOG)]  # a start that failed leaves those
             if held and not self.config.resume:
                 raise InputError(

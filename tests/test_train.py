@@ -435,6 +435,17 @@ def test_refusals_come_before_anything_is_written(rows_file, llama_folder, t5_fo
         train(settings(unlabelled, student, tmp_path / "d", method="finetune", validation_fraction=0.0))
 
 
+@pytest.mark.parametrize("name", ["negatives", "snapshots", "metrics.jsonl", "checkpoint-9"])
+def test_links_out_of_the_run_folder_are_refused(name, rows_file, llama_folder, tmp_path):
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+    (out / name).symlink_to(elsewhere)
+    with pytest.raises(InputError, match=f"{name} is a link"):
+        train(settings(rows_file, llama_folder, out, resume="auto"))
+    assert not list(elsewhere.iterdir())
+
+
 def test_other_rows_on_resume_are_refused(whole, rows_file, tmp_path):
     import shutil
 
