@@ -110,11 +110,17 @@ def teach(problem: Problem, rng: random.Random) -> tuple[str, str]:
     return f"{first} {second}", str(rest)
 
 
+def demo_paths(folder: Path) -> dict[str, str]:
+    """Where the demo's data and student stand, as train's options."""
+    names = {"data": "train.jsonl", "test_data": "test.jsonl", "student": "student"}
+    return {option: str(folder / name) for option, name in names.items()}
+
+
 def write_demo(folder: Path, seed: int) -> dict[str, str]:
     """Write train.jsonl (sampled rows), test.jsonl and the untrained student; returns their paths as train's options."""
     rng = random.Random(seed)
-    train, test = folder / "train.jsonl", folder / "test.jsonl"
-    student = folder / "student"
+    paths = demo_paths(folder)
+    train, test, student = (Path(paths[option]) for option in ("data", "test_data", "student"))
     folder.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
     problems = draw_problems(QUESTIONS + TEST_QUESTIONS, rng)
@@ -130,7 +136,7 @@ def write_demo(folder: Path, seed: int) -> dict[str, str]:
     )
     texts = [row["question"] for row in rows] + [s["rationale"] for row in rows for s in row["samples"]]
     build_student(student, texts, seed)
-    return {"data": str(train), "test_data": str(test), "student": str(student)}
+    return paths
 
 
 def build_tokenizer(texts: list[str]) -> Any:
@@ -177,13 +183,12 @@ def run_demo(overrides: dict[str, Any], output_dir: str, *, dry_run: bool = Fals
 
     `overrides` are train's options; data, student and test set are the demo's own.
     """
-    for name in ("data", "test_data", "student"):
+    folder = Path(output_dir) / "demo"
+    paths = demo_paths(folder)
+    for name in paths:
         if overrides.get(name) is not None:
             raise InputError(f"demo brings its own --{name.replace('_', '-')}; to use yours, run: qcrd-fast train")
-    folder = Path(output_dir) / "demo"
-    paths = {"data": folder / "train.jsonl", "test_data": folder / "test.jsonl", "student": folder / "student"}
-    values = DEFAULTS | overrides | {name: str(path) for name, path in paths.items()} | {"output_dir": output_dir}
-    config = TrainConfig.from_dict(values)
+    config = TrainConfig.from_dict(DEFAULTS | overrides | paths | {"output_dir": output_dir})
     if dry_run:
         return {"questions": QUESTIONS, "test": TEST_QUESTIONS, "config": config.to_dict()}
     with RunFolder(config) as run:

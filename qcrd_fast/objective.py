@@ -40,6 +40,11 @@ class Weighted:
     beta: float = 0.0
     delta: float | None = None
 
+    def add(self, candidate: Candidate, question: int, weight: float) -> None:
+        self.candidates.append(candidate)
+        self.question.append(question)
+        self.weight.append(weight)
+
 
 class Objective:
     """Computes the loss of a micro-batch, runs its backward pass and returns what is logged.
@@ -105,9 +110,7 @@ class Objective:
                 chosen.beta = REDI_BETA
                 picked += [(n, share / len(example.minority)) for n in example.minority]
             for candidate, weight in picked:
-                chosen.candidates.append(candidate)
-                chosen.question.append(q)
-                chosen.weight.append(weight)
+                chosen.add(candidate, q, weight)
         return chosen
 
     def _score_and_select(
@@ -131,9 +134,7 @@ class Objective:
         out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)
         for c, q, weight, selected in zip(candidates, question, out.weight_R.tolist(), out.selected_R.tolist(), strict=True):
             if selected:
-                chosen.candidates.append(c)
-                chosen.question.append(q)
-                chosen.weight.append(weight)
+                chosen.add(c, q, weight)
         return chosen
 
     def _contrast(
