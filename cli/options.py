@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import click
 import yaml
 from click.core import ParameterSource
 
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import TASKS, TrainConfig
 from qcrd_fast.errors import InputError
 
 METAVARS = {
@@ -26,6 +27,7 @@ METAVARS = {
     "device": "NAME",
     "resume": "auto|DIR",
 }
+FORMATS = ("auto", "native", "mentor-kd", "dss")
 _CONFIG_KEY = "qcrd_fast.config_file"  # where ctx.meta holds what --config said of TrainConfig's fields
 
 
@@ -153,6 +155,21 @@ config_option = click.option(
 )
 dry_run_option = click.option("--dry-run", is_flag=True, help="check everything, write nothing, say what would be done")
 json_option = click.option("--json", "as_json", is_flag=True, help="print JSON instead of text")
+DEVICE_HELP = "auto, cpu, cuda, cuda:N"
+
+natural = partial(click.option, type=click.IntRange(0), metavar="INT", show_default=True)
+positive = partial(click.option, type=click.IntRange(1), metavar="INT", show_default=True)
+format_option = click.option("--format", type=click.Choice(FORMATS), default="auto", show_default=True, help="input format")
+task_option = click.option("--task", type=click.Choice(TASKS), help="answer type; default: guessed from the answers")
+bad_row_option = click.option(
+    "--on-bad-row",
+    type=click.Choice(("error", "skip")),
+    default="error",
+    show_default=True,
+    help="what to do with an unreadable row",
+)
+device_option = click.option("--device", metavar="NAME", default="auto", show_default=True, help=DEVICE_HELP)
+reasoning_option = click.option("--reasoning", is_flag=True, help="answer by reasoning first (`reason: x`)")
 
 
 class _Loader(yaml.SafeLoader):
