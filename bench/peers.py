@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob
+from qcrd_fast.dispatch import choose_impl
 from qcrd_fast.losses import weighted_rationale_loss
-from qcrd_fast.ops import choose_impl
 
 from .cases import BETA, DELTA, Batch
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qcrd_fast import ops, reference
 from qcrd_fast.config import IMPLS, NEGATIVE_SELECT, POSITIVE_SELECT, SCHEMES, nearest
-from qcrd_fast.ops import require
+from qcrd_fast.dispatch import require
 
 
 class ContrastiveOutput(NamedTuple):

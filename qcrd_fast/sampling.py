@@ -1,51 +1,22 @@
 """Sampling from a student with random numbers that belong to (seed, question, index, iteration, position).
 
-The noise of a token never depends on the batch it was drawn in, on the order of the questions or on earlier draws: it is
-Philox4x32-10 (Salmon et al., SC 2011) with the question in the key and the rest in the counter. A token is drawn by the
-Gumbel-max rule, argmax of logits / temperature + Gumbel noise, which is a draw from the softmax of logits / temperature.
+The noise of a token never depends on the batch it was drawn in, on the order of the questions or on earlier draws
+(`qcrd_fast.noise`). A token is drawn by the Gumbel-max rule, argmax of logits / temperature + Gumbel noise, which is a draw
+from the softmax of logits / temperature.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
+from qcrd_fast.noise import gumbel
+from qcrd_fast.noise import key_words as key_words
 from qcrd_fast.students import Student, TokenIds
-
-_MASK = 0xFFFFFFFF
-
-
-def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor], rounds: int = 10) -> Tensor:
-    """The first 32-bit word of Philox4x32, as int64 in [0, 2^32). Words are int64 tensors that broadcast together."""
-    k0, k1 = key
-    c0, c1, c2, c3 = counter
-    for _ in range(rounds):
-        # int64 products wrap modulo 2^64; shifting and masking recovers the unsigned high word
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return c0
-
-
-def key_words(seed: int, question_id: str) -> tuple[int, int]:
-    """Two 32-bit words that stand for a question under a seed."""
-    digest = hashlib.sha256(f"{seed}\0{question_id}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
-
-
-def gumbel(key_B2: Tensor, vocab_BK: Tensor, position: int, index_B: Tensor, iteration: int) -> Tensor:
-    """Gumbel noise [B, K], float64, of vocabulary entries `vocab_BK` at a position of a sample."""
-    word = philox(
-        (key_B2[:, :1], key_B2[:, 1:]),
-        (vocab_BK, torch.full_like(vocab_BK, position), index_B[:, None], torch.full_like(vocab_BK, iteration)),
-    )
-    uniform = ((word >> 8).double() + 0.5) * 2.0**-24  # 24 bits, strictly inside (0, 1)
-    return -torch.log(-torch.log(uniform))
 
 
 class KeyedSampling(LogitsProcessor):
@@ -65,7 +36,8 @@ class KeyedSampling(LogitsProcessor):
         kept_BK, vocab_BK = scores_BV.topk(k, dim=1) if self.top_k else (scores_BV, self._all(scores_BV))
         if self.top_p is not None:
             kept_BK = self.top_p(input_ids, kept_BK)  # type: ignore[arg-type]
-        noisy_BK = kept_BK + gumbel(self.key_B2, vocab_BK, position, self.index_B, self.iteration)
+        rest = (torch.full_like(self.index_B, position), self.index_B, torch.full_like(self.index_B, self.iteration))
+        noisy_BK = kept_BK + gumbel(self.key_B2, torch.stack(rest, 1), vocab_BK)
         return torch.full_like(scores_BV, -torch.inf).scatter_(1, vocab_BK, noisy_BK)
 
     @staticmethod

@@ -1,0 +1,66 @@
+"""Which implementation of an op runs, and checks of its arguments that cost no host sync."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qcrd_fast.config import IMPLS
+
+
+def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(eager | torch | triton, why). QCRD_FAST_IMPL overrides `impl`. What was asked for and cannot run is a `ValueError`."""
+    forced = os.environ.get("QCRD_FAST_IMPL")
+    asked = forced or impl
+    origin = f"QCRD_FAST_IMPL={forced}" if forced else f"impl={impl!r}"
+    if asked not in IMPLS:
+        raise ValueError(f"{origin}: expected one of {', '.join(IMPLS)}")
+    obstacle = _triton_obstacle(device, dtype)
+    if asked == "auto":
+        return ("torch", obstacle) if obstacle else ("triton", f"a CUDA GPU and {dtype}")
+    if asked == "triton" and obstacle and not (device.type == "cpu" and _interpreting() and dtype != torch.float64):
+        raise ValueError(f"{origin} cannot run: {obstacle}")
+    return asked, origin
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels do not run by themselves, or None."""
+    if dtype == torch.float64:
+        return "the kernels have no float64"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, and the kernels need a CUDA GPU (or TRITON_INTERPRET=1, for tests)"
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"compute capability {major}.{minor} is below 8.0" if major < 8 else _triton_import_error()
+
+
+@functools.cache
+def _triton_import_error() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken installation raises more than ImportError
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def require(condition: Tensor | bool, message: Callable[[], str]) -> None:
+    """`ValueError` unless true. A value on a GPU is asserted there, without a host sync; under torch.compile it is trusted."""
+    if not isinstance(condition, Tensor):
+        if not condition:
+            raise ValueError(message())
+    elif torch.compiler.is_compiling():
+        return
+    elif condition.is_cuda:
+        torch._assert_async(condition, "qcrd_fast: a value is out of range; run on the CPU to see which")
+    elif not bool(condition):
+        raise ValueError(message())
