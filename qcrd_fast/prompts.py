@@ -1,0 +1,77 @@
+"""What a student reads and writes: the prompts of its tasks, and the tokens of prompts and targets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qcrd_fast.errors import InputError
+
+PREDICT, EXPLAIN, REASON = "predict: ", "explain: ", "reason: "
+TokenIds = list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSettings:
+    """What turns a question into a student's input; saved with every checkpoint, since whoever serves it needs it."""
+
+    template: str = "raw"  # raw, chat, or a text containing {prompt}
+    max_source_length: int = 1024
+    max_target_length: int = 256
+
+    @classmethod
+    def from_option(cls, value: str, max_source_length: int, max_target_length: int) -> PromptSettings:
+        """Read `--prompt-template raw|chat|FILE`. Raises `InputError` for a missing file or one without {prompt}."""
+        if value not in ("raw", "chat"):
+            path = Path(value)
+            if not path.is_file():
+                raise InputError(f"--prompt-template: {value!r} is neither raw, chat, nor a file")
+            value = path.read_text(encoding="utf-8")
+            if "{prompt}" not in value:
+                raise InputError(f"--prompt-template: {path} does not contain {{prompt}}")
+        return cls(value, max_source_length, max_target_length)
+
+
+class Prompter:
+    """A tokenizer and a prompt template: text to tokens, for encoder-decoders (T5) and decoder-only models.
+
+    Raises `InputError` when the tokenizer has no end-of-sequence token, or no chat template where one is asked for.
+    """
+
+    def __init__(self, tokenizer: Any, prompts: PromptSettings, is_encoder_decoder: bool):
+        self.tokenizer, self.prompts, self.is_encoder_decoder = tokenizer, prompts, is_encoder_decoder
+        if tokenizer.eos_token_id is None:
+            raise InputError("student: the tokenizer has no end-of-sequence token")
+        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if prompts.template == "chat" and (is_encoder_decoder or not tokenizer.chat_template):
+            raise InputError("--prompt-template chat: the student has no chat template")
+
+    def source_ids(self, prefix: str, question: str) -> TokenIds:
+        """Tokens of a task's input. A question over the maximum length loses its end, never the template."""
+        template, limit, tokenizer = self.prompts.template, self.prompts.max_source_length, self.tokenizer
+        text = prefix + question.strip()
+        body = self._plain_ids(text)
+        if len(body) > limit:
+            text = tokenizer.decode(body[:limit])
+        if template == "chat":
+            chat = [{"role": "user", "content": text}]
+            return self._plain_ids(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        ids = list(tokenizer(text if template == "raw" else template.replace("{prompt}", text)).input_ids)
+        if self.is_encoder_decoder:
+            return ids
+        if ids and ids[-1] == tokenizer.eos_token_id:  # a prompt goes on
+            ids.pop()
+        return ids + self._plain_ids("\n") if template == "raw" else ids
+
+    def target_ids(self, text: str) -> TokenIds:
+        """Tokens of a label or rationale with EOS; a text cut at the maximum length gets no EOS."""
+        ids, limit = self._plain_ids(text.strip()), self.prompts.max_target_length
+        return [*ids, self.tokenizer.eos_token_id] if len(ids) < limit else ids[:limit]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def _plain_ids(self, text: str) -> TokenIds:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
