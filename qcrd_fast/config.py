@@ -28,6 +28,7 @@ SCHEMES = {  # Table 5: (positive selection, negative selection)
 POSITIVE_SELECT = ("min", "max", "mean", "wmean", "sampling")
 NEGATIVE_SELECT = ("max", "max-active", "min", "mean", "wmean", "sampling")
 TASKS = ("number", "equation", "choice", "yes-no", "text")
+AUGMENTATIONS = ("mask", "replace", "answer-swap", "sentence-drop")
 IMPLS = ("auto", "triton", "torch", "eager")
 
 
@@ -132,6 +133,11 @@ class TrainConfig:
     discriminator_loss: str = option(
         "ratio", "ratio: Eq. 2; infonce; bce", choices=("ratio", "infonce", "bce"), group="Discriminator"
     )
+    discriminator_augment: str = option(
+        "mask,replace",
+        "ways to make wrong rationales from right ones in pretraining, or none: " + ", ".join(AUGMENTATIONS),
+        group="Discriminator",
+    )
     discriminator_learning_rate: float = option(
         1e-4, "learning rate before alpha_d", low=0, open_low=True, group="Discriminator"
     )
@@ -180,6 +186,10 @@ class TrainConfig:
             object.__setattr__(self, field.name, value)
         if self.max_steps == 0:
             raise InputError("--max-steps must be positive, or -1 for num_train_epochs; got 0")
+        for kind in self.augmentations:
+            if kind not in AUGMENTATIONS:
+                known = f"none or some of {', '.join(AUGMENTATIONS)}"
+                raise InputError(f"--discriminator-augment is {known}; got {kind!r}{nearest(kind, AUGMENTATIONS)}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "options") -> TrainConfig:
@@ -209,6 +219,11 @@ class TrainConfig:
             if (field.metadata["group"] in ("Negatives", "Discriminator") or field.name in alone)
             and getattr(self, field.name) != field.default
         ]
+
+    @property
+    def augmentations(self) -> tuple[str, ...]:
+        """The ways of `--discriminator-augment`."""
+        return () if self.discriminator_augment == "none" else tuple(k.strip() for k in self.discriminator_augment.split(","))
 
     @property
     def selects(self) -> tuple[str, str]:

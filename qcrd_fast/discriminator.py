@@ -9,7 +9,6 @@ the student's random numbers are left alone and a resumed run repeats the uninte
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import random
 import re
@@ -20,16 +19,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.modeling_outputs import BaseModelOutput
 
+from qcrd_fast.augment import augment, keyed
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import Question, question_text
+from qcrd_fast.encoders import MAX_LENGTH, SmallEncoder, length_limit, load_encoder
 from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.quality import judge
 from qcrd_fast.students import MAX_TOKENS, length_batches
 
-MAX_LENGTH = 512  # tokens of question + separator + rationale
-BLANK = "___"  # stands for a masked word in any tokenizer's alphabet
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.01
 MAX_REPLACEMENT_WORDS = 100_000
@@ -144,31 +142,6 @@ class Discriminator(nn.Module):
         return _first_id(self.tokenizer, "pad_token_id", "eos_token_id") or 0
 
 
-class SmallEncoder(nn.Module):
-    """A bidirectional pre-norm Transformer with learned positions, for students that have no encoder to copy."""
-
-    def __init__(self, vocab_size: int, width: int = 256, layers: int = 4, heads: int = 4, dropout: float = 0.1):
-        super().__init__()
-        self.embed = nn.Embedding(vocab_size, width)
-        self.position = nn.Embedding(MAX_LENGTH, width)
-        self.dropout = nn.Dropout(dropout)
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
-        nn.init.normal_(self.embed.weight, std=0.02)
-        nn.init.normal_(self.position.weight, std=0.02)
-        for parameter in self.layers.parameters():  # nn.TransformerEncoder starts all layers as copies of one
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
-        position_L = torch.arange(input_ids.shape[1], device=input_ids.device)
-        hidden_BLH = self.dropout(self.embed(input_ids) + self.position(position_L))
-        hidden_BLH = self.layers(hidden_BLH, src_key_padding_mask=attention_mask == 0)
-        return BaseModelOutput(last_hidden_state=hidden_BLH)
-
-
 def build_discriminator(name: str, student_model: Any, student_tokenizer: Any, *, seed: int = 0) -> Discriminator | None:
     """The discriminator of `--discriminator name`, fp32, on the student's device, sharing no parameter with the student.
 
@@ -181,11 +154,11 @@ def build_discriminator(name: str, student_model: Any, student_tokenizer: Any, *
     with _own_randomness(torch.device("cpu"), seed, "discriminator", "build"):
         max_length, tokenizer = MAX_LENGTH, student_tokenizer
         if name != "auto":
-            encoder, tokenizer = _load_encoder(name)
-            width, max_length = encoder.config.hidden_size, _length_limit(encoder, tokenizer)
+            encoder, tokenizer = load_encoder(name)
+            width, max_length = encoder.config.hidden_size, length_limit(encoder, tokenizer)
         elif getattr(student_model.config, "is_encoder_decoder", False):
             encoder = copy.deepcopy(student_model.get_encoder())
-            width, max_length = encoder.config.hidden_size, _length_limit(encoder)
+            width, max_length = encoder.config.hidden_size, length_limit(encoder)
         else:
             encoder = SmallEncoder(max(student_tokenizer.get_vocab().values()) + 1)
             width = encoder.embed.embedding_dim
@@ -195,29 +168,6 @@ def build_discriminator(name: str, student_model: Any, student_tokenizer: Any, *
         discriminator = Discriminator(encoder, width, tokenizer, max_length)
     device = next(student_model.parameters()).device
     return discriminator.requires_grad_(True).to(device=device, dtype=torch.float32).eval()
-
-
-def _load_encoder(name: str) -> tuple[Any, Any]:
-    """(encoder, tokenizer) of a Hugging Face folder or hub id."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        model = AutoModel.from_pretrained(name, config=config, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"--discriminator {name!r} cannot be loaded as an encoder with a tokenizer: {error}") from error
-    encoder = model.get_encoder() if config.is_encoder_decoder else model
-    if not isinstance(getattr(encoder.config, "hidden_size", None), int):
-        raise InputError(f"--discriminator {name!r} is no text encoder: {type(encoder).__name__} has no single hidden size")
-    return encoder, tokenizer
-
-
-def _length_limit(encoder: Any, tokenizer: Any = None) -> int:
-    """Tokens the encoder takes: its positions (RoBERTa's kind start after the padding index), at most `MAX_LENGTH`."""
-    limit = getattr(encoder.config, "max_position_embeddings", None) or MAX_LENGTH
-    for name, module in encoder.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            limit -= module.padding_idx + 1
-    return min(MAX_LENGTH, limit, getattr(tokenizer, "model_max_length", None) or MAX_LENGTH)
 
 
 def _first_id(tokenizer: Any, *names: str) -> int | None:
@@ -258,28 +208,6 @@ def discriminator_loss(score_R: Tensor, question_R: Tensor, positive_R: Tensor, 
     return torch.where(counted_Q, loss_Q, 0.0).sum() / count.clamp(min=1), count
 
 
-# ---- augmentation ----
-
-
-def augment(text: str, key: tuple[Any, ...], words: Sequence[str], kinds: Sequence[str] = ("mask", "replace")) -> str:
-    """`text` with 15 to 50 % of its words (at least one) masked by `BLANK` or replaced from `words`; never `text` itself.
-
-    A pure function of its arguments: `key` (seed, question id, index) names the random numbers. What is not a word,
-    spaces and punctuation, is kept, so that the corruption cannot be told by its layout.
-    """
-    if not kinds or set(kinds) - {"mask", "replace"}:
-        raise ValueError(f"kinds are mask and replace; got {kinds!r}")
-    rng = random.Random(_hash(*key))
-    kind = rng.choice(kinds)
-    pieces = re.split(r"(\w+)", text)
-    places = list(range(1, len(pieces), 2))
-    for place in rng.sample(places, min(len(places), max(1, round(len(places) * rng.uniform(0.15, 0.5))))):
-        word = rng.choice(words) if kind == "replace" and words else BLANK
-        pieces[place] = word if word != pieces[place] else BLANK
-    corrupted = "".join(pieces)
-    return corrupted if corrupted != text else f"{text} {BLANK}".lstrip()
-
-
 # ---- training ----
 
 
@@ -290,6 +218,7 @@ class _Example(NamedTuple):
     text: str
     positives: list[str]
     negatives: list[str]
+    answers: list[str | None]  # of the positives
 
 
 class DiscriminatorTrainer:
@@ -307,18 +236,23 @@ class DiscriminatorTrainer:
             group["lr"] = self.config.discriminator_learning_rate * alpha_d
 
     def pretrain(self, questions: Sequence[Question], steps: int, on_step: Callable[[int], None] | None = None) -> float | None:
-        """`steps` optimizer steps on the teacher's rationales, balanced by corrupted positives; mean loss or None.
+        """`steps` optimizer steps on the teacher's rationales, balanced by corrupted positives (`discriminator_augment`);
+        mean loss or None.
 
         Each pass over the questions corrupts anew. `on_step(step)` is called after each step, e.g. to stop the run.
         """
-        words, usable = _words(questions), [question for question in questions if question.positives]
+        kinds, words = self.config.augmentations, _words(questions)
+        others = list(dict.fromkeys(r.answer for q in questions for r in q.positives if r.answer))
+        usable = [q for q in questions if q.positives and (kinds or q.negatives)]
 
         def batches() -> Iterator[list[_Example]]:
             for epoch in itertools.count() if usable else ():
                 key = (self.config.seed, "pretrain", epoch)
                 for batch in self._batches(usable, key):
                     examples = [_example(question) for question in batch]
-                    yield [e._replace(negatives=e.negatives + _corrupted(e, (*key, e.id), words)) for e in examples]
+                    yield [
+                        e._replace(negatives=e.negatives + _corrupted(e, (*key, e.id), words, kinds, others)) for e in examples
+                    ]
 
         return self._train(itertools.islice(batches(), steps), "pretraining", on_step)
 
@@ -372,7 +306,7 @@ class DiscriminatorTrainer:
     def _batches(self, questions: Sequence[Question], key: tuple[Any, ...]) -> Iterator[list[Question]]:
         """The questions, shuffled by `key`, in batches of config.discriminator_batch_size."""
         order, size = list(questions), self.config.discriminator_batch_size
-        random.Random(_hash(*key)).shuffle(order)
+        random.Random(keyed(*key)).shuffle(order)
         return (order[start : start + size] for start in range(0, len(order), size))
 
     def _train(self, batches: Iterator[list[_Example]], when: str, on_step: Callable[[int], None] | None) -> float | None:
@@ -415,19 +349,30 @@ class DiscriminatorTrainer:
         return loss.item()
 
 
+def judge_questions(discriminator: Discriminator, questions: Sequence[Question]) -> dict[str, Any]:
+    """`quality.judge` of the teacher's positives against its negatives, on questions that were best held out."""
+    rows = [(q, r.text, right) for q in questions for right, side in ((True, q.positives), (False, q.negatives)) for r in side]
+    scores = discriminator.score([(question_text(q), text) for q, text, _ in rows]).tolist()
+    return judge(scores, [right for *_, right in rows], [q.id for q, *_ in rows])
+
+
 def _texts(rationales: Sequence[Any]) -> list[str]:
     return [rationale.text for rationale in rationales]
 
 
 def _example(question: Question, more_negatives: Sequence[str] = ()) -> _Example:
     negatives = [*_texts(question.negatives), *more_negatives]
-    return _Example(question.id, question_text(question), _texts(question.positives), negatives)
+    answers = [rationale.answer for rationale in question.positives]
+    return _Example(question.id, question_text(question), _texts(question.positives), negatives, answers)
 
 
-def _corrupted(example: _Example, key: tuple[Any, ...], words: Sequence[str]) -> list[str]:
+def _corrupted(
+    example: _Example, key: tuple[Any, ...], words: Sequence[str], kinds: Sequence[str], others: Sequence[str]
+) -> list[str]:
     """Corrupted positives, as many as the question lacks negatives for equal counts of both classes."""
-    missing = max(0, len(example.positives) - len(example.negatives))
-    return [augment(example.positives[i], (*key, i), words) for i in range(missing)]
+    missing = max(0, len(example.positives) - len(example.negatives)) if kinds else 0
+    texts = zip(example.positives[:missing], example.answers, strict=False)
+    return [augment(text, (*key, i), words, kinds, answer, others) for i, (text, answer) in enumerate(texts)]
 
 
 def _words(questions: Sequence[Question]) -> list[str]:
@@ -439,17 +384,12 @@ def _words(questions: Sequence[Question]) -> list[str]:
 # ---- keyed randomness ----
 
 
-def _hash(*key: Any) -> int:
-    """63 bits that depend on the key alone, in every process and on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
-
-
 @contextmanager
 def _own_randomness(device: torch.device, *key: Any) -> Iterator[None]:
     """Inside, torch draws from `key` on the CPU and on `device`; afterwards its generators stand where they stood."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(_hash(*key))  # torch.manual_seed would reseed every other GPU too
+        torch.default_generator.manual_seed(keyed(*key))  # torch.manual_seed would reseed every other GPU too
         if device.type == "cuda":
             with torch.cuda.device(device):
-                torch.cuda.manual_seed(_hash(*key))
+                torch.cuda.manual_seed(keyed(*key))
         yield

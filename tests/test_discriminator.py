@@ -22,20 +22,19 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from qcrd_fast.augment import BLANK, augment
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import Question, Rationale
 from qcrd_fast.discriminator import (
-    BLANK,
     Discriminator,
     DiscriminatorTrainer,
-    SmallEncoder,
     _corrupted,
     _example,
     _words,
-    augment,
     build_discriminator,
     discriminator_loss,
 )
+from qcrd_fast.encoders import SmallEncoder
 from qcrd_fast.errors import InputError, RunError
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "plus", "is", "how", "many"]
@@ -272,14 +271,14 @@ def test_augment_is_a_function_of_its_key():
     assert 1 <= masked.count(BLANK) <= 8
     for text in ("", " ", "one", BLANK, "...", "pears"):  # nothing to replace, or nothing to replace it with
         assert all(augment(text, (1, "q", i), ["pears"]) != text for i in range(10))
-    with pytest.raises(ValueError, match="mask and replace"):
+    with pytest.raises(ValueError, match="mask, replace"):
         augment("one", (0,), words, kinds=("shuffle",))
 
 
 @pytest.mark.parametrize("positives, negatives", [(3, 0), (3, 1), (2, 2), (1, 3), (0, 2)])
 def test_augmentation_balances(positives, negatives):
     question = make_question("q", [f"one two {i}" for i in range(positives)], [f"three {i}" for i in range(negatives)])
-    extra = _corrupted(_example(question), (0, "q"), _words([question]))
+    extra = _corrupted(_example(question), (0, "q"), _words([question]), ("mask", "replace"), [])
     assert len(extra) == max(0, positives - negatives)
     assert all(text not in [p.text for p in question.positives] for text in extra)
 

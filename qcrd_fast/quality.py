@@ -1,0 +1,86 @@
+"""How well scores tell right rationales from wrong ones: AUC with an interval over questions, and calibration. numpy alone.
+
+Shapes: R rationales, Q questions, B resamples of the questions, G groups of equal scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+RESAMPLES, BINS = 2000, 10
+
+
+def auc(score_R: Any, positive_R: Any, weight_BR: Any = None) -> Any:
+    """Chance that a positive scores above a negative, a tie counting half: a float, or [B] with `weight_BR`; nan without
+    a pair to compare."""
+    score_R, positive_R = np.asarray(score_R, float), np.asarray(positive_R, bool)
+    single = weight_BR is None
+    weight_BR = np.ones((1, len(score_R))) if single else np.asarray(weight_BR, float)
+    if len(score_R) == 0:
+        return float("nan") if single else np.full(len(weight_BR), np.nan)
+    order = np.argsort(score_R, kind="stable")
+    score_R, positive_R, weight_BR = score_R[order], positive_R[order], weight_BR[:, order]
+    start_G = np.flatnonzero(np.r_[True, score_R[1:] != score_R[:-1]])
+    positive_BG = np.add.reduceat(weight_BR * positive_R, start_G, axis=1)
+    negative_BG = np.add.reduceat(weight_BR * ~positive_R, start_G, axis=1)
+    below_BG = np.cumsum(negative_BG, axis=1) - negative_BG / 2
+    pairs_B = positive_BG.sum(1) * negative_BG.sum(1)
+    with np.errstate(invalid="ignore"):
+        value_B = np.where(pairs_B > 0, (positive_BG * below_BG).sum(1) / pairs_B, np.nan)
+    return float(value_B[0]) if single else value_B
+
+
+def question_weights(question_R: Sequence[Any], seed: int = 0, resamples: int = RESAMPLES) -> Floats:
+    """weight_BR: how often a rationale's question was drawn in each of B bootstrap samples of the questions."""
+    _, index_R = np.unique(np.asarray(question_R, dtype=str), return_inverse=True)
+    count = int(index_R.max()) + 1 if len(index_R) else 0
+    drawn_BQ = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / max(count, 1)), size=resamples)
+    return drawn_BQ[:, index_R].astype(np.float64)
+
+
+def interval(value_B: Any) -> list[float] | None:
+    """The middle 95 % of bootstrap values, those that could be computed; None without any."""
+    finite = np.asarray(value_B)[np.isfinite(value_B)]
+    return [float(v) for v in np.quantile(finite, (0.025, 0.975))] if len(finite) else None
+
+
+def auc_within(score_R: Any, positive_R: Any, question_R: Sequence[Any]) -> float | None:
+    """AUC over the pairs of one question alone, each question that has both classes counting once; None without any."""
+    score_R, positive_R = np.asarray(score_R, float), np.asarray(positive_R, bool)
+    names = np.asarray(question_R, dtype=str)
+    values = [auc(score_R[names == name], positive_R[names == name]) for name in np.unique(names)]
+    values = [value for value in values if not np.isnan(value)]
+    return float(np.mean(values)) if values else None
+
+
+def calibration(score_R: Any, positive_R: Any, bins: int = BINS) -> dict[str, Any]:
+    """Expected calibration error, and the table behind it: mean score against the share of positives, in bins of the score."""
+    score_R, positive_R = np.asarray(score_R, float), np.asarray(positive_R, bool)
+    bin_R = np.clip((score_R * bins).astype(int), 0, bins - 1)
+    table, error = [], 0.0
+    for b in range(bins):
+        inside = bin_R == b
+        if n := int(inside.sum()):
+            mean, share = float(score_R[inside].mean()), float(positive_R[inside].mean())
+            table.append({"low": b / bins, "high": (b + 1) / bins, "n": n, "score": mean, "share_positive": share})
+            error += n / len(score_R) * abs(mean - share)
+    return {"expected_calibration_error": error if table else None, "reliability": table}
+
+
+def judge(score_R: Any, positive_R: Any, question_R: Sequence[Any], seed: int = 0) -> dict[str, Any]:
+    """AUC with its 95 % interval (bootstrap over questions), AUC within questions and calibration, for JSON."""
+    value = auc(score_R, positive_R)
+    return {
+        "auc": None if np.isnan(value) else value,
+        "auc_95": interval(auc(score_R, positive_R, question_weights(question_R, seed))),
+        "auc_within_questions": auc_within(score_R, positive_R, question_R),
+        "positives": int(np.sum(positive_R)),
+        "negatives": int(len(positive_R) - np.sum(positive_R)),
+        "questions": len(set(question_R)),
+        **calibration(score_R, positive_R),
+    }
