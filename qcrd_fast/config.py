@@ -103,6 +103,9 @@ class TrainConfig:
         choices=("two-pass", "joint"),
         group="Method",
     )
+    shared_prompts: bool = option(
+        True, "a question's rationales ride on one copy of its prompt; else each has its own", group="Method"
+    )
     impl: str = option("auto", "implementation of the loss; QCRD_FAST_IMPL overrides", choices=IMPLS, group="Method")
 
     # Negatives

@@ -6,8 +6,10 @@ Shapes: B sequences, L padded length, T packed target tokens, H hidden size, V v
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.heads import Head, check_head, read_head
+from qcrd_fast.packing import BLOCK, MAX_PAIRS, Group, Layout, fill_rows, lay_out, length_batches, share
 from qcrd_fast.prompts import EXPLAIN as EXPLAIN
 from qcrd_fast.prompts import PREDICT as PREDICT
 from qcrd_fast.prompts import REASON as REASON
 from qcrd_fast.prompts import Prompter, TokenIds
 from qcrd_fast.prompts import PromptSettings as PromptSettings
+from qcrd_fast.sharing import attention_inputs, find_mode
 
 MAX_TOKENS = 16_384  # padded tokens that run through the model at once
 
@@ -33,6 +37,7 @@ class PackedHidden:
     hidden: Tensor  # [T, H]
     target: Tensor  # [T]
     segment: Tensor  # [T] which target a token belongs to, non-decreasing
+    body_tokens: int = 0  # tokens that ran through the model for it, padding included
     padded: Tensor | None = None  # [B, L, H] the states that hidden was taken from, where one batch held them all
     first: list[int] | None = None  # [B] where each target begins in `padded`
 
@@ -88,30 +93,68 @@ class Student(Prompter):
 
     # Tokens to hidden states
 
+    @functools.cached_property
+    def sharing(self) -> str | None:
+        """How targets ride on one prompt: dense or flex (the kind of mask), or None where this model cannot."""
+        noise = torch.Generator().manual_seed(0)
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        *sources, a, b, c, d = (torch.randint(0, rows, (n,), generator=noise).tolist() for n in (5, 3, 4, 1, 6, 3))
+        return find_mode(self.model, lambda mode: self._hidden(sources, [a, b, c, d], [0, 0, 0, 1], mode, MAX_TOKENS).hidden)
+
     def hidden(
-        self, sources: Sequence[TokenIds], targets: Sequence[TokenIds], source_of: Sequence[int], max_tokens: int = MAX_TOKENS
+        self,
+        sources: Sequence[TokenIds],
+        targets: Sequence[TokenIds],
+        source_of: Sequence[int],
+        max_tokens: int = MAX_TOKENS,
+        shared: bool = True,
     ) -> PackedHidden:
         """Hidden states at the tokens of `targets`, target i following `sources[source_of[i]]`.
 
-        An encoder-decoder reads each source once, however many targets it has. Targets of similar length run together,
-        at most `max_tokens` padded tokens at a time; the result is in the order of `targets`.
+        Each source is read once, its targets side by side behind it (`shared` False: each target has a copy of its own, save
+        that an encoder still runs once). Rows of similar length run together, at most `max_tokens` padded tokens at a time;
+        the result is in the order of `targets`.
         """
-        encoded = self.encode(sources)
-        shared = self.is_encoder_decoder
-        lengths = [len(t) + (0 if shared else len(sources[i])) for t, i in zip(targets, source_of, strict=True)]
-        batches = list(length_batches(lengths, max_tokens))
-        parts = [self.decode(encoded, [targets[i] for i in batch], [source_of[i] for i in batch]) for batch in batches]
-        if len(batches) == 1 and batches[0] == list(range(len(targets))):
-            return parts[0]
-        start, at = {}, 0
-        for i in (i for batch in batches for i in batch):
-            start[i], at = at, at + len(targets[i])
-        order_T = self._tensor([start[i] + t for i in range(len(targets)) for t in range(len(targets[i]))])
-        return PackedHidden(
-            hidden=torch.cat([part.hidden for part in parts]).index_select(0, order_T),
-            target=self._tensor([t for target in targets for t in target]),
-            segment=self._tensor([i for i, target in enumerate(targets) for _ in target]),
-        )
+        several = len(set(source_of)) < len(targets)
+        return self._hidden(sources, targets, source_of, self.sharing if shared and several else None, max_tokens)
+
+    def _hidden(
+        self,
+        sources: Sequence[TokenIds],
+        targets: Sequence[TokenIds],
+        source_of: Sequence[int],
+        mode: str | None,
+        max_tokens: int,
+    ) -> PackedHidden:
+        used = {source: n for n, source in enumerate(dict.fromkeys(source_of))}
+        encoded = self.encode([sources[i] for i in used])
+        source_of = [used[i] for i in source_of]
+        prompts = [0 if self.is_encoder_decoder else len(sources[i]) for i in used]
+        lengths = list(map(len, targets))
+        if mode is None:
+            groups = [Group(source, [i]) for i, source in enumerate(source_of)]
+        else:
+            groups = share(lengths, source_of, prompts, max_tokens if mode == "flex" else math.isqrt(MAX_PAIRS), max_tokens)
+        sizes = [prompts[group.source] + sum(lengths[i] for i in group.targets) for group in groups]
+        rows = [[g] for g in range(len(groups))]
+        if mode and not self.is_encoder_decoder:  # what the longest row leaves free holds shorter ones
+            rows = fill_rows(sizes, max_tokens if mode == "flex" else max(sizes))
+        widths = [sum(sizes[g] for g in row) for row in rows]
+        batches = length_batches(widths, max_tokens, MAX_PAIRS if mode == "dense" else None)
+        parts, order, body_tokens = [], [], encoded[1].numel() if self.is_encoder_decoder else 0
+        for batch in batches:
+            hidden_BLH, layout = self._run(encoded, [[groups[g] for g in rows[b]] for b in batch], targets, mode)
+            parts.append(hidden_BLH.flatten(0, 1).index_select(0, layout.at_T))
+            order += layout.order
+            body_tokens += layout.ids_BL.numel()
+        hidden_TH = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if order != list(range(len(targets))):
+            start, at = {}, 0
+            for i in order:
+                start[i], at = at, at + lengths[i]
+            order_T = self._tensor([start[i] + t for i in range(len(targets)) for t in range(lengths[i])])
+            hidden_TH = hidden_TH.index_select(0, order_T)
+        return self._packed(hidden_TH, targets, body_tokens)
 
     def encode(self, sources: Sequence[TokenIds]) -> Any:
         """What `decode` needs of the sources: encoder states and mask, or the tokens themselves (decoder-only)."""
@@ -121,36 +164,43 @@ class Student(Prompter):
         return self.model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state, mask_BL
 
     def decode(self, encoded: Any, targets: Sequence[TokenIds], source_of: Sequence[int]) -> PackedHidden:
-        """`hidden` for one padded batch of already encoded sources."""
-        if self.is_encoder_decoder:
-            states_QLH, mask_QL = encoded
-            index = self._tensor(list(source_of))
-            start = self.model.config.decoder_start_token_id
-            inputs_BL, _ = self._pad([[start, *target[:-1]] for target in targets])
-            hidden_BLH = self.model.get_decoder()(
-                input_ids=inputs_BL,
-                encoder_hidden_states=states_QLH.index_select(0, index),
-                encoder_attention_mask=mask_QL.index_select(0, index),
-                use_cache=False,
-            ).last_hidden_state
-            first = [0] * len(targets)
-        else:
-            prompts = [encoded[i] for i in source_of]
-            inputs_BL, mask_BL = self._pad([p + t[:-1] for p, t in zip(prompts, targets, strict=True)])
-            hidden_BLH = self.model.base_model(input_ids=inputs_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
-            first = [len(p) - 1 for p in prompts]  # the prompt's last token predicts the target's first
-        width = inputs_BL.shape[1]
-        flat_T = self._tensor([b * width + first[b] + t for b, target in enumerate(targets) for t in range(len(target))])
+        """`hidden` for one padded batch of already encoded sources, one sequence a target, with the padded states too."""
+        rows = [[Group(source, [i])] for i, source in enumerate(source_of)]
+        hidden_BLH, layout = self._run(encoded, rows, targets, None)
+        packed = self._packed(hidden_BLH.flatten(0, 1).index_select(0, layout.at_T), targets, layout.ids_BL.numel())
+        return dataclasses.replace(packed, padded=hidden_BLH, first=layout.first)
+
+    def _run(
+        self, encoded: Any, rows: Sequence[Sequence[Group]], targets: Sequence[TokenIds], mode: str | None
+    ) -> tuple[Tensor, Layout]:
+        """Hidden states [B, L, H] of a padded batch of rows."""
+        prompts = None if self.is_encoder_decoder else encoded
+        start = [self.model.config.decoder_start_token_id] if self.is_encoder_decoder else []
+        layout = lay_out(rows, targets, prompts, start, self.pad_id, self.device, BLOCK if mode == "flex" else 1)
+        inputs = attention_inputs(self.model, layout, mode)
+        if not self.is_encoder_decoder:
+            return self.model.base_model(input_ids=layout.ids_BL, use_cache=False, **inputs).last_hidden_state, layout
+        states_QLH, mask_QL = encoded
+        index = self._tensor(layout.sources)
+        output = self.model.get_decoder()(
+            input_ids=layout.ids_BL,
+            encoder_hidden_states=states_QLH.index_select(0, index),
+            encoder_attention_mask=mask_QL.index_select(0, index),
+            use_cache=False,
+            **inputs,
+        )
+        return output.last_hidden_state, layout
+
+    def _packed(self, hidden_TH: Tensor, targets: Sequence[TokenIds], body_tokens: int) -> PackedHidden:
         return PackedHidden(
-            hidden=hidden_BLH.flatten(0, 1).index_select(0, flat_T),
+            hidden=hidden_TH,
             target=self._tensor([t for target in targets for t in target]),
-            segment=self._tensor([b for b, target in enumerate(targets) for _ in target]),
-            padded=hidden_BLH,
-            first=first,
+            segment=self._tensor([i for i, target in enumerate(targets) for _ in target]),
+            body_tokens=body_tokens,
         )
 
     def _pad(self, sequences: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
-        """Right-padded ids [B, L] and mask [B, L]; causal attention never looks at what stands to the right."""
+        """Right-padded ids [B, L] and mask [B, L]."""
         width = max(map(len, sequences))
         ids = self._tensor([s + [self.pad_id] * (width - len(s)) for s in sequences])
         mask = self._tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
@@ -158,17 +208,3 @@ class Student(Prompter):
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
-
-
-def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first: each at most `max_tokens` padded tokens (or one sequence),
-    and no sequence shorter than half of its batch's longest."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        longest = lengths[batch[0]] if batch else 0
-        if batch and (longest * (len(batch) + 1) > max_tokens or 2 * lengths[i] < longest):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch

@@ -1,0 +1,172 @@
+"""Targets that ride on one prompt: which go into a row of the model, and what each token of a row may see.
+
+A group is a prompt with targets behind it: every target sees the prompt and itself, as if the others were not there, and
+its position ids go on where the prompt's end. A row holds one group or several. An encoder-decoder's groups have no prompt
+(the encoder has read it), so that they are targets side by side.
+
+Suffixes: B rows, L padded length, T target tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+from qcrd_fast.prompts import TokenIds
+
+MAX_PAIRS = 2**22  # (query, key) pairs of a batch whose mask is dense; 2,048 tokens in one row
+BLOCK = 128  # flex_attention's tiles; rows are padded to whole ones, so that few lengths are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    source: int
+    targets: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A padded batch of rows. `at_T` says where in the flattened [B * L] hidden states each target token is predicted."""
+
+    ids_BL: Tensor
+    position_BL: Tensor  # in the text that the token belongs to, not in the row
+    group_BL: Tensor  # of its row; -1: padding
+    part_BL: Tensor  # 0: prompt, 1...: targets of the group
+    at_T: Tensor
+    order: list[int]  # the targets, as they stand one behind the other in at_T
+    sources: list[int]  # [B] of each row's first group
+    first: list[int]  # [B] where in its row the first target's first token is predicted
+    plain: bool  # every row is one prompt and one target, so a causal model needs no help
+
+
+def share(
+    lengths: Sequence[int], source_of: Sequence[int], prompts: Sequence[int], max_row: int, max_tokens: int
+) -> list[Group]:
+    """Each source with its targets, over several groups where one would pass `max_row` tokens or `max_tokens`.
+
+    `lengths` are the targets', `prompts` the sources' (zeros for an encoder-decoder) [tokens]. A source without a target
+    gets no group.
+    """
+    limit, groups = min(max_row, max_tokens), []
+    latest: dict[int, Group] = {}
+    room: dict[int, int] = {}
+    for i, (length, source) in enumerate(zip(lengths, source_of, strict=True)):
+        if source not in latest or room[source] < length:
+            latest[source] = Group(source, [])
+            groups.append(latest[source])
+            room[source] = limit - prompts[source]
+        latest[source].targets.append(i)
+        room[source] -= length
+    return groups
+
+
+def length_batches(lengths: Sequence[int], max_tokens: int, max_pairs: int | None = None) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first: each at most `max_tokens` padded tokens (or one sequence),
+    at most `max_pairs` pairs of them, and no sequence shorter than half of its batch's longest."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        longest = lengths[batch[0]] if batch else 0
+        full = longest * (len(batch) + 1) > max_tokens or (max_pairs and longest**2 * (len(batch) + 1) > max_pairs)
+        if batch and (full or 2 * lengths[i] < longest):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices in rows of at most `capacity` tokens (or one sequence): the longest first, each into the first row with room."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fit = next((r for r, left in enumerate(room) if left >= lengths[i]), None)
+        if fit is None:
+            rows.append([])
+            room.append(capacity)
+            fit = -1
+        rows[fit].append(i)
+        room[fit] -= lengths[i]
+    return rows
+
+
+def lay_out(
+    rows: Sequence[Sequence[Group]],
+    targets: Sequence[TokenIds],
+    prompts: Sequence[TokenIds] | None,
+    start: TokenIds,
+    pad: int,
+    device: torch.device,
+    multiple: int = 1,
+) -> Layout:
+    """The padded batch of `rows`, its length a multiple of `multiple`.
+
+    `start` begins each target: the decoder's start token, or nothing where `prompts` stand in the rows (decoder-only).
+    """
+    packed: list[list[tuple[int, int, int, int]]] = []  # (id, position, group, part) of each token
+    where, order, first = [], [], []
+    for b, row in enumerate(rows):
+        tokens: list[tuple[int, int, int, int]] = []
+        for g, group in enumerate(row):
+            prompt = prompts[group.source] if prompts is not None else []
+            tokens += [(token, t, g, 0) for t, token in enumerate(prompt)]
+            predicts_first = [] if start else [len(tokens) - 1]  # the prompt's last token, for all of the group's targets
+            for part, i in enumerate(group.targets, 1):
+                piece = start + targets[i][:-1]
+                at = predicts_first + [len(tokens) + t for t in range(len(piece))]
+                tokens += [(token, len(prompt) + t, g, part) for t, token in enumerate(piece)]
+                where += [(b, column) for column in at[: len(targets[i])]]
+                order.append(i)
+                first += at[:1] if g == 0 and part == 1 else []
+        packed.append(tokens)
+    width = -(-max(map(len, packed)) // multiple) * multiple
+    filled = [tokens + [(pad, 0, -1, 0)] * (width - len(tokens)) for tokens in packed]
+    ids_BL, position_BL, group_BL, part_BL = torch.tensor(filled, dtype=torch.long, device=device).unbind(-1)
+    return Layout(
+        ids_BL=ids_BL,
+        position_BL=position_BL,
+        group_BL=group_BL,
+        part_BL=part_BL,
+        at_T=torch.tensor([b * width + column for b, column in where], dtype=torch.long, device=device),
+        order=order,
+        sources=[row[0].source for row in rows],
+        first=first,
+        plain=all(len(row) == 1 and len(row[0].targets) == 1 for row in rows),
+    )
+
+
+def visible(layout: Layout, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The one mask function: (row, head, query, key) -> whether the query sees the key.
+
+    `window`: how far back a query sees, by position in its own text and itself included. Padding sees padding, so that no
+    softmax is empty.
+    """
+    group, part, position = layout.group_BL, layout.part_BL, layout.position_BL
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same = (part[b, k] == 0) | (part[b, k] == part[b, q])
+        seen = (k <= q) & (group[b, k] == group[b, q]) & same
+        return seen if window is None else seen & (position[b, q] - position[b, k] < window)
+
+    return sees
+
+
+def dense_mask(layout: Layout, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[B, 1, L, L] to add to attention scores: 0 where visible, else the type's lowest value."""
+    rows, width = layout.ids_BL.shape
+    b = torch.arange(rows, device=layout.ids_BL.device)[:, None, None, None]
+    token = torch.arange(width, device=layout.ids_BL.device)
+    seen = visible(layout, window)(b, b, token[:, None], token[None, :])
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def block_mask(layout: Layout, window: int | None) -> Any:
+    """The same as flex_attention's BlockMask, which skips the tiles that nothing sees."""
+    rows, width = layout.ids_BL.shape
+    compiled = layout.ids_BL.is_cuda  # else the whole mask is made on the way
+    return create_block_mask(visible(layout, window), rows, None, width, width, device=layout.ids_BL.device, _compile=compiled)

@@ -1,0 +1,139 @@
+"""How a model is told what the tokens of a packed row may see, and whether it listens: tried out on a few tokens once.
+
+Models differ in how they take a mask, in what they do with position ids and in which layers look at a window; some ignore a
+mask that is not theirs, and some carry a state along the row. What counts is that packed targets get the hidden states they
+would get alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from qcrd_fast.packing import Layout, block_mask, dense_mask
+
+log = logging.getLogger(__name__)
+ATTENTION = "qcrd_fast"  # our name among transformers' attention functions
+FLEX_DEVICES = ("cuda",)  # flex_attention has no backward pass on a CPU
+KINDS = {"full_attention", "sliding_attention"}
+Hidden = Callable[[str | None], Tensor]  # mode -> hidden states [T, H] of the same few targets
+
+
+def attention_inputs(model: Any, layout: Layout, mode: str | None) -> dict[str, Any]:
+    """Mask and position ids for a batch of rows; `mode` is dense, flex, or None (one prompt and one target a row)."""
+    if mode is None or layout.plain:  # causal attention never looks at the padding on the right
+        return {} if model.config.is_encoder_decoder else {"attention_mask": (layout.group_BL >= 0).long()}
+    config = model.config.get_text_config(decoder=True)
+    dtype = next(model.parameters()).dtype
+    masks = {}
+    for kind in _kinds(config):
+        window = config.sliding_window if kind == "sliding_attention" else None
+        masks[kind] = block_mask(layout, window) if mode == "flex" else dense_mask(layout, window, dtype)
+    mask = masks if len(masks) > 1 else next(iter(masks.values()))
+    return {"attention_mask": mask} | ({} if model.config.is_encoder_decoder else {"position_ids": layout.position_BL})
+
+
+def find_mode(model: Any, hidden: Hidden) -> str | None:
+    """flex, dense, or None for a model whose packed hidden states are not those of one sequence a target; says so once.
+
+    `hidden(mode)` computes the same few targets' states, None being one sequence a target.
+    """
+    config, name, training = model.config.get_text_config(decoder=True), type(model).__name__, model.training
+    model.eval()
+    try:
+        with _small_window(config):
+            with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+                if fault := _strange_layers(config) or _fault(hidden, "dense", 1e-4):
+                    log.warning("%s: prompts are not shared, each target runs on its own: %s", name, fault)
+                    return None
+            if not _may_flex(model, config):
+                return "dense"
+            model.set_attn_implementation(ATTENTION)
+            tolerance = 5e-2 if torch.is_autocast_enabled(model.device.type) else 1e-3
+            with torch.enable_grad():
+                if fault := _fault(hidden, "flex", tolerance, [p for p in model.parameters() if p.requires_grad]):
+                    log.warning("%s: flex_attention is not used: %s", name, fault)
+                    return "dense"
+            return "flex"
+    finally:
+        model.train(training)
+
+
+def _fault(hidden: Hidden, mode: str, tolerance: float, parameters: Sequence[Tensor] = ()) -> str | None:
+    """What is wrong with a mode, if anything; given parameters, its backward pass is run too."""
+    try:
+        expected, actual = hidden(None), hidden(mode)
+        if parameters:
+            torch.autograd.grad(actual.sum(), parameters, allow_unused=True)
+    except Exception as error:  # whatever a model raises at a mask that it does not know
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    apart = float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
+    return None if apart <= tolerance else f"hidden states of packed targets differ by {apart:.2g} of their norm"
+
+
+def _kinds(config: Any) -> list[str]:
+    """The kinds of attention layers."""
+    layers = getattr(config, "layer_types", None)
+    if layers:
+        return sorted(set(layers))
+    return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+
+
+def _strange_layers(config: Any) -> str | None:
+    """Layers that a mask of ours cannot describe, or whose reach the few tokens of the trial would not show."""
+    if kinds := set(_kinds(config)) - KINDS:
+        return f"it has layers of {', '.join(sorted(kinds))}"
+    known = re.compile("sliding_window|max_window_layers")
+    reach = {n: v for n, v in config.to_dict().items() if re.search("window|chunk", n) and not known.search(n)}
+    strange = sorted(n for n in reach if type(reach[n]) is int and reach[n] > 0)
+    return f"it sets {', '.join(strange)}" if strange else None
+
+
+@contextlib.contextmanager
+def _small_window(config: Any) -> Iterator[None]:
+    """A sliding window of three tokens, which the trial is longer than; models read it whenever they make a mask."""
+    own = getattr(config, "sliding_window", None)
+    if own:
+        config.sliding_window = 3
+    try:
+        yield
+    finally:
+        if own:
+            config.sliding_window = own
+
+
+# flex_attention
+
+
+def _may_flex(model: Any, config: Any) -> bool:
+    dropout = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # flex_attention has none
+    return (
+        model.device.type in FLEX_DEVICES
+        and not model.config.is_encoder_decoder
+        and model._supports_flex_attn
+        and config._attn_implementation == "sdpa"
+        and not any(getattr(config, name, None) for name in dropout)
+    )
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """flex_attention for a BlockMask and sdpa for everything else, so that generation and plain batches stay as they were."""
+    if isinstance(attention_mask, BlockMask):
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings leave them in fp32
+        return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
