@@ -39,12 +39,13 @@ def linear_sample(
     require(weight.dim() == 2 and weight.shape[1] == H, lambda: f"weight must be [V, {H}], got {list(weight.shape)}")
     require(key.shape == (B, 2), lambda: f"key must be [{B}, 2], got {list(key.shape)}")
     require(counter.shape == (B, 3), lambda: f"counter must be [{B}, 3], got {list(counter.shape)}")
-    require(
-        key.dtype == counter.dtype == torch.int64, lambda: f"key and counter must be int64, got {key.dtype}, {counter.dtype}"
-    )
+    require(key.dtype == torch.int64, lambda: f"key must be int64, got {key.dtype}")
+    require(counter.dtype == torch.int64, lambda: f"counter must be int64, got {counter.dtype}")
     require(temperature >= 0, lambda: f"temperature must be at least 0, got {temperature}")
     require(softcap is None or softcap > 0, lambda: f"softcap must be above 0 or None, got {softcap}")
     require(top_k >= 0, lambda: f"top_k must be at least 0, got {top_k}")
+    if temperature == 0:
+        softcap = None  # it keeps the order, and rounds large logits to ties
     options = HeadOptions(float(scale), float(softcap or 0), float(temperature))
     if choose_impl(impl, hidden.device, hidden.dtype)[0] == "triton":
         from csrc_triton.linear_sample import MOST_TOP_K, sample

@@ -41,13 +41,16 @@ def gumbel(key_B2: Tensor, counter_B3: Tensor, vocab_BK: Tensor | None = None, s
     `key_B2`: `key_words` of each row; `counter_B3`: (position, index, iteration), all int64. Entry v takes word v % 4 of the
     counter (v // 4, position, index, iteration), so that one Philox serves four entries.
     """
-    key = (key_B2[:, :1], key_B2[:, 1:])
-    rest = tuple(counter_B3[:, i : i + 1] for i in range(3))
+    columns = (*key_B2.split(1, 1), *counter_B3.split(1, 1))
     if vocab_BK is None:
         quad_BK = torch.arange((size + 3) // 4, device=key_B2.device).expand(len(key_B2), -1)
-        word_BK = torch.stack(torch.broadcast_tensors(*philox(key, (quad_BK, *rest))), 2).flatten(1)[:, :size]
+        word_BK = _words(quad_BK, *columns).flatten(1)[:, :size]
     else:
-        words = torch.stack(torch.broadcast_tensors(*philox(key, (vocab_BK // 4, *rest))), 2)
-        word_BK = words.gather(2, (vocab_BK % 4)[:, :, None])[:, :, 0]
+        word_BK = _words(vocab_BK // 4, *columns).gather(2, (vocab_BK % 4)[:, :, None])[:, :, 0]
     uniform = (word_BK.double() + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-uniform))
+
+
+def _words(quad: Tensor, k0: Tensor, k1: Tensor, position: Tensor, index: Tensor, iteration: Tensor) -> Tensor:
+    """The four words [B, K, 4] of each quad of entries [B, K]."""
+    return torch.stack(philox((k0, k1), (quad, position, index, iteration)), 2)

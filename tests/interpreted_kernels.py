@@ -12,6 +12,8 @@ from loss_oracle import BETA, DELTA, Batch, dense_logprob, error, expected_terms
 from csrc_triton import linear_logprob as kernels
 from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob
 from qcrd_fast.config import NEGATIVE_SELECT, POSITIVE_SELECT, SCHEMES
+from qcrd_fast.linear_sample import head_logits, linear_sample
+from qcrd_fast.reference import HeadOptions
 
 torch.set_num_threads(1)
 BUDGET = {torch.float32: 2e-6, torch.float16: 2e-3}
@@ -180,3 +182,54 @@ def test_operands_are_converted_as_documented():
         results.append([out, *torch.autograd.grad(out.sum(), (batch.weight,))])
     for got, want in zip(*results, strict=True):
         assert got.dtype == torch.float32 and error(got, want) < 1e-4
+
+
+SAMPLE_CASES = [  # (B, H, V, whether there is a bias, options)
+    (1, 8, 5, False, dict()),
+    (70, 24, 1003, False, dict(temperature=1.5)),  # more rows than a tile, an uneven vocabulary
+    (3, 24, 1003, True, dict(temperature=1.5, top_k=50)),
+    (5, 32, 1024, False, dict(temperature=0.7, top_k=50, softcap=3.0, scale=0.5)),
+    (9, 33, 1500, True, dict(temperature=0.0, softcap=2.0)),  # the largest logit
+    (4, 16, 2000, False, dict(top_k=256)),  # more than there are groups
+    (4, 16, 40, False, dict(top_k=40)),  # the whole vocabulary
+    (4, 16, 50, False, dict(top_k=1)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("B, H, V, with_bias, options", SAMPLE_CASES, ids=str)
+def test_sampled_tokens_are_those_of_the_logits(B, H, V, with_bias, options, dtype):
+    """Both draw with the same random numbers; a token may differ only where two of the noisy logits tie."""
+    generator = torch.Generator().manual_seed(B)
+    hidden, weight = torch.randn(B, H, generator=generator).to(dtype), torch.randn(V, H, generator=generator).to(dtype)
+    bias = torch.randn(V, generator=generator) if with_bias else None
+    key, counter = (torch.randint(0, 2**32, (B, n), generator=generator) for n in (2, 3))
+    tokens = [linear_sample(hidden, weight, key, counter, bias=bias, impl=impl, **options) for impl in ("triton", "torch")]
+    assert tokens[0].dtype == torch.int64 and torch.equal(*tokens)
+    if options.get("temperature") == 0:
+        assert torch.equal(tokens[0], head_logits(hidden, weight, bias, HeadOptions()).argmax(1))
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 40, 64])
+def test_equal_logits_are_taken_from_the_front(top_k):
+    """A head of zeros: every logit ties, also with -0, and top-k keeps the first entries."""
+    weight = torch.zeros(300, 8)
+    weight[7] = -weight[7]
+    key, counter = torch.arange(8).reshape(4, 2), torch.arange(12).reshape(4, 3)
+    for sign in (1, -1):
+        tokens = [
+            linear_sample(sign * torch.ones(4, 8), weight, key, counter, top_k=top_k, impl=i) for i in ("triton", "torch")
+        ]
+        assert torch.equal(*tokens) and (not top_k or (tokens[0] < top_k).all())
+
+
+@pytest.mark.parametrize("crowded", [True, False])
+def test_the_edge_of_top_k(crowded):
+    """The 50 largest in two groups, or one in each of 32 groups and the next in those: never an entry beyond them."""
+    place = torch.arange(1024) if crowded else torch.arange(1024).reshape(32, 32).T.flatten()
+    logits = torch.empty(1024)
+    logits[place] = torch.arange(1024.0) / 1024
+    key, counter = torch.arange(8).reshape(4, 2), torch.zeros(4, 3).long()
+    call = (torch.ones(4, 1), logits[:, None].contiguous(), key, counter)
+    tokens = [linear_sample(*call, top_k=50, impl=impl) for impl in ("triton", "torch")]
+    assert torch.equal(*tokens) and (logits[tokens[0]] >= logits.topk(50).values.min()).all()

@@ -14,11 +14,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from csrc_triton import contrastive, linear_logprob
+from csrc_triton import contrastive, linear_logprob, linear_sample
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-INT64 = ("target_ptr", "offset_ptr", "count_ptr", "question_ptr", "order_ptr", "end_ptr", "rationale_ptr")
+INT64 = (
+    "key_ptr",
+    "counter_ptr",
+    "entry_ptr",
+    "token_ptr",
+    "target_ptr",
+    "offset_ptr",
+    "count_ptr",
+    "question_ptr",
+    "order_ptr",
+    "end_ptr",
+    "rationale_ptr",
+)
+INT32 = ("group_ptr",)
 BYTES = ("valid_ptr", "positive_ptr", "active_ptr")
 FLOATS = ("scale", "inverse_softcap", "slope", "delta")
 DIVISIBLE = ("H", "pitch", "first_col", "part_size")  # by 16, as they are at every size that matters
@@ -34,7 +47,7 @@ def compile_kernel(kernel, capability, dtype, constants, num_warps=4, num_stages
         elif name in ("hidden_ptr", "weight_ptr", "bias_ptr", "da_ptr"):
             signature[name] = "*" + dtype
         elif name.endswith("_ptr"):
-            signature[name] = "*i64" if name in INT64 else "*i8" if name in BYTES else "*fp32"
+            signature[name] = "*i64" if name in INT64 else "*i32" if name in INT32 else "*i8" if name in BYTES else "*fp32"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
         if name not in constants and (name.endswith("_ptr") or name in DIVISIBLE):
@@ -69,6 +82,29 @@ def linear_cases(capability, dtype, rows=4096, **flags):
         yield {"kernel": kernel.__name__, "capability": capability, "dtype": dtype, "rows": rows, "flags": flags, **result}
 
 
+def sample_cases(capability, rows):
+    """The kernels that draw tokens, for as many rows; SmolLM2's vocabulary, top-k 50, and Gemma's groups."""
+    plain = dict(HAS_BIAS=False, HAS_SCALE=False, HAS_SOFTCAP=False, bias_ptr=None, GROUP=linear_sample.GROUP)
+    for noisy, grouped in ((True, False), (True, True), (False, False)):
+        tile = linear_sample.choose_sample_tile(torch.bfloat16, rows, noisy and not grouped)
+        blocks = dict(BLOCK_T=tile.block_t, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, EVEN_H=True, EVEN_V=True)
+        flags = dict(NOISY=noisy, GROUPED=grouped)
+        constants = {**plain, **blocks, **flags}
+        result = compile_kernel(linear_sample.product_kernel, capability, "bf16", constants, tile.num_warps, tile.num_stages)
+        yield {"kernel": "product_kernel", "capability": capability, "dtype": "bf16", "rows": rows, "flags": flags, **result}
+    blocks = [linear_sample._block(n) for n in (49152 // 32, 262144 // 32, 50 * 32)]
+    cases = [
+        (linear_sample.select_kernel, dict(blocks[0])),
+        (linear_sample.select_kernel, dict(blocks[1])),
+        (linear_sample.gather_kernel, dict(plain, BLOCK_H=128)),
+        (linear_sample.pick_kernel, dict(blocks[2], GROUP=linear_sample.GROUP)),
+    ]
+    for kernel, constants in cases:
+        warps = constants.pop("num_warps", 4)
+        result = compile_kernel(kernel, capability, "bf16", constants, warps)
+        yield {"kernel": kernel.__name__, "capability": capability, "dtype": "bf16", "flags": constants, **result}
+
+
 def small_cases(capability):
     flags = dict(HAS_BIAS=True, HAS_SCALE=True, HAS_SOFTCAP=True)
     selects = [("min", "max"), ("wmean", "max-active"), ("sampling", "mean")]
@@ -98,6 +134,8 @@ def cases(capability):
         yield from linear_cases(capability, "bf16", WANT_ENTROPY=True, HAS_PROBZ=True)
         yield from linear_cases(capability, "fp16", rows=1, T=1, S=1)  # Triton turns an argument of 1 into a constant
         yield from small_cases(capability)
+    if capability in (80, 90, 120):
+        yield from sample_cases(capability, rows=256 if capability == 90 else 64)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from loss_oracle import BETA, DELTA, Batch, dense_logprob, error, random_batch
+from test_linear_sample import chi_square, draws
 
 from qcrd_fast import QCRDLoss, linear_logprob
 from qcrd_fast.config import NEGATIVE_SELECT, SCHEMES
+from qcrd_fast.linear_sample import linear_sample
 
 HERE = Path(__file__).parent
 
@@ -172,3 +174,33 @@ class TestOnGPU:
                 out = linear_logprob(batch.hidden, batch.weight, target, impl="triton")
             graph.replay()
         assert torch.equal(out, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("top_k", [0, 50])
+    @pytest.mark.parametrize("name", ["smollm2", "gemma", "uneven"])
+    def test_sampled_tokens(self, name, top_k, dtype):
+        """The tokens that the torch twin draws, but for noisy logits that tie within rounding; captured in a graph too."""
+        T, H, V, options = CASES[name].values()
+        options = {**options, "temperature": 1.5, "top_k": top_k}
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(n, H, generator=generator).to("cuda", dtype) for n in (T, V))
+        weight /= 8
+        key, counter = (torch.randint(0, 2**32, (T, n), generator=generator).cuda() for n in (2, 3))
+        drawn = linear_sample(hidden, weight, key, counter, impl="triton", **options)
+        expected = linear_sample(hidden.double(), weight.double(), key, counter, impl="torch", **options)
+        assert (drawn != expected).sum() <= 1 + T // 200
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again = linear_sample(hidden, weight, key, counter, impl="triton", **options)
+        graph.replay()
+        assert torch.equal(again, drawn)
+
+    @pytest.mark.parametrize("top_k", [0, 50])
+    def test_100k_draws_follow_the_softmax(self, top_k):
+        hidden, weight = torch.randn(1, 64).bfloat16().cuda(), torch.randn(120, 64).bfloat16().cuda() / 8
+        key, counter = (x.cuda().contiguous() for x in draws(100_000))
+        tokens = linear_sample(hidden.expand(100_000, 64), weight, key, counter, top_k=top_k, impl="triton")
+        logits_V = (hidden.double() @ weight.double().T)[0].cpu()
+        if top_k:
+            logits_V[logits_V < logits_V.topk(top_k).values.min()] = -torch.inf
+        assert abs(chi_square(tokens.cpu(), logits_V.softmax(0))) < 4
