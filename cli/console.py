@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import click
@@ -61,6 +61,17 @@ def run(call: Callable[[], Any]) -> int:
 def show(result: Any, as_json: bool, text: str) -> None:
     """Print a verb's result: as JSON, or as a few lines."""
     click.echo(json.dumps(result, ensure_ascii=False, indent=2) if as_json else text)
+
+
+def lines(results: Mapping[str, Any]) -> str:
+    """The scalars of a result, one a line."""
+    rows = {
+        name: f"{value:.4f}" if isinstance(value, float) else str(value)
+        for name, value in results.items()
+        if isinstance(value, int | float | str)
+    }
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 @contextlib.contextmanager

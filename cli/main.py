@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from .options import (
     task_option,
     train_options,
 )
+from .outputs import score
 
 
 def entry(args: list[str] | None = None) -> int:
@@ -59,7 +59,8 @@ def cli() -> None:
     """
 
 
-cli.add_command(bench)
+for command in (bench, score):
+    cli.add_command(command)
 
 
 @cli.command(cls=Verb)
@@ -79,7 +80,7 @@ def demo(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
         raise InputError("demo needs --output-dir DIR, the run folder to write")
     with console.quiet_stdout():
         results = run_demo(options, output_dir, dry_run=dry_run)
-    console.show(results, as_json, _results_text(results))
+    console.show(results, as_json, console.lines(results))
 
 
 @cli.command(cls=Verb)
@@ -181,7 +182,7 @@ def train(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
         from qcrd_fast.train import train  # after the lock: a folder in use is refused before torch is loaded
 
         results = train(config, run, dry_run=dry_run)
-    console.show(results, as_json, _results_text(results))
+    console.show(results, as_json, console.lines(results))
 
 
 @cli.command("eval", cls=Verb)
@@ -212,7 +213,7 @@ def evaluate(run_or_model: str, data: str, dry_run: bool, as_json: bool, **optio
             from qcrd_fast.evaluate import evaluate_run
 
             results = evaluate_run(run_or_model, data, **options)
-    console.show(results, as_json, _results_text(results))
+    console.show(results, as_json, console.lines(results))
 
 
 @cli.command(cls=Verb)
@@ -241,14 +242,3 @@ def generate(run_or_model: str, question: str, as_json: bool, **options: Any) ->
     with console.quiet_stdout():
         samples = generate_text(run_or_model, question, **options)
     console.show(samples, as_json, "\n\n".join(f"Rationale: {s['rationale']}\nAnswer: {s['answer']}" for s in samples))
-
-
-def _results_text(results: Mapping[str, Any]) -> str:
-    """The scalars of a result, one a line."""
-    rows = {
-        name: f"{value:.4f}" if isinstance(value, float) else str(value)
-        for name, value in results.items()
-        if isinstance(value, int | float | str)
-    }
-    width = max(map(len, rows), default=0)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

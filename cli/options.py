@@ -94,12 +94,14 @@ def _type(kind: type, meta: Any, can_be_none: bool) -> click.ParamType:
     return click.BOOL if kind is bool else click.STRING
 
 
-def train_options(defaults: Mapping[str, Any] | None = None, hidden: Sequence[str] = ()) -> Callable[[Any], Any]:
-    """Decorator: every field of `TrainConfig` as an option; `defaults` are shown instead of the fields' own."""
+def train_options(
+    defaults: Mapping[str, Any] | None = None, hidden: Sequence[str] = (), only: Sequence[str] | None = None
+) -> Callable[[Any], Any]:
+    """Decorator: every field of `TrainConfig`, or `only` these, as an option; `defaults` are shown instead of their own."""
     hints = typing.get_type_hints(TrainConfig)
 
     def decorate(command: Any) -> Any:
-        for field in reversed(dataclasses.fields(TrainConfig)):
+        for field in reversed([f for f in dataclasses.fields(TrainConfig) if only is None or f.name in only]):
             shown = (defaults or {}).get(field.name, field.default)
             option = TrainOption(field, hints[field.name], shown, hidden=field.name in hidden)
             command.__dict__.setdefault("__click_params__", []).append(option)

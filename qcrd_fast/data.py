@@ -164,7 +164,7 @@ def write_prepared(path: str | Path, questions: Iterable[Question]) -> None:
         try:
             with open(temporary, "w", encoding="utf-8", newline="\n") as file:
                 for question in questions:
-                    file.write(json.dumps(_to_row(question), ensure_ascii=False) + "\n")
+                    file.write(json.dumps(to_row(question), ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -331,7 +331,7 @@ def _merge(group: list[Record], split_by: str, seed: int) -> tuple[Question, Vot
     return dataclasses.replace(first, **fields), result
 
 
-def _to_row(question: Question) -> dict[str, Any]:
+def to_row(question: Question) -> dict[str, Any]:
     """The row as it is written: keys in the documented order, absent optional ones left out."""
     row = dataclasses.asdict(question)
     row["votes"] = dict(question.votes)

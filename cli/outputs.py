@@ -1,0 +1,154 @@
+"""What comes of a run: `score`, `report`, `export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.errors import InputError
+
+from . import console
+from .options import (
+    Verb,
+    bad_row_option,
+    config_option,
+    device_option,
+    dry_run_option,
+    format_option,
+    given_train_options,
+    json_option,
+    natural,
+    task_option,
+    train_options,
+)
+
+TRAINED_ALONE = ("loss", "augment", "learning_rate", "batch_size", "pretrain_steps")
+
+
+@click.command(cls=Verb)
+@click.argument("run")
+@click.option("--data", required=True, metavar="FILE", help="rows whose rationales are scored")
+@click.option("--output", "-o", metavar="FILE", help="JSONL to write; default: standard output")
+@click.option(
+    "--sample-student",
+    metavar="T,T",
+    help="also score what the run's student says at these temperatures, such as 1.5,2.0, and keep the scores in the run "
+    "folder, where report looks for them",
+)
+@click.option("--train", metavar="DIR", help="train a discriminator alone on --data, keep it in DIR, and score with it")
+@click.option(
+    "--held-out",
+    type=click.FloatRange(0, 0.9),
+    metavar="FLOAT",
+    default=0.2,
+    show_default=True,
+    help="with --train: share of the questions kept apart, which the AUC is of",
+)
+@train_options(only=["discriminator", *(f"discriminator_{name}" for name in TRAINED_ALONE)])
+@click.option(
+    "--split-by",
+    type=click.Choice(("majority", "gold")),
+    default="majority",
+    show_default=True,
+    help="which answer makes a rationale positive",
+)
+@format_option
+@task_option
+@bad_row_option
+@natural("--seed", default=0, help="seed of the training and the sampling")
+@device_option
+@config_option
+@dry_run_option
+@json_option
+@click.pass_context
+def score(
+    ctx: click.Context,
+    run: str,
+    data: str,
+    output: str | None,
+    sample_student: str | None,
+    train: str | None,
+    held_out: float,
+    seed: int,
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Score rationales with a run's discriminator.
+
+    Each rationale of --data gets a "score" in (0, 1) beside it; AUC (95% interval over questions) and calibration of
+    positives against negatives are printed. The rows go to --output, else to standard output and the summary to standard
+    error; with --json the summary alone goes to standard output.
+
+    RUN is a run folder, a checkpoint, or a folder that --train wrote. With --train it is the student, a run or model, whose
+    encoder (T5) or vocabulary the discriminator takes.
+    """
+    given = given_train_options(ctx)
+    if given and not train:
+        raise InputError(f"--{next(iter(given)).replace('_', '-')} is for --train; a run's discriminator is trained already")
+    if train and sample_student:
+        raise InputError("--sample-student needs a run; it does not go with --train")
+    config = TrainConfig.from_dict({"discriminator_pretrain_steps": 500} | given | {"seed": seed, "device": device})
+    temperatures = _temperatures(sample_student)
+    if output:
+        _check_file(output, [data])
+    options = {name: value for name, value in options.items() if not name.startswith("discriminator")}
+    with console.quiet_stdout():
+        from qcrd_fast import data as rows
+        from qcrd_fast import score as library
+
+        questions, skipped = library.load_rationales(data, seed=seed, **options)
+        for bad in skipped:
+            click.echo(f"set aside {bad}", err=True)
+        if dry_run:
+            summary: dict[str, Any] = library.plan(run, questions, train, device)
+        elif train:
+            summary = library.train_alone(run, questions, config, train, held_out)
+            scored = library.score_questions(library.load_discriminator(train, device)[0], questions)
+        else:
+            scored, summary = library.score_run(run, questions, temperatures=temperatures, seed=seed, device=device)
+        if output and not dry_run:
+            rows.write_prepared(output, scored)
+    if dry_run or output or as_json:
+        console.show(summary, as_json, summary_text(summary))
+    else:
+        for question in scored:
+            click.echo(json.dumps(rows.to_row(question), ensure_ascii=False))
+        click.echo(summary_text(summary), err=True)
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """The figures of a summary, one a line, and the reliability table."""
+    low_high = summary.get("auc_95")
+    plain = {k: v for k, v in summary.items() if isinstance(v, int | float | str)}
+    if low_high and "auc" in plain:
+        plain["auc"] = f"{summary['auc']:.4f} (95% interval {low_high[0]:.4f} to {low_high[1]:.4f}, over questions)"
+    text = console.lines(plain)
+    if table := summary.get("reliability"):
+        text += "\nscore bin   n  mean score  share positive"
+        for row in table:
+            text += f"\n{row['low']:.1f}-{row['high']:.1f} {row['n']:6d}  {row['score']:10.3f}  {row['share_positive']:14.3f}"
+    return text
+
+
+def _temperatures(text: str | None) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        values = [-1.0]
+    if any(not 0 < value < float("inf") for value in values):
+        raise InputError(f"--sample-student expects temperatures above 0, such as 1.5,2.0; got {text!r}")
+    return list(dict.fromkeys(values))
+
+
+def _check_file(output: str, inputs: list[str]) -> None:
+    """Raises `InputError` unless `output` can be a new file in a folder that exists."""
+    if not Path(output).parent.is_dir() or Path(output).is_dir():
+        raise InputError(f"--output: {output} is not a file in a folder that exists")
+    if Path(output).resolve() in {Path(name).resolve() for name in inputs}:
+        raise InputError(f"--output: {output} is also an input; choose another name")
