@@ -9,14 +9,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcrd_fast.collator import RationaleCollator as RationaleCollator
+    from qcrd_fast.discriminator import Discriminator as Discriminator
+    from qcrd_fast.embed import attach as attach
     from qcrd_fast.losses import QCRDLoss as QCRDLoss
     from qcrd_fast.losses import contrastive_loss as contrastive_loss
     from qcrd_fast.ops import linear_logprob as linear_logprob
+    from qcrd_fast.two_pass import score_then_train as score_then_train
 
 __version__ = "0.1.0"
-__all__ = ["QCRDLoss", "__version__", "contrastive_loss", "linear_logprob"]
+__all__ = [
+    "Discriminator",
+    "QCRDLoss",
+    "RationaleCollator",
+    "__version__",
+    "attach",
+    "contrastive_loss",
+    "linear_logprob",
+    "score_then_train",
+]
 
-_HOME = {"QCRDLoss": "losses", "contrastive_loss": "losses", "linear_logprob": "ops"}
+_HOME = {
+    "Discriminator": "discriminator",
+    "QCRDLoss": "losses",
+    "RationaleCollator": "collator",
+    "attach": "embed",
+    "contrastive_loss": "losses",
+    "linear_logprob": "ops",
+    "score_then_train": "two_pass",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -36,15 +36,10 @@ class Head:
 def read_head(model: Any) -> Head:
     """The head of a Hugging Face language model. Cheap: looks at the configuration and the output embedding.
 
-    Raises `InputError` where there is no output embedding.
+    Raises `InputError` where there is no output embedding, or where it has an adapter (LoRA) of its own.
     """
-    model = _unwrapped(model)
-    output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if getattr(output, "weight", None) is None:
-        raise InputError(
-            f"{type(model).__name__} has no output embedding: expected a causal or sequence-to-sequence language model"
-        )
-    config = model.config
+    model = unwrapped(model)
+    output, config = output_layer(model), model.config
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     kind = str(config.model_type)
     scale = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere
@@ -60,13 +55,35 @@ def read_head(model: Any) -> Head:
     return Head(output.weight, bias, scale, getattr(text, "final_logit_softcapping", None))
 
 
+def output_layer(model: Any) -> Any:
+    """The module that holds the head's weight; of one that PEFT trains in full (`modules_to_save`), the trained copy.
+
+    Raises `InputError` as `read_head` does.
+    """
+    model = unwrapped(model)
+    output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if hasattr(output, "modules_to_save"):
+        output = output.modules_to_save[output.active_adapter]
+    if hasattr(output, "base_layer") or hasattr(output, "token_adapter"):
+        raise InputError(
+            f"{type(model).__name__}: the output head has an adapter of its own ({type(output).__module__}), which the loss "
+            "would leave out; take it out of target_modules, train it in full with modules_to_save, or merge the adapter first"
+        )
+    if getattr(output, "weight", None) is None:
+        raise InputError(
+            f"{type(model).__name__} has no output embedding: expected a causal or sequence-to-sequence language model"
+        )
+    return output
+
+
 @torch.no_grad()
 def check_head(model: Any, head: Head) -> None:
     """Compares the head's logits with the model's own on a few random tokens.
 
     Raises `InputError` if they differ: this architecture computes its logits in a way that `Head` cannot express.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
+    head = dataclasses.replace(head, weight=_whole(head.weight), bias=None if head.bias is None else _whole(head.bias))
     hidden: list[Tensor] = []
 
     def capture(module: Any, inputs: Any, output: Any) -> None:
@@ -101,11 +118,20 @@ def body(model: Any) -> Any:
     return model.get_decoder() if model.config.is_encoder_decoder else model.base_model
 
 
-def _unwrapped(model: Any) -> Any:
-    """The model inside DistributedDataParallel, torch.compile or PEFT."""
-    for name in ("module", "_orig_mod"):
-        model = getattr(model, name, model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def unwrapped(model: Any) -> Any:
+    """The Hugging Face model inside DistributedDataParallel, FSDP, torch.compile and PEFT, in whatever order they stand."""
+    while True:
+        inner = getattr(model, "module", getattr(model, "_orig_mod", model))
+        if inner is model and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        if inner is model:
+            return model
+        model = inner
+
+
+def _whole(x: Any) -> Tensor:
+    """A tensor that FSDP2 shards, gathered."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def _name(model: Any) -> str:

@@ -46,8 +46,9 @@ def linear_logprob(
 
     Raises `ValueError` naming what was expected and what came.
     """
-    weight = full_tensor(weight)
-    bias = None if bias is None else full_tensor(bias)
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None:
+            require_whole(name, x)
     H, V = hidden.shape[-1], weight.shape[0]
     require(hidden.is_floating_point(), lambda: f"hidden must be floating point, got {hidden.dtype}")
     require(weight.is_floating_point(), lambda: f"weight must be floating point, got {weight.dtype}")
@@ -94,13 +95,15 @@ def linear_logprob(
     return (logprob, *extras) if extras else logprob
 
 
-def full_tensor(x: Any) -> Tensor:
-    """`x` gathered if it is sharded (FSDP2's DTensor); its gradient is averaged over the ranks, as FSDP2 does with others."""
-    if not hasattr(x, "full_tensor"):
-        return x
-    from torch.distributed.tensor import Partial
-
-    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
+def require_whole(name: str, x: Tensor) -> None:
+    """`ValueError` for a shard (FSDP2's DTensor), and for the empty tensor that FSDP and ZeRO-3 leave outside of a forward."""
+    if hasattr(x, "full_tensor") or x.numel() == 0:
+        kind = (
+            "a DTensor, one rank's shard" if hasattr(x, "full_tensor") else "empty, as FSDP and ZeRO-3 leave it between calls"
+        )
+        raise ValueError(
+            f"{name} is {kind}; it is whole only inside the model's own forward, where qcrd_fast.attach runs the loss"
+        )
 
 
 @torch.library.custom_op("qcrd_fast::linear_logprob", mutates_args=())

@@ -37,12 +37,16 @@ def main(rank, store):
 
     inside, outside = Tiny(), Tiny()
     fully_shard(inside)
-    fully_shard(outside.body[0])  # the head that the loss gets is then a DTensor
+    inside(rank).backward()
+    for a, b in zip(whole.parameters(), inside.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad.full_tensor())
+    fully_shard(outside.body[0])  # the head that the loss gets is then a shard
     fully_shard(outside.body)
-    for model in (inside, outside):
-        model(rank).backward()
-        for a, b in zip(whole.parameters(), model.parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad.full_tensor())
+    try:
+        outside(rank)
+        raise AssertionError("a sharded head was taken for a whole one")
+    except ValueError as error:
+        assert "weight is a DTensor" in str(error) and "qcrd_fast.attach" in str(error)
     dist.destroy_process_group()
 
 

@@ -1,0 +1,199 @@
+"""Prepared rows -> the padded tensors of one batch, ready for a model that `attach` was called on, or for `QCRDLoss` by hand.
+
+Shapes: Q questions, B sequences (R rationales, then the labels), S sources, L padded length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcrd_fast.data import Question, question_text
+from qcrd_fast.errors import InputError
+from qcrd_fast.native import native_row
+from qcrd_fast.prompts import EXPLAIN, PREDICT, Prompter, PromptSettings, TokenIds
+from qcrd_fast.rows import Rationale, RowError
+
+IGNORE = -100  # a target that is not scored
+LABELS = ("auto", "gold", "majority", "none")
+Pairs = list[tuple[str, str]]
+
+
+class RationaleCollator:
+    """Makes a batch of prepared rows (dictionaries, or `Question`s): each question's rationales, then the labels.
+
+        collate = RationaleCollator(tokenizer, model)
+        batch = collate(rows)
+
+    The prompts are those of `qcrd-fast train`: `explain: ` before a rationale's question, `predict: ` before a label's. A
+    target ends in EOS, which counts; one cut at `max_target_length` gets none. The batch is a dictionary:
+
+    | key | shape | what |
+    |---|---|---|
+    | `input_ids`, `attention_mask` | [B, L] or [S, L] | prompt and target; encoder-decoder: each prompt once |
+    | `source` | [B] | encoder-decoder: the prompt of each sequence |
+    | `decoder_input_ids` | [B, L] | encoder-decoder: the targets, shifted right |
+    | `target` | [B, L] | the token that each position predicts (already shifted), -100 where none is scored |
+    | `rationale` | [B, L] | the sequence that a token belongs to: 0, 0, ..., 1, 1, ... |
+    | `question` | [B] | the question of each sequence, 0 to Q - 1 |
+    | `positive`, `is_label` | [B] bool | positives and labels; labels |
+    | `quality` | [B] fp32 | only where `quality` is given; 1 for labels |
+    | `question_key` | [Q] int64 | 63 bits of the question's id, which sampling is keyed by |
+    | `labels` | [Q, 2] | (-100, key): one entry a question, so that Hugging Face's `num_items_in_batch` counts questions |
+    | `num_questions` | int | Q |
+    | `max_selected_tokens` | int | a bound on the tokens that get gradient where one rationale of each kind is selected |
+
+    tokenizer: a Hugging Face tokenizer with EOS. model: its model, read for the next two and not kept.
+    is_encoder_decoder, decoder_start_token_id: in place of a model (default of the second: the pad token, as in T5).
+    label: what the label task teaches: `auto` (gold where known, else majority), `gold`, `majority`, or `none` for no labels.
+    quality: None for weights of 1; `"score"` for the rows' own scores; or a function of [(question, rationale), ...] to scores
+    [R] in [0, 1], such as `discriminator.score`. num_positives: at most so many positives of a question.
+    prompt_template, max_source_length, max_target_length [tokens]: as in `qcrd-fast train`.
+
+    Raises `InputError` for a row that is not a prepared one, or that lacks the label or score asked for.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        model: Any = None,
+        *,
+        is_encoder_decoder: bool | None = None,
+        decoder_start_token_id: int | None = None,
+        label: str = "auto",
+        quality: str | Callable[[Pairs], Tensor] | None = None,
+        num_positives: int | None = None,
+        prompt_template: str = "raw",
+        max_source_length: int = 1024,
+        max_target_length: int = 256,
+    ):
+        config = getattr(model, "config", None)
+        if is_encoder_decoder is None:
+            if config is None:
+                raise InputError("RationaleCollator needs the model, or is_encoder_decoder=True (T5) or False (decoder-only)")
+            is_encoder_decoder = bool(config.is_encoder_decoder)
+        if label not in LABELS:
+            raise InputError(f"label is one of {', '.join(LABELS)}; got {label!r}")
+        if isinstance(quality, str) and quality != "score":
+            raise InputError(f"quality is None, 'score' or a function; got {quality!r}")
+        settings = PromptSettings.from_option(prompt_template, max_source_length, max_target_length)
+        self.prompter = Prompter(tokenizer, settings, is_encoder_decoder)
+        start = (
+            decoder_start_token_id if decoder_start_token_id is not None else getattr(config, "decoder_start_token_id", None)
+        )
+        self.start_id = self.prompter.pad_id if start is None else int(start)
+        self.label, self.quality, self.num_positives = label, quality, num_positives
+
+    def __call__(self, rows: Sequence[Mapping[str, Any] | Question]) -> dict[str, Any]:
+        """The batch of these rows; its keys are listed above."""
+        questions = [_question(row) for row in rows]
+        sequences, rationales = self._rationales(questions)
+        R = len(sequences)
+        for q, item in enumerate(questions if self.label != "none" else ()):
+            label = self._label(item)
+            sequences.append((q, self.prompter.source_ids(PREDICT, question_text(item)), self.prompter.target_ids(label), True))
+        if not sequences:  # a rank of its own must still run its model: a sequence without a scored token
+            sequences.append((0, self.prompter.source_ids(EXPLAIN, question_text(questions[0])), [], True))
+        B, key_Q = len(sequences), torch.tensor([key(item.id or item.question) for item in questions])
+        batch: dict[str, Any] = self._pad([s[1] for s in sequences], [s[2] for s in sequences])
+        batch["rationale"] = torch.arange(B)[:, None].expand(batch["target"].shape).contiguous()
+        batch["question"] = torch.tensor([s[0] for s in sequences])
+        batch["positive"] = torch.tensor([s[3] for s in sequences])
+        batch["is_label"] = torch.arange(B) >= R
+        if self.quality is not None:
+            batch["quality"] = torch.ones(B)
+            batch["quality"][:R] = self._scores(questions, [(s[0], r) for s, r in zip(sequences, rationales, strict=False)])
+        batch["question_key"] = key_Q
+        batch["labels"] = torch.stack([torch.full_like(key_Q, IGNORE), key_Q], 1)
+        batch["num_questions"] = len(questions)
+        longest: dict[tuple[int, bool], int] = {}
+        for q, _, target, positive in sequences[:R]:
+            longest[q, positive] = max(longest.get((q, positive), 0), len(target))
+        batch["max_selected_tokens"] = sum(longest.values()) + sum(len(s[2]) for s in sequences[R:])
+        return batch
+
+    def _rationales(self, questions: Sequence[Question]) -> tuple[list[tuple[int, TokenIds, TokenIds, bool]], list[Rationale]]:
+        """(question, prompt, target, positive) of every rationale, and the rationales."""
+        sequences, rationales = [], []
+        for q, item in enumerate(questions):
+            prompt = self.prompter.source_ids(EXPLAIN, question_text(item))
+            for positive, found in ((True, item.positives[: self.num_positives]), (False, item.negatives)):
+                for rationale in found:
+                    sequences.append((q, prompt, self.prompter.target_ids(rationale.text), positive))
+                    rationales.append(rationale)
+        return sequences, rationales
+
+    def _label(self, question: Question) -> str:
+        label = {"gold": question.gold, "majority": question.majority}.get(self.label)
+        if self.label == "auto":
+            label = question.gold if question.gold is not None else question.majority
+        if label is None:
+            wanted = "gold or majority" if self.label == "auto" else self.label
+            raise InputError(f"question {question.id or question.question!r} has no {wanted} answer to teach")
+        return label
+
+    def _scores(self, questions: Sequence[Question], rationales: Sequence[tuple[int, Rationale]]) -> Tensor:
+        if callable(self.quality):
+            pairs = [(question_text(questions[q]), r.text) for q, r in rationales]
+            return self.quality(pairs).detach().float().cpu() if pairs else torch.zeros(0)
+        for q, r in rationales:
+            if r.score is None:
+                raise InputError(f"question {questions[q].id or questions[q].question!r}: a rationale has no score")
+        return torch.tensor([r.score for _, r in rationales])
+
+    def _pad(self, prompts: list[TokenIds], targets: list[TokenIds]) -> dict[str, Tensor]:
+        pad, start = self.prompter.pad_id, self.start_id
+        if not self.prompter.is_encoder_decoder:
+            inputs = [p + t[:-1] for p, t in zip(prompts, targets, strict=True)]
+            # The prompt's last token predicts the target's first.
+            shifted = [[IGNORE] * (len(p) - 1) + (t or [IGNORE]) for p, t in zip(prompts, targets, strict=True)]
+            input_ids, mask = _padded(inputs, pad)
+            return {"input_ids": input_ids, "attention_mask": mask, "target": _padded(shifted, IGNORE)[0]}
+        distinct: dict[tuple[int, ...], int] = {}
+        source = torch.tensor([distinct.setdefault(tuple(p), len(distinct)) for p in prompts])
+        input_ids, mask = _padded([list(p) for p in distinct], pad)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "source": source,
+            "decoder_input_ids": _padded([[start, *t[:-1]] for t in targets], pad)[0],
+            "target": _padded([t or [IGNORE] for t in targets], IGNORE)[0],
+        }
+
+
+def key(text: str) -> int:
+    """63 bits that stand for a question's id."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little") >> 1
+
+
+def _question(row: Mapping[str, Any] | Question) -> Question:
+    if isinstance(row, Question):
+        return row
+    try:
+        if not isinstance(row, Mapping):
+            raise RowError(f"expected a dictionary, got {type(row).__name__}")
+        if "question" not in row:
+            raise RowError(
+                f"no 'question' among {sorted(map(str, row))}; Hugging Face trainers need remove_unused_columns=False"
+            )
+        plain = {"majority": None, **{name: value for name, value in row.items() if name != "votes"}}
+        if "samples" in plain and plain["samples"] is None:  # a table has every column in every row
+            del plain["samples"]
+        question, _, kind = native_row(plain)
+    except RowError as error:
+        where = f" {row['id']!r}" if isinstance(row, Mapping) and "id" in row else ""
+        raise InputError(f"row{where}: {error}") from None
+    if kind == "sampled":
+        raise InputError("row: these are samples, not yet voted on; make rows of them with qcrd-fast prepare")
+    return question
+
+
+def _padded(rows: list[TokenIds], fill: int) -> tuple[Tensor, Tensor]:
+    """ids [N, L] padded on the right, and mask [N, L] int64."""
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+    return ids, (torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]).long()

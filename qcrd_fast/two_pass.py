@@ -1,0 +1,224 @@
+"""The loss of a padded batch of rationales and labels, L = a1 L_pred + a2 L_cl (Eq. 8 without the discriminator's term).
+
+Two passes: all rationales are scored without gradient, then those that were selected, and the labels, are trained. Or one, in
+which every rationale carries gradient through the model. `attach` runs this inside a model's own forward.
+
+Shapes: S sources, B sequences (R rationales, then the labels), L padded length, T target tokens, H hidden, Q questions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from qcrd_fast.errors import InputError
+from qcrd_fast.heads import body, output_layer, read_head, unwrapped
+from qcrd_fast.losses import ContrastiveOutput, QCRDLoss, contrastive_loss, weighted_rationale_loss
+
+ATTACHED = "_qcrd_fast"  # the attribute of a model that was attached to
+IGNORE = -100  # a target that is not scored
+SINGLE = ("min", "max", "max-active", "sampling")  # selections of one rationale
+
+
+@dataclasses.dataclass
+class RationaleOutput(ModelOutput):
+    """What an attached model returns for a batch of rationales. The losses are differentiable scalars, the rest is detached.
+
+    loss = alpha_pred * loss_pred + alpha_cl * loss_cl (Eq. 8 without the discriminator's term)
+    loss_pred: 1/N sum over questions of the label's mean -log p [nats/token]
+    loss_cl = loss_pos - beta * loss_neg (Eq. 3), with the terms of Eq. 6 and Eq. 7
+    nll_R, selected_R, active_R, weight_R: as in `QCRDLoss`, for the batch's R rationales, from the scoring pass if there is one
+    """
+
+    loss: Tensor | None = None
+    loss_pred: Tensor | None = None
+    loss_cl: Tensor | None = None
+    loss_pos: Tensor | None = None
+    loss_neg: Tensor | None = None
+    nll_R: Tensor | None = None
+    selected_R: Tensor | None = None
+    active_R: Tensor | None = None
+    weight_R: Tensor | None = None
+
+
+def score_then_train(
+    model: Any,
+    batch: Mapping[str, Any],
+    *,
+    num_questions: int | Tensor | None = None,
+    quality: Tensor | None = None,
+    iteration: int = 0,
+) -> RationaleOutput:
+    """The two-pass step: score all rationales of a batch in eval mode without gradient, select, then run what was selected,
+    and the labels, with gradient. Call `backward` on the result's `loss`.
+
+    model: one that `attach` was called on, also inside DistributedDataParallel, FSDP2, torch.compile or PEFT. batch: of a
+    `RationaleCollator`. num_questions: N of Eq. 3, the questions of the whole optimizer batch over all micro-batches and ranks
+    (default: those of this batch). quality: the scores of the batch's rationales in [0, 1], fp32 [R], in place of the batch's
+    own. iteration: what `sampling` is keyed by, beside the seed and the question.
+
+    Micro-batches then add up: each one's `loss` is its share of the whole batch's, so no division by their number is due. Where
+    ranks' gradients are averaged (DDP, FSDP), multiply by the number of ranks.
+
+    Raises `InputError` for a model that `attach` was not called on, and `ValueError` for a batch that is not as the collator's.
+    """
+    if not hasattr(unwrapped(model), ATTACHED):
+        raise InputError(f"{type(unwrapped(model)).__name__}: call qcrd_fast.attach(model) once before score_then_train")
+    given = {"num_questions": num_questions, "quality": quality}
+    batch = {**batch, **{name: value for name, value in given.items() if value is not None}}
+    return model(**batch, two_pass=True, iteration=iteration)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    loss_fn: QCRDLoss
+    alpha_pred: float
+    alpha_cl: float
+    two_pass: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The tensors of a `RationaleCollator`'s batch that the model and the loss read."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    target: Tensor
+    source: Tensor | None = None
+    decoder_input_ids: Tensor | None = None
+
+    def take(self, index_N: Tensor) -> Batch:
+        """The sequences of these numbers, without the columns and sources that none of them needs."""
+        target = self.target[index_N]
+        width = last_column(target != IGNORE)
+        if self.source is None or self.decoder_input_ids is None:
+            ids, mask = self.input_ids[index_N, :width], self.attention_mask[index_N, :width]
+            return Batch(ids, mask, target[:, :width])
+        kept_S, source = torch.unique(self.source[index_N], return_inverse=True)
+        mask = self.attention_mask[kept_S]
+        length = last_column(mask != 0)
+        ids, inputs = self.input_ids[kept_S, :length], self.decoder_input_ids[index_N, :width]
+        return Batch(ids, mask[:, :length], target[:, :width], source, inputs)
+
+
+def last_column(wanted_NL: Tensor) -> int:
+    """One more than the last column with a true entry; at least 1."""
+    columns_L = torch.arange(1, wanted_NL.shape[1] + 1, device=wanted_NL.device)
+    return max(int((columns_L * wanted_NL.any(0)).max()), 1)
+
+
+def batch_loss(
+    model: Any,
+    settings: Settings,
+    batch: Batch,
+    question: Tensor,
+    positive: Tensor,
+    is_label: Tensor,
+    quality: Tensor | None,
+    question_key: Tensor | None,
+    num_questions: int | Tensor,
+    iteration: int,
+    max_selected_tokens: int | None,
+    two_pass: bool,
+) -> RationaleOutput:
+    """The loss of a batch, inside the forward of `model`: the Hugging Face model itself. [B] tensors as the collator's."""
+    loss_fn = settings.loss_fn
+    R = int((~is_label).sum())
+
+    def contrast(logprob_T: Tensor, rationale_T: Tensor) -> ContrastiveOutput:
+        kept_T = rationale_T < R
+        return contrastive_loss(
+            logprob_T[kept_T],
+            rationale_T[kept_T],
+            question[:R],
+            positive[:R],
+            None if quality is None else quality[:R],
+            beta=loss_fn.beta,
+            delta=loss_fn.delta,
+            positive_select=loss_fn.selects[0],
+            negative_select=loss_fn.selects[1],
+            num_questions=num_questions,
+            question_key=question_key,
+            iteration=iteration,
+            seed=loss_fn.seed,
+            impl=loss_fn.impl,
+        )
+
+    def weights(out: ContrastiveOutput) -> Tensor:
+        """[B], 1/N included; a label's is 1/N."""
+        label_weight = out.weight_R.new_ones(len(question) - R) / torch.as_tensor(num_questions, device=question.device)
+        return torch.cat([out.weight_R, label_weight.to(out.weight_R.dtype)])
+
+    if two_pass and torch.is_grad_enabled():
+        with torch.no_grad(), evaluating(model):  # of the ranks of a group each must run its model, with rationales or without
+            scored_B = torch.arange(max(R, 1), device=question.device)
+            out = contrast(*token_logprobs(model, settings, batch.take(scored_B)))
+        weight_B = weights(out)
+        chosen_B = (weight_B != 0).nonzero()[:, 0]
+        chosen_B = chosen_B if len(chosen_B) else torch.zeros_like(question[:1])
+        logprob_T, rationale_T = token_logprobs(model, settings, batch.take(chosen_B))
+        weight_B, positive, is_label = weight_B[chosen_B], positive[chosen_B], is_label[chosen_B]
+    else:
+        bound = max_selected_tokens if set(loss_fn.selects) <= set(SINGLE) else None
+        logprob_T, rationale_T = token_logprobs(model, settings, batch, bound)
+        out = contrast(logprob_T.detach(), rationale_T)
+        weight_B = weights(out)
+
+    def share(weight_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return weighted_rationale_loss(logprob_T, rationale_T, positive, weight_B, beta=loss_fn.beta, delta=loss_fn.delta)
+
+    loss_pred = share(weight_B * is_label)[0]
+    loss_cl, loss_pos, loss_neg, _ = share(weight_B * ~is_label)  # Eq. 3, 6, 7
+    return RationaleOutput(
+        loss=settings.alpha_pred * loss_pred + settings.alpha_cl * loss_cl,  # Eq. 8 less a3 L_D
+        loss_pred=loss_pred,
+        loss_cl=loss_cl,
+        loss_pos=loss_pos,
+        loss_neg=loss_neg,
+        nll_R=out.nll_R,
+        selected_R=out.selected_R,
+        active_R=out.active_R,
+        weight_R=out.weight_R,
+    )
+
+
+def token_logprobs(model: Any, settings: Settings, batch: Batch, max_rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """(log p of each target token [T], its sequence [T]); the head runs as a module, whose weight is then whole."""
+    hidden_BLH = hidden_states(model, batch)
+    scored_BL = batch.target != IGNORE
+    bias = read_head(model).bias
+    logprob_T = output_layer(model)(
+        hidden_BLH[scored_BL], logprob_target=batch.target[scored_BL], bias=bias, loss_fn=settings.loss_fn, max_rows=max_rows
+    )
+    return logprob_T, scored_BL.nonzero()[:, 0]
+
+
+def hidden_states(model: Any, batch: Batch) -> Tensor:
+    """[B, L, H]: what predicts `batch.target`. An encoder reads each source once."""
+    if batch.source is None:
+        return body(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+    states_SLH = model.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    return model.get_decoder()(
+        input_ids=batch.decoder_input_ids,
+        encoder_hidden_states=states_SLH.index_select(0, batch.source),
+        encoder_attention_mask=batch.attention_mask.index_select(0, batch.source),
+        use_cache=False,
+    ).last_hidden_state
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Eval mode; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
