@@ -2,21 +2,85 @@
 
 The noise of a token never depends on the batch it was drawn in, on the order of the questions or on earlier draws
 (`qcrd_fast.noise`). A token is drawn by the Gumbel-max rule, argmax of logits / temperature + Gumbel noise, which is a draw
-from the softmax of logits / temperature.
+from the softmax of logits / temperature. Students that `qcrd_fast.sampler` cannot run go through Hugging Face's `generate`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import logging
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
+from qcrd_fast.decode import Autocast, find_style
 from qcrd_fast.noise import gumbel
 from qcrd_fast.noise import key_words as key_words
+from qcrd_fast.sampler import Cancelled, Sampler
+from qcrd_fast.sampler import SampleSettings as SampleSettings
 from qcrd_fast.students import Student, TokenIds
+
+log = logging.getLogger(__name__)
+_styles: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()  # by model; None: generate
+
+
+def sample(
+    student: Student,
+    sources: Sequence[TokenIds],
+    keys: Sequence[tuple[int, int]],
+    settings: SampleSettings,
+    *,
+    indices: Sequence[int] | None = None,
+    iteration: int = 0,
+    autocast: Autocast | None = None,
+) -> list[TokenIds]:
+    """One continuation for each source, EOS included where it was reached within `max_new_tokens`.
+
+    Args:
+        sources: prompts as tokens. Samples of the same prompt share the reading of it.
+        keys: the two words of `key_words` for each source.
+        indices: which sample of its question each one is (0 unless told).
+        autocast: makes the autocast context to run under; None: none.
+    """
+    if not sources:
+        return []
+    sampler = make_sampler(student, settings, max(map(len, sources)), len(sources), autocast)
+    return sampler.draw(sources, keys, indices, iteration)
+
+
+def make_sampler(
+    student: Student,
+    settings: SampleSettings,
+    longest: int,
+    most: int | None = None,
+    autocast: Autocast | None = None,
+    static: bool | None = None,
+) -> Sampler | GenerateSampler:
+    """A sampler for prompts of at most `longest` tokens, at most `most` of them at once."""
+    style = _style(student, longest + settings.max_new_tokens)
+    if style is None:
+        return GenerateSampler(student, settings, autocast)
+    return Sampler(student, settings, longest, most=most, style=style, autocast=autocast, static=static)
+
+
+def _style(student: Student, longest: int) -> str | None:
+    """`find_style`, once for each model."""
+    model = student.model
+    if model not in _styles:
+        was_training = model.training
+        model.eval()
+        try:
+            _styles[model] = find_style(student, longest)
+        except ValueError as error:
+            log.warning("%s samples through generate, which is slower: %s", type(model).__name__, error)
+            _styles[model] = None
+        finally:
+            model.train(was_training)
+    return _styles[model]
 
 
 class KeyedSampling(LogitsProcessor):
@@ -45,72 +109,66 @@ class KeyedSampling(LogitsProcessor):
         return torch.arange(scores_BV.shape[1], device=scores_BV.device).expand(scores_BV.shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleSettings:
-    """temperature 0 is greedy; top_k 0 and top_p 1 sample from the whole softmax."""
+class GenerateSampler:
+    """What `Sampler` does, through the model's own `generate`, in padded batches that wait for their longest row."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 128
-    batch_size: int = 64
+    def __init__(self, student: Student, settings: SampleSettings, autocast: Autocast | None = None):
+        self.student, self.settings, self.autocast = student, settings, autocast
+        self.drawn_tokens = 0
 
+    def warm_up(self) -> None:
+        """Nothing to do."""
 
-@torch.no_grad()
-def sample(
-    student: Student,
-    sources: Sequence[TokenIds],
-    keys: Sequence[tuple[int, int]],
-    settings: SampleSettings,
-    *,
-    indices: Sequence[int] | None = None,
-    iteration: int = 0,
-    autocast: Callable[[], torch.autocast] | None = None,
-) -> list[TokenIds]:
-    """One continuation for each source, EOS included where it was reached within `max_new_tokens`.
-
-    Args:
-        sources: prompts as tokens.
-        keys: the two words of `key_words` for each source.
-        indices: which sample of its question each one is (0 unless told).
-        autocast: makes the autocast context to run under; None: none.
-    """
-    model, device = student.model, student.device
-    was_training, own_settings = model.training, model.generation_config
-    model.eval()
-    model.generation_config = GenerationConfig()  # else its penalties and beams would fill what `config` leaves open
-    results: list[TokenIds] = [[] for _ in sources]
-    eos = student.tokenizer.eos_token_id
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=eos,
-        pad_token_id=student.pad_id,
-        decoder_start_token_id=model.config.decoder_start_token_id if student.is_encoder_decoder else None,
-    )
-    order = sorted(range(len(sources)), key=lambda i: (len(sources[i]), i))
-    try:
-        for at in range(0, len(order), settings.batch_size):
-            rows = order[at : at + settings.batch_size]
-            width = max(len(sources[i]) for i in rows)
-            pads = [width - len(sources[i]) for i in rows]
-            ids = torch.tensor(
-                [[student.pad_id] * p + list(sources[i]) for i, p in zip(rows, pads, strict=True)], device=device
-            )
-            mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads], device=device)
-            start = 1 if student.is_encoder_decoder else width
-            processors = LogitsProcessorList()
-            if settings.temperature > 0:
-                key_B2 = torch.tensor([keys[i] for i in rows], device=device)
-                index_B = torch.tensor([indices[i] if indices else 0 for i in rows], device=device)
-                processors.append(
-                    KeyedSampling(key_B2, index_B, iteration, start, settings.temperature, settings.top_k, settings.top_p)
-                )
-            with autocast() if autocast else torch.autocast(device.type, enabled=False):
-                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors)
-            for i, tokens in zip(rows, out[:, start:].tolist(), strict=True):
-                results[i] = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
-    finally:
-        model.train(was_training)
-        model.generation_config = own_settings
-    return results
+    @torch.no_grad()
+    def draw(
+        self,
+        sources: Sequence[TokenIds],
+        keys: Sequence[tuple[int, int]],
+        indices: Sequence[int] | None = None,
+        iteration: int = 0,
+        stop: threading.Event | None = None,
+    ) -> list[TokenIds]:
+        """As `Sampler.draw`; looks at `stop` between batches."""
+        student, settings, model, device = self.student, self.settings, self.student.model, self.student.device
+        was_training, own_settings = model.training, model.generation_config
+        model.eval()
+        model.generation_config = GenerationConfig()  # else its penalties and beams would fill what `config` leaves open
+        results: list[TokenIds] = [[] for _ in sources]
+        eos = student.tokenizer.eos_token_id
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=eos,
+            pad_token_id=student.pad_id,
+            decoder_start_token_id=model.config.decoder_start_token_id if student.is_encoder_decoder else None,
+        )
+        order = sorted(range(len(sources)), key=lambda i: (len(sources[i]), i))
+        try:
+            for at in range(0, len(order), settings.batch_size):
+                if stop is not None and stop.is_set():
+                    raise Cancelled
+                rows = order[at : at + settings.batch_size]
+                width = max(len(sources[i]) for i in rows)
+                pads = [width - len(sources[i]) for i in rows]
+                padded = [[student.pad_id] * p + list(sources[i]) for i, p in zip(rows, pads, strict=True)]
+                ids = torch.tensor(padded, device=device)
+                mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads], device=device)
+                start = 1 if student.is_encoder_decoder else width
+                processors = LogitsProcessorList()
+                if settings.temperature > 0:
+                    key_B2 = torch.tensor([keys[i] for i in rows], device=device)
+                    index_B = torch.tensor([indices[i] if indices else 0 for i in rows], device=device)
+                    processors.append(
+                        KeyedSampling(key_B2, index_B, iteration, start, settings.temperature, settings.top_k, settings.top_p)
+                    )
+                with self.autocast() if self.autocast else torch.autocast(device.type, enabled=False):
+                    out = model.generate(
+                        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+                    )
+                for i, tokens in zip(rows, out[:, start:].tolist(), strict=True):
+                    results[i] = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+                    self.drawn_tokens += len(results[i])
+        finally:
+            model.train(was_training)
+            model.generation_config = own_settings
+        return results

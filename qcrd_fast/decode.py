@@ -1,0 +1,279 @@
+"""One token a row through a Hugging Face model's body, each row at a position of its own.
+
+The caches are buffers [rows, heads, slots, width] that are written in place: a row's token number p stands in slot p, so there
+is no padding to the left, a row can be given to another prompt at any time, and the addresses that a captured CUDA graph knows
+stay. Suffixes: B rows, L tokens of a prompt, S slots, H hidden, h heads, d width of a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+from qcrd_fast.heads import body
+from qcrd_fast.students import Student, TokenIds
+
+Autocast = Callable[[], torch.autocast]
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # ||logits - model's|| / ||model's||; 5e-2 in other types
+
+
+States = list[tuple[Tensor, Tensor]]  # keys and values [U, heads, L, width] of each layer
+
+
+class SlotCache(Cache):
+    """Keys and values by row and slot. `at` is set before each step: the rows in use, how many slots are looked at, and the
+    slot that each row writes."""
+
+    def __init__(self, buffers: States):
+        super().__init__(layers=[])
+        self.buffers = buffers
+        self.rows, self.span, self.slot_B = 0, 0, torch.empty(0)
+
+    def at(self, rows: int, span: int, slot_B: Tensor) -> None:
+        self.rows, self.span, self.slot_B = rows, span, slot_B
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        found = []
+        for buffer, new in zip(self.buffers[layer_idx], (key_states, value_states), strict=True):
+            where = self.slot_B[:, None, None, None].expand(-1, buffer.shape[1], 1, buffer.shape[3])
+            buffer[: self.rows].scatter_(2, where, new.to(buffer.dtype))
+            found.append(buffer[: self.rows, :, : self.span])
+        return found[0], found[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def fill(self, rows: Tensor, read: States, of: Tensor) -> None:
+        """Row `rows[i]` takes the keys and values of row `of[i]` of prompts that were read."""
+        for buffers, states in zip(self.buffers, read, strict=True):
+            for buffer, new in zip(buffers, states, strict=True):
+                buffer[rows, :, : new.shape[2]] = new[of].to(buffer.dtype)
+
+    def move(self, to: Tensor, source: Tensor) -> None:
+        for buffers in self.buffers:
+            for buffer in buffers:
+                buffer[to] = buffer[source]
+
+    @staticmethod
+    def like(probe: States, rows: int, slots: int) -> SlotCache:
+        """Buffers of the shapes and types that a short prompt's keys and values have."""
+
+        def buffer(states: Tensor) -> Tensor:
+            return states.new_zeros(rows, states.shape[1], slots, states.shape[3])
+
+        return SlotCache([(buffer(keys), buffer(values)) for keys, values in probe])
+
+
+def _states(cache: Any) -> States:
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _row_bytes(probe: States, slots: int) -> int:
+    return sum(slots * x.shape[1] * x.shape[3] * x.element_size() for layer in probe for x in layer)
+
+
+class _Layer:
+    """What an attention layer reads of a cache that is complete."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values = keys, values
+
+
+class Decoder:
+    """A student's body with caches for `rows` prompts of at most `prompt` tokens and `new` tokens after each; fewer rows where
+    they would take more than `most_bytes`.
+
+    `style`: how the body wants its mask, a tensor or one by type of layer. Everything runs without gradient, in eval mode and
+    under `autocast`, which the caller sees to.
+    """
+
+    def __init__(
+        self, student: Student, rows: int, prompt: int, new: int, style: str = "tensor", most_bytes: int | None = None
+    ):
+        self.student, self.prompt, self.new, self.style = student, prompt, new, style
+        self.body, config = body(student.model), student.model.config
+        text = config.get_text_config(decoder=True)
+        self.window: int | None = getattr(text, "sliding_window", None)
+        self.additive = text._attn_implementation == "eager"  # else masks are boolean
+        self.shared = student.is_encoder_decoder  # a prompt is read by an encoder, not by the body
+        self.slots = new if self.shared else prompt + new - 1  # the last token is never fed
+        probe = self._read([[student.pad_id, student.pad_id]])
+        if most_bytes:
+            rows = max(1, min(rows, most_bytes // (_row_bytes(probe[0], self.slots) + _row_bytes(probe[1], prompt))))
+        self.rows = rows
+        self.cache = SlotCache.like(probe[0], rows, self.slots)
+        self.slot_S = torch.arange(self.slots, device=student.device)
+        if self.shared:
+            self.cross = SlotCache.like(probe[1], rows, prompt)
+            self.cross_mask = torch.zeros(rows, prompt, dtype=torch.bool, device=student.device)
+            self.start: int = config.decoder_start_token_id
+            self.biased = [m for m in self.body.modules() if getattr(m, "has_relative_attention_bias", False)]
+            self.tables = [torch.empty(0)] * len(self.biased)
+            self.refresh()
+
+    def refresh(self) -> None:
+        """After the weights have changed: [h, S] bias of each distance, the largest first, in buffers that stay."""
+        for i, module in enumerate(self.biased if self.shared else ()):
+            table = module.compute_bias(1, self.slots, device=self.student.device, past_seen_tokens=self.slots - 1)[0, :, 0]
+            self.tables[i] = self.tables[i].copy_(table) if len(self.tables[i]) else table.clone()
+
+    # Prompts
+
+    def read(self, sources: Sequence[TokenIds], rows: Sequence[int], of: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Row `rows[i]` takes the prompt `sources[of[i]]`, each read once. Returns (first input, its position) of each row."""
+        device = self.student.device
+        rows_N, of_N = torch.tensor(rows, device=device), torch.tensor(of, device=device)
+        if self.shared:
+            length_U = torch.tensor([len(s) for s in sources], device=device)
+            self.cross.fill(rows_N, self._read(sources)[1], of_N)
+            self.cross_mask[rows_N] = torch.arange(self.prompt, device=device) < length_U[of_N, None]
+            return [self.start] * len(rows), [0] * len(rows)
+        if max(map(len, sources)) > 1:
+            self.cache.fill(rows_N, self._read([s[:-1] for s in sources])[0], of_N)
+        return [sources[u][-1] for u in of], [len(sources[u]) - 1 for u in of]
+
+    def _read(self, sources: Sequence[TokenIds]) -> tuple[States, States]:
+        """Keys and values of the body's own attention and of its attention to the encoder, for right-padded prompts: a causal
+        body never looks at what stands behind."""
+        device, pad, width = self.student.device, self.student.pad_id, max(map(len, sources))
+        ids_BL = torch.tensor([s + [pad] * (width - len(s)) for s in map(list, sources)], device=device)
+        own, cross = DynamicCache(), DynamicCache()
+        if not self.shared:
+            self.body(input_ids=ids_BL, past_key_values=own, use_cache=True)
+            return _states(own), _states(cross)
+        mask_BL = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sources], device=device)
+        states_BLH = self.student.model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        self.body(
+            input_ids=torch.full_like(ids_BL[:, :1], self.student.model.config.decoder_start_token_id),
+            encoder_hidden_states=states_BLH,
+            encoder_attention_mask=mask_BL,
+            past_key_values=EncoderDecoderCache(own, cross),
+            use_cache=True,
+        )
+        return _states(own), _states(cross)
+
+    def move(self, to: list[int], source: list[int]) -> None:
+        """Row `to[i]` becomes row `source[i]`."""
+        to_N, source_N = (torch.tensor(rows, device=self.student.device) for rows in (to, source))
+        self.cache.move(to_N, source_N)
+        if self.shared:
+            self.cross.move(to_N, source_N)
+            self.cross_mask[to_N] = self.cross_mask[source_N]
+
+    # Tokens
+
+    def step(self, token_B: Tensor, position_B: Tensor, span: int, width: int) -> Tensor:
+        """Hidden states [B, H] after `token_B` at `position_B`, of the first B rows; looks at the first `span` slots, which
+        must hold every position, and at the first `width` tokens of the encoder's."""
+        B = len(token_B)
+        self.cache.at(B, span, position_B)
+        slot_S = self.slot_S[:span]
+        seen_BS = slot_S <= position_B[:, None]
+        inputs: dict[str, Any] = {"input_ids": token_B[:, None], "use_cache": True}
+        with contextlib.ExitStack() as stack:
+            if self.shared:
+                cross = EncoderDecoderCache(self.cache, DynamicCache())
+                cross.cross_attention_cache.layers = [_Layer(k[:B, :, :width], v[:B, :, :width]) for k, v in self.cross.buffers]  # type: ignore[misc]
+                cross.is_updated = dict.fromkeys(range(len(self.cross.buffers)), True)
+                inputs |= {
+                    "attention_mask": self._mask(seen_BS),
+                    "past_key_values": cross,
+                    "encoder_hidden_states": self.body.get_input_embeddings().weight[:1, None].expand(B, width, -1),
+                    "encoder_attention_mask": self._mask(self.cross_mask[:B, :width]),
+                }
+                stack.enter_context(self._own_bias(self.slots - 1 - position_B[:, None] + slot_S))
+            else:
+                near_BS = seen_BS & (slot_S > position_B[:, None] - self.window) if self.window else seen_BS
+                masks = {"full_attention": seen_BS, "sliding_attention": near_BS}
+                inputs |= {"past_key_values": self.cache, "position_ids": position_B[:, None]}
+                if self.style == "tensor":
+                    inputs["attention_mask"] = self._mask(near_BS)
+                else:
+                    inputs["attention_mask"] = {kind: self._mask(seen) for kind, seen in masks.items()}
+            hidden_B1H: Tensor = self.body(**inputs).last_hidden_state
+        return hidden_B1H[:, 0]
+
+    def _mask(self, seen_BS: Tensor) -> Tensor:
+        mask = seen_BS[:, None, None, :]
+        if not self.additive:
+            return mask
+        dtype = self.student.model.dtype
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+    @contextlib.contextmanager
+    def _own_bias(self, entry_BS: Tensor) -> Iterator[None]:
+        """T5's modules think that all rows are at one position; here each row looks up its own distances."""
+        entry_BS = entry_BS.clamp(max=self.slots - 1)  # a slot ahead of its row is masked
+
+        def bias(table_hS: Tensor) -> Callable[..., Tensor]:
+            return lambda *_, **__: table_hS[:, entry_BS].transpose(0, 1)[:, :, None]
+
+        try:
+            for module, table in zip(self.biased, self.tables, strict=True):
+                module.compute_bias = bias(table)
+            yield
+        finally:
+            for module in self.biased:
+                module.__dict__.pop("compute_bias", None)
+
+
+@torch.no_grad()
+def find_style(student: Student, longest: int) -> str:
+    """How the body wants its mask, found by comparing logits with the model's own on a few tokens (more than a sliding window
+    holds, where a sequence of `longest` tokens would leave it).
+
+    Raises `ValueError` saying what goes wrong where this body cannot decode row by row. Call it without autocast, in eval mode.
+    """
+    window = getattr(student.model.config.get_text_config(decoder=True), "sliding_window", None) or 0
+    first = window + 2 if window and longest > window else 5
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(2, len(student.tokenizer), (n,), generator=generator).tolist() for n in (first, 3)]
+    replies = [torch.randint(2, len(student.tokenizer), (4,), generator=generator).tolist() for _ in rows]
+    wanted = torch.stack([_own_logits(student, source, reply) for source, reply in zip(rows, replies, strict=True)])
+    found = []
+    for style in ("tensor",) if student.is_encoder_decoder else ("tensor", "by type"):
+        try:
+            got = teacher_forced(Decoder(student, 2, first, len(replies[0]) + 1, style), rows, replies)
+        except Exception as error:  # architectures fail in many ways
+            found.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            continue
+        difference = float((got - wanted).norm() / wanted.norm().clamp(min=1e-12))
+        if difference <= TOLERANCE.get(student.head.weight.dtype, 5e-2):
+            return style
+        found.append(f"its logits differ by {difference:.2g}")
+    raise ValueError("; ".join(dict.fromkeys(found)))
+
+
+@torch.no_grad()
+def teacher_forced(decoder: Decoder, sources: Sequence[TokenIds], replies: Sequence[TokenIds]) -> Tensor:
+    """Logits [B, L + 1, V], fp32, before, between and after the tokens of the replies (all L long), decoded one by one. Each
+    row starts a step after the one before it, so that no two are at the same position."""
+    device, B, steps = decoder.student.device, len(sources), len(replies[0]) + 1
+    fed, at = decoder.read(sources, list(range(B)), list(range(B)))
+    logits: list[list[Tensor]] = [[] for _ in sources]
+    for t in range(steps + B - 1):
+        done = [min(max(t - b, 0), steps - 1) for b in range(B)]  # a row waits, then repeats its last step
+        token_B = torch.tensor(
+            [reply[n - 1] if n else f for reply, n, f in zip(replies, done, fed, strict=True)], device=device
+        )
+        position_B = torch.tensor([a + n for a, n in zip(at, done, strict=True)], device=device)
+        hidden_BH = decoder.step(token_B, position_B, decoder.slots, decoder.prompt)
+        for b in range(B):
+            if 0 <= t - b < steps:
+                logits[b].append(decoder.student.head.logits(hidden_BH[b]).float())
+    return torch.stack([torch.stack(row) for row in logits])
+
+
+def _own_logits(student: Student, source: TokenIds, reply: TokenIds) -> Tensor:
+    """The model's own logits [L + 1, V] for a reply, in one pass."""
+    model, device = student.model, student.device
+    ids_1L = torch.tensor([source], device=device)
+    if student.is_encoder_decoder:
+        fed = torch.tensor([[model.config.decoder_start_token_id, *reply]], device=device)
+        return model(input_ids=ids_1L, decoder_input_ids=fed).logits[0].float()
+    return model(input_ids=torch.tensor([source + reply], device=device)).logits[0, len(source) - 1 :].float()

@@ -1,0 +1,262 @@
+"""Sampling many continuations: a batch that stays full, one decode step captured as a CUDA graph, no host sync but every few
+tokens.
+
+Prompts wait in a queue, longest first. A row whose continuation has ended goes to the next prompts in the queue, several at a
+time; when the queue is empty, on a CPU, the last rows move into the gaps and the batch shrinks. Suffixes: B rows, N new tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import TopPLogitsWarper
+
+from qcrd_fast.decode import Autocast, Decoder
+from qcrd_fast.linear_sample import head_logits, linear_sample, pick_tokens
+from qcrd_fast.reference import HeadOptions
+from qcrd_fast.students import MAX_TOKENS, Student, TokenIds, length_batches
+
+CACHE_BYTES = 4 << 30  # of keys and values; fewer rows where a batch needs more
+REFILL = 8  # prompts are read when an eighth of the rows is free
+TOKENS_A_REPLAY = 4  # decode steps between two looks at which rows have ended; on a CPU each step is looked at
+SPAN = 64  # slots looked at, in a graph, are a multiple of it
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+    """temperature 0 is greedy; top_k 0 and top_p 1 sample from the whole softmax. `batch_size`: rows at most."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    batch_size: int = 64
+    impl: str = "auto"
+
+
+class Cancelled(Exception):
+    """`Sampler.draw` was told to stop."""
+
+
+class Sampler:
+    """Draws continuations of prompts of at most `longest` tokens from a student, whose weights may change between two draws but
+    stay where they are in memory.
+
+    Noise belongs to the question (`qcrd_fast.noise`), so a draw depends on the batch through rounding alone. `static`: decode
+    as a CUDA graph does, all rows always and a few tokens at a time; graphs are captured at the first draw or by `warm_up`.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        settings: SampleSettings,
+        longest: int,
+        *,
+        most: int | None = None,
+        style: str = "tensor",
+        autocast: Autocast | None = None,
+        static: bool | None = None,
+    ):
+        self.student, self.settings, self.autocast = student, settings, autocast
+        self.eos: int = student.tokenizer.eos_token_id
+        device = student.device
+        self.graphed = device.type == "cuda" and static is not False
+        self.static = self.graphed or bool(static)
+        with self._context():
+            rows = min(settings.batch_size, most or settings.batch_size)
+            self.decoder = Decoder(student, rows, longest, settings.max_new_tokens, style, CACHE_BYTES)
+        rows = self.rows = self.decoder.rows
+        self.token_B, self.position_B, self.new_B, self.index_B, self.iteration_B = (
+            torch.zeros(rows, dtype=torch.long, device=device) for _ in range(5)
+        )
+        self.key_B2 = torch.zeros(rows, 2, dtype=torch.long, device=device)
+        self.done_B = torch.ones(rows, dtype=torch.bool, device=device)
+        self.out_BN = torch.zeros(rows, settings.max_new_tokens, dtype=torch.long, device=device)
+        self._top_p = TopPLogitsWarper(settings.top_p) if settings.top_p < 1 else None
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.drawn_tokens = 0
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[None]:
+        """Eval mode, no gradient, the caller's autocast; a graph must not hold what autocast had cast before it."""
+        model = self.student.model
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.autocast() if self.autocast else contextlib.nullcontext():
+                if self.autocast and self.graphed:
+                    torch.set_autocast_cache_enabled(False)
+                yield
+        finally:
+            if was_training:
+                model.train()
+
+    def draw(
+        self,
+        sources: Sequence[TokenIds],
+        keys: Sequence[tuple[int, int]],
+        indices: Sequence[int] | None = None,
+        iteration: int = 0,
+        stop: threading.Event | None = None,
+    ) -> list[TokenIds]:
+        """One continuation for each source, EOS included where it was reached; see `qcrd_fast.sampling.sample`.
+
+        Raises `Cancelled` within a few tokens of `stop` being set.
+        """
+        requests = [_Request(list(s), keys[i], indices[i] if indices else 0, i) for i, s in enumerate(sources)]
+        queue = deque(sorted(requests, key=lambda r: (-len(r.source), r.source, r.index, r.number)))
+        results: list[TokenIds] = [[] for _ in sources]
+        row: list[_Request | None] = [None] * self.rows  # who is in it
+        self.iteration_B.fill_(iteration)
+        self.done_B.fill_(True)
+        with self._context():
+            self.decoder.refresh()
+            while queue or any(row):
+                if stop is not None and stop.is_set():
+                    raise Cancelled
+                free = [b for b, request in enumerate(row) if request is None]
+                if queue and len(free) * REFILL >= self.rows:
+                    self._admit([(b, queue.popleft()) for b in free[: len(queue)]], row)
+                active = self.rows if self.static else self._compact(row)
+                self._advance(active, row)
+                self._collect(active, row, results)
+        return results
+
+    def warm_up(self) -> None:
+        """Capture the graphs now, before anything else runs on the GPU."""
+        if self.graphed:
+            with self._context():
+                for span in range(SPAN, self.decoder.slots + SPAN, SPAN):
+                    self._graph(min(span, self.decoder.slots))
+
+    # Rows
+
+    def _admit(self, pairs: Sequence[tuple[int, _Request]], row: list[_Request | None]) -> None:
+        """Prompts of similar length are read together; one that is asked for several times, once."""
+        device = self.student.device
+        for batch in length_batches([len(r.source) for _, r in pairs], MAX_TOKENS):
+            some = [pairs[i] for i in batch]
+            unique = {tuple(r.source): r.source for _, r in some}
+            number = {source: u for u, source in enumerate(unique)}
+            rows = [b for b, _ in some]
+            token, position = self.decoder.read(list(unique.values()), rows, [number[tuple(r.source)] for _, r in some])
+            at = torch.tensor(rows, device=device)
+            for state_B, values in (
+                (self.token_B, token),
+                (self.position_B, position),
+                (self.index_B, [r.index for _, r in some]),
+            ):
+                state_B[at] = torch.tensor(values, device=device)
+            self.key_B2[at] = torch.tensor([r.key for _, r in some], device=device)
+            self.new_B[at] = 0
+            self.done_B[at] = False
+            for (b, request), p in zip(some, position, strict=True):
+                row[b], request.position = request, p
+
+    def _compact(self, row: list[_Request | None]) -> int:
+        """Move the last rows in use into the gaps before them; returns how many rows are in use."""
+        active = sum(request is not None for request in row)
+        gaps = [b for b in range(active) if row[b] is None]
+        last = [b for b in range(active, self.rows) if row[b] is not None]
+        if gaps:
+            self.decoder.move(gaps, last)
+            for state in (self.token_B, self.position_B, self.new_B, self.index_B, self.key_B2, self.done_B, self.out_BN):
+                state[gaps] = state[last]
+            for to, source in zip(gaps, last, strict=True):
+                row[to], row[source] = row[source], None
+        return active
+
+    def _collect(self, active: int, row: list[_Request | None], results: list[TokenIds]) -> None:
+        """Take what has ended out of its rows: the one place where the host waits for the device."""
+        ended = [b for b, done in enumerate(self.done_B[:active].tolist()) if done and row[b] is not None]
+        if not ended:
+            return
+        at = torch.tensor(ended, device=self.student.device)
+        for b, tokens, count in zip(ended, self.out_BN[at].tolist(), self.new_B[at].tolist(), strict=True):
+            request, row[b] = row[b], None
+            assert request is not None
+            results[request.number] = tokens[:count]
+            self.drawn_tokens += count
+
+    # Tokens
+
+    def _advance(self, active: int, row: list[_Request | None]) -> None:
+        """The next token of each row, or the next few."""
+        tokens = TOKENS_A_REPLAY if self.static else 1
+        taken = [request for request in row if request is not None]
+        for request in taken:
+            request.position += tokens
+        span = min(max(r.position for r in taken), self.decoder.slots)
+        width = max(len(r.source) for r in taken)
+        if self.static:
+            span, width = min(-(-span // SPAN) * SPAN, self.decoder.slots), self.decoder.prompt
+        if self.graphed:
+            self._graph(span).replay()
+        else:
+            for _ in range(tokens):
+                self._step(active, span, width)
+
+    def _step(self, active: int, span: int, width: int) -> None:
+        """One token of the first rows; nothing here depends on a value, so that a graph can hold it."""
+        token_B, position_B, new_B, done_B = (x[:active] for x in (self.token_B, self.position_B, self.new_B, self.done_B))
+        hidden_BH = self.decoder.step(token_B, position_B, span, width)
+        counter_B3 = torch.stack([new_B, self.index_B[:active], self.iteration_B[:active]], 1)
+        chosen_B = self._pick(hidden_BH, self.key_B2[:active], counter_B3)
+        at_B1, out_BN = new_B.clamp(max=self.settings.max_new_tokens - 1)[:, None], self.out_BN[:active]
+        out_BN.scatter_(1, at_B1, torch.where(done_B[:, None], out_BN.gather(1, at_B1), chosen_B[:, None]))
+        new_B += ~done_B
+        done_B |= (chosen_B == self.eos) | (new_B >= self.settings.max_new_tokens)
+        position_B += ~done_B  # a row that has ended repeats its last step until it is taken out
+        token_B.copy_(torch.where(done_B, token_B, chosen_B))
+
+    def _pick(self, hidden_BH: Tensor, key_B2: Tensor, counter_B3: Tensor) -> Tensor:
+        head, settings = self.student.head, self.settings
+        with torch.autocast(hidden_BH.device.type, enabled=False):
+            if self._top_p is None or not settings.temperature:
+                return linear_sample(
+                    hidden_BH, head.weight, key_B2, counter_B3, bias=head.bias, scale=head.scale, softcap=head.softcap,
+                    temperature=settings.temperature, top_k=settings.top_k, impl=settings.impl,
+                )  # fmt: skip
+            options = HeadOptions(head.scale, float(head.softcap or 0), settings.temperature)
+            logits_BV = head_logits(hidden_BH, head.weight, head.bias, options)
+            if 0 < settings.top_k < logits_BV.shape[1]:
+                logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.topk(settings.top_k).values[:, -1:], -torch.inf)
+            return pick_tokens(self._top_p(None, logits_BV), key_B2, counter_B3)  # type: ignore[arg-type]
+
+    def _graph(self, span: int) -> torch.cuda.CUDAGraph:
+        """The graph of a few steps over `span` slots. Capturing runs them twice, on rows that stand still."""
+        if span not in self._graphs:
+            states = (self.token_B, self.position_B, self.new_B, self.done_B)
+            kept = [state.clone() for state in states]
+            self.done_B.fill_(True)
+            arguments = (self.rows, span, self.decoder.prompt)
+            stream = torch.cuda.Stream(self.student.device)
+            stream.wait_stream(torch.cuda.current_stream(self.student.device))
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # kernels are compiled and libraries make their workspaces
+                    self._step(*arguments)
+            torch.cuda.current_stream(self.student.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                for _ in range(TOKENS_A_REPLAY):
+                    self._step(*arguments)
+            for state, value in zip(states, kept, strict=True):
+                state.copy_(value)
+            self._graphs[span] = graph
+        return self._graphs[span]
+
+
+@dataclasses.dataclass
+class _Request:
+    source: TokenIds
+    key: tuple[int, int]
+    index: int
+    number: int  # in the caller's order
+    position: int = 0  # of its row's next token, or a little more

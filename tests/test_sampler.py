@@ -1,0 +1,247 @@
+"""The sampler draws what the model's own logits say, whoever else is in the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+
+import pytest
+import torch
+
+from qcrd_fast import decode, sampler, sampling
+from qcrd_fast.noise import gumbel, key_words
+from qcrd_fast.sampler import Cancelled, Sampler, SampleSettings
+from qcrd_fast.sampling import GenerateSampler, make_sampler, sample
+from qcrd_fast.students import EXPLAIN, PromptSettings, Student
+
+TEMPERATURE = 1.5
+
+
+@pytest.fixture(scope="module", params=["t5_folder", "llama_folder"])
+def student(request):
+    return Student.load(str(request.getfixturevalue(request.param)), PromptSettings())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama_folder):
+    return Student.load(str(llama_folder), PromptSettings()).tokenizer
+
+
+def prompts(student, count=120):
+    """Ragged ones, some of a single token, some twice."""
+    texts = [f"Ann has {n % 8} apples." + " Ann finds 2 apples." * (n % 5) for n in range(count)]
+    sources = [student.source_ids(EXPLAIN, text) for text in texts]
+    return [source[:1] if n % 17 == 0 else source for n, source in enumerate(sources)]
+
+
+def chi_square_limit(freedom: int) -> float:
+    """The 99.9% quantile (Wilson and Hilferty)."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+@pytest.mark.parametrize("top_k", [0, 50])
+def test_draws_follow_the_softmax_of_the_models_logits(student, top_k):
+    """100,000 questions with the same prompt, one token each, in a batch that is refilled."""
+    count, source = 100_000, student.source_ids(EXPLAIN, "Ann has 3 apples.")
+    settings = SampleSettings(TEMPERATURE, top_k, 1.0, max_new_tokens=1, batch_size=4096)
+    drawn = sample(student, [source] * count, [key_words(0, str(i)) for i in range(count)], settings)
+    student.model.eval()
+    logits_V = decode._own_logits(student, source, [])[0].double() / TEMPERATURE
+    if top_k:
+        assert top_k < len(logits_V)
+        logits_V[logits_V < logits_V.topk(top_k).values[-1]] = -torch.inf
+    expected_V = count * logits_V.softmax(0)
+    observed_V = torch.bincount(torch.tensor(drawn).flatten(), minlength=len(logits_V)).double()
+    assert observed_V[expected_V == 0].sum() == 0
+    often = expected_V >= 5
+    assert often.sum() >= 20
+    chi2 = ((observed_V - expected_V)[often] ** 2 / expected_V[often]).sum().item()
+    assert chi2 < chi_square_limit(int(often.sum()) - 1)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_teacher_forced_logits_are_the_models(student, dtype, limit):
+    """Every row at another position, prompts of other lengths."""
+    sources = [student.source_ids(EXPLAIN, "Ben has 3 pens." * n) for n in (3, 1, 2)]
+    sources[1] = sources[1][:1]
+    generator = torch.Generator().manual_seed(1)
+    replies = [torch.randint(2, len(student.tokenizer), (9,), generator=generator).tolist() for _ in sources]
+    student.model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        decoder = decode.Decoder(student, len(sources), max(map(len, sources)), 10)
+        got = decode.teacher_forced(decoder, sources, replies)
+        wanted = torch.stack([decode._own_logits(student, s, r) for s, r in zip(sources, replies, strict=True)])
+    assert got.shape == wanted.shape
+    assert float((got - wanted).norm() / wanted.norm()) < limit
+
+
+def first_difference_is_a_tie(student, source, key, a, b, top_k) -> bool:
+    """Whether the model's own noisy scores of two samples, where they part, are within 1e-5."""
+    at = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    logits_V = decode._own_logits(student, source, a[:at])[-1].double() / TEMPERATURE
+    noise_V = gumbel(torch.tensor([key]), torch.tensor([[at, 0, 3]]), size=len(logits_V))[0]
+    last = logits_V.topk(top_k).values[-1] if top_k else -torch.inf
+    dropped = [abs(logits_V[t] - last) for t in (a[at], b[at]) if logits_V[t] < last]  # on the edge of the top k
+    score = [logits_V[t] + noise_V[t] for t in (a[at], b[at])]
+    return bool(max(dropped) < 1e-5 if dropped else abs(score[0] - score[1]) < 1e-5)
+
+
+@pytest.mark.parametrize("top_k", [0, 50])
+def test_any_batch_and_order_draw_the_same(student, top_k):
+    sources = prompts(student, 100)
+    keys = [key_words(1, str(i)) for i in range(len(sources))]
+    natural, shuffled = list(range(100)), torch.randperm(100, generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = []
+    for batch, order in ((64, natural), (64, shuffled), (7, shuffled), (1, natural)):
+        settings = SampleSettings(TEMPERATURE, top_k, 1.0, max_new_tokens=12, batch_size=batch)
+        got = sample(student, [sources[i] for i in order], [keys[i] for i in order], settings, iteration=3)
+        drawn.append([got[order.index(i)] for i in natural])
+    wanted, *others = drawn
+    for other in others:
+        differing = [i for i in natural if other[i] != wanted[i]]
+        assert len(differing) <= 1
+        for i in differing:
+            assert first_difference_is_a_tie(student, sources[i], keys[i], other[i], wanted[i], top_k)
+    assert len({len(tokens) for tokens in wanted}) > 5  # rows ended at different times
+    changed = [(wanted[1][0] + 1) % len(student.tokenizer), *wanted[1][1:]]
+    assert not first_difference_is_a_tie(student, sources[1], keys[1], changed, wanted[1], top_k)
+
+
+def test_random_numbers_belong_to_the_question(student, monkeypatch):
+    """Bitwise the same for any batch, order, and subset, as when a resume draws some again."""
+    sources = prompts(student, 40)
+    keys = [key_words(2, str(i)) for i in range(len(sources))]
+    seen: dict[tuple, bytes] = {}
+
+    def record(hidden, weight, key, counter, **options):
+        for k, c, noise in zip(key.tolist(), counter.tolist(), gumbel(key, counter, size=9).numpy(), strict=True):
+            assert seen.setdefault((*k, *c), noise.tobytes()) == noise.tobytes()
+        return real(hidden, weight, key, counter, **options)
+
+    real = sampler.linear_sample
+    monkeypatch.setattr(sampler, "linear_sample", record)
+    settings = SampleSettings(TEMPERATURE, 0, 1.0, max_new_tokens=8, batch_size=40)
+    drawn = sample(student, sources, keys, settings, iteration=5, indices=[i % 3 for i in range(40)])
+    first = dict(seen)
+    assert set(first) == {(*keys[i], position, i % 3, 5) for i in range(40) for position in range(len(drawn[i]))}
+    some = list(range(39, 9, -3))
+    settings = SampleSettings(TEMPERATURE, 0, 1.0, max_new_tokens=8, batch_size=4)
+    again = sample(
+        student, [sources[i] for i in some], [keys[i] for i in some], settings, iteration=5, indices=[i % 3 for i in some]
+    )
+    assert seen == first and again == [drawn[i] for i in some]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_full_batch_is_refilled_and_samples_share_their_prompt(student, static, monkeypatch):
+    """`static` is how a CUDA graph decodes: all rows always, several tokens between two looks at what has ended."""
+    sources = [source for source in prompts(student, 20) for _ in range(3)]
+    keys, indices = [key_words(3, str(i // 3)) for i in range(60)], [i % 3 for i in range(60)]
+    settings = SampleSettings(TEMPERATURE, 50, 1.0, max_new_tokens=20, batch_size=8)
+    wanted = sample(student, sources, keys, dataclasses.replace(settings, batch_size=60), indices=indices)
+    drawn = make_sampler(student, settings, max(map(len, sources)), static=static)
+    read, steps = [], []
+    real_read, real_step = decode.Decoder._read, Sampler._step
+    monkeypatch.setattr(decode.Decoder, "_read", lambda self, some: read.extend(some) or real_read(self, some))
+    monkeypatch.setattr(Sampler, "_step", lambda self, active, *rest: steps.append(active) or real_step(self, active, *rest))
+    assert drawn.draw(sources, keys, indices) == wanted
+    assert len(read) < 45  # a prompt is read again only where its samples came to different refills
+    tokens = sum(map(len, wanted))
+    assert drawn.drawn_tokens == tokens
+    waste = 8 * sampler.TOKENS_A_REPLAY if static else 1  # rows that wait for the refill, and the tail
+    assert tokens <= sum(steps) < 1.6 * tokens + 20 * waste
+    assert static == (set(steps) == {8})
+
+
+def test_new_weights_in_the_same_place(student):
+    """What a snapshot's loading does: the sampler keeps its buffers, T5's position bias included."""
+    import copy
+
+    other = copy.copy(student)
+    other.model = copy.deepcopy(student.model)
+    sources = prompts(student, 20)
+    keys = [key_words(4, str(i)) for i in range(20)]
+    settings = SampleSettings(TEMPERATURE, 50, 1.0, max_new_tokens=10)
+    kept = make_sampler(other, settings, max(map(len, sources)))
+    before = kept.draw(sources, keys)
+    addresses = [k.data_ptr() for k, _ in kept.decoder.cache.buffers]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    assert kept.draw(sources, keys) == sample(other, sources, keys, settings) != before
+    assert addresses == [k.data_ptr() for k, _ in kept.decoder.cache.buffers]
+
+
+@pytest.mark.parametrize("top_p, top_k", [(0.7, 0), (0.9, 20)])
+def test_nucleus_sampling_is_that_of_generate(student, top_p, top_k):
+    sources = prompts(student, 30)
+    keys = [key_words(5, str(i)) for i in range(30)]
+    settings = SampleSettings(0.4, top_k, top_p, max_new_tokens=10)
+    assert sample(student, sources, keys, settings) == GenerateSampler(student, settings).draw(sources, keys)
+
+
+def test_a_draw_leaves_the_model_as_it_was(student):
+    student.model.train()
+    sample(student, prompts(student, 3), [(0, 0)] * 3, SampleSettings(max_new_tokens=3))
+    assert student.model.training
+    assert not any("compute_bias" in module.__dict__ for module in student.model.modules())
+    assert all(p.requires_grad for p in student.model.parameters()) and torch.is_grad_enabled()
+
+
+def test_few_rows_where_memory_is_short(student, monkeypatch):
+    sources = prompts(student, 10)
+    keys, settings = [key_words(6, str(i)) for i in range(10)], SampleSettings(TEMPERATURE, max_new_tokens=6)
+    wanted = sample(student, sources, keys, settings)
+    monkeypatch.setattr(sampler, "CACHE_BYTES", 60_000)
+    few = make_sampler(student, settings, max(map(len, sources)))
+    assert 1 <= few.rows < 10 and few.draw(sources, keys) == wanted
+    assert sample(student, [], [], settings) == []
+
+
+def test_a_draw_can_be_stopped(student):
+    stop = threading.Event()
+    stop.set()
+    for kind in (make_sampler(student, SampleSettings(), 8), GenerateSampler(student, SampleSettings())):
+        with pytest.raises(Cancelled):
+            kind.draw([[2, 3]], [(0, 0)], stop=stop)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral"])
+def test_sliding_windows(kind, tokenizer):
+    """Gemma 3 mixes layers with a window and without, Mistral has one for all; prompts and samples are longer than it."""
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
+
+    shape = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=6, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    config = MistralConfig(**shape) if kind == "mistral" else Gemma3TextConfig(**shape, layer_types=LAYERS)
+    torch.manual_seed(0)
+    student = Student(AutoModelForCausalLM.from_config(config).eval(), tokenizer, PromptSettings())
+    sources, settings = prompts(student, 12), SampleSettings(TEMPERATURE, max_new_tokens=20, batch_size=5)
+    keys = [key_words(7, str(i)) for i in range(12)]
+    drawn = make_sampler(student, settings, max(map(len, sources)))
+    assert isinstance(drawn, Sampler) and drawn.decoder.style == ("tensor" if kind == "mistral" else "by type")
+    assert drawn.draw(sources, keys) == GenerateSampler(student, settings).draw(sources, keys)
+
+
+LAYERS = ["sliding_attention", "full_attention"]
+
+
+def test_an_architecture_that_the_engine_cannot_run_goes_through_generate(tokenizer, caplog):
+    """BART counts positions from the cache's length, which here is each row's own."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    student = Student(BartForConditionalGeneration(config).eval(), tokenizer, PromptSettings())
+    settings = SampleSettings(TEMPERATURE, max_new_tokens=4)
+    for _ in range(2):
+        drawn = sample(student, [[5, 6, 7], [8]], [(1, 2), (3, 4)], settings)
+        assert all(0 < len(tokens) <= 4 for tokens in drawn)
+    assert [r.name for r in caplog.records if "generate" in r.message] == [sampling.log.name]
