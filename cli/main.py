@@ -33,7 +33,7 @@ from .options import (
     task_option,
     train_options,
 )
-from .outputs import score
+from .outputs import export, score
 
 
 def entry(args: list[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def cli() -> None:
     """
 
 
-for command in (bench, score):
+for command in (bench, export, score):
     cli.add_command(command)
 
 

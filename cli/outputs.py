@@ -122,6 +122,26 @@ def score(
         click.echo(summary_text(summary), err=True)
 
 
+@click.command(cls=Verb)
+@click.argument("run")
+@click.option("--output", "-o", required=True, metavar="DIR", help="new folder for the model")
+@click.option("--checkpoint", metavar="NAME", help="such as checkpoint-100; default: the run's final one, else its latest")
+@config_option
+@dry_run_option
+@json_option
+def export(run: str, output: str, checkpoint: str | None, dry_run: bool, as_json: bool) -> None:
+    """Write a run's model as a Hugging Face folder with a model card.
+
+    The folder has weights, tokenizer, greedy generation settings, the prompt, and a README.md with method, data, settings and
+    figures. A LoRA adapter is merged.
+    """
+    with console.quiet_stdout():
+        from qcrd_fast.export import export_run
+
+        summary = export_run(run, output, checkpoint=checkpoint, dry_run=dry_run)
+    console.show(summary, as_json, console.lines(summary))
+
+
 def summary_text(summary: dict[str, Any]) -> str:
     """The figures of a summary, one a line, and the reliability table."""
     low_high = summary.get("auc_95")

@@ -190,7 +190,7 @@ def new_folder(path: str, option: str) -> Path:
 
 def _say(student: Student, questions: Sequence[Question], temperature: float, config: dict[str, Any], seed: int) -> list[str]:
     """One rationale a question from the student, sampled as the run samples its negatives but for the temperature."""
-    known = {f.name: f.default for f in dataclasses.fields(TrainConfig)} | config
+    known = TrainConfig().to_dict() | config
     settings = SampleSettings(
         temperature,
         known["negative_top_k"],

@@ -1,0 +1,303 @@
+"""`export`: a run's model as a folder that `from_pretrained` reads, with generation settings and a model card."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import GenerationConfig
+
+from qcrd_fast import __version__
+from qcrd_fast.checkpoint import MANIFEST, STATE, find_fault, step_of
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.evaluate import find_model, load_student
+from qcrd_fast.runfolder import remove_tree, write_json, write_text
+from qcrd_fast.students import PromptSettings, Student
+
+ADAPTER = "adapter_config.json"
+CITATION = """@inproceedings{wang2025qcrd,
+  title  = {QCRD: Quality-guided Contrastive Rationale Distillation for Large Language Models},
+  author = {Wang and others},
+  year   = {2025},
+  note   = {EMNLP 2025; arXiv:2405.13014},
+}"""
+HYPER_PARAMETERS = (
+    "scheme", "positive_select", "negative_select", "beta", "delta", "alpha_pred", "alpha_cl", "alpha_d", "alpha_d_decay",
+    "negative_source", "negative_lag", "iteration_steps", "negative_temperature", "negative_top_k", "negative_top_p",
+    "max_new_tokens", "discriminator", "discriminator_loss", "discriminator_learning_rate", "num_positives", "label",
+    "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+    "warmup_ratio", "lr_scheduler_type", "weight_decay", "max_grad_norm", "max_source_length", "max_target_length", "bf16",
+    "seed",
+)  # fmt: skip
+
+
+def export_run(run: str, output: str, *, checkpoint: str | None = None, dry_run: bool = False) -> dict[str, Any]:
+    """Write the model of `run` (its final checkpoint, or `checkpoint`, a name within the run) to the new folder `output`.
+
+    A LoRA adapter is merged into its base model. Returns what was, or with `dry_run` would be, written. Raises `InputError`
+    for a run without a whole checkpoint, or an `output` that is not empty; `RunError` when writing fails, and leaves nothing
+    behind.
+    """
+    folder, target = _source(run, checkpoint), Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"--output: {output} is not an empty folder; choose another")
+    if fault := find_fault(folder):
+        raise InputError(f"{folder}: the checkpoint is damaged: {fault}")
+    student, state, merged = _load(folder)
+    config = _read_config(Path(run), state)
+    results = _read_json(Path(run) / "eval_results.json") if _is_final(Path(run), folder) else {}
+    card = model_card(student, config, state, results, step_of(folder.resolve()), merged)
+    summary = {
+        "model": str(folder.resolve()),
+        "output": output,
+        "parameters": sum(p.numel() for p in student.model.parameters()),
+        "adapter_merged": merged,
+        "accuracy": results.get("accuracy"),
+        "n": results.get("n"),
+    }
+    if dry_run:
+        return summary
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        student.model.generation_config = _generation_config(student)
+        student.model.save_pretrained(temporary)
+        student.tokenizer.save_pretrained(temporary)
+        write_json(temporary / STATE, {"prompt": state["prompt"], "task": state.get("task"), "method": state.get("method")})
+        write_text(temporary / "README.md", card)
+        os.replace(temporary, target)
+    except OSError as error:
+        free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
+        raise RunError(f"cannot write {output}: {error.strerror or error} ({free} bytes free)") from error
+    finally:
+        remove_tree(temporary)
+    return summary | {"files": sorted(p.name for p in target.iterdir())}
+
+
+def _source(run: str, checkpoint: str | None) -> Path:
+    """The checkpoint folder to export."""
+    if checkpoint is not None:
+        found = next((p for p in (Path(run) / checkpoint, Path(checkpoint)) if (p / MANIFEST).is_file()), None)
+        if found is None:
+            raise InputError(f"--checkpoint: {run} has no whole checkpoint {checkpoint!r}")
+        return found
+    if not Path(run).is_dir():
+        raise InputError(f"{run}: no such run folder")
+    folder = Path(find_model(run))
+    if not (folder / MANIFEST).is_file():
+        raise InputError(f"{run} is not a run folder with a checkpoint: {folder / MANIFEST} is missing")
+    return folder
+
+
+def _is_final(run: Path, folder: Path) -> bool:
+    """Whether `eval_results.json` speaks of this checkpoint."""
+    return (run / "final").exists() and (run / "final").resolve() == folder.resolve()
+
+
+def _load(folder: Path) -> tuple[Student, dict[str, Any], bool]:
+    """(student, its state, whether an adapter was merged) of a checkpoint."""
+    if not (folder / ADAPTER).is_file():
+        return *load_student(str(folder), "cpu"), False
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise InputError(f"{folder} holds a LoRA adapter; merging it needs peft: pip install peft") from error
+    base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise InputError(f"{folder / ADAPTER} does not name its base model")
+    state = _read_json(folder / STATE)
+    try:
+        prompts = PromptSettings(**state["prompt"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / STATE}: no readable prompt: {error}") from error
+    student = Student.load(base, prompts)
+    student.model = PeftModel.from_pretrained(student.model, str(folder)).merge_and_unload()
+    return student, state, True
+
+
+def _generation_config(student: Student) -> GenerationConfig:
+    """Greedy, as the accuracy was measured, with this model's own special tokens."""
+    model, tokenizer = student.model, student.tokenizer
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=student.prompts.max_target_length,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_config(run: Path, state: dict[str, Any]) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load((run / "config.resolved.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        value = None
+    return value if isinstance(value, dict) else state.get("config", {})
+
+
+# ---- the card ----
+
+
+def model_card(
+    student: Student, config: dict[str, Any], state: dict[str, Any], results: dict[str, Any], step: int, merged: bool
+) -> str:
+    """README.md of an exported model: method, data and counts, the exact prompt, settings, figures with n, limits, citation."""
+    known = TrainConfig().to_dict() | config
+    known["discriminator"] = _name(known["discriminator"])
+    base, method = _name(known.get("student")), str(state.get("method", known["method"]))
+    kind = "text2text-generation" if student.is_encoder_decoder else "text-generation"
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": kind,
+        "tags": ["qcrd-fast", "distillation", method],
+    }
+    if not Path(str(known.get("student"))).exists() and str(known.get("student")).count("/") == 1:
+        front["base_model"] = str(known["student"])
+    settings = [f"| `{name}` | {_cell(known.get(name))} |" for name in HYPER_PARAMETERS if known.get(name) is not None]
+    sections = [
+        f"# {base}, distilled with {method}",
+        f"`{base}` trained by qcrd-fast {__version__} with `--method {method}` on a teacher's rationales: prompted with "
+        f"`predict: ` it answers, with `explain: ` it gives a rationale. These are the weights of step {step}"
+        + (", the LoRA adapter merged into them." if merged else "."),
+        "## Prompt",
+        _prompt_text(student),
+        f"```python\n{usage(student)}```",
+        "## Training data",
+        _data_text(known, state, results),
+        "## Figures",
+        _figures(results, known),
+        "## Settings",
+        "| option | value |\n|---|---|\n" + "\n".join(settings),
+        "## Limitations",
+        "- The teacher's rationales were split into right and wrong by a vote among its samples, which can be wrong; a mistake "
+        "that the teacher makes consistently is taught.\n"
+        "- A rationale is generated apart from the answer: it need not lead to it, and is no proof of it.\n"
+        f"- Trained and measured on the data named above alone ({_cell(state.get('task'))} answers).\n"
+        "- The limits and biases of the base model and of the teacher carry over; see their own cards and licences.",
+        "## Citation",
+        f"The method is that of [arXiv 2405.13014](https://arxiv.org/abs/2405.13014):\n\n```bibtex\n{CITATION}\n```",
+    ]
+    head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def usage(student: Student) -> str:
+    """Code that gives `input_ids` exactly as in training, for `folder` and `question`, and an answer."""
+    template, seq2seq = student.prompts.template, student.is_encoder_decoder
+    auto = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM"
+    lines = [
+        "import torch",
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        'folder, question = ".", "Tom has 3 bags of 4 nuts. How many nuts?"',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"model = {auto}.from_pretrained(folder)",
+        'prompt = "predict: " + question.strip()  # or "explain: " for a rationale',
+    ]
+    if template == "chat":
+        lines += [
+            'chat = [{"role": "user", "content": prompt}]',
+            "text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)",
+            "input_ids = tokenizer(text, add_special_tokens=False).input_ids",
+        ]
+    else:
+        text = "prompt" if template == "raw" else f'{template!r}.replace("{{prompt}}", prompt)'
+        lines.append(f"input_ids = tokenizer({text}).input_ids")
+        if not seq2seq:
+            lines += ["if input_ids[-1:] == [tokenizer.eos_token_id]:", "    input_ids.pop()"]
+            if template == "raw":
+                lines.append('input_ids += tokenizer("\\n", add_special_tokens=False).input_ids')
+    start = "" if seq2seq else "[len(input_ids):]"
+    lines += [
+        "output = model.generate(torch.tensor([input_ids]))[0]",
+        f"answer = tokenizer.decode(output{start}, skip_special_tokens=True)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _prompt_text(student: Student) -> str:
+    template = student.prompts.template
+    limit = f"Questions were cut at {student.prompts.max_source_length} tokens."
+    if template == "chat":
+        return f"The tokenizer's chat template around `predict: ` (or `explain: `) + question, as one user turn. {limit}"
+    if template != "raw":
+        return f"`{{prompt}}` is `predict: ` (or `explain: `) + question, in this template. {limit}\n\n{_fence(template)}"
+    newline = "" if student.is_encoder_decoder else " + a newline, tokenised apart"
+    return f"`predict: ` (or `explain: `) + question{newline}. {limit}"
+
+
+def _data_text(config: dict[str, Any], state: dict[str, Any], results: dict[str, Any]) -> str:
+    lines = [f"- training rows: {_cell(_name(config.get('data')))}"]
+    if "train_questions" in results:
+        lines.append(f"- {results['train_questions']} training questions; {results.get('dropped_from_train', 0)} dropped "
+                     "because they stand in the evaluation sets")  # fmt: skip
+    for name in ("eval_data", "test_data"):
+        if config.get(name):
+            lines.append(f"- {name.replace('_', ' ')}: {_cell(_name(config[name]))}")
+    if state.get("data_sha256"):
+        lines.append(f"- sha256 of all rows as they were read: `{state['data_sha256']}`")
+    return "\n".join(lines)
+
+
+def _figures(results: dict[str, Any], config: dict[str, Any]) -> str:
+    accuracy, n = results.get("accuracy"), results.get("n")
+    if not isinstance(accuracy, int | float) or not isinstance(n, int) or n == 0:
+        return "Not evaluated: this is not the checkpoint that the run evaluated at its end, or it had nothing to evaluate on."
+    low, high = wilson(accuracy, n)
+    if results.get("evaluated_on") == "test":
+        where = f"test: {_cell(_name(config.get('test_data')))}"
+    else:
+        where = "validation, on which this checkpoint was also chosen"
+    rows = [f"| accuracy, greedy ({where}) | {accuracy:.4f} | {n} | {low:.4f} to {high:.4f} |"]
+    for name, text in (
+        ("accuracy_untrained", "the same, before training"),
+        ("accuracy_validation", "validation, best checkpoint"),
+    ):
+        if isinstance(value := results.get(name), int | float):
+            same = name == "accuracy_untrained"
+            low, high = wilson(value, n)
+            span = f"{n} | {low:.4f} to {high:.4f}" if same else "| "
+            rows.append(f"| {text} | {value:.4f} | {span} |")
+    return "| figure | value | n | 95% interval (Wilson) |\n|---|---|---|---|\n" + "\n".join(rows)
+
+
+def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95% interval of a share of `n`."""
+    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
+def _name(path: Any) -> str:
+    """A hub id as it is; of a local path its last part alone."""
+    text = str(path)
+    return Path(text).name if os.path.isabs(text) or Path(text).exists() or text.count("/") != 1 else text
+
+
+def _cell(value: Any) -> str:
+    """A value in a Markdown table or line: one line, no markup of its own."""
+    text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|").replace("<", "&lt;")
+    return f"`{text}`" if isinstance(value, str) and "&lt;" not in text else text
+
+
+def _fence(text: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}\n{text}\n{fence}"

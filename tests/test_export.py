@@ -1,0 +1,148 @@
+"""`export`: what from_pretrained reads back, the card and its code, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from cli.main import entry
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.errors import InputError
+from qcrd_fast.evaluate import load_student
+from qcrd_fast.export import export_run, usage, wilson
+from qcrd_fast.runfolder import sha256, write_json
+from qcrd_fast.students import EXPLAIN, PREDICT
+from qcrd_fast.train import train
+
+OPTIONS = dict(
+    max_steps=2, save_steps=1, negative_source="minority", discriminator="none", eval_batch_size=8, max_answer_tokens=2
+)
+
+
+@pytest.fixture(scope="module", params=["t5", "llama"])
+def run(request, tmp_path_factory, rows_file) -> Path:
+    """A run of two steps, on either kind of student; the decoder's prompts stand in a template."""
+    folder = tmp_path_factory.mktemp("runs") / request.param
+    options = dict(OPTIONS, data=str(rows_file), student=str(request.getfixturevalue(f"{request.param}_folder")))
+    if request.param == "llama":
+        template = folder.parent / "template.txt"
+        template.write_text("Question: {prompt}\nReply:", encoding="utf-8")
+        options["prompt_template"] = str(template)
+    train(TrainConfig(**options, output_dir=str(folder)))
+    return folder
+
+
+def test_what_is_exported_loads_and_is_the_final_model(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "model"
+    summary = export_run(str(run), str(output))
+    auto = AutoModelForSeq2SeqLM if run.name == "t5" else AutoModelForCausalLM
+    model, tokenizer = auto.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    trained = auto.from_pretrained(run / "final")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+    assert tokenizer("2 + 3").input_ids == AutoTokenizer.from_pretrained(run / "final")("2 + 3").input_ids
+    assert model.generation_config.do_sample is False and model.generation_config.max_new_tokens == 256
+    assert model.generation_config.eos_token_id == 1
+    names = {p.name for p in output.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert not names & {"optimizer.safetensors", "discriminator.safetensors", "MANIFEST.json"}
+    assert summary["parameters"] == model.num_parameters() and sorted(names) == summary["files"]
+    assert [p.name for p in output.parent.iterdir()] == ["model"]  # no temporary folder is left
+    before, after = load_student(str(run))[0], load_student(str(output))[0]  # eval and generate ask with the same prompt
+    assert before.prompts == after.prompts
+
+
+def test_the_card(run: Path, tmp_path: Path) -> None:
+    export_run(str(run), str(tmp_path / "model"))
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["pipeline_tag"] == ("text2text-generation" if run.name == "t5" else "text-generation")
+    results = json.loads((run / "eval_results.json").read_text())
+    low, high = wilson(results["accuracy"], results["n"])
+    assert f"| {results['accuracy']:.4f} | {results['n']} | {low:.4f} to {high:.4f} |" in card
+    for wanted in ("`--method qcrd`", "`rows.jsonl`", f"{results['train_questions']} training", "2405.13014", "## Limitations"):
+        assert wanted in card, wanted
+    assert "| `learning_rate` | 5e-05 |" in card and str(run.parent) not in card  # no path of this machine
+    if run.name == "llama":
+        assert "Question: {prompt}\nReply:" in card
+
+
+def test_the_code_in_the_card_asks_as_training_did(run: Path, tmp_path: Path) -> None:
+    export_run(str(run), str(tmp_path / "model"))
+    student, _ = load_student(str(run), "cpu")
+    code = usage(student).replace('folder, question = "."', f"folder, question = {str(tmp_path / 'model')!r}")
+    assert code != usage(student)
+    made: dict = {}
+    exec(code.replace("model.generate(", "model.generate(max_new_tokens=3, inputs="), made)
+    assert made["input_ids"] == student.source_ids(PREDICT, made["question"])
+    assert isinstance(made["answer"], str)
+    exec(code.replace('"predict: "', '"explain: "').partition("output =")[0], made)
+    assert made["input_ids"] == student.source_ids(EXPLAIN, made["question"])
+
+
+def test_a_named_checkpoint_has_no_figures_of_another(run: Path, tmp_path: Path) -> None:
+    final = (run / "final").resolve().name
+    other = next(p.name for p in run.glob("checkpoint-*") if p.name != final)
+    summary = export_run(str(run), str(tmp_path / "model"), checkpoint=other)
+    assert summary["model"].endswith(other) and summary["accuracy"] is None
+    assert "Not evaluated" in (tmp_path / "model" / "README.md").read_text()
+    assert export_run(str(run), str(tmp_path / "again"), checkpoint=final)["accuracy"] is not None
+
+
+def test_what_is_refused(run: Path, tmp_path: Path, capsys) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "kept").write_text("mine")
+    with pytest.raises(InputError, match="not an empty folder"):
+        export_run(str(run), str(full))
+    assert [p.name for p in full.iterdir()] == ["kept"]
+    with pytest.raises(InputError, match="no whole checkpoint 'checkpoint-9'"):
+        export_run(str(run), str(tmp_path / "x"), checkpoint="checkpoint-9")
+    with pytest.raises(InputError, match="no such run folder"):
+        export_run(str(tmp_path / "nothing"), str(tmp_path / "x"))
+    with pytest.raises(InputError, match="not a run folder"):
+        export_run(str(full), str(tmp_path / "x"))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged, symlinks=True)
+    with open(damaged / "final" / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    assert entry(["export", str(damaged), "--output", str(tmp_path / "x")]) == 2
+    assert "model.safetensors does not match" in capsys.readouterr().err
+    assert entry(["export", str(run), "--output", str(tmp_path / "x"), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["adapter_merged"] is False
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_is_merged(llama_folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft, which makes and merges LoRA adapters")
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    model.save_pretrained(checkpoint)
+    write_json(checkpoint / "state.json", {"step": 1, "method": "qcrd", "prompt": {"template": "raw"}})
+    shutil.copy(llama_folder / "config.json", checkpoint)
+    (checkpoint / "optimizer.safetensors").write_bytes(b"")
+    write_json(checkpoint / "MANIFEST.json", {"files": {p.name: sha256(p) for p in checkpoint.iterdir()}})
+    (tmp_path / "run" / "config.resolved.yaml").write_text("method: qcrd\n")
+    assert export_run(str(tmp_path / "run"), str(tmp_path / "model"))["adapter_merged"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.allclose(merged(ids).logits, model.eval()(ids).logits, atol=1e-5)
+    assert not torch.allclose(merged(ids).logits, AutoModelForCausalLM.from_pretrained(llama_folder)(ids).logits, atol=1e-3)
+
+
+def test_wilson_against_the_textbook() -> None:
+    low, high = wilson(0.5, 100)
+    assert math.isclose(low, 0.40383, abs_tol=1e-5) and math.isclose(high, 0.59617, abs_tol=1e-5)
+    assert math.isclose(wilson(0.0, 150)[0], 0, abs_tol=1e-12) and math.isclose(wilson(0.0, 150)[1], 0.02497, abs_tol=1e-5)
