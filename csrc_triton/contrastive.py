@@ -166,6 +166,17 @@ def backward_kernel(
     tl.store(dlogprob_ptr + at_b, dlogprob_b, mask=in_b)
 
 
+def means(logprob_T: Tensor, rationale_T: Tensor, valid_T: Tensor | None, R: int) -> tuple[Tensor, Tensor]:
+    """(mean -log p [R] fp32, valid tokens [R] int64) of each rationale; 0 where there are none."""
+    nll_R, count_R = logprob_T.new_empty(R), rationale_T.new_empty(R)
+    if R:
+        offset = torch.searchsorted(rationale_T.contiguous(), torch.arange(R + 1, device=rationale_T.device))
+        # Triton has no bool pointers: they are read as bytes.
+        valid_T = None if valid_T is None else valid_T.contiguous().view(torch.int8)
+        mean_kernel[(R,)](logprob_T.contiguous(), valid_T, offset, nll_R, count_R, HAS_VALID=valid_T is not None, BLOCK=512)
+    return nll_R, count_R
+
+
 def forward(
     logprob_T: Tensor,
     rationale_T: Tensor,
@@ -180,18 +191,15 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss_pos, loss_neg, nll_R, weight_R, active_R, count_R), fp32. `num_questions`: N of Eq. 3, a scalar on the device."""
     R = len(question_R)
-    nll_R, weight_R, loss_pos_R, loss_neg_R = (logprob_T.new_empty(R) for _ in range(4))
-    active_R, count_R = torch.empty_like(positive_R), torch.empty_like(question_R)
+    nll_R, count_R = means(logprob_T, rationale_T, valid_T, R)
+    weight_R, loss_pos_R, loss_neg_R = (logprob_T.new_empty(R) for _ in range(3))
+    active_R = torch.empty_like(positive_R)
     if R:
         order_R = torch.argsort(question_R, stable=True)
         sorted_R = question_R[order_R]
         end_R = torch.searchsorted(sorted_R, sorted_R, right=True)
-        offset = torch.searchsorted(rationale_T.contiguous(), torch.arange(R + 1, device=rationale_T.device))
-        # Triton has no bool pointers: they are read as bytes.
-        valid_T = None if valid_T is None else valid_T.contiguous().view(torch.int8)
         positive_R = positive_R.contiguous().view(torch.int8)
         quality_R, score_R = (None if x is None else x.contiguous() for x in (quality_R, score_R))
-        mean_kernel[(R,)](logprob_T.contiguous(), valid_T, offset, nll_R, count_R, HAS_VALID=valid_T is not None, BLOCK=512)
         question_kernel[(R,)](
             sorted_R, order_R, end_R, positive_R, quality_R, score_R, nll_R, count_R, num_questions, delta,
             weight_R, active_R.view(torch.int8), loss_pos_R, loss_neg_R,

@@ -1,109 +1,51 @@
 """hidden [T, H] x head [V, H] -> log p of each target, and the gradients of selected rows, without T x V logits in memory.
 
 T tokens, H hidden, V vocabulary, S rows with a gradient, C columns of a chunk of the vocabulary; P parts into which the
-vocabulary is split so that few rows still fill the GPU. A row's logits are z = softcap * tanh(a / softcap) / temperature with
-a = scale * h W^T + bias. `options` everywhere is (scale, softcap or 0, temperature). Everything is accumulated in fp32.
-
-The kernels hold u, a tile of the product h W^T after whatever cannot wait, such that z = u * slope with one positive number
-`slope`; then the largest u gives the largest z, and exp(z - m) is one multiply-add and one exp2 for each logit.
+vocabulary is split so that few rows still fill the GPU. u, z, slope and `options`: see `product`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton.product import (
+    LOWEST,
+    bend,
+    choose_parts,
+    choose_tile,
+    flags_of,
+    matmul,
+    multiprocessors,
+    numbers,
+    operands,
+    product_tile,
+    shape_of,
+)
+
+KEPT_BYTES = 64 * 2**20  # of exponentials that a forward pass keeps to make its own gradients
 WORKSPACE_BYTES = 24 * 2**20  # of one chunk's gradient; stays in the L2 cache of an A100, H100 or B200
-LOWEST = tl.constexpr(-1e30)  # below every finite logit; -inf would make NaNs where all of a tile is masked
 LOG2_E = tl.constexpr(1 / math.log(2))
-
-
-class Tile(NamedTuple):
-    """Rows, columns and depth of a block of the product. Operands in flight stay within 99 KiB of shared memory."""
-
-    block_t: int
-    block_v: int
-    block_h: int
-    num_warps: int
-    num_stages: int
-
-
-def choose_tile(dtype: torch.dtype, rows: int) -> Tile:
-    if dtype == torch.float32:
-        return Tile(128, 64, 16, 8, 2)
-    return Tile(128, 128, 64, 8, 3) if rows > 64 else Tile(64, 128, 64, 4, 3)
-
-
-def choose_parts(blocks: int, tiles: int, slots: int) -> int:
-    """Parts of the vocabulary for `blocks` of rows, so that the programs fill `slots` places in the fewest whole rounds.
-
-    A part has four tiles or more, else its start would show, and there are at most four rounds.
-    """
-    most = max(1, min(tiles // 4, 4 * slots // blocks))
-    return min(range(1, most + 1), key=lambda parts: triton.cdiv(blocks * parts, slots) / parts)
-
-
-@triton.jit
-def _bend(acc, bias, scale, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """u of a product: scaled and biased unless the slope does it, tanh of it under a softcap."""
-    if HAS_SCALE:
-        acc = acc * scale
-    if HAS_BIAS:
-        acc = acc + bias
-    if HAS_SOFTCAP:
-        acc = 2 * tl.sigmoid(2 * inverse_softcap * acc) - 1
-    return acc
-
-
-@triton.jit
-def _tile(
-    hidden_ptr, weight_ptr, bias_ptr, rows_t, cols_v, T, V, H, scale, inverse_softcap,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr,
-):  # fmt: skip
-    """u [BLOCK_T, BLOCK_V] of these rows and columns, -inf beyond V. hidden [T, H], weight [V, H], bias [V].
-
-    Rows beyond T and columns beyond V read the last one instead: no load of the inner loop needs a mask.
-    """
-    acc_tv = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
-    depth_h = tl.arange(0, BLOCK_H)
-    in_v = cols_v < V
-    cols_v = cols_v if EVEN_V else tl.minimum(cols_v, V - 1)
-    hidden_th = hidden_ptr + tl.minimum(rows_t, T - 1).to(tl.int64)[:, None] * H + depth_h[None, :]
-    weight_hv = weight_ptr + cols_v.to(tl.int64)[None, :] * H + depth_h[:, None]
-    for start in range(0, H, BLOCK_H):
-        if EVEN_H:
-            h_th, w_hv = tl.load(hidden_th + start), tl.load(weight_hv + start)
-        else:
-            in_h = depth_h + start < H
-            h_th = tl.load(hidden_th + start, mask=in_h[None, :], other=0.0)
-            w_hv = tl.load(weight_hv + start, mask=in_h[:, None], other=0.0)
-        acc_tv = tl.dot(h_th, w_hv, acc_tv, input_precision="ieee")
-    bias = tl.load(bias_ptr + cols_v).to(tl.float32)[None, :] if HAS_BIAS else 0.0
-    u_tv = _bend(acc_tv, bias, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
-    return u_tv if EVEN_V else tl.where(in_v[None, :], u_tv, float("-inf"))
 
 
 @triton.jit
 def forward_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, plogp_ptr,
-    T, V, H, part_size, scale, inverse_softcap, slope, ignore_index,
+    hidden_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, plogp_ptr, kept_ptr, kept_max_ptr,
+    T, V, H, part_size, pitch, scale, inverse_softcap, slope, ignore_index,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, WANT_ENTROPY: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, WANT_ENTROPY: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T rows against one part of the vocabulary, with an online log-sum-exp.
 
     hidden [T, H], weight [V, H], bias [V], target [T] int64; out, each [P, T] fp32: the largest u, m; sum e with
-    e = exp(slope (u - m)); and sum e (u - m), for the entropy.
+    e = exp(slope (u - m)); and sum e (u - m), for the entropy. KEEP: also every e, kept [T, pitch] in the operands' type,
+    and the m of each tile, kept_max [tiles, T] fp32.
     """
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(1)
@@ -118,7 +60,7 @@ def forward_kernel(
     sum_t = tl.zeros((BLOCK_T,), dtype=tl.float32)
     plogp_t = tl.zeros((BLOCK_T,), dtype=tl.float32)
     for first in range(begin, stop, BLOCK_V):
-        u_tv = _tile(
+        u_tv = product_tile(
             hidden_ptr, weight_ptr, bias_ptr, rows_t, first + tl.arange(0, BLOCK_V), T, V, H, scale, inverse_softcap,
             BLOCK_T, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, EVEN_H, EVEN_V,
         )  # fmt: skip
@@ -129,6 +71,11 @@ def forward_kernel(
             moved_t = tl.where(sum_t > 0, (max_t - new_max_t) * sum_t, 0.0)
             below_tv = tl.where(exp_tv > 0, exp_tv * (u_tv - new_max_t[:, None]), 0.0)
             plogp_t = decay_t * (plogp_t + moved_t) + tl.sum(below_tv, 1)
+        if KEEP:
+            cols_v = first + tl.arange(0, BLOCK_V)
+            kept_tv = kept_ptr + rows_t.to(tl.int64)[:, None] * pitch + cols_v[None, :]
+            tl.store(kept_tv, exp_tv.to(kept_ptr.dtype.element_ty), mask=in_t[:, None] & (cols_v < V)[None, :])
+            tl.store(kept_max_ptr + (first // BLOCK_V) * T + rows_t, new_max_t, mask=in_t)
         sum_t = sum_t * decay_t + tl.sum(exp_tv, 1)
         max_t = new_max_t
 
@@ -178,7 +125,7 @@ def combine_kernel(
         w_th = tl.load(weight_ptr + target_t[:, None] * H + depth_h[None, :], mask=keep_th, other=0.0)
         acc_t += tl.sum(h_th.to(tl.float32) * w_th.to(tl.float32), 1)
     bias_t = tl.load(bias_ptr + target_t, mask=valid_t, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-    picked_t = slope * _bend(acc_t, bias_t, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
+    picked_t = slope * bend(acc_t, bias_t, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
 
     log_sum_t = tl.log(sum_t)
     lse_t = max_t * slope + log_sum_t
@@ -207,7 +154,7 @@ def da_kernel(
     local_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     cols_v = first_col + local_v
     in_t = rows_t < S
-    u_tv = _tile(
+    u_tv = product_tile(
         hidden_ptr, weight_ptr, bias_ptr, rows_t, cols_v, S, V, H, scale, inverse_softcap,
         BLOCK_T, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, EVEN_H, EVEN_V,
     )  # fmt: skip
@@ -228,6 +175,38 @@ def da_kernel(
     tl.store(out_tv, da_tv.to(da_ptr.dtype.element_ty), mask=in_t[:, None] & (cols_v < last_col)[None, :])
 
 
+@triton.jit
+def kept_kernel(
+    kept_ptr, kept_max_ptr, target_ptr, lse_ptr, onehot_ptr, prob_ptr, T, V, pitch, slope,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program: what `forward_kernel` kept of BLOCK_T rows and a tile becomes d loss / d a, in place, as in `da_kernel`."""
+    rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tile = tl.program_id(1)
+    cols_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    in_t = rows_t < T
+    max_t = tl.load(kept_max_ptr + tile * T + rows_t, mask=in_t, other=0.0)
+    lse_t = tl.load(lse_ptr + rows_t, mask=in_t, other=0.0)
+    target_t = tl.load(target_ptr + rows_t, mask=in_t, other=-1)
+    onehot_t = tl.load(onehot_ptr + rows_t, mask=in_t, other=0.0)
+    prob_t = tl.load(prob_ptr + rows_t, mask=in_t, other=0.0)
+    factor_t = tl.where(prob_t != 0, tl.exp(max_t * slope - lse_t) * prob_t, 0.0)
+    at_tv = kept_ptr + rows_t.to(tl.int64)[:, None] * pitch + cols_v[None, :]
+    in_tv = in_t[:, None] & (cols_v < V)[None, :]
+    kept_tv = tl.load(at_tv, mask=in_tv, other=0.0).to(tl.float32)
+    da_tv = tl.where(factor_t[:, None] != 0, kept_tv * factor_t[:, None], 0.0)
+    da_tv += tl.where(cols_v[None, :] == target_t[:, None], onehot_t[:, None], 0.0)
+    tl.store(at_tv, da_tv.to(kept_ptr.dtype.element_ty), mask=in_tv)
+
+
+class Kept(NamedTuple):
+    """What a forward pass keeps for its own gradients."""
+
+    exp_TV: Tensor  # exp(slope (u - max)), a row of it every `pitch` columns, in the operands' type
+    max_NT: Tensor  # for each of N tiles
+    block_v: int
+
+
 def forward(
     hidden_TH: Tensor,
     weight_VH: Tensor,
@@ -238,30 +217,94 @@ def forward(
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, log-sum-exp, entropy or [0]) of each token [T], fp32 nats; 0 where the target is `ignore_index`."""
-    hidden_TH, weight_VH = _operands(hidden_TH, weight_VH)
+    return _forward(*operands(hidden_TH, weight_VH), target_T, bias_V, options, ignore_index, want_entropy)[:3]
+
+
+def _forward(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    options: tuple[float, float, float],
+    ignore_index: int,
+    want_entropy: bool = False,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Kept | None]:
     (T, H), V = hidden_TH.shape, len(weight_VH)
     logprob_T, lse_T, entropy_T = (hidden_TH.new_empty(n, dtype=torch.float32) for n in (T, T, T if want_entropy else 0))
     if T == 0:
-        return logprob_T, lse_T, entropy_T
+        return logprob_T, lse_T, entropy_T, None
     tile = choose_tile(hidden_TH.dtype, T)
     tiles = triton.cdiv(V, tile.block_v)
     blocks = triton.cdiv(T, tile.block_t)
-    parts = choose_parts(blocks, tiles, 2 * _multiprocessors(hidden_TH.device))
+    parts = choose_parts(blocks, tiles, 2 * multiprocessors(hidden_TH.device))
     part_size = triton.cdiv(tiles, parts) * tile.block_v
     parts = triton.cdiv(V, part_size)
-    head, flags = (hidden_TH, weight_VH, bias_V, target_T.contiguous()), _flags(bias_V, options)
+    head, flags = (hidden_TH, weight_VH, bias_V, target_T.contiguous()), flags_of(bias_V, options)
     partial_PT = [hidden_TH.new_empty((parts, T if i < 2 or want_entropy else 0), dtype=torch.float32) for i in range(3)]
+    pitch = triton.cdiv(V, 16) * 16
+    kept = None
+    if keep:
+        kept = Kept(hidden_TH.new_empty((T, pitch)), hidden_TH.new_empty((tiles, T), dtype=torch.float32), tile.block_v)
     forward_kernel[(blocks, parts)](
-        *head, *partial_PT,
-        T, V, H, part_size, *_numbers(bias_V, options), ignore_index,
-        **flags, **_shape(tile, V, H), WANT_ENTROPY=want_entropy,
+        *head, *partial_PT, *(kept[:2] if kept else (None, None)),
+        T, V, H, part_size, pitch, *numbers(bias_V, options), ignore_index,
+        **flags, **shape_of(tile, V, H), WANT_ENTROPY=want_entropy, KEEP=keep,
     )  # fmt: skip
     combine_kernel[(triton.cdiv(T, 16),)](
         *head, *partial_PT, logprob_T, lse_T, entropy_T,
-        T, H, parts, *_numbers(bias_V, options), ignore_index,
+        T, H, parts, *numbers(bias_V, options), ignore_index,
         **flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=want_entropy,
     )  # fmt: skip
-    return logprob_T, lse_T, entropy_T
+    return logprob_T, lse_T, entropy_T, kept
+
+
+def forward_keeping(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    options: tuple[float, float, float],
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Kept | None] | None:
+    """(log p, log-sum-exp, what `backward_kept` needs), or None where that would be more than KEPT_BYTES, or under a softcap,
+    whose slope cannot be had from what is kept."""
+    if options[1] or len(target_T) * (len(weight_VH) + 15) * hidden_TH.element_size() > KEPT_BYTES:
+        return None
+    logprob_T, lse_T, _, kept = _forward(*operands(hidden_TH, weight_VH), target_T, bias_V, options, ignore_index, keep=True)
+    return logprob_T, lse_T, kept
+
+
+def backward_kept(
+    kept: Kept | None,
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    lse_T: Tensor,
+    dlogprob_T: Tensor,
+    options: tuple[float, float, float],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `backward`, of all rows, from d loss / d log p [T] (0 where ignored). `kept` is overwritten."""
+    need_hidden, need_weight, need_bias = needs
+    dweight_VH = torch.empty_like(weight_VH, memory_format=torch.contiguous_format) if need_weight else None
+    hidden_TH, weight_VH = operands(hidden_TH, weight_VH)
+    T, V, (scale, _, temperature) = len(hidden_TH), len(weight_VH), options
+    if kept is None:  # no rows
+        da_TV = hidden_TH.new_empty((0, V))
+    else:
+        onehot_T = dlogprob_T / temperature
+        kept_kernel[(triton.cdiv(T, 32), len(kept.max_NT))](
+            kept.exp_TV, kept.max_NT, target_T.contiguous(), lse_T, onehot_T, -onehot_T,
+            T, V, kept.exp_TV.shape[1], numbers(bias_V, options)[2], BLOCK_T=32, BLOCK_V=kept.block_v,
+        )  # fmt: skip
+        da_TV = kept.exp_TV[:, :V]
+    dbias_V = da_TV.sum(0, dtype=torch.float32).to(bias_V.dtype) if need_bias and bias_V is not None else None
+    dhidden_TH = matmul(da_TV, weight_VH).mul_(scale) if need_hidden else None
+    if dweight_VH is not None:
+        torch.mul(matmul(da_TV.T, hidden_TH), scale, out=dweight_VH)
+    return dhidden_TH, dweight_VH, dbias_V
 
 
 def backward(
@@ -282,7 +325,7 @@ def backward(
     need_hidden, need_weight, need_bias = needs
     dweight_VH = torch.empty_like(weight_VH, memory_format=torch.contiguous_format) if need_weight else None
     dbias_V = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
-    hidden_SH, weight_VH = _operands(hidden_SH, weight_VH)
+    hidden_SH, weight_VH = operands(hidden_SH, weight_VH)
     (S, H), V, (scale, _, temperature) = hidden_SH.shape, len(weight_VH), options
     dhidden_SH = hidden_SH.new_zeros((S, H), dtype=torch.float32) if need_hidden else None
     rows = (target_S.contiguous(), lse_S.contiguous(), *(None if x is None else x / temperature for x in coefficients))
@@ -295,63 +338,14 @@ def backward(
         if S:
             da_kernel[(triton.cdiv(S, tile.block_t), triton.cdiv(last - first, tile.block_v))](
                 hidden_SH, weight_VH, bias_V, *rows, da_SC,
-                S, V, H, first, last, C, *_numbers(bias_V, options),
-                **_flags(bias_V, options), **_shape(tile, V, H), HAS_PROBZ=coefficients[2] is not None,
+                S, V, H, first, last, C, *numbers(bias_V, options),
+                **flags_of(bias_V, options), **shape_of(tile, V, H), HAS_PROBZ=coefficients[2] is not None,
             )  # fmt: skip
         chunk_SC = da_SC[:, : last - first]
         if dbias_V is not None:
             dbias_V[first:last] = chunk_SC.sum(0, dtype=torch.float32)
         if dhidden_SH is not None:
-            dhidden_SH.add_(_matmul(chunk_SC, weight_VH[first:last]), alpha=scale)
+            dhidden_SH.add_(matmul(chunk_SC, weight_VH[first:last]), alpha=scale)
         if dweight_VH is not None:
-            torch.mul(_matmul(chunk_SC.T, hidden_SH), scale, out=dweight_VH[first:last])
+            torch.mul(matmul(chunk_SC.T, hidden_SH), scale, out=dweight_VH[first:last])
     return dhidden_SH, dweight_VH, dbias_V
-
-
-def _folds(bias_V: Tensor | None, options: tuple[float, float, float]) -> bool:
-    """Whether the slope can take the scale: nothing comes between them, and the slope stays positive."""
-    return bias_V is None and not options[1] and options[0] > 0
-
-
-def _numbers(bias_V: Tensor | None, options: tuple[float, float, float]) -> tuple[float, float, float]:
-    """(scale, 1 / softcap, slope) as the kernels take them."""
-    scale, softcap, temperature = options
-    slope = (scale if _folds(bias_V, options) else softcap or 1.0) / temperature
-    return scale, 1 / softcap if softcap else 0.0, slope
-
-
-def _flags(bias_V: Tensor | None, options: tuple[float, float, float]) -> dict[str, bool]:
-    has_scale = options[0] != 1 and not _folds(bias_V, options)
-    return dict(HAS_BIAS=bias_V is not None, HAS_SCALE=has_scale, HAS_SOFTCAP=options[1] != 0)
-
-
-def _shape(tile: Tile, V: int, H: int) -> dict[str, Any]:
-    return dict(
-        BLOCK_T=tile.block_t,
-        BLOCK_V=tile.block_v,
-        BLOCK_H=tile.block_h,
-        EVEN_H=H % tile.block_h == 0,
-        EVEN_V=V % tile.block_v == 0,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-
-
-def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both contiguous and in hidden's type. Triton's interpreter multiplies bf16 bit patterns, so there they become fp32."""
-    weight = weight.to(hidden.dtype)
-    if hidden.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
-        hidden, weight = hidden.float(), weight.float()
-    return hidden.contiguous(), weight.contiguous()
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b accumulated and returned in fp32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -1,7 +1,7 @@
 """hidden [B, H] x head [V, H] -> one token a row by Gumbel-max, without B x V logits in memory.
 
 B rows, H hidden, V vocabulary, P parts of the vocabulary, G groups of GROUP neighbouring entries, K entries kept by top-k.
-Logits and `options` are those of `linear_logprob`; a temperature of 0 means the largest logit. The noise is that of
+Logits and `options` are those of `product`; a temperature of 0 means the largest logit. The noise is that of
 `qcrd_fast.noise`: Philox4x32-10 with the key of a row, and counter (entry // 4, position, index, iteration), word entry % 4.
 
 Without top-k, one pass: noise is added to a tile of the product and its largest entry kept (FlashSampling, arXiv 2603.15854).
@@ -17,18 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.linear_logprob import (
+from csrc_triton.product import (
     LOWEST,
     Tile,
-    _bend,
-    _flags,
-    _multiprocessors,
-    _numbers,
-    _operands,
-    _shape,
-    _tile,
+    bend,
     choose_parts,
     choose_tile,
+    flags_of,
+    multiprocessors,
+    numbers,
+    operands,
+    product_tile,
+    shape_of,
 )
 
 GROUP = 32
@@ -92,7 +92,7 @@ def product_kernel(
     best_t = tl.full((BLOCK_T,), LOWEST, dtype=tl.float32)
     entry_t = tl.zeros((BLOCK_T,), dtype=tl.int32) + begin
     for first in range(begin, stop, BLOCK_V):
-        u_tv = _tile(
+        u_tv = product_tile(
             hidden_ptr, weight_ptr, bias_ptr, rows_t, first + tl.arange(0, BLOCK_V), B, V, H, scale, inverse_softcap,
             BLOCK_T, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, EVEN_H, EVEN_V,
         )  # fmt: skip
@@ -145,7 +145,7 @@ def gather_kernel(
         w_gh = tl.load(weight_ptr + read_g.to(tl.int64)[:, None] * H + depth_h[None, :], mask=in_h[None, :], other=0.0)
         acc_g += tl.sum(w_gh.to(tl.float32) * h_h[None, :], 1)
     bias_g = tl.load(bias_ptr + read_g).to(tl.float32) if HAS_BIAS else 0.0
-    u_g = _bend(acc_g, bias_g, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
+    u_g = bend(acc_g, bias_g, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
     tl.store(u_ptr + (row * K + place) * GROUP + tl.arange(0, GROUP), tl.where(entry_g < V, u_g, float("-inf")))
 
 
@@ -195,7 +195,7 @@ def sample(
     top_k: int,
 ) -> Tensor:
     """A token of each row [B], int64. `top_k` is at most MOST_TOP_K, or V or more, which is as 0: the whole softmax."""
-    hidden_BH, weight_VH = _operands(hidden_BH, weight_VH)
+    hidden_BH, weight_VH = operands(hidden_BH, weight_VH)
     (B, H), V = hidden_BH.shape, len(weight_VH)
     noisy = options[2] > 0
     grouped = noisy and 0 < top_k < V
@@ -204,13 +204,13 @@ def sample(
         return hidden_BH.new_empty(0, dtype=torch.int64)
     tile = choose_sample_tile(hidden_BH.dtype, B, noisy and not grouped)
     tiles, blocks, G = triton.cdiv(V, tile.block_v), triton.cdiv(B, tile.block_t), triton.cdiv(V, GROUP)
-    parts = choose_parts(blocks, tiles, 2 * _multiprocessors(hidden_BH.device))
+    parts = choose_parts(blocks, tiles, 2 * multiprocessors(hidden_BH.device))
     part_size = triton.cdiv(tiles, parts) * tile.block_v
     parts = triton.cdiv(V, part_size)
     head, flags, (scale, inverse_softcap, slope) = (
         (hidden_BH, weight_VH, bias_V),
-        _flags(bias_V, options),
-        _numbers(bias_V, options),
+        flags_of(bias_V, options),
+        numbers(bias_V, options),
     )
     key_B2, counter_B3 = key_B2.contiguous(), counter_B3.contiguous()
     fp32 = dict(dtype=torch.float32, device=hidden_BH.device)
@@ -220,7 +220,7 @@ def sample(
     product_kernel[(blocks, parts)](
         *head, key_B2, counter_B3, best_PB, entry_PB, top_BG,
         B, V, H, G, part_size, scale, inverse_softcap, slope,
-        **flags, **_shape(tile, V, H), GROUP=GROUP, NOISY=noisy, GROUPED=grouped,
+        **flags, **shape_of(tile, V, H), GROUP=GROUP, NOISY=noisy, GROUPED=grouped,
     )  # fmt: skip
     if not grouped:
         return entry_PB.gather(0, best_PB.argmax(0, keepdim=True))[0]

@@ -46,6 +46,31 @@ def linear_logprob(
 
     Raises `ValueError` naming what was expected and what came.
     """
+    require(max_rows is None or max_rows >= 0, lambda: f"max_rows must be at least 0 or None, got {max_rows}")
+    hidden_TH, target_T, options = check_head(hidden, weight, target, bias, scale, softcap, temperature, ignore_index)
+    chosen = choose_impl(impl, hidden.device, hidden_TH.dtype)[0]
+    with torch.autocast(hidden.device.type, enabled=False):
+        if chosen == "eager":
+            out = reference.linear_logprob_eager(hidden_TH, weight, target_T, bias, options, ignore_index)
+        else:
+            head = (hidden_TH, weight, target_T, bias, *options)
+            out = _linear_logprob(*head, ignore_index, return_entropy, chosen == "triton", max_rows)
+    logprob, lse, entropy = (x.reshape(target.shape) if x.numel() == target.numel() else x for x in out)
+    extras = (lse,) * return_lse + (entropy,) * return_entropy
+    return (logprob, *extras) if extras else logprob
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, HeadOptions]:
+    """(hidden [T, H] in the type it is multiplied in, target [T] int64, options). `ValueError` for what does not fit."""
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None:
             require_whole(name, x)
@@ -71,7 +96,6 @@ def linear_logprob(
     )
     require(temperature > 0, lambda: f"temperature must be above 0, got {temperature}")
     require(softcap is None or softcap > 0, lambda: f"softcap must be above 0 or None, got {softcap}")
-    require(max_rows is None or max_rows >= 0, lambda: f"max_rows must be at least 0 or None, got {max_rows}")
     hidden_TH, target_T = hidden.reshape(-1, H), target.reshape(-1).long()
     require(
         ((target_T == ignore_index) | ((target_T >= 0) & (target_T < V))).all(),
@@ -82,17 +106,7 @@ def linear_logprob(
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
         hidden_TH = hidden_TH.to(torch.get_autocast_dtype(device_type))
-    chosen = choose_impl(impl, hidden.device, hidden_TH.dtype)[0]
-    options = HeadOptions(float(scale), float(softcap or 0), float(temperature))
-    with torch.autocast(device_type, enabled=False):
-        if chosen == "eager":
-            out = reference.linear_logprob_eager(hidden_TH, weight, target_T, bias, options, ignore_index)
-        else:
-            head = (hidden_TH, weight, target_T, bias, *options)
-            out = _linear_logprob(*head, ignore_index, return_entropy, chosen == "triton", max_rows)
-    logprob, lse, entropy = (x.reshape(target.shape) if x.numel() == target.numel() else x for x in out)
-    extras = (lse,) * return_lse + (entropy,) * return_entropy
-    return (logprob, *extras) if extras else logprob
+    return hidden_TH, target_T, HeadOptions(float(scale), float(softcap or 0), float(temperature))
 
 
 def require_whole(name: str, x: Tensor) -> None:

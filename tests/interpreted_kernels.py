@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from loss_oracle import BETA, DELTA, Batch, dense_logprob, error, expected_terms, random_batch
+from test_linear_loss import both
 
 from csrc_triton import linear_logprob as kernels
 from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob
@@ -32,7 +33,7 @@ OPTIONS = [  # (whether there is a bias, options)
 def layout(request, monkeypatch):
     """The vocabulary in one part and one chunk, or in several, the last of them partial."""
     if request.param == "split":
-        monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 100)
+        monkeypatch.setattr(kernels, "multiprocessors", lambda device: 100)
         monkeypatch.setattr(kernels, "WORKSPACE_BYTES", 40_000)
 
 
@@ -182,6 +183,33 @@ def test_operands_are_converted_as_documented():
         results.append([out, *torch.autograd.grad(out.sum(), (batch.weight,))])
     for got, want in zip(*results, strict=True):
         assert got.dtype == torch.float32 and error(got, want) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("with_bias, options", OPTIONS, ids=str)
+def test_gradients_made_in_forward(with_bias, options, dtype, layout):
+    """Where nothing fits the workspace, and under a softcap, the logits are computed twice: the same numbers."""
+    batch = random_batch(V=1003).to(dtype)
+    got, want = both(batch, "triton", with_bias=with_bias, **options)
+    assert error(got[0], want[0]) < 3e-6 and error(got[1], want[1]) < 3e-6
+    for a, b in zip(got[2:], want[2:], strict=True):
+        assert a.dtype == dtype and error(a, b) < 3 * BUDGET[dtype]
+    again, _ = both(batch, "triton", with_bias=with_bias, **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+def test_gradients_made_in_forward_use_what_was_kept(monkeypatch):
+    """The same batch with and without a workspace; a whole tile of rows that are all ignored keeps nothing and adds nothing."""
+    batch = random_batch(V=1003).to(torch.float32)
+    batch.hidden = torch.cat([batch.hidden, torch.randn(200, 24)]).detach().requires_grad_()
+    batch.target = torch.cat([batch.target, torch.full((200,), -100)])
+    batch.rationale = torch.cat([batch.rationale, torch.full((200,), 10)])
+    kept, want = both(batch, "triton")
+    monkeypatch.setattr(kernels, "KEPT_BYTES", 0)
+    twice, _ = both(batch, "triton")
+    for a, b, c in zip(kept, twice, want, strict=True):
+        assert error(a, c) < 6e-6 and error(b, c) < 6e-6
+    assert any(not torch.equal(a, b) for a, b in zip(kept, twice, strict=True))
 
 
 SAMPLE_CASES = [  # (B, H, V, whether there is a bias, options)

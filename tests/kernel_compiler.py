@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from csrc_triton import contrastive, linear_logprob, linear_sample
+from csrc_triton import contrastive, linear_logprob, linear_sample, product
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -44,7 +44,7 @@ def compile_kernel(kernel, capability, dtype, constants, num_warps=4, num_stages
     for i, name in enumerate(names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("hidden_ptr", "weight_ptr", "bias_ptr", "da_ptr"):
+        elif name in ("hidden_ptr", "weight_ptr", "bias_ptr", "da_ptr", "kept_ptr"):
             signature[name] = "*" + dtype
         elif name.endswith("_ptr"):
             signature[name] = "*i64" if name in INT64 else "*i32" if name in INT32 else "*i8" if name in BYTES else "*fp32"
@@ -70,13 +70,14 @@ def compile_kernel(kernel, capability, dtype, constants, num_warps=4, num_stages
 
 def linear_cases(capability, dtype, rows=4096, **flags):
     """The matrix kernels as the launchers would start them; `flags` differ from those of a plain head of even sizes."""
-    tile = linear_logprob.choose_tile(DTYPES[dtype], rows)
+    tile = product.choose_tile(DTYPES[dtype], rows)
     blocks = dict(BLOCK_T=tile.block_t, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h)
-    plain = dict(HAS_BIAS=False, HAS_SCALE=False, HAS_SOFTCAP=False, EVEN_H=True, EVEN_V=True)
+    plain = dict(HAS_BIAS=False, HAS_SCALE=False, HAS_SOFTCAP=False, EVEN_H=True, EVEN_V=True, KEEP=False)
     for kernel, extra in ((linear_logprob.forward_kernel, "WANT_ENTROPY"), (linear_logprob.da_kernel, "HAS_PROBZ")):
         constants = {**blocks, **plain, extra: False, **{k: v for k, v in flags.items() if k in (*plain, extra, "T", "S")}}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         absent = {"bias_ptr": not constants["HAS_BIAS"], "probz_ptr": not constants.get("HAS_PROBZ")}
+        absent |= {"kept_ptr": not constants.get("KEEP"), "kept_max_ptr": not constants.get("KEEP")}
         constants.update({name: None for name, gone in absent.items() if gone and name in kernel.arg_names})
         result = compile_kernel(kernel, capability, dtype, constants, tile.num_warps, tile.num_stages)
         yield {"kernel": kernel.__name__, "capability": capability, "dtype": dtype, "rows": rows, "flags": flags, **result}
@@ -111,6 +112,7 @@ def small_cases(capability):
     cases = [
         (linear_logprob.combine_kernel, dict(**flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=True)),
         (linear_logprob.combine_kernel, dict(**flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=False, T=1, P=1)),
+        (linear_logprob.kept_kernel, dict(BLOCK_T=32, BLOCK_V=128)),
         (contrastive.mean_kernel, dict(HAS_VALID=True, BLOCK=512)),
         (contrastive.backward_kernel, dict(HAS_VALID=True, BLOCK=1024)),
         *[(contrastive.question_kernel, dict(POSITIVE=p, NEGATIVE=n, HAS_QUALITY=True, BLOCK=32)) for p, n in selects],
@@ -126,6 +128,7 @@ def cases(capability):
     yield from linear_cases(capability, "bf16")
     if capability in (80, 90, 100):
         yield from linear_cases(capability, "bf16", **everything)
+        yield from linear_cases(capability, "bf16", KEEP=True)
     if capability in (80, 90):
         yield from linear_cases(capability, "fp32")
     if capability == 90:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from loss_oracle import BETA, DELTA, Batch, dense_logprob, error, random_batch
+from test_linear_loss import both
 from test_linear_sample import chi_square, draws
 
 from qcrd_fast import QCRDLoss, linear_logprob
 from qcrd_fast.config import NEGATIVE_SELECT, SCHEMES
+from qcrd_fast.linear_loss import linear_rationale_loss
 from qcrd_fast.linear_sample import linear_sample
 
 HERE = Path(__file__).parent
@@ -30,7 +32,7 @@ def test_kernels_under_the_interpreter():
 
 def test_parts_fill_whole_rounds():
     """264 places, as on an H100 or H200; T5-base's vocabulary has 251 tiles."""
-    from csrc_triton.linear_logprob import choose_parts
+    from csrc_triton.product import choose_parts
 
     assert choose_parts(blocks=1, tiles=251, slots=264) == 62  # few rows: as many parts as have four tiles
     assert choose_parts(blocks=128, tiles=251, slots=264) == 2  # 256 programs, where 3 parts would need a second round
@@ -129,6 +131,29 @@ class TestOnGPU:
         assert error(out, expected) < 1e-5
         for got, want in zip(batch.grads(out.sum()), truth.grads(expected.sum()), strict=True):
             assert error(got, want) < BUDGET[dtype]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("options", [dict(), dict(scale=0.3, temperature=0.7), dict(softcap=5.0)], ids=str)
+    def test_gradients_made_in_forward(self, options, dtype):
+        """A ragged batch, and the same twice: bitwise the same. A softcap goes the other way."""
+        batch = random_batch().to(dtype, "cuda")
+        got, want = both(batch, "triton", **options)
+        assert error(got[0], want[0]) < 1e-5 and error(got[1], want[1]) < 1e-5
+        for a, b in zip(got[2:], want[2:], strict=True):
+            assert a.dtype == dtype and error(a, b) < BUDGET[dtype]
+        again, _ = both(batch, "triton", **options)
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+    def test_gradients_made_in_forward_without_host_sync(self):
+        batch = random_batch().to(torch.bfloat16, "cuda")
+        weight_R = torch.rand(len(batch.positive), device="cuda")
+        head = (batch.hidden, batch.weight, batch.target, batch.rationale, batch.positive, weight_R)
+        for debug in ("default", "error"):  # the first round compiles
+            torch.cuda.set_sync_debug_mode(debug)
+            try:
+                linear_rationale_loss(*head, beta=BETA, delta=DELTA, impl="triton")[0].backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
     def test_no_host_sync_with_a_bound_on_selected_tokens(self):
         batch = random_batch().to(torch.bfloat16, "cuda")

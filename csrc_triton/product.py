@@ -1,0 +1,137 @@
+"""A tile of the product hidden [T, H] x head [V, H], as every kernel over the vocabulary takes it, and its launch settings.
+
+T rows, H hidden, V vocabulary. A row's logits are z = softcap * tanh(a / softcap) / temperature with a = scale * h W^T + bias.
+`options` everywhere is (scale, softcap or 0, temperature). The product is accumulated in fp32.
+
+The kernels hold u, a tile of the product after whatever cannot wait, such that z = u * slope with one positive number `slope`;
+then the largest u gives the largest z, and exp(z - m) is one multiply-add and one exp2 for each logit.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOWEST = tl.constexpr(-1e30)  # below every finite logit; -inf would make NaNs where all of a tile is masked
+
+
+class Tile(NamedTuple):
+    """Rows, columns and depth of a block of the product. Operands in flight stay within 99 KiB of shared memory."""
+
+    block_t: int
+    block_v: int
+    block_h: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tile(dtype: torch.dtype, rows: int) -> Tile:
+    if dtype == torch.float32:
+        return Tile(128, 64, 16, 8, 2)
+    return Tile(128, 128, 64, 8, 3) if rows > 64 else Tile(64, 128, 64, 4, 3)
+
+
+def choose_parts(blocks: int, tiles: int, slots: int) -> int:
+    """Parts of the vocabulary for `blocks` of rows, so that the programs fill `slots` places in the fewest whole rounds.
+
+    A part has four tiles or more, else its start would show, and there are at most four rounds.
+    """
+    most = max(1, min(tiles // 4, 4 * slots // blocks))
+    return min(range(1, most + 1), key=lambda parts: triton.cdiv(blocks * parts, slots) / parts)
+
+
+@triton.jit
+def bend(acc, bias, scale, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """u of a product: scaled and biased unless the slope does it, tanh of it under a softcap."""
+    if HAS_SCALE:
+        acc = acc * scale
+    if HAS_BIAS:
+        acc = acc + bias
+    if HAS_SOFTCAP:
+        acc = 2 * tl.sigmoid(2 * inverse_softcap * acc) - 1
+    return acc
+
+
+@triton.jit
+def product_tile(
+    hidden_ptr, weight_ptr, bias_ptr, rows_t, cols_v, T, V, H, scale, inverse_softcap,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr,
+):  # fmt: skip
+    """u [BLOCK_T, BLOCK_V] of these rows and columns, -inf beyond V. hidden [T, H], weight [V, H], bias [V].
+
+    Rows beyond T and columns beyond V read the last one instead: no load of the inner loop needs a mask.
+    """
+    acc_tv = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
+    depth_h = tl.arange(0, BLOCK_H)
+    in_v = cols_v < V
+    cols_v = cols_v if EVEN_V else tl.minimum(cols_v, V - 1)
+    hidden_th = hidden_ptr + tl.minimum(rows_t, T - 1).to(tl.int64)[:, None] * H + depth_h[None, :]
+    weight_hv = weight_ptr + cols_v.to(tl.int64)[None, :] * H + depth_h[:, None]
+    for start in range(0, H, BLOCK_H):
+        if EVEN_H:
+            h_th, w_hv = tl.load(hidden_th + start), tl.load(weight_hv + start)
+        else:
+            in_h = depth_h + start < H
+            h_th = tl.load(hidden_th + start, mask=in_h[None, :], other=0.0)
+            w_hv = tl.load(weight_hv + start, mask=in_h[:, None], other=0.0)
+        acc_tv = tl.dot(h_th, w_hv, acc_tv, input_precision="ieee")
+    bias = tl.load(bias_ptr + cols_v).to(tl.float32)[None, :] if HAS_BIAS else 0.0
+    u_tv = bend(acc_tv, bias, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
+    return u_tv if EVEN_V else tl.where(in_v[None, :], u_tv, float("-inf"))
+
+
+def folds(bias_V: Tensor | None, options: tuple[float, float, float]) -> bool:
+    """Whether the slope can take the scale: nothing comes between them, and the slope stays positive."""
+    return bias_V is None and not options[1] and options[0] > 0
+
+
+def numbers(bias_V: Tensor | None, options: tuple[float, float, float]) -> tuple[float, float, float]:
+    """(scale, 1 / softcap, slope) as the kernels take them."""
+    scale, softcap, temperature = options
+    slope = (scale if folds(bias_V, options) else softcap or 1.0) / temperature
+    return scale, 1 / softcap if softcap else 0.0, slope
+
+
+def flags_of(bias_V: Tensor | None, options: tuple[float, float, float]) -> dict[str, bool]:
+    has_scale = options[0] != 1 and not folds(bias_V, options)
+    return dict(HAS_BIAS=bias_V is not None, HAS_SCALE=has_scale, HAS_SOFTCAP=options[1] != 0)
+
+
+def shape_of(tile: Tile, V: int, H: int) -> dict[str, Any]:
+    return dict(
+        BLOCK_T=tile.block_t,
+        BLOCK_V=tile.block_v,
+        BLOCK_H=tile.block_h,
+        EVEN_H=H % tile.block_h == 0,
+        EVEN_V=V % tile.block_v == 0,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both contiguous and in hidden's type. Triton's interpreter multiplies bf16 bit patterns, so there they become fp32."""
+    weight = weight.to(hidden.dtype)
+    if hidden.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        hidden, weight = hidden.float(), weight.float()
+    return hidden.contiguous(), weight.contiguous()
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b accumulated and returned in fp32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

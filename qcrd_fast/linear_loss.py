@@ -1,0 +1,231 @@
+"""The training pass of score-then-train as one node: the rationales' weights are known, so the gradients are made in forward.
+
+`linear_rationale_loss` costs 6U (U = T V H) where the exponentials of all logits fit a workspace; beyond that the logits are
+computed twice, 8U, as `linear_logprob` and its backward pass would. Suffixes: T tokens, H hidden, V vocabulary, R rationales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcrd_fast import reference
+from qcrd_fast.dispatch import choose_impl, require
+from qcrd_fast.ops import check_head
+from qcrd_fast.reference import HeadOptions
+
+KEPT_BYTES = 64 * 2**20  # of logits that the torch twin keeps
+
+
+def linear_rationale_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    rationale: Tensor,
+    positive: Tensor,
+    rationale_weight: Tensor,
+    *,
+    beta: float,
+    delta: float | None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(loss, nll_R [detached]): loss = sum over positives of w l - beta * sum over negatives of w h(l), l the mean -log p of a
+    rationale's tokens in nats, h(u) = min(u - delta, 0), or h(u) = u where `delta` is None.
+
+    hidden [..., H], weight [V, H], bias [V], target [...], rationale [...]: as in `QCRDLoss`; positive [R] bool;
+    rationale_weight [R], without gradient: as `ContrastiveOutput.weight_R` gives it. The numbers are those of
+    `weighted_rationale_loss` over `linear_logprob`; what differs is when the gradients are made, so a graph can be
+    differentiated once only.
+
+    Raises `ValueError` naming what was expected and what came.
+    """
+    hidden_TH, target_T, options = check_head(hidden, weight, target, bias, scale, softcap, temperature, ignore_index)
+    rationale_T = rationale.reshape(-1).long()
+    require(
+        rationale.shape == target.shape,
+        lambda: f"rationale must be {list(target.shape)} to match target, got {list(rationale.shape)}",
+    )
+    require(
+        positive.dim() == 1 and positive.shape == rationale_weight.shape,
+        lambda: f"positive and rationale_weight must be [R], got {list(positive.shape)} and {list(rationale_weight.shape)}",
+    )
+    require(
+        ((rationale_T[1:] >= rationale_T[:-1]).all() & (rationale_T >= 0).all() & (rationale_T < len(positive)).all()),
+        lambda: f"rationale must be non-decreasing and lie in [0, {len(positive)}), as in [0, 0, 1, 2, 2]",
+    )
+    chosen = choose_impl(impl, hidden.device, hidden_TH.dtype)[0]
+    margin, weight_R = float("inf") if delta is None else float(delta), rationale_weight.detach()
+    with torch.autocast(hidden.device.type, enabled=False):
+        if chosen == "eager":
+            logprob_T = reference.linear_logprob_eager(hidden_TH, weight, target_T, bias, options, ignore_index)[0]
+            valid_T = target_T != ignore_index
+            nll_R, _ = reference.rationale_mean(logprob_T, rationale_T, valid_T, len(positive))
+            return loss_terms(nll_R, positive, weight_R.to(nll_R.dtype), beta, margin)[0], nll_R.detach()
+        needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        head = (hidden_TH, weight, target_T, bias)
+        arguments = (rationale_T, positive, weight_R, float(beta), margin, *options, ignore_index, chosen == "triton", needs)
+        return _rationale_loss(*head, *arguments)[:2]
+
+
+def loss_terms(nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, beta: float, delta: float) -> tuple[Tensor, Tensor]:
+    """(loss, d loss / d nll [R]); `delta` inf stands for no margin."""
+    signed_R = torch.where(positive_R, weight_R, -beta * weight_R)
+    if delta == float("inf"):
+        value_R = nll_R
+    else:
+        inactive_R = ~positive_R & (nll_R >= delta)  # h(u) = min(u - delta, 0)
+        signed_R = signed_R.masked_fill(inactive_R, 0)
+        value_R = torch.where(positive_R, nll_R, nll_R - delta)
+    return torch.where(signed_R == 0, 0, signed_R * value_R).sum(), signed_R
+
+
+@torch.library.custom_op("qcrd_fast::rationale_loss", mutates_args=())
+def _rationale_loss(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    rationale_T: Tensor,
+    positive_R: Tensor,
+    weight_R: Tensor,
+    beta: float,
+    delta: float,
+    scale: float,
+    softcap: float,
+    temperature: float,
+    ignore_index: int,
+    triton: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, nll_R, dHidden, dWeight, dBias), the gradients [0] where not needed."""
+    options, valid_T, R = HeadOptions(scale, softcap, temperature), target_T != ignore_index, len(positive_R)
+    forward: Any = forward_keeping
+    backward: Any = backward_kept
+    means: Any = reference.rationale_mean
+    again: tuple[Any, Any] = (reference.chunked_forward, reference.chunked_backward)
+    if triton:
+        from csrc_triton import contrastive, linear_logprob
+
+        forward, backward, means = linear_logprob.forward_keeping, linear_logprob.backward_kept, contrastive.means
+        again = (linear_logprob.forward, linear_logprob.backward)
+    head = (hidden_TH, weight_VH, target_T, bias_V)
+    with torch.autocast(hidden_TH.device.type, enabled=False), torch.cuda.device_of(hidden_TH):
+        found = forward(*head, options, ignore_index) if any(needs) else None
+        logprob_T, lse_T = found[:2] if found else again[0](*head, options, ignore_index, False)[:2]
+        nll_R, count_R = means(logprob_T, rationale_T, valid_T, R)
+        loss, dnll_R = loss_terms(nll_R, positive_R, weight_R.to(nll_R.dtype), beta, delta)
+        dlogprob_T = torch.where(valid_T, (-dnll_R / count_R.clamp(min=1))[rationale_T], 0)
+        grads: tuple[Tensor | None, ...] = (None, None, None)
+        if found:
+            grads = backward(found[2], *head, lse_T, dlogprob_T, options, tuple(needs))
+        elif any(needs):
+            grads = again[1](*head, lse_T, (dlogprob_T, -dlogprob_T, None), options, tuple(needs))
+    empty = hidden_TH.new_empty(0)
+    dhidden, dweight, dbias = (empty.clone() if grad is None else grad for grad in grads)
+    return loss, nll_R, dhidden.to(hidden_TH.dtype), dweight, dbias
+
+
+@_rationale_loss.register_fake
+def _(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    rationale_T: Tensor,
+    positive_R: Tensor,
+    weight_R: Tensor,
+    beta: float,
+    delta: float,
+    scale: float,
+    softcap: float,
+    temperature: float,
+    ignore_index: int,
+    triton: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    nll_R = hidden_TH.new_empty(positive_R.shape, dtype=reference.accumulation_dtype(hidden_TH.dtype))
+
+    def like(x: Tensor | None, need: bool) -> Tensor:
+        return torch.empty_like(x).contiguous() if need and x is not None else hidden_TH.new_empty(0)
+
+    return nll_R.new_empty(()), nll_R, like(hidden_TH, needs[0]), like(weight_VH, needs[1]), like(bias_V, needs[2])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[2:])
+    ctx.needs = inputs[-1]
+
+
+def _scale(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    """The gradients made in forward, times the loss's own, in place: one of a head's size more would be the largest tensor."""
+    grads = [None, None, None]
+    if dloss is not None:
+        grads = [
+            grad.mul_(dloss.to(grad.dtype)) if need else None for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        ]
+    return grads[0], grads[1], None, grads[2], *[None] * 11
+
+
+_rationale_loss.register_autograd(_scale, setup_context=_save)
+
+
+# ---- the torch twin -----------------------------------------------------------------------------------------------------
+
+
+def forward_keeping(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    options: HeadOptions,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(log p, log-sum-exp, logits [T, V]), or None where those would be more than KEPT_BYTES, or under a softcap."""
+    T, V = len(target_T), len(weight_VH)
+    size = 8 if hidden_TH.dtype == torch.float64 else 4
+    if options.softcap or T * V * size > KEPT_BYTES:
+        return None
+    weight_VH = reference.operand(weight_VH.to(hidden_TH.dtype))
+    logits_TV = reference.chunk_logits(reference.operand(hidden_TH), weight_VH, bias_V, options)[0]
+    valid_T = target_T != ignore_index
+    lse_T = torch.logsumexp(logits_TV, dim=1)
+    picked_T = logits_TV.gather(1, target_T.where(valid_T, 0)[:, None])[:, 0]
+    return (picked_T - lse_T).clamp(max=0).where(valid_T, 0), lse_T, logits_TV
+
+
+def backward_kept(
+    logits_TV: Tensor,
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    lse_T: Tensor,
+    dlogprob_T: Tensor,
+    options: HeadOptions,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dHidden, dWeight, dBias), None where `needs` says no, from d loss / d log p [T] (0 where ignored)."""
+    operand_TH = reference.operand(hidden_TH)
+    da_TV = logits_TV.sub_(lse_T[:, None]).exp_().mul_(-dlogprob_T[:, None])
+    target_T = target_T.where(dlogprob_T != 0, 0)
+    da_TV.scatter_add_(1, target_T[:, None], dlogprob_T[:, None])
+    if options.temperature != 1:
+        da_TV /= options.temperature
+    dbias_V = da_TV.sum(0).to(bias_V.dtype) if needs[2] and bias_V is not None else None
+    if options.scale != 1:
+        da_TV *= options.scale
+    da_TV = da_TV.to(operand_TH.dtype)
+    weight = reference.operand(weight_VH.to(hidden_TH.dtype))
+    dhidden_TH = reference.matmul(da_TV, weight) if needs[0] else None
+    dweight_VH = reference.matmul(da_TV.T, operand_TH).to(weight_VH.dtype) if needs[1] else None
+    return dhidden_TH, dweight_VH, dbias_V
