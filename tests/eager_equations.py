@@ -39,7 +39,7 @@ def eager_loss(model, prompter, rows, N, delta=DELTA, labels=True, terms=None):
             elif losses[pick] < delta:
                 total = total - ALPHA_CL * BETA * weight * (losses[pick] - delta) / N  # Eq. 7
             if terms is not None:
-                terms.append((kind, float(losses[pick])))
+                terms.append((kind, float(losses[pick].detach())))
     return total
 
 
