@@ -17,6 +17,7 @@ from qcrd_fast.runfolder import RunFolder
 
 from . import console
 from .bench import bench
+from .collect import collect
 from .options import (
     Group,
     Verb,
@@ -33,7 +34,7 @@ from .options import (
     task_option,
     train_options,
 )
-from .outputs import export, score
+from .outputs import export, report, score
 
 
 def entry(args: list[str] | None = None) -> int:
@@ -59,7 +60,7 @@ def cli() -> None:
     """
 
 
-for command in (bench, export, score):
+for command in (bench, collect, export, report, score):
     cli.add_command(command)
 
 

@@ -37,8 +37,10 @@ __all__ = [
     "Rationale",
     "drop_overlap",
     "hold_out",
+    "iter_records",
     "load_questions",
     "question_text",
+    "text_key",
     "validate_file",
     "write_prepared",
 ]
@@ -134,6 +136,20 @@ def question_text(question: Question) -> str:
     return f"{question.context}\n{question.question}" if question.context else question.question
 
 
+def text_key(question: Question) -> str:
+    """What two spellings of one question have in common."""
+    return unicodedata.normalize("NFC", question_text(question).strip())
+
+
+def iter_records(path: str | Path, format: str = "auto", split: str | None = None) -> Iterator[Record | BadRow]:
+    """Every row of one input with its samples as they are, before any pooling or vote.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    return _scan(Path(path), format, split)
+
+
 def validate_file(path: str | Path, format: str = "auto") -> Iterator[BadRow]:
     """Every bad row of a file, or of all the splits of a folder, as it is met. Memory does not grow with the file but for
     16 bytes an id.
@@ -189,8 +205,8 @@ def hold_out(questions: Sequence[Question], fraction: float, seed: int = 0) -> t
 
 def drop_overlap(train: Sequence[Question], test: Iterable[Question]) -> tuple[list[Question], int]:
     """`train` without the questions whose text stands in `test`, and how many were dropped."""
-    seen = {_text_key(question) for question in test}
-    kept = [question for question in train if _text_key(question) not in seen]
+    seen = {text_key(question) for question in test}
+    kept = [question for question in train if text_key(question) not in seen]
     return kept, len(train) - len(kept)
 
 
@@ -202,12 +218,8 @@ class _Mismatch(InputError):
         self.row = row
 
 
-def _text_key(question: Question) -> str:
-    return unicodedata.normalize("NFC", question_text(question).strip())
-
-
 def _text_id(question: Question) -> str:
-    return hashlib.sha256(_text_key(question).encode()).hexdigest()[:16]
+    return hashlib.sha256(text_key(question).encode()).hexdigest()[:16]
 
 
 def _scan(path: Path, format: str, split: str | None) -> Iterator[Record | BadRow]:
@@ -297,7 +309,7 @@ def _pooled(records: Iterable[Record], bad: Any) -> dict[str, list[Record]]:
     groups: dict[str, list[Record]] = {}
     for record in records:
         group = groups.setdefault(record.question.id, [])
-        if group and _text_key(group[0].question) != _text_key(record.question):
+        if group and text_key(group[0].question) != text_key(record.question):
             first = group[0]
             bad(BadRow(record.path, record.line, f"id {record.question.id!r} is another question at {first.path}:{first.line}"))
             continue

@@ -13,9 +13,15 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
+class LimitReached(RunError):
+    """A limit that the user set was reached and everything so far is saved: exit code 75."""
+
+    exit_code = 75
+
+
 class Stopped(Exception):
     """A signal asked the run to stop and its state was saved: exit code 128 + signal number."""
 
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by signal {signum}; continue with --resume auto")
+    def __init__(self, signum: int, advice: str = "continue with --resume auto"):
+        super().__init__(f"stopped by signal {signum}; {advice}")
         self.exit_code = 128 + signum

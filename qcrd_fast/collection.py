@@ -1,0 +1,261 @@
+"""What a collection consists of: its settings, its questions with what is missing of each, its ledger and its output.
+
+The ledger is the truth (see `ledger`); the output has a row for each question, appended when its last sample came and
+written whole, in the order of the questions, when the collector ends in any orderly way. No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qcrd_fast.data import load_questions
+from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.ledger import Ledger, Prices
+from qcrd_fast.rows import Question, shown
+from qcrd_fast.runfolder import append_lines, write_lines
+from qcrd_fast.teacher import Choice, Reply, estimate_tokens
+from qcrd_fast.templates import Template, prompt_digest, read_reply
+
+log = logging.getLogger(__name__)
+
+REPLAY = "replay:"
+EARLY = 5  # questions after which a teacher that repeats itself is reported
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectSettings:
+    """What to collect, from whom, and when to stop. Prices are for a million tokens."""
+
+    questions: str
+    output: str
+    teacher: str
+    teacher_model: str = ""
+    api: str = ""
+    num_samples: int = 5
+    temperature: float = 0.7
+    max_tokens: int = 512
+    template: str = "auto"
+    task: str | None = None
+    split: str | None = None
+    concurrency: int = 8
+    timeout_s: float = 180.0
+    deadline_s: float = 600.0
+    grace_s: float = 30.0
+    max_failures: int = 10
+    price_input: float | None = None
+    price_output: float | None = None
+    max_cost: float | None = None
+    max_requests: int | None = None
+    extra_body: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    allow_plain_http: bool = False
+    seed: int = 0
+    batch_size: int = 16
+    device: str = "auto"
+    on_bad_row: str = "error"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"--{field.name.removesuffix('_s').replace('_', '-')} must be finite; got {value}")
+
+    @property
+    def is_url(self) -> bool:
+        return self.teacher.startswith(("http://", "https://"))
+
+    @property
+    def is_replay(self) -> bool:
+        return self.teacher.startswith(REPLAY)
+
+    @property
+    def ledger(self) -> Path:
+        return Path(self.output + ".ledger.jsonl")
+
+    @property
+    def prices(self) -> Prices:
+        return Prices(self.price_input or 0.0, self.price_output or 0.0)
+
+
+class Collection:
+    """The questions with what is still missing of each, the ledger, and why the collection stops, once it does."""
+
+    def __init__(self, settings: CollectSettings):
+        self.settings = settings
+        if settings.max_cost is not None and settings.price_input is None and settings.price_output is None:
+            raise InputError("--max-cost needs --price-input and --price-output, the prices of a million tokens")
+        output = Path(settings.output)
+        if not output.parent.is_dir() or output.is_dir():
+            raise InputError(f"--output: {shown(output)} is not a file in a folder that exists")
+        if output.resolve() == Path(settings.questions).resolve():
+            raise InputError(f"--output: {shown(output)} is also --questions; choose another name")
+        if output.exists() and output.stat().st_size and not settings.ledger.exists():
+            raise InputError(f"--output: {shown(output)} exists and has no ledger beside it; choose another name")
+        template = Template(settings.template)
+        loaded = load_questions(
+            settings.questions, split=settings.split, part=settings.split, task=settings.task, on_bad_row=settings.on_bad_row
+        )
+        for row in loaded.skipped:
+            log.warning("set aside %s", row)
+        self.questions = loaded.questions
+        guessed = settings.task is None and not any(question.gold for question in self.questions)
+        self.unknown_task = guessed and all(question.task == "text" for question in self.questions)
+        self.prompts = {question.id: template.prompt(question) for question in self.questions}
+        self.ledger = Ledger(settings.ledger)
+        self.model = settings.teacher_model or settings.teacher.removeprefix(REPLAY)
+        self.why: Exception | None = None
+        self.given_up: dict[str, str] = {}
+        self.begun = time.monotonic()
+
+    # What is there and what is missing
+
+    def samples(self, question: Question) -> list[dict[str, Any]]:
+        return self.ledger.samples.get(question.id, [])
+
+    def missing(self, question: Question) -> int:
+        return max(0, self.settings.num_samples - len(self.samples(question)))
+
+    def check_ledger(self) -> None:
+        """Refuse to mix samples of other prompts, or to leave questions of the ledger out of the output."""
+        digests = {id: prompt_digest(prompt) for id, prompt in self.prompts.items()}
+        for id, digest in self.ledger.prompts.items():
+            if id not in digests:
+                what = f"has samples of question {id!r}, which is not in --questions"
+            elif digest != digests[id]:
+                what = f"asked question {id!r} with another prompt (text, --task or --template changed)"
+            else:
+                continue
+            raise InputError(f"{shown(self.ledger.path)} {what}; choose another --output")
+
+    def predict(self) -> dict[str, Any]:
+        """What the missing samples will take, as far as one can tell before asking."""
+        todo = [(question, self.missing(question)) for question in self.questions if self.missing(question)]
+        samples = sum(count for _, count in todo)
+        tokens = [estimate_tokens(self.prompts[question.id]) for question, _ in todo]
+        each = sum(t * count for t, (_, count) in zip(tokens, todo, strict=True))
+        expected = round(samples * self.ledger.expected_tokens(self.settings.max_tokens))
+        prediction: dict[str, Any] = {"questions": len(todo), "samples": samples}
+        if self.settings.is_replay:
+            return prediction
+        if self.settings.is_url:
+            prediction |= {"requests": len(todo), "requests_if_n_is_ignored": samples}
+        prediction |= {
+            "prompt_tokens": sum(tokens) if self.settings.is_url else each,
+            "prompt_tokens_if_n_is_ignored": each,
+            "completion_tokens": expected,
+            "completion_tokens_at_most": samples * self.settings.max_tokens,
+        }
+        if self.settings.price_input is not None or self.settings.price_output is not None:
+            cost = self.settings.prices.cost
+            prediction["cost"] = cost(sum(tokens), expected)
+            prediction["cost_at_most"] = cost(each, samples * self.settings.max_tokens)
+        return prediction
+
+    @property
+    def cost(self) -> float:
+        return self.settings.prices.cost(self.ledger.totals.prompt_tokens, self.ledger.totals.completion_tokens)
+
+    # Writing
+
+    def row(self, question: Question) -> dict[str, Any]:
+        task = None if self.unknown_task else question.task
+        row = {"id": question.id, "question": question.question, "context": question.context, "answer": question.gold}
+        row |= {"task": task, "domain": question.domain, "split": question.split}
+        row = {key: value for key, value in row.items() if value is not None}
+        return row | {"samples": self.samples(question)[: self.settings.num_samples]}
+
+    def write(self, *, whole_only: bool = False) -> None:
+        """The output, whole: every question with samples, or with all of its samples."""
+        kept = [q for q in self.questions if self.samples(q) and not (whole_only and self.missing(q))]
+        if kept or Path(self.settings.output).exists():
+            try:
+                write_lines(Path(self.settings.output), map(self.row, kept))
+            except OSError as error:
+                raise RunError(f"cannot write {shown(self.settings.output)}: {error.strerror}") from error
+
+    def take(self, request: str | None, question: Question, reply: Reply, texts: list[dict[str, Any]]) -> None:
+        """Append a reply's samples to the ledger, and the question's row to the output once it is complete."""
+        faults = dict(reply.faults)
+        if len(texts) > self.missing(question):
+            faults["surplus"] = len(texts) - self.missing(question)
+        for sample in texts:
+            if sample["answer"] is None:
+                faults["no readable answer"] = faults.get("no readable answer", 0) + 1
+            if sample.get("cut"):
+                faults["cut at the maximum length"] = faults.get("cut at the maximum length", 0) + 1
+        self.ledger.reply(
+            request,
+            question.id,
+            prompt_digest(self.prompts[question.id]),
+            texts[: self.missing(question)],
+            prompt_tokens=reply.prompt_tokens,
+            completion_tokens=reply.completion_tokens,
+            estimated=reply.estimated,
+            faults=faults,
+            seconds=round(reply.seconds, 3),
+        )
+        if not self.missing(question):
+            append_lines(Path(self.settings.output), [self.row(question)])
+            self._look_for_sameness()
+
+    def read(self, question: Question, choice: Choice) -> dict[str, Any]:
+        rationale, answer = read_reply(choice.text, question, cut=choice.cut)
+        sample = {"rationale": rationale, "answer": answer, "source": self.model, "text": choice.text}
+        return sample | ({"cut": True} if choice.cut else {})
+
+    # Ends
+
+    def stop(self, why: Exception) -> None:
+        """No further request is begun; the first reason counts."""
+        if self.why is None:
+            self.why = why
+
+    def identical(self) -> tuple[int, int]:
+        """Questions of which all samples are the same, and questions with at least two samples."""
+        several = [found for q in self.questions if len(found := self.samples(q)) > 1]
+        return sum(all(s["rationale"] == found[0]["rationale"] for s in found) for found in several), len(several)
+
+    def _look_for_sameness(self) -> None:
+        done = sum(not self.missing(q) for q in self.questions) if len(self.ledger.samples) <= 2 * EARLY else 0
+        if done == EARLY:
+            self.warn_of_sameness()
+
+    def warn_of_sameness(self) -> None:
+        same, several = self.identical()
+        if several and 2 * same > several:
+            log.warning(
+                "all samples of a question are the same for %d of %d questions: the teacher seems to ignore the temperature "
+                "(%g), so there is nothing to vote on",
+                same,
+                several,
+                self.settings.temperature,
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """What the ledger amounts to, over all runs."""
+        totals, samples = self.ledger.totals, [s for q in self.questions for s in self.samples(q)]
+        result: dict[str, Any] = {
+            "questions": len(self.questions),
+            "complete": sum(not self.missing(q) for q in self.questions),
+            "samples": len(samples),
+            "missing": sum(map(self.missing, self.questions)),
+            "unreadable_answers": sum(s["answer"] is None for s in samples),
+            "without_rationale": sum(not s["rationale"].strip() for s in samples),
+            "questions_all_the_same": self.identical()[0],
+            "requests": totals.requests,
+            "lost_in_flight": totals.lost,
+            "failures": dict(totals.failures),
+            "faults": dict(totals.faults),
+            "prompt_tokens": totals.prompt_tokens,
+            "completion_tokens": totals.completion_tokens,
+            "estimated_replies": totals.estimated,
+        }
+        if self.settings.price_input is not None or self.settings.price_output is not None:
+            result["cost"] = round(self.cost, 6)
+        result |= {"seconds": round(time.monotonic() - self.begun, 1), "output": self.settings.output}
+        return result | {"ledger": str(self.ledger.path), "stopped": str(self.why) if self.why else None}

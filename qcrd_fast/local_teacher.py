@@ -1,0 +1,78 @@
+"""Teachers without a server: a local transformers model, sampled with keyed noise, and a file of earlier samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qcrd_fast.data import iter_records, text_key
+from qcrd_fast.errors import InputError
+from qcrd_fast.rows import BadRow, Question, shown
+from qcrd_fast.teacher import Choice
+
+
+class Sampled(NamedTuple):
+    """One sample with its tokens counted."""
+
+    choice: Choice
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class LocalTeacher:
+    """A model of transformers: a folder or hub id, in fp32.
+
+    `api` is chat, completions, or empty for chat where the model has a template.
+    Sample `index` of a question depends on (seed, question id, index) and on nothing else, but for the rounding of a batch.
+    """
+
+    def __init__(self, name: str, *, api: str, temperature: float, max_tokens: int, seed: int, batch_size: int, device: str):
+        from qcrd_fast.evaluate import resolve_device
+        from qcrd_fast.noise import key_words
+        from qcrd_fast.sampling import SampleSettings, sample
+        from qcrd_fast.students import PromptSettings, Student
+
+        self._key_words, self._sample = key_words, sample
+        self.seed, self.max_tokens = seed, max_tokens
+        model = Student.load(name, PromptSettings("raw", max_source_length=4096), resolve_device(device))
+        has_chat = bool(model.tokenizer.chat_template) and not model.is_encoder_decoder
+        if api == "chat" and not has_chat:
+            raise InputError(f"--api chat: {name} has no chat template; use --api completions")
+        self.api = api or ("chat" if has_chat else "completions")
+        if self.api == "chat":
+            model.prompts = PromptSettings("chat", max_source_length=4096)
+        self.model = model
+        self.settings = SampleSettings(temperature=temperature, max_new_tokens=max_tokens, batch_size=batch_size)
+
+    def sample(self, asked: Sequence[tuple[Question, str, int]]) -> list[Sampled]:
+        """One sample for each (question, prompt, index)."""
+        sources = [self.model.source_ids("", prompt) for _, prompt, _ in asked]
+        keys = [self._key_words(self.seed, question.id) for question, _, _ in asked]
+        drawn = self._sample(self.model, sources, keys, self.settings, indices=[index for _, _, index in asked])
+        eos = self.model.tokenizer.eos_token_id
+        return [
+            Sampled(Choice(self.model.text(ids), cut=not ids or ids[-1] != eos), len(source), len(ids))
+            for source, ids in zip(sources, drawn, strict=True)
+        ]
+
+
+class Replay:
+    """Earlier samples, from any file that `prepare` reads, found by the question's text.
+
+    Raises `InputError`, as file:line, for a bad row.
+    """
+
+    def __init__(self, path: str):
+        self.by_text: dict[str, list[dict[str, Any]]] = {}
+        for record in iter_records(Path(path)):
+            if isinstance(record, BadRow):
+                raise InputError(str(record))
+            found = [{"rationale": r.text, "answer": r.answer, "source": r.source} for r in record.samples]
+            self.by_text.setdefault(text_key(record.question), []).extend(found)
+        if not any(self.by_text.values()):
+            raise InputError(f"--teacher replay:{shown(path)}: no samples in this file")
+
+    def samples(self, question: Question) -> list[dict[str, Any]]:
+        """All of a question's samples. Its id does not matter: another file may use it for another question."""
+        return self.by_text.get(text_key(question)) or []

@@ -1,0 +1,365 @@
+"""A teacher behind an OpenAI-compatible endpoint: one careful request, and the one owner of retries.
+
+The key comes from OPENAI_API_KEY and goes into one header of requests to the endpoint's own host: redirects are not followed,
+and nothing that a server says is written down or raised before the key is taken out of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import email.utils
+import json
+import logging
+import math
+import os
+import random
+import re
+import time
+import zlib
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import httpx
+
+from qcrd_fast import __version__
+from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.redact import redact
+
+log = logging.getLogger(__name__)
+
+KEY_NAME = "OPENAI_API_KEY"
+MAX_REPLY_BYTES = 16 * 1024 * 1024  # after decompression
+CONNECT_S = 10.0
+BACKOFF_S, MAX_BACKOFF_S = 1.0, 30.0
+BAD_REPLIES = 3  # replies without a sample that one ask puts up with
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Failed(Exception):
+    """One request that brought no sample. `reason` is a word or two that can be counted, `detail` what the server said.
+
+    `charged`: the server may have done the work.
+    """
+
+    def __init__(
+        self, reason: str, detail: str = "", *, retry: bool = True, charged: bool = False, retry_after_s: float | None = None
+    ):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail, self.retry, self.charged, self.retry_after_s = reason, detail, retry, charged, retry_after_s
+
+
+class Refused(RunError):
+    """401, 403, 404: no request will do better, so the collection stops."""
+
+
+class Interrupted(Exception):
+    """The collection is being stopped; no further request is begun."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One sample as it came; `cut` at the maximum length."""
+
+    text: str
+    cut: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """Samples of one request with the tokens it used, `estimated` where the server did not say; faults are counted."""
+
+    choices: list[Choice]
+    prompt_tokens: int
+    completion_tokens: int
+    estimated: bool = False
+    faults: dict[str, int] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Journal(Protocol):
+    """Who writes requests down, before they are sent and when they end."""
+
+    async def before(self, attempt: int, n: int) -> str:
+        """Wait until a request may be sent, write the intent, return its id; raises `Interrupted` when none may."""
+
+    def failed(self, request: str, error: Failed, seconds: float) -> None: ...
+
+    def came(self, request: str, reply: Reply) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EndpointSettings:
+    """Where and how to ask. `timeout_s` is for one request as a whole, `deadline_s` for one ask with all its retries."""
+
+    url: str
+    api: str = "chat"
+    model: str = ""
+    temperature: float = 0.7
+    max_tokens: int = 512
+    timeout_s: float = 180.0
+    deadline_s: float = 600.0
+    concurrency: int = 8
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    allow_plain_http: bool = False
+
+
+class Endpoint:
+    """An endpoint with its connections; use as an asynchronous context manager.
+
+    Raises `InputError` for a URL that is none, that carries credentials or a query, or that would take the key over plain
+    http to another machine.
+    """
+
+    def __init__(self, settings: EndpointSettings):
+        self.settings = settings
+        self.base = base_url(settings.url)
+        self.key = os.environ.get(KEY_NAME, "").strip()
+        if not self.key.isascii() or not self.key.isprintable():
+            raise InputError(f"{KEY_NAME} has characters that no HTTP header can carry")
+        host = urlsplit(self.base).hostname
+        if self.key and self.base.startswith("http:") and host not in LOOPBACK and not settings.allow_plain_http:
+            raise InputError(
+                f"--teacher: {KEY_NAME} would go to {host} unencrypted; use https, unset it, or say --allow-plain-http"
+            )
+        self._not_before = 0.0  # a server that asked for patience asked it of all
+        self._one_at_a_time = False
+        self._client: httpx.AsyncClient | None = None
+
+    async def __aenter__(self) -> Endpoint:
+        headers = {"Accept": "application/json", "Accept-Encoding": "gzip", "User-Agent": f"qcrd-fast/{__version__}"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        s = self.settings
+        self._client = httpx.AsyncClient(
+            headers=headers,
+            follow_redirects=False,
+            timeout=httpx.Timeout(s.timeout_s, connect=min(CONNECT_S, s.timeout_s)),
+            limits=httpx.Limits(max_connections=s.concurrency, max_keepalive_connections=s.concurrency),
+            mounts={f"all://{f'[{host}]' if ':' in host else host}": None for host in LOOPBACK},  # never through a proxy
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+
+    def body(self, prompt: str, n: int) -> dict[str, Any]:
+        """What is posted to ask for `n` samples. A null in `extra` takes a field out."""
+        s = self.settings
+        said = {"messages": [{"role": "user", "content": prompt}]} if s.api == "chat" else {"prompt": prompt}
+        body = {"model": s.model, **said, "n": n, "temperature": s.temperature, "max_tokens": s.max_tokens, "stream": False}
+        return {key: value for key, value in {**body, **s.extra}.items() if value is not None}
+
+    def hide(self, text: str) -> str:
+        """`text` without the key."""
+        return redact(text.replace(self.key, "***") if self.key else text)
+
+    async def ask(self, prompt: str, n: int, journal: Journal) -> Reply:
+        """Up to `n` samples: the first reply that holds one. Every retry happens here, under one deadline.
+
+        Raises:
+            Failed: no sample within `deadline_s`, a reply that a repetition would not change, or `BAD_REPLIES` bad ones.
+            Interrupted: by the journal.
+        """
+        s = self.settings
+        bad = attempt = 0
+        await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
+        begun = time.monotonic()
+        while True:
+            attempt += 1
+            asked = 1 if self._one_at_a_time else n
+            request = await journal.before(attempt, asked)
+            sent = time.monotonic()
+            left_s = s.deadline_s - (sent - begun)
+            try:
+                reply = await self._request(request, self.body(prompt, asked), prompt, min(s.timeout_s, max(left_s, 0.1)))
+                journal.came(request, reply)
+                return reply
+            except Failed as error:
+                journal.failed(request, error, time.monotonic() - sent)
+                bad += error.reason.startswith("bad reply")
+                if asked > 1 and error.reason in ("400", "422") and re.search(r"\bn\b|\bchoices?\b", error.detail):
+                    log.warning("the teacher takes one sample a request: %s", error.detail)
+                    self._one_at_a_time = True
+                    continue
+                wait_s = self._wait_s(attempt, error)
+                left_s = s.deadline_s - (time.monotonic() - begun)
+                if not error.retry or bad >= BAD_REPLIES or wait_s >= left_s:
+                    raise
+                log.info("%s; trying again in %.1f s", error, wait_s)
+                await asyncio.sleep(wait_s)
+            except asyncio.CancelledError:
+                journal.failed(request, Failed("cancelled", charged=True), time.monotonic() - sent)
+                raise
+
+    async def models(self, journal: Journal) -> list[str]:
+        """The names at /models. Raises what `ask` raises."""
+        request, sent = await journal.before(1, 0), time.monotonic()
+        try:
+            found = await self._exchange("GET", "/models", request, None, min(30.0, self.settings.timeout_s))
+            rows = found.get("data") if isinstance(found, dict) else None
+            if not isinstance(rows, list):
+                raise Failed("bad reply: not a list of models", retry=False)
+        except Failed as error:
+            journal.failed(request, error, time.monotonic() - sent)
+            raise
+        journal.came(request, Reply([], 0, 0, seconds=time.monotonic() - sent))
+        names = [row.get("id") for row in rows if isinstance(row, dict)]
+        return [self.hide(name) for name in names if isinstance(name, str)]
+
+    def _wait_s(self, attempt: int, error: Failed) -> float:
+        """What the server asks for, or twice as long at each attempt; always with jitter, so that workers spread."""
+        jitter = random.uniform(0.5, 1.0)
+        if error.retry_after_s is None:
+            return min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** min(attempt - 1, 10)) * jitter
+        if error.retry_after_s < self.settings.deadline_s:
+            self._not_before = max(self._not_before, time.monotonic() + error.retry_after_s)
+        return error.retry_after_s + 0.2 * jitter
+
+    async def _request(self, request: str, body: dict[str, Any], prompt: str, limit_s: float) -> Reply:
+        path = "/chat/completions" if self.settings.api == "chat" else "/completions"
+        begun = time.monotonic()
+        value = await self._exchange("POST", path, request, body, limit_s)
+        reply = parse_reply(value, prompt, self.hide)
+        if not reply.choices:
+            faults = ", ".join(reply.faults) or "nothing in it"
+            raise Failed(f"bad reply: {faults}", charged=True)
+        return dataclasses.replace(reply, seconds=time.monotonic() - begun)
+
+    async def _exchange(self, method: str, path: str, request: str, body: Any, limit_s: float) -> Any:
+        """The JSON of one exchange, whole within `limit_s` however slowly it drips."""
+        try:
+            return await asyncio.wait_for(self._transfer(method, path, request, body), limit_s)
+        except asyncio.TimeoutError:
+            raise Failed("timeout", f"no whole reply within {limit_s:.1f} s", charged=True) from None
+        except httpx.TimeoutException as error:
+            sent = not isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout)
+            raise Failed("timeout", type(error).__name__, charged=sent) from None
+        except httpx.ConnectError as error:
+            raise Failed("no connection", self.hide(str(error))[:200]) from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise Failed("broken off", self.hide(f"{type(error).__name__}: {error}")[:200], charged=True) from None
+
+    async def _transfer(self, method: str, path: str, request: str, body: Any) -> Any:
+        assert self._client is not None, "use `async with`"
+        headers = {"X-Client-Request-Id": request}
+        async with self._client.stream(method, self.base + path, json=body, headers=headers) as response:
+            status = response.status_code
+            if 300 <= status < 400:
+                host = urlsplit(response.headers.get("location", "")).hostname or "the same host"
+                raise Failed("redirect", f"{status} to {self.hide(host)[:100]}, not followed", retry=False)
+            if status != 200:
+                text = ""
+                with contextlib.suppress(Failed, httpx.HTTPError):
+                    text = " ".join(self.hide((await _read(response, 65_536)).decode("utf-8", "replace")).split())[:300]
+                if status in (401, 403, 404):
+                    raise Failed(str(status), text, retry=False)
+                retry = status in (408, 409, 429) or status >= 500
+                raise Failed(str(status), text, retry=retry, retry_after_s=_retry_after_s(response.headers.get("retry-after")))
+            raw = await _read(response, MAX_REPLY_BYTES)
+        try:
+            return json.loads(raw)
+        except (ValueError, RecursionError):
+            kind = "HTML" if raw.lstrip()[:1] == b"<" else "not JSON"
+            raise Failed(f"bad reply: {kind}", charged=True) from None
+
+
+def refusal(error: Failed, url: str, api: str) -> Refused | None:
+    """What to tell the user where no request can succeed."""
+    advice = {
+        "401": f"is {KEY_NAME} right?" if os.environ.get(KEY_NAME) else f"set {KEY_NAME}",
+        "403": f"may {KEY_NAME} use this model?",
+        "404": f"check --teacher (usually it ends in /v1), --teacher-model and --api {api}",
+    }.get(error.reason)
+    return Refused(f"{url} says {error}; {advice}") if advice else None
+
+
+def base_url(url: str) -> str:
+    """The address to which /chat/completions is appended. Raises `InputError`."""
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise InputError(f"--teacher: not a URL: {redact(url)}")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise InputError(f"--teacher: a URL without credentials and query is expected; the key goes into {KEY_NAME}")
+    path = re.sub(r"/(?:chat/)?completions$", "", parts.path.rstrip("/"))
+    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
+
+
+def parse_reply(value: Any, prompt: str, hide: Any = str) -> Reply:
+    """The choices of a decoded reply, whatever it is; what is not a text is a counted fault."""
+    value = value if isinstance(value, dict) else {}
+    faults: dict[str, int] = {}
+    choices = []
+
+    def fault(name: str) -> None:
+        faults[name] = faults.get(name, 0) + 1
+
+    found = value.get("choices")
+    if not isinstance(found, list) or not found:
+        fault("error in it" if value.get("error") else "empty choices" if found == [] else "no choices")
+        found = []
+    for item in found:
+        item = item if isinstance(item, dict) else {}
+        message = item.get("message")
+        text = message.get("content") if isinstance(message, dict) else item.get("text")
+        if not isinstance(text, str) or not text.strip():
+            fault("null content" if text is None else "empty content")
+            continue
+        choices.append(Choice(hide(text), item.get("finish_reason") == "length"))
+    usage = value.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    prompt_tokens, completion_tokens = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+    if prompt_tokens is None or completion_tokens is None:
+        estimate = sum(estimate_tokens(choice.text) for choice in choices)
+        return Reply(choices, estimate_tokens(prompt), estimate, True, faults)
+    return Reply(choices, prompt_tokens, completion_tokens, False, faults)
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40 else None
+
+
+def estimate_tokens(text: str) -> int:
+    """Four bytes a token, as a rule of thumb for English."""
+    return math.ceil(len(text.encode("utf-8", "replace")) / 4)
+
+
+async def _read(response: httpx.Response, limit: int) -> bytes:
+    """The body, decompressed no further than `limit` bytes."""
+    encoding = response.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip", "deflate", ""):
+        raise Failed("bad reply: unknown encoding", encoding[:40], charged=True)
+    inflate = None if encoding in ("identity", "") else zlib.decompressobj(zlib.MAX_WBITS | 32)
+    body = bytearray()
+    async for block in response.aiter_raw():
+        try:
+            body += inflate.decompress(block, limit + 1 - len(body)) if inflate else block
+        except zlib.error:
+            raise Failed("bad reply: broken compression", charged=True) from None
+        if len(body) > limit:
+            raise Failed("bad reply: too large", f"more than {limit:,} bytes", charged=True)
+    return bytes(body)
+
+
+def _retry_after_s(value: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for, as a number or an HTTP date; None where it says neither."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None

@@ -1,0 +1,116 @@
+"""What a teacher is asked, and how its reply is read: a template for each kind of answer, and rationale and answer apart.
+
+The idea is that of Figure 3 of arXiv 2405.13014: an explanation first, then the answer in a given form, here a last line
+`Answer: ...`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from qcrd_fast.answers import extract_answer, parse_choices
+from qcrd_fast.errors import InputError
+from qcrd_fast.rows import Question
+
+_FRAME = "{{context}}Question: {{question}}\n\nExplain step by step how to find the answer, in a few short sentences. {form}\n"
+_FORMS = {
+    "number": "Then end with a line `Answer: ` and the number alone, without units.",
+    "equation": "Then end with a line `Answer: ` and the arithmetic expression that gives the result, such as (8 - 3) * 2.",
+    "choice": "Then end with a line `Answer: ` and the letter of the right choice, such as (a).",
+    "yes-no": "Then end with a line `Answer: ` and yes or no.",
+    "nli": "Then end with a line `Answer: ` and one word: entailment, neutral or contradiction.",
+    "text": "Then end with a line `Answer: ` and the answer alone, as short as possible.",
+}
+TEMPLATES = {name: _FRAME.format(form=form) for name, form in _FORMS.items()} | {
+    "nli": "Premise: {context}Hypothesis: {question}\n\nExplain in a few short sentences whether the premise entails the "
+    "hypothesis, contradicts it or does neither. " + _FORMS["nli"] + "\n"
+}
+NLI_LABELS = {"entailment", "neutral", "contradiction"}
+
+_ANSWER_LINE = re.compile(r"^[\s*_#>-]*(?:(?:the|my)\s+)?(?:final\s+)?answer[\s*_]*[:=]", re.IGNORECASE | re.MULTILINE)
+_ANSWER_IS = re.compile(r"\b(?:(?:so|thus|hence|therefore),?\s+)?the\s+(?:final\s+|correct\s+)?answer\s+is\b:?", re.IGNORECASE)
+_NEXT_QUESTION = re.compile(r"\n\s*(?:Question|Q|Premise):")
+_THINKING = re.compile(r"\A\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
+
+
+class Reading(NamedTuple):
+    """A reply taken apart; `answer` is None where none can be read as one of the task."""
+
+    rationale: str
+    answer: str | None
+
+
+class Template:
+    """The text a question is put into: one of `TEMPLATES` by name, or the content of a file.
+
+    Raises `InputError` for a file that is missing, not UTF-8, or without {question}.
+    """
+
+    def __init__(self, option: str = "auto"):
+        self.text: str | None = None
+        self.name = option
+        if option == "auto" or option in TEMPLATES:
+            return
+        path = Path(option)
+        try:
+            self.text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            known = ", ".join(("auto", *TEMPLATES))
+            raise InputError(f"--template: {option!r} is neither {known}, nor a readable UTF-8 file") from error
+        if "{question}" not in self.text:
+            raise InputError(f"--template: {path} does not contain {{question}}")
+
+    def prompt(self, question: Question) -> str:
+        """The prompt of a question. In a template without {context}, the context stands before the question."""
+        text = self.text or TEMPLATES[self._kind(question)]
+        context, body = question.context or "", question.question
+        if context and "{context}" not in text:
+            body = f"{context}\n{body}"
+        if context and self.text is None:
+            context += "\n"
+        values = {"{question}": body, "{context}": context}
+        return re.sub(r"\{(?:question|context)\}", lambda match: values[match[0]], text)  # what is put in is not read again
+
+    def _kind(self, question: Question) -> str:
+        if self.name != "auto":
+            return self.name
+        if question.context and (question.gold or "").strip().lower() in NLI_LABELS:
+            return "nli"
+        return question.task or "text"
+
+
+def prompt_digest(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def read_reply(text: str, question: Question, *, cut: bool = False) -> Reading:
+    """The rationale and the answer in a reply.
+
+    The rationale ends where the last line `Answer:` or sentence "the answer is" begins, and has no `<think>` block; what the
+    model adds as its next question is left out. Without such a mark the whole reply is the rationale, and the answer is
+    whatever `extract_answer` finds in it, or None where the reply was `cut` at its maximum length.
+    """
+    text = _clean(_THINKING.sub("", text, count=1))
+    text = _NEXT_QUESTION.split(text, maxsplit=1)[0].strip()
+    task, choices = question.task or "text", parse_choices(question.question)
+    mark = _last(_ANSWER_LINE.finditer(text)) or _last(_ANSWER_IS.finditer(text))
+    if mark is None:
+        return Reading(text, None if cut else extract_answer(text, task, choices))
+    return Reading(text[: mark.start()].strip(), extract_answer("Answer: " + text[mark.end() :], task, choices))
+
+
+def _last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
+    found = None
+    for found in matches:  # noqa: B007
+        pass
+    return found
+
+
+def _clean(text: str) -> str:
+    """`text` as it can be written to a row: no NUL, no lone surrogates, line feeds alone."""
+    text = text.replace("\r\n", "\n").replace("\0", "")
+    return text.encode("utf-8", "replace").decode() if not text.isascii() else text
