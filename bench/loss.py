@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qcrd_fast.config import nearest
 from qcrd_fast.errors import InputError
+from qcrd_fast.linear_loss import KEPT_BYTES
 
 from . import timing
 from .cases import DTYPES, HEADS, LOGITS, Batch, Case, Truth, find_truth, make_batch
@@ -38,6 +39,7 @@ FOUR_HEADS = ("t5-base", "smollm2-135m", "gemma-3-270m", "llama-3-8b")
 LIMITS = {"fp32": 1e-3, "bf16": 2e-2}  # ||out - ref|| / ||ref|| of a gradient; beyond it a provider is wrong
 CHECKED_ON_CPU = 1024  # tokens: float64 is slow there
 RATE_ROWS = 4096  # of the products that set the floor, so that theirs is no T x V matrix either
+ERRORS = ("loss_error", "dhidden_error", "dweight_error")
 VERSIONED = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 
 log = logging.getLogger("qcrd_fast.bench")
@@ -74,18 +76,31 @@ def find_names(device: torch.device, providers: Sequence[str]) -> tuple[str, ...
 
 
 def run_bench(
-    cases: Sequence[Case], device: torch.device, *, providers: Sequence[str] = (), repeats: int | None = None
+    cases: Sequence[Case],
+    device: torch.device,
+    *,
+    providers: Sequence[str] = (),
+    repeats: int | None = None,
+    append_to: Path | None = None,
 ) -> dict[str, Any]:
-    """{"where", "cases": [{"case", "selected_share", "rate_tflops", "floor_ms", "rows", "absent"}]}."""
+    """{"where", "cases": [{"case", "selected_share", "rate_tflops", "floor_ms", "product_ms", "rows", "absent"}]}.
+
+    With `append_to`, each case's rows are added to that CSV file as soon as they are measured.
+    """
     if os.environ.get("QCRD_FAST_IMPL"):
         raise InputError("QCRD_FAST_IMPL overrides which implementation runs; unset it to compare them")
+    if append_to:
+        check_appendable(append_to)
     names = find_names(device, providers)
     repeats = repeats or (30 if device.type == "cuda" else 7)
-    results = []
+    results: dict[str, Any] = {"where": describe_machine(device), "repeats": repeats, "cases": []}
     for number, case in enumerate(cases, 1):
         log.info("case %d of %d: %s", number, len(cases), case)
-        results.append(run_case(case, device, names, repeats))
-    return {"where": describe_machine(device), "repeats": repeats, "cases": results}
+        measured = run_case(case, device, names, repeats)
+        results["cases"].append(measured)
+        if append_to:
+            append_csv({**results, "cases": [measured]}, append_to)
+    return results
 
 
 def run_case(case: Case, device: torch.device, names: tuple[str, ...], repeats: int) -> dict[str, Any]:
@@ -119,27 +134,32 @@ def time_all(
                 calls.append(call)
     log.info("timing %s, %d times each", ", ".join(p.full_name for p, _ in alive) or "nothing", repeats)
     share = selected_share(batch)
-    products, flops = three_products(batch)
+    T, V = len(batch.target_T), len(batch.weight_VH)
+    kept = share * T * V * batch.hidden_TH.element_size() <= KEPT_BYTES
+    product, products, flops = the_products(batch)
     products()
-    products_ms, *times = timing.rounds([products, *calls], repeats, device)
+    product_ms, products_ms, *times = timing.rounds([product, products, *calls], repeats, device)
     rate = flops / timing.quantile(products_ms, 0.5)  # per millisecond
     floor_ms = (2 + 6 * share) * unit / rate
+    scoring_ms = timing.quantile(product_ms, 0.5) * max(1.0, T / RATE_ROWS)
     eager_ms = next((ms for (provider, _), ms in zip(alive, times, strict=True) if provider.full_name == "eager plain"), None)
     for (provider, row), ms in zip(alive, times, strict=True):
         median = timing.quantile(ms, 0.5)
-        units = provider.units(share)
+        units = provider.units(share, kept)
         row |= {"ms": median, "ms_p20": timing.quantile(ms, 0.2), "ms_p80": timing.quantile(ms, 0.8), "units": units}
-        row |= {"tflops": units * unit / median / 1e9, "floor_share": floor_ms / median}
+        row |= {"tflops": units * unit / median / 1e9}
+        row |= {"floor_share": (scoring_ms if provider.mode == "score" else floor_ms) / median}
         if eager_ms:
             row["of_eager"] = timing.quantile([x / y for x, y in zip(ms, eager_ms, strict=True)], 0.5)
-    return {"selected_share": share, "rate_tflops": rate / 1e9, "floor_ms": floor_ms}
+    return {"selected_share": share, "rate_tflops": rate / 1e9, "floor_ms": floor_ms, "product_ms": scoring_ms}
 
 
 def forward_backward(provider: Provider, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(loss, selected_R); the gradients are in the leaves."""
+    """(loss, selected_R); the gradients are in the leaves, unless it only scores."""
     batch.hidden_TH.grad = batch.weight_VH.grad = None
     loss, selected_R = provider.step(batch)
-    loss.backward()
+    if provider.mode != "score":
+        loss.backward()
     return loss.detach(), selected_R
 
 
@@ -153,11 +173,11 @@ def check(provider: Provider, batch: Batch, truth: Truth, limit: float, device: 
         loss, selected_R = out[0]
         grads = {"dhidden": (batch.hidden_TH.grad, truth.dhidden_TH), "dweight": (batch.weight_VH.grad, truth.dweight_VH)}
         row["loss_error"] = abs(float(loss) - truth.loss) / abs(truth.loss)
-        for name, (got, want) in grads.items():
+        for name, (got, want) in grads.items() if provider.mode != "score" else ():
             row[f"{name}_error"] = 1.0 if got is None else float((got.double() - want).norm() / want.norm())
         if not torch.equal(selected_R, truth.selected_R):
             row["status"] = "wrong: selects other rationales"
-        elif not max(row["loss_error"], row["dhidden_error"], row["dweight_error"]) <= limit:  # a NaN is wrong too
+        elif not all(row[name] <= limit for name in ERRORS if name in row):  # a NaN is wrong too
             row["status"] = f"wrong: beyond {limit:g}"
     batch.hidden_TH.grad = batch.weight_VH.grad = None
     return row
@@ -170,18 +190,21 @@ def selected_share(batch: Batch) -> float:
     return float(selected_R[batch.rationale_T].double().mean())
 
 
-def three_products(batch: Batch) -> tuple[Callable[[], None], float]:
-    """(the three products of a loss with kept logits, of at most 4,096 rows, written to memory; their flops)."""
+def the_products(batch: Batch) -> tuple[Callable[[], None], Callable[[], None], float]:
+    """(the first, and all three products of a loss with kept logits, of at most 4,096 rows, written to memory; their flops)."""
     hidden_CH, weight_VH = batch.hidden_TH.detach()[:RATE_ROWS], batch.weight_VH.detach()
     logits_CV = torch.empty(len(hidden_CH), len(weight_VH), dtype=hidden_CH.dtype, device=hidden_CH.device)
     dhidden_CH, dweight_VH = torch.empty_like(hidden_CH), torch.empty_like(weight_VH)
 
-    def products() -> None:
+    def product() -> None:
         torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
+
+    def products() -> None:
+        product()
         torch.mm(logits_CV, weight_VH, out=dhidden_CH)
         torch.mm(logits_CV.T, hidden_CH, out=dweight_VH)
 
-    return products, 6.0 * logits_CV.numel() * hidden_CH.shape[1]
+    return product, products, 6.0 * logits_CV.numel() * hidden_CH.shape[1]
 
 
 # ---- where it ran, and how it is shown ----------------------------------------------------------------------------------
@@ -232,7 +255,8 @@ def as_text(results: dict[str, Any]) -> str:
             "",
             case["name"],
             f"s = {case['selected_share']:.3f}; products of this shape {case['rate_tflops']:.3g} TFLOP/s; "
-            f"floor, (2 + 6s) U at that rate: {case['floor_ms']:.3g} ms",
+            f"floor, (2 + 6s) U at that rate: {case['floor_ms']:.3g} ms; "
+            f"of scoring, the first product: {case['product_ms']:.3g} ms",
         ]
         table = [header, *(_cells(row) for row in case["rows"])]
         widths = [max(len(cells[i]) for cells in table) for i in range(len(header))]
@@ -252,31 +276,34 @@ def as_text(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def append_csv(results: dict[str, Any], path: Path = RESULTS) -> int:
-    """Adds one line a provider and case; returns how many. A new file gets a header."""
+CASE_COLUMNS = tuple(field.name for field in dataclasses.fields(Case))
+ROW_COLUMNS = ("provider", "mode", "status", "ms", "ms_p20", "ms_p80", "of_eager", "units", "tflops", "floor_share", "peak_mib",
+               "first_call_s", *ERRORS)  # fmt: skip
+SHAPE_COLUMNS = ("selected_share", "rate_tflops", "floor_ms", "product_ms")
+WHERE_COLUMNS = ("device", "threads", "torch", "triton", "commit", "time")
+HEADER = (*CASE_COLUMNS, *ROW_COLUMNS, *SHAPE_COLUMNS, "repeats", *WHERE_COLUMNS)
+
+
+def check_appendable(path: Path) -> None:
+    """Raises `InputError` unless rows can be added to this CSV file."""
     if not path.parent.is_dir():
         raise InputError(f"--append: there is no folder {path.parent}; run from a checkout")
-    fields = [field.name for field in dataclasses.fields(Case)]
-    measured = (
-        "provider", "mode", "status", "ms", "ms_p20", "ms_p80", "of_eager", "units", "tflops", "floor_share", "peak_mib",
-        "first_call_s", "loss_error", "dhidden_error", "dweight_error",
-    )  # fmt: skip
-    per_case, where = ("selected_share", "rate_tflops", "floor_ms"), ("device", "threads", "torch", "triton", "commit", "time")
-    lines = [
-        [case["case"][f] for f in fields]
-        + [_short(row.get(f)) for f in measured]
-        + [_short(case[f]) for f in per_case]
-        + [results["repeats"], *(results["where"].get(f) for f in where)]
-        for case in results["cases"]
-        for row in case["rows"]
-    ]
+    if path.exists() and path.read_text(encoding="utf-8").partition("\n")[0] != ",".join(HEADER):
+        raise InputError(f"--append: {path} has other columns; expected {','.join(HEADER)}")
+
+
+def append_csv(results: dict[str, Any], path: Path) -> None:
+    """Adds one line a provider and case. A new file gets a header."""
     new = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
-            writer.writerow([*fields, *measured, *per_case, "repeats", *where])
-        writer.writerows(lines)
-    return len(lines)
+            writer.writerow(HEADER)
+        for case in results["cases"]:
+            for row in case["rows"]:
+                values = [case["case"][c] for c in CASE_COLUMNS] + [_short(row.get(c)) for c in ROW_COLUMNS]
+                values += [_short(case[c]) for c in SHAPE_COLUMNS] + [results["repeats"]]
+                writer.writerow(values + [results["where"].get(c) for c in WHERE_COLUMNS])
 
 
 def plan(cases: Sequence[Case], device: torch.device, providers: Sequence[str]) -> dict[str, Any]:
@@ -296,7 +323,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     def show(name: str, form: str) -> str:
         return format(row[name], form) if row.get(name) is not None else "-"
 
-    errors = [row[name] for name in ("loss_error", "dhidden_error", "dweight_error") if name in row]
+    errors = [row[name] for name in ERRORS if name in row]
     return (
         row["provider"],
         row["mode"],

@@ -1,5 +1,6 @@
 """Who is timed. All do the same work: the loss of the same candidates, and its gradients for hidden states and head.
 
+score: log p of every token and the selection, without gradients.
 plain: log p of every token, then the contrastive loss over it, differentiated through both.
 composed: score every token without gradients, select, then train on the selected tokens alone with the weights now known.
 joint: one differentiable pass that skips the losers in its backward.
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob
 from qcrd_fast.dispatch import choose_impl
-from qcrd_fast.losses import weighted_rationale_loss
+from qcrd_fast.linear_loss import linear_rationale_loss
+from qcrd_fast.losses import ContrastiveOutput, weighted_rationale_loss
 
 from .cases import BETA, DELTA, Batch
 
@@ -32,14 +34,16 @@ class Provider(NamedTuple):
     """One way to the loss."""
 
     name: str
-    mode: str  # plain | composed | joint
+    mode: str  # score | plain | composed | joint
     step: Callable[[Batch], tuple[Tensor, Tensor]]  # -> (loss, selected_R); the caller differentiates the loss
     units_all: int  # cost in U for every token
     units_selected: int  # and for the selected ones
     note: str = ""
+    kept_units: int | None = None  # instead, where the selected tokens' logits fit a workspace of KEPT_BYTES
 
-    def units(self, selected_share: float) -> float:
-        return self.units_all + self.units_selected * selected_share
+    def units(self, selected_share: float, kept: bool) -> float:
+        selected = self.kept_units if kept and self.kept_units else self.units_selected
+        return self.units_all + selected * selected_share
 
     @property
     def full_name(self) -> str:
@@ -158,17 +162,44 @@ def plain(per_token: PerToken) -> Callable[[Batch], tuple[Tensor, Tensor]]:
     return step
 
 
+def scored(per_token: PerToken, batch: Batch) -> ContrastiveOutput:
+    with torch.no_grad():
+        nll_T = per_token(batch.hidden_TH.detach(), batch.weight_VH.detach(), batch.target_T, batch.scale)
+        return contrastive_loss(-nll_T, *batch.segments, beta=BETA, delta=DELTA)
+
+
+def score(per_token: PerToken) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+    def step(batch: Batch) -> tuple[Tensor, Tensor]:
+        out = scored(per_token, batch)
+        return out.loss, out.selected_R
+
+    return step
+
+
 def composed(per_token: PerToken) -> Callable[[Batch], tuple[Tensor, Tensor]]:
     def step(batch: Batch) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            nll_T = per_token(batch.hidden_TH.detach(), batch.weight_VH.detach(), batch.target_T, batch.scale)
-            scored = contrastive_loss(-nll_T, *batch.segments, beta=BETA, delta=DELTA)
-        rows_S = scored.selected_R[batch.rationale_T].nonzero()[:, 0]
+        out = scored(per_token, batch)
+        rows_S = out.selected_R[batch.rationale_T].nonzero()[:, 0]
         nll_S = per_token(batch.hidden_TH[rows_S], batch.weight_VH, batch.target_T[rows_S], batch.scale)
         loss, *_ = weighted_rationale_loss(
-            -nll_S, batch.rationale_T[rows_S], batch.positive_R, scored.weight_R, beta=BETA, delta=DELTA
+            -nll_S, batch.rationale_T[rows_S], batch.positive_R, out.weight_R, beta=BETA, delta=DELTA
         )
-        return loss, scored.selected_R
+        return loss, out.selected_R
+
+    return step
+
+
+def composed_of_ours(per_token: PerToken, impl: str) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+    """The training pass is one node, which makes its gradients in forward where that pays."""
+
+    def step(batch: Batch) -> tuple[Tensor, Tensor]:
+        out = scored(per_token, batch)
+        rows_S = out.selected_R[batch.rationale_T].nonzero()[:, 0]
+        loss, _ = linear_rationale_loss(
+            batch.hidden_TH[rows_S], batch.weight_VH, batch.target_T[rows_S], batch.rationale_T[rows_S],
+            batch.positive_R, out.weight_R, beta=BETA, delta=DELTA, scale=batch.scale, impl=impl,
+        )  # fmt: skip
+        return loss, out.selected_R
 
     return step
 
@@ -196,11 +227,14 @@ def find_providers(device: torch.device, dtype: torch.dtype, names: tuple[str, .
             absent[name] = one_line(error)
             continue
         again = source.backward_units
+        found.append(Provider(name, "score", score(per_token), 2, 0, source.note))
         if name.startswith("qcrd-"):
-            found.append(Provider(name, "joint", joint(name.removeprefix("qcrd-")), 2, again, source.note))
+            impl = name.removeprefix("qcrd-")
+            found.append(Provider(name, "joint", joint(impl), 2, again, source.note))
+            found.append(Provider(name, "composed", composed_of_ours(per_token, impl), 2, 2 + again, source.note, kept_units=6))
         else:
             found.append(Provider(name, "plain", plain(per_token), 2 + again, 0, source.note))
-        found.append(Provider(name, "composed", composed(per_token), 2, 2 + again, source.note))
+            found.append(Provider(name, "composed", composed(per_token), 2, 2 + again, source.note))
     return found, absent
 
 

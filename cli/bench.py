@@ -64,10 +64,9 @@ def bench(
         if dry_run:
             results, text = None, loss.plan_text(loss.plan(cases, where, providers))
         else:
-            results = loss.run_bench(cases, where, providers=providers, repeats=repeats)
+            append_to = loss.RESULTS if append else None
+            results = loss.run_bench(cases, where, providers=providers, repeats=repeats, append_to=append_to)
             text = loss.as_text(results)
     click.echo(text)
     if results and json_file:
         Path(json_file).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    if results and append:
-        loss.append_csv(results)
