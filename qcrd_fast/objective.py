@@ -128,7 +128,7 @@ class Objective:
             return chosen
         self.student.model.eval()
         with torch.no_grad():
-            packed, logprob_T = self._score([e.explain for e in batch], [c.tokens for c in candidates], question, stats)
+            packed, logprob_T = self.score([e.explain for e in batch], [c.tokens for c in candidates], question, stats)
         self.student.model.train()
         out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)
         for c, q, weight, selected in zip(candidates, question, out.weight_R.tolist(), out.selected_R.tolist(), strict=True):
@@ -196,7 +196,7 @@ class Objective:
             targets.append(c.tokens)
             source_of.append(explain_at[q])
         stats["tokens"] += sum(map(len, targets))
-        packed, logprob_T = self._score(sources, targets, source_of, stats)
+        packed, logprob_T = self.score(sources, targets, source_of, stats)
         positive = [True] * labels + [c.positive for c in weighted.candidates]
         weight_R = torch.tensor(weights + weighted.weight, dtype=torch.float32, device=logprob_T.device)
         is_label_R = torch.arange(len(targets), device=logprob_T.device) < labels
@@ -240,7 +240,7 @@ class Objective:
         candidates, question = _candidates(batch, lagged)
         if not candidates:
             return labels
-        packed, logprob_T = self._score([e.explain for e in batch], [c.tokens for c in candidates], question, stats)
+        packed, logprob_T = self.score([e.explain for e in batch], [c.tokens for c in candidates], question, stats)
         out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)
         return {"loss_pred": labels["loss_pred"], "loss_cl": out.loss}
 
@@ -269,7 +269,7 @@ class Objective:
             predicted_BV = pooled([e.predict for e in have], [e.label for e in have])
         return F.cross_entropy(explained_BV, predicted_BV, reduction="sum") / num_questions
 
-    def _score(
+    def score(
         self, sources: list[TokenIds], targets: list[TokenIds], source_of: list[int], stats: Counter[str]
     ) -> tuple[PackedHidden, Tensor]:
         """Hidden states at the targets' tokens, and log p of each [T]."""

@@ -10,6 +10,7 @@ Suffixes: B rows, L padded length, T target tokens.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from qcrd_fast.prompts import TokenIds
 
-MAX_PAIRS = 2**22  # (query, key) pairs of a batch whose mask is dense; 2,048 tokens in one row
+MAX_PAIRS = 2**22  # (query, key) pairs of a batch whose mask is dense
+MAX_ROW = 2048  # tokens of a row that is shared
+BIASED_ROW = 384  # the same where positions are a bias on the scores, which every layer writes out for every head
 BLOCK = 128  # flex_attention's tiles; rows are padded to whole ones, so that few lengths are compiled
 
 
@@ -44,24 +47,37 @@ class Layout:
     plain: bool  # every row is one prompt and one target, so a causal model needs no help
 
 
-def share(
-    lengths: Sequence[int], source_of: Sequence[int], prompts: Sequence[int], max_row: int, max_tokens: int
-) -> list[Group]:
-    """Each source with its targets, over several groups where one would pass `max_row` tokens or `max_tokens`.
+def best_room(prompt: int, hidden_size: int) -> int:
+    """How many target tokens to put behind a prompt where the mask is dense.
 
-    `lengths` are the targets', `prompts` the sources' (zeros for an encoder-decoder) [tokens]. A source without a target
-    gets no group.
+    r tokens behind a prompt of P cost (P + r)(c + a(P + r)) / r each, with a = 4H for attention over the whole row and c = 24H^2
+    for a layer's products; the least is at r^2 = P(P + c/a). Longer rows lose more to what the mask hides than they save.
     """
-    limit, groups = min(max_row, max_tokens), []
-    latest: dict[int, Group] = {}
-    room: dict[int, int] = {}
-    for i, (length, source) in enumerate(zip(lengths, source_of, strict=True)):
-        if source not in latest or room[source] < length:
-            latest[source] = Group(source, [])
-            groups.append(latest[source])
-            room[source] = limit - prompts[source]
-        latest[source].targets.append(i)
-        room[source] -= length
+    return max(min(math.isqrt(prompt * (prompt + 6 * hidden_size)), MAX_ROW - prompt), 1)
+
+
+def share(lengths: Sequence[int], source_of: Sequence[int], rooms: Sequence[int]) -> list[Group]:
+    """Each source with its targets; over several groups of about equal length where they would pass its room.
+
+    `lengths` are the targets', `rooms` what a row of each source may hold of them [tokens]. A source without a target gets
+    no group.
+    """
+    groups = []
+    for source in dict.fromkeys(source_of):
+        members = sorted((i for i, of in enumerate(source_of) if of == source), key=lambda i: (-lengths[i], i))
+        room = max(rooms[source], lengths[members[0]], 1)
+        count = -(-sum(lengths[i] for i in members) // room) or 1
+        while True:
+            bins: list[list[int]] = [[] for _ in range(count)]
+            used = [0] * count
+            for i in members:  # the longest first, each to where there is least
+                least = used.index(min(used))
+                bins[least].append(i)
+                used[least] += lengths[i]
+            if max(used) <= room:
+                break
+            count += 1
+        groups += [Group(source, sorted(members)) for members in bins if members]
     return groups
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.heads import Head, check_head, read_head
-from qcrd_fast.packing import BLOCK, MAX_PAIRS, Group, Layout, fill_rows, lay_out, length_batches, share
+from qcrd_fast.packing import (
+    Group,
+    Layout,
+    fill_rows,
+    lay_out,
+    length_batches,
+    share,
+)
 from qcrd_fast.prompts import EXPLAIN as EXPLAIN
 from qcrd_fast.prompts import PREDICT as PREDICT
 from qcrd_fast.prompts import REASON as REASON
@@ -134,13 +140,13 @@ class Student(Prompter):
         if mode is None:
             groups = [Group(source, [i]) for i, source in enumerate(source_of)]
         else:
-            groups = share(lengths, source_of, prompts, max_tokens if mode == "flex" else math.isqrt(MAX_PAIRS), max_tokens)
+            groups = share(lengths, source_of, [min(self._room(p, mode), max_tokens - p) for p in prompts])
         sizes = [prompts[group.source] + sum(lengths[i] for i in group.targets) for group in groups]
         rows = [[g] for g in range(len(groups))]
         if mode and not self.is_encoder_decoder:  # what the longest row leaves free holds shorter ones
             rows = fill_rows(sizes, max_tokens if mode == "flex" else max(sizes))
         widths = [sum(sizes[g] for g in row) for row in rows]
-        batches = length_batches(widths, max_tokens, MAX_PAIRS if mode == "dense" else None)
+        batches = length_batches(widths, max_tokens, packing.MAX_PAIRS if mode == "dense" else None)
         parts, order, body_tokens = [], [], encoded[1].numel() if self.is_encoder_decoder else 0
         for batch in batches:
             hidden_BLH, layout = self._run(encoded, [[groups[g] for g in rows[b]] for b in batch], targets, mode)
@@ -170,13 +176,19 @@ class Student(Prompter):
         packed = self._packed(hidden_BLH.flatten(0, 1).index_select(0, layout.at_T), targets, layout.ids_BL.numel())
         return dataclasses.replace(packed, padded=hidden_BLH, first=layout.first)
 
+    def _room(self, prompt: int, mode: str) -> int:
+        """Target tokens that one row may hold."""
+        if self.is_encoder_decoder:
+            return packing.BIASED_ROW
+        return packing.MAX_ROW - prompt if mode == "flex" else packing.best_room(prompt, self.head.weight.shape[1])
+
     def _run(
         self, encoded: Any, rows: Sequence[Sequence[Group]], targets: Sequence[TokenIds], mode: str | None
     ) -> tuple[Tensor, Layout]:
         """Hidden states [B, L, H] of a padded batch of rows."""
         prompts = None if self.is_encoder_decoder else encoded
         start = [self.model.config.decoder_start_token_id] if self.is_encoder_decoder else []
-        layout = lay_out(rows, targets, prompts, start, self.pad_id, self.device, BLOCK if mode == "flex" else 1)
+        layout = lay_out(rows, targets, prompts, start, self.pad_id, self.device, packing.BLOCK if mode == "flex" else 1)
         inputs = attention_inputs(self.model, layout, mode)
         if not self.is_encoder_decoder:
             return self.model.base_model(input_ids=layout.ids_BL, use_cache=False, **inputs).last_hidden_state, layout
