@@ -16,16 +16,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from qcrd_fast import packing
 from qcrd_fast.errors import InputError
 from qcrd_fast.heads import Head, check_head, read_head
-from qcrd_fast.packing import (
-    Group,
-    Layout,
-    fill_rows,
-    lay_out,
-    length_batches,
-    share,
-)
+from qcrd_fast.packing import Group, Layout, fill_rows, lay_out, length_batches, share
 from qcrd_fast.prompts import EXPLAIN as EXPLAIN
 from qcrd_fast.prompts import PREDICT as PREDICT
 from qcrd_fast.prompts import REASON as REASON
