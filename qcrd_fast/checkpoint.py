@@ -20,8 +20,8 @@ from torch import Tensor
 
 from qcrd_fast.discriminator import DiscriminatorTrainer
 from qcrd_fast.errors import RunError
-from qcrd_fast.negatives import Snapshots
 from qcrd_fast.runfolder import remove_tree, sha256, write_json
+from qcrd_fast.snapshots import Snapshots
 from qcrd_fast.students import Student
 
 log = logging.getLogger(__name__)

@@ -124,6 +124,14 @@ class TrainConfig:
     negative_top_k: int = option(50, "sample among the k likeliest tokens; 0: all", low=0, group="Negatives")
     negative_top_p: float = option(1.0, "nucleus mass to sample from", low=0, high=1, open_low=True, group="Negatives")
     max_new_tokens: int = option(128, "longest sampled negative [tokens]", low=1, group="Negatives")
+    overlap: str = option(
+        "auto",
+        "when negatives are drawn; serial: in turn with training; the rest ahead of need, beside it; stream: on a CUDA stream "
+        "(on a CPU, in a thread) of their own; priority: on one of high priority; green-context: on a quarter of the GPU; "
+        "auto: serial, since none is measured on a GPU yet",
+        choices=("auto", "serial", "stream", "priority", "green-context"),
+        group="Negatives",
+    )
     sample_batch_size: int = option(64, "questions of a sampling batch, and fewest of a chunk", low=1, group="Negatives")
 
     # Discriminator

@@ -1,63 +1,33 @@
-"""Negatives from the student as it was: snapshots of its weights, and rationales drawn from them chunk by chunk.
+"""Negatives from the student as it was: rationales drawn from snapshots of its weights, chunk by chunk.
 
 A chunk is the questions of a few consecutive steps of one iteration. Its composition is a function of (seed, iteration,
 chunk) alone and its random numbers belong to its questions, so a chunk that a killed run left unfinished is drawn again
-whole and comes out the same.
+whole and comes out the same, and so does one that is drawn ahead of its steps beside training.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.runfolder import append_lines, read_lines, sha256, write_lines
-from qcrd_fast.sampling import SampleSettings, key_words, sample
+from qcrd_fast.runfolder import append_lines, read_lines, write_lines
+from qcrd_fast.sampling import GenerateSampler, Sampler, SampleSettings, key_words, make_sampler
 from qcrd_fast.schedule import Schedule
+from qcrd_fast.snapshots import Snapshots
+from qcrd_fast.streams import Lane
 from qcrd_fast.students import Student, TokenIds
 
-
-class Snapshots:
-    """The student's weights at the start of past iterations, in bf16, one safetensors file each."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.known: dict[int, str] = {}  # sha256 by iteration
-
-    def path(self, iteration: int) -> Path:
-        return self.folder / f"iteration-{iteration:05d}.safetensors"
-
-    def save(self, iteration: int, model: torch.nn.Module) -> None:
-        self.folder.mkdir(exist_ok=True)
-        path = self.path(iteration)
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file({n: p.detach().to("cpu", torch.bfloat16) for n, p in model.named_parameters()}, temporary)
-        self.known[iteration] = sha256(temporary)
-        temporary.replace(path)
-
-    def digests(self, oldest: int) -> dict[int, str]:
-        """{iteration: sha256} of the snapshots from `oldest` on, for the checkpoint that may need them."""
-        return {i: digest for i, digest in self.known.items() if i >= oldest}
-
-    def load_into(self, iteration: int, model: torch.nn.Module) -> None:
-        tensors = load_file(self.path(iteration))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(tensors[name])
-
-    def prune(self, oldest: int, keep_initial: bool) -> None:
-        """Delete what no iteration from `oldest` on can ask for."""
-        for path in self.folder.glob("iteration-*.safetensors"):
-            number = int(path.stem.removeprefix("iteration-"))
-            if number < oldest and not (keep_initial and number == 0):
-                path.unlink()
-                self.known.pop(number, None)
+AHEAD = 2  # chunks drawn before their steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +47,11 @@ class Asked:
 
 
 class LaggedNegatives:
-    """One sampled rationale per question and iteration, drawn just before the steps that use it.
+    """One sampled rationale per question and iteration, drawn just before the steps that use it, or up to `AHEAD` chunks
+    earlier beside training (`--overlap`).
 
     Iteration t samples from the snapshot of iteration max(t - j, 0) (`fixed`: always 0) and keeps what was said in
-    `negatives/iteration-t.jsonl`, a chunk at a time, each ended by a line that counts it.
+    `negatives/iteration-t.jsonl`, a chunk at a time, each ended by a line that counts and digests it.
     """
 
     def __init__(
@@ -92,6 +63,7 @@ class LaggedNegatives:
         folder: Path,
         config: TrainConfig,
         autocast: Callable[[], torch.autocast],
+        lane: Lane | None = None,
     ):
         self.questions, self.schedule, self.snapshots, self.folder = questions, schedule, snapshots, folder
         self.config, self.autocast = config, autocast
@@ -101,24 +73,61 @@ class LaggedNegatives:
             config.negative_top_p,
             config.max_new_tokens,
             config.sample_batch_size,
+            config.impl,
         )
+        self.lane = lane or Lane("serial", torch.device("cpu"))
+        self.wait_s = self.busy_s = 0.0  # the caller waited; drawing took
+        self.tokens = 0
         self._student = student
-        self._sampler: Student | None = None
+        self._sampler: Sampler | GenerateSampler | None = None
         self._loaded: int | None = None
-        self._iteration: int | None = None
-        self._drawn: dict[int, dict[str, Negative]] = {}
+        self._stop = threading.Event()
+        self._ahead: dict[tuple[int, int], Future[_Drawn]] = {}
+        self._said: dict[int, dict[int, dict[str, Negative]]] = {}  # by iteration and chunk, in the order of the file
 
     def source_iteration(self, iteration: int) -> int:
         """Whose snapshot speaks in an iteration."""
         return 0 if self.config.negative_source == "fixed" else max(iteration - self.config.negative_lag, 0)
 
+    def prepare(self) -> None:
+        """Make the sampler, with parameters of its own, and capture its graphs: before training starts on the device."""
+        if self._sampler is not None:
+            return
+        student, autocast = copy.copy(self._student), self.autocast if self._autocasts() else None
+        student.model = copy.deepcopy(self._student.model).requires_grad_(False).eval()
+        if student.device.type == "cuda":
+            if autocast:  # weights in bf16, as the snapshots have them, in place of casting them for each token
+                for parameter in student.model.parameters():  # not the buffers: rotary frequencies need fp32
+                    parameter.data = parameter.data.to(torch.bfloat16)
+                autocast = None
+            torch.cuda.synchronize(student.device)
+        longest = max(len(q.source) for q in self.questions)
+
+        def make() -> Sampler | GenerateSampler:
+            sampler = make_sampler(student, self.settings, longest, autocast=autocast)
+            sampler.warm_up()
+            return sampler
+
+        self._sampler = self.lane.run(make).result()
+
     def for_step(self, step: int) -> dict[str, Negative]:
         """Negatives by question id for the questions of a step (and of its chunk)."""
         iteration, chunk = self.schedule.chunk(step)
-        self._open(iteration)
-        if chunk not in self._drawn:
-            self._drawn[chunk] = self._draw(iteration, chunk)
-        return self._drawn[chunk]
+        said = self._of(iteration)
+        if chunk not in said:
+            started = time.perf_counter()
+            drawn = self._draw(iteration, chunk).result()
+            self.wait_s += time.perf_counter() - started
+            self.busy_s += drawn.seconds
+            self.tokens += sum(map(len, drawn.tokens))
+            asked = self._asked(iteration, chunk)
+            said[chunk] = {q.id: Negative(t, self._student.text(t)) for q, t in zip(asked, drawn.tokens, strict=True)}
+            records = [{"chunk": chunk, "id": i, "tokens": n.tokens, "text": n.text} for i, n in said[chunk].items()]
+            end = {"chunk": chunk, "end": len(records), "sha256": _digest(records)}
+            append_lines(self._path(iteration), [*records, end])
+        if self.lane.kind != "serial":
+            self._look_ahead(step)
+        return said[chunk]
 
     def of_iteration(self, iteration: int) -> dict[str, Negative]:
         """All negatives of an iteration, by question id; chunks that are missing are drawn."""
@@ -127,59 +136,112 @@ class LaggedNegatives:
             found |= self.for_step(step)
         return found
 
-    def _open(self, iteration: int) -> None:
-        if iteration == self._iteration:
-            return
-        self._iteration, self._drawn = iteration, {}
-        self.folder.mkdir(exist_ok=True)
-        path = self._path(iteration)
-        whole, pending = [], []
-        for record in read_lines(path):
-            pending.append(record)
-            if "end" in record:
-                if self._is_whole(iteration, pending):
-                    self._drawn[record["chunk"]] = {r["id"]: Negative(r["tokens"], r["text"]) for r in pending[:-1]}
-                    whole += pending
-                pending = []
-        if path.exists():
-            write_lines(path, whole)  # without the tail that a killed run left
+    @property
+    def hidden_share(self) -> float:
+        """Of the time that drawing took so far, how much nobody waited for, 0..1."""
+        return max(0.0, 1 - self.wait_s / self.busy_s) if self.busy_s and self.lane.kind != "serial" else 0.0
 
-    def _is_whole(self, iteration: int, records: list[dict[str, Any]]) -> bool:
-        """Whether these are the records of one chunk, all its questions and no other; if not, it is drawn again."""
-        *rows, end = records
-        chunk = end.get("chunk")
-        if not isinstance(chunk, int) or not 0 <= chunk < len(self.schedule.first_steps(iteration)) or chunk in self._drawn:
-            return False
-        asked = [self.questions[i].id for i in self.schedule.chunk_questions(iteration, chunk)]
-        return (
-            end["end"] == len(rows)
-            and [r.get("id") for r in rows] == asked
-            and all(isinstance(r.get("text"), str) and isinstance(r.get("tokens"), list) for r in rows)
-        )
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self.tokens / self.busy_s if self.busy_s else None
 
-    def _draw(self, iteration: int, chunk: int) -> dict[str, Negative]:
-        asked = [self.questions[i] for i in self.schedule.chunk_questions(iteration, chunk)]
-        drawn = sample(
-            self._student_of(self.source_iteration(iteration)),
-            [q.source for q in asked],
-            [key_words(self.config.seed, q.id) for q in asked],
-            self.settings,
-            iteration=iteration,
-            autocast=self.autocast,
-        )
-        negatives = {q.id: Negative(t, self._student.text(t)) for q, t in zip(asked, drawn, strict=True)}
-        records = [{"chunk": chunk, "id": i, "tokens": n.tokens, "text": n.text} for i, n in negatives.items()]
-        append_lines(self._path(iteration), [*records, {"chunk": chunk, "end": len(records)}])
-        return negatives
+    def close(self) -> None:
+        """Stop what is being drawn ahead; a resume draws it again."""
+        self._stop.set()
+        self.lane.close()
+
+    # Drawing
+
+    def _draw(self, iteration: int, chunk: int) -> Future[_Drawn]:
+        """The draw of a chunk: the one that began ahead, else a new one."""
+        self.prepare()
+        begun = self._ahead.pop((iteration, chunk), None)
+        return begun or self.lane.run(lambda: self._sample(iteration, chunk))
+
+    def _look_ahead(self, step: int) -> None:
+        """Begin drawing the chunks after a step's, where their snapshot is taken already."""
+        for iteration, chunk in self._following(step):
+            if not self.snapshots.has(self.source_iteration(iteration)):
+                return
+            if chunk not in self._of(iteration) and (iteration, chunk) not in self._ahead:
+                self._ahead[iteration, chunk] = self.lane.run(lambda i=iteration, c=chunk: self._sample(i, c))  # type: ignore[misc]
+
+    def _following(self, step: int) -> Iterator[tuple[int, int]]:
+        """The next `AHEAD` chunks of the run."""
+        now = self.schedule.chunk(step)
+        found: dict[tuple[int, int], None] = {}
+        while (step := step + 1) < self.schedule.total_steps and len(found) < AHEAD:
+            if (chunk := self.schedule.chunk(step)) != now:
+                found[chunk] = None
+        return iter(found)
+
+    def _sample(self, iteration: int, chunk: int) -> _Drawn:
+        """Runs in the lane; touches nothing but the sampler, its parameters and the snapshots."""
+        started = time.perf_counter()
+        sampler, source = self._sampler, self.source_iteration(iteration)
+        assert sampler is not None
+        if self._loaded != source:
+            self.snapshots.load_into(source, sampler.student.model)
+            self._loaded = source
+        asked = self._asked(iteration, chunk)
+        keys = [key_words(self.config.seed, q.id) for q in asked]
+        tokens = sampler.draw([q.source for q in asked], keys, iteration=iteration, stop=self._stop)
+        return _Drawn(tokens, time.perf_counter() - started)
+
+    def _autocasts(self) -> bool:
+        device = self._student.device.type
+        with self.autocast():
+            return torch.is_autocast_enabled(device)
+
+    def _asked(self, iteration: int, chunk: int) -> list[Asked]:
+        return [self.questions[i] for i in self.schedule.chunk_questions(iteration, chunk)]
+
+    # The store
 
     def _path(self, iteration: int) -> Path:
         return self.folder / f"iteration-{iteration:05d}.jsonl"
 
-    def _student_of(self, iteration: int) -> Student:
-        if self._sampler is None:
-            self._sampler = copy.copy(self._student)
-            self._sampler.model = copy.deepcopy(self._student.model).requires_grad_(False).eval()
-        if self._loaded != iteration:
-            self.snapshots.load_into(iteration, self._sampler.model)
-            self._loaded = iteration
-        return self._sampler
+    def _of(self, iteration: int) -> dict[int, dict[str, Negative]]:
+        """The chunks of an iteration that are in the store. What stands behind the first damaged one is drawn again."""
+        if iteration in self._said:
+            return self._said[iteration]
+        self._said = {i: said for i, said in self._said.items() if i >= iteration - 1 - AHEAD}
+        said = self._said[iteration] = {}
+        self.folder.mkdir(exist_ok=True)
+        path = self._path(iteration)
+        whole: list[dict[str, Any]] = []
+        pending: list[dict[str, Any]] = []
+        for record in read_lines(path):
+            pending.append(record)
+            if "end" in record:
+                if not self._is_whole(iteration, pending, said):
+                    break
+                said[record["chunk"]] = {r["id"]: Negative(r["tokens"], r["text"]) for r in pending[:-1]}
+                whole += pending
+                pending = []
+        if path.exists():
+            write_lines(path, whole)  # without the tail that a killed run left
+        return said
+
+    def _is_whole(self, iteration: int, records: list[dict[str, Any]], said: dict[int, dict[str, Negative]]) -> bool:
+        """Whether these are the records of one chunk, all its questions and no other, as they were written."""
+        *rows, end = records
+        chunk = end.get("chunk")
+        if not isinstance(chunk, int) or not 0 <= chunk < len(self.schedule.first_steps(iteration)) or chunk in said:
+            return False
+        return (
+            end["end"] == len(rows)
+            and [r.get("id") for r in rows] == [q.id for q in self._asked(iteration, chunk)]
+            and end.get("sha256") == _digest(rows)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    tokens: list[TokenIds]
+    seconds: float
+
+
+def _digest(rows: Sequence[dict[str, Any]]) -> str:
+    said = repr([(r.get("chunk"), r.get("id"), r.get("tokens"), r.get("text")) for r in rows])
+    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()

@@ -22,7 +22,7 @@ from qcrd_fast.redact import RedactingFormatter
 
 LOCK, LOG = ".lock", "run.log"
 # Options that a resumed run may change: they do not touch what is computed, but for rounding (--impl, the kill-switch).
-FREE_OPTIONS = {"impl", "output_dir", "resume", "save_total_limit", "report_to", "device", "eval_batch_size"}
+FREE_OPTIONS = {"impl", "overlap", "output_dir", "resume", "save_total_limit", "report_to", "device", "eval_batch_size"}
 
 
 class RunFolder:

@@ -64,6 +64,7 @@ class Sampler:
         static: bool | None = None,
     ):
         self.student, self.settings, self.autocast = student, settings, autocast
+        self.head = student.head
         self.eos: int = student.tokenizer.eos_token_id
         device = student.device
         self.graphed = device.type == "cuda" and static is not False
@@ -216,7 +217,7 @@ class Sampler:
         token_B.copy_(torch.where(done_B, token_B, chosen_B))
 
     def _pick(self, hidden_BH: Tensor, key_B2: Tensor, counter_B3: Tensor) -> Tensor:
-        head, settings = self.student.head, self.settings
+        head, settings = self.head, self.settings
         with torch.autocast(hidden_BH.device.type, enabled=False):
             if self._top_p is None or not settings.temperature:
                 return linear_sample(

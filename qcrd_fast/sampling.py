@@ -20,7 +20,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from qcrd_fast.decode import Autocast, find_style
 from qcrd_fast.noise import gumbel
 from qcrd_fast.noise import key_words as key_words
-from qcrd_fast.sampler import Cancelled, Sampler
+from qcrd_fast.sampler import Cancelled
+from qcrd_fast.sampler import Sampler as Sampler
 from qcrd_fast.sampler import SampleSettings as SampleSettings
 from qcrd_fast.students import Student, TokenIds
 

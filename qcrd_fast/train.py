@@ -25,12 +25,14 @@ from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.evaluate import accuracy, main_task, make_autocast, of_split, predict, resolve_device
 from qcrd_fast.examples import Example, label_kind, label_of, make_examples
 from qcrd_fast.metrics import MetricsLog, Progress, mean, share
-from qcrd_fast.negatives import Asked, LaggedNegatives, Snapshots
+from qcrd_fast.negatives import Asked, LaggedNegatives
 from qcrd_fast.objective import Objective
 from qcrd_fast.ops import choose_impl
 from qcrd_fast.runfolder import FREE_OPTIONS, LOG, RunFolder, logging_to, write_json, write_lines
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.signals import StopSignals
+from qcrd_fast.snapshots import Snapshots
+from qcrd_fast.streams import Lane, choose_overlap
 from qcrd_fast.students import PromptSettings, Student
 
 log = logging.getLogger(__name__)
@@ -192,11 +194,15 @@ class Session:
             self.trainer = DiscriminatorTrainer(judge, config) if judge else None
         warmup = round(config.redi_warmup * schedule.total_steps)
         self.objective = Objective(student, config, self.trainer.discriminator if self.trainer else None, self.autocast, warmup)
-        self.snapshots = Snapshots(run / "snapshots")
+        on_gpu = student.device.type == "cuda"
+        self.snapshots = Snapshots(run / "snapshots", in_memory=config.negative_lag + 3 if on_gpu else 0)
         self.lagged: LaggedNegatives | None = None
         if self.is_qcrd and config.negative_source in ("lagged", "fixed"):
             asked = [Asked(e.id, e.explain) for e in examples]
-            self.lagged = LaggedNegatives(student, asked, schedule, self.snapshots, run / "negatives", config, self.autocast)
+            lane = Lane(choose_overlap(config, student.device), student.device)
+            self.lagged = LaggedNegatives(
+                student, asked, schedule, self.snapshots, run / "negatives", config, self.autocast, lane
+            )
         self.step = 0  # optimizer steps done
         self.best: dict[str, Any] | None = None
         self.loss_d: float | None = None
@@ -213,6 +219,16 @@ class Session:
     # The loop
 
     def loop(self, stop: StopSignals) -> None:
+        try:
+            self._loop(stop)
+        finally:
+            if self.lagged:
+                self.lagged.close()
+            self.snapshots.close()
+
+    def _loop(self, stop: StopSignals) -> None:
+        if self.lagged and self.step < self.schedule.total_steps:
+            self.lagged.prepare()
         if self.step == 0 and self.trainer:
             self._pretrain_discriminator(stop)
         progress = Progress(self.schedule.total_steps, self.step)
@@ -275,6 +291,8 @@ class Session:
             "tokens_per_s": counts["tokens"] / elapsed,
             "step_ms": 1e3 * elapsed,
             "sample_wait_ms": 1e3 * (sampled - started),
+            "sampled_tokens_per_s": self.lagged.tokens_per_s if self.lagged else None,
+            "sample_hidden_share": self.lagged.hidden_share if self.lagged else None,
         }
         if self.student.device.type == "cuda":
             record["peak_mib"] = torch.cuda.max_memory_allocated(self.student.device) / 2**20

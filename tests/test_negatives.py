@@ -1,16 +1,43 @@
-"""Which student speaks, and what survives in the store."""
+"""Which student speaks, what survives in the store and in the ring, and that drawing ahead changes nothing."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
 
 import pytest
 import torch
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.negatives import LaggedNegatives, Snapshots
+from qcrd_fast.errors import InputError
+from qcrd_fast.negatives import AHEAD, Asked, LaggedNegatives
+from qcrd_fast.sampler import Cancelled
 from qcrd_fast.schedule import Schedule
+from qcrd_fast.snapshots import Snapshots
+from qcrd_fast.streams import Lane, choose_overlap
+from qcrd_fast.students import EXPLAIN, PromptSettings, Student
+
+CPU = torch.device("cpu")
 
 
-def lagged(tmp_path, **options):
-    config = TrainConfig(**options)
-    return LaggedNegatives(None, [], Schedule(8, config), Snapshots(tmp_path), tmp_path, config, lambda: None)
+@pytest.fixture(scope="module", params=["t5_folder", "llama_folder"])
+def student(request):
+    return Student.load(str(request.getfixturevalue(request.param)), PromptSettings())
+
+
+def lagged(folder, student=None, kind="serial", **options):
+    """Negatives of 8 questions with steps of 2, chunks of 4, iterations of 4 steps, unless told otherwise."""
+    shape = dict(per_device_train_batch_size=2, sample_batch_size=4, max_new_tokens=6, negative_lag=1, max_steps=12)
+    config = TrainConfig(**(shape | options))
+    questions = [Asked(f"q{i}", student.source_ids(EXPLAIN, f"Ann has {i} apples.")) for i in range(8)] if student else []
+    snapshots = Snapshots(folder / "snapshots")
+    folder.mkdir(exist_ok=True)
+    schedule = Schedule(8, config)
+    return LaggedNegatives(
+        student, questions, schedule, snapshots, folder / "negatives", config,
+        lambda: torch.autocast("cpu", enabled=False), Lane(kind, CPU),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("lag, expected", [(1, [0, 0, 1, 2, 3, 4, 5]), (3, [0, 0, 0, 0, 1, 2, 3]), (5, [0, 0, 0, 0, 0, 0, 1])])
@@ -22,15 +49,199 @@ def test_fixed_is_always_the_initial_student(tmp_path):
     assert {lagged(tmp_path, negative_source="fixed").source_iteration(t) for t in range(7)} == {0}
 
 
-def test_snapshots_come_back_and_old_ones_go(tmp_path):
-    snapshots = Snapshots(tmp_path / "snapshots")
+# Snapshots
+
+
+@pytest.mark.parametrize("in_memory", [0, 2])
+def test_snapshots_come_back_and_old_ones_go(tmp_path, in_memory):
+    snapshots = Snapshots(tmp_path / "snapshots", in_memory)
     model = torch.nn.Linear(3, 2)
     for iteration in range(4):
         with torch.no_grad():
             model.weight.fill_(iteration + 0.5)
         snapshots.save(iteration, model)
-    snapshots.load_into(1, model)
-    assert model.weight.eq(1.5).all()
+    place = model.weight.data_ptr()
+    for iteration in (1, 3, 2):  # with two in memory, 1 comes from disk
+        snapshots.load_into(iteration, model)
+        assert model.weight.eq(iteration + 0.5).all() and model.weight.data_ptr() == place
+    snapshots.wait()
     snapshots.prune(oldest=2, keep_initial=True)
     assert sorted(p.name for p in snapshots.folder.iterdir()) == [snapshots.path(i).name for i in (0, 2, 3)]
     assert sorted(snapshots.digests(oldest=2)) == [2, 3]
+    assert [snapshots.has(i) for i in (1, 2, 3, 4)] == [False, True, True, False]
+
+
+def test_a_snapshot_is_the_student_when_it_was_taken(tmp_path):
+    """Training goes on in place while the file is being written."""
+    snapshots, model, allowed = Snapshots(tmp_path / "snapshots"), torch.nn.Linear(300, 300), threading.Event()
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    snapshots._writer.submit(allowed.wait)
+    snapshots.save(0, model)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    assert not snapshots.path(0).exists()
+    allowed.set()
+    snapshots.load_into(0, model)
+    assert model.weight.eq(1.0).all()
+
+
+def test_a_snapshot_that_cannot_be_written_is_an_error_where_its_digest_is_needed(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("qcrd_fast.snapshots.save_file", full)
+    snapshots = Snapshots(tmp_path / "snapshots")
+    snapshots.save(0, torch.nn.Linear(2, 2))
+    with pytest.raises(OSError, match="No space"):
+        snapshots.digests(0)
+
+
+# The store
+
+
+def texts(negatives, steps) -> list[dict[str, str]]:
+    return [{i: n.text for i, n in negatives.for_step(step).items()} for step in steps]
+
+
+@pytest.fixture
+def filled(student, tmp_path):
+    """(negatives of iteration 0, the path and bytes of its file)."""
+    said = lagged(tmp_path / "a", student)
+    said.snapshots.save(0, student.model)
+    said.of_iteration(0)
+    path = said._path(0)
+    return said, path, path.read_bytes()
+
+
+def test_each_question_of_a_chunk_once_and_the_file_says_so(filled):
+    said, _, data = filled
+    records = [json.loads(line) for line in data.splitlines()]
+    assert [r["end"] for r in records if "end" in r] == [4, 4]
+    assert sorted(r["id"] for r in records if "id" in r) == [f"q{i}" for i in range(8)]
+    assert {i: n.tokens for i, n in said.of_iteration(0).items()} == {r["id"]: r["tokens"] for r in records if "id" in r}
+
+
+@pytest.mark.parametrize("place", ["tail cut", "text", "tokens", "count", "line lost", "line doubled", "another's row"])
+def test_damage_is_found_and_drawn_again(filled, student, place):
+    said, path, data = filled
+    lines = data.splitlines(keepends=True)
+    damaged = {
+        "tail cut": data[:-9],
+        "text": data.replace(b'"text": "', b'"text": "x', 1),
+        "tokens": data.replace(b'"tokens": [', b'"tokens": [7, ', 1),
+        "count": data.replace(b'"end": 4', b'"end": 5', 1),
+        "line lost": b"".join(lines[:1] + lines[2:]),
+        "line doubled": b"".join(lines[:1] + lines),
+        "another's row": data.replace(lines[0], lines[5], 1),
+    }[place]
+    assert damaged != data
+    path.write_bytes(damaged)
+    again = lagged(path.parent.parent, student)
+    again.snapshots.known = said.snapshots.known
+    drawn = again.of_iteration(0)
+    assert {i: n.tokens for i, n in drawn.items()} == {i: n.tokens for i, n in said.of_iteration(0).items()}
+    assert path.read_bytes() == data
+    assert again.tokens > 0
+
+
+def test_every_flipped_byte_of_a_chunk_is_found(filled, student):
+    """In the middle too: what is read back is what was said, or it is drawn again."""
+    said, path, data = filled
+    wanted = {i: (n.tokens, n.text) for i, n in said.of_iteration(0).items()}
+    for at in range(0, len(data), 37):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        kept = lagged(path.parent.parent, student)._of(0)
+        for chunk in kept.values():
+            assert all((n.tokens, n.text) == wanted[i] for i, n in chunk.items())
+
+
+def test_a_whole_store_is_read_and_nothing_drawn(filled, student):
+    said, path, data = filled
+    again = lagged(path.parent.parent, student)
+    assert texts(again, range(4)) == texts(said, range(4))
+    assert again.tokens == 0 and again._sampler is None and path.read_bytes() == data
+
+
+# Beside training
+
+
+def drift(student, iteration: int) -> None:
+    """What training would do to the weights."""
+    generator = torch.Generator().manual_seed(iteration)
+    with torch.no_grad():
+        for parameter in student.model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "lag, iteration_steps", [(1, 4), (2, 4), (1, 1)]
+)  # 1: an iteration of one chunk, never ahead of its snapshot
+def test_drawing_ahead_says_the_same(student, tmp_path, lag, iteration_steps):
+    import copy
+
+    said = {}
+    for kind in ("serial", "stream"):
+        learner = copy.copy(student)
+        learner.model = copy.deepcopy(student.model)
+        negatives = lagged(tmp_path / kind, learner, kind, negative_lag=lag, iteration_steps=iteration_steps)
+        ahead = []
+        for step in range(12):
+            if step % iteration_steps == 0:
+                if step:
+                    negatives.of_iteration(step // iteration_steps - 1)
+                negatives.snapshots.save(step // iteration_steps, learner.model)
+            negatives.for_step(step)
+            ahead.append(len(negatives._ahead))
+            drift(learner, step)
+        negatives.close()
+        files = sorted((tmp_path / kind / "negatives").iterdir())
+        said[kind] = {path.name: path.read_text() for path in files}
+        assert max(ahead) == (0 if kind == "serial" else 1 if iteration_steps == 1 else AHEAD)
+        assert 0 <= negatives.hidden_share <= 1 and negatives.tokens_per_s > 0
+        assert kind == "stream" or negatives.hidden_share == 0
+        assert ahead[-1] == 0  # never beyond the last step
+    assert said["serial"] == said["stream"] and len(said["serial"]) == 12 // iteration_steps
+
+
+def test_what_fails_ahead_fails_where_it_is_needed(student, tmp_path, monkeypatch):
+    negatives = lagged(tmp_path, student, "stream")
+    negatives.snapshots.save(0, student.model)
+    negatives.for_step(0)
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    for begun in negatives._ahead.values():
+        begun.result()
+    monkeypatch.setattr(type(negatives._sampler), "draw", fail)
+    negatives.for_step(2)  # drawn before; what is begun now fails
+    with pytest.raises(RuntimeError, match="out of memory"):
+        negatives.for_step(4)
+        negatives.for_step(6)
+    negatives.close()
+
+
+def test_closing_stops_what_runs(student, tmp_path):
+    negatives = lagged(tmp_path, student, "stream", max_new_tokens=10_000, sample_batch_size=2)
+    negatives.snapshots.save(0, student.model)
+    negatives.prepare()
+    negatives._sampler.eos = -1  # no sample ends early
+    running = negatives._draw(0, 0)
+    while not negatives._sampler.new_B.any():
+        time.sleep(0.01)
+    negatives.close()
+    assert isinstance(running.exception(timeout=10), Cancelled)
+
+
+@pytest.mark.parametrize(
+    "kind, message", [("priority", "needs a GPU"), ("green-context", "needs a GPU"), ("strem", "did you mean 'stream'")]
+)
+def test_overlaps_that_cannot_be_are_refused(kind, message):
+    with pytest.raises(InputError, match=message):
+        choose_overlap(TrainConfig(overlap=kind), CPU)
+
+
+def test_the_default_is_serial():
+    assert choose_overlap(TrainConfig(), CPU) == "serial" == choose_overlap(TrainConfig(), torch.device("cuda"))
+    assert choose_overlap(TrainConfig(overlap="stream"), CPU) == "stream"

@@ -19,7 +19,7 @@ from qcrd_fast.config import METHODS, TrainConfig
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.train import train
 
-UNTIMED = ("tokens_per_s", "step_ms", "sample_wait_ms")  # fields that measure the machine, not the run
+UNTIMED = ("tokens_per_s", "step_ms", "sample_wait_ms", "sampled_tokens_per_s")  # fields that measure the machine, not the run
 
 
 def settings(rows: Path, student: Path, out: Path, **changes) -> TrainConfig:
@@ -134,6 +134,36 @@ def test_killed_and_resumed_is_the_same_run(whole, rows_file, tmp_path, stop_aft
     train(settings(rows_file, student, out, resume="auto"))
     assert metrics(out) == metrics(unbroken)
     assert same(weights(out), weights(unbroken))
+    for path in (unbroken / "negatives").iterdir():
+        assert (out / "negatives" / path.name).read_text() == path.read_text()
+
+
+def test_drawing_beside_training_is_the_same_run(whole, rows_file, tmp_path, monkeypatch):
+    """`--overlap stream`, killed between two saves and resumed in turn: weights, metrics and negatives of the serial run."""
+    student, unbroken = whole
+    out = tmp_path / "run"
+    from qcrd_fast.train import Session
+
+    class Killed(BaseException):
+        pass
+
+    real = Session._train_step
+
+    def dies(self):
+        if self.step == 4:
+            raise Killed
+        real(self)
+
+    monkeypatch.setattr(Session, "_train_step", dies)
+    with pytest.raises(Killed):
+        train(settings(rows_file, student, out, overlap="stream"))
+    monkeypatch.setattr(Session, "_train_step", real)
+    train(settings(rows_file, student, out, overlap="stream", resume="auto"))
+
+    def timeless(run):
+        return [{k: v for k, v in line.items() if k != "sample_hidden_share"} for line in metrics(run)]
+
+    assert timeless(out) == timeless(unbroken) and same(weights(out), weights(unbroken))
     for path in (unbroken / "negatives").iterdir():
         assert (out / "negatives" / path.name).read_text() == path.read_text()
 

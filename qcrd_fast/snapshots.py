@@ -1,0 +1,126 @@
+"""The student as it was: its weights at the start of past iterations, in bf16.
+
+They are on disk, where a resume finds them; on a GPU machine the latest are in pinned host memory too, which takes them from
+the GPU and back without stopping it.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qcrd_fast.runfolder import sha256
+
+Weights = dict[str, Tensor]
+
+
+class Snapshots:
+    """One safetensors file for each iteration, written by a thread; the latest `in_memory` of them kept in host memory as well.
+
+    A call that needs a file, or its digest, waits for it and raises what writing it raised.
+    """
+
+    def __init__(self, folder: Path, in_memory: int = 0):
+        self.folder, self.in_memory = folder, in_memory
+        self._known: dict[int, str] = {}  # sha256 by iteration
+        self._ring: dict[int, tuple[Weights, Any]] = {}  # weights on the host, and the event after their copy
+        self._spare: list[Weights] = []  # host buffers whose snapshot has left the ring
+        self._writing: dict[int, Future[str]] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
+        self._stream: Any = None
+
+    @property
+    def known(self) -> dict[int, str]:
+        """sha256 by iteration, once everything is written."""
+        for iteration in list(self._writing):
+            self._known[iteration] = self._writing.pop(iteration).result()
+        return self._known
+
+    @known.setter
+    def known(self, digests: dict[int, str]) -> None:
+        self.wait()
+        self._known = digests
+
+    def path(self, iteration: int) -> Path:
+        return self.folder / f"iteration-{iteration:05d}.safetensors"
+
+    def has(self, iteration: int) -> bool:
+        """Whether it can be loaded, now or when it is written."""
+        return iteration in self._ring or iteration in self._writing or iteration in self._known
+
+    @torch.no_grad()
+    def save(self, iteration: int, model: torch.nn.Module) -> None:
+        """Take the weights as they are when work that was queued before this call is done. The training stream copies them on
+        the device and goes on; a stream of its own moves the copy to the host."""
+        self.wait()
+        self.folder.mkdir(exist_ok=True)
+        device = next(model.parameters()).device
+        weights = {n: p.detach().to(torch.bfloat16, copy=True) for n, p in model.named_parameters()}
+        arrived = None
+        if device.type == "cuda":
+            weights, arrived = self._to_host(weights, device)
+        if self.in_memory:
+            self._ring[iteration] = weights, arrived
+            for old in sorted(self._ring)[: -self.in_memory]:
+                self._spare.append(self._ring.pop(old)[0])
+        self._writing[iteration] = self._writer.submit(self._write, iteration, weights, arrived)
+
+    def _to_host(self, weights: Weights, device: torch.device) -> tuple[Weights, Any]:
+        """(pinned copies, the event after which they hold the weights)."""
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        host = self._spare.pop() if self._spare else None
+        with torch.cuda.stream(self._stream):
+            host = host or {n: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for n, t in weights.items()}
+            for name, tensor in weights.items():
+                host[name].copy_(tensor, non_blocking=True)
+                tensor.record_stream(self._stream)
+            return host, self._stream.record_event()
+
+    def _write(self, iteration: int, weights: Weights, arrived: Any) -> str:
+        if arrived is not None:
+            arrived.synchronize()
+        path = self.path(iteration)
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file(weights, temporary)
+        digest = sha256(temporary)
+        temporary.replace(path)
+        return digest
+
+    def wait(self) -> None:
+        """Until everything is on disk."""
+        _ = self.known
+
+    def digests(self, oldest: int) -> dict[int, str]:
+        """{iteration: sha256} of the snapshots from `oldest` on, for the checkpoint that may need them."""
+        return {i: digest for i, digest in self.known.items() if i >= oldest}
+
+    @torch.no_grad()
+    def load_into(self, iteration: int, model: torch.nn.Module) -> None:
+        """Copy a snapshot into the model's own parameters, on the current stream; their place in memory stays."""
+        weights, arrived = self._ring.get(iteration, (None, None))
+        if weights is None:
+            if writing := self._writing.get(iteration):
+                writing.result()
+            weights = load_file(self.path(iteration))
+        for name, parameter in model.named_parameters():
+            if arrived is not None:
+                torch.cuda.current_stream(parameter.device).wait_event(arrived)
+            parameter.copy_(weights[name], non_blocking=True)
+
+    def prune(self, oldest: int, keep_initial: bool) -> None:
+        """Delete what no iteration from `oldest` on can ask for."""
+        for path in self.folder.glob("iteration-*.safetensors"):
+            number = int(path.stem.removeprefix("iteration-"))
+            if number < oldest and not (keep_initial and number == 0):
+                path.unlink()
+                self._known.pop(number, None)
+
+    def close(self) -> None:
+        """Finish writing."""
+        self._writer.shutdown()
