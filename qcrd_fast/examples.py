@@ -60,24 +60,18 @@ def label_kind(config: TrainConfig) -> str | None:
 
 
 def make_examples(questions: Sequence[Question], student: Student, config: TrainConfig) -> list[Example]:
-    """Tokenise the training questions.
+    """Tokenise the training questions, each of which has the answer that `label_of` asks for.
 
-    Raises `InputError` when a question lacks the label asked for, or when no question has a positive rationale though
-    the method needs them.
+    Raises `InputError` when no question has a positive rationale though the method needs them.
     """
     kind = label_kind(config)
-    unlabelled = [q.id for q in questions if label_of(q, kind) is None]
-    if unlabelled:
-        raise InputError(
-            f"--data: {len(unlabelled)} of {len(questions)} questions have no {kind or 'gold or majority'} answer "
-            f"to teach, such as {unlabelled[0]}"
-        )
     if config.method not in ("finetune", "single-task") and not any(q.positives for q in questions):
         raise InputError(f"--data: no question has a positive rationale, which --method {config.method} needs")
-    return [_example(q, str(label_of(q, kind)), student, config) for q in questions]
+    return [_example(q, label_of(q, kind), student, config) for q in questions]
 
 
-def _example(question: Question, label: str, student: Student, config: TrainConfig) -> Example:
+def _example(question: Question, label: str | None, student: Student, config: TrainConfig) -> Example:
+    assert label is not None  # others were set aside when the data were loaded
     text = question_text(question)
     positives = question.positives[: config.num_positives]
     minority = () if config.negative_source == "none" else question.negatives

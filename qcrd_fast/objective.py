@@ -69,14 +69,13 @@ class Objective:
         self, batch: Sequence[Example], lagged: Mapping[str, Negative], num_questions: int, step: int, iteration: int
     ) -> tuple[dict[str, Tensor], Counter[str]]:
         stats: Counter[str] = Counter()
-        joint = self.config.method == "qcrd" and self.config.forward == "joint"
-        if joint:
+        if self.config.method == "qcrd" and self.config.forward == "joint":
             losses = self._joint(batch, lagged, num_questions, iteration, stats)
+        elif self.config.method == "mi":
+            losses = self._mutual_information(batch, num_questions, stats)
         else:
             weighted = self._weigh(batch, lagged, num_questions, step, iteration, stats)
             losses = self._train(batch, weighted, num_questions, stats)
-            if self.config.method == "mi":
-                losses["loss_mi"] = self._mutual_information(batch, num_questions)
         loss = self.alpha_pred * losses["loss_pred"] + self.config.alpha_cl * losses["loss_cl"]  # Eq. 8 less a3 L_D
         if "loss_mi" in losses:
             loss = loss + MI_WEIGHT * losses["loss_mi"]
@@ -100,7 +99,7 @@ class Objective:
         if method == "qcrd":
             return self._score_and_select(batch, lagged, num_questions, iteration, stats)
         for q, example in enumerate(batch):
-            if method in ("dss", "mi") or (method == "redi" and step < self.warmup_steps):
+            if method == "dss" or (method == "redi" and step < self.warmup_steps):
                 picked = [(p, share) for p in example.positives[:1]]
             elif method in ("sft-all", "redi"):
                 picked = [(p, share / len(example.positives)) for p in example.positives]
@@ -201,22 +200,12 @@ class Objective:
         weight_R = torch.tensor(weights + weighted.weight, dtype=torch.float32, device=logprob_T.device)
         is_label_R = torch.arange(len(targets), device=logprob_T.device) < labels
         positive_R = torch.tensor(positive, device=logprob_T.device)
-        terms = dict(beta=weighted.beta, delta=weighted.delta)
-        loss_pred = weighted_rationale_loss(
-            logprob_T,
-            packed.segment,
-            positive_R,
-            weight_R * is_label_R,
-            **terms,  # type: ignore[arg-type]
-        )[0]
-        loss_cl = weighted_rationale_loss(
-            logprob_T,
-            packed.segment,
-            positive_R,
-            weight_R * ~is_label_R,
-            **terms,  # type: ignore[arg-type]
-        )[0]
-        return {"loss_pred": loss_pred, "loss_cl": loss_cl}
+
+        def loss(which_R: Tensor) -> Tensor:
+            terms = (logprob_T, packed.segment, positive_R, weight_R * which_R)
+            return weighted_rationale_loss(*terms, beta=weighted.beta, delta=weighted.delta)[0]
+
+        return {"loss_pred": loss(is_label_R), "loss_cl": loss(~is_label_R)}
 
     def _label_targets(
         self, batch: Sequence[Example], num_questions: int
@@ -244,30 +233,41 @@ class Objective:
         out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)
         return {"loss_pred": labels["loss_pred"], "loss_cl": out.loss}
 
-    def _mutual_information(self, batch: Sequence[Example], num_questions: int) -> Tensor:
-        """MI's extra term as in its released code: softmax on softmax, maximum over time with padding unmasked.
+    def _mutual_information(self, batch: Sequence[Example], num_questions: int, stats: Counter[str]) -> dict[str, Tensor]:
+        """`dss` and MI's extra term, from one pass over each task.
 
-        A decoder-only student's prompt is left out of the maximum; the released code has an encoder for it.
+        The term is as in the released code: softmax on softmax, maximum over time with padding unmasked. A decoder-only
+        student's prompt is left out of the maximum; the released code has an encoder for it.
         """
-        have = [e for e in batch if e.positives]
-        if not have:
-            return torch.zeros((), device=self.student.device)
-        rows = list(range(len(have)))
-        head = self.student.head
+        none = torch.zeros((), device=self.student.device)
+        loss_pred, predicted_QV = self._task([(e.predict, e.label) for e in batch], num_questions, stats)
+        if reason := [e.reason for e in batch if e.reason]:
+            loss_pred = loss_pred + self._task(reason, num_questions, stats)[0]
+        if not (have := [q for q, e in enumerate(batch) if e.positives]):
+            return {"loss_pred": loss_pred, "loss_cl": none, "loss_mi": none}
+        pairs = [(batch[q].explain, batch[q].positives[0].tokens) for q in have]
+        loss_cl, explained_QV = self._task(pairs, num_questions, stats)
+        loss_mi = F.cross_entropy(explained_QV, predicted_QV[have].detach(), reduction="sum") / num_questions
+        return {"loss_pred": loss_pred, "loss_cl": loss_cl, "loss_mi": loss_mi}
 
-        def pooled(prompts: list[TokenIds], targets: list[TokenIds]) -> Tensor:
-            with self.autocast():
-                decoded = self.student.decode(self.student.encode(prompts), targets, rows)
-                assert decoded.padded is not None and decoded.first is not None
-                logits_BLV = head.logits(decoded.padded)
-            position_L = torch.arange(logits_BLV.shape[1], device=logits_BLV.device)
-            of_prompt_BL = position_L < torch.tensor(decoded.first, device=logits_BLV.device)[:, None]
-            return logits_BLV.float().softmax(-1).masked_fill(of_prompt_BL[:, :, None], 0).amax(1)
-
-        explained_BV = pooled([e.explain for e in have], [e.positives[0].tokens for e in have])
-        with torch.no_grad():
-            predicted_BV = pooled([e.predict for e in have], [e.label for e in have])
-        return F.cross_entropy(explained_BV, predicted_BV, reduction="sum") / num_questions
+    def _task(
+        self, pairs: Sequence[tuple[TokenIds, TokenIds]], num_questions: int, stats: Counter[str]
+    ) -> tuple[Tensor, Tensor]:
+        """1/N of the sum of l over (prompt, target), and the maximum over time of each softmax [pairs, V], in one batch."""
+        head, (prompts, targets) = self.student.head, zip(*pairs, strict=True)
+        with self.autocast():
+            packed = self.student.decode(self.student.encode(prompts), targets, range(len(pairs)))
+            logprob_T = self._logprob(packed)
+            assert packed.padded is not None and packed.first is not None
+            logits_BLV = head.logits(packed.padded)
+        stats["tokens"] += len(logprob_T)
+        stats["body_tokens"] += packed.body_tokens
+        position_L = torch.arange(logits_BLV.shape[1], device=logits_BLV.device)
+        of_prompt_BL = position_L < torch.tensor(packed.first, device=logits_BLV.device)[:, None]
+        pooled_BV = logits_BLV.float().softmax(-1).masked_fill(of_prompt_BL[:, :, None], 0).amax(1)
+        every_R = torch.ones(len(pairs), device=logprob_T.device)
+        loss = weighted_rationale_loss(logprob_T, packed.segment, every_R > 0, every_R / num_questions, beta=0.0, delta=None)[0]
+        return loss, pooled_BV
 
     def score(
         self, sources: list[TokenIds], targets: list[TokenIds], source_of: list[int], stats: Counter[str]

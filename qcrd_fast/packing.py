@@ -50,8 +50,8 @@ class Layout:
 def best_room(prompt: int, hidden_size: int) -> int:
     """How many target tokens to put behind a prompt where the mask is dense.
 
-    r tokens behind a prompt of P cost (P + r)(c + a(P + r)) / r each, a = 4H for attention over the whole row and c = 24H^2 for
-    the other products of a layer; the least is at r^2 = P(P + c/a). Longer rows pay more for what the mask hides than they save.
+    r tokens behind a prompt of P cost (P + r)(c + a(P + r)) / r each, a = 4H for attention over the whole row, c = 24H^2 for
+    the other products of a layer; the least is at r^2 = P(P + c/a). Longer rows pay more for hidden pairs than they save.
     """
     return max(min(math.isqrt(prompt * (prompt + 6 * hidden_size)), MAX_ROW - prompt), 1)
 

@@ -167,7 +167,8 @@ class Student(Prompter):
         """`hidden` for one padded batch of already encoded sources, one sequence a target, with the padded states too."""
         rows = [[Group(source, [i])] for i, source in enumerate(source_of)]
         hidden_BLH, layout = self._run(encoded, rows, targets, None)
-        packed = self._packed(hidden_BLH.flatten(0, 1).index_select(0, layout.at_T), targets, layout.ids_BL.numel())
+        body_tokens = layout.ids_BL.numel() + (encoded[1].numel() if self.is_encoder_decoder else 0)
+        packed = self._packed(hidden_BLH.flatten(0, 1).index_select(0, layout.at_T), targets, body_tokens)
         return dataclasses.replace(packed, padded=hidden_BLH, first=layout.first)
 
     def _room(self, prompt: int, mode: str) -> int:
