@@ -17,6 +17,7 @@ from typing import Any
 from qcrd_fast.data import load_questions
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.ledger import Ledger, Prices
+from qcrd_fast.redact import redact
 from qcrd_fast.rows import Question, shown
 from qcrd_fast.runfolder import append_lines, write_lines
 from qcrd_fast.teacher import Choice, Reply, estimate_tokens
@@ -258,4 +259,4 @@ class Collection:
         if self.settings.price_input is not None or self.settings.price_output is not None:
             result["cost"] = round(self.cost, 6)
         result |= {"seconds": round(time.monotonic() - self.begun, 1), "output": self.settings.output}
-        return result | {"ledger": str(self.ledger.path), "stopped": str(self.why) if self.why else None}
+        return result | {"ledger": str(self.ledger.path), "stopped": redact(str(self.why)) if self.why else None}

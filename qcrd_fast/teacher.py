@@ -18,7 +18,7 @@ import random
 import re
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -156,9 +156,13 @@ class Endpoint:
         body = {"model": s.model, **said, "n": n, "temperature": s.temperature, "max_tokens": s.max_tokens, "stream": False}
         return {key: value for key, value in {**body, **s.extra}.items() if value is not None}
 
+    def without_key(self, text: str) -> str:
+        """A sample: nothing but the key is taken out of it."""
+        return text.replace(self.key, "***") if self.key else text
+
     def hide(self, text: str) -> str:
-        """`text` without the key."""
-        return redact(text.replace(self.key, "***") if self.key else text)
+        """`text` without the key and whatever else looks like a secret."""
+        return redact(self.without_key(text))
 
     async def ask(self, prompt: str, n: int, journal: Journal) -> Reply:
         """Up to `n` samples: the first reply that holds one. Every retry happens here, under one deadline.
@@ -226,7 +230,7 @@ class Endpoint:
         path = "/chat/completions" if self.settings.api == "chat" else "/completions"
         begun = time.monotonic()
         value = await self._exchange("POST", path, request, body, limit_s)
-        reply = parse_reply(value, prompt, self.hide)
+        reply = parse_reply(value, prompt, self.without_key)
         if not reply.choices:
             faults = ", ".join(reply.faults) or "nothing in it"
             raise Failed(f"bad reply: {faults}", charged=True)
@@ -295,8 +299,8 @@ def base_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
 
 
-def parse_reply(value: Any, prompt: str, hide: Any = str) -> Reply:
-    """The choices of a decoded reply, whatever it is; what is not a text is a counted fault."""
+def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str) -> Reply:
+    """The choices of a decoded reply, whatever it is, each text through `clean`; what is no text is a counted fault."""
     value = value if isinstance(value, dict) else {}
     faults: dict[str, int] = {}
     choices = []
@@ -315,7 +319,7 @@ def parse_reply(value: Any, prompt: str, hide: Any = str) -> Reply:
         if not isinstance(text, str) or not text.strip():
             fault("null content" if text is None else "empty content")
             continue
-        choices.append(Choice(hide(text), item.get("finish_reason") == "length"))
+        choices.append(Choice(clean(text), item.get("finish_reason") == "length"))
     usage = value.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     prompt_tokens, completion_tokens = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -86,3 +85,255 @@ def test_samples_of_every_question_and_a_ledger(questions: Path, capsys: pytest.
     assert seen.path == "/v1/chat/completions" and "authorization" not in seen.headers
     wanted = {"model": "m", "n": 5, "temperature": 0.7, "max_tokens": 512, "stream": False}
     assert {key: seen.body[key] for key in wanted} == wanted and "What is" in seen.prompt and "Answer: " in seen.prompt
+
+
+def test_n_is_asked_for_again_until_enough_came(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving(fake.samples(honours_n=False, usage=False)) as server:
+        result = run(capsys, command(questions, server.url))
+    assert (result["samples"], result["requests"], result["estimated_replies"]) == (30, 30, 30)
+    assert Counter(seen.body["n"] for seen in server.seen) == dict.fromkeys((5, 4, 3, 2, 1), 6)
+    assert result["completion_tokens"] > 0
+
+
+def test_more_choices_than_asked_are_counted_and_dropped(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving(lambda handler, seen: handler.send_json({"choices": [fake.choice("A.\nAnswer: 1")] * 7})) as server:
+        result = run(capsys, command(questions, server.url))
+    assert (
+        result["samples"] == 30 and result["faults"] == {"surplus": 12} and all(len(r["samples"]) == 5 for r in rows(questions))
+    )
+
+
+def test_a_server_that_refuses_n_is_asked_for_one(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def one_only(handler: fake.Handler, seen: fake.Seen) -> None:
+        (fake.samples() if seen.body["n"] == 1 else fake.status(400, "Only one completion choice is allowed"))(handler, seen)
+
+    with fake.serving(one_only) as server:
+        result = run(capsys, command(questions, server.url, "--concurrency", "1"))
+    assert result["samples"] == 30 and result["failures"] == {"400": 1} and len(server.seen) == 31
+
+
+def test_a_teacher_that_repeats_itself_is_reported(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving(fake.samples(texts=lambda seen, i: "Always this.\nAnswer: 1")) as server:
+        result = run(capsys, command(questions, server.url))
+    assert result["questions_all_the_same"] == 6 and "ignore the temperature" in result["log"]
+
+
+def test_different_samples_raise_no_alarm(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving() as server:
+        assert "ignore the temperature" not in run(capsys, command(questions, server.url))["log"]
+
+
+def test_completions(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving() as server:
+        assert run(capsys, command(questions, server.url + "/completions", "--api", "completions"))["samples"] == 30
+    assert {seen.path for seen in server.seen} == {"/v1/completions"} and "messages" not in server.seen[0].body
+
+
+def test_extra_body_adds_and_takes_out(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    extra = '{"top_p": 0.9, "max_tokens": null, "max_completion_tokens": 99}'
+    with fake.serving() as server:
+        run(capsys, command(questions, server.url, "--extra-body", extra))
+    body = server.seen[0].body
+    assert (body["top_p"], body["max_completion_tokens"]) == (0.9, 99) and "max_tokens" not in body
+
+
+def test_unreadable_answers_are_kept_and_counted(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def say(seen: fake.Seen, i: int) -> Any:
+        return ("I do not know.", "So much to say", "Two.\nAnswer: 2", "Lone \ud800 and \0.\nAnswer: 2", "Answer: 2")[i]
+
+    with fake.serving(fake.samples(texts=say)) as server:
+        result = run(capsys, command(questions, server.url))
+    assert (result["unreadable_answers"], result["without_rationale"]) == (12, 6)
+    assert [s["answer"] for s in rows(questions)[0]["samples"]] == [None, None, "2", "2", "2"]
+    assert not list(validate_file(questions.with_name("samples.jsonl")))
+    assert load_questions(questions.with_name("samples.jsonl")).summary.answers_dropped == 18
+
+
+def test_the_one_model_of_a_server_is_found(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def offers(*names: str) -> fake.Behaviour:
+        return lambda handler, seen: handler.send_json({"data": [{"id": name} for name in names]})
+
+    args = [a for a in command(questions, "URL") if a not in ("--teacher-model", "m")]
+    with fake.serving() as server:
+        args[args.index("URL")] = server.url
+        server.plan = [offers("a", "b")]
+        assert "offers 2 models (a, b)" in run(capsys, args, 2)["log"]
+        server.plan = [offers("tiny")]
+        run(capsys, args)
+    assert server.seen[-1].body["model"] == "tiny" and rows(questions)[0]["samples"][0]["source"] == "tiny"
+    assert {seen.request for seen in server.seen} == {record["request"] for record in ledger(questions, "intent")}
+
+
+def test_dry_run_shows_a_prompt_and_what_it_would_take(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving() as server:
+        prices = ("--price-input", "1000000", "--price-output", "1000000")
+        shown = run(capsys, command(questions, server.url, "--dry-run", "--num-samples", "3", *prices))
+        assert entry(command(questions, server.url, "--dry-run")) == 0
+    assert server.seen == [] and sorted(p.name for p in questions.parent.iterdir()) == ["questions.jsonl"]
+    assert "What is 0 + 1?" in shown["prompt"] and shown["request"]["messages"][0]["content"] == shown["prompt"]
+    tokens = shown["prediction"]
+    assert (tokens["questions"], tokens["samples"], tokens["requests"], tokens["requests_if_n_is_ignored"]) == (6, 18, 6, 18)
+    assert tokens["completion_tokens_at_most"] == 18 * 512
+    assert tokens["cost"] == tokens["prompt_tokens"] + tokens["completion_tokens"]
+    out = capsys.readouterr().out
+    assert "What is 0 + 1?" in out and "requests if n is ignored:" in out
+
+
+# Going on
+
+
+def test_the_same_command_asks_for_nothing_twice(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving() as server:
+        run(capsys, command(questions, server.url))
+        before = questions.with_name("samples.jsonl").read_bytes()
+        again = run(capsys, command(questions, server.url))
+        assert len(server.seen) == 6 and again["requests"] == 6 and again["samples"] == 30
+        assert questions.with_name("samples.jsonl").read_bytes() == before
+        more = run(capsys, command(questions, server.url, "--num-samples", "7"))
+        assert more["samples"] == 42 and {seen.body["n"] for seen in server.seen[6:]} == {2}
+        write_questions(questions, 8)
+        assert run(capsys, command(questions, server.url, "--num-samples", "7"))["samples"] == 56
+    assert len(server.seen) == 14 and len(rows(questions)) == 8
+
+
+def test_a_cut_last_line_is_dropped(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving() as server:
+        run(capsys, command(questions, server.url))
+        path = questions.with_name("samples.jsonl.ledger.jsonl")
+        lines = path.read_bytes().splitlines(keepends=True)
+        last = json.loads(lines[-1])
+        path.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
+        result = run(capsys, command(questions, server.url))
+        assert "cut line" in result["log"] and result["samples"] == 30 and result["lost_in_flight"] == 1
+        assert server.seen[-1].prompt == next(seen.prompt for seen in server.seen if seen.request == last["request"])
+    assert len(server.seen) == 7 and all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_other_settings_or_prompts_are_not_mixed(questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template = tmp_path / "template.txt"
+    template.write_text("Say it: {question} {{}}", encoding="utf-8")
+    with fake.serving() as server:
+        args = command(questions, server.url)
+        run(capsys, args)
+        assert "temperature 0.7, now it is 1.0" in run(capsys, [*args, "--temperature", "1"], 2)["log"]
+        assert "model 'm', now it is 'other'" in run(capsys, [*args, "--teacher-model", "other"], 2)["log"]
+        assert "another prompt" in run(capsys, [*args, "--template", str(template)], 2)["log"]
+        write_questions(questions, 5)
+        assert "'q5', which is not in --questions" in run(capsys, args, 2)["log"]
+    assert len(server.seen) == 6
+
+
+def test_what_is_no_ledger_is_left_alone(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, beside = questions.with_name("samples.jsonl"), questions.with_name("samples.jsonl.ledger.jsonl")
+    args = command(questions, "http://127.0.0.1:9/v1")
+    output.write_text("precious\n")
+    assert "has no ledger beside it" in run(capsys, args, 2)["log"]
+    assert output.read_text() == "precious\n" and not beside.exists()
+    beside.write_text('{"kind": "start"}\n{"some": "row"}\n')
+    assert f"{beside}:2: no record of a ledger" in run(capsys, args, 2)["log"]
+    assert beside.read_text() == '{"kind": "start"}\n{"some": "row"}\n' and output.read_text() == "precious\n"
+
+
+def test_two_collectors_do_not_share_a_file(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving(fake.samples(delay_s=1.0)) as server:
+        other = start(command(questions, server.url))
+        wait_for(lambda: server.seen)
+        assert f"is in use by process {other.pid}" in run(capsys, command(questions, server.url), 2)["log"]
+        other.kill()
+        other.wait()
+
+
+# Limits and signals
+
+
+def test_the_cost_limit_stops_before_it_is_passed(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("--price-input", "0", "--price-output", "10000", "--concurrency", "3")  # a request: 100 tokens, cost 1
+    with fake.serving() as server:
+        result = run(capsys, command(questions, server.url, *args, "--max-cost", "3.5"), 75)
+        assert result["cost"] == 3 and len(server.seen) == 3 and result["samples"] == 15
+        assert "--max-cost 3.5: 3 is spent" in result["stopped"] and result["stopped"] in result["log"]
+        assert len(rows(questions)) == 3
+        assert run(capsys, command(questions, server.url, *args, "--max-cost", "3.5"), 75)["requests"] == 3
+        assert run(capsys, command(questions, server.url, *args, "--max-cost", "6"))["cost"] == 6
+    assert len(server.seen) == 6
+
+
+def test_the_request_limit(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving() as server:
+        server.plan = [fake.status(500)]
+        result = run(capsys, command(questions, server.url, "--max-requests", "4", "--concurrency", "2"), 75)
+        assert len(server.seen) == result["requests"] == 4 and result["samples"] in (15, 20)
+        assert run(capsys, command(questions, server.url, "--max-requests", "0"), 75)["requests"] == 4
+        assert run(capsys, command(questions, server.url))["samples"] == 30
+
+
+def start(args: list[str], **environment: str) -> subprocess.Popen[str]:
+
+    code = (
+        "import sys; from cli.main import entry; code = entry(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *args],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def wait_for(condition: Any, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_what_is_in_flight(questions: Path, number: signal.Signals, capsys: Any) -> None:
+    with fake.serving(fake.samples(delay_s=0.5)) as server:
+        process = start(command(questions, server.url, "--concurrency", "2", "--json"))
+        wait_for(lambda: len(server.seen) == 2)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+        assert process.returncode == 128 + number, err
+        assert json.loads(out)["samples"] == 10 and len(server.seen) == 2 and len(rows(questions)) == 2
+        server.usual = fake.samples()
+        assert run(capsys, command(questions, server.url))["requests"] == 6
+
+
+def test_in_flight_is_given_up_after_the_grace_and_a_second_signal_quits(questions: Path) -> None:
+    with fake.serving(fake.hang) as server:
+        process = start(command(questions, server.url, "--grace", "0.3", "--json"))
+        wait_for(lambda: server.seen)
+        process.terminate()
+        out, err = process.communicate(timeout=10)
+        assert process.returncode == 143 and json.loads(out)["failures"] == {"cancelled": 6}, err
+        process = start(command(questions, server.url, "--grace", "60"))
+        wait_for(lambda: len(server.seen) == 12)
+        process.terminate()
+        wait_for(lambda: "a second one ends" in (process.stderr.readline() if process.stderr else ""))
+        process.terminate()
+        process.communicate(timeout=10)
+        assert process.returncode == 143
+
+
+def test_killed_again_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = write_questions(tmp_path / "questions.jsonl", 24)
+    concurrency, kills = 3, 5
+    args = command(questions, "URL", "--concurrency", str(concurrency), "--num-samples", "2")
+    with fake.serving(fake.samples(honours_n=False, delay_s=0.03)) as server:
+        args[args.index("URL")] = server.url
+        args += ["--teacher-model", "m"]
+        for kill in range(kills):
+            process = start(args)
+            count = len(server.seen) + 6 + kill
+            wait_for(lambda count=count: len(server.seen) >= count)
+            process.kill()
+            process.communicate()
+        result = run(capsys, args)
+        time.sleep(0.1)
+        intents = {record["request"] for record in ledger(questions, "intent")}
+        seen = [request.request for request in server.seen]
+        texts = [s["text"] for record in ledger(questions, "reply") for s in record["samples"]]
+    assert result["samples"] == 48 and result["complete"] == 24 and len(texts) == len(set(texts)) == 48
+    assert len(seen) == len(set(seen)) and set(seen) <= intents and len(intents) - len(seen) <= concurrency * kills
+    assert result["lost_in_flight"] <= concurrency * kills and len(seen) - 48 <= concurrency * kills
+    assert 0 < result["lost_in_flight"] == len(intents) - 48
+    assert sum(len(row["samples"]) for row in rows(questions)) == 48
