@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 import transformers as tf
 
+from qcrd_fast import packing, sharing
 from qcrd_fast.ops import linear_logprob
+from qcrd_fast.packing import Group, dense_mask, fill_rows, lay_out, length_batches, share
 from qcrd_fast.students import PromptSettings, Student
 
 IDS = dict(pad_token_id=0, eos_token_id=1, bos_token_id=1)
@@ -124,3 +127,123 @@ def test_models_that_cannot_share_run_one_sequence_a_target(kind, llama_folder, 
             check_equal(student, seed, {}, {"shared": False})
     assert student.sharing is None
     assert sum("prompts are not shared" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("kind", ["t5", "gemma3"])
+@pytest.mark.parametrize("max_tokens", [1, 60, 150])
+def test_splitting_a_question_over_rows_and_batches_changes_nothing(kind, max_tokens, llama_folder, monkeypatch):
+    student = student_of(FAMILIES[kind], llama_folder)
+    for seed in range(2):
+        check_equal(student, seed, {"max_tokens": max_tokens}, {"shared": False})
+    monkeypatch.setattr(packing, "BIASED_ROW", 20)
+    monkeypatch.setattr(packing, "MAX_ROW", 50)
+    monkeypatch.setattr(packing, "MAX_PAIRS", 50 * 50)
+    check_equal(student, 0, {}, {"shared": False})
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_eager_attention_takes_the_same_mask(kind, llama_folder):
+    student = student_of(FAMILIES[kind], llama_folder)
+    student.model.set_attn_implementation("eager")
+    assert student.sharing == "dense"
+    check_equal(student, 0, {}, {"shared": False})
+
+
+def test_only_questions_that_ask_for_something_are_read(llama_folder):
+    for kind in ("t5", "llama"):
+        student = student_of(FAMILIES[kind], llama_folder)
+        packed = student.hidden([[5] * 90, [6, 7, 8]], [[9, 1], [1]], [1, 1])
+        inputs = 3 + 3 if kind == "t5" else 3 + 1
+        assert packed.body_tokens == inputs and packed.target.tolist() == [9, 1, 1]
+
+
+def test_trying_out_a_model_leaves_no_trace(llama_folder):
+    student = student_of(FAMILIES["gemma3"], llama_folder)
+    student.model.train()
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    assert student.sharing == "dense"
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert student.model.training and student.model.config.sliding_window == 5
+    assert all(p.grad is None for p in student.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3"])
+def test_flex_attention_gives_the_same_states(kind, llama_folder, monkeypatch):
+    """Its forward pass, uncompiled and on a CPU, where it has no backward pass; on a GPU it has not been run."""
+    student = student_of(FAMILIES[kind], llama_folder)
+    monkeypatch.setattr(sharing, "FLEX_DEVICES", ("cpu",))
+    student.model.requires_grad_(False)
+    with torch.compiler.set_stance("force_eager"):
+        assert student.sharing == "flex"
+        for seed in range(2):
+            sources, targets, source_of = ragged(seed, len(student.tokenizer))
+            packed = student.hidden(sources, targets, source_of)
+            alone = student.hidden(sources, targets, source_of, shared=False)
+            torch.testing.assert_close(packed.hidden, alone.hidden, rtol=1e-4, atol=1e-5)
+            assert packed.body_tokens % packing.BLOCK == 0
+
+
+def test_flex_attention_that_fails_is_said_and_left(llama_folder, monkeypatch, caplog):
+    student = student_of(FAMILIES["llama"], llama_folder)
+    monkeypatch.setattr(sharing, "FLEX_DEVICES", ("cpu",))
+    with torch.compiler.set_stance("force_eager"):  # the backward pass is tried out too
+        assert student.sharing == "dense"
+    assert "flex_attention is not used" in caplog.text
+    check_equal(student, 0, {}, {"shared": False})
+
+
+# The pure parts
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_the_mask_is_its_definition(window):
+    """Two groups in the first row, padding in the second: against loops over texts."""
+    prompts, targets = [[10, 11, 12], [20]], [[1, 2, 3], [4], [5, 6], [7, 8, 9]]
+    rows = [[Group(0, [0, 1, 2]), Group(1, [3])], [Group(1, [3])]]
+    layout = lay_out(rows, targets, prompts, [], 0, torch.device("cpu"), multiple=4)
+    assert layout.ids_BL.tolist() == [[10, 11, 12, 1, 2, 5, 20, 7, 8, 0, 0, 0], [20, 7, 8] + [0] * 9]
+    assert layout.position_BL[0, :9].tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
+    assert layout.order == [0, 1, 2, 3, 3] and layout.sources == [0, 1] and layout.first == [2, 0]
+    assert layout.at_T.tolist() == [2, 3, 4, 2, 2, 5, 6, 7, 8, 12, 13, 14] and not layout.plain
+    owner = ["a", "a", "a", "a0", "a0", "a2", "b", "b3", "b3"]
+    seen = dense_mask(layout, window, torch.float32)[0, 0, :9, :9] == 0
+    for q, k in itertools.product(range(9), range(9)):
+        text = k <= q and owner[q].startswith(owner[k])
+        near = window is None or layout.position_BL[0, q] - layout.position_BL[0, k] < window
+        assert seen[q, k] == (text and near), (q, k)
+    assert (dense_mask(layout, window, torch.float32) == 0).any(-1).all()  # no softmax over nothing
+
+
+def test_groups_are_balanced_within_their_room():
+    lengths, source_of = [50, 10, 10, 10, 40, 30, 300, 5], [0, 2, 0, 0, 0, 0, 2, 2]
+    groups = share(lengths, source_of, [80, 100, 60])
+    assert sorted(i for g in groups for i in g.targets) == list(range(8)) and {g.source for g in groups} == {0, 2}
+    assert all(source_of[i] == g.source for g in groups for i in g.targets)
+    first = [sum(lengths[i] for i in g.targets) for g in groups if g.source == 0]
+    assert sorted(first) == [70, 70]
+    assert [g.targets for g in groups if g.source == 2] in ([[6], [1, 7]], [[1, 6, 7]])  # one target may pass its room
+
+
+def test_rows_and_batches_are_partitions_within_their_limits():
+    rng = random.Random(0)
+    for _ in range(50):
+        lengths = [rng.randint(1, 60) for _ in range(rng.randint(1, 20))]
+        rows = fill_rows(lengths, 60)
+        assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+        assert all(sum(lengths[i] for i in row) <= 60 for row in rows)
+        for batch in length_batches(lengths, 200, max_pairs=5000):
+            longest = max(lengths[i] for i in batch)
+            assert len(batch) == 1 or (longest * len(batch) <= 200 and longest**2 * len(batch) <= 5000)
+
+
+def test_the_cheapest_row_costs_the_least():
+    for prompt, width in itertools.product((1, 20, 45, 300, 1500), (64, 576, 768)):
+
+        def cost(r, p=prompt, h=width):
+            return (p + r) * (24 * h * h + 4 * h * (p + r)) / r
+
+        room = packing.best_room(prompt, width)
+        assert prompt + room <= packing.MAX_ROW
+        fits = [r for r in (room // 2 + 1, room, room * 2) if prompt + r <= packing.MAX_ROW]
+        assert min(fits, key=cost) == room or cost(room) <= 1.05 * min(map(cost, fits))
