@@ -123,6 +123,26 @@ def score(
 
 
 @click.command(cls=Verb)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--output", "-o", required=True, metavar="FILE.html", help="page to write")
+@config_option
+@dry_run_option
+@json_option
+def report(runs: tuple[str, ...], output: str, dry_run: bool, as_json: bool) -> None:
+    """Write one HTML page about one or more runs.
+
+    Losses, accuracy, active hinges, throughput, quality-score densities, rationales side by side and a table of the runs, in a
+    file that needs no network. Runs are only read, finished or not. The densities come from `score RUN --sample-student`.
+    """
+    with console.quiet_stdout():
+        from qcrd_fast.report import write_report
+
+        summary = write_report(runs, output, dry_run=dry_run)
+    lines = [f"{run['name']}: {run['state']}, {run['scores']} scores" for run in summary["runs"]]
+    console.show(summary, as_json, "\n".join([*lines, f"{'would write' if dry_run else 'wrote'} {output}"]))
+
+
+@click.command(cls=Verb)
 @click.argument("run")
 @click.option("--output", "-o", required=True, metavar="DIR", help="new folder for the model")
 @click.option("--checkpoint", metavar="NAME", help="such as checkpoint-100; default: the run's final one, else its latest")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from qcrd_fast.checkpoint import MANIFEST, STATE, find_fault, step_of
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.evaluate import find_model, load_student
+from qcrd_fast.quality import wilson
 from qcrd_fast.runfolder import remove_tree, write_json, write_text
 from qcrd_fast.students import PromptSettings, Student
 
@@ -275,13 +275,6 @@ def _figures(results: dict[str, Any], config: dict[str, Any]) -> str:
             span = f"{n} | {low:.4f} to {high:.4f}" if same else "| "
             rows.append(f"| {text} | {value:.4f} | {span} |")
     return "| figure | value | n | 95% interval (Wilson) |\n|---|---|---|---|\n" + "\n".join(rows)
-
-
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95% interval of a share of `n`."""
-    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
 def _name(path: Any) -> str:

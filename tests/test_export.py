@@ -16,7 +16,8 @@ from cli.main import entry
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.evaluate import load_student
-from qcrd_fast.export import export_run, usage, wilson
+from qcrd_fast.export import export_run, usage
+from qcrd_fast.quality import wilson
 from qcrd_fast.runfolder import sha256, write_json
 from qcrd_fast.students import EXPLAIN, PREDICT
 from qcrd_fast.train import train

@@ -1,0 +1,118 @@
+"""Charts as SVG text for an HTML page: axes in the page's own text colour, the same bytes for the same data.
+
+Needs matplotlib (the `report` extra). No text from the data goes into a chart: legends belong to the page.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qcrd_fast.errors import InputError
+
+# Each reads on white and on near-black.
+PALETTE = ("#2f7ed8", "#d9622b", "#2a9865", "#b05cc8", "#a97b0a", "#d64550", "#1796a3", "#7d838c")
+MAX_POINTS = 400  # of a line; more are averaged
+_INK = "#010203"  # stands for currentColor
+
+
+class Line(NamedTuple):
+    """Points of one series, with its colour and dash ("-", "--", ":")."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    color: str
+    dash: str = "-"
+
+
+def line_chart(name: str, lines: Sequence[Line], *, title: str, x_label: str = "step", unit_range: bool = False) -> str:
+    """An SVG of lines; `name` makes its ids its own, `unit_range` fixes the y axis to 0..1."""
+
+    def draw(axes: Any) -> None:
+        for line in lines:
+            x, y = thin(line.x, line.y)
+            marker = "o" if len(x) <= 30 else None
+            axes.plot(x, y, color=line.color, linestyle=line.dash, linewidth=1.5, marker=marker, markersize=3)
+        if unit_range:
+            axes.set_ylim(-0.03, 1.03)
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+
+    return _svg(name, draw, title, x_label)
+
+
+def density_chart(name: str, groups: Sequence[tuple[Sequence[float], str]], *, title: str) -> str:
+    """An SVG of densities of scores in [0, 1], each with its colour."""
+    grid = np.linspace(0, 1, 201)
+
+    def draw(axes: Any) -> None:
+        for scores, color in groups:
+            height = density(scores, grid)
+            axes.plot(grid, height, color=color, linewidth=1.5)
+            axes.fill_between(grid, height, color=color, alpha=0.12, linewidth=0)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(bottom=0)
+
+    return _svg(name, draw, title, "quality score")
+
+
+def density(scores: Sequence[float], grid: Any, bandwidth: float = 0.03) -> Any:
+    """Gaussian kernel density on `grid` of scores in [0, 1], reflected at both ends so that its mass over 0..1 is 1."""
+    values = np.asarray(scores, float)
+    mirrored = np.concatenate([values, -values, 2 - values])
+    height = np.zeros(len(grid))
+    for start in range(0, len(mirrored), 4096):
+        z = (grid[:, None] - mirrored[None, start : start + 4096]) / bandwidth
+        height += np.exp(-0.5 * z * z).sum(1)
+    return height / (len(values) * bandwidth * np.sqrt(2 * np.pi))
+
+
+def thin(x: Sequence[float], y: Sequence[float]) -> tuple[Any, Any]:
+    """The points, or means over `MAX_POINTS` runs of neighbours."""
+    x_P, y_P = np.asarray(x, float), np.asarray(y, float)
+    if len(x_P) <= MAX_POINTS:
+        return x_P, y_P
+    parts = np.array_split(np.arange(len(x_P)), MAX_POINTS)
+    return np.array([x_P[p].mean() for p in parts]), np.array([y_P[p].mean() for p in parts])
+
+
+def _svg(name: str, draw: Any, title: str, x_label: str) -> str:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("report draws with matplotlib, which is not installed: pip install 'qcrd-fast[report]'") from error
+    style = {
+        **{
+            key: _INK for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor", "grid.color")
+        },
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.15,
+        "grid.linewidth": 0.8,
+        "axes.formatter.limits": (-3, 5),
+        "axes.formatter.useoffset": False,
+    }
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # nothing of a matplotlibrc
+        matplotlib.rcParams.update(style)  # type: ignore[arg-type]
+        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.set_xlabel(x_label)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'\s(xmlns(:xlink)?|version|width|height)="[^"]*"', "", text.partition(">")[0]) + ">" + text.partition(">")[2]
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL).replace(_INK, "currentColor")
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1).strip()

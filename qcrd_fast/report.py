@@ -1,0 +1,295 @@
+"""`report`: one HTML page about one or more runs, complete in itself: no network, no script, charts as inline SVG.
+
+Every text that comes from a run is escaped, and the page's own policy forbids scripts and requests.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from qcrd_fast import __version__
+from qcrd_fast.data import load_questions, question_text
+from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.plots import PALETTE, Line, density_chart, line_chart
+from qcrd_fast.quality import judge, wilson
+from qcrd_fast.runfolder import write_text
+from qcrd_fast.runview import RunView, negatives, number, read_run
+
+SAMPLES, ANSWERS, LONGEST = 6, 8, 1200  # questions shown a run; characters shown of a text
+KINDS = ("teacher positive", "teacher minority")  # the rest is the student's
+KIND_COLORS = (PALETTE[2], PALETTE[4], PALETTE[0], PALETTE[3], PALETTE[5], PALETTE[6])
+CURVES: tuple[tuple[str, tuple[tuple[str, str, str], ...], bool], ...] = (  # title, (field, dash, what it is), within 0..1
+    ("Validation accuracy", (("eval_accuracy", "-", ""),), True),
+    ("Loss (Eq. 8)", (("loss", "-", ""),), False),
+    ("Label task, L_pred", (("loss_pred", "-", ""),), False),
+    ("Contrastive loss, L_cl (Eq. 3)", (("loss_cl", "-", ""),), False),
+    ("Discriminator's loss, L_D (Eq. 2)", (("loss_d", "-", ""),), False),
+    ("Mean quality score", (("quality_positive", "-", "positives"), ("quality_negative", "--", "negatives")), True),
+    (
+        "Share of active hinges",
+        (("active_hinge_lagged", "-", "student's negatives"), ("active_hinge_minority", "--", "teacher's minority")),
+        True,
+    ),
+    ("Throughput [tokens/s]", (("tokens_per_s", "-", ""),), False),
+)
+
+
+def write_report(runs: Sequence[str], output: str, *, dry_run: bool = False) -> dict[str, Any]:
+    """Write the page about `runs` to `output`; returns what is in it.
+
+    Raises `InputError` for a run that is no folder, an `output` that does not end in .html, or when matplotlib is missing;
+    `RunError` when the page cannot be written.
+    """
+    target = Path(output)
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--output: {output} does not end in .html")
+    if not target.parent.is_dir() or target.is_dir():
+        raise InputError(f"--output: {output} is not a file in a folder that exists")
+    views = [read_run(run) for run in runs]
+    page = render(views)
+    if not dry_run:
+        try:
+            write_text(target, page)
+        except OSError as error:
+            raise RunError(f"cannot write {output}: {error.strerror or error}") from error
+    return {
+        "output": output,
+        "runs": [{"name": v.name, "state": v.state, "steps_logged": len(v.steps), "scores": len(v.scores)} for v in views],
+        "bytes": len(page.encode("utf-8", "surrogatepass")),
+    }
+
+
+def render(views: Sequence[RunView]) -> str:
+    """The page, a function of the views alone."""
+    title = views[0].name if len(views) == 1 else f"{len(views)} runs"
+    body = [
+        f"<header><h1>{_text(title)}</h1><p>qcrd-fast {__version__}, quality-guided contrastive rationale distillation</p>"
+        "</header>",
+        _section("Runs", _table(views)),
+        _section("While training", _curves(views)),
+    ]
+    for i, view in enumerate(views):
+        if len(views) > 1 and not (view.steps or view.scores or view.predictions):
+            continue  # the table says that there is nothing yet
+        of_run = f": {_text(view.name)}" if len(views) > 1 else ""
+        body += [
+            _section(f"Quality scores{of_run}", _densities(view, i)),
+            _section(f"Rationales side by side{of_run}", _samples(view)),
+            _section(f"Answers{of_run}", _answers(view)),
+        ]
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{_text(title)} · qcrd-fast</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(body)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+# ---- sections ----
+
+
+def _table(views: Sequence[RunView]) -> str:
+    head = ("run", "accuracy", "n", "on", "method", "scheme", "state", "seed", "steps", "validation", "untrained", "switches")
+    rows = []
+    for i, view in enumerate(views):
+        share, n = number(view.results.get("accuracy")), view.results.get("n")
+        span = ""
+        if share is not None and 0 <= share <= 1 and isinstance(n, int) and n > 0:
+            span = "<br><small>{:.3f} to {:.3f}</small>".format(*wilson(share, n))
+        method, scheme, seed = (view.option(name) if view.config else "" for name in ("method", "scheme", "seed"))
+        cells = [
+            f"{_chip(_color(i))}<b>{_text(view.name)}</b>",
+            f"<b>{share:.3f}</b>{span}" if share is not None else "",
+            _text(n),
+            _text(view.results.get("evaluated_on")),
+            _text(method),
+            _text(scheme) if method == "qcrd" else "",
+            _text(view.state),
+            _text(seed),
+            f"{view.steps[-1]['step']:g}" if view.steps else "0",
+            _share(view.results.get("accuracy_validation"), max(view.series("eval_accuracy")[1], default=None)),
+            _share(view.results.get("accuracy_untrained")),
+            f'<div class="switches">{" ".join(f"<span>{_text(switch)}</span>" for switch in view.switches())}</div>',
+        ]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    names = "".join(f"<th>{name}</th>" for name in head)
+    note = (
+        "Accuracy: greedy answers of the final checkpoint; the interval is Wilson's. Switches: what differs from the defaults."
+    )
+    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{"".join(rows)}</tbody></table></div><p>{note}</p>'
+
+
+def _curves(views: Sequence[RunView]) -> str:
+    cards = []
+    for number_, (title, fields, unit_range) in enumerate(CURVES):
+        lines, shown = [], set()
+        for i, view in enumerate(views):
+            for field, dash, what in fields:
+                x, y = view.series(field)
+                if x:
+                    lines.append(Line(x, y, _color(i), dash))
+                    shown.add(what)
+        if lines:
+            legend = [f"{'solid' if dash == '-' else 'dashed'}: {what}" for _, dash, what in fields if what and what in shown]
+            chart = line_chart(f"c{number_}", lines, title=title, unit_range=unit_range)
+            cards.append(_card(title, chart, "; ".join(legend)))
+    if not cards:
+        return "<p>Nothing is logged yet.</p>"
+    runs = "".join(f"<span>{_chip(_color(i))}{_text(v.name)}</span>" for i, v in enumerate(views)) if len(views) > 1 else ""
+    return (f'<p class="legend">{runs}</p>' if runs else "") + f'<div class="grid">{"".join(cards)}</div>'
+
+
+def _densities(view: RunView, index: int) -> str:
+    if not view.scores:
+        return (
+            "<p>None are stored. The figure of the paper (Fig. 6) is drawn after<br>"
+            f"<code>qcrd-fast score {_text(view.path)} --data FILE --output scores.jsonl --sample-student 1.5,2.0</code></p>"
+        )
+    groups: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for record in view.scores:
+        groups.setdefault(record["kind"], []).append(record["score"])
+    found = [(kind, scores) for kind, scores in groups.items() if scores][: len(KIND_COLORS)]
+    colors = {kind: KIND_COLORS[i] for i, kind in enumerate(groups) if i < len(KIND_COLORS)}
+    chart = density_chart(f"d{index}", [(scores, colors[kind]) for kind, scores in found], title="Densities of quality scores")
+    legend = "".join(
+        f"<span>{_chip(colors[kind])}{_text(kind)}: n {len(scores)}, mean {sum(scores) / len(scores):.3f}</span>"
+        for kind, scores in found
+    )
+    rows = [r for r in view.scores if r["kind"] in KINDS]
+    told = judge([r["score"] for r in rows], [r["kind"] == KINDS[0] for r in rows], [str(r.get("id")) for r in rows])
+    text = "Densities by kind, as in the paper's Fig. 6."
+    if told["auc"] is not None and told["auc_95"]:
+        low, high = told["auc_95"]
+        text += (
+            f" Teacher positives against its minority: AUC {told['auc']:.3f} (95% interval {low:.3f} to {high:.3f} over "
+            f"{told['questions']} questions), expected calibration error {told['expected_calibration_error']:.3f}."
+        )
+    figure = f'<figure class="card">{chart}<figcaption class="legend">{legend}</figcaption></figure>'
+    return f'<div class="grid">{figure}</div><p>{text}</p>'
+
+
+def _samples(view: RunView) -> str:
+    """Questions with a teacher's positive beside what the student said."""
+    pairs = list(itertools.islice(_scored_pairs(view), SAMPLES))
+    note = ""
+    if not pairs:
+        iteration, said = negatives(view.path)
+        pairs = list(itertools.islice(_negative_pairs(view, said), SAMPLES))
+        note = f"<p>The student's are the negatives of iteration {iteration}.</p>" if pairs else ""
+    if not pairs:
+        return "<p>No rationales of the student are stored in this run, or its training data cannot be read here.</p>"
+    return note + "".join(
+        f'<article><h3>{_text(question)}</h3><div class="pair">'
+        + "".join(f'<div class="card"><h4>{_text(head)}</h4><p class="said">{_text(text)}</p></div>' for head, text in sides)
+        + "</div></article>"
+        for question, sides in pairs
+    )
+
+
+def _scored_pairs(view: RunView) -> Iterable[tuple[str, list[tuple[str, str]]]]:
+    by_question: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in view.scores:
+        by_question.setdefault(str(record.get("id")), {}).setdefault(record["kind"], record)
+    for kinds in by_question.values():
+        own = [kind for kind in kinds if kind not in KINDS]
+        if KINDS[0] in kinds and own:
+            shown = [kind for kind in KINDS if kind in kinds] + own
+            sides = [(f"{kind}, score {kinds[kind]['score']:.3f}", str(kinds[kind].get("text", ""))) for kind in shown]
+            yield str(kinds[KINDS[0]].get("question", "")), sides
+
+
+def _negative_pairs(view: RunView, said: dict[str, str]) -> Iterable[tuple[str, list[tuple[str, str]]]]:
+    data = view.config.get("data")
+    if not said or not isinstance(data, str):
+        return
+    try:
+        questions = load_questions(data, split="train", on_bad_row="skip", seed=int(number(view.option("seed")) or 0)).questions
+    except (InputError, OSError, ValueError):
+        return
+    for question in questions:
+        if question.id in said and question.positives:
+            sides = [("teacher positive", question.positives[0].text), ("student negative", said[question.id])]
+            yield question_text(question), sides
+
+
+def _answers(view: RunView) -> str:
+    wrong = [p for p in view.predictions if p.get("correct") is False]
+    right = [p for p in view.predictions if p.get("correct") is True]
+    if not wrong and not right:
+        return "<p>No predictions are stored.</p>"
+    shown = [*wrong[: max(ANSWERS // 2, ANSWERS - len(right))], *right]
+    rows = "".join(
+        f"<tr><td>{'right' if p['correct'] else 'wrong'}</td><td>{_text(p.get('gold'))}</td>"
+        f"<td>{_text(p.get('prediction'))}</td><td>{_text(p.get('question', ''))}</td></tr>"
+        for p in shown[:ANSWERS]
+    )
+    count = f"<p>{len(right)} right, {len(wrong)} wrong; a few of each:</p>"
+    head = "<tr><th></th><th>gold</th><th>said</th><th>question</th></tr>"
+    return f'{count}<div class="wide"><table class="answers"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+
+
+# ---- pieces ----
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>{content}</section>"
+
+
+def _card(title: str, chart: str, caption: str) -> str:
+    return f'<figure class="card"><h3>{_text(title)}</h3>{chart}<figcaption>{_text(caption)}</figcaption></figure>'
+
+
+def _chip(color: str) -> str:
+    return f'<i class="chip" style="background:{color}"></i>'
+
+
+def _color(index: int) -> str:
+    return PALETTE[index % len(PALETTE)]
+
+
+def _share(*values: Any) -> str:
+    """The first that is a number."""
+    return next((f"{value:.3f}" for value in map(number, values) if value is not None), "")
+
+
+def _text(value: Any) -> str:
+    """A value as text of the page, of bounded length; nothing in it can be markup."""
+    text = "" if value is None else str(value)
+    text = text if len(text) <= LONGEST else text[:LONGEST] + " …"
+    return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+
+
+STYLE = """
+:root{--ink:#1b1f24;--soft:#59636e;--line:#d5dae0;--page:#fff;--card:#f6f8fa}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ed;--soft:#9aa4b0;--line:#343b44;--page:#111418;--card:#191e24}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif;-webkit-text-size-adjust:100%}
+main{max-width:76rem;margin:0 auto;padding:1rem clamp(.8rem,3vw,2rem) 3rem}
+h1{font-size:1.6rem;margin:.5rem 0 0;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2.2rem 0 .6rem;overflow-wrap:anywhere}
+h3{font-size:.95rem;margin:0 0 .4rem;overflow-wrap:anywhere}h4{font-size:.85rem;margin:0 0 .3rem;color:var(--soft)}
+header p,section>p,figcaption{color:var(--soft);font-size:.87rem;margin:.4rem 0}
+.wide{overflow-x:auto;border:1px solid var(--line);border-radius:6px}
+table{border-collapse:collapse;width:100%;font-size:.87rem}
+th,td{text-align:left;padding:.4rem .65rem;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
+th{color:var(--soft);font-weight:600}tbody tr:last-child td{border-bottom:0}
+.switches{white-space:normal;min-width:20rem;font-family:ui-monospace,monospace;font-size:.8rem}
+.switches span{display:inline-block;overflow-wrap:anywhere;max-width:100%}
+.answers td:last-child{white-space:normal;min-width:16rem}
+.grid{display:grid;gap:.9rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
+.card{margin:0;padding:.7rem .8rem;background:var(--card);border:1px solid var(--line);border-radius:6px;min-width:0}
+.card svg{display:block;width:100%;height:auto}.card svg text{font-family:inherit!important}
+.legend{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem}.legend span{white-space:nowrap}
+.chip{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.45em}
+article{margin:0 0 1.3rem}.pair{display:grid;gap:.7rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr))}
+.said{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:15rem;overflow-y:auto}
+small{color:var(--soft)}
+code{overflow-wrap:anywhere;background:var(--card);border:1px solid var(--line);border-radius:4px;padding:.1em .3em}
+"""

@@ -1,0 +1,172 @@
+"""What a report reads of a run folder, whatever state it is in; nothing is written, locked or raised for damage.
+
+A run may be empty, cut off in the middle of a line, or still being written: what can be read is read, the rest is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.errors import InputError
+from qcrd_fast.runfolder import LOCK
+
+QUALITY_SCORES = "quality_scores.jsonl"
+MAX_LINE = 1 << 20  # bytes; a longer line is passed over
+MAX_RECORDS = 1_000_000
+
+
+@dataclasses.dataclass
+class RunView:
+    """A run as it is found: its name, state in words, options, logged steps, validations, results and texts."""
+
+    name: str
+    path: Path
+    state: str
+    config: dict[str, Any]
+    steps: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+    results: dict[str, Any]
+    scores: list[dict[str, Any]]  # quality_scores.jsonl
+    predictions: list[dict[str, Any]]
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """(steps, values) of a number in metrics.jsonl, where it is one."""
+        records = self.validations if name == "eval_accuracy" else self.steps
+        points = [(r["step"], v) for r in records if (v := number(r.get(name))) is not None]
+        return [float(s) for s, _ in points], [v for _, v in points]
+
+    def option(self, name: str) -> Any:
+        return self.config.get(name, getattr(TrainConfig, name, None))
+
+    def switches(self) -> list[str]:
+        """Options of the method that are not at their defaults, as on a command line."""
+        found = []
+        for field in dataclasses.fields(TrainConfig):
+            value = self.config.get(field.name, field.default)
+            of_method = field.metadata["group"] in ("Method", "Negatives", "Discriminator") or field.name in SWITCHES
+            if of_method and value != field.default and field.name not in ("method", "scheme", "impl"):
+                text = os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
+                found.append(f"--{field.name.replace('_', '-')} {text}")
+        return found
+
+
+SWITCHES = ("label", "num_positives", "reasoning_task")
+
+
+def read_run(path: str | Path) -> RunView:
+    """A run folder as a `RunView`. Raises `InputError` if there is no such folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{path}: no such run folder")
+    records = [r for r in read_objects(folder / "metrics.jsonl") if number(r.get("step")) is not None]
+    validations = [r for r in records if "eval_accuracy" in r]
+    results = _read_object(folder / "eval_results.json")
+    steps = [r for r in records if "eval_accuracy" not in r]
+    return RunView(
+        name=folder.resolve().name or str(folder),
+        path=folder,
+        state=_state(folder, results, steps),
+        config=_read_yaml(folder / "config.resolved.yaml"),
+        steps=steps,
+        validations=validations,
+        results=results,
+        scores=[r for r in read_objects(folder / QUALITY_SCORES) if _is_score(r)],
+        predictions=list(itertools.islice(read_objects(folder / "predictions.jsonl"), 100_000)),
+    )
+
+
+def negatives(folder: Path) -> tuple[int, dict[str, str]]:
+    """(iteration, {question id: what the student said}) of the latest iteration with any."""
+    for path in sorted((folder / "negatives").glob("iteration-*.jsonl"), reverse=True):
+        said = {
+            r["id"]: r["text"] for r in read_objects(path) if isinstance(r.get("id"), str) and isinstance(r.get("text"), str)
+        }
+        digits = path.stem.removeprefix("iteration-")
+        if said and digits.isdecimal():
+            return int(digits), said
+    return 0, {}
+
+
+def read_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects in a file of lines; what is no object is passed over, as is a line without an end."""
+    try:
+        with open(path, "rb") as file:
+            for _ in range(MAX_RECORDS):
+                line = file.readline(MAX_LINE)
+                if not line.endswith(b"\n"):
+                    if len(line) < MAX_LINE:
+                        return
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(MAX_LINE)
+                    continue
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(record, dict):
+                    yield record
+    except OSError:
+        return
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _is_score(record: dict[str, Any]) -> bool:
+    score = number(record.get("score"))
+    return score is not None and 0 <= score <= 1 and isinstance(record.get("kind"), str)
+
+
+def _state(folder: Path, results: dict[str, Any], steps: list[dict[str, Any]]) -> str:
+    if results:
+        return "finished"
+    last = f"step {steps[-1]['step']:g}" if steps else "no step logged"
+    return f"running, {last}" if _is_locked(folder / LOCK) else f"not finished, {last}"
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a living process of this machine holds the lock, without touching it."""
+    try:
+        pid, inode = int(path.read_text()), path.stat().st_ino
+        if os.path.exists("/proc/locks"):
+            locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+            return any("FLOCK" in lock and any(part.endswith(f":{inode}") for part in lock) for lock in locks)
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}
+    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else {}
