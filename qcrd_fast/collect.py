@@ -36,6 +36,8 @@ def collect(settings: CollectSettings, *, dry_run: bool = False) -> tuple[dict[s
     run = Collection(settings)
     if dry_run:
         return _dry_run(run), None
+    if settings.is_url:
+        Endpoint(_endpoint_settings(run, ""))  # a bad address is refused before anything is written
     with run.ledger as ledger, StopSignals() as signals:
         run.check_ledger()
         if not settings.teacher_model and settings.is_url:
@@ -85,7 +87,8 @@ def _begin(run: Collection, api: str) -> bool:
     prices = {"price_input": s.price_input, "price_output": s.price_output}
     run.ledger.start({**settings, "teacher": s.teacher, "num_samples": s.num_samples, **prices})
     prediction = run.predict()
-    log.info("still to collect: %s", ", ".join(f"{key.replace('_', ' ')} {_figure(v)}" for key, v in prediction.items()))
+    figures = ", ".join(f"{key.replace('_', ' ')} {_figure(value)}" for key, value in prediction.items())
+    log.info("still to collect: %s", figures if prediction["samples"] else "nothing")
     return bool(prediction["samples"])
 
 

@@ -95,7 +95,7 @@ class Collection:
             raise InputError(f"--output: {shown(output)} is not a file in a folder that exists")
         if output.resolve() == Path(settings.questions).resolve():
             raise InputError(f"--output: {shown(output)} is also --questions; choose another name")
-        if output.exists() and output.stat().st_size and not settings.ledger.exists():
+        if _holds_something(output) and not _holds_something(settings.ledger):
             raise InputError(f"--output: {shown(output)} exists and has no ledger beside it; choose another name")
         template = Template(settings.template)
         loaded = load_questions(
@@ -260,3 +260,7 @@ class Collection:
             result["cost"] = round(self.cost, 6)
         result |= {"seconds": round(time.monotonic() - self.begun, 1), "output": self.settings.output}
         return result | {"ledger": str(self.ledger.path), "stopped": redact(str(self.why)) if self.why else None}
+
+
+def _holds_something(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
