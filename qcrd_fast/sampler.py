@@ -19,8 +19,10 @@ from transformers import TopPLogitsWarper
 
 from qcrd_fast.decode import Autocast, Decoder
 from qcrd_fast.linear_sample import head_logits, linear_sample, pick_tokens
+from qcrd_fast.packing import length_batches
+from qcrd_fast.prompts import TokenIds
 from qcrd_fast.reference import HeadOptions
-from qcrd_fast.students import MAX_TOKENS, Student, TokenIds, length_batches
+from qcrd_fast.students import MAX_TOKENS, Student
 
 CACHE_BYTES = 4 << 30  # of keys and values; fewer rows where a batch needs more
 REFILL = 8  # prompts are read when an eighth of the rows is free
@@ -73,8 +75,8 @@ class Sampler:
             rows = min(settings.batch_size, most or settings.batch_size)
             self.decoder = Decoder(student, rows, longest, settings.max_new_tokens, style, CACHE_BYTES)
         rows = self.rows = self.decoder.rows
-        self.token_B, self.position_B, self.new_B, self.index_B, self.iteration_B = (
-            torch.zeros(rows, dtype=torch.long, device=device) for _ in range(5)
+        self.token_B, self.position_B, self.new_B, self.limit_B, self.index_B, self.iteration_B = (
+            torch.zeros(rows, dtype=torch.long, device=device) for _ in range(6)
         )
         self.key_B2 = torch.zeros(rows, 2, dtype=torch.long, device=device)
         self.done_B = torch.ones(rows, dtype=torch.bool, device=device)
@@ -105,12 +107,19 @@ class Sampler:
         indices: Sequence[int] | None = None,
         iteration: int = 0,
         stop: threading.Event | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[TokenIds]:
         """One continuation for each source, EOS included where it was reached; see `qcrd_fast.sampling.sample`.
 
+        limits: tokens of each at most, where that is fewer than `max_new_tokens`.
+
         Raises `Cancelled` within a few tokens of `stop` being set.
         """
-        requests = [_Request(list(s), keys[i], indices[i] if indices else 0, i) for i, s in enumerate(sources)]
+        most = self.settings.max_new_tokens
+        requests = [
+            _Request(list(s), keys[i], indices[i] if indices else 0, min(limits[i], most) if limits else most, i)
+            for i, s in enumerate(sources)
+        ]
         queue = deque(sorted(requests, key=lambda r: (-len(r.source), r.source, r.index, r.number)))
         results: list[TokenIds] = [[] for _ in sources]
         row: list[_Request | None] = [None] * self.rows  # who is in it
@@ -152,6 +161,7 @@ class Sampler:
                 (self.token_B, token),
                 (self.position_B, position),
                 (self.index_B, [r.index for _, r in some]),
+                (self.limit_B, [r.limit for _, r in some]),
             ):
                 state_B[at] = torch.tensor(values, device=device)
             self.key_B2[at] = torch.tensor([r.key for _, r in some], device=device)
@@ -167,8 +177,9 @@ class Sampler:
         last = [b for b in range(active, self.rows) if row[b] is not None]
         if gaps:
             self.decoder.move(gaps, last)
-            for state in (self.token_B, self.position_B, self.new_B, self.index_B, self.key_B2, self.done_B, self.out_BN):
+            for state in (self.token_B, self.position_B, self.new_B, self.limit_B, self.index_B, self.key_B2, self.done_B):
                 state[gaps] = state[last]
+            self.out_BN[gaps] = self.out_BN[last]
             for to, source in zip(gaps, last, strict=True):
                 row[to], row[source] = row[source], None
         return active
@@ -212,7 +223,7 @@ class Sampler:
         at_B1, out_BN = new_B.clamp(max=self.settings.max_new_tokens - 1)[:, None], self.out_BN[:active]
         out_BN.scatter_(1, at_B1, torch.where(done_B[:, None], out_BN.gather(1, at_B1), chosen_B[:, None]))
         new_B += ~done_B
-        done_B |= (chosen_B == self.eos) | (new_B >= self.settings.max_new_tokens)
+        done_B |= (chosen_B == self.eos) | (new_B >= self.limit_B[:active])
         position_B += ~done_B  # a row that has ended repeats its last step until it is taken out
         token_B.copy_(torch.where(done_B, token_B, chosen_B))
 
@@ -259,5 +270,6 @@ class _Request:
     source: TokenIds
     key: tuple[int, int]
     index: int
+    limit: int
     number: int  # in the caller's order
     position: int = 0  # of its row's next token, or a little more

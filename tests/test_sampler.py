@@ -245,3 +245,12 @@ def test_an_architecture_that_the_engine_cannot_run_goes_through_generate(tokeni
         drawn = sample(student, [[5, 6, 7], [8]], [(1, 2), (3, 4)], settings)
         assert all(0 < len(tokens) <= 4 for tokens in drawn)
     assert [r.name for r in caplog.records if "generate" in r.message] == [sampling.log.name]
+
+
+def test_each_sample_has_a_limit_of_its_own(student):
+    sources = prompts(student, 12)
+    keys, limits = [key_words(8, str(i)) for i in range(12)], [1 + 2 * i for i in range(12)]
+    settings = SampleSettings(TEMPERATURE, 50, 1.0, max_new_tokens=16, batch_size=5)
+    drawn = make_sampler(student, settings, max(map(len, sources)))
+    whole = drawn.draw(sources, keys)
+    assert drawn.draw(sources, keys, limits=limits) == [tokens[:n] for tokens, n in zip(whole, limits, strict=True)]
