@@ -26,6 +26,7 @@ from csrc_triton.product import (
     operands,
     product_tile,
     shape_of,
+    sources,
 )
 
 KEPT_BYTES = 64 * 2**20  # of exponentials that a forward pass keeps to make its own gradients
@@ -39,7 +40,8 @@ def forward_kernel(
     T, V, H, part_size, pitch, scale, inverse_softcap, slope, ignore_index,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, WANT_ENTROPY: tl.constexpr, KEEP: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr, SPECIALIZE: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T rows against one part of the vocabulary, with an online log-sum-exp.
 
@@ -59,10 +61,10 @@ def forward_kernel(
     max_t = tl.full((BLOCK_T,), LOWEST, dtype=tl.float32)
     sum_t = tl.zeros((BLOCK_T,), dtype=tl.float32)
     plogp_t = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    for first in range(begin, stop, BLOCK_V):
+    for first in tl.range(begin, stop, BLOCK_V, warp_specialize=SPECIALIZE):
         u_tv = product_tile(
-            hidden_ptr, weight_ptr, bias_ptr, rows_t, first + tl.arange(0, BLOCK_V), T, V, H, scale, inverse_softcap,
-            BLOCK_T, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, EVEN_H, EVEN_V,
+            hidden_ptr, weight_ptr, bias_ptr, tl.program_id(0) * BLOCK_T, first, T, V, H, scale, inverse_softcap,
+            BLOCK_T, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, EVEN_H, EVEN_V, DESCRIPTORS,
         )  # fmt: skip
         new_max_t = tl.maximum(max_t, tl.max(u_tv, 1))
         decay_t = tl.exp2((max_t - new_max_t) * slope_2)
@@ -143,7 +145,7 @@ def da_kernel(
     S, V, H, first_col, last_col, pitch, scale, inverse_softcap, slope,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, HAS_PROBZ: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr, HAS_PROBZ: tl.constexpr,
 ):  # fmt: skip
     """One program: d loss / d a of BLOCK_T rows and BLOCK_V columns of the chunk [first_col, last_col).
 
@@ -155,8 +157,9 @@ def da_kernel(
     cols_v = first_col + local_v
     in_t = rows_t < S
     u_tv = product_tile(
-        hidden_ptr, weight_ptr, bias_ptr, rows_t, cols_v, S, V, H, scale, inverse_softcap,
-        BLOCK_T, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, EVEN_H, EVEN_V,
+        hidden_ptr, weight_ptr, bias_ptr, tl.program_id(0) * BLOCK_T, first_col + tl.program_id(1) * BLOCK_V,
+        S, V, H, scale, inverse_softcap,
+        BLOCK_T, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, EVEN_H, EVEN_V, DESCRIPTORS,
     )  # fmt: skip
     lse_t = tl.load(lse_ptr + rows_t, mask=in_t, other=0.0)
     target_t = tl.load(target_ptr + rows_t, mask=in_t, other=-1).to(tl.int32)
@@ -247,9 +250,9 @@ def _forward(
     if keep:
         kept = Kept(hidden_TH.new_empty((T, pitch)), hidden_TH.new_empty((tiles, T), dtype=torch.float32), tile.block_v)
     forward_kernel[(blocks, parts)](
-        *head, *partial_PT, *(kept[:2] if kept else (None, None)),
+        *sources(hidden_TH, weight_VH, tile), *head[2:], *partial_PT, *(kept[:2] if kept else (None, None)),
         T, V, H, part_size, pitch, *numbers(bias_V, options), ignore_index,
-        **flags, **shape_of(tile, V, H), WANT_ENTROPY=want_entropy, KEEP=keep,
+        **flags, **shape_of(tile, V, H), SPECIALIZE=tile.specialize, WANT_ENTROPY=want_entropy, KEEP=keep,
     )  # fmt: skip
     combine_kernel[(triton.cdiv(T, 16),)](
         *head, *partial_PT, logprob_T, lse_T, entropy_T,
@@ -337,7 +340,7 @@ def backward(
         last = min(first + C, V)
         if S:
             da_kernel[(triton.cdiv(S, tile.block_t), triton.cdiv(last - first, tile.block_v))](
-                hidden_SH, weight_VH, bias_V, *rows, da_SC,
+                *sources(hidden_SH, weight_VH, tile), bias_V, *rows, da_SC,
                 S, V, H, first, last, C, *numbers(bias_V, options),
                 **flags_of(bias_V, options), **shape_of(tile, V, H), HAS_PROBZ=coefficients[2] is not None,
             )  # fmt: skip

@@ -29,6 +29,7 @@ from csrc_triton.product import (
     operands,
     product_tile,
     shape_of,
+    sources,
 )
 
 GROUP = 32
@@ -77,7 +78,8 @@ def product_kernel(
     B, V, H, G, part_size, scale, inverse_softcap, slope,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, NOISY: tl.constexpr, GROUPED: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    NOISY: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T rows against one part of the vocabulary.
 
@@ -93,8 +95,8 @@ def product_kernel(
     entry_t = tl.zeros((BLOCK_T,), dtype=tl.int32) + begin
     for first in range(begin, stop, BLOCK_V):
         u_tv = product_tile(
-            hidden_ptr, weight_ptr, bias_ptr, rows_t, first + tl.arange(0, BLOCK_V), B, V, H, scale, inverse_softcap,
-            BLOCK_T, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, EVEN_H, EVEN_V,
+            hidden_ptr, weight_ptr, bias_ptr, tl.program_id(0) * BLOCK_T, first, B, V, H, scale, inverse_softcap,
+            BLOCK_T, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, EVEN_H, EVEN_V, DESCRIPTORS,
         )  # fmt: skip
         if GROUPED:
             top_tg = tl.max(tl.reshape(u_tv, (BLOCK_T, BLOCK_V // GROUP, GROUP)), 2)
@@ -218,7 +220,7 @@ def sample(
     entry_PB = torch.empty_like(best_PB, dtype=torch.int64)
     top_BG = torch.empty((B, G if grouped else 0), **fp32)
     product_kernel[(blocks, parts)](
-        *head, key_B2, counter_B3, best_PB, entry_PB, top_BG,
+        *sources(hidden_BH, weight_VH, tile), bias_V, key_B2, counter_B3, best_PB, entry_PB, top_BG,
         B, V, H, G, part_size, scale, inverse_softcap, slope,
         **flags, **shape_of(tile, V, H), GROUP=GROUP, NOISY=noisy, GROUPED=grouped,
     )  # fmt: skip

@@ -29,9 +29,16 @@ class Tile(NamedTuple):
     block_h: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False  # operands are fetched by the copy engine of sm_90 and newer (TMA)
+    specialize: bool = False  # loads, products and the rest in warps of their own
+
+
+forced_tile: Tile | None = None  # what a benchmark wants every launch to take
 
 
 def choose_tile(dtype: torch.dtype, rows: int) -> Tile:
+    if forced_tile is not None:
+        return forced_tile
     if dtype == torch.float32:
         return Tile(128, 64, 16, 8, 2)
     return Tile(128, 128, 64, 8, 3) if rows > 64 else Tile(64, 128, 64, 4, 3)
@@ -60,32 +67,52 @@ def bend(acc, bias, scale, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_BIAS: t
 
 @triton.jit
 def product_tile(
-    hidden_ptr, weight_ptr, bias_ptr, rows_t, cols_v, T, V, H, scale, inverse_softcap,
+    hidden_ptr, weight_ptr, bias_ptr, first_t, first_v, T, V, H, scale, inverse_softcap,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """u [BLOCK_T, BLOCK_V] of these rows and columns, -inf beyond V. hidden [T, H], weight [V, H], bias [V].
+    """u [BLOCK_T, BLOCK_V] from row `first_t` and column `first_v` on, -inf beyond V. hidden [T, H], weight [V, H], bias [V].
 
-    Rows beyond T and columns beyond V read the last one instead: no load of the inner loop needs a mask.
+    Rows beyond T and columns beyond V read the last one instead, and descriptors read zeros: no load of the inner loop needs
+    a mask.
     """
     acc_tv = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     depth_h = tl.arange(0, BLOCK_H)
+    cols_v = first_v + tl.arange(0, BLOCK_V)
     in_v = cols_v < V
     cols_v = cols_v if EVEN_V else tl.minimum(cols_v, V - 1)
-    hidden_th = hidden_ptr + tl.minimum(rows_t, T - 1).to(tl.int64)[:, None] * H + depth_h[None, :]
-    weight_hv = weight_ptr + cols_v.to(tl.int64)[None, :] * H + depth_h[:, None]
-    for start in range(0, H, BLOCK_H):
-        if EVEN_H:
-            h_th, w_hv = tl.load(hidden_th + start), tl.load(weight_hv + start)
-        else:
-            in_h = depth_h + start < H
-            h_th = tl.load(hidden_th + start, mask=in_h[None, :], other=0.0)
-            w_hv = tl.load(weight_hv + start, mask=in_h[:, None], other=0.0)
-        acc_tv = tl.dot(h_th, w_hv, acc_tv, input_precision="ieee")
+    if DESCRIPTORS:
+        for start in range(0, H, BLOCK_H):
+            h_th, w_vh = hidden_ptr.load([first_t, start]), weight_ptr.load([first_v, start])
+            acc_tv = tl.dot(h_th, w_vh.T, acc_tv, input_precision="ieee")
+    else:
+        rows_t = tl.minimum(first_t + tl.arange(0, BLOCK_T), T - 1)
+        hidden_th = hidden_ptr + rows_t.to(tl.int64)[:, None] * H + depth_h[None, :]
+        weight_hv = weight_ptr + cols_v.to(tl.int64)[None, :] * H + depth_h[:, None]
+        for start in range(0, H, BLOCK_H):
+            if EVEN_H:
+                h_th, w_hv = tl.load(hidden_th + start), tl.load(weight_hv + start)
+            else:
+                in_h = depth_h + start < H
+                h_th = tl.load(hidden_th + start, mask=in_h[None, :], other=0.0)
+                w_hv = tl.load(weight_hv + start, mask=in_h[:, None], other=0.0)
+            acc_tv = tl.dot(h_th, w_hv, acc_tv, input_precision="ieee")
     bias = tl.load(bias_ptr + cols_v).to(tl.float32)[None, :] if HAS_BIAS else 0.0
     u_tv = bend(acc_tv, bias, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
     return u_tv if EVEN_V else tl.where(in_v[None, :], u_tv, float("-inf"))
+
+
+def sources(hidden_TH: Tensor, weight_VH: Tensor, tile: Tile) -> tuple[Any, Any]:
+    """What a kernel reads the operands through: themselves, or descriptors of their blocks."""
+    if not tile.descriptors:
+        return hidden_TH, weight_VH
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return (
+        TensorDescriptor.from_tensor(hidden_TH, [tile.block_t, tile.block_h]),
+        TensorDescriptor.from_tensor(weight_VH, [tile.block_v, tile.block_h]),
+    )
 
 
 def folds(bias_V: Tensor | None, options: tuple[float, float, float]) -> bool:
@@ -112,6 +139,7 @@ def shape_of(tile: Tile, V: int, H: int) -> dict[str, Any]:
         BLOCK_H=tile.block_h,
         EVEN_H=H % tile.block_h == 0,
         EVEN_V=V % tile.block_v == 0,
+        DESCRIPTORS=tile.descriptors,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

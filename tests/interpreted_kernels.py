@@ -10,7 +10,12 @@ import torch
 from loss_oracle import BETA, DELTA, Batch, dense_logprob, error, expected_terms, random_batch
 from test_linear_loss import both
 
+from bench import cases as bench_cases
+from bench import kernels as bench_kernels
+from bench.cases import Case
 from csrc_triton import linear_logprob as kernels
+from csrc_triton import product
+from csrc_triton.product import Tile
 from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob
 from qcrd_fast.config import NEGATIVE_SELECT, POSITIVE_SELECT, SCHEMES
 from qcrd_fast.linear_sample import head_logits, linear_sample
@@ -261,3 +266,36 @@ def test_the_edge_of_top_k(crowded):
     call = (torch.ones(4, 1), logits[:, None].contiguous(), key, counter)
     tokens = [linear_sample(*call, top_k=50, impl=impl) for impl in ("triton", "torch")]
     assert torch.equal(*tokens) and (logits[tokens[0]] >= logits.topk(50).values.min()).all()
+
+
+FETCHES = [  # every way to fetch an operand; more rows, columns and depth than a block, and none of them a multiple
+    Tile(32, 32, 16, 4, 2, descriptors=True),
+    Tile(32, 64, 32, 4, 2, descriptors=True, specialize=True),
+    Tile(64, 32, 32, 4, 2),
+]
+
+
+@pytest.mark.parametrize("tile", FETCHES, ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(scale=0.3, softcap=1.5)], ids=str)
+def test_descriptors_and_other_tiles(tile, options, monkeypatch):
+    monkeypatch.setattr(product, "forced_tile", tile)
+    batch = random_batch(V=1003, H=40).to(torch.float32)
+    truth = doubled(batch)
+    out = linear_logprob(batch.hidden, batch.weight, batch.target, impl="triton", **options)
+    expected = linear_logprob(truth.hidden, truth.weight, truth.target, impl="eager", **options)
+    assert error(out, expected) < 2e-6
+    for got, want in list(zip(batch.grads(out.sum()), truth.grads(expected.sum()), strict=True))[:2]:
+        assert error(got, want) < 1e-5
+
+
+def test_ways_through_the_backward_pass(monkeypatch):
+    """All that `bench/kernels.py` times, against torch."""
+    monkeypatch.setitem(bench_cases.HEADS, "small", bench_cases.Head(300, 203, 0.2))
+    case = Case("small", 70, dtype="fp32")
+    ways, wrong = bench_kernels.backward_ways(case, torch.device("cpu"))
+    names = [name for name in ways if name != "products"]
+    assert len(names) == len(bench_kernels.WORKSPACES_MIB) + 3
+    for name in names:
+        assert wrong(ways[name]()) < 1e-5, name
+    ways, wrong = bench_kernels.forward_ways(case, torch.device("cpu"))
+    assert wrong(ways["default"]()) < 1e-5

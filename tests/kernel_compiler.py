@@ -44,13 +44,16 @@ def compile_kernel(kernel, capability, dtype, constants, num_warps=4, num_stages
     for i, name in enumerate(names):
         if name in constants:
             signature[name] = "constexpr"
+        elif constants.get("DESCRIPTORS") and name in ("hidden_ptr", "weight_ptr"):
+            rows = constants["BLOCK_T" if name == "hidden_ptr" else "BLOCK_V"]
+            signature[name] = f"tensordesc<{dtype}[{rows}, {constants['BLOCK_H']}]>"
         elif name in ("hidden_ptr", "weight_ptr", "bias_ptr", "da_ptr", "kept_ptr"):
             signature[name] = "*" + dtype
         elif name.endswith("_ptr"):
             signature[name] = "*i64" if name in INT64 else "*i32" if name in INT32 else "*i8" if name in BYTES else "*fp32"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if name not in constants and (name.endswith("_ptr") or name in DIVISIBLE):
+        if name not in constants and signature[name][0] != "t" and (name.endswith("_ptr") or name in DIVISIBLE):
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attrs)
     target = GPUTarget("cuda", capability, 32)
@@ -64,15 +67,18 @@ def compile_kernel(kernel, capability, dtype, constants, num_warps=4, num_stages
         "shared": compiled.metadata.shared,
         "registers": int(used["REG"]),
         "stack": int(used["STACK"]) + int(used["LOCAL"]),
+        "copy_engine": "cp.async.bulk.tensor" in compiled.asm["ptx"],
+        "specialized": "setmaxnreg" in compiled.asm["ptx"],
         "matrix": [m for m in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if m in compiled.asm["ptx"]],
     }
 
 
-def linear_cases(capability, dtype, rows=4096, **flags):
+def linear_cases(capability, dtype, rows=4096, tile=None, **flags):
     """The matrix kernels as the launchers would start them; `flags` differ from those of a plain head of even sizes."""
-    tile = product.choose_tile(DTYPES[dtype], rows)
+    tile = tile or product.choose_tile(DTYPES[dtype], rows)
     blocks = dict(BLOCK_T=tile.block_t, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h)
-    plain = dict(HAS_BIAS=False, HAS_SCALE=False, HAS_SOFTCAP=False, EVEN_H=True, EVEN_V=True, KEEP=False)
+    plain = dict(HAS_BIAS=False, HAS_SCALE=False, HAS_SOFTCAP=False, EVEN_H=True, EVEN_V=True)
+    plain |= dict(DESCRIPTORS=False, SPECIALIZE=False, KEEP=False)
     for kernel, extra in ((linear_logprob.forward_kernel, "WANT_ENTROPY"), (linear_logprob.da_kernel, "HAS_PROBZ")):
         constants = {**blocks, **plain, extra: False, **{k: v for k, v in flags.items() if k in (*plain, extra, "T", "S")}}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -89,6 +95,7 @@ def sample_cases(capability, rows):
     for noisy, grouped in ((True, False), (True, True), (False, False)):
         tile = linear_sample.choose_sample_tile(torch.bfloat16, rows, noisy and not grouped)
         blocks = dict(BLOCK_T=tile.block_t, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, EVEN_H=True, EVEN_V=True)
+        blocks["DESCRIPTORS"] = False
         flags = dict(NOISY=noisy, GROUPED=grouped)
         constants = {**plain, **blocks, **flags}
         result = compile_kernel(linear_sample.product_kernel, capability, "bf16", constants, tile.num_warps, tile.num_stages)
@@ -131,6 +138,10 @@ def cases(capability):
         yield from linear_cases(capability, "bf16", KEEP=True)
     if capability in (80, 90):
         yield from linear_cases(capability, "fp32")
+    if capability in (90, 100):  # not the default: what `bench/kernels.py` times beside it
+        tile = product.Tile(64, 128, 64, 4, 3) if capability == 90 else product.choose_tile(torch.bfloat16, 4096)
+        yield from linear_cases(capability, "bf16", tile=tile, DESCRIPTORS=True)
+        yield from linear_cases(capability, "bf16", tile=tile, DESCRIPTORS=True, SPECIALIZE=True)
     if capability == 90:
         yield from linear_cases(capability, "bf16", HAS_SOFTCAP=True)  # Gemma
         yield from linear_cases(capability, "bf16", rows=32)
