@@ -28,6 +28,7 @@ SCHEMES = {  # Table 5: (positive selection, negative selection)
 POSITIVE_SELECT = ("min", "max", "mean", "wmean", "sampling")
 NEGATIVE_SELECT = ("max", "max-active", "min", "mean", "wmean", "sampling")
 TASKS = ("number", "equation", "choice", "yes-no", "text")
+DISCRIMINATOR_LOSSES = ("ratio", "infonce", "bce", "bce-all")
 AUGMENTATIONS = ("mask", "replace", "answer-swap", "sentence-drop")
 IMPLS = ("auto", "triton", "torch", "eager")
 
@@ -142,7 +143,10 @@ class TrainConfig:
         group="Discriminator",
     )
     discriminator_loss: str = option(
-        "ratio", "ratio: Eq. 2; infonce; bce", choices=("ratio", "infonce", "bce"), group="Discriminator"
+        "ratio",
+        "ratio: Eq. 2; infonce; bce; bce-all: bce, questions with one class alone too",
+        choices=DISCRIMINATOR_LOSSES,
+        group="Discriminator",
     )
     discriminator_augment: str = option(
         "mask,replace",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qcrd_fast.augment import augment, keyed
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import DISCRIMINATOR_LOSSES, TrainConfig
 from qcrd_fast.data import Question, question_text
 from qcrd_fast.encoders import MAX_LENGTH, SmallEncoder, length_limit, load_encoder
 from qcrd_fast.errors import InputError, RunError
@@ -178,14 +178,15 @@ def _first_id(tokenizer: Any, *names: str) -> int | None:
 
 
 def discriminator_loss(score_R: Tensor, question_R: Tensor, positive_R: Tensor, kind: str = "ratio") -> tuple[Tensor, Tensor]:
-    """(L_D, number of questions counted [int64 scalar]); L_D is the mean over the questions that have both classes.
+    """(L_D, number of questions counted [int64 scalar]); L_D is the mean over the questions that have both classes
+    ("bce-all": over all).
 
     score_R in (0, 1); question_R: index of a rationale's question, in any order; positive_R bool. kind:
-    "ratio" Eq. 2, "infonce" the same with the positives in the denominator too, "bce" the mean binary cross entropy of a
-    question's rationales. Without any question to count the loss is 0 and so is its gradient.
+    "ratio" Eq. 2, "infonce" the same with the positives in the denominator too, "bce" and "bce-all" the mean binary
+    cross entropy of a question's rationales. Without any question to count the loss is 0 and so is its gradient.
     """
-    if kind not in ("ratio", "infonce", "bce"):
-        raise ValueError(f"kind is ratio, infonce or bce; got {kind!r}")
+    if kind not in DISCRIMINATOR_LOSSES:
+        raise ValueError(f"kind is one of {', '.join(DISCRIMINATOR_LOSSES)}; got {kind!r}")
     if score_R.dim() != 1 or question_R.shape != score_R.shape or positive_R.shape != score_R.shape:
         shapes = [tuple(t.shape) for t in (score_R, question_R, positive_R)]
         raise ValueError(f"score_R, question_R and positive_R have one shape [R]; got {shapes}")
@@ -194,10 +195,10 @@ def discriminator_loss(score_R: Tensor, question_R: Tensor, positive_R: Tensor, 
     positive_R = positive_R.bool()
     member_QR = torch.arange(int(question_R.max()) + 1, device=question_R.device)[:, None] == question_R
     positive_QR, negative_QR = member_QR & positive_R, member_QR & ~positive_R
-    counted_Q = positive_QR.any(1) & negative_QR.any(1)
+    counted_Q = member_QR.any(1) if kind == "bce-all" else positive_QR.any(1) & negative_QR.any(1)
     # Rows without a class are filled so that no -inf enters the backward pass; they are dropped at the end.
     positive_QR, negative_QR = positive_QR | ~counted_Q[:, None], negative_QR | ~counted_Q[:, None]
-    if kind == "bce":
+    if kind.startswith("bce"):
         bce_R = F.binary_cross_entropy(score_R, positive_R.to(score_R.dtype), reduction="none")
         loss_Q = (member_QR * bce_R).sum(1) / member_QR.sum(1).clamp(min=1)
     else:
@@ -243,7 +244,7 @@ class DiscriminatorTrainer:
         """
         kinds, words = self.config.augmentations, _words(questions)
         others = list(dict.fromkeys(r.answer for q in questions for r in q.positives if r.answer))
-        usable = [q for q in questions if q.positives and (kinds or q.negatives)]
+        usable = [q for q in questions if self._teaches(q.positives, q.negatives or (kinds and q.positives))]
 
         def batches() -> Iterator[list[_Example]]:
             for epoch in itertools.count() if usable else ():
@@ -268,7 +269,7 @@ class DiscriminatorTrainer:
         Negatives are the teacher's minority and `lagged[question id]`, the student's. Batches are made of the questions
         that have both classes, shuffled by (seed, iteration).
         """
-        usable = [q for q in questions if q.positives and (q.negatives or lagged.get(q.id))]
+        usable = [q for q in questions if self._teaches(q.positives, q.negatives or lagged.get(q.id))]
         batches = itertools.islice(
             self._batches(usable, (self.config.seed, "update", iteration)), self.config.discriminator_update_batches
         )
@@ -302,6 +303,10 @@ class DiscriminatorTrainer:
             device = "cpu" if moment == "step" else parameters[name].device  # AdamW counts steps on the CPU
             self.optimizer.state[parameters[name]][moment] = tensor.detach().to(device, copy=True)
         self.set_alpha(float(optimizer_state["alpha_d"]))
+
+    def _teaches(self, positives: Sequence[Any], negatives: Sequence[Any] | None) -> bool:
+        """Whether a question with these counts in the loss."""
+        return bool(positives or negatives if self.config.discriminator_loss == "bce-all" else positives and negatives)
 
     def _batches(self, questions: Sequence[Question], key: tuple[Any, ...]) -> Iterator[list[Question]]:
         """The questions, shuffled by `key`, in batches of config.discriminator_batch_size."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 RESAMPLES, BINS = 2000, 10
+MAX_CELLS = 4_000_000  # of weight_BR held at once
 
 
 def auc(score_R: Any, positive_R: Any, weight_BR: Any = None) -> Any:
@@ -38,10 +39,25 @@ def auc(score_R: Any, positive_R: Any, weight_BR: Any = None) -> Any:
 
 def question_weights(question_R: Sequence[Any], seed: int = 0, resamples: int = RESAMPLES) -> Floats:
     """weight_BR: how often a rationale's question was drawn in each of B bootstrap samples of the questions."""
+    if not len(question_R):
+        return np.ones((resamples, 0))
     _, index_R = np.unique(np.asarray(question_R, dtype=str), return_inverse=True)
-    count = int(index_R.max()) + 1 if len(index_R) else 0
-    drawn_BQ = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / max(count, 1)), size=resamples)
+    count = int(index_R.max()) + 1
+    drawn_BQ = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
     return drawn_BQ[:, index_R].astype(np.float64)
+
+
+def auc_resampled(
+    score_R: Any, positive_R: Any, question_R: Sequence[Any], seed: int = 0, resamples: int = RESAMPLES
+) -> Floats:
+    """AUC in each of B bootstrap samples of the questions, a bounded number of them at once."""
+    size = max(1, min(resamples, MAX_CELLS // max(1, len(question_R))))
+    return np.concatenate(
+        [
+            auc(score_R, positive_R, question_weights(question_R, seed + start, min(size, resamples - start)))
+            for start in range(0, resamples, size)
+        ]
+    )
 
 
 def interval(value_B: Any) -> list[float] | None:
@@ -78,7 +94,7 @@ def judge(score_R: Any, positive_R: Any, question_R: Sequence[Any], seed: int = 
     value = auc(score_R, positive_R)
     return {
         "auc": None if np.isnan(value) else value,
-        "auc_95": interval(auc(score_R, positive_R, question_weights(question_R, seed))),
+        "auc_95": interval(auc_resampled(score_R, positive_R, question_R, seed)),
         "auc_within_questions": auc_within(score_R, positive_R, question_R),
         "positives": int(np.sum(positive_R)),
         "negatives": int(len(positive_R) - np.sum(positive_R)),

@@ -20,7 +20,7 @@ import torch
 from qcrd_fast import checkpoint
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import Question, drop_overlap, hold_out, load_questions
-from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator
+from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, judge_questions
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.evaluate import accuracy, main_task, make_autocast, of_split, predict, resolve_device
 from qcrd_fast.examples import Example, label_kind, label_of, make_examples
@@ -336,6 +336,10 @@ class Session:
             log.info("pretraining the discriminator for %d steps", steps)
             self.trainer.set_alpha(1.0)  # a3 weighs the online updates alone
             self.loss_d = self.trainer.pretrain(self.data.train, steps, check)
+            told = judge_questions(self.trainer.discriminator, self.data.validation)
+            if told["auc"] is not None and told["auc_95"]:
+                log.info("discriminator, %d held-out questions: AUC %.3f (95%% interval %.3f to %.3f), calibration error %.3f",
+                         told["questions"], told["auc"], *told["auc_95"], told["expected_calibration_error"])  # fmt: skip
 
     # Validation, checkpoints, results
 

@@ -123,9 +123,19 @@ def test_loss_without_a_question_to_count(kind, rationales):
     assert loss.item() == 0 and count.item() == 0 and score.grad.tolist() == [0.0] * rationales
 
 
+def test_bce_all_counts_questions_of_one_class_too():
+    log = math.log
+    score = torch.tensor(SCORES, dtype=torch.float64, requires_grad=True)
+    loss, count = discriminator_loss(score, torch.tensor(QUESTIONS), torch.tensor(POSITIVE), "bce-all")
+    alone = -log(0.7) - log(0.2)  # question 1 has a positive of 0.7, question 4 a negative of 0.8
+    assert loss.item() == pytest.approx((2 * hand_loss("bce") + alone) / 4, abs=1e-12) and count.item() == 4
+    loss.backward()
+    assert (score.grad != 0).all()
+
+
 def test_loss_refuses_bad_arguments():
     score = torch.rand(3)
-    with pytest.raises(ValueError, match="ratio, infonce or bce; got 'triplet'"):
+    with pytest.raises(ValueError, match="ratio, infonce, bce, bce-all; got 'triplet'"):
         discriminator_loss(score, torch.arange(3), torch.ones(3), "triplet")
     with pytest.raises(ValueError, match="one shape"):
         discriminator_loss(score, torch.arange(2), torch.ones(3))
@@ -273,6 +283,48 @@ def test_augment_is_a_function_of_its_key():
         assert all(augment(text, (1, "q", i), ["pears"]) != text for i in range(10))
     with pytest.raises(ValueError, match="mask, replace"):
         augment("one", (0,), words, kinds=("shuffle",))
+
+
+def many(text, kind, count=40, **options):
+    return {augment(text, (0, i), ["pear"], (kind,), **options) for i in range(count)}
+
+
+def test_answer_swap_says_another_answer_wherever_it_stands():
+    text = "There are 3 birds + 4 storks = 8 birds. 28 is not 8.5. So the answer is 8."
+    made = many(text, "answer-swap", answer="8.0", others=["no"])  # as files write it
+    swapped = ("3", "4", "6", "7", "9", "10", "18", "28", "8.5")  # near 8, or of the text
+    expected = {text.replace("= 8 ", f"= {n} ").replace("is 8.", f"is {n}.") for n in swapped}
+    assert len(made) > 4 and made <= expected  # 28 and 8.5 are left alone
+    assert many("Yes, since it is yes.", "answer-swap", answer="yes", others=["yes", "no"]) == {"no, since it is no."}
+    assert many("She walks 5 miles", "answer-swap", answer="12") <= {f"She walks {n} miles" for n in (3, 4, 6, 7, 15)}
+    assert many("Nothing to swap", "answer-swap", answer="12", others=["3"]) == {f"Nothing to swap {BLANK}"}
+    assert many("It is 1.5", "answer-swap", answer="1.5", others=["1.5", "2.5"]) == {"It is 2.5"}
+
+
+def test_sentence_drop_leaves_the_others_whole():
+    text = "First 3.5 + 1 = 4.5. Then 4.5 - 2 = 2.5!\nSo 2.5 are left."
+    a, b, c = "First 3.5 + 1 = 4.5.", "Then 4.5 - 2 = 2.5!", "So 2.5 are left."
+    assert many(text, "sentence-drop") == {f"{b}\n{c}", f"{a} {c}", f"{a} {b}"}
+    assert many("Only one.", "sentence-drop") == {f"Only one. {BLANK}"}
+
+
+def test_a_way_that_changes_nothing_gives_way_to_another():
+    both = {augment("Only one 7.", (0, i), [], ("sentence-drop", "answer-swap"), answer="7") for i in range(20)}
+    assert both <= {f"Only one {n}." for n in (5, 6, 8, 9, 17)}
+
+
+def test_the_option_names_the_ways(small, monkeypatch):
+    seen = []
+    monkeypatch.setattr(DiscriminatorTrainer, "_step", lambda self, batch, when: seen.extend(batch) or 0.0)
+    question = make_question("q", ["It is 7. Yes.", "One. It is 9."])
+    trainer = make_trainer(small, discriminator_augment="answer-swap, sentence-drop")
+    assert trainer.config.augmentations == ("answer-swap", "sentence-drop")
+    trainer.pretrain([question], 20)
+    assert all(len(e.negatives) == 2 and BLANK not in "".join(e.negatives) for e in seen) and len(seen) == 20
+    seen.clear()
+    assert make_trainer(small, discriminator_augment="none").pretrain([question], 5) is None and not seen
+    with pytest.raises(InputError, match=r"--discriminator-augment .*got 'anser-swap'; did you mean 'answer-swap'"):
+        TrainConfig(discriminator_augment="mask,anser-swap")
 
 
 @pytest.mark.parametrize("positives, negatives", [(3, 0), (3, 1), (2, 2), (1, 3), (0, 2)])
