@@ -74,7 +74,7 @@ def _dry_run(run: Collection) -> dict[str, Any]:
     result: dict[str, Any] = {"question": first.id, "prompt": run.prompts[first.id]}
     if settings.is_url:
         endpoint = Endpoint(_endpoint_settings(run, run.settings.teacher_model or "(what the server offers)"))
-        result |= {"url": endpoint.base, "request": endpoint.body(run.prompts[first.id], settings.num_samples)}
+        result |= {"url": endpoint.base + endpoint.path, "request": endpoint.body(run.prompts[first.id], settings.num_samples)}
     return result | {"prediction": run.predict(), "output": settings.output}
 
 

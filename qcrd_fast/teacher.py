@@ -117,6 +117,7 @@ class Endpoint:
     def __init__(self, settings: EndpointSettings):
         self.settings = settings
         self.base = base_url(settings.url)
+        self.path = "/chat/completions" if settings.api == "chat" else "/completions"
         self.key = os.environ.get(KEY_NAME, "").strip()
         if not self.key.isascii() or not self.key.isprintable():
             raise InputError(f"{KEY_NAME} has characters that no HTTP header can carry")
@@ -227,9 +228,8 @@ class Endpoint:
         return error.retry_after_s + 0.2 * jitter
 
     async def _request(self, request: str, body: dict[str, Any], prompt: str, limit_s: float) -> Reply:
-        path = "/chat/completions" if self.settings.api == "chat" else "/completions"
         begun = time.monotonic()
-        value = await self._exchange("POST", path, request, body, limit_s)
+        value = await self._exchange("POST", self.path, request, body, limit_s)
         reply = parse_reply(value, prompt, self.without_key)
         if not reply.choices:
             faults = ", ".join(reply.faults) or "nothing in it"

@@ -57,7 +57,7 @@ class Template:
             return
         path = Path(option)
         try:
-            self.text = path.read_text(encoding="utf-8")
+            self.text = path.read_text(encoding="utf-8").removesuffix("\n")  # an editor's, not the prompt's
         except (OSError, ValueError) as error:
             known = ", ".join(("auto", *TEMPLATES))
             raise InputError(f"--template: {option!r} is neither {known}, nor a readable UTF-8 file") from error

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+import fake_teacher as fake
 import pytest
 from test_collect import command, ledger, rows, run, write_questions
 
@@ -59,7 +62,7 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
     path.write_text("{literally} Q {question} A", encoding="utf-8")
     assert ask(str(path)) == "{literally} Q Is it {context}? A"
     assert ask(str(path), context="C") == "{literally} Q C\nIs it {context}? A"
-    path.write_text("{context}|{question}", encoding="utf-8")
+    path.write_text("{context}|{question}\n", encoding="utf-8")
     assert ask(str(path), context="C") == "C|Is it {context}?" and ask(str(path)) == "|Is it {context}?"
     path.write_text("no place for it", encoding="utf-8")
     for option, says in ((str(path), "does not contain {question}"), (str(tmp_path / "gone"), "neither auto, number")):
@@ -207,3 +210,23 @@ def test_bad_questions_are_named_by_line(questions: Path, capsys: pytest.Capture
     assert f"{questions}:5: question expects a string" in run(capsys, args, 2)["log"]
     result = run(capsys, [*args, "--on-bad-row", "skip"])
     assert result["prediction"]["questions"] == 4 and "set aside" in result["log"]
+
+
+def test_the_guide_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    guide = (Path(__file__).resolve().parent.parent / "docs" / "guide.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        if match := re.fullmatch(r"cat > (\S+) <<'END'\n(.*)END\n", block, re.DOTALL):
+            Path(match[1]).write_text(match[2], encoding="utf-8")
+    commands = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    asked = [line[1:] for line in commands if line[:2] == ["qcrd-fast", "collect"]]
+    assert len(asked) == 2
+    for args in asked:
+        extra = ["--template", "template.txt", "--api", "completions", "--dry-run"]
+        assert run(capsys, [*args, *extra])["prediction"]["samples"] == 50
+    with fake.serving() as server:
+        args = asked[0][:-1]
+        args[args.index("--teacher") + 1] = server.url
+        assert run(capsys, args)["complete"] == 10
+    assert entry(["prepare", "samples.jsonl", "--output", "train.jsonl"]) == 0
