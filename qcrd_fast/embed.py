@@ -55,7 +55,7 @@ def attach(
         raise InputError(f"{type(inner).__name__} is not a Hugging Face model; call QCRDLoss inside its forward instead")
     head, output = read_head(inner), output_layer(inner)
     if not hasattr(inner, ATTACHED):
-        check_head(inner, head)
+        check_head(model, head)
     loss_fn = QCRDLoss(scale=head.scale, softcap=head.softcap) if loss_fn is None else loss_fn
     if (loss_fn.scale, loss_fn.softcap or None) != (head.scale, head.softcap or None):
         raise InputError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -82,7 +84,9 @@ def check_head(model: Any, head: Head) -> None:
 
     Raises `InputError` if they differ: this architecture computes its logits in a way that `Head` cannot express.
     """
-    model = unwrapped(model)
+    outer, model = model, unwrapped(model)
+    while hasattr(outer, "_orig_mod"):  # what only shards or adapts the model is kept; nothing is compiled for this
+        outer = outer._orig_mod
     head = dataclasses.replace(head, weight=_whole(head.weight), bias=None if head.bias is None else _whole(head.bias))
     hidden: list[Tensor] = []
 
@@ -92,18 +96,17 @@ def check_head(model: Any, head: Head) -> None:
     device = head.weight.device
     ids = torch.randint(0, len(head.weight), (1, 5), generator=torch.Generator().manual_seed(0)).to(device)
     inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    training = model.training
     handle = body(model).register_forward_hook(capture)
     try:
-        model.eval()
-        expected = model(input_ids=ids, **inputs).logits.float()
+        with evaluating(model):
+            expected = outer(input_ids=ids, **inputs).logits.float()
     finally:
         handle.remove()
-        model.train(training)
     if not hidden or hidden[-1].shape[-1] != head.weight.shape[1]:
         raise InputError(f"{_name(model)} is not supported: its last hidden states could not be read")
-    actual = head.logits(hidden[-1]).float()
-    tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 3e-2
+    actual = head.logits(hidden[-1].to(head.weight.dtype)).float()
+    exact = {head.weight.dtype, hidden[-1].dtype} <= {torch.float32, torch.float64}
+    tolerance = 1e-4 if exact else 3e-2
     error = (actual - expected).norm() / expected.norm().clamp(min=1e-12) if actual.shape == expected.shape else torch.inf
     if not error <= tolerance:
         raise InputError(
@@ -127,6 +130,18 @@ def unwrapped(model: Any) -> Any:
         if inner is model:
             return model
         model = inner
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Eval mode; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _whole(x: Any) -> Tensor:

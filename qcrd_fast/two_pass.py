@@ -8,9 +8,8 @@ Shapes: S sources, B sequences (R rationales, then the labels), L padded length,
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.heads import body, output_layer, read_head, unwrapped
+from qcrd_fast.heads import body, evaluating, output_layer, read_head, unwrapped
 from qcrd_fast.losses import ContrastiveOutput, QCRDLoss, contrastive_loss, weighted_rationale_loss
 
+eagerly = torch.compiler.disable  # where sizes depend on data; what compiles well is the model between such steps
 ATTACHED = "_qcrd_fast"  # the attribute of a model that was attached to
 IGNORE = -100  # a target that is not scored
 SINGLE = ("min", "max", "max-active", "sampling")  # selections of one rationale
@@ -93,6 +93,7 @@ class Batch:
     source: Tensor | None = None
     decoder_input_ids: Tensor | None = None
 
+    @eagerly
     def take(self, index_N: Tensor) -> Batch:
         """The sequences of these numbers, without the columns and sources that none of them needs."""
         target = self.target[index_N]
@@ -113,6 +114,7 @@ def last_column(wanted_NL: Tensor) -> int:
     return max(int((columns_L * wanted_NL.any(0)).max()), 1)
 
 
+@torch.compiler.disable(recursive=False)
 def batch_loss(
     model: Any,
     settings: Settings,
@@ -131,9 +133,11 @@ def batch_loss(
     loss_fn = settings.loss_fn
     R = int((~is_label).sum())
 
-    def contrast(logprob_T: Tensor, rationale_T: Tensor) -> ContrastiveOutput:
+    @eagerly
+    def select(logprob_T: Tensor, rationale_T: Tensor) -> tuple[ContrastiveOutput, Tensor]:
+        """What is selected, and the weight of each sequence [B], 1/N included; a label's is 1/N."""
         kept_T = rationale_T < R
-        return contrastive_loss(
+        out = contrastive_loss(
             logprob_T[kept_T],
             rationale_T[kept_T],
             question[:R],
@@ -149,53 +153,49 @@ def batch_loss(
             seed=loss_fn.seed,
             impl=loss_fn.impl,
         )
+        of_labels = out.weight_R.new_ones(len(question) - R) / torch.as_tensor(num_questions, device=question.device)
+        return out, torch.cat([out.weight_R, of_labels.to(out.weight_R.dtype)])
 
-    def weights(out: ContrastiveOutput) -> Tensor:
-        """[B], 1/N included; a label's is 1/N."""
-        label_weight = out.weight_R.new_ones(len(question) - R) / torch.as_tensor(num_questions, device=question.device)
-        return torch.cat([out.weight_R, label_weight.to(out.weight_R.dtype)])
+    @eagerly
+    def total(out: ContrastiveOutput, logprob_T: Tensor, sequence_T: Tensor, weight_B: Tensor, kept_B: Any) -> RationaleOutput:
+        def share(weight_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            terms = (logprob_T, sequence_T, positive[kept_B], weight_B[kept_B])
+            return weighted_rationale_loss(*terms, beta=loss_fn.beta, delta=loss_fn.delta)
+
+        loss_pred = share(weight_B * is_label)[0]
+        loss_cl, loss_pos, loss_neg, _ = share(weight_B * ~is_label)  # Eq. 3, 6, 7
+        return RationaleOutput(
+            loss=settings.alpha_pred * loss_pred + settings.alpha_cl * loss_cl,  # Eq. 8 less a3 L_D
+            loss_pred=loss_pred,
+            loss_cl=loss_cl,
+            loss_pos=loss_pos,
+            loss_neg=loss_neg,
+            nll_R=out.nll_R,
+            selected_R=out.selected_R,
+            active_R=out.active_R,
+            weight_R=out.weight_R,
+        )
 
     if two_pass and torch.is_grad_enabled():
         with torch.no_grad(), evaluating(model):  # of the ranks of a group each must run its model, with rationales or without
             scored_B = torch.arange(max(R, 1), device=question.device)
-            out = contrast(*token_logprobs(model, settings, batch.take(scored_B)))
-        weight_B = weights(out)
-        chosen_B = (weight_B != 0).nonzero()[:, 0]
-        chosen_B = chosen_B if len(chosen_B) else torch.zeros_like(question[:1])
-        logprob_T, rationale_T = token_logprobs(model, settings, batch.take(chosen_B))
-        weight_B, positive, is_label = weight_B[chosen_B], positive[chosen_B], is_label[chosen_B]
-    else:
-        bound = max_selected_tokens if set(loss_fn.selects) <= set(SINGLE) else None
-        logprob_T, rationale_T = token_logprobs(model, settings, batch, bound)
-        out = contrast(logprob_T.detach(), rationale_T)
-        weight_B = weights(out)
-
-    def share(weight_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return weighted_rationale_loss(logprob_T, rationale_T, positive, weight_B, beta=loss_fn.beta, delta=loss_fn.delta)
-
-    loss_pred = share(weight_B * is_label)[0]
-    loss_cl, loss_pos, loss_neg, _ = share(weight_B * ~is_label)  # Eq. 3, 6, 7
-    return RationaleOutput(
-        loss=settings.alpha_pred * loss_pred + settings.alpha_cl * loss_cl,  # Eq. 8 less a3 L_D
-        loss_pred=loss_pred,
-        loss_cl=loss_cl,
-        loss_pos=loss_pos,
-        loss_neg=loss_neg,
-        nll_R=out.nll_R,
-        selected_R=out.selected_R,
-        active_R=out.active_R,
-        weight_R=out.weight_R,
-    )
+            out, weight_B = select(*token_logprobs(model, settings, batch.take(scored_B)))
+        kept_B = (weight_B != 0).nonzero()[:, 0]
+        kept_B = kept_B if len(kept_B) else torch.zeros_like(question[:1])
+        return total(out, *token_logprobs(model, settings, batch.take(kept_B)), weight_B, kept_B)
+    bound = max_selected_tokens if set(loss_fn.selects) <= set(SINGLE) else None
+    logprob_T, sequence_T = token_logprobs(model, settings, batch, bound)
+    out, weight_B = select(logprob_T.detach(), sequence_T)
+    return total(out, logprob_T, sequence_T, weight_B, ...)
 
 
+@torch.compiler.disable(recursive=False)
 def token_logprobs(model: Any, settings: Settings, batch: Batch, max_rows: int | None = None) -> tuple[Tensor, Tensor]:
     """(log p of each target token [T], its sequence [T]); the head runs as a module, whose weight is then whole."""
     hidden_BLH = hidden_states(model, batch)
     scored_BL = batch.target != IGNORE
-    bias = read_head(model).bias
-    logprob_T = output_layer(model)(
-        hidden_BLH[scored_BL], logprob_target=batch.target[scored_BL], bias=bias, loss_fn=settings.loss_fn, max_rows=max_rows
-    )
+    options = {"bias": read_head(model).bias, "loss_fn": settings.loss_fn, "max_rows": max_rows}
+    logprob_T = output_layer(model)(hidden_BLH[scored_BL], logprob_target=batch.target[scored_BL], **options)
     return logprob_T, scored_BL.nonzero()[:, 0]
 
 
@@ -210,15 +210,3 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
         encoder_attention_mask=batch.attention_mask.index_select(0, batch.source),
         use_cache=False,
     ).last_hidden_state
-
-
-@contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Eval mode; afterwards each module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
