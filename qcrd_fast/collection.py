@@ -6,11 +6,12 @@ written whole, in the order of the questions, when the collector ends in any ord
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +175,16 @@ class Collection:
         """The output, whole: every question with samples, or with all of its samples."""
         kept = [q for q in self.questions if self.samples(q) and not (whole_only and self.missing(q))]
         if kept or Path(self.settings.output).exists():
-            try:
+            with self._writing():
                 write_lines(Path(self.settings.output), map(self.row, kept))
-            except OSError as error:
-                raise RunError(f"cannot write {shown(self.settings.output)}: {error.strerror}") from error
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = f"{shown(self.settings.output)}: {error.strerror}"
+            raise RunError(f"cannot write {where}; nothing is lost, the same command goes on") from error
 
     def take(self, request: str | None, question: Question, reply: Reply, texts: list[dict[str, Any]]) -> None:
         """Append a reply's samples to the ledger, and the question's row to the output once it is complete."""
@@ -201,7 +208,8 @@ class Collection:
             seconds=round(reply.seconds, 3),
         )
         if not self.missing(question):
-            append_lines(Path(self.settings.output), [self.row(question)])
+            with self._writing():
+                append_lines(Path(self.settings.output), [self.row(question)])
             self._look_for_sameness()
 
     def read(self, question: Question, choice: Choice) -> dict[str, Any]:

@@ -234,6 +234,30 @@ def test_what_is_no_ledger_is_left_alone(questions: Path, capsys: pytest.Capture
     assert beside.read_text() == '{"kind": "start"}\n{"some": "row"}\n' and output.read_text() == "precious\n"
 
 
+@pytest.mark.parametrize("written", [0, 30])
+def test_a_full_disk_stops_with_whole_lines(
+    questions: Path, written: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = os.write, []
+
+    def full(file: int, data: bytes) -> int:
+        if not data.startswith(b'{"kind": '):
+            return real(file, data)
+        calls.append(data)
+        if len(calls) < 8:
+            return real(file, data)
+        if not written:
+            raise OSError(28, "No space left on device")
+        return real(file, data[:written])
+
+    with fake.serving() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            assert "space left" in run(capsys, command(questions, server.url, "--concurrency", "2"), 1)["log"].lower()
+        assert len(ledger(questions)) == 7
+        assert run(capsys, command(questions, server.url))["samples"] == 30
+
+
 def test_two_collectors_do_not_share_a_file(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with fake.serving(fake.samples(delay_s=1.0)) as server:
         other = start(command(questions, server.url))

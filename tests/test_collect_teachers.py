@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from test_collect import command, ledger, rows, run, write_questions
 from cli.main import entry
 from qcrd_fast.data import load_questions
 from qcrd_fast.errors import InputError
+from qcrd_fast.local_teacher import LocalTeacher
 from qcrd_fast.rows import Question
 from qcrd_fast.templates import TEMPLATES, Template, read_reply
 
@@ -168,6 +171,22 @@ def test_a_local_model_is_sampled_and_goes_on(questions: Path, llama_folder: Pat
     texts = [s["text"] for record in ledger(questions, "reply") for s in record["samples"]]
     assert len(set(texts)) > 12
     assert ledger(questions, "start")[0]["api"] == "completions"
+
+
+def test_a_signal_lets_a_local_model_finish_its_batch(
+    questions: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = command(questions, str(llama_folder), "--max-tokens", "2", "--batch-size", "5")
+    with monkeypatch.context() as patch:
+        real = LocalTeacher.sample
+
+        def interrupted(self: LocalTeacher, asked: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return real(self, asked)
+
+        patch.setattr(LocalTeacher, "sample", interrupted)
+        assert run(capsys, args, 143)["samples"] == 5
+    assert run(capsys, args)["samples"] == 20 and len(ledger(questions, "reply")) == 20
 
 
 def test_a_local_model_that_is_none(questions: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
