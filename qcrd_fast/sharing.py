@@ -21,6 +21,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qcrd_fast.errors import InputError
 from qcrd_fast.packing import Layout, block_mask, dense_mask
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,29 @@ def find_mode(model: Any, hidden: Hidden) -> str | None:
             return "flex"
     finally:
         model.train(training)
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Raises `InputError` if a token's hidden state depends on what comes after it, so that targets would be given away."""
+    device, training = model.device, model.training
+    ids = torch.arange(6, device=device).expand(2, 6).clone()
+    ids[1, -1] = 0
+    try:
+        model.eval()
+        if model.config.is_encoder_decoder:
+            states = model.get_encoder()(input_ids=ids[:1].expand(2, -1)).last_hidden_state
+            hidden = model.get_decoder()(input_ids=ids, encoder_hidden_states=states, use_cache=False).last_hidden_state
+        else:
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        model.train(training)
+    apart = float((hidden[0, :-1] - hidden[1, :-1]).norm() / hidden[0, :-1].norm().clamp(min=1e-12))
+    if not apart <= 1e-2:
+        raise InputError(
+            f"student: in {type(model).__name__} tokens see what comes after them (it moves their hidden states by {apart:.2g} of "
+            "their norm), so it cannot learn to predict it; transformers 5.17 does so to UMT5, 5.23 does not"
+        )
 
 
 def _fault(hidden: Hidden, mode: str, tolerance: float, parameters: Sequence[Tensor] = ()) -> str | None:

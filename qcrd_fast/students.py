@@ -25,7 +25,7 @@ from qcrd_fast.prompts import PREDICT as PREDICT
 from qcrd_fast.prompts import REASON as REASON
 from qcrd_fast.prompts import Prompter, TokenIds
 from qcrd_fast.prompts import PromptSettings as PromptSettings
-from qcrd_fast.sharing import attention_inputs, find_mode
+from qcrd_fast.sharing import attention_inputs, check_causal, find_mode
 
 MAX_TOKENS = 16_384  # padded tokens that run through the model at once
 
@@ -45,8 +45,8 @@ class PackedHidden:
 class Student(Prompter):
     """A T5-like or decoder-only model with its tokenizer and prompts.
 
-    Raises `InputError` when the tokenizer has more tokens than the model has rows, or when the model's logits are not
-    those that its head and hidden states give (`check_head`).
+    Raises `InputError` when the tokenizer has more tokens than the model has rows, when the model's logits are not those that
+    its head and hidden states give (`check_head`), or when tokens see what comes after them (`check_causal`).
     """
 
     def __init__(self, model: Any, tokenizer: Any, prompts: PromptSettings):
@@ -56,6 +56,7 @@ class Student(Prompter):
         if len(tokenizer) > rows:
             raise InputError(f"student: the tokenizer has {len(tokenizer)} tokens but the model only {rows} rows")
         check_head(model, self.head)
+        check_causal(model)
 
     @classmethod
     def load(cls, name_or_path: str, prompts: PromptSettings, device: torch.device | str = "cpu") -> Student:
