@@ -37,6 +37,7 @@ from .timing import quantile, time_ms
 
 RESULTS = Path(__file__).parent / "results" / "prompts.csv"
 PASSES = ("score", "step")
+T5_SMALL = dict(d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8)
 
 
 def load_student(folder: str, shape: str | None, device: torch.device) -> Student:
@@ -44,7 +45,7 @@ def load_student(folder: str, shape: str | None, device: torch.device) -> Studen
     if shape is None:
         return student
     rows, ids = student.head.weight.shape[0], {"decoder_start_token_id": 0, "pad_token_id": 0}
-    config = T5Config(vocab_size=rows, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, **ids)  # type: ignore[arg-type]
+    config = T5Config(vocab_size=rows, **T5_SMALL, **ids)  # type: ignore[arg-type]
     model: Any = T5ForConditionalGeneration(config)
     return Student(model.to(device), student.tokenizer, student.prompts)
 

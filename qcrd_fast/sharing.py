@@ -51,20 +51,22 @@ def find_mode(model: Any, hidden: Hidden) -> str | None:
     `hidden(mode)` computes the same few targets' states, None being one sequence a target.
     """
     config, name, training = model.config.get_text_config(decoder=True), type(model).__name__, model.training
+    tolerance = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 3e-2
     model.eval()
     try:
         with _small_window(config):
             with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-                if fault := _strange_layers(config) or _fault(hidden, "dense", 1e-4):
+                if fault := _strange_layers(config) or _fault(hidden, "dense", tolerance):
                     log.warning("%s: prompts are not shared, each target runs on its own: %s", name, fault)
                     return None
             if not _may_flex(model, config):
                 return "dense"
             model.set_attn_implementation(ATTENTION)
-            tolerance = 5e-2 if torch.is_autocast_enabled(model.device.type) else 1e-3
+            tolerance = 5e-2 if torch.is_autocast_enabled(model.device.type) else max(tolerance, 1e-3)
             with torch.enable_grad():
                 if fault := _fault(hidden, "flex", tolerance, [p for p in model.parameters() if p.requires_grad]):
                     log.warning("%s: flex_attention is not used: %s", name, fault)
+                    model.set_attn_implementation("sdpa")
                     return "dense"
             return "flex"
     finally:
@@ -89,8 +91,8 @@ def check_causal(model: Any) -> None:
     apart = float((hidden[0, :-1] - hidden[1, :-1]).norm() / hidden[0, :-1].norm().clamp(min=1e-12))
     if not apart <= 1e-2:
         raise InputError(
-            f"student: in {type(model).__name__} tokens see what comes after them (it moves their hidden states by {apart:.2g} of "
-            "their norm), so it cannot learn to predict it; transformers 5.17 does so to UMT5, 5.23 does not"
+            f"student: in {type(model).__name__} tokens see what comes after them (hidden states move by {apart:.2g} of their "
+            "norm), so it cannot learn to predict it; transformers 5.17 does so to UMT5, 5.23 does not"
         )
 
 
