@@ -97,7 +97,10 @@ def render(views: Sequence[RunView]) -> str:
 
 
 def _table(views: Sequence[RunView]) -> str:
-    head = ("run", "accuracy", "n", "on", "method", "scheme", "state", "seed", "steps", "validation", "untrained", "switches")
+    """A row a run: accuracy, and what the run was; switches that all runs share stand once, below."""
+    switches = [view.switches() for view in views if view.config]
+    shared = [switch for switch in (switches[0] if switches else ()) if all(switch in found for found in switches)]
+    head = ["run", "accuracy", "n", "on", "method", "scheme", "switches", "state", "seed", "steps", "validation", "untrained"]
     rows = []
     for i, view in enumerate(views):
         share, n = number(view.results.get("accuracy")), view.results.get("n")
@@ -105,6 +108,7 @@ def _table(views: Sequence[RunView]) -> str:
         if share is not None and 0 <= share <= 1 and isinstance(n, int) and n > 0:
             span = "<br><small>{:.3f} to {:.3f}</small>".format(*wilson(share, n))
         method, scheme, seed = (view.option(name) if view.config else "" for name in ("method", "scheme", "seed"))
+        own = [switch for switch in view.switches() if switch not in shared]
         cells = [
             f"{_chip(_color(i))}<b>{_text(view.name)}</b>",
             f"<b>{share:.3f}</b>{span}" if share is not None else "",
@@ -112,19 +116,20 @@ def _table(views: Sequence[RunView]) -> str:
             _text(view.results.get("evaluated_on")),
             _text(method),
             _text(scheme) if method == "qcrd" else "",
+            f'<div class="switches">{_spans(own)}</div>' if own else "",
             _text(view.state),
             _text(seed),
             f"{view.steps[-1]['step']:g}" if view.steps else "0",
             _share(view.results.get("accuracy_validation"), max(view.series("eval_accuracy")[1], default=None)),
             _share(view.results.get("accuracy_untrained")),
-            f'<div class="switches">{" ".join(f"<span>{_text(switch)}</span>" for switch in view.switches())}</div>',
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     names = "".join(f"<th>{name}</th>" for name in head)
-    note = (
-        "Accuracy: greedy answers of the final checkpoint; the interval is Wilson's. Switches: what differs from the defaults."
-    )
-    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{"".join(rows)}</tbody></table></div><p>{note}</p>'
+    note = "<p>Accuracy: greedy answers of the final checkpoint, with Wilson's 95% interval.</p>"
+    if shared:
+        of_all = "Not at their defaults" + (", in all runs" if len(views) > 1 else "")
+        note += f'<p class="switches">{of_all}: {_spans(shared)}</p>'
+    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
 
 
 def _curves(views: Sequence[RunView]) -> str:
@@ -247,6 +252,10 @@ def _card(title: str, chart: str, caption: str) -> str:
     return f'<figure class="card"><h3>{_text(title)}</h3>{chart}<figcaption>{_text(caption)}</figcaption></figure>'
 
 
+def _spans(switches: Sequence[str]) -> str:
+    return " ".join(f"<span>{_text(switch)}</span>" for switch in switches)
+
+
 def _chip(color: str) -> str:
     return f'<i class="chip" style="background:{color}"></i>'
 
@@ -272,16 +281,17 @@ STYLE = """
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ed;--soft:#9aa4b0;--line:#343b44;--page:#111418;--card:#191e24}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif;-webkit-text-size-adjust:100%}
-main{max-width:76rem;margin:0 auto;padding:1rem clamp(.8rem,3vw,2rem) 3rem}
+main{max-width:82rem;margin:0 auto;padding:1rem clamp(.8rem,3vw,2rem) 3rem}
 h1{font-size:1.6rem;margin:.5rem 0 0;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2.2rem 0 .6rem;overflow-wrap:anywhere}
 h3{font-size:.95rem;margin:0 0 .4rem;overflow-wrap:anywhere}h4{font-size:.85rem;margin:0 0 .3rem;color:var(--soft)}
 header p,section>p,figcaption{color:var(--soft);font-size:.87rem;margin:.4rem 0}
 .wide{overflow-x:auto;border:1px solid var(--line);border-radius:6px}
 table{border-collapse:collapse;width:100%;font-size:.87rem}
-th,td{text-align:left;padding:.4rem .65rem;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
+th,td{text-align:left;padding:.4rem .55rem;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
 th{color:var(--soft);font-weight:600}tbody tr:last-child td{border-bottom:0}
-.switches{white-space:normal;min-width:20rem;font-family:ui-monospace,monospace;font-size:.8rem}
-.switches span{display:inline-block;overflow-wrap:anywhere;max-width:100%}
+td .switches{white-space:normal;min-width:14rem}
+.switches span{display:inline-block;overflow-wrap:anywhere;max-width:100%;font-family:ui-monospace,monospace;font-size:.8rem;
+margin-right:.6em}
 .answers td:last-child{white-space:normal;min-width:16rem}
 .grid{display:grid;gap:.9rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
 .card{margin:0;padding:.7rem .8rem;background:var(--card);border:1px solid var(--line);border-radius:6px;min-width:0}

@@ -134,6 +134,14 @@ def test_several_runs_stand_in_one_table(tmp_path: Path) -> None:
     assert [tag for tag, _ in page.tags].count("tr") > 3
 
 
+def test_switches_that_all_runs_share_stand_once(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"run{i}", beta=0.3, negative_lag=i + 1) for i in range(3)]
+    (tmp_path / "empty").mkdir()
+    text = check(render([read_run(run) for run in (*runs, tmp_path / "empty")])).text
+    assert text.count("--beta 0.3") == 1 and "in all runs: --beta 0.3" in text
+    assert all(text.count(f"--negative-lag {i}") == 1 for i in (1, 2, 3))
+
+
 @pytest.mark.parametrize("state", ["empty", "crashed", "garbage"])
 def test_runs_in_any_state(tmp_path: Path, state: str) -> None:
     run = tmp_path / state
