@@ -1,0 +1,160 @@
+"""One training step of a T5 in a host trainer: the loss from the model's logits, and through `attach`, in time and memory.
+
+python -m bench.embedding [--append]: a process per provider, each with the same weights, rows and loss, whose value is checked.
+The student has T5-small's shape with random weights; the step is a forward and a backward pass from empty gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "embedding.csv"
+PROVIDERS = ("logits", "attach-one-pass", "attach-two-passes")
+V, QUESTIONS, POSITIVES, NEGATIVES = 32_128, 4, 5, 2
+DELTA = 12.0  # nats/token, above what random weights give, so that every hinge is active
+
+
+def make_batch(seed: int = 0) -> dict[str, Any]:
+    """Rationales of 48 to 96 random tokens, prompts of 48, labels of 4; about 2,000 tokens are scored."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    R = QUESTIONS * (POSITIVES + NEGATIVES)
+    lengths = torch.cat([torch.randint(48, 97, (R,), generator=generator), torch.full((QUESTIONS,), 4)])
+    B, L = len(lengths), int(lengths.max())
+    target = torch.randint(3, V, (B, L), generator=generator)
+    target[torch.arange(L) >= lengths[:, None]] = -100
+    question = torch.cat([torch.arange(QUESTIONS).repeat_interleave(POSITIVES + NEGATIVES), torch.arange(QUESTIONS)])
+    positive = torch.ones(B, dtype=torch.bool)
+    positive[:R] = torch.arange(R) % (POSITIVES + NEGATIVES) < POSITIVES
+    is_label = torch.arange(B) >= R
+    shifted = torch.cat([torch.zeros(B, 1, dtype=torch.long), target[:, :-1].clamp(min=0)], 1)
+    prompts = torch.randint(3, V, (2 * QUESTIONS, 48), generator=generator)
+    return {
+        "input_ids": prompts,
+        "attention_mask": torch.ones_like(prompts),
+        "source": question + QUESTIONS * is_label,
+        "decoder_input_ids": shifted,
+        "target": target,
+        "rationale": torch.arange(B)[:, None].expand(B, L),
+        "question": question,
+        "positive": positive,
+        "is_label": is_label,
+        "num_questions": QUESTIONS,
+    }
+
+
+def loss_from_logits(model: Any, batch: dict[str, Any]) -> Any:
+    """What a host trainer does without the library: the model's logits, log-softmax, gather, Eq. 3, 6 and 7."""
+    import torch
+
+    states = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    states.last_hidden_state = states.last_hidden_state[batch["source"]]  # each prompt is read once here too
+    logits = model(
+        encoder_outputs=states,
+        attention_mask=batch["attention_mask"][batch["source"]],
+        decoder_input_ids=batch["decoder_input_ids"],
+        use_cache=False,
+    ).logits
+    scored = batch["target"] != -100
+    logprob = logits.log_softmax(-1).gather(-1, batch["target"].clamp(min=0)[..., None])[..., 0]
+    nll = -(logprob * scored).sum(1) / scored.sum(1)
+    loss = 0.5 * nll[batch["is_label"]].sum() / QUESTIONS
+    for q in range(QUESTIONS):
+        mine = (batch["question"] == q) & ~batch["is_label"]
+        best, worst = nll[mine & batch["positive"]].min(), nll[mine & ~batch["positive"]].max()
+        loss = loss + 0.5 * (best - 0.2 * torch.clamp(worst - DELTA, max=0)) / QUESTIONS
+    return loss
+
+
+def measure(provider: str) -> dict[str, Any]:
+    """One provider, in this process."""
+    import torch
+    import transformers
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from qcrd_fast import QCRDLoss, attach
+
+    from .timing import peak_mib, time_ms
+
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=V, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, dropout_rate=0.0)
+    config.decoder_start_token_id = 0
+    model, batch, device = T5ForConditionalGeneration(config).train(), make_batch(), torch.device("cpu")
+    attach(model, QCRDLoss.for_model(model, delta=DELTA), two_pass=provider == "attach-two-passes")
+    value: list[float] = []
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        loss = loss_from_logits(model, batch) if provider == "logits" else model(**batch).loss
+        loss.backward()
+        value.append(loss.item())
+
+    def resident_mib() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+    before = resident_mib()
+    first_ms = time_ms(step, device)
+    process_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    model.zero_grad(set_to_none=True)
+    ms = sorted(time_ms(step, device) for _ in range(3))[1]
+    model.zero_grad(set_to_none=True)
+    peak = peak_mib(step, device)
+    return {
+        "provider": provider,
+        "tokens": int((batch["target"] != -100).sum()),
+        "vocabulary": V,
+        "loss": round(value[-1], 6),
+        "ms": round(ms, 1),
+        "first_ms": round(first_ms, 1),
+        "step_mib": round(peak, 1),
+        "resident_before_mib": round(before, 1),
+        "process_peak_mib": round(process_mib, 1),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--append", action="store_true", help=f"add the rows to {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--provider", choices=PROVIDERS, help="measure this one in this process and print it")
+    args = parser.parse_args()
+    if args.provider:
+        print(json.dumps(measure(args.provider)))
+        return
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    where = {"device": f"CPU {platform.machine()} x{os.cpu_count()}", "commit": commit, "time": now}
+    rows = []
+    for provider in PROVIDERS:
+        command = [sys.executable, "-m", __spec__.name, "--provider", provider]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        rows.append(json.loads(done.stdout) | where)
+        assert abs(rows[-1]["loss"] - rows[0]["loss"]) < 1e-4 * rows[0]["loss"], f"{provider} computed another loss: {rows[-1]}"
+        share = {name: rows[-1][name] / rows[0][name] for name in ("step_mib", "ms", "process_peak_mib")}
+        print(f"{provider:18}", *(f"{name} {rows[-1][name]} ({value:.2f} of logits)" for name, value in share.items()))
+    if args.append:
+        new = not RESULTS.exists()
+        with open(RESULTS, "a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
