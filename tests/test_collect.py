@@ -43,7 +43,7 @@ def write_questions(path: Path, count: int) -> Path:
 def command(questions: Path, teacher: str, *more: str) -> list[str]:
     output = str(questions.with_name("samples.jsonl"))
     args = ["collect", "--questions", str(questions), "--output", output, "--teacher", teacher]
-    return [*args, *(["--teacher-model", "m"] if teacher.startswith("http") else []), *more]
+    return [*args, *(["--teacher-model", "m", "--deadline", "20"] if teacher.startswith("http") else []), *more]
 
 
 def ledger(questions: Path, kind: str = "") -> list[dict[str, Any]]:
@@ -153,7 +153,7 @@ def test_the_one_model_of_a_server_is_found(questions: Path, capsys: pytest.Capt
     def offers(*names: str) -> fake.Behaviour:
         return lambda handler, seen: handler.send_json({"data": [{"id": name} for name in names]})
 
-    args = [a for a in command(questions, "URL") if a not in ("--teacher-model", "m")]
+    args = [a for a in command(questions, "URL") if a not in ("--teacher-model", "m", "--deadline", "20")]
     with fake.serving() as server:
         args[args.index("URL")] = server.url
         server.plan = [offers("a", "b")]
