@@ -1,9 +1,11 @@
-"""`qcrd-fast bench`."""
+"""`qcrd-fast bench loss|sampler|step`."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,61 +14,131 @@ import click
 from qcrd_fast.errors import InputError
 
 from . import console
-from .options import Verb, config_option, device_option, dry_run_option
+from .options import Group, Verb, config_option, device_option, dry_run_option, natural, positive
 
 
 def _names(_: click.Context, param: click.Parameter, text: str) -> tuple[Any, ...]:
-    """The parts of a list separated by commas; of --tokens, as integers."""
+    """The parts of a list separated by commas; of --tokens and --prompts, as integers."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if param.name != "tokens":
+    if param.name not in ("tokens", "prompts"):
         return tuple(parts)
     if not all(part.isdecimal() for part in parts):
         raise click.BadParameter(f"expected integers, got {text!r}", param=param)
     return tuple(map(int, parts))
 
 
-@click.command(cls=Verb)
-@click.argument("kind", type=click.Choice(("loss",)))
-@click.option(
-    "--heads", metavar="NAMES", default="", callback=_names, help="t5-base, smollm2-135m, gemma-3-270m, llama-3-8b, tiny"
-)
-@click.option("--tokens", metavar="INTS", default="", callback=_names, help="tokens of a batch, such as 1024,4096,16384")
-@click.option(
-    "--candidates", metavar="M+K,...", default="", callback=_names, help="positives+negatives a question, such as 5+2,1+1"
-)
-@click.option("--logits", metavar="NAMES", default="", callback=_names, help="random, peaked (as after training)")
-@click.option("--dtype", "dtypes", metavar="NAMES", default="", callback=_names, help="bf16, fp32")
-@click.option("--providers", metavar="NAMES", default="", callback=_names, help="only these; --dry-run lists them")
-@click.option("--repeats", type=click.IntRange(1), metavar="INT", help="timings of each; default: 30 on a GPU, 7 on a CPU")
+names = functools.partial(click.option, metavar="NAMES", default="", callback=_names)
+ints = functools.partial(click.option, metavar="INTS", default="", callback=_names)
+
+
+def measured(csv: str, repeats: str) -> Callable[[Any], Any]:
+    """Decorator: the options of every benchmark. Lists are separated by commas."""
+    options = (
+        names("--providers", help="only these; --dry-run lists them"),
+        click.option("--repeats", type=click.IntRange(1), metavar="INT", help=f"timings of each; default: {repeats}"),
+        click.option("--append", is_flag=True, help=f"add the rows to bench/results/{csv} of this checkout"),
+        click.option("--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="write all of it as JSON"),
+        device_option,
+        config_option,
+        dry_run_option,
+    )
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.group(cls=Group, subcommand_metavar="WHAT [ARGS]...")
+def bench() -> None:
+    """Time the loss, the sampler or a whole training step against everything installed that does the same work."""
+
+
+@bench.command("loss", cls=Verb)
+@names("--heads", help="t5-base, smollm2-135m, gemma-3-270m, llama-3-8b, tiny")
+@ints("--tokens", help="tokens of a batch, such as 1024,4096,16384")
+@names("--candidates", metavar="M+K,...", help="positives+negatives a question, such as 5+2,1+1")
+@names("--logits", help="random, peaked (as after training)")
+@names("--dtype", "dtypes", help="bf16, fp32")
 @click.option("--full", is_flag=True, help="the whole grid; the options above cut it down")
-@click.option("--append", is_flag=True, help="add the rows to bench/results/loss.csv of this checkout")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="write everything measured as JSON")
-@device_option
-@config_option
-@dry_run_option
-def bench(
-    kind: str, providers: tuple[str, ...], repeats: int | None, append: bool, json_file: str | None, device: str, dry_run: bool,
-    **subset: Any,
-) -> None:  # fmt: skip
-    """Time the loss against everything installed that does the same work.
+@measured("loss.csv", "30 on a GPU, 7 on a CPU")
+def bench_loss(**options: Any) -> None:
+    """The loss, forward and backward.
 
     Each is compared with float64 first. Lists are separated by commas. By default, on a GPU: four heads, 16,384 tokens, bf16;
     on a CPU: one tiny head, in under a minute.
     """
+    loss = _module("loss")
+
+    def run(cases: Any, where: Any, append: bool, **how: Any) -> Any:
+        return loss.run_bench(cases, where, **how, append_to=loss.RESULTS if append else None)
+
+    def plan(cases: Any, where: Any, providers: tuple[str, ...]) -> str:
+        return str(loss.plan_text(loss.plan(cases, where, providers)))
+
+    _run(loss, run, plan, **options)
+
+
+@bench.command("sampler", cls=Verb)
+@names("--shapes", help="t5-base, smollm2-135m, tiny-t5, tiny-llama; random weights")
+@ints("--prompts", help="prompts of a draw, such as 64,256")
+@names("--lengths", help="fixed, ragged")
+@positive("--new-tokens", default=None, show_default=False, help="longest continuation; default: 128 on a GPU, 32 on a CPU")
+@natural("--top-k", default=50, help="0: the whole softmax")
+@measured("sampler.csv", "7 on a GPU, 3 on a CPU")
+def bench_sampler(**options: Any) -> None:
+    """Sampling: tokens a second, ours and generate's (dynamic, static and compiled cache, continuous batching).
+
+    The same prompts, batch, temperature, top-k and lengths for all. By default, on a GPU: T5-base and SmolLM2-135M, 64 and 256
+    prompts, 128 new tokens, bf16; on a CPU: two tiny models.
+    """
+    _run_plain(_module("sampler"), **options)
+
+
+@bench.command("step", cls=Verb)
+@names("--shapes", help="t5-base, smollm2-135m, tiny-t5, tiny-llama; random weights")
+@positive("--questions", default=None, show_default=False, help="of a step; default: 64 on a GPU, 4 on a CPU")
+@measured("step.csv", "5 on a GPU, 3 on a CPU, of 8 and 2 steps")
+def bench_step(**options: Any) -> None:
+    """A training step with its negatives: ours in every arm of --overlap, and plain Hugging Face code with generate.
+
+    By default, on a GPU: T5-base and SmolLM2-135M, 64 questions a step; on a CPU: a tiny T5.
+    """
+    _run_plain(_module("step"), **options)
+
+
+def _module(name: str) -> Any:
+    """Of the package beside us, installed or not."""
+    return importlib.import_module((__package__ or "cli").removesuffix("cli") + f"bench.{name}")
+
+
+def _run_plain(module: Any, **options: Any) -> None:
+    def run(cases: Any, where: Any, append: bool, **how: Any) -> Any:
+        if append and not module.RESULTS.parent.is_dir():
+            raise InputError(f"--append: there is no folder {module.RESULTS.parent}; run from a checkout")
+        results = module.run_bench(cases, where, **how)
+        if append:
+            module.append_csv(results, module.RESULTS)
+        return results
+
+    _run(module, run, module.plan_text, **options)
+
+
+def _run(
+    module: Any, run: Callable[..., Any], plan: Callable[..., str], *, providers: tuple[str, ...], repeats: int | None,
+    append: bool, json_file: str | None, device: str, dry_run: bool, **subset: Any,
+) -> None:  # fmt: skip
     from qcrd_fast.evaluate import resolve_device
 
-    loss = importlib.import_module((__package__ or "cli").removesuffix("cli") + "bench.loss")  # beside us, installed or not
     if json_file and not Path(json_file).resolve().parent.is_dir():
         raise InputError(f"--json: {json_file} is not in a folder that exists")
     with console.quiet_stdout():
         where = resolve_device(device)
-        cases = loss.find_cases(where, **subset)
-        if dry_run:
-            results, text = None, loss.plan_text(loss.plan(cases, where, providers))
-        else:
-            append_to = loss.RESULTS if append else None
-            results = loss.run_bench(cases, where, providers=providers, repeats=repeats, append_to=append_to)
-            text = loss.as_text(results)
+        cases = module.find_cases(where, **subset)
+        results = None if dry_run else run(cases, where, append, providers=providers, repeats=repeats)
+        text = plan(cases, where, providers) if dry_run else module.as_text(results)
     click.echo(text)
     if results and json_file:
         Path(json_file).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,106 @@
+"""Students of known shapes with random weights, and the ragged prompts that the benchmarks of sampling and of whole steps give
+them. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, LlamaConfig, T5Config
+
+from qcrd_fast.errors import InputError
+from qcrd_fast.prompts import PromptSettings, TokenIds
+from qcrd_fast.students import Student
+
+SPECIAL: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1}
+START: dict[str, Any] = SPECIAL | {"decoder_start_token_id": 0, "dropout_rate": 0.0}
+SHAPES: dict[str, Any] = {
+    "t5-base": T5Config(
+        vocab_size=32_128, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, **START
+    ),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=None, **SPECIAL,
+    ),
+    "tiny-t5": T5Config(
+        vocab_size=2048, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, **START,
+    ),
+    "tiny-llama": LlamaConfig(
+        vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, **SPECIAL,
+    ),
+}  # fmt: skip
+
+
+class NumberTokenizer:
+    """Texts are numbers separated by blanks, tokens are the numbers."""
+
+    eos_token_id, pad_token_id, chat_template = SPECIAL["eos_token_id"], SPECIAL["pad_token_id"], None
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return " ".join(map(str, ids))
+
+
+def make_student(shape: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Student:
+    """Random weights; parameters alone in `dtype`, since rotary frequencies need fp32."""
+    config = SHAPES[shape]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model: Any = auto.from_config(config).to(device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.generation_config = GenerationConfig()
+    return Student(model.eval(), NumberTokenizer(config.vocab_size), PromptSettings())
+
+
+def draw_lengths(count: int, low: int, high: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randint(low, high) for _ in range(count)]
+
+
+def draw_tokens(shape: str, lengths: Sequence[int], seed: int) -> list[TokenIds]:
+    """No special token among them."""
+    rng = random.Random(seed)
+    return [[rng.randrange(3, SHAPES[shape].vocab_size) for _ in range(length)] for length in lengths]
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
+    """Lines of aligned columns; text to the left, numbers to the right."""
+
+    def show(value: Any) -> str:
+        return "-" if value is None else format(value, ".4g") if isinstance(value, float) else str(value)
+
+    cells = [list(columns), *([show(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    text = [all(row.get(column) is None or isinstance(row.get(column), str) for row in rows) for column in columns]
+    return [
+        "  ".join(c.ljust(w) if t else c.rjust(w) for c, w, t in zip(line, widths, text, strict=True)).rstrip()
+        for line in cells
+    ]
+
+
+def append_rows(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str], where: dict[str, Any]) -> int:
+    """Adds rows, each with the machine, versions and commit, to a CSV; returns how many. A new file gets a header."""
+    if not path.parent.is_dir():
+        raise InputError(f"--append: there is no folder {path.parent}; run from a checkout")
+    every = [*columns, "device", "threads", "torch", "triton", "transformers", "commit", "time"]
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(every)
+        for row in rows:
+            both = where | row
+            writer.writerow([float(f"{v:.5g}") if isinstance(v := both.get(name), float) else v for name in every])
+    return len(rows)
