@@ -26,7 +26,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import load_questions
-from qcrd_fast.evaluate import make_autocast
+from qcrd_fast.errors import InputError
+from qcrd_fast.evaluate import make_autocast, resolve_device
 from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.negatives import Negative
 from qcrd_fast.objective import Objective
@@ -141,11 +142,15 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast")
     parser.add_argument("--append", action="store_true", help=f"add the rows to {RESULTS.name} of this checkout")
     given = parser.parse_args(args)
-    device = torch.device(given.device)
-    student = load_student(given.student, given.shape, device)
+    try:
+        device = resolve_device(given.device)
+        questions_of_data = load_questions(given.data, split="train").questions
+        student = load_student(given.student, given.shape, device)
+    except InputError as error:
+        parser.error(str(error))
     student.model.train()
     objectives = make_objectives(student, given.bf16)
-    examples = make_examples(load_questions(given.data, split="train").questions, student, TrainConfig())
+    examples = make_examples(questions_of_data, student, TrainConfig())
     for questions in map(int, given.questions.split(",")):
         for what, row in measure(objectives, examples, questions, given.repeats, device).items():
             case = {"student": given.shape or Path(given.student).name, "data": Path(given.data).stem, "questions": questions}
