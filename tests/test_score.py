@@ -23,12 +23,15 @@ OPTIONS = dict(
 )
 
 
-@pytest.fixture(scope="module", params=["t5", "llama"])
-def run(request, tmp_path_factory, rows_file) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / request.param
-    student = str(request.getfixturevalue(f"{request.param}_folder"))
-    train(TrainConfig(**OPTIONS, data=str(rows_file), student=student, output_dir=str(folder)))
+def make_run(folder: Path, rows_file: Path, student: Path) -> Path:
+    train(TrainConfig(**OPTIONS, data=str(rows_file), student=str(student), output_dir=str(folder)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, rows_file, t5_folder) -> Path:
+    """A run whose discriminator is a T5's encoder."""
+    return make_run(tmp_path_factory.mktemp("runs") / "t5", rows_file, t5_folder)
 
 
 def rationales(path: Path) -> list[dict]:
@@ -66,6 +69,16 @@ def test_the_discriminator_is_the_checkpoints_own(run: Path, rows_file: Path) ->
         final.score([(question_text(questions[0]), questions[0].positives[0].text)]).item(), abs=1e-6
     )
     assert earlier.tensors().keys() == final.tensors().keys()
+
+
+def test_the_small_encoder_of_a_decoder_comes_back(rows_file: Path, llama_folder: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows_file, llama_folder)
+    scored, summary = score_run(str(run), load_questions(rows_file).questions[:4])
+    discriminator, student, _ = load_discriminator(str(run / "checkpoint-2"))
+    assert type(discriminator.encoder).__name__ == "SmallEncoder" and not student.is_encoder_decoder
+    pairs = [(question_text(q), r.text) for q in scored for r in q.positives]
+    assert [r.score for q in scored for r in q.positives] == pytest.approx(discriminator.score(pairs).tolist(), abs=2e-6)
+    assert summary["questions"] == 4
 
 
 def test_the_students_own_rationales_are_kept_for_the_report(run: Path, rows_file: Path, tmp_path: Path, capsys) -> None:
