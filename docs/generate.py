@@ -1,0 +1,185 @@
+"""What in docs/ is made from the code and from measurements: python docs/generate.py (a test asserts that it was run).
+
+docs/api.md from the docstrings of the public names, docs/numbers.md from bench/results/*.csv, and the listings of
+docs/examples that stand in other pages, each after a line `<!-- examples/NAME.py -->`.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+METHODS = {
+    "QCRDLoss": ("for_model", "forward"),
+    "RationaleCollator": ("__call__",),
+    "Discriminator": ("rate", "score"),
+}
+OUTPUTS = (("qcrd_fast.losses", "ContrastiveOutput"), ("qcrd_fast.two_pass", "RationaleOutput"))
+TABLES = {  # file: (title, what it says, key columns, shown columns)
+    "embedding": (
+        "A training step inside a host trainer",
+        "A T5 of T5-small's shape with random weights, forward and backward on one CPU thread in fp32, the same loss each "
+        "time: from the model's logits, and through `attach` in one pass and in two. `step_mib`: what the step allocates at "
+        "once, its gradients included; `process_peak_mib`: the whole process, with torch and the weights. "
+        "`python -m bench.embedding --append`",
+        ("provider",),
+        ("provider", "tokens", "vocabulary", "loss", "step_mib", "process_peak_mib", "device", "commit"),
+    ),
+    "loss": (
+        "The loss alone",
+        "The head and the contrastive loss on the same hidden states. `qcrd-fast bench loss --append`",
+        ("head", "tokens", "logits", "dtype", "provider", "mode", "device", "threads"),
+        ("head", "tokens", "dtype", "provider", "mode", "status", "ms", "of_eager", "peak_mib", "device", "commit"),
+    ),
+    "demo": (
+        "The demo",
+        "Accuracy on 300 new questions. `python bench/demo.py --threads 1`",
+        ("method", "seed", "threads"),
+        ("method", "seed", "accuracy_untrained", "accuracy", "accuracy_validation", "steps", "threads", "wall_s", "commit"),
+    ),
+    "prompts": (
+        "Shared prompts",
+        "A question's rationales behind one copy of its prompt, against a copy each. `python -m bench.prompts`",
+        ("student", "data", "questions", "pass", "mask", "dtype", "device", "threads"),
+        ("student", "data", "questions", "pass", "tokens_quotient", "time_quotient", "dtype", "device", "commit"),
+    ),
+    "sampler": (
+        "Sampling the student",
+        "Tokens a second, against transformers' `generate`.",
+        ("shape", "prompts", "new", "lengths", "top_k", "dtype", "provider", "device", "threads"),
+        ("shape", "prompts", "new", "lengths", "provider", "status", "tokens_per_s", "of_generate", "device", "commit"),
+    ),
+}
+
+
+def api_markdown() -> str:
+    """docs/api.md: every public name with its signature and docstring."""
+    import qcrd_fast
+
+    lines = [
+        "# Python API",
+        "",
+        "These names are stable: `from qcrd_fast import ...`. Everything else may change. Equation numbers are those of",
+        "[arXiv 2405.13014](https://arxiv.org/abs/2405.13014); shapes stand in brackets.",
+        "",
+    ]
+    for name in sorted(qcrd_fast.__all__, key=str.lower):
+        if name.startswith("__"):
+            continue
+        item = getattr(qcrd_fast, name)
+        lines += entry(f"## `{name}`", name, item.__init__ if inspect.isclass(item) else item, inspect.getdoc(item))
+        for method in METHODS.get(name, ()):
+            function = getattr(item, method)
+            shown = f"{name}.{method}" if method != "forward" and not method.startswith("__") else f"{name}(...)"
+            lines += entry(f"### `{shown}`", method.strip("_"), function, inspect.getdoc(function))
+    for module, name in OUTPUTS:
+        item = getattr(importlib.import_module(module), name)
+        lines += [
+            f"## `{name}`",
+            "",
+            *text(inspect.getdoc(item)),
+            "",
+            f"Fields: {', '.join(f'`{f}`' for f in fields(item))}.",
+            "",
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def entry(heading: str, name: str, function: object, doc: str | None) -> list[str]:
+    signature = inspect.signature(function)  # type: ignore[arg-type]
+    parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+    marks: list[str] = []
+    for before, p in zip([None, *parameters], parameters, strict=False):
+        if p.kind is p.KEYWORD_ONLY and (before is None or before.kind is not p.KEYWORD_ONLY):
+            marks.append("*")
+        marks.append(str(p.replace(annotation=p.empty)) if p.annotation is p.empty else annotated(p))
+    result = signature.return_annotation
+    returned = "" if result in (None, "None", inspect.Signature.empty) else f" -> {result}"
+    flat = f"{name}({', '.join(marks)}){returned}"
+    wrapped = f"{name}(\n" + "".join(f"    {mark},\n" for mark in marks) + f"){returned}"
+    return [heading, "", "```text", flat if len(flat) <= 100 else wrapped, "```", "", *text(doc), ""]
+
+
+def annotated(p: inspect.Parameter) -> str:
+    """`name: type = default`; annotations are strings in our modules, and need no quotes here."""
+    bare = p.replace(annotation=p.empty, default=p.empty)
+    return f"{bare}: {p.annotation}" + ("" if p.default is p.empty else f" = {p.default!r}")
+
+
+def text(doc: str | None) -> list[str]:
+    assert doc, "a public name without a docstring"
+    return doc.splitlines()
+
+
+def fields(item: type) -> list[str]:
+    return list(getattr(item, "_fields", None) or item.__dataclass_fields__)
+
+
+def numbers_markdown() -> str:
+    """docs/numbers.md: the latest measurement of each case in bench/results."""
+    lines = [
+        "# Numbers",
+        "",
+        "Made from `bench/results/*.csv` by `docs/generate.py`: the latest row of each case. A file there has every run,",
+        "with its versions and commit (`-dirty`: with changes not yet committed). What was not measured is not here.",
+        "",
+    ]
+    for path in sorted((ROOT / "bench" / "results").glob("*.csv"), key=lambda p: ([*TABLES, p.stem].index(p.stem), p.stem)):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not rows:
+            continue
+        title, what, keys, columns = TABLES.get(path.stem, (path.stem, "", tuple(rows[0]), tuple(rows[0])))
+        latest = {tuple(row.get(k) for k in keys): row for row in rows}
+        shown = [c for c in columns if c in rows[0]]
+        lines += [f"## {title}", "", *([what, ""] if what else []), table(shown), table(["---"] * len(shown))]
+        lines += [table([short(row[c] or "") for c in shown]) for row in latest.values()]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def short(cell: str) -> str:
+    """Four digits of a fraction; everything else as it is."""
+    try:
+        return cell if "." not in cell else f"{float(cell):.{max(0, 4 - len(cell.split('.')[0]))}f}"
+    except ValueError:
+        return cell
+
+
+def table(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"
+
+
+def with_listings(page: str) -> str:
+    """The page with each listing as its file is now."""
+
+    def listing(match: re.Match[str]) -> str:
+        code = (DOCS / match[1]).read_text(encoding="utf-8").rstrip()
+        return f"<!-- {match[1]} -->\n\n```python\n{code}\n```\n"
+
+    return re.sub(r"<!-- (examples/\w+\.py) -->\n\n```python\n.*?```\n", listing, page, flags=re.DOTALL)
+
+
+def generated() -> dict[Path, str]:
+    """{file: what it should hold}."""
+    pages = {DOCS / "api.md": api_markdown(), DOCS / "numbers.md": numbers_markdown()}
+    for path in sorted(DOCS.rglob("*.md")):
+        if path not in pages:
+            page = path.read_text(encoding="utf-8")
+            if "<!-- examples/" in page:
+                pages[path] = with_listings(page)
+    return pages
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    for path, content in generated().items():
+        if not path.exists() or path.read_text(encoding="utf-8") != content:
+            path.write_text(content, encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")

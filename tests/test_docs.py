@@ -1,0 +1,168 @@
+"""The documentation: what is generated is current, what is code runs as it stands, what is a link leads somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"(?:<!-- (examples/\w+\.py) -->\n\n)?```python\n(.*?)```", re.DOTALL)
+NEWCOMER = "## In your own trainer"
+
+
+def generate():
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(path):
+    """The Python blocks of a page that are not listings of an example."""
+    return [code for example, code in BLOCK.findall(path.read_text(encoding="utf-8")) if not example]
+
+
+@pytest.fixture
+def desk(tmp_path, rows_file, t5_folder, llama_folder, monkeypatch):
+    """A working folder with what the pages name: models under their hub ids, and rows as `qcrd-fast prepare` writes them."""
+    from qcrd_fast.data import load_questions, write_prepared
+
+    for name, folder in (("google-t5/t5-small", t5_folder), ("HuggingFaceTB/SmolLM2-135M", llama_folder)):
+        shutil.copytree(folder, tmp_path / name)
+    write_prepared(tmp_path / "train.jsonl", load_questions(rows_file).questions)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_generated_pages_are_current():
+    stale = [str(path.relative_to(ROOT)) for path, page in generate().generated().items() if path.read_text("utf-8") != page]
+    assert not stale, f"{', '.join(stale)}: run python docs/generate.py"
+
+
+def test_every_public_name_has_its_entry():
+    import qcrd_fast
+
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    names = {name for name in qcrd_fast.__all__ if not name.startswith("_")}
+    assert names == {
+        "Discriminator", "QCRDLoss", "RationaleCollator", "attach", "contrastive_loss", "linear_logprob", "score_then_train",
+    }  # fmt: skip
+    assert all(f"## `{name}`\n" in page for name in names)
+    for name in names:
+        assert set(dir(qcrd_fast)) >= {name} and getattr(qcrd_fast, name).__doc__
+
+
+@pytest.mark.parametrize("page", ["two-pass.md", "trainers/several-gpus.md"])
+def test_blocks_run(page, desk):
+    """The blocks of a page, one after the other, in one namespace."""
+    found = blocks(DOCS / page)
+    assert found
+    namespace: dict = {"__name__": page}
+    for code in found:
+        exec(compile(code, page, "exec"), namespace)
+
+
+def test_every_block_is_tested():
+    """A page with Python that no test runs is found here."""
+    run = {"two-pass.md", "trainers/several-gpus.md", "trainers/huggingface.md"}
+    untested = [p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md") if blocks(p)]
+    assert set(untested) <= run
+
+
+def test_newcomers_path(desk):
+    """The README's Trainer, fewer than ten lines, as written; the page on Hugging Face has the same one."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split(NEWCOMER)[1].split("\n## ")[0]
+    code = BLOCK.findall(section)[0][1]
+    assert len([line for line in code.splitlines() if line.strip()]) < 10
+    assert code in blocks(DOCS / "trainers" / "huggingface.md")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=desk, capture_output=True, text=True, timeout=300, env=environment()
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "'train_loss'" in done.stdout
+    assert list((desk / "out").glob("checkpoint-*/model.safetensors"))
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_the_loss_alone(desk):
+    """The README's other block, with the names that it takes as given."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## The loss alone")[1].split("\n## ")[0]
+    model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+    namespace = {
+        "model": model,
+        "hidden": torch.randn(5, 32, requires_grad=True),
+        "weight": model.lm_head.weight,
+        "target": torch.tensor([3, 4, 5, 6, 7]),
+        "rationale": torch.tensor([0, 0, 0, 1, 1]),
+        "question": torch.tensor([0, 0]),
+        "positive": torch.tensor([True, False]),
+        "quality": torch.tensor([0.9, 0.2]),
+    }
+    exec(BLOCK.findall(section)[0][1], namespace)
+    assert namespace["logprob"].shape == (5,) and namespace["hidden"].grad.abs().sum() > 0
+
+
+def test_other_losses(desk, llama_folder):
+    """DPO and REDI on `linear_logprob` are those of the model's own logits, gradients too."""
+    import copy
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qcrd_fast import RationaleCollator
+
+    spec = importlib.util.spec_from_file_location("dpo_redi", DOCS / "examples" / "dpo_redi.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama_folder), AutoTokenizer.from_pretrained(llama_folder)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(3)
+    rows = [row for row in map(json.loads, (desk / "train.jsonl").read_text().splitlines()) if row["negatives"]][:4]
+    batch = RationaleCollator(tokenizer, model, label="none")(rows)
+
+    def dense(model):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logprob = logits.log_softmax(-1).gather(-1, batch["target"].clamp(min=0)[..., None])[..., 0]
+        return (logprob * (batch["target"] != -100)).sum(1), (batch["target"] != -100).sum(1)
+
+    policy_B, tokens_B = dense(model)
+    reference_B, _ = dense(reference)
+    expected, start = {"dpo": 0.0, "redi": 0.0}, 0
+    for row in rows:
+        m, k = len(row["positives"]), len(row["negatives"])
+        ratio_B = (policy_B - reference_B)[start : start + m + k]
+        nll_B = -(policy_B / tokens_B)[start : start + m + k]
+        expected["dpo"] -= torch.nn.functional.logsigmoid(0.1 * (ratio_B[0] - ratio_B[m])) / len(rows)
+        expected["redi"] += (nll_B[:m].mean() - 0.8 * nll_B[m:].mean()) / len(rows)
+        start += m + k
+    for name, actual in (("dpo", module.dpo_loss(model, reference, batch)), ("redi", module.redi_loss(model, batch))):
+        torch.testing.assert_close(actual, expected[name])
+        weights = list(model.parameters())
+        ours, theirs = (torch.autograd.grad(x, weights, retain_graph=True) for x in (actual, expected[name]))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_site_builds(tmp_path):
+    """Every page in the navigation, every link and anchor between them."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install mkdocs-material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "trainers" / "huggingface" / "index.html").is_file()
