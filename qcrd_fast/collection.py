@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -91,6 +92,8 @@ class Collection:
         self.settings = settings
         if settings.max_cost is not None and settings.price_input is None and settings.price_output is None:
             raise InputError("--max-cost needs --price-input and --price-output, the prices of a million tokens")
+        if re.match(r"[\w.-]+:\d+(?:/|$)", settings.teacher):
+            raise InputError(f"--teacher: an address begins with http:// or https://; got {settings.teacher!r}")
         output = Path(settings.output)
         if not output.parent.is_dir() or output.is_dir():
             raise InputError(f"--output: {shown(output)} is not a file in a folder that exists")

@@ -208,6 +208,7 @@ def test_a_local_model_that_is_none(questions: Path, llama_folder: Path, capsys:
         ("https://a.example", "--max-cost nan --price-input 1", "--max-cost must be finite"),
         ("https://a.example", "--extra-body [1]", "--extra-body: a JSON object"),
         ("https://a.example", "--extra-body {", "--extra-body: not JSON"),
+        ("localhost:8000/v1", "", "an address begins with http://"),
         ("https://a.example?x=1", "", "without credentials and query"),
         ("https://a.example", "--template nothing", "--template: 'nothing'"),
         ("https://a.example", "--output /no/such/folder/x.jsonl", "--output: /no/such/folder/x.jsonl is not a file"),
