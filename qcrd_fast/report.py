@@ -50,6 +50,9 @@ def write_report(runs: Sequence[str], output: str, *, dry_run: bool = False) -> 
     if not target.parent.is_dir() or target.is_dir():
         raise InputError(f"--output: {output} is not a file in a folder that exists")
     views = [read_run(run) for run in runs]
+    for view in views:
+        if [other.name for other in views].count(view.name) > 1:  # same names in several folders
+            view.title = str(view.path)
     page = render(views)
     if not dry_run:
         try:
@@ -58,14 +61,14 @@ def write_report(runs: Sequence[str], output: str, *, dry_run: bool = False) -> 
             raise RunError(f"cannot write {output}: {error.strerror or error}") from error
     return {
         "output": output,
-        "runs": [{"name": v.name, "state": v.state, "steps_logged": len(v.steps), "scores": len(v.scores)} for v in views],
+        "runs": [{"name": v.title, "state": v.state, "steps_logged": len(v.steps), "scores": len(v.scores)} for v in views],
         "bytes": len(page.encode("utf-8", "surrogatepass")),
     }
 
 
 def render(views: Sequence[RunView]) -> str:
     """The page, a function of the views alone."""
-    title = views[0].name if len(views) == 1 else f"{len(views)} runs"
+    title = views[0].title if len(views) == 1 else f"{len(views)} runs"
     body = [
         f"<header><h1>{_text(title)}</h1><p>qcrd-fast {__version__}, quality-guided contrastive rationale distillation</p>"
         "</header>",
@@ -75,7 +78,7 @@ def render(views: Sequence[RunView]) -> str:
     for i, view in enumerate(views):
         if len(views) > 1 and not (view.steps or view.scores or view.predictions):
             continue  # the table says that there is nothing yet
-        of_run = f": {_text(view.name)}" if len(views) > 1 else ""
+        of_run = f": {_text(view.title)}" if len(views) > 1 else ""
         body += [
             _section(f"Quality scores{of_run}", _densities(view, i)),
             _section(f"Rationales side by side{of_run}", _samples(view)),
@@ -110,7 +113,7 @@ def _table(views: Sequence[RunView]) -> str:
         method, scheme, seed = (view.option(name) if view.config else "" for name in ("method", "scheme", "seed"))
         own = [switch for switch in view.switches() if switch not in shared]
         cells = [
-            f"{_chip(_color(i))}<b>{_text(view.name)}</b>",
+            f"{_chip(_color(i))}<b>{_text(view.title)}</b>",
             f"<b>{share:.3f}</b>{span}" if share is not None else "",
             _text(n),
             _text(view.results.get("evaluated_on")),
@@ -119,7 +122,7 @@ def _table(views: Sequence[RunView]) -> str:
             f'<div class="switches">{_spans(own)}</div>' if own else "",
             _text(view.state),
             _text(seed),
-            f"{view.steps[-1]['step']:g}" if view.steps else "0",
+            str(int(view.steps[-1]["step"])) if view.steps else "0",
             _share(view.results.get("accuracy_validation"), max(view.series("eval_accuracy")[1], default=None)),
             _share(view.results.get("accuracy_untrained")),
         ]
@@ -148,7 +151,7 @@ def _curves(views: Sequence[RunView]) -> str:
             cards.append(_card(title, chart, "; ".join(legend)))
     if not cards:
         return "<p>Nothing is logged yet.</p>"
-    runs = "".join(f"<span>{_chip(_color(i))}{_text(v.name)}</span>" for i, v in enumerate(views)) if len(views) > 1 else ""
+    runs = "".join(f"<span>{_chip(_color(i))}{_text(v.title)}</span>" for i, v in enumerate(views)) if len(views) > 1 else ""
     return (f'<p class="legend">{runs}</p>' if runs else "") + f'<div class="grid">{"".join(cards)}</div>'
 
 

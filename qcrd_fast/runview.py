@@ -38,6 +38,10 @@ class RunView:
     results: dict[str, Any]
     scores: list[dict[str, Any]]  # quality_scores.jsonl
     predictions: list[dict[str, Any]]
+    title: str = ""  # what the page calls it; the name, where no other run has it
+
+    def __post_init__(self) -> None:
+        self.title = self.title or self.name
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """(steps, values) of a number in metrics.jsonl, where it is one."""
@@ -137,7 +141,7 @@ def _is_score(record: dict[str, Any]) -> bool:
 def _state(folder: Path, results: dict[str, Any], steps: list[dict[str, Any]]) -> str:
     if results:
         return "finished"
-    last = f"step {steps[-1]['step']:g}" if steps else "no step logged"
+    last = f"step {int(steps[-1]['step'])}" if steps else "no step logged"
     return f"running, {last}" if _is_locked(folder / LOCK) else f"not finished, {last}"
 
 

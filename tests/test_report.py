@@ -134,6 +134,14 @@ def test_several_runs_stand_in_one_table(tmp_path: Path) -> None:
     assert [tag for tag, _ in page.tags].count("tr") > 3
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = []
+    for parent in "ab":
+        (tmp_path / parent).mkdir()
+        runs.append(str(make_run(tmp_path / parent / "run")))
+    assert [r["name"] for r in write_report(runs, str(tmp_path / "r.html"))["runs"]] == runs
+
+
 def test_switches_that_all_runs_share_stand_once(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"run{i}", beta=0.3, negative_lag=i + 1) for i in range(3)]
     (tmp_path / "empty").mkdir()
