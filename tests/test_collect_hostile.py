@@ -119,10 +119,10 @@ def test_a_request_ends_at_its_timeout_however_slowly_it_drips(
     with fake.serving() as server:
         server.plan = [trouble]
         begun = time.monotonic()
-        result = run(capsys, command(one, server.url, "--timeout", "0.4"))
-        assert time.monotonic() - begun < 5
-    assert result["samples"] == 5 and result["failures"] == {"timeout": 1}
-    assert 0.3 < ledger(one, "failure")[0]["seconds"] < 2
+        result = run(capsys, command(one, server.url, "--timeout", "1"))
+        assert time.monotonic() - begun < 15
+    assert result["samples"] == 5 and set(result["failures"]) == {"timeout"}
+    assert 0.9 < ledger(one, "failure")[0]["seconds"] < 10
 
 
 def test_retries_end_at_the_deadline(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,8 +131,8 @@ def test_retries_end_at_the_deadline(two: Path, capsys: pytest.CaptureFixture[st
 
     with fake.serving(answer) as server:
         begun = time.monotonic()
-        result = run(capsys, command(two, server.url, "--deadline", "0.5"))
-        assert time.monotonic() - begun < 5
+        result = run(capsys, command(two, server.url, "--deadline", "1"))
+        assert time.monotonic() - begun < 15
         assert (result["samples"], result["missing"], result["complete"]) == (5, 5, 1)
         assert result["failures"]["500"] > 2 and "'q0' was given up: 500" in result["log"]
         assert len(server.seen) == result["requests"]
@@ -142,19 +142,22 @@ def test_retries_end_at_the_deadline(two: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_retry_after_is_honoured_by_all(two: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
-    wait = {"seconds": "1", "date": email.utils.formatdate(time.time() + 2.5, usegmt=True)}[form]
+    def busy(handler: fake.Handler, seen: fake.Seen) -> None:
+        wait = {"seconds": "1", "date": email.utils.formatdate(time.time() + 2, usegmt=True)}[form]  # dates lose a fraction
+        fake.status(429, retry_after=wait)(handler, seen)
+
     with fake.serving() as server:
-        server.plan = [fake.status(429, retry_after=wait)]
+        server.plan = [busy]
         result = run(capsys, command(two, server.url, "--concurrency", "1"))
     assert result["failures"] == {"429": 1} and result["samples"] == 10
-    assert server.seen[1].time - server.seen[0].time >= 0.99
+    assert server.seen[1].time - server.seen[0].time >= 0.95
 
 
 def test_a_retry_after_beyond_the_deadline_is_not_waited_for(one: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with fake.serving(fake.status(429, retry_after="86400")) as server:
         begun = time.monotonic()
         assert "no sample came" in run(capsys, command(one, server.url), 1)["log"]
-        assert time.monotonic() - begun < 5 and len(server.seen) == 1
+        assert time.monotonic() - begun < 15 and len(server.seen) == 1
 
 
 @pytest.mark.parametrize("value", ["soon", "-5", "nan", "inf", "Thu, 99 Foo 2020"])
@@ -162,7 +165,7 @@ def test_a_nonsensical_retry_after_is_no_wait(one: Path, value: str, capsys: pyt
     with fake.serving() as server:
         server.plan = [fake.status(503, retry_after=value)]
         assert run(capsys, command(one, server.url))["samples"] == 5
-        assert server.seen[1].time - server.seen[0].time < 2
+        assert server.seen[1].time - server.seen[0].time < 10
 
 
 # Trial 19: what is not
