@@ -35,10 +35,13 @@ def rows_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory) -> Path:
+    return make_t5(tmp_path_factory.mktemp("t5"))
+
+
+def make_t5(folder: Path) -> Path:
     """A T5 of width 32 with dropout, over the demo's words."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    folder = tmp_path_factory.mktemp("t5")
     tokenizer = _tokenizer(folder)
     config = T5Config(
         vocab_size=len(tokenizer) + 3, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.1,
@@ -50,10 +53,13 @@ def t5_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama"))
+
+
+def make_llama(folder: Path) -> Path:
     """A Llama of width 32 with tied embeddings, over the demo's words."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("llama")
     tokenizer = _tokenizer(folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

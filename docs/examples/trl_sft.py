@@ -3,6 +3,7 @@
 import json
 import sys
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from trl import SFTConfig, SFTTrainer
@@ -40,4 +41,5 @@ if __name__ == "__main__":
     with open(data, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    train(model, tokenizer, rows, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    bf16 = torch.cuda.is_available()  # TRL's default, which a CPU refuses
+    train(model, tokenizer, rows, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=4, bf16=bf16)
