@@ -41,7 +41,7 @@ def _gumbel(word):
     """Gumbel noise of 32 random bits: -log(-log(1 - u)), u = (word + 1/2) / 2^32. u and 1 - u are both exact where small, and
     -log(1 - u) is a series where u is, since the hardware's logarithm is not exact near 1."""
     u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    rest = ((~word).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    rest = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6))))))
     return -tl.log(tl.where(u < 0.0625, series, -tl.log(rest)))
 
@@ -180,9 +180,9 @@ def pick_kernel(
     tl.store(token_ptr + row, tl.sum(tl.where(place_n == best, entry_n, 0), 0).to(tl.int64))
 
 
-def choose_sample_tile(dtype: torch.dtype, rows: int, noise_inside: bool) -> Tile:
-    """Noise beside a tile of the product takes registers: a smaller tile holds both without spilling."""
-    if not noise_inside:
+def choose_sample_tile(dtype: torch.dtype, rows: int, grouped: bool) -> Tile:
+    """Noise and the search for the largest take registers beside a tile of the product: a smaller one holds all unspilled."""
+    if grouped:
         return choose_tile(dtype, rows)
     return Tile(64, 64, 32 if dtype == torch.float32 else 64, 8, 3)
 
@@ -204,7 +204,7 @@ def sample(
     options = (*options[:2], options[2] or 1.0)
     if B == 0:
         return hidden_BH.new_empty(0, dtype=torch.int64)
-    tile = choose_sample_tile(hidden_BH.dtype, B, noisy and not grouped)
+    tile = choose_sample_tile(hidden_BH.dtype, B, grouped)
     tiles, blocks, G = triton.cdiv(V, tile.block_v), triton.cdiv(B, tile.block_t), triton.cdiv(V, GROUP)
     parts = choose_parts(blocks, tiles, 2 * multiprocessors(hidden_BH.device))
     part_size = triton.cdiv(tiles, parts) * tile.block_v
