@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,8 @@ from qcrd_fast.reference import HeadOptions
 from qcrd_fast.students import MAX_TOKENS, Student
 
 CACHE_BYTES = 4 << 30  # of keys and values; fewer rows where a batch needs more
-REFILL = 8  # prompts are read when an eighth of the rows is free
+REFILL = 8  # prompts are read when an eighth of the rows is free;
+GRAPHED_REFILL = 2  # under a graph half: reading is launched kernel by kernel and costs about twenty replayed tokens
 TOKENS_A_REPLAY = 4  # decode steps between two looks at which rows have ended; on a CPU each step is looked at
 SPAN = 64  # slots looked at, in a graph, are a multiple of it
 
@@ -40,6 +42,9 @@ class SampleSettings:
     max_new_tokens: int = 128
     batch_size: int = 64
     impl: str = "auto"
+
+
+log = logging.getLogger(__name__)
 
 
 class Cancelled(Exception):
@@ -131,7 +136,7 @@ class Sampler:
                 if stop is not None and stop.is_set():
                     raise Cancelled
                 free = [b for b, request in enumerate(row) if request is None]
-                if queue and len(free) * REFILL >= self.rows:
+                if queue and len(free) * (GRAPHED_REFILL if self.static else REFILL) >= self.rows:
                     self._admit([(b, queue.popleft()) for b in free[: len(queue)]], row)
                 active = self.rows if self.static else self._compact(row)
                 self._advance(active, row)
@@ -143,7 +148,8 @@ class Sampler:
         if self.graphed:
             with self._context():
                 for span in range(SPAN, self.decoder.slots + SPAN, SPAN):
-                    self._graph(min(span, self.decoder.slots))
+                    if self.graphed:
+                        self._graph(min(span, self.decoder.slots))
 
     # Rows
 
@@ -208,8 +214,9 @@ class Sampler:
         width = max(len(r.source) for r in taken)
         if self.static:
             span, width = min(-(-span // SPAN) * SPAN, self.decoder.slots), self.decoder.prompt
-        if self.graphed:
-            self._graph(span).replay()
+        graph = self._graph(span) if self.graphed else None
+        if graph is not None:
+            graph.replay()
         else:
             for _ in range(tokens):
                 self._step(active, span, width)
@@ -241,28 +248,35 @@ class Sampler:
                 logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.topk(settings.top_k).values[:, -1:], -torch.inf)
             return pick_tokens(self._top_p(None, logits_BV), key_B2, counter_B3)  # type: ignore[arg-type]
 
-    def _graph(self, span: int) -> torch.cuda.CUDAGraph:
-        """The graph of a few steps over `span` slots. Capturing runs them twice, on rows that stand still."""
+    def _graph(self, span: int) -> torch.cuda.CUDAGraph | None:
+        """The graph of a few steps over `span` slots; None, said once, where the body does what a graph cannot hold."""
         if span not in self._graphs:
             states = (self.token_B, self.position_B, self.new_B, self.done_B)
             kept = [state.clone() for state in states]
-            self.done_B.fill_(True)
-            arguments = (self.rows, span, self.decoder.prompt)
-            stream = torch.cuda.Stream(self.student.device)
-            stream.wait_stream(torch.cuda.current_stream(self.student.device))
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # kernels are compiled and libraries make their workspaces
-                    self._step(*arguments)
-            torch.cuda.current_stream(self.student.device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                for _ in range(TOKENS_A_REPLAY):
-                    self._step(*arguments)
+            self.done_B.fill_(True)  # the steps that are run for it leave every row where it stands
+            try:
+                self._graphs[span] = self._capture(span)
+            except RuntimeError as error:
+                self.graphed = False
+                log.warning("sampling without CUDA graphs, which is slower: %s", str(error).splitlines()[0][:200])
             for state, value in zip(states, kept, strict=True):
                 state.copy_(value)
-            self._graphs[span] = graph
-        return self._graphs[span]
+        return self._graphs.get(span)
+
+    def _capture(self, span: int) -> torch.cuda.CUDAGraph:
+        device, arguments = self.student.device, (self.rows, span, self.decoder.prompt)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # kernels are compiled and libraries make their workspaces
+                self._step(*arguments)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(TOKENS_A_REPLAY):
+                self._step(*arguments)
+        return graph
 
 
 @dataclasses.dataclass

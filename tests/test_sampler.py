@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import threading
@@ -150,14 +151,12 @@ def test_a_full_batch_is_refilled_and_samples_share_their_prompt(student, static
     tokens = sum(map(len, wanted))
     assert drawn.drawn_tokens == tokens
     waste = 8 * sampler.TOKENS_A_REPLAY if static else 1  # rows that wait for the refill, and the tail
-    assert tokens <= sum(steps) < 1.6 * tokens + 20 * waste
+    assert tokens <= sum(steps) < (2.2 if static else 1.6) * tokens + 20 * waste
     assert static == (set(steps) == {8})
 
 
 def test_new_weights_in_the_same_place(student):
     """What a snapshot's loading does: the sampler keeps its buffers, T5's position bias included."""
-    import copy
-
     other = copy.copy(student)
     other.model = copy.deepcopy(student.model)
     sources = prompts(student, 20)
@@ -254,3 +253,113 @@ def test_each_sample_has_a_limit_of_its_own(student):
     drawn = make_sampler(student, settings, max(map(len, sources)))
     whole = drawn.draw(sources, keys)
     assert drawn.draw(sources, keys, limits=limits) == [tokens[:n] for tokens, n in zip(whole, limits, strict=True)]
+
+
+def test_a_body_that_no_graph_can_hold_is_run_without(student, monkeypatch, caplog):
+    """As on a GPU where the capture fails: said once, and the same samples."""
+    sources = prompts(student, 12)
+    keys, settings = [key_words(9, str(i)) for i in range(12)], SampleSettings(TEMPERATURE, 50, 1.0, max_new_tokens=9)
+    drawn = make_sampler(student, settings, max(map(len, sources)), static=True)
+    wanted = drawn.draw(sources, keys)
+
+    def fail(self, span):
+        self._step(self.rows, span, self.decoder.prompt)  # what was run before it failed
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Sampler, "_capture", fail)
+    drawn.graphed = True
+    drawn.warm_up()
+    assert drawn.draw(sources, keys) == wanted == drawn.draw(sources, keys)
+    assert sum("without CUDA graphs" in r.message for r in caplog.records) == 1
+
+
+def test_capturing_in_the_middle_of_a_draw_disturbs_nothing(student, monkeypatch):
+    """A span that was not warmed up is captured when it is needed; capturing runs steps."""
+    sources = prompts(student, 12)
+    keys, settings = [key_words(9, str(i)) for i in range(12)], SampleSettings(TEMPERATURE, 50, 1.0, 9, batch_size=4)
+    drawn = make_sampler(student, settings, max(map(len, sources)), static=True)
+    wanted = drawn.draw(sources, keys)
+
+    class Replayed:
+        def __init__(self, run):
+            self.replay = run
+
+    def capture(self, span):
+        def run():
+            for _ in range(sampler.TOKENS_A_REPLAY):
+                self._step(self.rows, span, self.decoder.prompt)
+
+        run()
+        return Replayed(run)
+
+    monkeypatch.setattr(Sampler, "_capture", capture)
+    monkeypatch.setattr(sampler, "SPAN", 4)
+    drawn.graphed = True
+    assert drawn.draw(sources, keys) == wanted
+    assert len(drawn._graphs) > 2
+
+
+@pytest.fixture
+def on_gpu(student):
+    moved = copy.copy(student)
+    moved.model = copy.deepcopy(student.model).cuda()
+    return moved
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_graphs_draw_what_eager_steps_draw(on_gpu, student):
+    """In fp32, and as the CPU draws, but for ties."""
+    sources = prompts(student)
+    keys = [key_words(10, str(i)) for i in range(len(sources))]
+    settings = SampleSettings(TEMPERATURE, 50, 1.0, max_new_tokens=16, batch_size=16)
+    drawn = {}
+    for static in (None, False):
+        maker = make_sampler(on_gpu, settings, max(map(len, sources)), static=static)
+        maker.warm_up()
+        assert bool(maker._graphs) == (static is None)
+        drawn[static] = maker.draw(sources, keys)
+    cpu = sample(student, sources, keys, settings)
+    for other in (drawn[False], cpu):
+        assert sum(a == b for a, b in zip(drawn[None], other, strict=True)) >= 0.99 * len(sources)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("kind", ["serial", "stream", "priority", "green-context"])
+def test_fifty_swaps_of_weights_take_no_memory(on_gpu, student, kind, tmp_path):
+    """The graphs stay, and so does the memory; each swap changes what is said."""
+    from qcrd_fast.config import TrainConfig
+    from qcrd_fast.snapshots import Snapshots
+    from qcrd_fast.streams import Lane, choose_overlap
+
+    device = torch.device("cuda")
+    lane = Lane(choose_overlap(TrainConfig(overlap=kind), device), device)
+    snapshots, sources = Snapshots(tmp_path, in_memory=2), prompts(student, 32)
+    keys, settings = [key_words(11, str(i)) for i in range(32)], SampleSettings(TEMPERATURE, 50, 1.0, max_new_tokens=12)
+
+    def make():
+        made = make_sampler(on_gpu, settings, max(map(len, sources)))
+        made.warm_up()
+        return made
+
+    maker = lane.run(make).result()
+    snapshots.save(0, on_gpu.model)
+    learner = copy.deepcopy(on_gpu.model)
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.mul_(1.5)
+    snapshots.save(1, learner)
+    said, held = [], []
+    for swap in range(50):
+
+        def draw(swap=swap):
+            snapshots.load_into(swap % 2, on_gpu.model)
+            return maker.draw(sources, keys)
+
+        said.append(lane.run(draw).result())
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    lane.close()
+    assert max(held[10:]) == min(held[10:])
+    assert said[0] == said[48] and said[1] == said[49] and said[0] != said[1]
