@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qcrd_fast.discriminator import DiscriminatorTrainer
 from qcrd_fast.errors import RunError
+from qcrd_fast.lora import save_model
 from qcrd_fast.runfolder import remove_tree, sha256, write_json
 from qcrd_fast.snapshots import Snapshots
 from qcrd_fast.students import Student
@@ -103,7 +104,7 @@ def save_checkpoint(
     remove_tree(temporary)
     try:
         temporary.mkdir()
-        student.model.save_pretrained(temporary)
+        save_model(student.model, temporary)
         student.tokenizer.save_pretrained(temporary)
         tensors = optimizer_tensors(student.model, optimizer)
         if trainer is not None:

@@ -176,6 +176,10 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: no clipping", low=0)
     bf16: bool | None = option(None, "bf16 autocast; default: where the GPU has it")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    use_peft: bool = option(False, "train LoRA matrices beside the linear layers, by PEFT; checkpoints hold the merged model")
+    lora_r: int = option(16, "rank of the LoRA matrices", low=1)
+    lora_alpha: int = option(32, "their scale, divided by the rank", low=1)
+    lora_dropout: float = option(0.0, "dropout before them", low=0, high=1)
     seed: int = option(0, "seed of everything random", low=0, high=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
 

@@ -24,6 +24,7 @@ from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, j
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.evaluate import accuracy, main_task, make_autocast, of_split, predict, resolve_device
 from qcrd_fast.examples import Example, label_kind, label_of, make_examples
+from qcrd_fast.lora import add_lora, load_adapter, require_peft
 from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives
 from qcrd_fast.objective import Objective
@@ -126,7 +127,9 @@ def _train(config: TrainConfig, run: RunFolder | None) -> dict[str, Any]:
              schedule.iteration_steps, data.dropped)  # fmt: skip
     found = _resume_point(config, run.path) if run and config.resume else None
     prompts = PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length)
-    student = Student.load(str(found or config.student), prompts, device)
+    if config.use_peft:
+        require_peft()
+    student = Student.load(str(config.student if config.use_peft else found or config.student), prompts, device)
     examples = make_examples(data.train, student, config)
     if run is None:
         return _plan(config, data, schedule, student)
@@ -186,12 +189,14 @@ class Session:
         self.student, self.examples = student, examples
         self.autocast = make_autocast(student.device, config.bf16)
         self.log = MetricsLog(run, config.report_to)
-        self.optimizer = _adamw(student.model, config)
         self.is_qcrd = config.method == "qcrd"
         self.trainer: DiscriminatorTrainer | None = None
         if self.is_qcrd:
             judge = build_discriminator(config.discriminator, student.model, student.tokenizer, seed=config.seed)
             self.trainer = DiscriminatorTrainer(judge, config) if judge else None
+        if config.use_peft:  # after the discriminator has copied what it needs
+            add_lora(student.model, config)
+        self.optimizer = _adamw(student.model, config)
         warmup = round(config.redi_warmup * schedule.total_steps)
         self.objective = Objective(student, config, self.trainer.discriminator if self.trainer else None, self.autocast, warmup)
         on_gpu = student.device.type == "cuda"
@@ -382,6 +387,8 @@ class Session:
 
     def restore(self, found: Path) -> None:
         """Continue from a checkpoint; the student's weights are loaded already."""
+        if self.config.use_peft:
+            load_adapter(found, self.student.model)
         state = checkpoint.load_checkpoint(found, self.student, self.optimizer, self.trainer)
         if state["data_sha256"] != self.data.digest:
             raise InputError(f"--data: the rows differ from those that {found} was trained on")

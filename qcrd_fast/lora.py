@@ -1,0 +1,70 @@
+"""LoRA in `train` (`--use-peft`): matrices of low rank beside every linear layer but the head, by PEFT, in place.
+
+A checkpoint holds the merged model, which `from_pretrained` reads as any other, and the matrices by themselves in
+`lora.safetensors`: a resume puts them beside the student that the run began with, and goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.errors import InputError
+
+ADAPTER = "lora.safetensors"
+MARK = ".lora_"  # in the name of each of its weights
+
+
+def require_peft() -> None:
+    """Raises `InputError` where PEFT is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise InputError("--use-peft needs PEFT: pip install 'qcrd-fast[peft]'")
+
+
+def add_lora(model: Any, config: TrainConfig) -> None:
+    """Freeze the model and put trainable matrices beside its linear layers; the same ones for the same seed."""
+    require_peft()
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules="all-linear"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        get_peft_model(model, settings)
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """`save_pretrained`; of a model with LoRA the merged weights, and the matrices beside them."""
+    weights = model.state_dict()
+    adapter = {name: tensor for name, tensor in weights.items() if MARK in name}
+    if not adapter:
+        model.save_pretrained(folder)
+        return
+    model.save_pretrained(folder, state_dict=merged(model, weights))
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}, folder / ADAPTER)
+
+
+@torch.no_grad()
+def merged(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's weights with each low-rank product added, under the names that they have without LoRA."""
+    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if MARK not in name}
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
+            plain[f"{name}.weight"] = module.base_layer.weight + module.get_delta_weight("default")
+    return plain
+
+
+def load_adapter(folder: Path, model: Any) -> None:
+    """Put a checkpoint's matrices into a model after `add_lora`. Raises `InputError` for those of other settings."""
+    saved, own = load_file(folder / ADAPTER), {n: t for n, t in model.state_dict().items() if MARK in n}
+    wrong = [n for n in sorted(saved.keys() | own.keys()) if n not in saved or n not in own or saved[n].shape != own[n].shape]
+    if wrong:
+        raise InputError(f"--use-peft: {folder / ADAPTER} does not fit this student and --lora-r, e.g. {wrong[0]}")
+    model.load_state_dict(saved, strict=False)
