@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help=f"add the row to {RESULTS.name}")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("medium")  # products in bf16 where the CPU has them
     loaded = load_questions(args.data, split_by="gold")
     train, held_out = hold_out(loaded.questions, args.held_out, 0)
     config = TrainConfig(
@@ -121,7 +122,7 @@ def main() -> None:
     baselines["student_logprob"] = standardise(kept["held_out"], kept["train"], right)
     row: dict[str, Any] = {
         "data": " ".join(Path(d).stem for d in args.data),
-        "encoder": Path(args.encoder).name,
+        "encoder": Path(args.encoder.rstrip("/")).name,
         "loss": args.loss,
         "augment": args.augment,
         "steps": args.steps,
