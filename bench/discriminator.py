@@ -1,6 +1,6 @@
 """How well a discriminator tells a teacher's right chains from its wrong ones, on questions that it has not seen:
 
-    python -m qcrd_fast.bench.discriminator --data svamp_aug_t5_large.json --encoder NAME_OR_PATH --student NAME_OR_PATH [--append]
+    python -m qcrd_fast.bench.discriminator --data svamp_aug_t5_large.json --encoder NAME --student NAME [--append]
 
 Beside it stand two baselines on the same chains: their length, and the mean log-prob that the student gives them. Which sign
 of a baseline means good is read off the training questions. One CSV row a run, with the commit.
