@@ -176,8 +176,8 @@ class _Journal:
 
     async def before(self, attempt: int, n: int) -> str:
         run, ledger, limit = self.run, self.run.ledger, self.run.settings.max_cost
-        completion_tokens = round(n * ledger.expected_tokens(run.settings.max_tokens))
         while True:
+            completion_tokens = round(n * ledger.expected_tokens(run.settings.max_tokens))
             if run.why is not None:
                 raise Interrupted
             most = run.settings.max_requests

@@ -205,6 +205,7 @@ def test_a_cut_last_line_is_dropped(questions: Path, capsys: pytest.CaptureFixtu
         path.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
         result = run(capsys, command(questions, server.url))
         assert "cut line" in result["log"] and result["samples"] == 30 and result["lost_in_flight"] == 1
+        assert result["estimated_replies"] == 1 and result["completion_tokens"] > 600  # what was lost is charged, too
         assert server.seen[-1].prompt == next(seen.prompt for seen in server.seen if seen.request == last["request"])
     assert len(server.seen) == 7 and all(json.loads(line) for line in path.read_text().splitlines())
 
@@ -272,11 +273,11 @@ def test_two_collectors_do_not_share_a_file(questions: Path, capsys: pytest.Capt
 
 def test_the_cost_limit_stops_before_it_is_passed(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ("--price-input", "0", "--price-output", "10000", "--concurrency", "3")  # a request: 100 tokens, cost 1
-    with fake.serving() as server:
+    with fake.serving(fake.samples(delay_s=0.6)) as server:
         result = run(capsys, command(questions, server.url, *args, "--max-cost", "3.5"), 75)
         assert result["cost"] == 3 and len(server.seen) == 3 and result["samples"] == 15
         assert "--max-cost 3.5: 3 is spent" in result["stopped"] and result["stopped"] in result["log"]
-        assert len(rows(questions)) == 3
+        assert len(rows(questions)) == 3 and server.seen[2].time - server.seen[1].time < 0.5  # side by side
         assert run(capsys, command(questions, server.url, *args, "--max-cost", "3.5"), 75)["requests"] == 3
         assert run(capsys, command(questions, server.url, *args, "--max-cost", "6"))["cost"] == 6
     assert len(server.seen) == 6
@@ -320,6 +321,17 @@ def test_a_signal_waits_for_what_is_in_flight(questions: Path, number: signal.Si
         assert json.loads(out)["samples"] == 10 and len(server.seen) == 2 and len(rows(questions)) == 2
         server.usual = fake.samples()
         assert run(capsys, command(questions, server.url))["requests"] == 6
+
+
+def test_a_signal_does_not_wait_for_a_retry(questions: Path) -> None:
+    with fake.serving(fake.status(429, retry_after="15")) as server:
+        process = start(command(questions, server.url, "--concurrency", "2", "--json"))
+        wait_for(lambda: len(server.seen) == 2)
+        time.sleep(0.2)
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+        assert process.returncode == 130 and time.monotonic() - begun < 8 and json.loads(out)["failures"] == {"429": 2}, err
 
 
 def test_in_flight_is_given_up_after_the_grace_and_a_second_signal_quits(questions: Path) -> None:
