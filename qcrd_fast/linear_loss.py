@@ -62,7 +62,7 @@ def linear_rationale_loss(
         lambda: f"rationale must be non-decreasing and lie in [0, {len(positive)}), as in [0, 0, 1, 2, 2]",
     )
     chosen = choose_impl(impl, hidden.device, hidden_TH.dtype)[0]
-    margin, weight_R = float("inf") if delta is None else float(delta), rationale_weight.detach()
+    margin, weight_R = None if delta is None else float(delta), rationale_weight.detach()
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen == "eager":
             logprob_T = reference.linear_logprob_eager(hidden_TH, weight, target_T, bias, options, ignore_index)[0]
@@ -75,10 +75,10 @@ def linear_rationale_loss(
         return _rationale_loss(*head, *arguments)[:2]
 
 
-def loss_terms(nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, beta: float, delta: float) -> tuple[Tensor, Tensor]:
-    """(loss, d loss / d nll [R]); `delta` inf stands for no margin."""
+def loss_terms(nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, beta: float, delta: float | None) -> tuple[Tensor, Tensor]:
+    """(loss, d loss / d nll [R]) of rationales whose weights are known; `delta` None: no margin."""
     signed_R = torch.where(positive_R, weight_R, -beta * weight_R)
-    if delta == float("inf"):
+    if delta is None:
         value_R = nll_R
     else:
         inactive_R = ~positive_R & (nll_R >= delta)  # h(u) = min(u - delta, 0)
@@ -97,7 +97,7 @@ def _rationale_loss(
     positive_R: Tensor,
     weight_R: Tensor,
     beta: float,
-    delta: float,
+    delta: float | None,
     scale: float,
     softcap: float,
     temperature: float,
@@ -143,7 +143,7 @@ def _(
     positive_R: Tensor,
     weight_R: Tensor,
     beta: float,
-    delta: float,
+    delta: float | None,
     scale: float,
     softcap: float,
     temperature: float,

@@ -21,6 +21,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator import Discriminator
 from qcrd_fast.errors import RunError
 from qcrd_fast.examples import Candidate, Example
+from qcrd_fast.linear_loss import linear_rationale_loss, loss_terms
 from qcrd_fast.losses import ContrastiveOutput, contrastive_loss, weighted_rationale_loss
 from qcrd_fast.negatives import Negative
 from qcrd_fast.ops import linear_logprob
@@ -76,12 +77,9 @@ class Objective:
         else:
             weighted = self._weigh(batch, lagged, num_questions, step, iteration, stats)
             losses = self._train(batch, weighted, num_questions, stats)
-        loss = self.alpha_pred * losses["loss_pred"] + self.config.alpha_cl * losses["loss_cl"]  # Eq. 8 less a3 L_D
-        if "loss_mi" in losses:
-            loss = loss + MI_WEIGHT * losses["loss_mi"]
-        if loss.requires_grad:
-            loss.backward()
-        return {"loss": loss.detach(), **{name: value.detach() for name, value in losses.items()}}, stats
+        if losses["loss"].requires_grad:
+            losses["loss"].backward()
+        return {name: value.detach() for name, value in losses.items()}, stats
 
     # Weights
 
@@ -195,17 +193,31 @@ class Objective:
             targets.append(c.tokens)
             source_of.append(explain_at[q])
         stats["tokens"] += sum(map(len, targets))
-        packed, logprob_T = self.score(sources, targets, source_of, stats)
-        positive = [True] * labels + [c.positive for c in weighted.candidates]
-        weight_R = torch.tensor(weights + weighted.weight, dtype=torch.float32, device=logprob_T.device)
-        is_label_R = torch.arange(len(targets), device=logprob_T.device) < labels
-        positive_R = torch.tensor(positive, device=logprob_T.device)
+        device, head = self.student.device, self.student.head
+        positive_R = torch.tensor([True] * labels + [c.positive for c in weighted.candidates], device=device)
+        weight_R = torch.tensor(weights + weighted.weight, dtype=torch.float32, device=device)
+        is_label_R = torch.arange(len(targets), device=device) < labels
+        with self.autocast():
+            packed = self._hidden(sources, targets, source_of, stats)
+            loss, nll_R = linear_rationale_loss(
+                packed.hidden,
+                head.weight,
+                packed.target,
+                packed.segment,
+                positive_R,
+                weight_R * torch.where(is_label_R, self.alpha_pred, self.config.alpha_cl),  # Eq. 8 less a3 L_D
+                beta=weighted.beta,
+                delta=weighted.delta,
+                bias=head.bias,
+                scale=head.scale,
+                softcap=head.softcap,
+                impl=self.config.impl,
+            )
 
-        def loss(which_R: Tensor) -> Tensor:
-            terms = (logprob_T, packed.segment, positive_R, weight_R * which_R)
-            return weighted_rationale_loss(*terms, beta=weighted.beta, delta=weighted.delta)[0]
+        def share(which_R: Tensor) -> Tensor:
+            return loss_terms(nll_R, positive_R, weight_R * which_R, weighted.beta, weighted.delta)[0]
 
-        return {"loss_pred": loss(is_label_R), "loss_cl": loss(~is_label_R)}
+        return {"loss": loss, "loss_pred": share(is_label_R), "loss_cl": share(~is_label_R)}
 
     def _label_targets(
         self, batch: Sequence[Example], num_questions: int
@@ -231,7 +243,8 @@ class Objective:
             return labels
         packed, logprob_T = self.score([e.explain for e in batch], [c.tokens for c in candidates], question, stats)
         out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)
-        return {"loss_pred": labels["loss_pred"], "loss_cl": out.loss}
+        loss = labels["loss"] + self.config.alpha_cl * out.loss
+        return {"loss": loss, "loss_pred": labels["loss_pred"], "loss_cl": out.loss}
 
     def _mutual_information(self, batch: Sequence[Example], num_questions: int, stats: Counter[str]) -> dict[str, Tensor]:
         """`dss` and MI's extra term, from one pass over each task.
@@ -244,11 +257,12 @@ class Objective:
         if reason := [e.reason for e in batch if e.reason]:
             loss_pred = loss_pred + self._task(reason, num_questions, stats)[0]
         if not (have := [q for q, e in enumerate(batch) if e.positives]):
-            return {"loss_pred": loss_pred, "loss_cl": none, "loss_mi": none}
+            return {"loss": self.alpha_pred * loss_pred, "loss_pred": loss_pred, "loss_cl": none, "loss_mi": none}
         pairs = [(batch[q].explain, batch[q].positives[0].tokens) for q in have]
         loss_cl, explained_QV = self._task(pairs, num_questions, stats)
         loss_mi = F.cross_entropy(explained_QV, predicted_QV[have].detach(), reduction="sum") / num_questions
-        return {"loss_pred": loss_pred, "loss_cl": loss_cl, "loss_mi": loss_mi}
+        loss = self.alpha_pred * loss_pred + self.config.alpha_cl * loss_cl + MI_WEIGHT * loss_mi
+        return {"loss": loss, "loss_pred": loss_pred, "loss_cl": loss_cl, "loss_mi": loss_mi}
 
     def _task(
         self, pairs: Sequence[tuple[TokenIds, TokenIds]], num_questions: int, stats: Counter[str]
@@ -274,9 +288,15 @@ class Objective:
     ) -> tuple[PackedHidden, Tensor]:
         """Hidden states at the targets' tokens, and log p of each [T]."""
         with self.autocast():
-            packed = self.student.hidden(sources, targets, source_of, shared=self.config.shared_prompts)
-            stats["body_tokens"] += packed.body_tokens
+            packed = self._hidden(sources, targets, source_of, stats)
             return packed, self._logprob(packed)
+
+    def _hidden(
+        self, sources: list[TokenIds], targets: list[TokenIds], source_of: list[int], stats: Counter[str]
+    ) -> PackedHidden:
+        packed = self.student.hidden(sources, targets, source_of, shared=self.config.shared_prompts)
+        stats["body_tokens"] += packed.body_tokens
+        return packed
 
     def _logprob(self, packed: PackedHidden) -> Tensor:
         head = self.student.head
