@@ -147,6 +147,7 @@ def load_generate_batch(work: Work) -> Draw:
         raise ImportError("generate_batch is for decoder-only models")
     if work.case.lengths != "fixed":
         raise ImportError("generate_batch takes one length for all")
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     model = copy.deepcopy(work.student.model)  # it changes its attention
     config = GenerationConfig(
         do_sample=True, temperature=TEMPERATURE, top_k=work.case.top_k, max_new_tokens=work.case.new, eos_token_id=NO_EOS,
