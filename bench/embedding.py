@@ -1,6 +1,6 @@
 """One training step of a T5 in a host trainer: the loss from the model's logits, and through `attach`, in time and memory.
 
-python -m bench.embedding [--append]: a process per provider, each with the same weights, rows and loss, whose value is checked.
+python -m bench.embedding [--append]: each with the same weights, rows and loss, whose value is checked.
 The student has T5-small's shape with random weights; the step is a forward and a backward pass from empty gradients.
 """
 
@@ -15,12 +15,14 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "embedding.csv"
 PROVIDERS = ("logits", "attach-one-pass", "attach-two-passes")
+ROUNDS = 5
 V, QUESTIONS, POSITIVES, NEGATIVES = 32_128, 4, 5, 2
 DELTA = 12.0  # nats/token, above what random weights give, so that every hinge is active
 
@@ -78,74 +80,86 @@ def loss_from_logits(model: Any, batch: dict[str, Any]) -> Any:
     return loss
 
 
-def measure(provider: str) -> dict[str, Any]:
-    """One provider, in this process. Its time is that of the processor, on one thread, so that a busy machine does not count."""
+def make_step(provider: str) -> tuple[Callable[[], float], dict[str, Any]]:
+    """(one step of the provider, which returns the loss; what it runs on)."""
     import torch
     import transformers
     from transformers import T5Config, T5ForConditionalGeneration
 
     from qcrd_fast import QCRDLoss, attach
 
-    from .timing import peak_mib
-
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = T5Config(vocab_size=V, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, dropout_rate=0.0)
     config.decoder_start_token_id = 0
-    model, batch, device = T5ForConditionalGeneration(config).train(), make_batch(), torch.device("cpu")
+    model, batch = T5ForConditionalGeneration(config).train(), make_batch()
     attach(model, QCRDLoss.for_model(model, delta=DELTA), two_pass=provider == "attach-two-passes")
-    value: list[float] = []
 
-    def step() -> None:
+    def step() -> float:
         model.zero_grad(set_to_none=True)
         loss = loss_from_logits(model, batch) if provider == "logits" else model(**batch).loss
         loss.backward()
-        value.append(loss.item())
+        return loss.item()
 
-    def resident_mib() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    versions = {"threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return step, {"tokens": int((batch["target"] != -100).sum()), "vocabulary": V, **versions}
 
-    before = resident_mib()
-    step()
+
+def memory(provider: str) -> dict[str, Any]:
+    """One provider, in a process of its own: the first step of all, then what one allocates."""
+    import torch
+
+    from .timing import peak_mib
+
+    step, where = make_step(provider)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    loss = step()
     process_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    times = []
-    for _ in range(3):
-        started = time.process_time()
-        step()
-        times.append(1e3 * (time.process_time() - started))
-    model.zero_grad(set_to_none=True)
-    peak = peak_mib(step, device)
+    peak = peak_mib(step, torch.device("cpu"))
     return {
         "provider": provider,
-        "tokens": int((batch["target"] != -100).sum()),
-        "vocabulary": V,
-        "loss": round(value[-1], 6),
-        "cpu_ms": round(sorted(times)[1], 1),
+        "loss": round(loss, 6),
         "step_mib": round(peak, 1),
         "resident_before_mib": round(before, 1),
         "process_peak_mib": round(process_mib, 1),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **where,
     }
+
+
+def processor_ms() -> dict[str, list[float]]:
+    """Processor time of each provider's steps, taken in turn: that of the wall counts whatever else the machine does."""
+    steps = {provider: make_step(provider)[0] for provider in PROVIDERS}
+    times: dict[str, list[float]] = {provider: [] for provider in PROVIDERS}
+    for _ in range(1 + ROUNDS):
+        for provider, step in steps.items():
+            started = time.process_time()
+            step()
+            times[provider].append(1e3 * (time.process_time() - started))
+    return {provider: sorted(values[1:]) for provider, values in times.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--append", action="store_true", help=f"add the rows to {RESULTS.relative_to(ROOT)}")
-    parser.add_argument("--provider", choices=PROVIDERS, help="measure this one in this process and print it")
+    parser.add_argument("--only", choices=(*PROVIDERS, "time"), help="measure this one in this process and print it")
     args = parser.parse_args()
-    if args.provider:
-        print(json.dumps(measure(args.provider)))
+    if args.only:
+        print(json.dumps(processor_ms() if args.only == "time" else memory(args.only)))
         return
+
+    def run(only: str) -> Any:
+        command = [sys.executable, "-m", __spec__.name, "--only", only]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return json.loads(done.stdout)
+
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     where = {"device": f"CPU {platform.machine()} x{os.cpu_count()}", "commit": commit, "time": now}
-    rows = []
+    times, rows = run("time"), []
     for provider in PROVIDERS:
-        command = [sys.executable, "-m", __spec__.name, "--provider", provider]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        rows.append(json.loads(done.stdout) | where)
+        ms = times[provider]
+        spread = {"cpu_ms": round(ms[len(ms) // 2], 1), "cpu_ms_min": round(ms[0], 1), "cpu_ms_max": round(ms[-1], 1)}
+        rows.append(run(provider) | spread | where)
         assert abs(rows[-1]["loss"] - rows[0]["loss"]) < 1e-4 * rows[0]["loss"], f"{provider} computed another loss: {rows[-1]}"
         share = {name: rows[-1][name] / rows[0][name] for name in ("step_mib", "cpu_ms", "process_peak_mib")}
         print(f"{provider:18}", *(f"{name} {rows[-1][name]} ({value:.2f} of logits)" for name, value in share.items()))

@@ -26,10 +26,10 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
         "A training step inside a host trainer",
         "A T5 of T5-small's shape with random weights, forward and backward on one CPU thread in fp32, the same loss each "
         "time: from the model's logits, and through `attach` in one pass and in two. `step_mib`: what the step allocates at "
-        "once, its gradients included; `process_peak_mib`: the whole process, with torch and the weights; `cpu_ms`: processor time. "
-        "`python -m bench.embedding --append`",
+        "once, its gradients included; `process_peak_mib`: the whole process, with torch and the weights; `cpu_ms`: "
+        "processor time, the median of five in turn, with the least and the most. `python -m bench.embedding --append`",
         ("provider",),
-        ("provider", "tokens", "vocabulary", "cpu_ms", "step_mib", "process_peak_mib", "device", "commit"),
+        ("provider", "tokens", "vocabulary", "step_mib", "process_peak_mib", "cpu_ms", "cpu_ms_min", "cpu_ms_max", "commit"),
     ),
     "loss": (
         "The loss alone",
