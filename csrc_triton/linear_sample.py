@@ -215,10 +215,9 @@ def sample(
         numbers(bias_V, options),
     )
     key_B2, counter_B3 = key_B2.contiguous(), counter_B3.contiguous()
-    fp32 = dict(dtype=torch.float32, device=hidden_BH.device)
-    best_PB = torch.empty((0 if grouped else parts, B), **fp32)
+    best_PB = hidden_BH.new_empty((0 if grouped else parts, B), dtype=torch.float32)
     entry_PB = torch.empty_like(best_PB, dtype=torch.int64)
-    top_BG = torch.empty((B, G if grouped else 0), **fp32)
+    top_BG = hidden_BH.new_empty((B, G if grouped else 0), dtype=torch.float32)
     product_kernel[(blocks, parts)](
         *sources(hidden_BH, weight_VH, tile), bias_V, key_B2, counter_B3, best_PB, entry_PB, top_BG,
         B, V, H, G, part_size, scale, inverse_softcap, slope,
@@ -228,7 +227,7 @@ def sample(
         return entry_PB.gather(0, best_PB.argmax(0, keepdim=True))[0]
     K = min(top_k, G)  # fewer groups than that: all of them
     group_BK = torch.empty((B, K), dtype=torch.int32, device=hidden_BH.device)
-    u_BKG = torch.empty((B, K, GROUP), **fp32)
+    u_BKG = hidden_BH.new_empty((B, K, GROUP), dtype=torch.float32)
     select_kernel[(B,)](top_BG, group_BK, G, K, **_block(G))
     gather_kernel[(B, K)](*head, group_BK, u_BKG, V, H, K, scale, inverse_softcap, GROUP=GROUP, BLOCK_H=128, **flags)
     token_B = torch.empty(B, dtype=torch.int64, device=hidden_BH.device)
