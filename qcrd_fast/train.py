@@ -119,6 +119,7 @@ def _train(config: TrainConfig, run: RunFolder | None) -> dict[str, Any]:
         choose_impl(config.impl, device, torch.float32)
     except ValueError as error:
         raise InputError(f"--impl: {error}") from error
+    choose_overlap(config, device)
     torch.manual_seed(config.seed)
     data = Data.load(config)
     schedule = Schedule(len(data.train), config)
