@@ -11,7 +11,7 @@ from loss_oracle import BETA, DELTA, Batch, dense_logprob, error, expected_terms
 from test_linear_loss import both
 
 from bench import cases as bench_cases
-from bench import kernels as bench_kernels
+from bench import tuning as bench_tuning
 from bench.cases import Case
 from csrc_triton import linear_logprob as kernels
 from csrc_triton import product
@@ -289,13 +289,13 @@ def test_descriptors_and_other_tiles(tile, options, monkeypatch):
 
 
 def test_ways_through_the_backward_pass(monkeypatch):
-    """All that `bench/kernels.py` times, against torch."""
+    """All that `bench/tuning.py` times, against torch."""
     monkeypatch.setitem(bench_cases.HEADS, "small", bench_cases.Head(300, 203, 0.2))
     case = Case("small", 70, dtype="fp32")
-    ways, wrong = bench_kernels.backward_ways(case, torch.device("cpu"))
+    ways, wrong = bench_tuning.backward_ways(case, torch.device("cpu"))
     names = [name for name in ways if name != "products"]
-    assert len(names) == len(bench_kernels.WORKSPACES_MIB) + 3
+    assert len(names) == len(bench_tuning.WORKSPACES_MIB) + 3
     for name in names:
         assert wrong(ways[name]()) < 1e-5, name
-    ways, wrong = bench_kernels.forward_ways(case, torch.device("cpu"))
+    ways, wrong = bench_tuning.forward_ways(case, torch.device("cpu"))
     assert wrong(ways["default"]()) < 1e-5

@@ -139,7 +139,7 @@ def cases(capability):
         yield from linear_cases(capability, "bf16", KEEP=True)
     if capability in (80, 90):
         yield from linear_cases(capability, "fp32")
-    if capability in (90, 100):  # not the default: what `bench/kernels.py` times beside it
+    if capability in (90, 100):  # not the default: what `bench/tuning.py` times beside it
         tile = product.Tile(64, 128, 64, 4, 3) if capability == 90 else product.choose_tile(torch.bfloat16, 4096)
         yield from linear_cases(capability, "bf16", tile=tile, DESCRIPTORS=True)
         if capability == 90 or SPECIALIZES_ON_100:

@@ -1,6 +1,6 @@
 """What the kernels' fixed choices rest on: tiles of the forward pass, and ways through the backward pass.
 
-    python -m qcrd_fast.bench.kernels [--heads t5-base,...] [--tokens 16384] [--dtype bf16] [--repeats 20] [--append]
+    python -m qcrd_fast.bench.tuning [--heads t5-base,...] [--tokens 16384] [--dtype bf16] [--repeats 20] [--append]
 
 Needs a GPU. Forward: every tile of SHAPES, through pointers, through tensor descriptors (sm_90 and newer) and with warps
 specialised, against `torch.mm` of the same shape. Backward, of the selected 2/7 of the tokens and of 1/32 of them: workspaces
@@ -34,7 +34,7 @@ from .fused_backward import fused_backward
 from .loss import FOUR_HEADS, describe_machine
 from .peers import one_line
 
-RESULTS = Path(__file__).parent / "results" / "kernels.csv"
+RESULTS = Path(__file__).parent / "results" / "tuning.csv"
 COLUMNS = ("head", "tokens", "dtype", "pass", "way", "status", "ms", "ms_p20", "ms_p80", "of_products", "error", "repeats",
            "device", "torch", "triton", "commit", "time")  # fmt: skip
 SHAPES = {
