@@ -19,16 +19,17 @@ import torch
 
 from qcrd_fast import checkpoint
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data import Question, drop_overlap, hold_out, load_questions
+from qcrd_fast.data import Question
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, judge_questions
+from qcrd_fast.dispatch import choose_impl
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.evaluate import accuracy, main_task, make_autocast, of_split, predict, resolve_device
-from qcrd_fast.examples import Example, label_kind, label_of, make_examples
+from qcrd_fast.evaluate import accuracy, make_autocast, predict, resolve_device
+from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.lora import add_lora, load_adapter, require_peft
 from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives
 from qcrd_fast.objective import Objective
-from qcrd_fast.ops import choose_impl
+from qcrd_fast.rundata import Data
 from qcrd_fast.runfolder import FREE_OPTIONS, LOG, RunFolder, logging_to, write_json, write_lines
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.signals import StopSignals
@@ -37,61 +38,6 @@ from qcrd_fast.streams import Lane, choose_overlap
 from qcrd_fast.students import PromptSettings, Student
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """The three question sets of a run, and what the training rows hash to."""
-
-    train: list[Question]
-    validation: list[Question]
-    test: list[Question]
-    task: str
-    dropped: int  # training questions that stand in the test set
-    digest: str
-
-    @classmethod
-    def load(cls, config: TrainConfig) -> Data:
-        """Raises `InputError` naming the file for unreadable or empty data."""
-
-        def questions(path: str, **which: str) -> list[Question]:
-            loaded = load_questions(path, seed=config.seed, on_bad_row=config.on_bad_row, task=config.task, **which)
-            for bad in loaded.skipped:
-                log.warning("set aside %s", bad)
-            return loaded.questions
-
-        if not config.data:
-            raise InputError("--data is needed; to try the trainer without any, run: qcrd-fast demo --output-dir DIR")
-        rows = questions(config.data, split="train")
-        test = of_split(questions(config.test_data, part="test"), "test") if config.test_data else []
-        kind = label_kind(config)
-        labelled = [q for q in rows if label_of(q, kind) is not None]
-        if not labelled:
-            raise InputError(f"--data: {config.data}: no question has a {kind or 'gold or majority'} answer to teach")
-        if len(labelled) < len(rows):
-            log.warning("--data: set aside %d questions without an answer to teach", len(rows) - len(labelled))
-        rows, dropped = drop_overlap(labelled, test)
-        if config.eval_data:
-            validation = of_split(questions(config.eval_data, part="validation"), "validation")
-            validation, shared = drop_overlap(validation, test)
-            if not validation:
-                raise InputError(f"--eval-data: {config.eval_data}: all {shared} questions are in the test set")
-            if shared:
-                log.warning("--eval-data: dropped %d questions that are in the test set", shared)
-            rows, more = drop_overlap(rows, validation)
-            dropped += more
-        else:
-            rows, validation = hold_out(rows, config.validation_fraction, config.seed)
-            rows, _ = drop_overlap(rows, validation)  # the same question under another id
-        if not rows:
-            raise InputError(f"--data: {config.data}: no question is left to train on ({dropped} are in the test set)")
-        for name, some in (("--eval-data", validation), ("--test-data", test)):
-            missing = [q.id for q in some if label_of(q, None) is None]
-            if missing:
-                raise InputError(f"{name}: {len(missing)} questions have no answer, such as {missing[0]}")
-        task = config.task or main_task(rows)
-        digest = hashlib.sha256(repr((rows, validation, test)).encode("utf-8", "surrogatepass")).hexdigest()
-        return cls(rows, validation, test, task, dropped, digest)
 
 
 def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = False) -> dict[str, Any]:
