@@ -73,7 +73,7 @@ def loss_from_logits(model: Any, batch: dict[str, Any]) -> Any:
     logprob = logits.log_softmax(-1).gather(-1, batch["target"].clamp(min=0)[..., None])[..., 0]
     nll = -(logprob * scored).sum(1) / scored.sum(1)
     loss = 0.5 * nll[batch["is_label"]].sum() / QUESTIONS
-    for q in range(QUESTIONS):
+    for q in batch["question"].unique():
         mine = (batch["question"] == q) & ~batch["is_label"]
         best, worst = nll[mine & batch["positive"]].min(), nll[mine & ~batch["positive"]].max()
         loss = loss + 0.5 * (best - 0.2 * torch.clamp(worst - DELTA, max=0)) / QUESTIONS

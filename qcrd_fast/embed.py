@@ -123,9 +123,11 @@ def _rationale_forward(
     sizes = {"rationale": rationale, "question": question, "positive": positive, "is_label": is_label}
     for name, x in sizes.items():
         if len(x) != B:
-            raise ValueError(
-                f"{name} must have one entry a sequence ({B}), got {list(x.shape)}; nn.DataParallel cannot split a batch"
-            )
+            raise ValueError(f"{name} must have one entry a sequence ({B}), got {list(x.shape)}")
+    require(
+        (rationale[:, 0] == torch.arange(B, device=rationale.device)).all(),
+        lambda: f"rationale must number the sequences from 0 to {B - 1}; nn.DataParallel cannot split a batch",
+    )
     require((is_label[1:] >= is_label[:-1]).all(), lambda: "is_label: labels must stand behind all rationales")
     settings: Settings = getattr(self, ATTACHED)
     if num_questions is None:

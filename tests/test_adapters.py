@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from eager_equations import assert_same, gradients, nll
+from eager_equations import assert_same, eager_loss, gradients, nll
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from qcrd_fast import QCRDLoss, RationaleCollator, attach
@@ -174,6 +174,9 @@ def test_hf_trainer(plain, folder, batch_size, accumulation, host, rows, tmp_pat
     per_step = [sum(record["losses"][i : i + accumulation]) for i in range(0, 3 * accumulation, accumulation)]
     assert batch_size == 9 or [entry["loss"] for entry in logged] == pytest.approx(per_step, rel=1e-4)
     assert plain or all("loss_cl" in entry for entry in logged)
+    if not plain:
+        expected = eager_loss(model, RationaleCollator(tokenizer, model).prompter, rows[:4], 4, delta=record["delta"])
+        assert trainer.evaluate(rows[:4])["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_size, accumulation", [(4, 1), (1, 4)])

@@ -243,6 +243,8 @@ def test_what_is_refused(student):
         model(**batch, position_ids=batch["input_ids"])
     with pytest.raises(ValueError, match="question must have one entry a sequence"):
         model(**{**batch, "question": batch["question"][:2]})
+    with pytest.raises(ValueError, match=r"number the sequences from 0 to 2; nn\.DataParallel cannot"):
+        model(**{k: v[-3:] if torch.is_tensor(v) and len(v) == len(batch["target"]) else v for k, v in batch.items()})
     with pytest.raises(ValueError, match="labels must stand behind"):
         model(**{**batch, "is_label": batch["is_label"].flip(0)})
 
@@ -263,3 +265,38 @@ def test_ranks():
     done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "compared: " in done.stdout
+
+
+def test_memory():
+    """At T5's vocabulary a step takes at most half of what it takes from logits (`bench.embedding`: T5-small)."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from bench import embedding
+    from bench.timing import peak_mib
+
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4, "dropout_rate": 0.0}
+    config = T5Config(vocab_size=embedding.V, decoder_start_token_id=0, **sizes)
+    model, batch = T5ForConditionalGeneration(config), embedding.make_batch()
+    attach(model, QCRDLoss.for_model(model, delta=embedding.DELTA))
+    kept = batch["question"] < 2  # half of the questions will do
+    of_sequences = ("source", "decoder_input_ids", "target", "question", "positive", "is_label")
+    batch |= {name: batch[name][kept] for name in of_sequences}
+    batch |= {"rationale": torch.arange(int(kept.sum()))[:, None].expand(batch["target"].shape)}
+    losses = []
+
+    def step(loss):
+        model.zero_grad()
+        value = loss()
+        value.backward()
+        losses.append(value.item())
+
+    dense, one_pass, two_passes = (
+        peak_mib(lambda loss=loss: step(loss), torch.device("cpu"))
+        for loss in (
+            lambda: embedding.loss_from_logits(model, batch),
+            lambda: model(**batch, two_pass=False).loss,
+            lambda: model(**batch, two_pass=True).loss,
+        )
+    )
+    assert max(one_pass, two_passes) <= dense / 2, (dense, one_pass, two_passes)
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
