@@ -62,6 +62,14 @@ class TrainConfig:
     validation_fraction: float = option(
         0.1, "share of the questions of --data held out when there is no --eval-data", low=0, high=0.9, group="Data"
     )
+    train_fraction: float = option(
+        1.0,
+        "share of the training questions to use, drawn by question; a smaller share lies within a larger",
+        low=0,
+        high=1,
+        open_low=True,
+        group="Data",
+    )
     on_bad_row: str = option("error", "what to do with an unreadable row", choices=("error", "skip"), group="Data")
     task: str | None = option(None, "answer type; default: guessed from the answers", choices=TASKS, group="Data")
     label: str | None = option(

@@ -66,9 +66,10 @@ def predict(
     records = []
     for question, tokens in zip(questions, outputs, strict=True):
         output = student.text(tokens)
-        choices = answers.parse_choices(question_text(question)) if task == "choice" else ()
+        kind = question.task or "text" if task == "mixed" else task
+        choices = answers.parse_choices(question_text(question)) if kind == "choice" else ()
         said = output.rpartition("Answer:")[2] if reasoning else output
-        prediction = answers.extract_answer(said, task, choices)
+        prediction = answers.extract_answer(said, kind, choices)
         gold = label_of(question, None)
         records.append(
             {
@@ -77,7 +78,7 @@ def predict(
                 "gold": gold,
                 "output": output,
                 "prediction": prediction,
-                "correct": bool(gold and prediction and answers.is_correct(prediction, gold, task, choices)),
+                "correct": bool(gold and prediction and answers.is_correct(prediction, gold, kind, choices)),
             }
         )
     return records
@@ -95,8 +96,9 @@ def of_split(questions: list[Question], wanted: str) -> list[Question]:
 
 
 def main_task(questions: Sequence[Question]) -> str:
-    """The answer type of most questions."""
-    return Counter(q.task or "text" for q in questions).most_common(1)[0][0]
+    """The answer type of nearly all questions, or `mixed`: then each is read as its own."""
+    task, count = Counter(q.task or "text" for q in questions).most_common(1)[0]
+    return task if count >= 0.95 * len(questions) else "mixed"
 
 
 def accuracy(records: Sequence[dict[str, Any]]) -> float | None:

@@ -59,6 +59,8 @@ class Data:
         else:
             rows, validation = hold_out(rows, config.validation_fraction, config.seed)
             rows, _ = drop_overlap(rows, validation)  # the same question under another id
+        if config.train_fraction < 1:
+            rows = hold_out(rows, config.train_fraction, config.seed)[1]
         if not rows:
             raise InputError(f"--data: {config.data}: no question is left to train on ({dropped} are in the test set)")
         for name, some in (("--eval-data", validation), ("--test-data", test)):
