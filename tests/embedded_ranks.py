@@ -61,6 +61,13 @@ def shard(model, policy=None, head=False):
     return model
 
 
+def compiled(model):
+    """Layer by layer, as is usual under FSDP2."""
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    return model
+
+
 def grads(model):
     found = {}
     for name, p in model.named_parameters():
@@ -100,7 +107,7 @@ def main(rank, folder):
         ("DDP, LoRA", "lora", DistributedDataParallel, 1e-5),
         ("FSDP2", "t5", shard, 1e-5),
         ("FSDP2, head apart", "llama", lambda m: shard(m, head=True), 1e-5),
-        ("FSDP2, compiled", "llama", lambda m: torch.compile(shard(m), backend="aot_eager"), 1e-5),
+        ("FSDP2, compiled", "llama", lambda m: shard(compiled(m)), 1e-5),
         ("FSDP2, LoRA", "lora", shard, 1e-5),
         ("FSDP2, bf16", "llama-tied", lambda m: shard(m, low), 0.05),
         ("FSDP2, bf16, LoRA", "lora", lambda m: shard(m, low), 0.05),
