@@ -259,6 +259,8 @@ def test_an_empty_head_is_named(weight):
 @pytest.mark.slow
 def test_ranks():
     """DDP and FSDP2 on two ranks, plain, with LoRA, in bf16 and compiled, and Hugging Face's Trainer under DDP."""
+    for name in ("accelerate", "peft"):
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install {name}")
     here = Path(__file__).parent
     env = {"PYTHONPATH": f"{here.parent}:{here}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(here / "embedded_ranks.py")]
