@@ -4,21 +4,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+DEV = $(VENV)/.ready-dev
 
 .PHONY: demo test lint venv
 
 demo: $(READY)
 	$(BIN)/qcrd-fast demo --output-dir runs/demo --resume auto
 
-test: $(READY)
+test: $(DEV)
 	$(BIN)/python -m pytest
 
-lint: $(READY)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-venv: $(READY)
+venv: $(DEV)
 
 # torch comes first and by itself, so that whichever build pip is set up to find (CPU or CUDA) is the one used.
 $(READY): pyproject.toml
@@ -28,5 +29,9 @@ $(READY): pyproject.toml
 	  { echo "$(PYTHON) cannot make virtual environments (no ensurepip); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install "torch==2.13.0"
+	$(BIN)/pip install -e .
+	touch $@
+
+$(DEV): $(READY)
 	$(BIN)/pip install -e ".[dev]"
 	touch $@
