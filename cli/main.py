@@ -19,6 +19,7 @@ from . import console
 from .bench import bench
 from .collect import collect
 from .options import (
+    CONFIG_PATH,
     Group,
     Verb,
     bad_row_option,
@@ -162,15 +163,35 @@ def validate(ctx: click.Context, files: tuple[str, ...], format: str) -> None:
 
 @cli.command(cls=Verb)
 @train_options()
+@click.option("--seeds", metavar="N|A,B,C", help="several runs: N seeds from 0, or these; each in OUTPUT_DIR/seed-S")
+@click.option("--methods", metavar="NAMES", help="several runs: each of these methods, in OUTPUT_DIR/METHOD/seed-S")
+@positive("--parallel", default=1, help="of several runs, how many at a time")
+@click.option(
+    "--results",
+    metavar="FILE.csv",
+    help="CSV that several runs add a row each to; default: bench/results/runs.csv, or OUTPUT_DIR/runs.csv outside a checkout",
+)
 @config_option
 @dry_run_option
 @json_option
 @click.pass_context
-def train(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
+def train(
+    ctx: click.Context,
+    dry_run: bool,
+    as_json: bool,
+    seeds: str | None,
+    methods: str | None,
+    parallel: int,
+    results: str | None,
+    **_: Any,
+) -> None:
     """Train a student and write a run folder.
 
     \b
     qcrd-fast train --data train.jsonl --student NAME_OR_PATH --output-dir runs/one
+    qcrd-fast train --config recipes/svamp-smollm2.yaml --methods dss,qcrd --seeds 5
+
+    Several runs: finished ones are skipped and begun ones resumed, so the same command goes on after a stop.
     """
     config = TrainConfig.from_dict(given_train_options(ctx))
     if not config.data:
@@ -179,11 +200,47 @@ def train(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
         raise InputError("train needs --student, a local folder or hub id")
     if not config.output_dir:
         raise InputError("train needs --output-dir DIR, the run folder to write")
+    if seeds or methods:
+        several(ctx, config, seeds, methods, parallel, results, dry_run, as_json)
+        return
+    if results or parallel > 1:
+        raise InputError(f"--{'results' if results else 'parallel'} is for several runs; it goes with --seeds or --methods")
     with console.quiet_stdout(), contextlib.nullcontext() if dry_run else RunFolder(config) as run:
         from qcrd_fast.train import train  # after the lock: a folder in use is refused before torch is loaded
 
-        results = train(config, run, dry_run=dry_run)
-    console.show(results, as_json, console.lines(results))
+        told = train(config, run, dry_run=dry_run)
+    console.show(told, as_json, console.lines(told))
+
+
+def several(
+    ctx: click.Context,
+    config: TrainConfig,
+    seeds: str | None,
+    methods: str | None,
+    parallel: int,
+    results: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """`train` with --seeds or --methods: runs them, and prints a line each and the methods' accuracies with intervals."""
+    from qcrd_fast import seeds as library
+    from qcrd_fast.runrows import as_text
+
+    for option, one in (("seeds", "seed"), ("methods", "method")):
+        if ctx.params[option] and ctx.get_parameter_source(one) is click.core.ParameterSource.COMMANDLINE:
+            raise InputError(f"--{option} and --{one} are given; one of them says what to run")
+    of_seeds = library.parse_seeds(seeds) if seeds else (config.seed,)
+    of_methods = library.parse_methods(methods) if methods else (config.method,)
+    recipe = library.recipe_name(ctx.meta.get(CONFIG_PATH), config)
+    with console.quiet_stdout():
+        jobs = library.plan(config, of_seeds, of_methods, recipe)
+        if dry_run:
+            rows = [{"run": str(job.folder), "state": job.state} for job in jobs]
+            text = "\n".join(f"{row['run']}  {row['state']}" for row in rows)
+        else:
+            rows = library.run_jobs(jobs, results or library.default_csv(config), parallel=parallel)
+            text = as_text(rows)
+    console.show(rows, as_json, text)
 
 
 @cli.command("eval", cls=Verb)

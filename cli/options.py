@@ -29,6 +29,7 @@ METAVARS = {
 }
 FORMATS = ("auto", "native", "mentor-kd", "dss")
 _CONFIG_KEY = "qcrd_fast.config_file"  # where ctx.meta holds what --config said of TrainConfig's fields
+CONFIG_PATH = "qcrd_fast.config_path"  # and where the path of the file
 
 
 class Group(click.Group):
@@ -135,7 +136,7 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> No
         if name in target:
             raise InputError(f"{path}: option {name!r} is given twice")
         target[name] = value if value is None or isinstance(value, bool | str) or target is train_values else str(value)
-    ctx.meta[_CONFIG_KEY] = train_values
+    ctx.meta[_CONFIG_KEY], ctx.meta[CONFIG_PATH] = train_values, path
     ctx.default_map = defaults
 
 

@@ -163,7 +163,7 @@ def pair(a: Mapping[int, Answers], b: Mapping[int, Answers]) -> Estimate | None:
     seeds = sorted(set(a) & set(b))
     if not seeds or len({x[s].questions for x in (a, b) for s in seeds}) != 1:
         return None
-    return compare(*([x[s].bits for s in seeds] for x in (a, b)))
+    return compare([a[s].bits for s in seeds], [b[s].bits for s in seeds])
 
 
 def single(a: Mapping[int, Answers]) -> Estimate | None:

@@ -1,0 +1,204 @@
+"""A run of a recipe and its row in the CSV of runs: what was run, what came of it, on what machine. Imports no torch."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.errors import InputError
+from qcrd_fast.runfolder import FREE_OPTIONS, read_lines, sha256
+from qcrd_fast.statistics import Answers, Estimate, pair, single
+
+RESULTS, PREDICTIONS = "eval_results.json", "predictions.jsonl"
+ATTEMPTS, WHERE, JUDGED = "attempts.jsonl", "environment.json", "rationales.json"  # what this module adds to a run folder
+APART = {*FREE_OPTIONS, "data", "eval_data", "test_data", "student", "seed"}  # options with a column of their own, or none
+MEANS = ("active_hinge_lagged", "active_hinge_minority", "masked_minority_share", "quality_positive", "quality_negative")
+JUDGEMENTS = ("arithmetic_checked", "arithmetic_right", "ends_in_gold", "ends_in_answer")
+KEY = ("recipe", "student", "method", "options", "seed", "data")  # a run is found again by these
+COLUMNS = (
+    "recipe", "student", "method", "options", "seed", "accuracy", "accuracy_validation", "accuracy_untrained", "n",
+    "evaluated_on", "steps", "best_step", "train_questions", "wall_s", "gpu_minutes", "parallel", *MEANS, *JUDGEMENTS, "device",
+    "threads", "version", "torch", "triton", "transformers", "commit", "time", "data", "questions", "correct",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run. `recipe` names it in the CSV; `judge`: its rationales on the test questions are judged too."""
+
+    config: TrainConfig
+    recipe: str
+    judge: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.config.output_dir))
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe} {self.config.method} seed {self.config.seed}"
+
+    @property
+    def state(self) -> str:
+        """finished, begun or new. Raises `InputError` when the folder holds a run with other options."""
+        began = self.folder / "config.resolved.yaml"
+        if not began.is_file():
+            return "new"
+        try:
+            before = yaml.safe_load(began.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{began}: unreadable: {error}") from error
+        for name, value in self.config.to_dict().items():
+            if name not in FREE_OPTIONS and name in before and before[name] != value:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{began}: the run began with {flag} {before[name]!r}, now it is {value!r}")
+        files = [RESULTS, *([PREDICTIONS, JUDGED] if self.judge else [])]
+        return "finished" if all((self.folder / name).is_file() for name in files) else "begun"
+
+
+def row(job: Job) -> dict[str, Any]:
+    """What a finished run's folder says, as a row of the CSV."""
+    read = {name: _json(job.folder / name) for name in (RESULTS, WHERE, JUDGED)}
+    results, where, judged = read[RESULTS], read[WHERE], read[JUDGED]
+    attempts = list(read_lines(job.folder / ATTEMPTS))  # none where `train` alone was called
+    wall_s = round(sum(a["seconds"] for a in attempts), 1) or None
+    found: dict[str, Any] = dict.fromkeys(COLUMNS)
+    found |= {k: v for source in (results, where, judged) for k, v in source.items() if k in found}
+    found |= key(job)
+    found |= {"wall_s": wall_s, "parallel": max((a["parallel"] for a in attempts), default=None), **_means(job.folder)}
+    if where.get("gpu") and wall_s:
+        found["gpu_minutes"] = round(wall_s / 60, 2)
+    if results.get("n"):
+        answers = Answers.read(job.folder)
+        found |= {"questions": answers.questions, "correct": answers.to_hex()}
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in found.items()}
+
+
+def key(job: Job) -> dict[str, Any]:
+    """What tells a run from others: the columns by which a row is found again."""
+    config = job.config
+    return {
+        "recipe": job.recipe,
+        "student": Path(str(config.student)).name,
+        "method": config.method,
+        "options": options_text(config),
+        "seed": config.seed,
+        "data": data_digest(config),
+    }
+
+
+def options_text(config: TrainConfig) -> str:
+    """The options that are not at their defaults, as on a command line, but for those with a column of their own."""
+    found = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in {*APART, "method"} and value != field.default:
+            name = field.name.replace("_", "-")
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            found.append(f"--{'' if value is not False else 'no-'}{name}" + ("" if isinstance(value, bool) else f" {shown}"))
+    return " ".join(found)
+
+
+_digests: dict[tuple[str | None, ...], str] = {}
+
+
+def data_digest(config: TrainConfig) -> str:
+    """Twelve digits of the contents of --data, --eval-data and --test-data."""
+    paths = (config.data, config.eval_data, config.test_data)
+    if paths not in _digests:
+        digest = hashlib.sha256()
+        for name in paths:
+            path = Path(name or "")
+            files = sorted(p for p in path.rglob("*") if p.is_file()) if name and path.is_dir() else [path] if name else []
+            digest.update(repr([sha256(file) for file in files]).encode())
+        _digests[paths] = digest.hexdigest()[:12]
+    return _digests[paths]
+
+
+def check_csv(path: Path) -> None:
+    """Raises `InputError` when rows cannot be added to `path`."""
+    if not path.parent.is_dir() or path.is_dir():
+        raise InputError(f"--results: {path} is not a file in a folder that exists")
+    if path.is_file() and path.stat().st_size and read_csv(path, header=True) != list(COLUMNS):
+        raise InputError(f"--results: {path} has other columns; choose another file")
+
+
+def read_csv(path: Path, header: bool = False) -> list[Any]:
+    """The rows as mappings of text, or the names of the columns; nothing where there is no file."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        return list(reader.fieldnames or []) if header else list(reader)
+
+
+def append_row(path: Path, found: dict[str, Any]) -> bool:
+    """Add the row unless it is there; returns whether it was added."""
+    with open(path, "a+", newline="", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        same = [*KEY, "accuracy", "time"]
+        wanted = {name: "" if found[name] is None else str(found[name]) for name in same}
+        if any(all(line.get(name) == wanted[name] for name in same) for line in csv.DictReader(file)):
+            return False
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        if not os.fstat(file.fileno()).st_size:
+            writer.writeheader()
+        writer.writerow(found)
+        file.write(text.getvalue())
+        return True
+
+
+def _means(folder: Path) -> dict[str, float]:
+    """Means over the logged steps of what says whether the negatives taught anything."""
+    steps = [r for r in read_lines(folder / "metrics.jsonl") if "loss" in r]
+    values = {name: [r[name] for r in steps if r.get(name) is not None] for name in MEANS}
+    return {name: sum(found) / len(found) for name, found in values.items() if found}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def as_text(rows: Sequence[dict[str, Any]]) -> str:
+    """A line a run, then a line a method: its accuracy with its interval, and its difference from the first method's."""
+    lines = [f"{r['method']} seed {r['seed']}: accuracy {r['accuracy']}, n {r['n']}, {r['wall_s']} s" for r in rows]
+    answers = {m: answers_of([r for r in rows if r["method"] == m]) for m in dict.fromkeys(r["method"] for r in rows)}
+    first = next(iter(answers))
+    for method, found in answers.items():
+        if (told := single(found)) is not None:
+            line = f"{method}: {100 * told.mean:.1f}% ({100 * told.low:.1f} to {100 * told.high:.1f}), {told.seeds} seeds"
+            if method != first and (against := pair(found, answers[first])) is not None:
+                line += f"; against {first}: {signed(against)}"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def signed(told: Estimate) -> str:
+    """A difference in points with its interval."""
+    return f"{100 * told.mean:+.1f} ({100 * told.low:+.1f} to {100 * told.high:+.1f})"
+
+
+def answers_of(rows: Sequence[Mapping[str, Any]]) -> dict[int, Answers]:
+    """{seed: what it got right} of rows of the CSV, or of `row`; a later row of a seed replaces an earlier."""
+    found = {}
+    for r in rows:
+        if r["correct"]:
+            found[int(r["seed"])] = Answers.from_hex(r["correct"], int(r["n"]), r["questions"])
+    return found

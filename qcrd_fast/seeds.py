@@ -1,0 +1,237 @@
+"""Several runs of one recipe: each method and seed in a process of its own, finished ones skipped, begun ones resumed, and
+one CSV row each. The parent imports no torch; a run that fails leaves the others alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qcrd_fast.config import METHODS, TrainConfig, nearest
+from qcrd_fast.errors import InputError, RunError, Stopped
+from qcrd_fast.runfolder import append_lines, remove_tree, write_json, write_text
+from qcrd_fast.runrows import ATTEMPTS, JUDGED, WHERE, Job, append_row, check_csv, row
+from qcrd_fast.signals import StopSignals
+
+log = logging.getLogger(__name__)
+RUNS_CSV = "bench/results/runs.csv"
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The options in a recipe. Raises `InputError` for a file that is no mapping of train's options."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping of train's options")
+    TrainConfig.from_dict(values, str(path))
+    return values
+
+
+def default_csv(config: TrainConfig) -> str:
+    """bench/results/runs.csv in a checkout, elsewhere OUTPUT_DIR/runs.csv."""
+    if Path(RUNS_CSV).parent.is_dir():
+        return RUNS_CSV
+    folder = Path(str(config.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / "runs.csv")
+
+
+def recipe_name(path: str | None, config: TrainConfig) -> str:
+    """What the CSV calls a recipe: its file's name, or that of the data where there is no file."""
+    return Path(path or str(config.data)).stem
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`5` is 0, 1, 2, 3, 4; `0,3,7` are these (a single one: `3,`)."""
+    parts = [part.strip() for part in text.split(",")]
+    if parts[-1] == "" and len(parts) > 1:
+        parts.pop()
+    if not parts or not all(part.isdecimal() and int(part) < 2**32 for part in parts):
+        raise InputError(f"--seeds expects how many, such as 5, or which, such as 0,3,7; got {text!r}")
+    seeds = tuple(map(int, parts)) if "," in text else tuple(range(int(parts[0])))
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise InputError(f"--seeds: {'none' if not seeds else 'one is given twice'} in {text!r}")
+    return seeds
+
+
+def parse_methods(text: str) -> tuple[str, ...]:
+    """The methods of a list separated by commas."""
+    methods = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for method in methods or ("",):
+        if method not in METHODS:
+            raise InputError(f"--methods is some of {', '.join(METHODS)}; got {method!r}{nearest(method, METHODS)}")
+    return methods
+
+
+def plan(config: TrainConfig, seeds: Sequence[int], methods: Sequence[str], recipe: str, judge: bool = False) -> list[Job]:
+    """The runs of every method with every seed, in OUTPUT/seed-N, or OUTPUT/METHOD/seed-N where there are several methods.
+
+    Raises `InputError` for data that is not there.
+    """
+    for name in ("data", "eval_data", "test_data"):
+        path = getattr(config, name)
+        if path and not Path(path).exists():
+            raise InputError(f"--{name.replace('_', '-')}: {path} does not exist; the recipe's head says how it is made")
+    jobs = []
+    for seed in seeds:  # a seed of every method first: an early look compares them
+        for method in methods:
+            folder = Path(str(config.output_dir)) / (method if len(methods) > 1 else "") / f"seed-{seed}"
+            one = dataclasses.replace(config, seed=seed, method=method, output_dir=str(folder), resume="auto")
+            jobs.append(Job(one, recipe, judge))
+    return jobs
+
+
+def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, keep: bool = True) -> list[dict[str, Any]]:
+    """Run what is not finished, `parallel` at a time, and add a row to the CSV `results` for each run that it lacks.
+
+    Without `keep`, a finished run's weights are deleted once its row is written; what it said stays. Returns the rows.
+    Raises `RunError` naming the runs that failed when all others are done; `Stopped` after a signal, when the running ones
+    have saved.
+    """
+    csv_path = Path(results)
+    check_csv(csv_path)
+    todo = [job for job in jobs if job.state != "finished"]
+    if len(todo) < len(jobs):
+        log.info("%d of %d runs are finished", len(jobs) - len(todo), len(jobs))
+    for job in [job for job in jobs if job not in todo]:
+        _finish(job, csv_path, keep)
+    failed: list[str] = []
+    running: dict[Job, tuple[subprocess.Popen[bytes], float]] = {}
+    with StopSignals() as stop:
+        asked = False
+        try:
+            while todo or running:
+                while todo and len(running) < parallel and not stop.signum:
+                    job = todo.pop(0)
+                    running[job] = start(job), time.monotonic()
+                if stop.signum and not asked:
+                    asked, todo = True, []
+                    for process, _ in running.values():
+                        process.terminate()
+                for job, (process, began) in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    del running[job]
+                    seconds = time.monotonic() - began
+                    if job.folder.is_dir():
+                        append_lines(
+                            job.folder / ATTEMPTS,
+                            [{"seconds": round(seconds, 1), "exit": process.returncode, "parallel": parallel}],
+                        )
+                    if process.returncode == 0:
+                        _finish(job, csv_path, keep)
+                    elif not stop.signum:
+                        failed.append(job.name)
+                        log.error("%s failed (exit %d): %s", job.name, process.returncode, _last_line(job))
+                time.sleep(0.05)
+        finally:
+            for process, _ in running.values():  # a second signal ends us at once, and them
+                process.kill()
+                process.wait()
+    if stop.signum:
+        raise Stopped(stop.signum, "the same command goes on from here")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; the same command tries them again")
+    return [row(job) for job in jobs]
+
+
+def start(job: Job) -> subprocess.Popen[bytes]:
+    """The run in a process of its own, out of reach of the terminal's signals; it writes to FOLDER.log."""
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    options = job.folder.with_name(job.folder.name + ".yaml")
+    write_text(options, yaml.safe_dump(job.config.to_dict(), sort_keys=False, allow_unicode=True))
+    command = [sys.executable, "-m", "qcrd_fast.seeds", str(options), *(["--judge"] if job.judge else [])]
+    with open(_log_of(job), "ab") as file:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
+    log.info("%s: %s, log in %s", job.name, "resumes" if job.state == "begun" else "starts", _log_of(job))
+    return process
+
+
+def _log_of(job: Job) -> Path:
+    return job.folder.with_name(job.folder.name + ".log")
+
+
+def _last_line(job: Job) -> str:
+    with contextlib.suppress(OSError):
+        lines = _log_of(job).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+    return "no log"
+
+
+def _finish(job: Job, results: Path, keep: bool) -> None:
+    found = row(job)
+    if append_row(results, found):
+        log.info("%s: accuracy %s after %s s", job.name, found["accuracy"], found["wall_s"])
+    if not keep:
+        for path in (*job.folder.glob("checkpoint-*"), *(job.folder / name for name in ("snapshots", "negatives", "final"))):
+            remove_tree(path)
+
+
+# ---- the child ----
+
+
+def child(arguments: Sequence[str]) -> int:
+    """Train as the YAML file says and, with --judge, judge the rationales; what the machine was stands in the run folder."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("qcrd_fast").setLevel(logging.INFO)
+    try:
+        config = TrainConfig.from_dict(read_recipe(arguments[0]))
+        from qcrd_fast.train import train
+
+        train(config)
+        folder = Path(str(config.output_dir))
+        write_json(folder / WHERE, environment(config))
+        if "--judge" in arguments and config.method not in ("finetune", "single-task"):
+            from qcrd_fast.rationales import judge_run
+
+            write_json(folder / JUDGED, judge_run(folder))
+        elif "--judge" in arguments:
+            write_json(folder / JUDGED, {})  # it never learnt to explain
+    except (InputError, RunError, Stopped) as error:
+        print(f"qcrd-fast: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def environment(config: TrainConfig) -> dict[str, Any]:
+    """The machine, versions and commit of this process."""
+    import torch
+
+    from qcrd_fast import __version__
+    from qcrd_fast.doctor import examine
+    from qcrd_fast.evaluate import resolve_device
+
+    device, versions = resolve_device(config.device), examine()["versions"]
+    gpu = device.type == "cuda"
+    return {
+        "gpu": gpu,
+        "device": torch.cuda.get_device_name(device) if gpu else f"CPU x{os.cpu_count()}",
+        "threads": torch.get_num_threads(),
+        "version": __version__,
+        **{name: versions[name] for name in ("torch", "triton", "transformers")},
+        "commit": _commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+    }
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parent.parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(child(sys.argv[1:]))
