@@ -26,7 +26,7 @@ from qcrd_fast.sampler import SampleSettings as SampleSettings
 from qcrd_fast.students import Student, TokenIds
 
 log = logging.getLogger(__name__)
-_styles: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()  # by model; None: generate
+_styles: weakref.WeakKeyDictionary[Any, dict[bool, str | None]] = weakref.WeakKeyDictionary()  # None: generate
 
 
 def sample(
@@ -69,19 +69,21 @@ def make_sampler(
 
 
 def _style(student: Student, longest: int) -> str | None:
-    """`find_style`, once for each model."""
-    model = student.model
-    if model not in _styles:
+    """`find_style`, once for each model, and once more for sequences that leave its window."""
+    model, styles = student.model, _styles.setdefault(student.model, {})
+    window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None) or 0
+    beyond = 0 < window < longest
+    if beyond not in styles:
         was_training = model.training
         model.eval()
         try:
-            _styles[model] = find_style(student, longest)
+            styles[beyond] = find_style(student, longest)
         except ValueError as error:
             log.warning("%s samples through generate, which is slower: %s", type(model).__name__, error)
-            _styles[model] = None
+            styles[beyond] = None
         finally:
             model.train(was_training)
-    return _styles[model]
+    return styles[beyond]
 
 
 class KeyedSampling(LogitsProcessor):

@@ -214,13 +214,14 @@ def test_sliding_windows(kind, tokenizer):
 
     shape = dict(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=6, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        num_key_value_heads=2, head_dim=8, sliding_window=12, pad_token_id=0, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
     config = MistralConfig(**shape) if kind == "mistral" else Gemma3TextConfig(**shape, layer_types=LAYERS)
     torch.manual_seed(0)
     student = Student(AutoModelForCausalLM.from_config(config).eval(), tokenizer, PromptSettings())
     sources, settings = prompts(student, 12), SampleSettings(TEMPERATURE, max_new_tokens=20, batch_size=5)
     keys = [key_words(7, str(i)) for i in range(12)]
+    make_sampler(student, SampleSettings(max_new_tokens=2), 3)  # within the window any style will do
     drawn = make_sampler(student, settings, max(map(len, sources)))
     assert isinstance(drawn, Sampler) and drawn.decoder.style == ("tensor" if kind == "mistral" else "by type")
     assert drawn.draw(sources, keys) == GenerateSampler(student, settings).draw(sources, keys)
