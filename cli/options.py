@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -135,7 +136,8 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> No
         name = str(option.name)
         if name in target:
             raise InputError(f"{path}: option {name!r} is given twice")
-        target[name] = value if value is None or isinstance(value, bool | str) or target is train_values else str(value)
+        plain = value is None or isinstance(value, bool | str) or target is train_values
+        target[name] = value if plain else json.dumps(value) if isinstance(value, dict) else str(value)
     ctx.meta[_CONFIG_KEY], ctx.meta[CONFIG_PATH] = train_values, path
     ctx.default_map = defaults
 

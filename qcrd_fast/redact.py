@@ -7,7 +7,7 @@ import os
 import re
 
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-_SHORTEST = 8  # a shorter value is more likely a word than a secret
+SHORTEST = 8  # a shorter value is more likely a word than a secret
 _PATTERNS = (
     (re.compile(r"\b(hf_|sk-|ghp_)[\w-]{12,}"), r"\1***"),
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 ***"),
@@ -19,7 +19,7 @@ _PATTERNS = (
 def redact(text: str) -> str:
     """`text` without the values of secret-looking environment variables, and without keys, tokens and URL passwords."""
     for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST:
+        if _SECRET_NAME.search(name) and len(value) >= SHORTEST:
             text = text.replace(value, "***")
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)

@@ -27,7 +27,7 @@ import httpx
 
 from qcrd_fast import __version__
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.redact import redact
+from qcrd_fast.redact import SHORTEST, redact
 
 log = logging.getLogger(__name__)
 
@@ -158,8 +158,9 @@ class Endpoint:
         return {key: value for key, value in {**body, **s.extra}.items() if value is not None}
 
     def without_key(self, text: str) -> str:
-        """A sample: nothing but the key is taken out of it."""
-        return text.replace(self.key, "***") if self.key else text
+        """A sample: nothing but the key is taken out of it. A placeholder, such as servers without keys are given, may be
+        any word or digit of a sample, and is no secret."""
+        return text.replace(self.key, "***") if len(self.key) >= SHORTEST else text
 
     def hide(self, text: str) -> str:
         """`text` without the key and whatever else looks like a secret."""
@@ -315,7 +316,7 @@ def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str) -> R
     for item in found:
         item = item if isinstance(item, dict) else {}
         message = item.get("message")
-        text = message.get("content") if isinstance(message, dict) else item.get("text")
+        text = _content(message.get("content")) if isinstance(message, dict) else item.get("text")
         if not isinstance(text, str) or not text.strip():
             fault("null content" if text is None else "empty content")
             continue
@@ -327,6 +328,14 @@ def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str) -> R
         estimate = sum(estimate_tokens(choice.text) for choice in choices)
         return Reply(choices, estimate_tokens(prompt), estimate, True, faults)
     return Reply(choices, prompt_tokens, completion_tokens, False, faults)
+
+
+def _content(value: Any) -> Any:
+    """A message's content; of a list of parts, the text of those that are text."""
+    if not isinstance(value, list):
+        return value
+    texts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _count(value: Any) -> int | None:

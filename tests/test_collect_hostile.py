@@ -11,7 +11,7 @@ from typing import Any
 import fake_teacher as fake
 import httpx
 import pytest
-from test_collect import command, ledger, quick, run, start, write_questions
+from test_collect import command, ledger, quick, rows, run, start, write_questions
 
 from cli.main import entry
 from qcrd_fast import teacher
@@ -335,3 +335,13 @@ def test_json_stays_alone_on_stdout(one: Path, capsys: pytest.CaptureFixture[str
     with fake.serving() as server:
         assert entry([*command(one, server.url), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] == 5
+
+
+def test_content_in_parts_is_read(one: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Some servers answer with a list of parts, of which the text counts; a list without text is empty content."""
+    parts = [{"type": "thinking"}, {"type": "text", "text": "Because.\n"}, {"type": "text", "text": "Answer: 4"}]
+    with fake.serving(fake.samples(honours_n=False, texts=lambda seen, i: parts)) as server:
+        server.plan = [fake.samples(texts=lambda seen, i: [{"type": "image_url"}, 7])]
+        summary = run(capsys, command(one, server.url))
+    assert summary["samples"] == 5 and summary["failures"] == {"bad reply: empty content": 1}
+    assert {(s["rationale"], s["answer"]) for s in rows(one)[0]["samples"]} == {("Because.", "4")}
