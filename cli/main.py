@@ -13,7 +13,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.demo import DEFAULTS as DEMO_DEFAULTS
 from qcrd_fast.demo import run_demo
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import RunFolder
+from qcrd_fast.runfolder import RunFolder, require_file
 
 from . import console
 from .bench import bench
@@ -125,6 +125,7 @@ def prepare(inputs: tuple[str, ...], output: str, dry_run: bool, as_json: bool, 
     folder = Path(output).parent
     if not folder.is_dir() or Path(output).is_dir():
         raise InputError(f"--output: {output} is not a file in a folder that exists")
+    require_file(Path(output))
     if Path(output).resolve() in {Path(name).resolve() for name in inputs}:
         raise InputError(f"--output: {output} is also an input; choose another name")
     with console.quiet_stdout():

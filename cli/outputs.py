@@ -10,6 +10,7 @@ import click
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
+from qcrd_fast.runfolder import require_file
 
 from . import console
 from .options import (
@@ -190,5 +191,6 @@ def _check_file(output: str, inputs: list[str]) -> None:
     """Raises `InputError` unless `output` can be a new file in a folder that exists."""
     if not Path(output).parent.is_dir() or Path(output).is_dir():
         raise InputError(f"--output: {output} is not a file in a folder that exists")
+    require_file(Path(output))
     if Path(output).resolve() in {Path(name).resolve() for name in inputs}:
         raise InputError(f"--output: {output} is also an input; choose another name")

@@ -23,6 +23,7 @@ from qcrd_fast.config import TASKS
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.native import native_row
 from qcrd_fast.rows import BadRow, Question, Rationale, RowError, get_text, iter_rows, require, shown
+from qcrd_fast.runfolder import require_file
 from qcrd_fast.summary import PrepareSummary, summarize
 from qcrd_fast.voting import Vote, vote
 
@@ -172,9 +173,11 @@ def write_prepared(path: str | Path, questions: Iterable[Question]) -> None:
     """Write prepared JSONL under a temporary name beside `path`, then rename it: a reader sees the whole file or none.
 
     Raises:
+        InputError: `path` is a device or pipe.
         RunError: the file cannot be written; nothing is left behind.
     """
     path = Path(path)
+    require_file(path)
     temporary = path.with_name(f".qcrd-{os.getpid()}.tmp")
     try:
         try:

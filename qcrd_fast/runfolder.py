@@ -118,8 +118,15 @@ def logging_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
+def require_file(path: Path) -> None:
+    """Raises `InputError` for a device or pipe, such as /dev/null: a file that is renamed to its name would replace it."""
+    if (path.exists() and not path.is_file()) or path.parent.resolve() == Path("/dev"):
+        raise InputError(f"{path} is a device or pipe; name a file")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all (temporary name, fsync, rename)."""
+    require_file(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8", errors="surrogatepass") as file:

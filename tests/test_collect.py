@@ -373,3 +373,30 @@ def test_killed_again_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert result["lost_in_flight"] <= concurrency * kills and len(seen) - 48 <= concurrency * kills
     assert 0 < result["lost_in_flight"] == len(intents) - 48
     assert sum(len(row["samples"]) for row in rows(questions)) == 48
+
+
+def test_a_placeholder_for_a_key_is_no_secret(
+    questions: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server without keys is often given one of a few letters or digits; no sample may lose them."""
+    monkeypatch.setenv("OPENAI_API_KEY", "1")
+    with fake.serving(fake.samples(texts=lambda seen, i: f"10 + {i} is {10 + i}.\nAnswer: {10 + i}")) as server:
+        run(capsys, command(questions, server.url))
+    assert [s["answer"] for s in rows(questions)[0]["samples"]] == ["10", "11", "12", "13", "14"]
+    assert "***" not in questions.with_name("samples.jsonl.ledger.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_pipe_is_no_output(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = questions.with_name("samples.jsonl")
+    os.mkfifo(pipe)
+    with fake.serving() as server:
+        assert "is a device or pipe" in run(capsys, command(questions, server.url), 2)["log"]
+    assert pipe.is_fifo() and not server.seen
+
+
+def test_a_config_gives_the_extra_body_as_a_mapping(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = questions.with_name("collect.yaml")
+    config.write_text("extra-body: {top_p: 0.9, n: null}\n", encoding="utf-8")
+    with fake.serving(fake.samples(honours_n=False)) as server:
+        run(capsys, command(questions, server.url, "--config", str(config)))
+    assert server.seen[0].body["top_p"] == 0.9 and "n" not in server.seen[0].body

@@ -26,6 +26,7 @@ from qcrd_fast.data import (
     write_prepared,
 )
 from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.runfolder import require_file
 
 SAMPLED = {
     "id": "q1",
@@ -546,3 +547,14 @@ def test_cqa_rows_carry_ids_and_choices():
 def test_the_published_files_are_valid():
     for path in sorted((DATA / "mentor-kd").glob("svamp*.json")):
         assert not list(validate_file(path)), path.name
+
+
+def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for name in (pipe, "/dev/stdout"):
+        with pytest.raises(InputError, match="is a device or pipe"):
+            require_file(Path(name))
+    with pytest.raises(InputError, match="is a device or pipe"):
+        write_prepared(pipe, [])
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
