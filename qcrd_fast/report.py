@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from qcrd_fast import __version__
 from qcrd_fast.data import load_questions, question_text
@@ -20,6 +21,7 @@ from qcrd_fast.runfolder import write_text
 from qcrd_fast.runview import RunView, negatives, number, read_run
 
 SAMPLES, ANSWERS, LONGEST = 6, 8, 1200  # questions shown a run; characters shown of a text
+KEPT = "\n\t\u200c\u200d"  # and the joiners that Persian, Indic scripts and emoji need
 KINDS = ("teacher positive", "teacher minority")  # the rest is the student's
 KIND_COLORS = (PALETTE[2], PALETTE[4], PALETTE[0], PALETTE[3], PALETTE[5], PALETTE[6])
 CURVES: tuple[tuple[str, tuple[tuple[str, str, str], ...], bool], ...] = (  # title, (field, dash, what it is), within 0..1
@@ -276,7 +278,7 @@ def _text(value: Any) -> str:
     """A value as text of the page, of bounded length; nothing in it can be markup."""
     text = "" if value is None else str(value)
     text = text if len(text) <= LONGEST else text[:LONGEST] + " …"
-    return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+    return escape("".join(c if c.isprintable() or c in KEPT or category(c) == "Zs" else "\ufffd" for c in text))
 
 
 STYLE = """

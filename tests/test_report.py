@@ -260,3 +260,8 @@ def test_reading_lines_is_bounded(tmp_path: Path) -> None:
     path.write_bytes(b'{"a": 1}\n' + b'{"b": "' + b"x" * (2 << 20) + b'"}\n' + b'{"c": 2}\n' + b'{"cut": ')
     assert list(read_objects(path)) == [{"a": 1}, {"c": 2}]
     assert list(read_objects(tmp_path / "none")) == [] and list(read_objects(tmp_path)) == []
+
+
+def test_spaces_and_joiners_of_other_languages_stay(tmp_path: Path) -> None:
+    text = "10\u202f000\u00a0€, \u6771\u3000\u4eac, \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
+    assert text in check(render([read_run(make_run(tmp_path / "run", text=text))])).text
