@@ -80,6 +80,17 @@ class RationaleCollator:
             raise InputError(f"label is one of {', '.join(LABELS)}; got {label!r}")
         if isinstance(quality, str) and quality != "score":
             raise InputError(f"quality is None, 'score' or a function; got {quality!r}")
+        if quality is not None and not isinstance(quality, str) and not callable(quality):
+            raise InputError(f"quality is None, 'score' or a function; got {quality!r}")
+        for name, value in (
+            ("num_positives", num_positives),
+            ("max_source_length", max_source_length),
+            ("max_target_length", max_target_length),
+        ):
+            if value is not None and not (isinstance(value, int) and value > 0):
+                raise InputError(f"{name} must be a whole number above 0, got {value!r}")
+        if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+            raise InputError(f"tokenizer must be a Hugging Face tokenizer, got {tokenizer!r}")
         settings = PromptSettings.from_option(prompt_template, max_source_length, max_target_length)
         self.prompter = Prompter(tokenizer, settings, is_encoder_decoder)
         start = (
@@ -91,6 +102,8 @@ class RationaleCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any] | Question]) -> dict[str, Any]:
         """The batch of these rows; its keys are listed above."""
         questions = [_question(row) for row in rows]
+        if not questions:
+            raise InputError("rows: at least one is needed, got none")
         sequences, rationales = self._rationales(questions)
         R = len(sequences)
         for q, item in enumerate(questions if self.label != "none" else ()):
@@ -139,7 +152,12 @@ class RationaleCollator:
     def _scores(self, questions: Sequence[Question], rationales: Sequence[tuple[int, Rationale]]) -> Tensor:
         if callable(self.quality):
             pairs = [(question_text(questions[q]), r.text) for q, r in rationales]
-            return self.quality(pairs).detach().float().cpu() if pairs else torch.zeros(0)
+            score_R = torch.as_tensor(self.quality(pairs)).detach().float().cpu() if pairs else torch.zeros(0)
+            if score_R.shape != (len(pairs),):
+                raise InputError(
+                    f"quality must return one score for each of {len(pairs)} rationales, got {list(score_R.shape)}"
+                )
+            return score_R
         for q, r in rationales:
             if r.score is None:
                 raise InputError(f"question {questions[q].id or questions[q].question!r}: a rationale has no score")

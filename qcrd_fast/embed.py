@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 import types
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -57,6 +58,8 @@ def attach(
     if not hasattr(inner, ATTACHED):
         check_head(model, head)
     loss_fn = QCRDLoss(scale=head.scale, softcap=head.softcap) if loss_fn is None else loss_fn
+    if not isinstance(loss_fn, QCRDLoss):
+        raise InputError(f"loss_fn must be a QCRDLoss or None, got {type(loss_fn).__name__}")
     if (loss_fn.scale, loss_fn.softcap or None) != (head.scale, head.softcap or None):
         raise InputError(
             f"loss_fn has scale {loss_fn.scale:g} and softcap {loss_fn.softcap}, but {type(inner).__name__} has scale "
@@ -79,10 +82,11 @@ def _rationales_or(signature: inspect.Signature) -> Any:
     """A method that answers batches of rationales, and passes other calls on to the forward whose signature it shows."""
 
     def forward(self: Any, *args: Any, rationale: Tensor | None = None, **kwargs: Any) -> Any:
-        if rationale is None:
+        if rationale is None and not (args and isinstance(args[0], Mapping) and "rationale" in args[0]):
             return getattr(self, ORIGINAL)(*args, **kwargs)
         if args:
             raise ValueError("a batch of rationales is given by keywords: model(**batch)")
+        assert rationale is not None
         return _rationale_forward(self, rationale=rationale, **kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]

@@ -138,3 +138,25 @@ def test_bad_settings(options, t5_folder):
     options = {"is_encoder_decoder": True, **options} if options else options
     with pytest.raises(InputError):
         RationaleCollator(AutoTokenizer.from_pretrained(t5_folder), **options)
+
+
+@pytest.mark.parametrize("name", ["num_positives", "max_source_length", "max_target_length"])
+def test_counts_are_above_0(name, t5_folder):
+    with pytest.raises(InputError, match=f"{name} must be a whole number above 0, got -1"):
+        RationaleCollator(AutoTokenizer.from_pretrained(t5_folder), is_encoder_decoder=True, **{name: -1})
+
+
+def test_what_is_no_tokenizer_no_quality_and_no_row(t5_folder):
+    tokenizer = AutoTokenizer.from_pretrained(t5_folder)
+    with pytest.raises(InputError, match="must be a Hugging Face tokenizer, got 't5-small'"):
+        RationaleCollator("t5-small", is_encoder_decoder=True)
+    with pytest.raises(InputError, match=r"a function; got 0\.5"):
+        RationaleCollator(tokenizer, is_encoder_decoder=True, quality=0.5)
+    with pytest.raises(InputError, match="at least one is needed"):
+        RationaleCollator(tokenizer, is_encoder_decoder=True)([])
+    row = {"question": "q", "majority": "1", "positives": ["a", "b"], "negatives": ["c"]}
+    collate = RationaleCollator(tokenizer, is_encoder_decoder=True, quality=lambda pairs: torch.ones(1))
+    with pytest.raises(InputError, match=r"one score for each of 3 rationales, got \[1\]"):
+        collate([row])
+    collate = RationaleCollator(tokenizer, is_encoder_decoder=True, quality=lambda pairs: [0.5] * 3)
+    assert collate([row])["quality"].tolist() == [0.5, 0.5, 0.5, 1.0]

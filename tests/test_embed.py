@@ -238,7 +238,11 @@ def test_what_is_refused(student):
         attach(model, QCRDLoss(scale=0.5))
     with pytest.raises(InputError, match="ignore_index must be -100"):
         attach(model, QCRDLoss.for_model(model, ignore_index=0))
+    with pytest.raises(InputError, match="must be a QCRDLoss or None, got CrossEntropyLoss"):
+        attach(model, torch.nn.CrossEntropyLoss())
     attach(model)
+    with pytest.raises(ValueError, match=r"model\(\*\*batch\)"):
+        model(batch)
     with pytest.raises(ValueError, match="takes no position_ids"):
         model(**batch, position_ids=batch["input_ids"])
     with pytest.raises(ValueError, match="question must have one entry a sequence"):
