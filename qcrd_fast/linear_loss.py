@@ -105,7 +105,7 @@ def _rationale_loss(
     triton: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, nll_R, dHidden, dWeight, dBias), the gradients [0] where not needed."""
+    """(loss, nll_R, dHidden in their type, dWeight, dBias), the gradients [0] where not needed."""
     options, valid_T, R = HeadOptions(scale, softcap, temperature), target_T != ignore_index, len(positive_R)
     forward: Any = forward_keeping
     backward: Any = backward_kept
@@ -130,7 +130,7 @@ def _rationale_loss(
             grads = again[1](*head, lse_T, (dlogprob_T, -dlogprob_T, None), options, tuple(needs))
     empty = hidden_TH.new_empty(0)
     dhidden, dweight, dbias = (empty.clone() if grad is None else grad for grad in grads)
-    return loss, nll_R, dhidden.to(hidden_TH.dtype), dweight, dbias
+    return loss, nll_R, dhidden.to(nll_R.dtype), dweight, dbias
 
 
 @_rationale_loss.register_fake
@@ -156,24 +156,27 @@ def _(
     def like(x: Tensor | None, need: bool) -> Tensor:
         return torch.empty_like(x).contiguous() if need and x is not None else hidden_TH.new_empty(0)
 
-    return nll_R.new_empty(()), nll_R, like(hidden_TH, needs[0]), like(weight_VH, needs[1]), like(bias_V, needs[2])
+    dhidden_TH = like(hidden_TH, needs[0]).to(nll_R.dtype)
+    return nll_R.new_empty(()), nll_R, dhidden_TH, like(weight_VH, needs[1]), like(bias_V, needs[2])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[2:])
-    ctx.needs = inputs[-1]
+    ctx.needs, ctx.dtype = inputs[-1], inputs[0].dtype
 
 
 def _scale(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    """The gradients made in forward, times the loss's own, in place: one of a head's size more would be the largest tensor."""
-    grads = [None, None, None]
+    """The gradients made in forward, times the loss's own, in place: one of a head's size more would be the largest tensor.
+
+    A scalar would be rounded to their type first, in which a loss scale of 2^16 may be infinite; [1] is not.
+    """
+    dhidden, dweight, dbias = None, None, None
     if dloss is not None:
-        grads = [
-            grad.mul_(dloss.to(grad.dtype)) if need else None for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
-        ]
-    return grads[0], grads[1], None, grads[2], *[None] * 11
+        saved = zip(ctx.saved_tensors, ctx.needs, strict=True)
+        dhidden, dweight, dbias = (grad.mul_(dloss.reshape(1)) if need else None for grad, need in saved)
+    return None if dhidden is None else dhidden.to(ctx.dtype), dweight, None, dbias, *[None] * 11
 
 
 _rationale_loss.register_autograd(_scale, setup_context=_save)

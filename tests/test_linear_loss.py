@@ -66,6 +66,24 @@ def test_bf16_operands():
         assert a.dtype == torch.bfloat16 and error(a, b) < 1e-2
 
 
+@pytest.mark.parametrize("dtype, factor", [(torch.float16, 2.0**16), (torch.float16, 1.0), (torch.bfloat16, 1 / 3)])
+def test_the_upstream_gradient_is_not_rounded_to_half_precision(dtype, factor):
+    """2^16 is a GradScaler's first scale and more than fp16 holds; it is there for gradients that fp16 would flush to 0."""
+    batch = random_batch().to(torch.float32)
+    shrunk = weights_of(batch) / (4e5 if factor > 1 else 1)
+    with torch.autocast("cpu", dtype):
+        head = (batch.hidden, batch.weight, batch.target, batch.rationale, batch.positive, shrunk)
+        loss, _ = linear_rationale_loss(*head, beta=BETA, delta=DELTA, impl="torch")
+    got = torch.autograd.grad(factor * loss, [batch.hidden, batch.weight])
+    doubles = [x.detach().to(dtype).double().requires_grad_() for x in (batch.hidden, batch.weight)]
+    logprob_T = linear_logprob(*doubles, batch.target, impl="eager")
+    valid = batch.target != -100
+    terms = (batch.rationale, batch.positive, shrunk)
+    want = weighted_rationale_loss(logprob_T, *terms, beta=BETA, delta=DELTA, valid_T=valid)[0]
+    for a, b, budget in zip(got, torch.autograd.grad(factor * want, doubles), (torch.finfo(dtype).eps / 2, 1e-6), strict=True):
+        assert a.dtype == torch.float32 and error(a, b) < budget
+
+
 def test_what_is_frozen_gets_no_gradient_and_costs_none():
     batch = random_batch().to(torch.float32)
     call = (batch.target, batch.rationale, batch.positive, weights_of(batch))
