@@ -20,7 +20,7 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.runfolder import FREE_OPTIONS, read_lines, sha256
 from qcrd_fast.statistics import Answers, Estimate, pair, single
 
-RESULTS, PREDICTIONS = "eval_results.json", "predictions.jsonl"
+RESULTS = "eval_results.json"
 ATTEMPTS, WHERE, JUDGED = "attempts.jsonl", "environment.json", "rationales.json"  # what this module adds to a run folder
 APART = {*FREE_OPTIONS, "data", "eval_data", "test_data", "student", "seed"}  # options with a column of their own, or none
 MEANS = ("active_hinge_lagged", "active_hinge_minority", "masked_minority_share", "quality_positive", "quality_negative")
@@ -63,8 +63,11 @@ class Job:
             if name not in FREE_OPTIONS and name in before and before[name] != value:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{began}: the run began with {flag} {before[name]!r}, now it is {value!r}")
-        files = [RESULTS, *([PREDICTIONS, JUDGED] if self.judge else [])]
-        return "finished" if all((self.folder / name).is_file() for name in files) else "begun"
+        if not all((self.folder / name).is_file() for name in (RESULTS, *([JUDGED] if self.judge else []))):
+            return "begun"
+        if _json(self.folder / WHERE).get("data", "") not in ("", data_digest(self.config)):
+            raise InputError(f"{self.folder}: the run was made from other data; choose another folder")
+        return "finished"
 
 
 def row(job: Job) -> dict[str, Any]:
@@ -114,8 +117,10 @@ _digests: dict[tuple[str | None, ...], str] = {}
 
 
 def data_digest(config: TrainConfig) -> str:
-    """Twelve digits of the contents of --data, --eval-data and --test-data."""
+    """Twelve digits of the contents of --data, --eval-data and --test-data; "" where one is not there."""
     paths = (config.data, config.eval_data, config.test_data)
+    if not all(Path(path).exists() for path in paths if path):
+        return ""
     if paths not in _digests:
         digest = hashlib.sha256()
         for name in paths:
@@ -183,11 +188,16 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
     first = next(iter(answers))
     for method, found in answers.items():
         if (told := single(found)) is not None:
-            line = f"{method}: {100 * told.mean:.1f}% ({100 * told.low:.1f} to {100 * told.high:.1f}), {told.seeds} seeds"
+            line = f"{method}: {shares(told)} %, seeds: {told.seeds}"
             if method != first and (against := pair(found, answers[first])) is not None:
                 line += f"; against {first}: {signed(against)}"
             lines.append(line)
     return "\n".join(lines)
+
+
+def shares(told: Estimate) -> str:
+    """A share in percent with its interval, which ends at 0 and 100."""
+    return f"{100 * told.mean:.1f} ({100 * max(told.low, 0):.1f} to {100 * min(told.high, 1):.1f})"
 
 
 def signed(told: Estimate) -> str:

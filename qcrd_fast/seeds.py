@@ -19,7 +19,7 @@ import yaml
 from qcrd_fast.config import METHODS, TrainConfig, nearest
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.runfolder import append_lines, remove_tree, write_json, write_text
-from qcrd_fast.runrows import ATTEMPTS, JUDGED, WHERE, Job, append_row, check_csv, row
+from qcrd_fast.runrows import ATTEMPTS, JUDGED, WHERE, Job, append_row, check_csv, data_digest, row
 from qcrd_fast.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -79,17 +79,24 @@ def plan(config: TrainConfig, seeds: Sequence[int], methods: Sequence[str], reci
 
     Raises `InputError` for data that is not there.
     """
-    for name in ("data", "eval_data", "test_data"):
-        path = getattr(config, name)
-        if path and not Path(path).exists():
-            raise InputError(f"--{name.replace('_', '-')}: {path} does not exist; the recipe's head says how it is made")
     jobs = []
     for seed in seeds:  # a seed of every method first: an early look compares them
         for method in methods:
             folder = Path(str(config.output_dir)) / (method if len(methods) > 1 else "") / f"seed-{seed}"
             one = dataclasses.replace(config, seed=seed, method=method, output_dir=str(folder), resume="auto")
             jobs.append(Job(one, recipe, judge))
+    check_data(jobs)
     return jobs
+
+
+def check_data(jobs: Sequence[Job]) -> None:
+    """Raises `InputError` for data that is not there."""
+    for job in jobs:
+        for name in ("data", "eval_data", "test_data"):
+            path = getattr(job.config, name)
+            if path and not Path(path).exists():
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag}: {path} does not exist; the head of recipe {job.recipe} says how it is made")
 
 
 def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, keep: bool = True) -> list[dict[str, Any]]:
@@ -216,6 +223,7 @@ def environment(config: TrainConfig) -> dict[str, Any]:
     gpu = device.type == "cuda"
     return {
         "gpu": gpu,
+        "data": data_digest(config),
         "device": torch.cuda.get_device_name(device) if gpu else f"CPU x{os.cpu_count()}",
         "threads": torch.get_num_threads(),
         "version": __version__,
