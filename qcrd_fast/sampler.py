@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 
 from qcrd_fast.decode import Autocast, Decoder
+from qcrd_fast.heads import evaluating
 from qcrd_fast.linear_sample import head_logits, linear_sample, pick_tokens
 from qcrd_fast.packing import length_batches
 from qcrd_fast.prompts import TokenIds
@@ -93,17 +94,11 @@ class Sampler:
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
         """Eval mode, no gradient, the caller's autocast; a graph must not hold what autocast had cast before it."""
-        model = self.student.model
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), self.autocast() if self.autocast else contextlib.nullcontext():
-                if self.autocast and self.graphed:
-                    torch.set_autocast_cache_enabled(False)
-                yield
-        finally:
-            if was_training:
-                model.train()
+        autocast = self.autocast() if self.autocast else contextlib.nullcontext()
+        with evaluating(self.student.model), torch.no_grad(), autocast:
+            if self.autocast and self.graphed:
+                torch.set_autocast_cache_enabled(False)
+            yield
 
     def draw(
         self,
@@ -116,11 +111,16 @@ class Sampler:
     ) -> list[TokenIds]:
         """One continuation for each source, EOS included where it was reached; see `qcrd_fast.sampling.sample`.
 
-        limits: tokens of each at most, where that is fewer than `max_new_tokens`.
+        limits: tokens of each at most, 1 or more, where that is fewer than `max_new_tokens`.
 
-        Raises `Cancelled` within a few tokens of `stop` being set.
+        Raises `Cancelled` within a few tokens of `stop` being set, `ValueError` for a prompt or a limit that does not fit.
         """
-        most = self.settings.max_new_tokens
+        most, longest = self.settings.max_new_tokens, self.decoder.prompt
+        for i, source in enumerate(sources):
+            if not 0 < len(source) <= longest:
+                raise ValueError(f"prompt {i} has {len(source)} tokens, expected 1 to {longest}")
+        if limits and min(limits) < 1:
+            raise ValueError(f"limits must be at least 1, got {min(limits)}")
         requests = [
             _Request(list(s), keys[i], indices[i] if indices else 0, min(limits[i], most) if limits else most, i)
             for i, s in enumerate(sources)

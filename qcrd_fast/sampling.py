@@ -7,6 +7,7 @@ from the softmax of logits / temperature. Students that `qcrd_fast.sampler` cann
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from qcrd_fast.decode import Autocast, find_style
+from qcrd_fast.heads import evaluating
 from qcrd_fast.noise import gumbel
 from qcrd_fast.noise import key_words as key_words
 from qcrd_fast.sampler import Cancelled
@@ -74,15 +76,12 @@ def _style(student: Student, longest: int) -> str | None:
     window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None) or 0
     beyond = 0 < window < longest
     if beyond not in styles:
-        was_training = model.training
-        model.eval()
         try:
-            styles[beyond] = find_style(student, longest)
+            with evaluating(model):
+                styles[beyond] = find_style(student, longest)
         except ValueError as error:
             log.warning("%s samples through generate, which is slower: %s", type(model).__name__, error)
             styles[beyond] = None
-        finally:
-            model.train(was_training)
     return styles[beyond]
 
 
@@ -133,9 +132,6 @@ class GenerateSampler:
     ) -> list[TokenIds]:
         """As `Sampler.draw`; looks at `stop` between batches."""
         student, settings, model, device = self.student, self.settings, self.student.model, self.student.device
-        was_training, own_settings = model.training, model.generation_config
-        model.eval()
-        model.generation_config = GenerationConfig()  # else its penalties and beams would fill what `config` leaves open
         results: list[TokenIds] = [[] for _ in sources]
         eos = student.tokenizer.eos_token_id
         config = GenerationConfig(
@@ -146,7 +142,9 @@ class GenerateSampler:
             decoder_start_token_id=model.config.decoder_start_token_id if student.is_encoder_decoder else None,
         )
         order = sorted(range(len(sources)), key=lambda i: (len(sources[i]), i))
-        try:
+        with evaluating(model), contextlib.ExitStack() as stack:
+            stack.callback(setattr, model, "generation_config", model.generation_config)
+            model.generation_config = GenerationConfig()  # else its penalties and beams would fill what `config` leaves open
             for at in range(0, len(order), settings.batch_size):
                 if stop is not None and stop.is_set():
                     raise Cancelled
@@ -171,7 +169,4 @@ class GenerateSampler:
                 for i, tokens in zip(rows, out[:, start:].tolist(), strict=True):
                     results[i] = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
                     self.drawn_tokens += len(results[i])
-        finally:
-            model.train(was_training)
-            model.generation_config = own_settings
         return results

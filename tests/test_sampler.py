@@ -181,10 +181,15 @@ def test_nucleus_sampling_is_that_of_generate(student, top_p, top_k):
     assert sample(student, sources, keys, settings) == GenerateSampler(student, settings).draw(sources, keys)
 
 
-def test_a_draw_leaves_the_model_as_it_was(student):
+@pytest.mark.parametrize("kind", [make_sampler, GenerateSampler])
+def test_a_draw_leaves_the_model_as_it_was(student, kind):
     student.model.train()
-    sample(student, prompts(student, 3), [(0, 0)] * 3, SampleSettings(max_new_tokens=3))
-    assert student.model.training
+    frozen = student.model.get_input_embeddings().eval()
+    modes, own_settings = [m.training for m in student.model.modules()], student.model.generation_config
+    rest = (64,) if kind is make_sampler else ()
+    kind(student, SampleSettings(max_new_tokens=3), *rest).draw(prompts(student, 3), [(0, 0)] * 3)
+    assert not frozen.training and [m.training for m in student.model.modules()] == modes
+    assert student.model.generation_config is own_settings
     assert not any("compute_bias" in module.__dict__ for module in student.model.modules())
     assert all(p.requires_grad for p in student.model.parameters()) and torch.is_grad_enabled()
 
@@ -254,6 +259,18 @@ def test_each_sample_has_a_limit_of_its_own(student):
     drawn = make_sampler(student, settings, max(map(len, sources)))
     whole = drawn.draw(sources, keys)
     assert drawn.draw(sources, keys, limits=limits) == [tokens[:n] for tokens, n in zip(whole, limits, strict=True)]
+
+
+def test_what_does_not_fit_is_named(student):
+    drawn = make_sampler(student, SampleSettings(max_new_tokens=4), 3)
+    for sources, limits, message in (
+        ([[5, 6], [5] * 4], None, "prompt 1 has 4 tokens, expected 1 to 3"),
+        ([[]], None, "prompt 0 has 0 tokens"),
+        ([[5], [6]], [1, 0], "limits must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            drawn.draw(sources, [(0, 0)] * len(sources), limits=limits)
+    assert drawn.draw([], []) == []
 
 
 def test_a_body_that_no_graph_can_hold_is_run_without(student, monkeypatch, caplog):
