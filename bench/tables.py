@@ -226,7 +226,8 @@ def as_means(table: Table, recipe: str, settings: Settings, rows: Rows) -> list[
     lines = [line(["", *(c.replace("_", " ") for c in table.columns), "seeds"]), line(["---"] * (len(table.columns) + 2))]
     for variant in table.variants:
         mine = found_rows(table, recipe, variant, settings, rows)
-        cells = [f"{mean(mine, c):.3f}" if any(r[c] for r in mine) else "not run" for c in table.columns]
+        without = "none" if mine else "not run"  # nothing of the kind in any run
+        cells = [f"{mean(mine, c):.3f}" if any(r[c] for r in mine) else without for c in table.columns]
         lines.append(line([variant.label, *cells, str(len(mine))]))
     return lines
 

@@ -49,6 +49,12 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
         ("student", "data", "questions", "pass", "mask", "dtype", "device", "threads"),
         ("student", "data", "questions", "pass", "tokens_quotient", "time_quotient", "dtype", "device", "commit"),
     ),
+    "runs": (
+        "Trained students",
+        "Runs of `recipes/`: accuracy on the test questions. With intervals, and how: [recipes](recipes.md).",
+        ("recipe", "student", "method", "options", "seed", "data"),
+        ("recipe", "method", "options", "seed", "accuracy", "n", "evaluated_on", "gpu_minutes", "device", "commit"),
+    ),
     "sampler": (
         "Sampling the student",
         "Tokens a second, against transformers' `generate`.",

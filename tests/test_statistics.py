@@ -77,7 +77,9 @@ def test_variance_of_a_crossed_design_is_unbiased() -> None:
     random = np.random.default_rng(0)
     S, Q = 6, 30
     told = [
-        crossed_variance(0.2 * random.standard_normal((S, 1)) + 0.5 * random.standard_normal(Q) + random.standard_normal((S, Q)))
+        crossed_variance(
+            0.2 * random.standard_normal((S, 1)) + 0.5 * random.standard_normal(Q) + random.standard_normal((S, Q))
+        )
         for _ in range(2000)
     ]
     assert np.mean([variance for variance, _ in told]) == pytest.approx(0.04 / S + 0.25 / Q + 1 / (S * Q), rel=0.08)
