@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/qcrd-fast demo --output-dir runs/demo --resume auto
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(DEV)
 	$(BIN)/ruff check .
