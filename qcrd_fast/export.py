@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from qcrd_fast import __version__
@@ -72,10 +73,12 @@ def export_run(run: str, output: str, *, checkpoint: str | None = None, dry_run:
         student.tokenizer.save_pretrained(temporary)
         write_json(temporary / STATE, {"prompt": state["prompt"], "task": state.get("task"), "method": state.get("method")})
         write_text(temporary / "README.md", card)
+        for weights in temporary.glob("*.safetensors"):  # written for their owner alone, and a server may be another user
+            weights.chmod((temporary / "README.md").stat().st_mode)
         os.replace(temporary, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
-        raise RunError(f"cannot write {output}: {error.strerror or error} ({free} bytes free)") from error
+        raise RunError(f"cannot write {output}: {getattr(error, 'strerror', None) or error} ({free} bytes free)") from error
     finally:
         remove_tree(temporary)
     return summary | {"files": sorted(p.name for p in target.iterdir())}

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from cli.main import entry
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.errors import InputError
+from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.evaluate import load_student
 from qcrd_fast.export import export_run, usage
 from qcrd_fast.quality import wilson
@@ -119,6 +120,21 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys) -> None:
     assert entry(["export", str(run), "--output", str(tmp_path / "x"), "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["adapter_merged"] is False
     assert not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_leaves_nothing_behind(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(RunError, match=r"cannot write .*No space left.*bytes free"):
+        export_run(str(run), str(tmp_path / "model"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whoever_may_read_the_card_may_read_the_weights(run: Path, tmp_path: Path) -> None:
+    export_run(str(run), str(tmp_path / "model"))
+    assert len({path.stat().st_mode for path in (tmp_path / "model").iterdir()}) == 1
 
 
 def test_an_adapter_is_merged(llama_folder: Path, tmp_path: Path) -> None:
