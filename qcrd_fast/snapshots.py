@@ -6,14 +6,17 @@ the GPU and back without stopping it.
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qcrd_fast.errors import RunError
 from qcrd_fast.runfolder import sha256
 
 Weights = dict[str, Tensor]
@@ -87,9 +90,16 @@ class Snapshots:
             arrived.synchronize()
         path = self.path(iteration)
         temporary = path.with_name(f".{path.name}.tmp")
-        save_file(weights, temporary)
-        digest = sha256(temporary)
-        temporary.replace(path)
+        try:
+            save_file(weights, temporary)
+            digest = sha256(temporary)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            needed = sum(tensor.nbytes for tensor in weights.values())
+            free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
+            raise RunError(f"cannot write {path}: {error} ({needed} bytes needed, {free} free)") from error
+        finally:
+            temporary.unlink(missing_ok=True)
         return digest
 
     def wait(self) -> None:

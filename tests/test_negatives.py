@@ -8,9 +8,10 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.errors import InputError
+from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.negatives import AHEAD, Asked, LaggedNegatives
 from qcrd_fast.sampler import Cancelled
 from qcrd_fast.schedule import Schedule
@@ -86,15 +87,18 @@ def test_a_snapshot_is_the_student_when_it_was_taken(tmp_path):
     assert model.weight.eq(1.0).all()
 
 
-def test_a_snapshot_that_cannot_be_written_is_an_error_where_its_digest_is_needed(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError("No space left on device")
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
+def test_a_snapshot_that_cannot_be_written_is_an_error_where_its_digest_is_needed(error, tmp_path, monkeypatch):
+    def full(_, path):
+        path.write_bytes(b"half")
+        raise error("No space left on device")
 
     monkeypatch.setattr("qcrd_fast.snapshots.save_file", full)
-    snapshots = Snapshots(tmp_path / "snapshots")
+    snapshots = Snapshots(tmp_path)
     snapshots.save(0, torch.nn.Linear(2, 2))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match=r"iteration-00000.*No space left.*12 bytes needed, \d+ free"):
         snapshots.digests(0)
+    assert list(tmp_path.iterdir()) == []
 
 
 # The store
