@@ -20,7 +20,7 @@ from transformers import TopPLogitsWarper
 
 from qcrd_fast.decode import Autocast, Decoder
 from qcrd_fast.heads import evaluating
-from qcrd_fast.linear_sample import head_logits, linear_sample, pick_tokens
+from qcrd_fast.linear_sample import head_logits, largest, linear_sample, pick_tokens
 from qcrd_fast.packing import length_batches
 from qcrd_fast.prompts import TokenIds
 from qcrd_fast.reference import HeadOptions
@@ -245,7 +245,8 @@ class Sampler:
             options = HeadOptions(head.scale, float(head.softcap or 0), settings.temperature)
             logits_BV = head_logits(hidden_BH, head.weight, head.bias, options)
             if 0 < settings.top_k < logits_BV.shape[1]:
-                logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.topk(settings.top_k).values[:, -1:], -torch.inf)
+                kept_BK, vocab_BK = largest(logits_BV, settings.top_k)
+                logits_BV = torch.full_like(logits_BV, -torch.inf).scatter(1, vocab_BK, kept_BK)
             return pick_tokens(self._top_p(None, logits_BV), key_B2, counter_B3)  # type: ignore[arg-type]
 
     def _graph(self, span: int) -> torch.cuda.CUDAGraph | None:

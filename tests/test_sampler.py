@@ -181,6 +181,13 @@ def test_nucleus_sampling_is_that_of_generate(student, top_p, top_k):
     assert sample(student, sources, keys, settings) == GenerateSampler(student, settings).draw(sources, keys)
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.999])
+def test_equal_logits_do_not_widen_the_top_k(student, top_p):
+    drawn = make_sampler(student, SampleSettings(1.0, 3, top_p, batch_size=64), 4)
+    key, counter = torch.arange(128).reshape(64, 2), torch.zeros(64, 3, dtype=torch.long)
+    assert set(drawn._pick(torch.zeros(64, student.head.weight.shape[1]), key, counter).tolist()) == {0, 1, 2}
+
+
 @pytest.mark.parametrize("kind", [make_sampler, GenerateSampler])
 def test_a_draw_leaves_the_model_as_it_was(student, kind):
     student.model.train()
