@@ -180,6 +180,7 @@ def contrastive_loss(
         num_questions = question_R.max() + 1 if R else 1
     if isinstance(num_questions, Tensor):
         N = num_questions.to(device=logprob.device, dtype=logprob_T.dtype).reshape(())
+        require(N > 0, lambda: f"num_questions must be above 0, got {float(N):g}")
     else:
         require(num_questions > 0, lambda: f"num_questions must be above 0, got {num_questions}")
         N = torch.full((), num_questions, dtype=logprob_T.dtype, device=logprob.device)

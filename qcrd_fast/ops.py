@@ -6,6 +6,7 @@ mean per rationale, selection per question, weights, hinge, the two terms of Eq.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,6 +95,7 @@ def check_head(
         all(x is None or x.device == hidden.device for x in (weight, target, bias)),
         lambda: f"weight, target and bias must be on {hidden.device} with hidden",
     )
+    require(math.isfinite(scale), lambda: f"scale must be finite, got {scale}")
     require(temperature > 0, lambda: f"temperature must be above 0, got {temperature}")
     require(softcap is None or softcap > 0, lambda: f"softcap must be above 0 or None, got {softcap}")
     hidden_TH, target_T = hidden.reshape(-1, H), target.reshape(-1).long()

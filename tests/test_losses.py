@@ -464,6 +464,7 @@ def test_errors_name_what_was_expected_and_what_came():
         (dict(hidden=torch.ones(3, 4).long()), "hidden must be floating point"),
         (dict(bias=torch.randn(4)), r"bias must be \[5\] to match weight, got \[4\]"),
         (dict(temperature=0.0), "temperature must be above 0, got 0.0"),
+        (dict(scale=math.nan), "scale must be finite, got nan"),
         (dict(softcap=-1.0), "softcap must be above 0 or None, got -1.0"),
         (dict(impl="cuda"), "impl='cuda': expected one of auto, triton, torch, eager"),
     ]:
@@ -481,6 +482,7 @@ def test_errors_name_what_was_expected_and_what_came():
         (dict(quality=torch.full((7,), 1.5)), r"quality must lie in \[0, 1\], got 1.5 to 1.5"),
         (dict(valid_T=torch.ones(7)), "valid_T must be bool"),
         (dict(num_questions=0), "num_questions must be above 0, got 0"),
+        (dict(num_questions=torch.tensor(-2)), "num_questions must be above 0, got -2"),
         (dict(scheme="minmx"), r"scheme is one of minmax, maxmin, sampling, mean, wmean; got 'minmx'; did you mean 'minmax'\?"),
         (dict(positive_select="max-active"), "positive_select is one of min, max, mean, wmean, sampling; got 'max-active'"),
         (dict(negative_select="none"), "negative_select is one of max, max-active, min, mean, wmean, sampling; got 'none'"),
