@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qcrd_fast import reference
 from qcrd_fast.dispatch import choose_impl, require
-from qcrd_fast.ops import check_head
+from qcrd_fast.ops import check_head, linear_logprob
 from qcrd_fast.reference import HeadOptions
 
 KEPT_BYTES = 64 * 2**20  # of logits that the torch twin keeps
@@ -64,8 +64,9 @@ def linear_rationale_loss(
     chosen = choose_impl(impl, hidden.device, hidden_TH.dtype)[0]
     margin, weight_R = None if delta is None else float(delta), rationale_weight.detach()
     with torch.autocast(hidden.device.type, enabled=False):
-        if chosen == "eager":
-            logprob_T = reference.linear_logprob_eager(hidden_TH, weight, target_T, bias, options, ignore_index)[0]
+        if chosen == "eager" or hidden_TH.dtype == torch.float16:  # whose small gradients need the loss's scale before rounding
+            settings = dict(bias=bias, scale=scale, softcap=softcap, temperature=temperature, ignore_index=ignore_index)
+            logprob_T = linear_logprob(hidden_TH, weight, target_T, impl=impl, **settings)
             valid_T = target_T != ignore_index
             nll_R, _ = reference.rationale_mean(logprob_T, rationale_T, valid_T, len(positive))
             return loss_terms(nll_R, positive, weight_R.to(nll_R.dtype), beta, margin)[0], nll_R.detach()

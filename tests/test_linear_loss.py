@@ -84,6 +84,19 @@ def test_the_upstream_gradient_is_not_rounded_to_half_precision(dtype, factor):
         assert a.dtype == torch.float32 and error(a, b) < budget
 
 
+def test_small_gradients_of_fp16_take_the_losss_scale_before_they_are_rounded():
+    """A weight of 1e-6 under GradScaler's first scale: rounded first, d loss / d logit would be 0 in fp16."""
+    batch = random_batch().to(torch.float16)
+    weight_R = torch.full((len(batch.positive),), 1e-6)
+    call = (batch.target, batch.rationale, batch.positive, weight_R)
+    loss, _ = linear_rationale_loss(batch.hidden, batch.weight, *call, beta=BETA, delta=DELTA, impl="torch")
+    got = torch.autograd.grad(65536 * loss, (batch.hidden, batch.weight))
+    doubles = [x.detach().double().requires_grad_() for x in (batch.hidden, batch.weight)]
+    loss, _ = linear_rationale_loss(*doubles, *call, beta=BETA, delta=DELTA, impl="eager")
+    for a, b in zip(got, torch.autograd.grad(65536 * loss, doubles), strict=True):
+        assert error(a, b) < 4e-3
+
+
 def test_what_is_frozen_gets_no_gradient_and_costs_none():
     batch = random_batch().to(torch.float32)
     call = (batch.target, batch.rationale, batch.positive, weights_of(batch))
