@@ -65,8 +65,10 @@ def linear_rationale_loss(
     margin, weight_R = None if delta is None else float(delta), rationale_weight.detach()
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen == "eager" or hidden_TH.dtype == torch.float16:  # whose small gradients need the loss's scale before rounding
-            settings = dict(bias=bias, scale=scale, softcap=softcap, temperature=temperature, ignore_index=ignore_index)
-            logprob_T = linear_logprob(hidden_TH, weight, target_T, impl=impl, **settings)
+            logprob_T = linear_logprob(
+                hidden_TH, weight, target_T, bias=bias, scale=scale, softcap=softcap, temperature=temperature,
+                ignore_index=ignore_index, impl=impl,
+            )  # fmt: skip
             valid_T = target_T != ignore_index
             nll_R, _ = reference.rationale_mean(logprob_T, rationale_T, valid_T, len(positive))
             return loss_terms(nll_R, positive, weight_R.to(nll_R.dtype), beta, margin)[0], nll_R.detach()
