@@ -21,6 +21,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator import Discriminator
 from qcrd_fast.errors import RunError
 from qcrd_fast.examples import Candidate, Example
+from qcrd_fast.heads import evaluating
 from qcrd_fast.linear_loss import linear_rationale_loss, loss_terms
 from qcrd_fast.losses import ContrastiveOutput, contrastive_loss, weighted_rationale_loss
 from qcrd_fast.negatives import Negative
@@ -123,10 +124,8 @@ class Objective:
         chosen = Weighted([], [], [], self.config.beta, self.config.delta)
         if not candidates:
             return chosen
-        self.student.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.student.model):
             packed, logprob_T = self.score([e.explain for e in batch], [c.tokens for c in candidates], question, stats)
-        self.student.model.train()
         out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)
         for c, q, weight, selected in zip(candidates, question, out.weight_R.tolist(), out.selected_R.tolist(), strict=True):
             if selected:
