@@ -114,6 +114,7 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
     for job in [job for job in jobs if job not in todo]:
         _finish(job, csv_path, keep)
     failed: list[str] = []
+    codes: list[int] = []
     running: dict[Job, tuple[subprocess.Popen[bytes], float]] = {}
     with StopSignals() as stop:
         asked = False
@@ -130,6 +131,7 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
                     if process.poll() is None:
                         continue
                     del running[job]
+                    codes.append(process.returncode)
                     seconds = time.monotonic() - began
                     if job.folder.is_dir():
                         append_lines(
@@ -141,6 +143,9 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
                     elif not stop.signum:
                         failed.append(job.name)
                         log.error("%s failed (exit %d): %s", job.name, process.returncode, _last_line(job))
+                        if codes == [InputError.exit_code] * 3 and todo:
+                            log.error("the first three runs were refused; the other %d are not tried", len(todo))
+                            todo = []
                 time.sleep(0.05)
         finally:
             for process, _ in running.values():  # a second signal ends us at once, and them

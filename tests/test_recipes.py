@@ -105,6 +105,7 @@ c = yaml.safe_load(open(sys.argv[1])); run = pathlib.Path(c["output_dir"]); run.
 (run / "config.resolved.yaml").write_text(open(sys.argv[1]).read())
 if (run.parent / f"slow-{c['seed']}").exists(): time.sleep(60)
 if (run.parent / f"bad-{c['seed']}").exists(): sys.exit("the disk is full")
+if (run.parent / "refuse").exists(): sys.exit(2)
 rows = [{"id": str(i), "correct": (i + c["seed"]) % 3 == 0} for i in range(9)]
 (run / "predictions.jsonl").write_text("".join(json.dumps(r) + "\\n" for r in rows))
 (run / "checkpoint-1").mkdir(exist_ok=True)
@@ -180,6 +181,14 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(jobs, tmp_path) -> None
     for path in tmp_path.glob("out/slow-*"):
         path.unlink()
     assert len(seeds.run_jobs(jobs, results, parallel=3)) == 3
+
+
+def test_what_refuses_the_first_three_runs_is_not_tried_on_the_rest(jobs, tmp_path, caplog) -> None:
+    (tmp_path / "out" / "refuse").touch()
+    more = seeds.plan(dataclasses.replace(jobs[0].config, output_dir=str(tmp_path / "out")), range(9), ("dss",), "toy")
+    with pytest.raises(RunError, match="3 of 9 runs failed"):
+        seeds.run_jobs(more, tmp_path / "runs.csv")
+    assert "the other 6 are not tried" in caplog.text
 
 
 def test_other_options_or_other_data_are_not_taken_for_the_same_run(jobs, tmp_path) -> None:
