@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -39,6 +38,9 @@ def run(method: str, seed: int, threads: int) -> dict[str, object]:
 def main() -> None:
     import torch
     import transformers
+    from qcrd_fast.bench.record import append
+
+    from qcrd_fast.seeds import commit
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", default="finetune,dss,qcrd")
@@ -46,25 +48,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of each run")
     args = parser.parse_args()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     where = {
         "device": f"CPU {platform.machine()} x{os.cpu_count()}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit,
+        "commit": commit(),
     }
     cases = [(method, int(seed)) for method in args.methods.split(",") for seed in args.seeds.split(",")]
     with ThreadPoolExecutor(args.jobs) as pool:
         for row in pool.map(lambda case: run(*case, args.threads), cases):
             row |= where
             print(row, flush=True)
-            RESULTS.parent.mkdir(exist_ok=True)
-            new = not RESULTS.exists()
-            with open(RESULTS, "a", newline="") as file:
-                writer = csv.DictWriter(file, list(row))
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append(RESULTS, list(row), [row])
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ of a baseline means good is read off the training questions. One CSV row a run, 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,10 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import Question, hold_out, load_questions, question_text
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator
 from qcrd_fast.quality import auc, interval, judge, question_weights
+from qcrd_fast.seeds import commit
 from qcrd_fast.students import EXPLAIN, PromptSettings, Student
+
+from .record import append
 
 RESULTS = Path(__file__).parent / "results" / "discriminator.csv"
 
@@ -141,17 +142,11 @@ def main() -> None:
         row |= {f"{name}_auc": auc(values, positive), f"{name}_low": low, f"{name}_high": high}
         row |= {f"{name}_gain_low": gain_low, f"{name}_gain_high": gain_high}
     row = {k: round(v, 4) if isinstance(v, float) and k != "learning_rate" else v for k, v in row.items()}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     row |= {"questions": len(held_out), "right": sum(positive), "wrong": len(positive) - sum(positive), "wall_s": round(wall_s)}
-    row |= {"torch": torch.__version__, "transformers": transformers.__version__, "commit": commit}
+    row |= {"torch": torch.__version__, "transformers": transformers.__version__, "commit": commit()}
     print(json.dumps(row), flush=True)
     if args.append:
-        new = not RESULTS.exists()
-        with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append(RESULTS, list(row), [row])
 
 
 if __name__ == "__main__":

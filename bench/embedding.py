@@ -7,7 +7,6 @@ The student has T5-small's shape with random weights; the step is a forward and 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -147,14 +146,17 @@ def main() -> None:
         print(json.dumps(processor_ms() if args.only == "time" else memory(args.only)))
         return
 
+    from qcrd_fast.seeds import commit
+
+    from .record import append
+
     def run(only: str) -> Any:
         command = [sys.executable, "-m", __spec__.name, "--only", only]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         return json.loads(done.stdout)
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    where = {"device": f"CPU {platform.machine()} x{os.cpu_count()}", "commit": commit, "time": now}
+    where = {"device": f"CPU {platform.machine()} x{os.cpu_count()}", "commit": commit(), "time": now}
     times, rows = run("time"), []
     for provider in PROVIDERS:
         ms = times[provider]
@@ -164,12 +166,7 @@ def main() -> None:
         share = {name: rows[-1][name] / rows[0][name] for name in ("step_mib", "cpu_ms", "process_peak_mib")}
         print(f"{provider:18}", *(f"{name} {rows[-1][name]} ({value:.2f} of logits)" for name, value in share.items()))
     if args.append:
-        new = not RESULTS.exists()
-        with open(RESULTS, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(RESULTS, list(rows[0]), rows, digits=8)  # of the loss, which shows that all computed the same
 
 
 if __name__ == "__main__":

@@ -7,17 +7,12 @@ products of the same shape, timed in the same rounds: U = T V H, s the share of 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import datetime
 import functools
 import gc
-import importlib.metadata
 import itertools
 import logging
 import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,15 +27,14 @@ from qcrd_fast.linear_loss import KEPT_BYTES
 from . import timing
 from .cases import DTYPES, HEADS, LOGITS, Batch, Case, Truth, find_truth, make_batch
 from .peers import SOURCES, Provider, find_providers, joint, one_line
+from .record import VERSIONED, append, check_appendable, describe_machine
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "loss.csv"
+RESULTS = Path(__file__).parent / "results" / "loss.csv"
 FOUR_HEADS = ("t5-base", "smollm2-135m", "gemma-3-270m", "llama-3-8b")
 LIMITS = {"fp32": 1e-3, "bf16": 2e-2}  # ||out - ref|| / ||ref|| of a gradient; beyond it a provider is wrong
 CHECKED_ON_CPU = 1024  # tokens: float64 is slow there
 RATE_ROWS = 4096  # of the products that set the floor, so that theirs is no T x V matrix either
 ERRORS = ("loss_error", "dhidden_error", "dweight_error")
-VERSIONED = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 
 log = logging.getLogger("qcrd_fast.bench")
 
@@ -90,7 +84,7 @@ def run_bench(
     if os.environ.get("QCRD_FAST_IMPL"):
         raise InputError("QCRD_FAST_IMPL overrides which implementation runs; unset it to compare them")
     if append_to:
-        check_appendable(append_to)
+        check_appendable(append_to, COLUMNS)
     names = find_names(device, providers)
     repeats = repeats or (30 if device.type == "cuda" else 7)
     results: dict[str, Any] = {"where": describe_machine(device), "repeats": repeats, "cases": []}
@@ -99,7 +93,7 @@ def run_bench(
         measured = run_case(case, device, names, repeats)
         results["cases"].append(measured)
         if append_to:
-            append_csv({**results, "cases": [measured]}, append_to)
+            append(append_to, COLUMNS, csv_rows({**results, "cases": [measured]}))
     return results
 
 
@@ -207,28 +201,7 @@ def the_products(batch: Batch) -> tuple[Callable[[], None], Callable[[], None], 
     return product, products, 6.0 * logits_CV.numel() * hidden_CH.shape[1]
 
 
-# ---- where it ran, and how it is shown ----------------------------------------------------------------------------------
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Device, versions, commit, time."""
-    versions = {}
-    for name in VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    describe = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda,
-        **versions,
-        "commit": commit,
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+# ---- how it is shown ----------------------------------------------------------------------------------
 
 
 def as_text(results: dict[str, Any]) -> str:
@@ -281,42 +254,20 @@ ROW_COLUMNS = ("provider", "mode", "status", "ms", "ms_p20", "ms_p80", "of_eager
                "first_call_s", *ERRORS)  # fmt: skip
 SHAPE_COLUMNS = ("selected_share", "rate_tflops", "floor_ms", "product_ms")
 WHERE_COLUMNS = ("device", "threads", "torch", "triton", "commit", "time")
-HEADER = (*CASE_COLUMNS, *ROW_COLUMNS, *SHAPE_COLUMNS, "repeats", *WHERE_COLUMNS)
+COLUMNS = (*CASE_COLUMNS, *ROW_COLUMNS, *SHAPE_COLUMNS, "repeats", *WHERE_COLUMNS)
 
 
-def check_appendable(path: Path) -> None:
-    """Raises `InputError` unless rows can be added to this CSV file."""
-    if not path.parent.is_dir():
-        raise InputError(f"--append: there is no folder {path.parent}; run from a checkout")
-    if path.exists() and path.read_text(encoding="utf-8").partition("\n")[0] != ",".join(HEADER):
-        raise InputError(f"--append: {path} has other columns; expected {','.join(HEADER)}")
+def csv_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One a provider and case."""
+    common = results["where"] | {"repeats": results["repeats"]}
+    return [common | case | case["case"] | row for case in results["cases"] for row in case["rows"]]
 
 
-def append_csv(results: dict[str, Any], path: Path) -> None:
-    """Adds one line a provider and case. A new file gets a header."""
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(HEADER)
-        for case in results["cases"]:
-            for row in case["rows"]:
-                values = [case["case"][c] for c in CASE_COLUMNS] + [_short(row.get(c)) for c in ROW_COLUMNS]
-                values += [_short(case[c]) for c in SHAPE_COLUMNS] + [results["repeats"]]
-                writer.writerow(values + [results["where"].get(c) for c in WHERE_COLUMNS])
-
-
-def plan(cases: Sequence[Case], device: torch.device, providers: Sequence[str]) -> dict[str, Any]:
+def plan_text(cases: Sequence[Case], device: torch.device, providers: Sequence[str]) -> str:
     """What a run would time, and what it could not."""
-    names = find_names(device, providers)
-    found, absent = find_providers(device, DTYPES[cases[0].dtype], names)
-    return {"cases": [str(case) for case in cases], "providers": [p.full_name for p in found], "absent": absent}
-
-
-def plan_text(would: dict[str, Any]) -> str:
-    lines = [f"case      {name}" for name in would["cases"]]
-    lines += [f"provider  {name}" for name in would["providers"]]
-    return "\n".join(lines + [f"absent    {name}: {reason}" for name, reason in would["absent"].items()])
+    found, absent = find_providers(device, DTYPES[cases[0].dtype], find_names(device, providers))
+    lines = [f"case      {case}" for case in cases] + [f"provider  {provider.full_name}" for provider in found]
+    return "\n".join(lines + [f"absent    {name}: {reason}" for name, reason in absent.items()])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -340,10 +291,6 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _short(value: Any) -> Any:
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
 def _known(what: str, names: Sequence[str], known: Any) -> tuple[str, ...]:
     for name in names:
         if name not in known:
@@ -356,13 +303,6 @@ def _pair(text: str) -> tuple[int, int]:
     if not (plus and m.isdecimal() and k.isdecimal() and int(m) and int(k)):
         raise InputError(f"--candidates: expected positives+negatives, each at least 1, as in 5+2; got {text!r}")
     return int(m), int(k)
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ head, and puts T5-small's body with random weights in between. Only statistics a
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import random
 import time
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import T5Config, T5ForConditionalGeneration
 
 from qcrd_fast.config import TrainConfig
@@ -33,11 +31,16 @@ from qcrd_fast.negatives import Negative
 from qcrd_fast.objective import Objective
 from qcrd_fast.students import PromptSettings, Student
 
-from .loss import describe_machine
+from .record import append, describe_machine
 from .timing import quantile, time_ms
 
 RESULTS = Path(__file__).parent / "results" / "prompts.csv"
 PASSES = ("score", "step")
+COLUMNS = (
+    "student", "data", "questions", "pass", "tokens_shared", "tokens_alone", "tokens_quotient", "ms_shared", "ms_alone",
+    "time_quotient", "time_quotient_p20", "time_quotient_p80", "prompt_tokens", "rationale_tokens", "rationales", "mask",
+    "dtype", "repeats", "transformers", "device", "threads", "cuda", "torch", "triton", "commit", "time",
+)  # fmt: skip
 T5_SMALL = dict(d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8)
 
 
@@ -158,21 +161,11 @@ def main(args: Sequence[str] | None = None) -> None:
                 "mask": student.sharing,
                 "dtype": "bf16" if given.bf16 else "fp32",
                 "repeats": given.repeats,
-                "transformers": transformers.__version__,
             }
             line = {**case, "pass": what, **row, **lengths(examples), **how, **describe_machine(device)}
             print(line, flush=True)
             if given.append:
-                append(line)
-
-
-def append(line: dict[str, Any]) -> None:
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(line), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(line)
+                append(RESULTS, COLUMNS, [line])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.metadata
 import importlib.util
 import itertools
 import logging
@@ -30,9 +29,9 @@ from qcrd_fast.sampling import key_words, make_sampler
 from qcrd_fast.students import Student
 
 from . import timing
-from .loss import describe_machine
 from .peers import one_line
-from .shapes import SHAPES, append_rows, draw_lengths, draw_tokens, make_student, table
+from .record import WHERE, append, check_appendable, describe_machine
+from .shapes import SHAPES, draw_lengths, draw_tokens, make_student, table
 
 RESULTS = Path(__file__).parent / "results" / "sampler.csv"
 LENGTHS = ("fixed", "ragged")
@@ -79,6 +78,7 @@ class Work:
         return Work(case, make_student(case.shape, device, DTYPES[case.dtype]), sources, limits)
 
 
+COLUMNS = (*(field.name for field in dataclasses.fields(Case)), "provider", *MEASURED, "repeats", *WHERE)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Draw = Callable[[], list[TokenIds]]
 
@@ -208,14 +208,28 @@ def find_names(device: torch.device, providers: Sequence[str]) -> tuple[str, ...
     return known("provider", providers, PROVIDERS) or every
 
 
-def run_bench(cases: Sequence[Case], device: torch.device, *, providers: Sequence[str] = (), repeats: int | None = None) -> Any:
-    """{"where", "repeats", "rows": [case, provider and what was measured], "absent"}."""
+def run_bench(
+    cases: Sequence[Case],
+    device: torch.device,
+    *,
+    providers: Sequence[str] = (),
+    repeats: int | None = None,
+    append_to: Path | None = None,
+) -> dict[str, Any]:
+    """{"where", "repeats", "rows": [case, provider and what was measured], "absent"}.
+
+    With `append_to`, each case's rows are added to that CSV file as soon as they are measured.
+    """
+    if append_to:
+        check_appendable(append_to, COLUMNS)
     names, repeats = find_names(device, providers), repeats or (7 if device.type == "cuda" else 3)
-    rows = []
+    where, rows = describe_machine(device), []
     for number, case in enumerate(cases, 1):
         log.info("case %d of %d: %s", number, len(cases), case)
-        rows += run_case(case, device, names, repeats)
-    where = describe_machine(device) | {"transformers": importlib.metadata.version("transformers")}
+        measured = run_case(case, device, names, repeats)
+        rows += measured
+        if append_to:
+            append(append_to, COLUMNS, ({**where, "repeats": repeats, **row} for row in measured))
     return {"where": where, "repeats": repeats, "rows": rows, "absent": absent_vllm()}
 
 
@@ -262,12 +276,6 @@ def as_text(results: dict[str, Any]) -> str:
         lines += ["", str(case), *table(mine, ("provider", *(m for m in MEASURED if m != "status"), "status"))]
     lines += [f"{name}: {reason}" for name, reason in results["absent"].items()]
     return "\n".join([*lines, "", "of_generate: tokens/s over those of generate (dynamic cache)"])
-
-
-def append_csv(results: dict[str, Any], path: Path) -> int:
-    columns = [*(field.name for field in dataclasses.fields(Case)), "provider", *MEASURED, "repeats"]
-    rows = [row | {"repeats": results["repeats"]} for row in results["rows"]]
-    return append_rows(path, rows, columns, results["where"])
 
 
 def known(what: str, names: Sequence[str], every: Any) -> tuple[str, ...]:

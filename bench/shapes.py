@@ -3,16 +3,13 @@ them. Nothing is downloaded."""
 
 from __future__ import annotations
 
-import csv
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, LlamaConfig, T5Config
 
-from qcrd_fast.errors import InputError
 from qcrd_fast.prompts import PromptSettings, TokenIds
 from qcrd_fast.students import Student
 
@@ -88,19 +85,3 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
         "  ".join(c.ljust(w) if t else c.rjust(w) for c, w, t in zip(line, widths, text, strict=True)).rstrip()
         for line in cells
     ]
-
-
-def append_rows(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str], where: dict[str, Any]) -> int:
-    """Adds rows, each with the machine, versions and commit, to a CSV; returns how many. A new file gets a header."""
-    if not path.parent.is_dir():
-        raise InputError(f"--append: there is no folder {path.parent}; run from a checkout")
-    every = [*columns, "device", "threads", "torch", "triton", "transformers", "commit", "time"]
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(every)
-        for row in rows:
-            both = where | row
-            writer.writerow([float(f"{v:.5g}") if isinstance(v := both.get(name), float) else v for name in every])
-    return len(rows)

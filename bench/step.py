@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import itertools
 import logging
 import tempfile
@@ -36,11 +35,11 @@ from qcrd_fast.streams import Lane, choose_overlap
 from qcrd_fast.students import Student
 
 from . import timing
-from .loss import describe_machine
 from .peers import SOURCES, PerToken, eager_nll, one_line
+from .record import WHERE, append, check_appendable, describe_machine
 from .sampler import TEMPERATURE, Work, known, load_generate
 from .sampler import Case as SamplerCase
-from .shapes import SHAPES, append_rows, draw_lengths, draw_tokens, make_student, table
+from .shapes import SHAPES, draw_lengths, draw_tokens, make_student, table
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
 OVERLAPS = ("serial", "stream", "priority", "green-context")
@@ -69,6 +68,9 @@ class Case:
             f"{self.shape}: {self.questions} questions a step in micro-batches of {self.micro}, each with {self.positives} + "
             f"{self.minority} rationales and a negative of {self.new} tokens"
         )
+
+
+COLUMNS = (*(field.name for field in dataclasses.fields(Case)), "arm", *MEASURED, "repeats", "steps", *WHERE)
 
 
 class Arm:
@@ -284,16 +286,29 @@ def find_names(device: torch.device, providers: Sequence[str]) -> tuple[str, ...
 
 
 def run_bench(
-    cases: Sequence[Case], device: torch.device, *, providers: Sequence[str] = (), repeats: int | None = None
+    cases: Sequence[Case],
+    device: torch.device,
+    *,
+    providers: Sequence[str] = (),
+    repeats: int | None = None,
+    append_to: Path | None = None,
 ) -> dict[str, Any]:
-    """{"where", "repeats", "steps", "rows": [case, arm and what was measured]}."""
-    gpu, rows = device.type == "cuda", []
+    """{"where", "repeats", "steps", "rows": [case, arm and what was measured]}.
+
+    With `append_to`, each case's rows are added to that CSV file as soon as they are measured.
+    """
+    if append_to:
+        check_appendable(append_to, COLUMNS)
+    gpu = device.type == "cuda"
     repeats, steps = repeats or (5 if gpu else 3), 8 if gpu else 2
+    where, rows = describe_machine(device), []
     for number, case in enumerate(cases, 1):
         log.info("case %d of %d: %s", number, len(cases), case)
         with tempfile.TemporaryDirectory() as folder:
-            rows += run_case(case, device, find_names(device, providers), repeats, steps, Path(folder))
-    where = describe_machine(device) | {"transformers": importlib.metadata.version("transformers")}
+            measured = run_case(case, device, find_names(device, providers), repeats, steps, Path(folder))
+        rows += measured
+        if append_to:
+            append(append_to, COLUMNS, ({**where, "repeats": repeats, "steps": steps, **row} for row in measured))
     return {"where": where, "repeats": repeats, "steps": steps, "rows": rows}
 
 
@@ -387,12 +402,6 @@ def as_text(results: dict[str, Any]) -> str:
             "of_hf: the plain implementation's time over this one's, both with negatives given or both without",
         ]
     )
-
-
-def append_csv(results: dict[str, Any], path: Path) -> int:
-    columns = [*(field.name for field in dataclasses.fields(Case)), "arm", *MEASURED, "repeats", "steps"]
-    rows = [row | {name: results[name] for name in ("repeats", "steps")} for row in results["rows"]]
-    return append_rows(path, rows, columns, results["where"])
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -31,8 +30,9 @@ from qcrd_fast.reference import HeadOptions
 from . import timing
 from .cases import DTYPES, HEADS, Case, make_batch
 from .fused_backward import fused_backward
-from .loss import FOUR_HEADS, describe_machine
+from .loss import FOUR_HEADS
 from .peers import one_line
+from .record import append, describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "tuning.csv"
 COLUMNS = ("head", "tokens", "dtype", "pass", "way", "status", "ms", "ms_p20", "ms_p80", "of_products", "error", "repeats",
@@ -193,22 +193,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\n{head} {name}, {case.tokens} rows, {given.dtype}", *table(rows), sep="\n", flush=True)
             torch.cuda.empty_cache()
             if given.append:
-                append(
-                    RESULTS,
-                    rows,
-                    {"head": head, "tokens": case.tokens, "dtype": given.dtype, "pass": name, **where},
-                    given.repeats,
-                )
+                common = {"head": head, "tokens": case.tokens, "dtype": given.dtype, "pass": name, **where}
+                append(RESULTS, COLUMNS, ({**common, "repeats": given.repeats, **row} for row in rows))
     return 0
-
-
-def append(path: Path, rows: list[dict[str, Any]], common: dict[str, Any], repeats: int) -> None:
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows({**common, **row, "repeats": repeats} for row in rows)
 
 
 if __name__ == "__main__":

@@ -70,15 +70,7 @@ def bench_loss(**options: Any) -> None:
     Each is compared with float64 first. Lists are separated by commas. By default, on a GPU: four heads, 16,384 tokens, bf16;
     on a CPU: one tiny head, in under a minute.
     """
-    loss = _module("loss")
-
-    def run(cases: Any, where: Any, append: bool, **how: Any) -> Any:
-        return loss.run_bench(cases, where, **how, append_to=loss.RESULTS if append else None)
-
-    def plan(cases: Any, where: Any, providers: tuple[str, ...]) -> str:
-        return str(loss.plan_text(loss.plan(cases, where, providers)))
-
-    _run(loss, run, plan, **options)
+    _run("loss", **options)
 
 
 @bench.command("sampler", cls=Verb)
@@ -94,7 +86,7 @@ def bench_sampler(**options: Any) -> None:
     The same prompts, batch, temperature, top-k and lengths for all. By default, on a GPU: T5-base and SmolLM2-135M, 64 and 256
     prompts, 128 new tokens, bf16; on a CPU: two tiny models.
     """
-    _run_plain(_module("sampler"), **options)
+    _run("sampler", **options)
 
 
 @bench.command("step", cls=Verb)
@@ -106,39 +98,28 @@ def bench_step(**options: Any) -> None:
 
     By default, on a GPU: T5-base and SmolLM2-135M, 64 questions a step; on a CPU: a tiny T5.
     """
-    _run_plain(_module("step"), **options)
-
-
-def _module(name: str) -> Any:
-    """Of the package beside us, installed or not."""
-    return importlib.import_module((__package__ or "cli").removesuffix("cli") + f"bench.{name}")
-
-
-def _run_plain(module: Any, **options: Any) -> None:
-    def run(cases: Any, where: Any, append: bool, **how: Any) -> Any:
-        if append and not module.RESULTS.parent.is_dir():
-            raise InputError(f"--append: there is no folder {module.RESULTS.parent}; run from a checkout")
-        results = module.run_bench(cases, where, **how)
-        if append:
-            module.append_csv(results, module.RESULTS)
-        return results
-
-    _run(module, run, module.plan_text, **options)
+    _run("step", **options)
 
 
 def _run(
-    module: Any, run: Callable[..., Any], plan: Callable[..., str], *, providers: tuple[str, ...], repeats: int | None,
-    append: bool, json_file: str | None, device: str, dry_run: bool, **subset: Any,
+    name: str, *, providers: tuple[str, ...], repeats: int | None, append: bool, json_file: str | None, device: str,
+    dry_run: bool, **subset: Any,
 ) -> None:  # fmt: skip
+    """One of the modules of the package beside us, installed or not."""
     from qcrd_fast.evaluate import resolve_device
 
     if json_file and not Path(json_file).resolve().parent.is_dir():
         raise InputError(f"--json: {json_file} is not in a folder that exists")
     with console.quiet_stdout():
+        module = importlib.import_module((__package__ or "cli").removesuffix("cli") + f"bench.{name}")
         where = resolve_device(device)
-        cases = module.find_cases(where, **subset)
-        results = None if dry_run else run(cases, where, append, providers=providers, repeats=repeats)
-        text = plan(cases, where, providers) if dry_run else module.as_text(results)
+        cases, results = module.find_cases(where, **subset), None
+        if dry_run:
+            text = module.plan_text(cases, where, providers)
+        else:
+            append_to = module.RESULTS if append else None
+            results = module.run_bench(cases, where, providers=providers, repeats=repeats, append_to=append_to)
+            text = module.as_text(results)
     click.echo(text)
     if results and json_file:
         Path(json_file).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

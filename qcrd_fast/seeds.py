@@ -233,12 +233,13 @@ def environment(config: TrainConfig) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "version": __version__,
         **{name: versions[name] for name in ("torch", "triton", "transformers")},
-        "commit": _commit(),
+        "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The checkout that this code is in, `-dirty` with changes not committed; unknown where it is in none."""
     root = Path(__file__).resolve().parent.parent
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
