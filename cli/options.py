@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import click
-import yaml
 from click.core import ParameterSource
 
 from qcrd_fast.config import TASKS, TrainConfig
 from qcrd_fast.errors import InputError
+from qcrd_fast.readers import read_yaml
 
 METAVARS = {
     "data": "FILE",
@@ -175,40 +175,6 @@ bad_row_option = click.option(
 )
 device_option = click.option("--device", metavar="NAME", default="auto", show_default=True, help=DEVICE_HELP)
 reasoning_option = click.option("--reasoning", is_flag=True, help="answer by reasoning first (`reason: x`)")
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values only, and no key twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
-            if isinstance(key.value, str):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str) -> dict[Any, Any]:
-    """The mapping in a YAML file of plain values; tags that would build Python objects are refused, never run."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            values = yaml.load(file, _Loader)
-    except OSError as error:
-        raise InputError(f"--config: cannot read {path}: {error.strerror}") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{path}:{mark.line + 1}" if mark else path
-        raise InputError(f"{where}: {error.problem}; only plain YAML values are read") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise InputError(f"{path}: not readable as YAML: {reason[0]}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a mapping of options, got {type(values).__name__}")
-    return values
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

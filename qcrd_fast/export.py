@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.evaluate import find_model, load_student
 from qcrd_fast.quality import wilson
+from qcrd_fast.readers import read_object, read_options
 from qcrd_fast.runfolder import remove_tree, write_json, write_text
 from qcrd_fast.students import PromptSettings, Student
 
@@ -51,8 +51,8 @@ def export_run(run: str, output: str, *, checkpoint: str | None = None, dry_run:
     if fault := find_fault(folder):
         raise InputError(f"{folder}: the checkpoint is damaged: {fault}")
     student, state, merged = _load(folder)
-    config = _read_config(Path(run), state)
-    results = _read_json(Path(run) / "eval_results.json") if _is_final(Path(run), folder) else {}
+    config = read_options(Path(run) / "config.resolved.yaml") or state.get("config", {})
+    results = read_object(Path(run) / "eval_results.json") if _is_final(Path(run), folder) else {}
     card = model_card(student, config, state, results, step_of(folder.resolve()), merged)
     summary = {
         "model": str(folder.resolve()),
@@ -112,10 +112,10 @@ def _load(folder: Path) -> tuple[Student, dict[str, Any], bool]:
         from peft import PeftModel
     except ImportError as error:
         raise InputError(f"{folder} holds a LoRA adapter; merging it needs peft: pip install peft") from error
-    base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
+    base = read_object(folder / ADAPTER).get("base_model_name_or_path")
     if not isinstance(base, str):
         raise InputError(f"{folder / ADAPTER} does not name its base model")
-    state = _read_json(folder / STATE)
+    state = read_object(folder / STATE)
     try:
         prompts = PromptSettings(**state["prompt"])
     except (KeyError, TypeError) as error:
@@ -136,22 +136,6 @@ def _generation_config(student: Student) -> GenerationConfig:
         bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _read_config(run: Path, state: dict[str, Any]) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load((run / "config.resolved.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        value = None
-    return value if isinstance(value, dict) else state.get("config", {})
 
 
 # ---- the card ----

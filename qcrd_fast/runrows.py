@@ -7,7 +7,6 @@ import dataclasses
 import fcntl
 import hashlib
 import io
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
+from qcrd_fast.readers import read_object
 from qcrd_fast.runfolder import FREE_OPTIONS, read_lines, sha256
 from qcrd_fast.statistics import Answers, Estimate, pair, single
 
@@ -65,14 +65,14 @@ class Job:
                 raise InputError(f"{began}: the run began with {flag} {before[name]!r}, now it is {value!r}")
         if not all((self.folder / name).is_file() for name in (RESULTS, *([JUDGED] if self.judge else []))):
             return "begun"
-        if _json(self.folder / WHERE).get("data", "") not in ("", data_digest(self.config)):
+        if read_object(self.folder / WHERE).get("data", "") not in ("", data_digest(self.config)):
             raise InputError(f"{self.folder}: the run was made from other data; choose another folder")
         return "finished"
 
 
 def row(job: Job) -> dict[str, Any]:
     """What a finished run's folder says, as a row of the CSV."""
-    read = {name: _json(job.folder / name) for name in (RESULTS, WHERE, JUDGED)}
+    read = {name: read_object(job.folder / name) for name in (RESULTS, WHERE, JUDGED)}
     results, where, judged = read[RESULTS], read[WHERE], read[JUDGED]
     attempts = list(read_lines(job.folder / ATTEMPTS))  # none where `train` alone was called
     wall_s = round(sum(a["seconds"] for a in attempts), 1) or None
@@ -171,14 +171,6 @@ def _means(folder: Path) -> dict[str, float]:
     steps = [r for r in read_lines(folder / "metrics.jsonl") if "loss" in r]
     values = {name: [r[name] for r in steps if r.get(name) is not None] for name in MEANS}
     return {name: sum(found) / len(found) for name, found in values.items() if found}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def as_text(rows: Sequence[dict[str, Any]]) -> str:

@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
+from qcrd_fast.readers import read_object, read_options
 from qcrd_fast.runfolder import LOCK
 
 QUALITY_SCORES = "quality_scores.jsonl"
@@ -74,13 +73,13 @@ def read_run(path: str | Path) -> RunView:
         raise InputError(f"{path}: no such run folder")
     records = [r for r in read_objects(folder / "metrics.jsonl") if number(r.get("step")) is not None]
     validations = [r for r in records if "eval_accuracy" in r]
-    results = _read_object(folder / "eval_results.json")
+    results = read_object(folder / "eval_results.json")
     steps = [r for r in records if "eval_accuracy" not in r]
     return RunView(
         name=folder.resolve().name or str(folder),
         path=folder,
         state=_state(folder, results, steps),
-        config=_read_yaml(folder / "config.resolved.yaml"),
+        config=read_options(folder / "config.resolved.yaml"),
         steps=steps,
         validations=validations,
         results=results,
@@ -158,19 +157,3 @@ def _is_locked(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return {}
-    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else {}

@@ -18,6 +18,7 @@ import yaml
 
 from qcrd_fast.config import METHODS, TrainConfig, nearest
 from qcrd_fast.errors import InputError, RunError, Stopped
+from qcrd_fast.readers import read_yaml
 from qcrd_fast.runfolder import append_lines, remove_tree, write_json, write_text
 from qcrd_fast.runrows import ATTEMPTS, JUDGED, WHERE, Job, append_row, check_csv, data_digest, row
 from qcrd_fast.signals import StopSignals
@@ -28,12 +29,7 @@ RUNS_CSV = "bench/results/runs.csv"
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The options in a recipe. Raises `InputError` for a file that is no mapping of train's options."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a mapping of train's options")
+    values = read_yaml(path)
     TrainConfig.from_dict(values, str(path))
     return values
 

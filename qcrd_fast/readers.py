@@ -1,0 +1,66 @@
+"""JSON and YAML files as mappings of plain values: what a run wrote, if it can be read, or what a user wrote, checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qcrd_fast.errors import InputError
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none, or it cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file that a run wrote; empty where there is none, or it cannot be read."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}
+    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else {}
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no key twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[Any, Any]:
+    """The mapping in a user's YAML file; tags that would build Python objects are refused, never run.
+
+    Raises `InputError` naming the file, and the line where there is one.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            values = yaml.load(file, _Loader)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise InputError(f"{where}: {error.problem}; only plain YAML values are read") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise InputError(f"{path}: not readable as YAML: {reason[0]}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping of options, got {type(values).__name__}")
+    return values
