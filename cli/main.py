@@ -129,12 +129,12 @@ def prepare(inputs: tuple[str, ...], output: str, dry_run: bool, as_json: bool, 
     if Path(output).resolve() in {Path(name).resolve() for name in inputs}:
         raise InputError(f"--output: {output} is also an input; choose another name")
     with console.quiet_stdout():
-        loaded = data.load_questions(inputs, **options)
-        if not dry_run:
-            data.write_prepared(output, loaded.questions)
-    for row in loaded.skipped:
+        summary, skipped = data.prepare(inputs, output, dry_run=dry_run, **options)
+    for row in skipped:
         click.echo(f"set aside {row}", err=True)
-    console.show(loaded.summary.to_dict(), as_json, loaded.summary.text())
+    if summary.skipped_rows > len(skipped):
+        click.echo(f"set aside {summary.skipped_rows - len(skipped):,} more", err=True)
+    console.show(summary.to_dict(), as_json, summary.text())
 
 
 @cli.command(cls=Verb)

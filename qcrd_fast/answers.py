@@ -117,28 +117,44 @@ def extract_answer(text: str, task: str, choices: Sequence[str] = ()) -> str | N
     return _edge_number(text) if answer is None and task == "number" else answer
 
 
-def guess_task(answers: Iterable[str]) -> str:
-    """number, equation, choice (single letters), yes-no or text: whichever at least 95% of the answers can be read as."""
-    counts = dict.fromkeys(("number", "equation", "choice", "yes-no", "text"), 0)
-    for answer in answers:
+class TaskGuess:
+    """Which task the answers shown so far are of."""
+
+    def __init__(self) -> None:
+        self.any = False
+        self._counts = dict.fromkeys(("number", "equation", "choice", "yes-no", "text"), 0)
+
+    def add(self, answer: str) -> None:
+        self.any = True
         text = _visible(answer[:MAX_ANSWER]).strip()
         if not text:
-            continue
+            return
         letter = _LETTER.fullmatch(text)
         if _number(text) is not None:
-            counts["number"] += 1
+            kind = "number"
         elif evaluate_expression(text) is not None:
-            counts["equation"] += 1
+            kind = "equation"
         elif text.casefold().strip(".") in _WORDS:
-            counts["yes-no"] += 1
-        elif letter and not (letter[2] or letter[4]):
-            counts["choice"] += 1
+            kind = "yes-no"
         else:
-            counts["text"] += 1
-    total = sum(counts.values())
-    if counts["equation"] > 0.05 * total:
-        counts["equation"] += counts["number"]
-    return next((task for task, count in counts.items() if total and count >= 0.95 * total), "text")
+            kind = "choice" if letter and not (letter[2] or letter[4]) else "text"
+        self._counts[kind] += 1
+
+    @property
+    def task(self) -> str:
+        """number, equation, choice (single letters), yes-no or text: whichever at least 95% of the answers can be read as."""
+        counts, total = dict(self._counts), sum(self._counts.values())
+        if counts["equation"] > 0.05 * total:
+            counts["equation"] += counts["number"]
+        return next((task for task, count in counts.items() if total and count >= 0.95 * total), "text")
+
+
+def guess_task(answers: Iterable[str]) -> str:
+    """The task of some answers (see `TaskGuess`)."""
+    guess = TaskGuess()
+    for answer in answers:
+        guess.add(answer)
+    return guess.task
 
 
 def parse_choices(question: str) -> tuple[str, ...]:

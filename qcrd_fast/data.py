@@ -8,26 +8,26 @@ Inputs: prepared and sampled JSONL, Mentor-KD's JSON, Distilling Step-by-Step's 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
 import os
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qcrd_fast import published
-from qcrd_fast.answers import canonical, guess_task, parse_choices, same_answer
 from qcrd_fast.config import TASKS
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.native import native_row
+from qcrd_fast.pooling import Pool, Record, question_text, text_key
 from qcrd_fast.rows import BadRow, Question, Rationale, RowError, get_text, iter_rows, require, shown
 from qcrd_fast.runfolder import require_file
-from qcrd_fast.summary import PrepareSummary, summarize
-from qcrd_fast.voting import Vote, vote
+from qcrd_fast.summary import PrepareSummary, Tally
 
 FORMATS = ("auto", "native", "mentor-kd", "dss")
+MAX_SKIPPED = 10_000  # bad rows that are kept by name; all are counted
 
 __all__ = [
     "FORMATS",
@@ -40,6 +40,7 @@ __all__ = [
     "hold_out",
     "iter_records",
     "load_questions",
+    "prepare",
     "question_text",
     "text_key",
     "validate_file",
@@ -51,16 +52,6 @@ class LoadResult(NamedTuple):
     questions: list[Question]
     summary: PrepareSummary
     skipped: list[BadRow]
-
-
-class Record(NamedTuple):
-    """One row of an input: its question, its samples, and where it stands."""
-
-    question: Question
-    samples: tuple[Rationale, ...]
-    prepared: bool
-    path: str
-    line: int
 
 
 def load_questions(
@@ -87,6 +78,60 @@ def load_questions(
         InputError: an unknown option, a file that cannot be read, no question at all, or, unless `on_bad_row="skip"`
             sets them aside in `skipped`, the first bad row, as `file:line: reason`.
     """
+    tally, skipped = Tally(split_by), list[BadRow]()
+    questions = _read(
+        _inputs(paths),
+        tally,
+        skipped,
+        format=format,
+        split_by=split_by,
+        split=split,
+        part=part,
+        seed=seed,
+        on_bad_row=on_bad_row,
+        task=task,
+    )
+    return LoadResult(list(questions), tally.summary, skipped)
+
+
+def prepare(
+    paths: Sequence[str | Path] | str | Path, output: str | Path, *, dry_run: bool = False, **options: Any
+) -> tuple[PrepareSummary, list[BadRow]]:
+    """Write the questions of `load_questions(paths, **options)` to `output`, whatever they weigh: rows wait in a file without
+    a name beside it, and memory grows by about 500 bytes a row. Returns (summary, the rows that were set aside).
+
+    Raises:
+        InputError: as `load_questions`; or `output` is a device or pipe.
+        RunError: the disk is full; nothing is left behind.
+    """
+    tally, skipped = Tally(options.get("split_by", "majority")), list[BadRow]()
+    questions = _read(_inputs(paths), tally, skipped, folder=Path(output).parent, **options)
+    if dry_run:
+        collections.deque(questions, maxlen=0)
+    else:
+        write_prepared(output, questions)
+    return tally.summary, skipped
+
+
+def _inputs(paths: Sequence[str | Path] | str | Path) -> list[Path]:
+    return [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
+
+
+def _read(
+    inputs: Sequence[Path],
+    tally: Tally,
+    skipped: list[BadRow],
+    *,
+    format: str = "auto",
+    split_by: str = "majority",
+    split: str | None = None,
+    part: str | None = None,
+    seed: int = 0,
+    on_bad_row: str = "error",
+    task: str | None = None,
+    folder: Path | None = None,
+) -> Iterator[Question]:
+    """The questions of `load_questions`, one at a time, counted in `tally` as they go; rows wait in `folder`, if given."""
     for name, value, known in (
         ("format", format, FORMATS),
         ("split-by", split_by, ("majority", "gold")),
@@ -95,51 +140,28 @@ def load_questions(
     ):
         if value not in known:
             raise InputError(f"--{name} is one of {', '.join(filter(None, known))}; got {value!r}")
-    inputs = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
-    skipped: list[BadRow] = []
 
     def bad(row: BadRow) -> None:
         if on_bad_row == "error":
             raise InputError(str(row))
-        skipped.append(row)
+        tally.skipped += 1
+        if len(skipped) < MAX_SKIPPED:
+            skipped.append(row)
 
-    records: list[Record] = []
-    for path in inputs:
-        found: list[Record] = []
-        for row in _scan(path, format, split or part):
-            if isinstance(row, BadRow):
-                bad(row)
-            elif split is None or row.question.split in (None, split):
-                found.append(row)
-        records += _with_tasks(found, task)
-
-    votes: list[Vote] = []
-    if len(inputs) == 1 and split_by == "majority" and records and all(record.prepared for record in records):
-        questions = [record.question for record in records]
-    else:
-        questions = []
-        for group in _pooled(records, bad).values():
-            try:
-                question, result = _merge(group, split_by, seed)
-            except RowError as error:
-                bad(BadRow(group[0].path, group[0].line, str(error)))
-                continue
-            questions.append(question)
-            votes.append(result)
-    if not questions:
-        reason = f"; the first of {len(skipped)} bad rows: {skipped[0]}" if skipped else ""
+    with Pool(bad, task, folder) as pool:
+        for path in inputs:
+            pool.begin()
+            for row in _scan(path, format, split or part):
+                if isinstance(row, BadRow):
+                    bad(row)
+                elif split is None or row.question.split in (None, split):
+                    pool.add(row)
+        for question, vote in pool.questions(split_by, seed):
+            tally.add(question, vote)
+            yield question
+    if not tally.summary.questions:
+        reason = f"; the first of {tally.skipped} bad rows: {skipped[0]}" if skipped else ""
         raise InputError(f"{', '.join(map(shown, inputs)) or 'no input'}: no questions{reason}")
-    return LoadResult(questions, summarize(questions, votes, split_by, len(skipped)), skipped)
-
-
-def question_text(question: Question) -> str:
-    """What a prompt shows: the context, if there is one, and the question with its choices."""
-    return f"{question.context}\n{question.question}" if question.context else question.question
-
-
-def text_key(question: Question) -> str:
-    """What two spellings of one question have in common."""
-    return unicodedata.normalize("NFC", question_text(question).strip())
 
 
 def iter_records(path: str | Path, format: str = "auto", split: str | None = None) -> Iterator[Record | BadRow]:
@@ -286,64 +308,6 @@ def _parse(
         get_text(row, "input", required=True)
         return *published.mentor_row(row, path.stem), "mentor-kd"
     return native_row(row)
-
-
-def _with_tasks(records: list[Record], task: str | None) -> list[Record]:
-    """The records of one input, each with a task: the override, its own, choice where the question lists choices, or
-    what the answers of the remaining ones look like: their gold answers, or the samples' where there is no gold."""
-    own = [task or _own_task(record.question) for record in records]
-    rest = [record for record, known in zip(records, own, strict=True) if not known]
-    golds = [record.question.gold for record in rest if record.question.gold]
-    guess = guess_task(golds or [sample.answer for record in rest for sample in record.samples if sample.answer])
-    return [
-        record._replace(question=dataclasses.replace(record.question, task=known or guess))
-        for record, known in zip(records, own, strict=True)
-    ]
-
-
-def _own_task(question: Question) -> str | None:
-    choices = parse_choices(question.question)
-    if question.task or not choices:
-        return question.task
-    return "choice" if question.gold is None or canonical(question.gold, "choice", choices) else None
-
-
-def _pooled(records: Iterable[Record], bad: Any) -> dict[str, list[Record]]:
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        group = groups.setdefault(record.question.id, [])
-        if group and text_key(group[0].question) != text_key(record.question):
-            first = group[0]
-            bad(BadRow(record.path, record.line, f"id {record.question.id!r} is another question at {first.path}:{first.line}"))
-            continue
-        group.append(record)
-    return groups
-
-
-def _merge(group: list[Record], split_by: str, seed: int) -> tuple[Question, Vote]:
-    """One question from its rows: the first value of each field, and the vote of all samples."""
-    first = group[0].question
-    fields: dict[str, Any] = {}
-    for name in ("context", "gold", "domain", "split"):
-        fields[name] = next((v for r in group if (v := getattr(r.question, name)) is not None), None)
-    task, choices = first.task or "text", parse_choices(first.question)
-    for record in group:
-        gold = record.question.gold
-        if gold is not None and gold != fields["gold"] and not same_answer(gold, fields["gold"], task, choices):
-            raise RowError(f"gold is {fields['gold']!r}, but {gold!r} at {record.path}:{record.line}")
-    samples = [sample for record in group for sample in record.samples]
-    if split_by == "gold" and samples and fields["gold"] is None:
-        raise RowError(f"question {first.id!r} has no gold answer to split by")
-    result = vote(
-        samples,
-        seed=seed,
-        question_id=first.id,
-        task=task,
-        choices=choices,
-        gold=fields["gold"] if split_by == "gold" else None,
-    )
-    fields.update(majority=result.majority, votes=result.votes, positives=result.positives, negatives=result.negatives)
-    return dataclasses.replace(first, **fields), result
 
 
 def to_row(question: Question) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from qcrd_fast.answers import parse_choices, same_answer
@@ -50,34 +50,56 @@ class PrepareSummary:
         return "\n".join(lines)
 
 
-def summarize(questions: Sequence[Question], votes: Sequence[Vote], split_by: str, skipped: int) -> PrepareSummary:
-    """The figures of `questions`; `votes` are those held for them, none where prepared rows were taken as they are."""
-    sampled = [q for q in questions if q.positives or q.negatives]
-    positives, negatives = sum(len(q.positives) for q in questions), sum(len(q.negatives) for q in questions)
-    alone = sum(len(q.votes) < 2 if split_by == "gold" else not q.negatives for q in sampled)
-    wrong = [
-        q
-        for q in questions
-        if q.majority is not None
-        and q.gold is not None
-        and not same_answer(q.majority, q.gold, q.task or "text", parse_choices(q.question))
-    ]
-    return PrepareSummary(
-        questions=len(questions),
-        with_samples=len(sampled),
-        with_gold=sum(q.gold is not None for q in questions),
-        positives=positives,
-        negatives=negatives,
-        mean_positives=positives / max(len(sampled), 1),
-        mean_negatives=negatives / max(len(sampled), 1),
-        share_without_minority=alone / max(len(sampled), 1),
-        majority_wrong_against_gold=len(wrong),
-        wrong_by_tie=sum(map(_is_tie, wrong)),
-        ties=sum(map(_is_tie, questions)),
-        duplicates=sum(v.duplicates for v in votes),
-        answers_dropped=sum(v.dropped for v in votes),
-        skipped_rows=skipped,
-    )
+class Tally:
+    """The figures of questions as they go by; `vote` is None where a prepared row was taken as it is."""
+
+    def __init__(self, split_by: str):
+        self.split_by = split_by
+        self.skipped = 0  # rows set aside, by whoever sets them aside
+        self._count: collections.Counter[str] = collections.Counter()
+
+    def add(self, question: Question, vote: Vote | None = None) -> None:
+        sampled = bool(question.positives or question.negatives)
+        alone = len(question.votes) < 2 if self.split_by == "gold" else not question.negatives
+        tie = _is_tie(question)
+        wrong = (
+            question.majority is not None
+            and question.gold is not None
+            and not same_answer(question.majority, question.gold, question.task or "text", parse_choices(question.question))
+        )
+        self._count.update(
+            questions=1,
+            with_samples=sampled,
+            with_gold=question.gold is not None,
+            positives=len(question.positives),
+            negatives=len(question.negatives),
+            alone=sampled and alone,
+            wrong=wrong,
+            wrong_by_tie=wrong and tie,
+            ties=tie,
+            duplicates=vote.duplicates if vote else 0,
+            dropped=vote.dropped if vote else 0,
+        )
+
+    @property
+    def summary(self) -> PrepareSummary:
+        count, sampled = self._count, max(self._count["with_samples"], 1)
+        return PrepareSummary(
+            questions=count["questions"],
+            with_samples=count["with_samples"],
+            with_gold=count["with_gold"],
+            positives=count["positives"],
+            negatives=count["negatives"],
+            mean_positives=count["positives"] / sampled,
+            mean_negatives=count["negatives"] / sampled,
+            share_without_minority=count["alone"] / sampled,
+            majority_wrong_against_gold=count["wrong"],
+            wrong_by_tie=count["wrong_by_tie"],
+            ties=count["ties"],
+            duplicates=count["duplicates"],
+            answers_dropped=count["dropped"],
+            skipped_rows=self.skipped,
+        )
 
 
 def _is_tie(question: Question) -> bool:
