@@ -124,22 +124,25 @@ def score(
 
 
 @click.command(cls=Verb)
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.argument("runs", nargs=-1, metavar="RUN...")
 @click.option("--output", "-o", required=True, metavar="FILE.html", help="page to write")
+@click.option("--results", metavar="FILE.csv", help="also accuracy and time of the runs in this file")
 @config_option
 @dry_run_option
 @json_option
-def report(runs: tuple[str, ...], output: str, dry_run: bool, as_json: bool) -> None:
+def report(runs: tuple[str, ...], output: str, results: str | None, dry_run: bool, as_json: bool) -> None:
     """Write one HTML page about one or more runs.
 
-    Losses, accuracy, active hinges, throughput, quality-score densities, rationales side by side and a table of the runs, in a
-    file that needs no network. Runs are only read, finished or not. The densities come from `score RUN --sample-student`.
+    Losses, accuracy, accuracy against minutes, active hinges, throughput, quality-score densities, rationales side by side and
+    a table of the runs, in a file that needs no network. Runs are only read, finished or not. The densities come from
+    `score RUN --sample-student`; --results takes a CSV that `train --seeds` wrote, such as bench/results/runs.csv.
     """
     with console.quiet_stdout():
         from qcrd_fast.report import write_report
 
-        summary = write_report(runs, output, dry_run=dry_run)
+        summary = write_report(runs, output, results=results, dry_run=dry_run)
     lines = [f"{run['name']}: {run['state']}, {run['scores']} scores" for run in summary["runs"]]
+    lines += [f"{results}: {summary['rows']} finished runs"] if results else []
     console.show(summary, as_json, "\n".join([*lines, f"{'would write' if dry_run else 'wrote'} {output}"]))
 
 

@@ -44,6 +44,29 @@ def line_chart(name: str, lines: Sequence[Line], *, title: str, x_label: str = "
     return _svg(name, draw, title, x_label)
 
 
+class Spot(NamedTuple):
+    """A mean with its interval, across and upright, and its colour."""
+
+    x: tuple[float, float, float]  # mean, low, high
+    y: tuple[float, float, float]
+    color: str
+
+
+def scatter_chart(name: str, spots: Sequence[Spot], *, title: str, x_label: str) -> str:
+    """An SVG of points with bars for their intervals; no value is below 0, where the x axis begins."""
+
+    def draw(axes: Any) -> None:
+        for (x, x_low, x_high), (y, y_low, y_high), color in spots:
+            bars = dict(xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]])
+            axes.errorbar([x], [y], **bars, color=color, fmt="o", markersize=5, elinewidth=1.3, capsize=2.5)
+        axes.set_xlim(0, 1.08 * max(spot.x[2] for spot in spots) or 1)
+        low, high = min(spot.y[1] for spot in spots), max(spot.y[2] for spot in spots)
+        room = 0.12 * (high - low) or 0.05
+        axes.set_ylim(max(low - room, -0.15 * room), high + room)
+
+    return _svg(name, draw, title, x_label)
+
+
 def density_chart(name: str, groups: Sequence[tuple[Sequence[float], str]], *, title: str) -> str:
     """An SVG of densities of scores in [0, 1], each with its colour."""
     grid = np.linspace(0, 1, 201)

@@ -13,9 +13,10 @@ from typing import Any
 from unicodedata import category
 
 from qcrd_fast import __version__
+from qcrd_fast.costs import OF_STEPS, Outcome, of_csv, of_view, points
 from qcrd_fast.data import load_questions, question_text
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.plots import PALETTE, Line, density_chart, line_chart
+from qcrd_fast.plots import PALETTE, Line, Spot, density_chart, line_chart, scatter_chart
 from qcrd_fast.quality import judge, wilson
 from qcrd_fast.runfolder import write_text
 from qcrd_fast.runview import RunView, negatives, number, read_run
@@ -40,11 +41,11 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str, str], ...], bool], ...] = (  # ti
 )
 
 
-def write_report(runs: Sequence[str], output: str, *, dry_run: bool = False) -> dict[str, Any]:
-    """Write the page about `runs` to `output`; returns what is in it.
+def write_report(runs: Sequence[str], output: str, *, results: str | None = None, dry_run: bool = False) -> dict[str, Any]:
+    """Write the page about `runs`, and the rows of the CSV of runs `results`, to `output`; returns what is in it.
 
-    Raises `InputError` for a run that is no folder, an `output` that does not end in .html, or when matplotlib is missing;
-    `RunError` when the page cannot be written.
+    Raises `InputError` for a run that is no folder, no run and no rows at all, an `output` that does not end in .html, or when
+    matplotlib is missing; `RunError` when the page cannot be written.
     """
     target = Path(output)
     if target.suffix.lower() not in (".html", ".htm"):
@@ -52,10 +53,13 @@ def write_report(runs: Sequence[str], output: str, *, dry_run: bool = False) -> 
     if not target.parent.is_dir() or target.is_dir():
         raise InputError(f"--output: {output} is not a file in a folder that exists")
     views = [read_run(run) for run in runs]
+    rows = of_csv(results) if results else []
+    if not views and not rows:
+        raise InputError(f"--results: {results} has no finished run" if results else "name a run folder, or --results FILE.csv")
     for view in views:
         if [other.name for other in views].count(view.name) > 1:  # same names in several folders
             view.title = str(view.path)
-    page = render(views)
+    page = render(views, rows)
     if not dry_run:
         try:
             write_text(target, page)
@@ -63,19 +67,21 @@ def write_report(runs: Sequence[str], output: str, *, dry_run: bool = False) -> 
             raise RunError(f"cannot write {output}: {error.strerror or error}") from error
     return {
         "output": output,
+        "rows": len(rows),
         "runs": [{"name": v.title, "state": v.state, "steps_logged": len(v.steps), "scores": len(v.scores)} for v in views],
         "bytes": len(page.encode("utf-8", "surrogatepass")),
     }
 
 
-def render(views: Sequence[RunView]) -> str:
-    """The page, a function of the views alone."""
-    title = views[0].title if len(views) == 1 else f"{len(views)} runs"
+def render(views: Sequence[RunView], rows: Sequence[Outcome] = ()) -> str:
+    """The page, a function of the views, and of rows of a CSV of runs, alone."""
+    title = views[0].title if len(views) == 1 and not rows else f"{len(views) + len(rows)} runs"
     body = [
         f"<header><h1>{_text(title)}</h1><p>qcrd-fast {__version__}, quality-guided contrastive rationale distillation</p>"
         "</header>",
-        _section("Runs", _table(views)),
-        _section("While training", _curves(views)),
+        *([_section("Runs", _table(views))] if views else []),
+        *_costs([*(one for view in views if (one := of_view(view))), *rows]),
+        *([_section("While training", _curves(views))] if views else []),
     ]
     for i, view in enumerate(views):
         if len(views) > 1 and not (view.steps or view.scores or view.predictions):
@@ -155,6 +161,40 @@ def _curves(views: Sequence[RunView]) -> str:
         return "<p>Nothing is logged yet.</p>"
     runs = "".join(f"<span>{_chip(_color(i))}{_text(v.title)}</span>" for i, v in enumerate(views)) if len(views) > 1 else ""
     return (f'<p class="legend">{runs}</p>' if runs else "") + f'<div class="grid">{"".join(cards)}</div>'
+
+
+def _costs(outcomes: Sequence[Outcome]) -> list[str]:
+    """The section of accuracy against time, or none where no run says how long it took."""
+    cards = []
+    charts = points(outcomes)
+    for number_, (chart, found) in enumerate(charts.items()):
+        spots, legend = [], []
+        for i, point in enumerate(found):
+            told, minutes = point.accuracy, point.mean_minutes
+            low, high = max(told.low, 0.0), min(told.high, 1.0)
+            span = (minutes, min(point.minutes), max(point.minutes))
+            spots.append(Spot(span, (told.mean, low, high), _color(i)))
+            runs = f"{len(point.minutes)} run{'s' if len(point.minutes) > 1 else ''}"
+            shared = f", {point.parallel} at a time" if point.parallel > 1 else ""
+            text = f"{point.label}: {told.mean:.3f} ({low:.3f} to {high:.3f}), {minutes:.3g} min, {runs}{shared}"
+            legend.append(f"<span>{_chip(_color(i))}{_text(text)}</span>")
+        svg = scatter_chart(f"a{number_}", spots, title=f"Accuracy against {chart.axis}", x_label=chart.axis)
+        title = _text(f"{chart.title}: {found[0].accuracy.questions} questions, {chart.device}")
+        cards.append(
+            f'<figure class="card"><h3>{title}</h3>{svg}<figcaption class="legend">{"".join(legend)}</figcaption></figure>'
+        )
+    if not cards:
+        return []
+    note = (
+        "A point is the mean of a method's runs; upright its 95% interval over seeds and questions (of one run: over "
+        "questions), across from the shortest run to the longest."
+    )
+    if any(chart.axis.endswith(OF_STEPS) for chart in charts):
+        note += " Minutes of the steps: the mean of those logged, times the steps, so without loading, validation and saving."
+    if any(not chart.axis.endswith(OF_STEPS) for chart in charts):
+        note += " Minutes are those of the whole run on the wall, all attempts together."
+    axes = " and ".join(dict.fromkeys(chart.axis for chart in charts))
+    return [_section(f"Accuracy against {axes}", f'<div class="grid">{"".join(cards)}</div><p>{note}</p>')]
 
 
 def _densities(view: RunView, index: int) -> str:
@@ -301,7 +341,7 @@ margin-right:.6em}
 .grid{display:grid;gap:.9rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
 .card{margin:0;padding:.7rem .8rem;background:var(--card);border:1px solid var(--line);border-radius:6px;min-width:0}
 .card svg{display:block;width:100%;height:auto}.card svg text{font-family:inherit!important}
-.legend{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem}.legend span{white-space:nowrap}
+.legend{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem}.legend span{overflow-wrap:anywhere}
 .chip{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.45em}
 article{margin:0 0 1.3rem}.pair{display:grid;gap:.7rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr))}
 .said{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:15rem;overflow-y:auto}

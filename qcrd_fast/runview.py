@@ -18,6 +18,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.readers import read_object, read_options
 from qcrd_fast.runfolder import LOCK
+from qcrd_fast.runrows import ATTEMPTS, WHERE
 
 QUALITY_SCORES = "quality_scores.jsonl"
 MAX_LINE = 1 << 20  # bytes; a longer line is passed over
@@ -37,6 +38,8 @@ class RunView:
     results: dict[str, Any]
     scores: list[dict[str, Any]]  # quality_scores.jsonl
     predictions: list[dict[str, Any]]
+    attempts: list[dict[str, Any]]  # attempts.jsonl, where one command made several runs
+    environment: dict[str, Any]  # and environment.json
     title: str = ""  # what the page calls it; the name, where no other run has it
 
     def __post_init__(self) -> None:
@@ -85,6 +88,8 @@ def read_run(path: str | Path) -> RunView:
         results=results,
         scores=[r for r in read_objects(folder / QUALITY_SCORES) if _is_score(r)],
         predictions=list(itertools.islice(read_objects(folder / "predictions.jsonl"), 100_000)),
+        attempts=list(read_objects(folder / ATTEMPTS)),
+        environment=read_object(folder / WHERE),
     )
 
 
