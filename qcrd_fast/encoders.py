@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from qcrd_fast.errors import InputError
+from qcrd_fast.modelfiles import load_pretrained
 
 MAX_LENGTH = 512  # tokens of question + separator + rationale
 
@@ -40,14 +41,9 @@ class SmallEncoder(nn.Module):
 
 
 def load_encoder(name: str) -> tuple[Any, Any]:
-    """(encoder, tokenizer) of a Hugging Face folder or hub id."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        model = AutoModel.from_pretrained(name, config=config, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"--discriminator {name!r} cannot be loaded as an encoder with a tokenizer: {error}") from error
-    encoder = model.get_encoder() if config.is_encoder_decoder else model
+    """(encoder, tokenizer) of a Hugging Face folder or hub id. Raises `InputError` for what is none."""
+    model, tokenizer = load_pretrained(name, "--discriminator", lambda _: AutoModel, whole=False)
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
     if not isinstance(getattr(encoder.config, "hidden_size", None), int):
         raise InputError(f"--discriminator {name!r} is no text encoder: {type(encoder).__name__} has no single hidden size")
     return encoder, tokenizer

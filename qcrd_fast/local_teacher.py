@@ -21,7 +21,7 @@ class Sampled(NamedTuple):
 
 
 class LocalTeacher:
-    """A model of transformers: a folder or hub id, in fp32.
+    """A model of transformers: a folder or hub id, in fp32. Raises `InputError` for what is none.
 
     `api` is chat, completions, or empty for chat where the model has a template.
     Sample `index` of a question depends on (seed, question id, index) and on nothing else, but for the rounding of a batch.
@@ -35,7 +35,10 @@ class LocalTeacher:
 
         self._key_words, self._sample = key_words, sample
         self.seed, self.max_tokens = seed, max_tokens
-        model = Student.load(name, PromptSettings("raw", max_source_length=4096), resolve_device(device))
+        try:
+            model = Student.load(name, PromptSettings("raw", max_source_length=4096), resolve_device(device))
+        except InputError as error:
+            raise InputError(f"--teacher: {str(error).removeprefix('student: ')}") from error
         has_chat = bool(model.tokenizer.chat_template) and not model.is_encoder_decoder
         if api == "chat" and not has_chat:
             raise InputError(f"--api chat: {name} has no chat template; use --api completions")

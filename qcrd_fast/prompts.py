@@ -49,7 +49,10 @@ class Prompter:
             raise InputError("--prompt-template chat: the student has no chat template")
 
     def source_ids(self, prefix: str, question: str) -> TokenIds:
-        """Tokens of a task's input. A question over the maximum length loses its end, never the template."""
+        """Tokens of a task's input. A question over the maximum length loses its end, never the template.
+
+        Raises `InputError` where a decoder would have nothing to go on from.
+        """
         template, limit, tokenizer = self.prompts.template, self.prompts.max_source_length, self.tokenizer
         text = prefix + question.strip()
         body = self._plain_ids(text)
@@ -57,13 +60,17 @@ class Prompter:
             text = tokenizer.decode(body[:limit])
         if template == "chat":
             chat = [{"role": "user", "content": text}]
-            return self._plain_ids(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-        ids = list(tokenizer(text if template == "raw" else template.replace("{prompt}", text)).input_ids)
-        if self.is_encoder_decoder:
-            return ids
-        if ids and ids[-1] == tokenizer.eos_token_id:  # a prompt goes on
-            ids.pop()
-        return ids + self._plain_ids("\n") if template == "raw" else ids
+            ids = self._plain_ids(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        else:
+            ids = list(tokenizer(text if template == "raw" else template.replace("{prompt}", text)).input_ids)
+            if self.is_encoder_decoder:
+                return ids
+            if ids and ids[-1] == tokenizer.eos_token_id:  # a prompt goes on
+                ids.pop()
+            ids += self._plain_ids("\n") if template == "raw" else []
+        if not ids:
+            raise InputError(f"the prompt {text[:80]!r} has no token in the model's vocabulary")
+        return ids
 
     def target_ids(self, text: str) -> TokenIds:
         """Tokens of a label or rationale with EOS; a text cut at the maximum length gets no EOS."""

@@ -22,14 +22,15 @@ from qcrd_fast.errors import InputError
 MAX_ROW_BYTES = 16 * 1024 * 1024
 _CHUNK = 1024 * 1024
 _BOM, _BOM_FAULT = b"\xef\xbb\xbf", "the file starts with a byte order mark; save it as plain UTF-8"
+_PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz")
 _MAGIC = {
     b"\x1f\x8b": "a gzip file; decompress it first",
     b"BZh": "a bzip2 file; decompress it first",
     b"\xfd7zXZ": "an xz file; decompress it first",
     b"\x28\xb5\x2f\xfd": "a zstd file; decompress it first",
-    b"PK\x03\x04": "a zip archive (or a torch checkpoint)",
+    b"PK\x03\x04": "a zip archive (or a torch checkpoint, which is never loaded)",
     b"PAR1": "a parquet file",
-    b"\x93NUMPY": "a numpy array",
+    b"\x93NUMPY": "a numpy array, which may hold a pickle",
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
     b"\x80\x02": "a pickle, which is never loaded",
@@ -99,6 +100,8 @@ def iter_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     with _open(path) as file:
         head = file.peek(16)
         kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+        if kind is None and Path(path).suffix in _PICKLED and head.lstrip()[:1] not in (b"{", b"["):
+            kind = "no JSON; a pickle, as its name says, is never loaded"
         if not head:
             yield 1, BadRow(shown(path), 1, "the file is empty")
         elif kind:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qcrd_fast import packing
 from qcrd_fast.errors import InputError
 from qcrd_fast.heads import Head, check_head, read_head
+from qcrd_fast.modelfiles import load_pretrained
 from qcrd_fast.packing import Group, Layout, fill_rows, lay_out, length_batches, share
 from qcrd_fast.prompts import EXPLAIN as EXPLAIN
 from qcrd_fast.prompts import PREDICT as PREDICT
@@ -52,36 +51,27 @@ class Student(Prompter):
     def __init__(self, model: Any, tokenizer: Any, prompts: PromptSettings):
         super().__init__(tokenizer, prompts, bool(model.config.is_encoder_decoder))
         self.model = model
+        self.most: Callable[[int], int] = lambda runs: runs  # of the ranks that must run the model equally often
         rows = model.get_output_embeddings().weight.shape[0]
-        if len(tokenizer) > rows:
-            raise InputError(f"student: the tokenizer has {len(tokenizer)} tokens but the model only {rows} rows")
+        highest = max(tokenizer.get_vocab().values(), default=-1)
+        if len(tokenizer) > rows or highest >= rows:
+            raise InputError(
+                f"student: the tokenizer has {max(len(tokenizer), highest + 1)} tokens but the model only {rows} rows"
+            )
+        start = getattr(model.config, "decoder_start_token_id", None)
+        if self.is_encoder_decoder and not (isinstance(start, int) and 0 <= start < rows):
+            raise InputError(f"student: decoder_start_token_id is {start} in config.json, but the model has {rows} rows")
         check_head(model, self.head)
         check_causal(model)
 
     @classmethod
     def load(cls, name_or_path: str, prompts: PromptSettings, device: torch.device | str = "cpu") -> Student:
         """Load a local folder or hub id in fp32. Only safetensors and code of the transformers package are read."""
-        if os.path.sep in name_or_path and not Path(name_or_path).exists() and name_or_path.count("/") != 1:
-            raise InputError(f"student: folder {name_or_path!r} does not exist")
-        if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
-            raise InputError(f"student: {name_or_path!r} holds no config.json, so it is not a Hugging Face model folder")
-        try:
-            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            model, info = auto.from_pretrained(  # type: ignore[misc]
-                name_or_path,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"student: cannot load {name_or_path!r} (safetensors weights are needed): {reason}") from error
-        if info["missing_keys"] or info["mismatched_keys"]:
-            bad = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
-            raise InputError(f"student: {name_or_path!r} lacks or mis-shapes {len(bad)} weights, such as {bad[0]}")
+
+        def choose(config: Any) -> Any:
+            return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+        model, tokenizer = load_pretrained(name_or_path, "student", choose, dtype=torch.float32)
         return cls(model.to(device), tokenizer, prompts)
 
     @property
@@ -148,6 +138,9 @@ class Student(Prompter):
             parts.append(hidden_BLH.flatten(0, 1).index_select(0, layout.at_T))
             order += layout.order
             body_tokens += layout.ids_BL.numel()
+        for _ in range(self.most(len(parts)) - len(parts)):
+            idle_BLH, _ = self._run(encoded, [[groups[0]]], targets, mode)
+            parts[0] = parts[0] + 0.0 * idle_BLH.sum()
         hidden_TH = parts[0] if len(parts) == 1 else torch.cat(parts)
         if order != list(range(len(targets))):
             start, at = {}, 0

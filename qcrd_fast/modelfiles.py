@@ -1,0 +1,143 @@
+"""What is read of a model, whoever made it: configuration, tokenizer and safetensors, of its own folder; never code.
+
+What would reach for a pickle, another folder or somebody's code is refused before any weight is loaded, and weights that the
+configuration does not describe after that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from qcrd_fast.errors import InputError
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def read_config(name_or_path: str, option: str) -> Any:
+    """The checked configuration of a local folder or hub id.
+
+    Raises `InputError`, naming `option`, for a path without a model, weights that are no safetensors, names that lead out of
+    the folder, and a configuration that asks for code.
+    """
+    folder = Path(name_or_path)
+    if folder.is_file():
+        raise InputError(f"{option}: {name_or_path!r} is a file; name the folder with config.json and model.safetensors")
+    if os.path.sep in name_or_path and not folder.exists() and name_or_path.count("/") != 1:
+        raise InputError(f"{option}: folder {name_or_path!r} does not exist")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{option}: {name_or_path!r} holds no config.json, so it is not a Hugging Face model folder")
+        _check_folder(folder, option)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:  # whatever a configuration of anybody's can make a library raise
+        raise _cannot_load(name_or_path, option, error) from error
+    _check_config(config, name_or_path, option)
+    return config
+
+
+def load_pretrained(
+    name_or_path: str, option: str, choose: Callable[[Any], Any], *, whole: bool = True, **settings: Any
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of a local folder or hub id, the model by the class that `choose` takes for its configuration.
+
+    Raises `InputError` as `read_config` does, and for what cannot be loaded or, with `whole`, does not fit: both shapes of a
+    weight that has another than the configuration says, names of weights that it lacks or has too many of.
+    """
+    config = read_config(name_or_path, option)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        model, info = choose(config).from_pretrained(
+            name_or_path,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # so that they can be named
+            output_loading_info=True,
+            **settings,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _cannot_load(name_or_path, option, error) from error
+    _check_loaded(model, info, name_or_path, option, whole)
+    return model, tokenizer
+
+
+def _check_loaded(model: Any, info: Any, name: str, option: str, whole: bool) -> None:
+    says = f"{option}: {name!r}: config.json describes a {type(model).__name__}"
+    if info["mismatched_keys"]:
+        weight, found, wanted = min(info["mismatched_keys"], key=str)
+        raise InputError(
+            f"{says} with {weight} of shape {tuple(wanted)}, but in the weights it is {tuple(found)} "
+            f"({len(info['mismatched_keys'])} such weights)"
+        )
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if whole and missing:
+        others = f", but hold {unexpected[0]}" if unexpected else ""
+        raise InputError(f"{says}; the weights lack {len(missing)} of its tensors, such as {missing[0]}{others}")
+    places = {_place(name) for name in model.state_dict()}
+    layers = [name for name in unexpected if _place(name) in places]
+    if whole and layers:
+        raise InputError(f"{says} of fewer layers than the weights: it has no place for {len(layers)}, such as {layers[0]}")
+
+
+def _place(name: str) -> str:
+    """The name of a weight, whatever the number of its layer."""
+    return re.sub(r"\.\d+\.", ".#.", name)
+
+
+def _cannot_load(name: str, option: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).partition("Model type should be one of")[0].split())[:300] or type(error).__name__
+    return InputError(f"{option}: cannot load {name!r} (safetensors weights are needed): {reason}")
+
+
+def _check_folder(folder: Path, option: str) -> None:
+    """Weights are there as safetensors, and an index names files of this folder alone."""
+    names = {path.name for path in folder.iterdir()}
+    if "adapter_config.json" in names:
+        raise InputError(f"{option}: {str(folder)!r} holds an adapter; merge it into its base model first")
+    if not any(name.endswith(_WEIGHTS) for name in names):
+        pickled = sorted(name for name in names if name.endswith(_PICKLED))
+        if pickled:
+            raise InputError(
+                f"{option}: {str(folder)!r} has its weights in {pickled[0]}, a pickle, which is never loaded; convert them to "
+                "safetensors"
+            )
+    for index in sorted(name for name in names if name.endswith(".index.json")):
+        try:
+            shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+            wrong = sorted({str(s) for s in shards if not isinstance(s, str) or os.path.basename(s) != s or s == ".."})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"{option}: {folder / index} is unreadable: {error}") from error
+        if wrong:
+            raise InputError(f"{option}: {folder / index} names {wrong[0]!r}, which is not a file of this folder")
+
+
+def _check_config(config: Any, name: str, option: str) -> None:
+    for key, value in _strings(config.to_dict() | {"attn_implementation": getattr(config, "_attn_implementation", None)}):
+        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in value:
+            raise InputError(f"{option}: {name!r} asks for code from the hub ({key} {value!r}), which is never run")
+        if key == "transformers_weights" and not (os.path.basename(value) == value and value.endswith(_WEIGHTS)):
+            raise InputError(f"{option}: {name!r} has its weights in {value!r}; safetensors of its own folder are needed")
+
+
+def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(key, text) of every text in a tree; what is in a list or mapping has the key that leads to it, too."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for inner, item in value.items():
+            yield from _strings(item, f"{inner}" if not key.endswith("_implementation") else key)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item, key)
