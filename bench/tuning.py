@@ -25,6 +25,7 @@ from torch import Tensor
 from csrc_triton import linear_logprob, product
 from csrc_triton.product import Tile
 from qcrd_fast import reference
+from qcrd_fast.linear_loss import KEPT_BYTES
 from qcrd_fast.reference import HeadOptions
 
 from . import timing
@@ -103,7 +104,7 @@ def backward_ways(case: Case, device: torch.device) -> tuple[dict[str, Callable[
             return linear_logprob.backward(*arguments)[:2]  # type: ignore[return-value]
 
     def in_forward() -> Grads | None:
-        kept = linear_logprob.forward_keeping(hidden_SH, weight_VH, target_S, None, options, -100)
+        kept = linear_logprob.forward_keeping(hidden_SH, weight_VH, target_S, None, options, -100, KEPT_BYTES)
         if kept is None:
             raise ValueError("the exponentials are larger than KEPT_BYTES")
         return linear_logprob.backward_kept(kept[2], *arguments[:4], kept[1], g_S, options, needs)[:2]  # type: ignore[return-value]

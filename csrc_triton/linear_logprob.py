@@ -17,11 +17,10 @@ from torch import Tensor
 from csrc_triton.product import (
     LOWEST,
     bend,
-    choose_parts,
     choose_tile,
     flags_of,
+    layout,
     matmul,
-    multiprocessors,
     numbers,
     operands,
     product_tile,
@@ -29,7 +28,6 @@ from csrc_triton.product import (
     sources,
 )
 
-KEPT_BYTES = 64 * 2**20  # of exponentials that a forward pass keeps to make its own gradients
 WORKSPACE_BYTES = 24 * 2**20  # of one chunk's gradient; stays in the L2 cache of an A100, H100 or B200
 LOG2_E = tl.constexpr(1 / math.log(2))
 
@@ -238,11 +236,7 @@ def _forward(
     if T == 0:
         return logprob_T, lse_T, entropy_T, None
     tile = choose_tile(hidden_TH.dtype, T)
-    tiles = triton.cdiv(V, tile.block_v)
-    blocks = triton.cdiv(T, tile.block_t)
-    parts = choose_parts(blocks, tiles, 2 * multiprocessors(hidden_TH.device))
-    part_size = triton.cdiv(tiles, parts) * tile.block_v
-    parts = triton.cdiv(V, part_size)
+    blocks, tiles, parts, part_size = layout(tile, T, V, hidden_TH.device)
     head, flags = (hidden_TH, weight_VH, bias_V, target_T.contiguous()), flags_of(bias_V, options)
     partial_PT = [hidden_TH.new_empty((parts, T if i < 2 or want_entropy else 0), dtype=torch.float32) for i in range(3)]
     pitch = triton.cdiv(V, 16) * 16
@@ -269,10 +263,11 @@ def forward_keeping(
     bias_V: Tensor | None,
     options: tuple[float, float, float],
     ignore_index: int,
+    kept_bytes: int,
 ) -> tuple[Tensor, Tensor, Kept | None] | None:
-    """(log p, log-sum-exp, what `backward_kept` needs), or None where that would be more than KEPT_BYTES, or under a softcap,
+    """(log p, log-sum-exp, what `backward_kept` needs), or None where that would be more than `kept_bytes`, or under a softcap,
     whose slope cannot be had from what is kept."""
-    if options[1] or len(target_T) * (len(weight_VH) + 15) * hidden_TH.element_size() > KEPT_BYTES:
+    if options[1] or len(target_T) * (len(weight_VH) + 15) * hidden_TH.element_size() > kept_bytes:
         return None
     logprob_T, lse_T, _, kept = _forward(*operands(hidden_TH, weight_VH), target_T, bias_V, options, ignore_index, keep=True)
     return logprob_T, lse_T, kept

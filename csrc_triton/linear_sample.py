@@ -21,10 +21,9 @@ from csrc_triton.product import (
     LOWEST,
     Tile,
     bend,
-    choose_parts,
     choose_tile,
     flags_of,
-    multiprocessors,
+    layout,
     numbers,
     operands,
     product_tile,
@@ -205,15 +204,10 @@ def sample(
     if B == 0:
         return hidden_BH.new_empty(0, dtype=torch.int64)
     tile = choose_sample_tile(hidden_BH.dtype, B, grouped)
-    tiles, blocks, G = triton.cdiv(V, tile.block_v), triton.cdiv(B, tile.block_t), triton.cdiv(V, GROUP)
-    parts = choose_parts(blocks, tiles, 2 * multiprocessors(hidden_BH.device))
-    part_size = triton.cdiv(tiles, parts) * tile.block_v
-    parts = triton.cdiv(V, part_size)
-    head, flags, (scale, inverse_softcap, slope) = (
-        (hidden_BH, weight_VH, bias_V),
-        flags_of(bias_V, options),
-        numbers(bias_V, options),
-    )
+    blocks, _, parts, part_size = layout(tile, B, V, hidden_BH.device)
+    G = triton.cdiv(V, GROUP)
+    head, flags = (hidden_BH, weight_VH, bias_V), flags_of(bias_V, options)
+    scale, inverse_softcap, slope = numbers(bias_V, options)
     key_B2, counter_B3 = key_B2.contiguous(), counter_B3.contiguous()
     best_PB = hidden_BH.new_empty((0 if grouped else parts, B), dtype=torch.float32)
     entry_PB = torch.empty_like(best_PB, dtype=torch.int64)

@@ -53,6 +53,14 @@ def choose_parts(blocks: int, tiles: int, slots: int) -> int:
     return min(range(1, most + 1), key=lambda parts: triton.cdiv(blocks * parts, slots) / parts)
 
 
+def layout(tile: Tile, rows: int, V: int, device: torch.device) -> tuple[int, int, int, int]:
+    """(blocks of rows, tiles of the vocabulary, parts of it, columns of a part)."""
+    blocks, tiles = triton.cdiv(rows, tile.block_t), triton.cdiv(V, tile.block_v)
+    parts = choose_parts(blocks, tiles, 2 * multiprocessors(device))
+    part_size = triton.cdiv(tiles, parts) * tile.block_v
+    return blocks, tiles, triton.cdiv(V, part_size), part_size
+
+
 @triton.jit
 def bend(acc, bias, scale, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """u of a product: scaled and biased unless the slope does it, tanh of it under a softcap."""

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from qcrd_fast import reference
 from qcrd_fast.dispatch import choose_impl, require
-from qcrd_fast.ops import check_head, linear_logprob
+from qcrd_fast.ops import check_head, empty_gradient, linear_logprob
 from qcrd_fast.reference import HeadOptions
 
-KEPT_BYTES = 64 * 2**20  # of logits that the torch twin keeps
+KEPT_BYTES = 64 * 2**20  # of exponentials (the torch twin: logits) that a forward pass keeps to make its own gradients
 
 
 def linear_rationale_loss(
@@ -81,13 +81,8 @@ def linear_rationale_loss(
 def loss_terms(nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, beta: float, delta: float | None) -> tuple[Tensor, Tensor]:
     """(loss, d loss / d nll [R]) of rationales whose weights are known; `delta` None: no margin."""
     signed_R = torch.where(positive_R, weight_R, -beta * weight_R)
-    if delta is None:
-        value_R = nll_R
-    else:
-        inactive_R = ~positive_R & (nll_R >= delta)  # h(u) = min(u - delta, 0)
-        signed_R = signed_R.masked_fill(inactive_R, 0)
-        value_R = torch.where(positive_R, nll_R, nll_R - delta)
-    return torch.where(signed_R == 0, 0, signed_R * value_R).sum(), signed_R
+    term_R, signed_R = reference.hinge_terms(nll_R, positive_R, signed_R, delta)
+    return term_R.sum(), signed_R
 
 
 @torch.library.custom_op("qcrd_fast::rationale_loss", mutates_args=())
@@ -121,7 +116,7 @@ def _rationale_loss(
         again = (linear_logprob.forward, linear_logprob.backward)
     head = (hidden_TH, weight_VH, target_T, bias_V)
     with torch.autocast(hidden_TH.device.type, enabled=False), torch.cuda.device_of(hidden_TH):
-        found = forward(*head, options, ignore_index) if any(needs) else None
+        found = forward(*head, options, ignore_index, KEPT_BYTES) if any(needs) else None
         logprob_T, lse_T = found[:2] if found else again[0](*head, options, ignore_index, False)[:2]
         nll_R, count_R = means(logprob_T, rationale_T, valid_T, R)
         loss, dnll_R = loss_terms(nll_R, positive_R, weight_R.to(nll_R.dtype), beta, delta)
@@ -137,30 +132,11 @@ def _rationale_loss(
 
 
 @_rationale_loss.register_fake
-def _(
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    target_T: Tensor,
-    bias_V: Tensor | None,
-    rationale_T: Tensor,
-    positive_R: Tensor,
-    weight_R: Tensor,
-    beta: float,
-    delta: float | None,
-    scale: float,
-    softcap: float,
-    temperature: float,
-    ignore_index: int,
-    triton: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, bias_V: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    positive_R, needs = rest[1], rest[-1]
     nll_R = hidden_TH.new_empty(positive_R.shape, dtype=reference.accumulation_dtype(hidden_TH.dtype))
-
-    def like(x: Tensor | None, need: bool) -> Tensor:
-        return torch.empty_like(x).contiguous() if need and x is not None else hidden_TH.new_empty(0)
-
-    dhidden_TH = like(hidden_TH, needs[0]).to(nll_R.dtype)
-    return nll_R.new_empty(()), nll_R, dhidden_TH, like(weight_VH, needs[1]), like(bias_V, needs[2])
+    grads = [empty_gradient(x, need, hidden_TH) for x, need in zip((hidden_TH, weight_VH, bias_V), needs, strict=True)]
+    return nll_R.new_empty(()), nll_R, grads[0].to(nll_R.dtype), *grads[1:]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -195,11 +171,12 @@ def forward_keeping(
     bias_V: Tensor | None,
     options: HeadOptions,
     ignore_index: int,
+    kept_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(log p, log-sum-exp, logits [T, V]), or None where those would be more than KEPT_BYTES, or under a softcap."""
+    """(log p, log-sum-exp, logits [T, V]), or None where those would be more than `kept_bytes`, or under a softcap."""
     T, V = len(target_T), len(weight_VH)
     size = 8 if hidden_TH.dtype == torch.float64 else 4
-    if options.softcap or T * V * size > KEPT_BYTES:
+    if options.softcap or T * V * size > kept_bytes:
         return None
     weight_VH = reference.operand(weight_VH.to(hidden_TH.dtype))
     logits_TV = reference.chunk_logits(reference.operand(hidden_TH), weight_VH, bias_V, options)[0]
@@ -221,17 +198,5 @@ def backward_kept(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dHidden, dWeight, dBias), None where `needs` says no, from d loss / d log p [T] (0 where ignored)."""
-    operand_TH = reference.operand(hidden_TH)
-    da_TV = logits_TV.sub_(lse_T[:, None]).exp_().mul_(-dlogprob_T[:, None])
-    target_T = target_T.where(dlogprob_T != 0, 0)
-    da_TV.scatter_add_(1, target_T[:, None], dlogprob_T[:, None])
-    if options.temperature != 1:
-        da_TV /= options.temperature
-    dbias_V = da_TV.sum(0).to(bias_V.dtype) if needs[2] and bias_V is not None else None
-    if options.scale != 1:
-        da_TV *= options.scale
-    da_TV = da_TV.to(operand_TH.dtype)
-    weight = reference.operand(weight_VH.to(hidden_TH.dtype))
-    dhidden_TH = reference.matmul(da_TV, weight) if needs[0] else None
-    dweight_VH = reference.matmul(da_TV.T, operand_TH).to(weight_VH.dtype) if needs[1] else None
-    return dhidden_TH, dweight_VH, dbias_V
+    head = (hidden_TH, weight_VH, target_T, bias_V, lse_T)
+    return reference.chunked_backward(*head, (dlogprob_T, -dlogprob_T, None), options, needs, logits_TV)

@@ -238,10 +238,8 @@ def weighted_rationale_loss(
     R = len(positive_R)
     flat_T, valid_T = reference.accumulable(logprob_T.reshape(-1)), None if valid_T is None else valid_T.reshape(-1)
     nll_R, _ = reference.rationale_mean(flat_T, rationale_T.reshape(-1).long(), valid_T, R)
-    hinge_R = nll_R if delta is None else (nll_R - delta).clamp(max=0).where(~(nll_R >= delta), 0)
-    weight_R = weight_R.detach().to(nll_R.dtype)
-    loss_pos = (weight_R * nll_R).where(positive_R & (weight_R != 0), 0).sum()
-    loss_neg = (weight_R * hinge_R).where(~positive_R & (weight_R != 0), 0).sum()
+    term_R, _ = reference.hinge_terms(nll_R, positive_R, weight_R.detach().to(nll_R.dtype), delta)
+    loss_pos, loss_neg = term_R.where(positive_R, 0).sum(), term_R.where(~positive_R, 0).sum()
     return loss_pos - beta * loss_neg, loss_pos, loss_neg, nll_R.detach()
 
 

@@ -146,19 +146,8 @@ def _linear_logprob(
 
 
 @_linear_logprob.register_fake
-def _(
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    target_T: Tensor,
-    bias_V: Tensor | None,
-    scale: float,
-    softcap: float,
-    temperature: float,
-    ignore_index: int,
-    want_entropy: bool,
-    triton: bool,
-    max_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden_TH: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, want_entropy, _triton, _max_rows = rest
     out_T = hidden_TH.new_empty(hidden_TH.shape[0], dtype=reference.accumulation_dtype(hidden_TH.dtype))
     return out_T, torch.empty_like(out_T), torch.empty_like(out_T) if want_entropy else out_T.new_empty(0)
 
@@ -211,26 +200,14 @@ def _linear_logprob_backward(
 
 
 @_linear_logprob_backward.register_fake
-def _(
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    target_T: Tensor,
-    bias_V: Tensor | None,
-    lse_T: Tensor,
-    onehot_T: Tensor,
-    prob_T: Tensor,
-    probz_T: Tensor | None,
-    scale: float,
-    softcap: float,
-    temperature: float,
-    triton: bool,
-    max_rows: int | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    def like(x: Tensor | None, need: bool) -> Tensor:
-        return torch.empty_like(x).contiguous() if need and x is not None else hidden_TH.new_empty(0)
+def _(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, bias_V: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    needs = rest[-1]
+    return tuple(empty_gradient(x, need, hidden_TH) for x, need in zip((hidden_TH, weight_VH, bias_V), needs, strict=True))
 
-    return like(hidden_TH, needs[0]), like(weight_VH, needs[1]), like(bias_V, needs[2])
+
+def empty_gradient(x: Tensor | None, need: bool, other: Tensor) -> Tensor:
+    """What an operator returns as the gradient of `x`, without its values; [0] where not needed."""
+    return torch.empty_like(x).contiguous() if need and x is not None else other.new_empty(0)
 
 
 def compact(wanted_T: Tensor, max_rows: int | None) -> tuple[Tensor, Tensor | None]:
@@ -335,19 +312,8 @@ def _contrastive(
 
 @_contrastive.register_fake
 def _(
-    logprob_T: Tensor,
-    rationale_T: Tensor,
-    valid_T: Tensor | None,
-    question_R: Tensor,
-    positive_R: Tensor,
-    quality_R: Tensor | None,
-    score_R: Tensor | None,
-    positive_select: str,
-    negative_select: str,
-    delta: float,
-    num_questions: Tensor,
-    triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logprob_T: Tensor, rationale_T: Tensor, valid_T: Tensor | None, question_R: Tensor, positive_R: Tensor, *rest: Any
+) -> Any:
     nll_R, term = logprob_T.new_empty(question_R.shape), logprob_T.new_empty(())
     count_R = torch.empty_like(question_R)
     return term, torch.empty_like(term), nll_R, torch.empty_like(nll_R), torch.empty_like(positive_R), count_R
@@ -377,14 +343,7 @@ def _contrastive_backward(
 
 @_contrastive_backward.register_fake
 def _(
-    dloss_pos: Tensor,
-    dloss_neg: Tensor,
-    rationale_T: Tensor,
-    valid_T: Tensor | None,
-    positive_R: Tensor,
-    weight_R: Tensor,
-    count_R: Tensor,
-    triton: bool,
+    dloss_pos: Tensor, dloss_neg: Tensor, rationale_T: Tensor, valid_T: Any, positive_R: Any, weight_R: Tensor, *rest: Any
 ) -> Tensor:
     return weight_R.new_empty(rationale_T.shape)
 

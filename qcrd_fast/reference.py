@@ -113,11 +113,13 @@ def chunked_backward(
     coefficients: tuple[Tensor, Tensor, Tensor | None],
     options: HeadOptions,
     needs: tuple[bool, bool, bool],
+    kept_SV: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dHidden [S, H] fp32, dWeight [V, H], dBias [V]) of the rows given; None where `needs` says no.
 
     `coefficients` (onehot_S, prob_S, probz_S) make the gradient of a row's logits z:
     onehot * [j = target] + p_j * (prob + probz * z_j), which covers log p, log-sum-exp and entropy.
+    `kept_SV`: the logits, where a forward pass without a softcap kept them; they are overwritten.
     """
     dtype = accumulation_dtype(hidden_SH.dtype)
     onehot_S, prob_S, probz_S = coefficients
@@ -127,10 +129,12 @@ def chunked_backward(
     dweight_VH = torch.empty_like(weight_VH, memory_format=torch.contiguous_format) if need_weight else None
     dbias_V = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
     compute_dtype, hidden_SH = hidden_SH.dtype, operand(hidden_SH)
-    for start, stop in chunks(V, S):
+    for start, stop in chunks(V, S) if kept_SV is None else [(0, V)]:
         weight_CH = operand(weight_VH[start:stop].to(compute_dtype))
         bias_C = None if bias_V is None else bias_V[start:stop]
-        logits_SC, slope_SC = chunk_logits(hidden_SH, weight_CH, bias_C, options, want_slope=True)
+        logits_SC, slope_SC = kept_SV, None
+        if logits_SC is None:
+            logits_SC, slope_SC = chunk_logits(hidden_SH, weight_CH, bias_C, options, want_slope=True)
         if probz_S is None:
             dz_SC = logits_SC.sub_(lse_S[:, None]).exp_().mul_(prob_S[:, None])
         else:
@@ -327,13 +331,23 @@ def contrastive_torch(
     weights = {"mean": share(candidate_R), "wmean": share(in_R)}
     weight_R = pick(weights.get(selects[0], chosen_R), weights.get(selects[1], chosen_R)) / num_questions
 
-    hinge_R = nll_R - delta  # Eq. 7: h(u) = min(u - delta, 0), gated by the weight
-    weight_R = weight_R.masked_fill(~positive_R & (nll_R >= delta), 0)
-    term_R = torch.where(weight_R == 0, 0, weight_R * pick(nll_R, hinge_R))
+    term_R, weight_R = hinge_terms(nll_R, positive_R, weight_R, delta)
     loss_pos = term_R.where(positive_R, 0).sum()  # Eq. 6
     loss_neg = term_R.where(~positive_R, 0).sum()
     active_R = ~positive_R & (count_R > 0) & (nll_R < delta)
     return Contrast(loss_pos, loss_neg, nll_R, weight_R, active_R, count_R)
+
+
+def hinge_terms(nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, delta: float | None) -> tuple[Tensor, Tensor]:
+    """(w l of a positive, w h(l) of a negative; w, which is 0 where the hinge is inactive), each [R]. Differentiable in l.
+
+    Eq. 7: h(u) = min(u - delta, 0), or h(u) = u where `delta` is None. What weighs nothing adds nothing, not even a NaN.
+    """
+    value_R = nll_R
+    if delta is not None:
+        value_R = torch.where(positive_R, nll_R, nll_R - delta)
+        weight_R = weight_R.masked_fill(~positive_R & (nll_R >= delta), 0)
+    return torch.where(weight_R == 0, 0, weight_R * value_R), weight_R
 
 
 def rationale_mean(logprob_T: Tensor, rationale_T: Tensor, valid_T: Tensor | None, R: int) -> tuple[Tensor, Tensor]:

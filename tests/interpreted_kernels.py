@@ -16,7 +16,7 @@ from bench.cases import Case
 from csrc_triton import linear_logprob as kernels
 from csrc_triton import product
 from csrc_triton.product import Tile
-from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob
+from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob, linear_loss
 from qcrd_fast.config import NEGATIVE_SELECT, POSITIVE_SELECT, SCHEMES
 from qcrd_fast.linear_sample import head_logits, linear_sample
 from qcrd_fast.reference import HeadOptions
@@ -38,7 +38,7 @@ OPTIONS = [  # (whether there is a bias, options)
 def layout(request, monkeypatch):
     """The vocabulary in one part and one chunk, or in several, the last of them partial."""
     if request.param == "split":
-        monkeypatch.setattr(kernels, "multiprocessors", lambda device: 100)
+        monkeypatch.setattr(product, "multiprocessors", lambda device: 100)
         monkeypatch.setattr(kernels, "WORKSPACE_BYTES", 40_000)
 
 
@@ -210,7 +210,7 @@ def test_gradients_made_in_forward_use_what_was_kept(monkeypatch):
     batch.target = torch.cat([batch.target, torch.full((200,), -100)])
     batch.rationale = torch.cat([batch.rationale, torch.full((200,), 10)])
     kept, want = both(batch, "triton")
-    monkeypatch.setattr(kernels, "KEPT_BYTES", 0)
+    monkeypatch.setattr(linear_loss, "KEPT_BYTES", 0)
     twice, _ = both(batch, "triton")
     for a, b, c in zip(kept, twice, want, strict=True):
         assert error(a, c) < 6e-6 and error(b, c) < 6e-6
