@@ -6,6 +6,8 @@ Suffixes: B rows, H hidden, V vocabulary, K entries kept by top-k.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -67,14 +69,28 @@ def head_logits(hidden_BH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, opt
     return logits_BV / (options.temperature or 1.0)
 
 
-def pick_tokens(logits_BV: Tensor, key_B2: Tensor, counter_B3: Tensor, top_k: int = 0, *, noisy: bool = True) -> Tensor:
-    """The token [B] that `linear_sample` draws from these logits, already divided by the temperature."""
+def pick_tokens(
+    logits_BV: Tensor,
+    key_B2: Tensor,
+    counter_B3: Tensor,
+    top_k: int = 0,
+    *,
+    noisy: bool = True,
+    warp: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The token [B] that `linear_sample` draws from these logits, already divided by the temperature.
+
+    warp: what is done to the logits [B, V] after top-k, which leaves -inf, and before the noise: a nucleus, say.
+    """
     V = logits_BV.shape[1]
     if not noisy:
         return logits_BV.argmax(1)
     if not 0 < top_k < V:
+        logits_BV = warp(logits_BV) if warp else logits_BV
         return (logits_BV.double() + gumbel(key_B2, counter_B3, size=V)).argmax(1)
     kept_BK, vocab_BK = largest(logits_BV, top_k)
+    if warp:
+        kept_BK = warp(torch.full_like(logits_BV, -torch.inf).scatter(1, vocab_BK, kept_BK)).gather(1, vocab_BK)
     best_B1 = (kept_BK.double() + gumbel(key_B2, counter_B3, vocab_BK)).argmax(1, keepdim=True)
     return vocab_BK.gather(1, best_B1)[:, 0]
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from transformers import TopPLogitsWarper
 
 from qcrd_fast.decode import Autocast, Decoder
 from qcrd_fast.heads import evaluating
-from qcrd_fast.linear_sample import head_logits, largest, linear_sample, pick_tokens
+from qcrd_fast.linear_sample import head_logits, linear_sample, pick_tokens
 from qcrd_fast.packing import length_batches
 from qcrd_fast.prompts import TokenIds
 from qcrd_fast.reference import HeadOptions
@@ -46,6 +47,11 @@ class SampleSettings:
 
 
 log = logging.getLogger(__name__)
+
+
+def nucleus(top_p: float) -> Callable[[Tensor], Tensor] | None:
+    """What keeps the likeliest entries of logits [B, V], `top_p` of the mass in all, the rest -inf; None where that is all."""
+    return functools.partial(TopPLogitsWarper(top_p), None) if top_p < 1 else None  # type: ignore[arg-type]
 
 
 class Cancelled(Exception):
@@ -87,7 +93,7 @@ class Sampler:
         self.key_B2 = torch.zeros(rows, 2, dtype=torch.long, device=device)
         self.done_B = torch.ones(rows, dtype=torch.bool, device=device)
         self.out_BN = torch.zeros(rows, settings.max_new_tokens, dtype=torch.long, device=device)
-        self._top_p = TopPLogitsWarper(settings.top_p) if settings.top_p < 1 else None
+        self._top_p = nucleus(settings.top_p)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.drawn_tokens = 0
 
@@ -244,10 +250,7 @@ class Sampler:
                 )  # fmt: skip
             options = HeadOptions(head.scale, float(head.softcap or 0), settings.temperature)
             logits_BV = head_logits(hidden_BH, head.weight, head.bias, options)
-            if 0 < settings.top_k < logits_BV.shape[1]:
-                kept_BK, vocab_BK = largest(logits_BV, settings.top_k)
-                logits_BV = torch.full_like(logits_BV, -torch.inf).scatter(1, vocab_BK, kept_BK)
-            return pick_tokens(self._top_p(None, logits_BV), key_B2, counter_B3)  # type: ignore[arg-type]
+            return pick_tokens(logits_BV, key_B2, counter_B3, settings.top_k, warp=self._top_p)
 
     def _graph(self, span: int) -> torch.cuda.CUDAGraph | None:
         """The graph of a few steps over `span` slots; None, said once, where the body does what a graph cannot hold."""

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from qcrd_fast.decode import Autocast, find_style
 from qcrd_fast.heads import evaluating
-from qcrd_fast.noise import gumbel
+from qcrd_fast.linear_sample import pick_tokens
 from qcrd_fast.noise import key_words as key_words
-from qcrd_fast.sampler import Cancelled
+from qcrd_fast.sampler import Cancelled, nucleus
 from qcrd_fast.sampler import Sampler as Sampler
 from qcrd_fast.sampler import SampleSettings as SampleSettings
 from qcrd_fast.students import Student, TokenIds
@@ -86,29 +86,24 @@ def _style(student: Student, longest: int) -> str | None:
 
 
 class KeyedSampling(LogitsProcessor):
-    """Turns scores [B, V] into temperature-scaled, truncated scores plus keyed noise, so that argmax draws a sample."""
+    """Draws a token from scores [B, V] as `Sampler` does, and leaves it alone above -inf, so that argmax takes it."""
 
     def __init__(
         self, key_B2: Tensor, index_B: Tensor, iteration: int, start: int, temperature: float, top_k: int, top_p: float
     ):
         self.key_B2, self.index_B, self.iteration, self.start = key_B2, index_B, iteration, start
-        self.temperature, self.top_k = temperature, top_k
-        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
+        self.temperature, self.top_k, self.top_p = temperature, top_k, nucleus(top_p)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = input_ids.shape[1] - self.start
-        scores_BV = scores.double() / self.temperature
-        k = min(self.top_k or scores_BV.shape[1], scores_BV.shape[1])
-        kept_BK, vocab_BK = scores_BV.topk(k, dim=1) if self.top_k else (scores_BV, self._all(scores_BV))
-        if self.top_p is not None:
-            kept_BK = self.top_p(input_ids, kept_BK)  # type: ignore[arg-type]
         rest = (torch.full_like(self.index_B, position), self.index_B, torch.full_like(self.index_B, self.iteration))
-        noisy_BK = kept_BK + gumbel(self.key_B2, torch.stack(rest, 1), vocab_BK)
-        return torch.full_like(scores_BV, -torch.inf).scatter_(1, vocab_BK, noisy_BK)
+        chosen_B = pick_tokens(scores, self.key_B2, torch.stack(rest, 1), self.top_k, warp=self._warp)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen_B[:, None], 0.0)
 
-    @staticmethod
-    def _all(scores_BV: Tensor) -> Tensor:
-        return torch.arange(scores_BV.shape[1], device=scores_BV.device).expand(scores_BV.shape)
+    def _warp(self, scores_BV: Tensor) -> Tensor:
+        """After top-k, which ranks the scores as they come: divided, two of them could round to one."""
+        scores_BV = scores_BV.double() / self.temperature
+        return self.top_p(scores_BV) if self.top_p else scores_BV
 
 
 class GenerateSampler:
