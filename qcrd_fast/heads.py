@@ -25,6 +25,11 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the ops take beside the weight."""
+        return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] of hidden states [..., H], in their type; what the losses never hold."""
         logits = self.scale * torch.nn.functional.linear(hidden, self.weight)

@@ -207,9 +207,7 @@ class Objective:
                 weight_R * torch.where(is_label_R, self.alpha_pred, self.config.alpha_cl),  # Eq. 8 less a3 L_D
                 beta=weighted.beta,
                 delta=weighted.delta,
-                bias=head.bias,
-                scale=head.scale,
-                softcap=head.softcap,
+                **head.options,
                 impl=self.config.impl,
             )
 
@@ -299,15 +297,7 @@ class Objective:
 
     def _logprob(self, packed: PackedHidden) -> Tensor:
         head = self.student.head
-        result = linear_logprob(
-            packed.hidden,
-            head.weight,
-            packed.target,
-            bias=head.bias,
-            scale=head.scale,
-            softcap=head.softcap,
-            impl=self.config.impl,
-        )
+        result = linear_logprob(packed.hidden, head.weight, packed.target, **head.options, impl=self.config.impl)
         assert isinstance(result, Tensor)
         return result
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import threading
 from collections import deque
@@ -51,7 +50,10 @@ log = logging.getLogger(__name__)
 
 def nucleus(top_p: float) -> Callable[[Tensor], Tensor] | None:
     """What keeps the likeliest entries of logits [B, V], `top_p` of the mass in all, the rest -inf; None where that is all."""
-    return functools.partial(TopPLogitsWarper(top_p), None) if top_p < 1 else None  # type: ignore[arg-type]
+    if top_p >= 1:
+        return None
+    warper = TopPLogitsWarper(top_p)
+    return lambda logits_BV: warper(None, logits_BV)  # type: ignore[arg-type]
 
 
 class Cancelled(Exception):
@@ -245,7 +247,7 @@ class Sampler:
         with torch.autocast(hidden_BH.device.type, enabled=False):
             if self._top_p is None or not settings.temperature:
                 return linear_sample(
-                    hidden_BH, head.weight, key_B2, counter_B3, bias=head.bias, scale=head.scale, softcap=head.softcap,
+                    hidden_BH, head.weight, key_B2, counter_B3, **head.options,
                     temperature=settings.temperature, top_k=settings.top_k, impl=settings.impl,
                 )  # fmt: skip
             options = HeadOptions(head.scale, float(head.softcap or 0), settings.temperature)
