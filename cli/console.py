@@ -47,6 +47,9 @@ def run(call: Callable[[], Any]) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("qcrd-fast: interrupted")
         return 128 + signal.SIGINT
+    except MemoryError:
+        _say("qcrd-fast: out of memory; less at a time helps: fewer rows, shorter texts, smaller batches")
+        return 1
     except BrokenPipeError:  # whoever read our results has gone; nothing may be flushed to it at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

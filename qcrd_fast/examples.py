@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import Question, question_text
 from qcrd_fast.errors import InputError
+from qcrd_fast.memory import relieved_by
 from qcrd_fast.negatives import Negative
 from qcrd_fast.students import EXPLAIN, PREDICT, REASON, Student, TokenIds
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +66,24 @@ def label_kind(config: TrainConfig) -> str | None:
 def make_examples(questions: Sequence[Question], student: Student, config: TrainConfig) -> list[Example]:
     """Tokenise the training questions, each of which has the answer that `label_of` asks for.
 
-    Raises `InputError` when no question has a positive rationale though the method needs them.
+    Raises `InputError` when no question has a positive rationale though the method needs them; `RunError` where memory ends.
     """
     kind = label_kind(config)
     if config.method not in ("finetune", "single-task") and not any(q.positives for q in questions):
         raise InputError(f"--data: no question has a positive rationale, which --method {config.method} needs")
-    return [_example(q, label_of(q, kind), student, config) for q in questions]
+    examples, cut = [], []
+    with relieved_by("--train-fraction (fewer questions), --num-positives, --max-target-length, --max-source-length"):
+        for question in questions:
+            before = student.cuts
+            examples.append(_example(question, label_of(question, kind), student, config))
+            if student.cuts > before:
+                cut.append(question.id)
+    if cut:
+        log.warning(
+            "%d questions have a text over --max-source-length %d or --max-target-length %d tokens, whose end is cut off: %s",
+            len(cut), config.max_source_length, config.max_target_length, ", ".join(cut[:5]) + (", ..." if cut[5:] else ""),
+        )  # fmt: skip
+    return examples
 
 
 def _example(question: Question, label: str | None, student: Student, config: TrainConfig) -> Example:

@@ -42,6 +42,7 @@ class Prompter:
 
     def __init__(self, tokenizer: Any, prompts: PromptSettings, is_encoder_decoder: bool):
         self.tokenizer, self.prompts, self.is_encoder_decoder = tokenizer, prompts, is_encoder_decoder
+        self.cuts = 0  # texts that lost their end to a maximum length so far
         if tokenizer.eos_token_id is None:
             raise InputError("student: the tokenizer has no end-of-sequence token")
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -57,6 +58,7 @@ class Prompter:
         text = prefix + question.strip()
         body = self._plain_ids(text)
         if len(body) > limit:
+            self.cuts += 1
             text = tokenizer.decode(body[:limit])
         if template == "chat":
             chat = [{"role": "user", "content": text}]
@@ -75,6 +77,7 @@ class Prompter:
     def target_ids(self, text: str) -> TokenIds:
         """Tokens of a label or rationale with EOS; a text cut at the maximum length gets no EOS."""
         ids, limit = self._plain_ids(text.strip()), self.prompts.max_target_length
+        self.cuts += len(ids) >= limit
         return [*ids, self.tokenizer.eos_token_id] if len(ids) < limit else ids[:limit]
 
     def text(self, ids: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from qcrd_fast.data import Question, drop_overlap, hold_out, load_questions
 from qcrd_fast.errors import InputError
 from qcrd_fast.evaluate import main_task, of_split
 from qcrd_fast.examples import label_kind, label_of
+from qcrd_fast.memory import relieved_by
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ class Data:
         """Raises `InputError` naming the file for unreadable or empty data."""
 
         def questions(path: str, **which: str) -> list[Question]:
-            loaded = load_questions(path, seed=config.seed, on_bad_row=config.on_bad_row, task=config.task, **which)
+            with relieved_by("a part of the rows, such as: shuf -n 100000 FILE"):
+                loaded = load_questions(path, seed=config.seed, on_bad_row=config.on_bad_row, task=config.task, **which)
             for bad in loaded.skipped:
                 log.warning("set aside %s", bad)
             return loaded.questions
@@ -68,5 +70,14 @@ class Data:
             if missing:
                 raise InputError(f"{name}: {len(missing)} questions have no answer, such as {missing[0]}")
         task = config.task or main_task(rows)
-        digest = hashlib.sha256(repr((rows, validation, test)).encode("utf-8", "surrogatepass")).hexdigest()
-        return cls(rows, validation, test, task, dropped, digest)
+        return cls(rows, validation, test, task, dropped, _digest(rows, validation, test))
+
+
+def _digest(*parts: list[Question]) -> str:
+    """sha256 of what the parts are as text, one question at a time."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)}\n".encode())
+        for question in part:
+            digest.update(repr(question).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
