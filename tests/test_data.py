@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import gzip
 import json
 import os
 import random
@@ -313,7 +312,7 @@ def test_drop_overlap_goes_by_the_text():
     assert drop_overlap(train, [Question("z", " same?\n")]) == (train[1:], 1)
 
 
-# Trial 14: what is wrong with a line, named
+# What is wrong with a line, named; the 17 kinds of trial 14 are in test_reliability_rows.py
 
 GOOD = json.dumps(SAMPLED).encode()
 NO_SAMPLES = {k: v for k, v in SAMPLED.items() if k != "samples"}
@@ -322,28 +321,12 @@ NO_SAMPLES = {k: v for k, v in SAMPLED.items() if k != "samples"}
 @pytest.mark.parametrize(
     ("content", "line", "reason"),
     [
-        (GOOD + b"\n" + GOOD[:70], 2, "the line is cut"),
-        (GOOD + b"\n\n" + GOOD.replace(b"q1", b"q2") + b"\n", 2, "blank line"),
-        (b"\xef\xbb\xbf" + GOOD + b"\n", 1, "byte order mark"),
-        (GOOD + b"\r\n", 1, "CRLF"),
-        (GOOD.replace(b"two and", b"two\0and") + b"\n", 1, "NUL byte"),
         (GOOD.replace(b"two and", b"two\\u0000and") + b"\n", 1, "NUL character"),
-        (GOOD.replace(b"two and", b"two\xffand") + b"\n", 1, "not UTF-8: byte 0xff"),
         (GOOD.replace(b"two and", b"two\xed\xa0\x80and") + b"\n", 1, "not UTF-8"),
-        (GOOD.replace(b"two and", b"two\\ud800and") + b"\n", 1, r"samples\[0\]: rationale has a lone surrogate"),
-        (GOOD.replace(b'{"id"', b'{"id": "q0", "id"') + b"\n", 1, "duplicate key 'id'"),
-        (GOOD.replace(b'"answer": "4"', b'"answer": NaN') + b"\n", 1, "NaN is not JSON"),
-        (GOOD.replace(b'"2 + 2?"', b"17") + b"\n", 1, "question expects a string, got a number"),
         (GOOD.replace(b'"q1"', b"true") + b"\n", 1, "id expects a string, got a boolean"),
-        (GOOD.replace(b'"question"', b'"query"') + b"\n", 1, "missing key 'question'"),
         (GOOD + b"\n" + json.dumps({**NO_SAMPLES, "id": "q2"}).encode() + b"\n", 2, "missing key 'samples'"),
-        (GOOD.replace(b'[{"rat', b'[[{"rat').replace(b"]}", b"]]}") + b"\n", 1, r"samples\[0\] expects a string or"),
         (GOOD + b'\n[["nested"]]\n', 2, "expected an object, got a list"),
-        (b"[" * 100_000 + b"]" * 100_000 + b"\n", 1, "nested too deeply"),
         (GOOD.replace(b'"4"', b"[" * 100_000 + b"]" * 100_000, 1) + b"\n", 1, "nested too deeply"),
-        (GOOD + b"\n" + GOOD + b"\n", 2, "duplicate id 'q1', first on line 1"),
-        (b"", 1, "the file is empty"),
-        (gzip.compress(GOOD), 1, "a gzip file"),
         (b"\x80\x04\x95\x00", 1, "a pickle, which is never loaded"),
         (b"PK\x03\x04....", 1, "a zip archive"),
         (GOOD + GOOD + b"\n", 1, "more than one JSON value"),
@@ -391,22 +374,6 @@ def test_a_prepared_row_needs_its_keys(tmp_path, key):
     assert reasons(path) == [f"missing key {key!r}"]
 
 
-def test_a_line_of_50_mb_is_refused_by_its_length_in_bounded_memory(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    with open(path, "wb") as file:
-        for _ in range(50):
-            file.write(b" " * 1_000_000)
-        file.write(b"\n" + GOOD + b"\n")
-    code = (
-        "import re, sys; from qcrd_fast.data import validate_file; print(*validate_file(sys.argv[1]), sep='\\n');"
-        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1], file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    assert done.stdout == f"{path}:1: a line of 50,000,001 bytes; at most {rows_module.MAX_ROW_BYTES:,} are read\n"
-    assert int(done.stderr) < 80_000  # KiB at the peak; about 20 before, and one row's bound
-    assert [q.id for q in load_questions(path, on_bad_row="skip").questions] == ["q1"]
-
-
 def test_bad_rows_are_set_aside_and_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join([GOOD, b"", b"{", GOOD, GOOD.replace(b"q1", b"q2"), b""]))
@@ -450,18 +417,6 @@ def test_an_array_is_read_in_pieces(tmp_path, monkeypatch):
     assert [line for line, _ in rows_module.iter_rows(path)] == [2, 8, 15]
     monkeypatch.setattr(rows_module, "MAX_ROW_BYTES", 60)
     assert "no complete row within 60 characters" in reasons(path)[0]
-
-
-def test_votes_and_bytes_do_not_depend_on_the_locale(tmp_path):
-    path = write(tmp_path / "é \u202e.jsonl", {**SAMPLED, "question": "Caf\u00e9 \u05e9?", "answer": "\uff14"})
-    code = (
-        "import sys; from qcrd_fast import data; data.write_prepared(sys.argv[2], data.load_questions(sys.argv[1]).questions)"
-    )
-    out = []
-    for locale in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):
-        out.append(tmp_path / f"{len(out)}.jsonl")
-        subprocess.run([sys.executable, "-c", code, str(path), str(out[-1])], check=True, env={**os.environ, **locale})
-    assert out[0].read_bytes() == out[1].read_bytes()
 
 
 def test_no_torch():
