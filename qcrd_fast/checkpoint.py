@@ -6,19 +6,22 @@ not stored because there are none: every random number is a function of (seed, s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qcrd_fast.discriminator import DiscriminatorTrainer
+from qcrd_fast.distributed import Engine, like
 from qcrd_fast.errors import RunError
 from qcrd_fast.lora import save_model
 from qcrd_fast.runfolder import remove_tree, sha256, write_json
@@ -69,16 +72,23 @@ def find_fault(checkpoint: Path, run: Path | None = None) -> str | None:
         files = dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
-    if missing := {"config.json", STATE, OPTIMIZER} - files.keys():
+    needed = {"config.json", STATE} if any(map(_is_optimizer, files)) else {"config.json", STATE, OPTIMIZER}
+    if missing := needed - files.keys():
         return f"{MANIFEST} does not list {sorted(missing)[0]}"
     fault = _find_bad_file(checkpoint, files)
     if fault is None and run is not None:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state = read_state(checkpoint)
         snapshots = Snapshots(run / "snapshots")
         fault = _find_bad_file(
             snapshots.folder, {snapshots.path(int(i)).name: digest for i, digest in state["snapshots"].items()}
         )
     return fault
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """`state.json` of a whole checkpoint."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def _find_bad_file(folder: Path, digests: dict[str, str]) -> str | None:
@@ -98,20 +108,36 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     trainer: DiscriminatorTrainer | None,
     state: dict[str, Any],
+    engine: Engine | None = None,
 ) -> Path:
-    """Write checkpoint-`step`; the earlier ones stay untouched if that fails. Raises `RunError` when the disk is full."""
+    """Write checkpoint-`step`; the earlier ones stay untouched if that fails. Raises `RunError` when the disk is full.
+
+    Of several ranks all must call it: rank 0 writes, and of a sharded model each its own share of the optimizer's state.
+    """
+    engine = engine or Engine(student.model)
+    ranks = engine.ranks
     final, temporary = checkpoint_path(run, step), run / f".tmp-checkpoint-{step}"
-    remove_tree(temporary)
-    try:
+    moments = {n: t.detach() for n, t in optimizer_tensors(student.model, optimizer).items()}
+
+    def write_model() -> None:
+        remove_tree(temporary)
         temporary.mkdir()
-        save_model(student.model, temporary)
+        save_model(student.model, temporary, engine.weights())
         student.tokenizer.save_pretrained(temporary)
-        tensors = optimizer_tensors(student.model, optimizer)
         if trainer is not None:
             save_file({n: t.cpu() for n, t in trainer.tensors().items()}, temporary / DISCRIMINATOR)
+
+    def write_optimizer() -> None:
+        if not (engine.sharded or ranks.first):
+            return
+        tensors = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in moments.items()}
+        if trainer is not None and ranks.first:
             own, state["discriminator_optimizer"] = trainer.optimizer_tensors()
             tensors |= {_OWN + name: tensor for name, tensor in own.items()}
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary / OPTIMIZER)
+        name = f"optimizer-{ranks.rank + 1:05d}-of-{ranks.size:05d}.safetensors" if engine.sharded else OPTIMIZER
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary / name)
+
+    def finish() -> None:
         write_json(temporary / STATE, {"step": step, **state})
         files = sorted(p for p in temporary.iterdir() if p.is_file())
         for path in files:
@@ -120,8 +146,15 @@ def save_checkpoint(
         remove_tree(final)
         os.replace(temporary, final)
         _fsync(run)
-    except (OSError, SafetensorError) as error:
-        remove_tree(temporary)
+
+    try:
+        with engine.whole():
+            ranks.on_first(write_model)
+        ranks.together(write_optimizer)
+        ranks.on_first(finish)
+    except (OSError, SafetensorError, RunError) as error:
+        if ranks.first:
+            remove_tree(temporary)
         free = shutil.disk_usage(run).free
         raise RunError(f"cannot write {final}: {error} ({free} bytes free); earlier checkpoints are intact") from error
     return final
@@ -132,15 +165,35 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Put a whole checkpoint's optimizer and discriminator state back; returns its `state.json`.
 
-    The student itself is loaded from the checkpoint folder beforehand.
+    The student itself is loaded from the checkpoint folder beforehand. Each rank reads all of it and keeps its own share.
     """
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    tensors = load_file(checkpoint / OPTIMIZER)
-    own = {n.removeprefix(_OWN): t for n, t in tensors.items() if n.startswith(_OWN)}
-    load_optimizer(student.model, optimizer, {n: t for n, t in tensors.items() if not n.startswith(_OWN)})
+    state = read_state(checkpoint)
+    parameters, own = dict(student.model.named_parameters()), {}
+    for key, tensor in _read_optimizer(checkpoint):
+        name, _, moment = key.rpartition("/")
+        if key.startswith(_OWN):
+            own[key.removeprefix(_OWN)] = tensor
+        else:
+            optimizer.state[parameters[name]][moment] = tensor if moment == "step" else like(tensor, parameters[name])
     if trainer is not None:
         trainer.load(load_file(checkpoint / DISCRIMINATOR), own, state["discriminator_optimizer"])
     return state
+
+
+def _read_optimizer(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the optimizer's state, one at a time; what ranks saved in shares is joined, whatever their number."""
+    files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    with contextlib.ExitStack() as stack:
+        names = sorted(name for name in files if _is_optimizer(name))
+        shares = [stack.enter_context(safe_open(checkpoint / name, "pt")) for name in names]
+        held = [set(share.keys()) for share in shares]
+        for key in dict.fromkeys(key for share in shares for key in share.keys()):  # noqa: SIM118 (no mapping)
+            parts = [share.get_tensor(key) for share, keys in zip(shares, held, strict=True) if key in keys]
+            yield key, parts[0] if len(parts) == 1 or parts[0].dim() == 0 else torch.cat(parts)
+
+
+def _is_optimizer(name: str) -> bool:
+    return name.startswith("optimizer") and name.endswith(".safetensors")
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -150,14 +203,6 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
         for name, parameter in model.named_parameters()
         for moment, tensor in optimizer.state.get(parameter, {}).items()
     }
-
-
-def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for key, tensor in tensors.items():
-        name, _, moment = key.rpartition("/")
-        device = tensor.device if moment == "step" else parameters[name].device
-        optimizer.state[parameters[name]][moment] = tensor.to(device)
 
 
 def resumable(run: Path, step: int, limit: int | None) -> list[Path]:
@@ -171,6 +216,20 @@ def rotate(run: Path, step: int, limit: int | None, best: int | None) -> None:
     for checkpoint in checkpoints(run):
         if checkpoint not in kept and step_of(checkpoint) != best and step_of(checkpoint) <= step:
             remove_tree(checkpoint)
+
+
+def best_checkpoint(run: Path, step: int, rated: dict[int, float]) -> tuple[Path, dict[str, Any] | None]:
+    """The whole checkpoint with the best of the validation accuracies `rated` (by step), and {step, accuracy}; the earlier one
+    of equals. Without any, that of `step` and None."""
+    kept = {step_of(path) for path in checkpoints(run)}
+    best = max(rated, key=lambda at: (rated[at], -at), default=None)
+    for at in sorted(rated, key=lambda at: (-rated[at], at)):
+        if at in kept or at == best:
+            path = checkpoint_path(run, at)
+            if (fault := find_fault(path)) is None:
+                return path, {"step": at, "accuracy": rated[at]}
+            log.warning("%s is damaged (%s); taking the next best", path, fault)
+    return checkpoint_path(run, step), None
 
 
 def point_final(run: Path, checkpoint: Path) -> None:

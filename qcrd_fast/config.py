@@ -116,6 +116,19 @@ class TrainConfig:
         True, "a question's rationales ride on one copy of its prompt; else each has its own", group="Method"
     )
     impl: str = option("auto", "implementation of the loss; QCRD_FAST_IMPL overrides", choices=IMPLS, group="Method")
+    audit_every: int | None = option(
+        None,
+        "steps between audits, of the first step on: 64 log-probs of each pass, and their gradients, are computed again in float64 "
+        "torch; 0: never; default: 200 where the Triton kernels run, else 0",
+        low=0,
+        group="Method",
+    )
+    on_audit_failure: str = option(
+        "torch",
+        "what follows an audit that fails; torch: that step again, and the rest of the run, with --impl torch; stop: exit 1",
+        choices=("torch", "stop"),
+        group="Method",
+    )
 
     # Negatives
     negative_source: str = option(
@@ -188,6 +201,10 @@ class TrainConfig:
     lora_r: int = option(16, "rank of the LoRA matrices", low=1)
     lora_alpha: int = option(32, "their scale, divided by the rank", low=1)
     lora_dropout: float = option(0.0, "dropout before them", low=0, high=1)
+    fsdp: bool = option(
+        False, "under torchrun: shard weights, gradients and optimizer over the processes (FSDP2); else each has all (DDP)"
+    )
+    ddp_timeout: float = option(1800.0, "seconds that processes wait for a silent one", low=0, open_low=True)
     seed: int = option(0, "seed of everything random", low=0, high=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
 

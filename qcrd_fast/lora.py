@@ -40,12 +40,13 @@ def add_lora(model: Any, config: TrainConfig) -> None:
         get_peft_model(model, settings)
 
 
-def save_model(model: Any, folder: Path) -> None:
-    """`save_pretrained`; of a model with LoRA the merged weights, and the matrices beside them."""
-    weights = model.state_dict()
+def save_model(model: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """`save_pretrained`; of a model with LoRA the merged weights, and the matrices beside them. `weights`: its whole state dict,
+    where it is sharded."""
+    weights = model.state_dict() if weights is None else weights
     adapter = {name: tensor for name, tensor in weights.items() if MARK in name}
     if not adapter:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         return
     model.save_pretrained(folder, state_dict=merged(model, weights))
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}, folder / ADAPTER)

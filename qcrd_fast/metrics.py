@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
+from qcrd_fast.distributed import ALONE, Ranks
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.runfolder import append_lines, write_lines
 
@@ -55,15 +56,15 @@ class MetricsLog:
     `InputError` when the package of `report_to` is not installed.
     """
 
-    def __init__(self, run: Path, report_to: str = "none"):
-        self.path = run / "metrics.jsonl"
+    def __init__(self, run: Path, report_to: str = "none", ranks: Ranks = ALONE):
+        self.path, self.ranks = run / "metrics.jsonl", ranks
         self._pending: tuple[dict[str, Any], list[str], Tensor, float, list[str], bool] | None = None
-        self._writer = _writer(run, report_to)
+        self._writer = _writer(run, report_to) if ranks.first else None
         self.last = ""  # the latest loss that was read, for a person who watches
 
     def cut(self, step: int) -> None:
         """Drop what was logged after `step`, when a run resumes from there."""
-        write_lines(self.path, [record for record in self.read() if record["step"] <= step])
+        self.ranks.on_first(lambda: write_lines(self.path, [record for record in self.read() if record["step"] <= step]))
 
     def read(self) -> list[dict[str, Any]]:
         """The records that can be read; a damaged line is passed over, with a warning."""
@@ -99,6 +100,9 @@ class MetricsLog:
             self.write(record)
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append a record; of several ranks the first does, alone."""
+        if not self.ranks.first:
+            return
         append_lines(self.path, [record])
         if self._writer:
             self._writer({k: v for k, v in record.items() if isinstance(v, int | float)}, record["step"])

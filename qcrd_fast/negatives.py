@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.distributed import ALONE, Ranks
 from qcrd_fast.runfolder import append_lines, read_lines, write_lines
 from qcrd_fast.sampling import GenerateSampler, Sampler, SampleSettings, key_words, make_sampler
 from qcrd_fast.schedule import Schedule
@@ -51,7 +52,8 @@ class LaggedNegatives:
     earlier beside training (`--overlap`).
 
     Iteration t samples from the snapshot of iteration max(t - j, 0) (`fixed`: always 0) and keeps what was said in
-    `negatives/iteration-t.jsonl`, a chunk at a time, each ended by a line that counts and digests it.
+    `negatives/iteration-t.jsonl`, a chunk at a time, each ended by a line that counts and digests it. Of several ranks each
+    draws for its share of a chunk's questions; all of them know what was said, and rank 0 keeps it.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class LaggedNegatives:
         config: TrainConfig,
         autocast: Callable[[], torch.autocast],
         lane: Lane | None = None,
+        ranks: Ranks = ALONE,
     ):
         self.questions, self.schedule, self.snapshots, self.folder = questions, schedule, snapshots, folder
         self.config, self.autocast = config, autocast
@@ -78,6 +81,7 @@ class LaggedNegatives:
         self.lane = lane or Lane("serial", torch.device("cpu"))
         self.wait_s = self.busy_s = 0.0  # the caller waited; drawing took
         self.tokens = 0
+        self.ranks = ranks
         self._student = student
         self._sampler: Sampler | GenerateSampler | None = None
         self._loaded: int | None = None
@@ -119,12 +123,13 @@ class LaggedNegatives:
             drawn = self._draw(iteration, chunk).result()
             self.wait_s += time.perf_counter() - started
             self.busy_s += drawn.seconds
-            self.tokens += sum(map(len, drawn.tokens))
+            tokens = self.ranks.collect(drawn.tokens)
+            self.tokens += sum(map(len, tokens))
             asked = self._asked(iteration, chunk)
-            said[chunk] = {q.id: Negative(t, self._student.text(t)) for q, t in zip(asked, drawn.tokens, strict=True)}
+            said[chunk] = {q.id: Negative(t, self._student.text(t)) for q, t in zip(asked, tokens, strict=True)}
             records = [{"chunk": chunk, "id": i, "tokens": n.tokens, "text": n.text} for i, n in said[chunk].items()]
             end = {"chunk": chunk, "end": len(records), "sha256": _digest(records)}
-            append_lines(self._path(iteration), [*records, end])
+            self.ranks.on_first(lambda: append_lines(self._path(iteration), [*records, end]))
         if self.lane.kind != "serial":
             self._look_ahead(step)
         return said[chunk]
@@ -183,9 +188,9 @@ class LaggedNegatives:
         if self._loaded != source:
             self.snapshots.load_into(source, sampler.student.model)
             self._loaded = source
-        asked = self._asked(iteration, chunk)
+        asked = self.ranks.share(self._asked(iteration, chunk))
         keys = [key_words(self.config.seed, q.id) for q in asked]
-        tokens = sampler.draw([q.source for q in asked], keys, iteration=iteration, stop=self._stop)
+        tokens = sampler.draw([q.source for q in asked], keys, iteration=iteration, stop=self._stop) if asked else []
         return _Drawn(tokens, time.perf_counter() - started)
 
     def _autocasts(self) -> bool:
@@ -207,27 +212,35 @@ class LaggedNegatives:
             return self._said[iteration]
         self._said = {i: said for i, said in self._said.items() if i >= iteration - 1 - AHEAD}
         said = self._said[iteration] = {}
+        for record in self.ranks.on_first(lambda: self._read(iteration)):
+            if "end" not in record:
+                said.setdefault(record["chunk"], {})[record["id"]] = Negative(record["tokens"], record["text"])
+        return said
+
+    def _read(self, iteration: int) -> list[dict[str, Any]]:
+        """The records of an iteration's whole chunks; the file is cut behind them."""
         self.folder.mkdir(exist_ok=True)
         path = self._path(iteration)
+        chunks: set[int] = set()
         whole: list[dict[str, Any]] = []
         pending: list[dict[str, Any]] = []
         for record in read_lines(path):
             pending.append(record)
             if "end" in record:
-                if not self._is_whole(iteration, pending, said):
+                if not self._is_whole(iteration, pending, chunks):
                     break
-                said[record["chunk"]] = {r["id"]: Negative(r["tokens"], r["text"]) for r in pending[:-1]}
+                chunks.add(record["chunk"])
                 whole += pending
                 pending = []
         if path.exists():
             write_lines(path, whole)  # without the tail that a killed run left
-        return said
+        return whole
 
-    def _is_whole(self, iteration: int, records: list[dict[str, Any]], said: dict[int, dict[str, Negative]]) -> bool:
+    def _is_whole(self, iteration: int, records: list[dict[str, Any]], chunks: set[int]) -> bool:
         """Whether these are the records of one chunk, all its questions and no other, as they were written."""
         *rows, end = records
         chunk = end.get("chunk")
-        if not isinstance(chunk, int) or not 0 <= chunk < len(self.schedule.first_steps(iteration)) or chunk in said:
+        if not isinstance(chunk, int) or not 0 <= chunk < len(self.schedule.first_steps(iteration)) or chunk in chunks:
             return False
         return (
             end["end"] == len(rows)

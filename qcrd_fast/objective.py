@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator import Discriminator
+from qcrd_fast.distributed import Engine
 from qcrd_fast.errors import RunError
 from qcrd_fast.examples import Candidate, Example
 from qcrd_fast.heads import evaluating
@@ -62,25 +63,35 @@ class Objective:
         discriminator: Discriminator | None,
         autocast: Callable[[], torch.autocast],
         warmup_steps: int = 0,
+        engine: Engine | None = None,
     ):
         self.student, self.config, self.discriminator, self.autocast = student, config, discriminator, autocast
+        self.engine = engine or Engine(student.model)
         self.warmup_steps = warmup_steps
         self.alpha_pred = 1.0 if config.method in ("finetune", "single-task") else config.alpha_pred
 
     def step(
-        self, batch: Sequence[Example], lagged: Mapping[str, Negative], num_questions: int, step: int, iteration: int
+        self,
+        batch: Sequence[Example],
+        lagged: Mapping[str, Negative],
+        num_questions: int,
+        step: int,
+        iteration: int,
+        weight: float = 1.0,
     ) -> tuple[dict[str, Tensor], Counter[str]]:
+        """`weight` multiplies the loss; 0 is for the stand-in of a rank that has no question in a micro-batch."""
         stats: Counter[str] = Counter()
+        training = self.engine.training
         if self.config.method == "qcrd" and self.config.forward == "joint":
-            losses = self._joint(batch, lagged, num_questions, iteration, stats)
+            losses = training(lambda: self._joint(batch, lagged, num_questions, iteration, stats))
         elif self.config.method == "mi":
-            losses = self._mutual_information(batch, num_questions, stats)
+            losses = training(lambda: self._mutual_information(batch, num_questions, stats))
         else:
             weighted = self._weigh(batch, lagged, num_questions, step, iteration, stats)
-            losses = self._train(batch, weighted, num_questions, stats)
+            losses = training(lambda: self._train(batch, weighted, num_questions, stats))
         if losses["loss"].requires_grad:
-            losses["loss"].backward()
-        return {name: value.detach() for name, value in losses.items()}, stats
+            (losses["loss"] * (weight * self.engine.scale)).backward()
+        return {name: weight * value.detach() for name, value in losses.items()}, stats if weight else Counter()
 
     # Weights
 
@@ -122,10 +133,15 @@ class Objective:
         """First pass: score every candidate without gradient in eval mode, select, and drop inactive hinges."""
         candidates, question = _candidates(batch, lagged)
         chosen = Weighted([], [], [], self.config.beta, self.config.delta)
+        sources, targets, scored = [e.explain for e in batch], [c.tokens for c in candidates], question
+        if not candidates:
+            if not self.engine.sharded:
+                return chosen
+            targets, scored = [batch[0].label], [0]  # as many passes as the other ranks run
+        with torch.no_grad(), evaluating(self.student.model):
+            packed, logprob_T = self.engine.scoring(lambda: self.score(sources, targets, scored, stats))
         if not candidates:
             return chosen
-        with torch.no_grad(), evaluating(self.student.model):
-            packed, logprob_T = self.score([e.explain for e in batch], [c.tokens for c in candidates], question, stats)
         out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)
         for c, q, weight, selected in zip(candidates, question, out.weight_R.tolist(), out.selected_R.tolist(), strict=True):
             if selected:
@@ -237,6 +253,9 @@ class Objective:
         labels = self._train(batch, Weighted([], [], []), num_questions, stats)
         candidates, question = _candidates(batch, lagged)
         if not candidates:
+            if self.engine.sharded:  # as many passes as the other ranks run
+                idle_T = self.score([batch[0].explain], [batch[0].label], [0], stats)[1]
+                labels["loss"] = labels["loss"] + 0.0 * idle_T.sum()
             return labels
         packed, logprob_T = self.score([e.explain for e in batch], [c.tokens for c in candidates], question, stats)
         out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)

@@ -22,14 +22,19 @@ from qcrd_fast.redact import RedactingFormatter
 
 LOCK, LOG = ".lock", "run.log"
 # Options that a resumed run may change: they do not touch what is computed, but for rounding (--impl, the kill-switch).
-FREE_OPTIONS = {"impl", "overlap", "output_dir", "resume", "save_total_limit", "report_to", "device", "eval_batch_size"}
+FREE_OPTIONS = {
+    *("impl", "overlap", "output_dir", "resume", "save_total_limit", "report_to", "device", "eval_batch_size"),
+    *("fsdp", "ddp_timeout", "audit_every", "on_audit_failure"),
+}
+# How a step's questions are dealt out: on a resume their product, with the number of processes, is compared instead.
+DEALT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 class RunFolder:
     """A locked output folder; use as a context manager. The lock dies with the process, so none is ever stale.
 
     Raises `InputError` when the folder cannot be written, belongs to a running process (named by its PID), or already
-    holds something and `--resume` was not given.
+    holds something and `--resume` was not given. Of several processes that torchrun started the first locks it for all.
     """
 
     def __init__(self, config: TrainConfig):
@@ -40,6 +45,8 @@ class RunFolder:
         self._lock: int | None = None
 
     def __enter__(self) -> RunFolder:
+        if os.environ.get("RANK", "0") != "0":
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -95,13 +102,25 @@ class RunFolder:
             raise InputError(f"{path}: unreadable: {error}") from error
         now = self.config.to_dict()
         for name, value in now.items():
-            if name not in FREE_OPTIONS and isinstance(before, dict) and name in before and before[name] != value:
+            if name not in FREE_OPTIONS | DEALT and isinstance(before, dict) and name in before and before[name] != value:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{path}: the run began with {flag} {before[name]!r}, now it is {value!r}")
 
     def write_config(self) -> None:
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
         write_text(self.path / "config.resolved.yaml", text)
+
+
+@contextlib.contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Only errors are logged: for the processes beside the one that keeps the log."""
+    logger = logging.getLogger("qcrd_fast")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

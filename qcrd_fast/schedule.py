@@ -18,10 +18,11 @@ from qcrd_fast.config import TrainConfig
 class Schedule:
     num_questions: int
     config: TrainConfig
+    world_size: int = 1  # processes that share a step's questions
 
     @property
     def questions_per_step(self) -> int:
-        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -51,9 +52,12 @@ class Schedule:
         order = np.random.Generator(np.random.Philox(key=[self.config.seed, epoch])).permutation(self.num_questions)
         return order[at * self.questions_per_step : (at + 1) * self.questions_per_step].tolist()
 
-    def micro_batches(self, step: int) -> list[list[int]]:
+    def micro_batches(self, step: int, rank: int = 0) -> list[list[int]]:
+        """The step's questions that belong to a rank, every `world_size`-th of them, by micro-batch; the same number of
+        micro-batches for each rank, so that one is empty where a short step gives a rank fewer questions."""
         questions, size = self.questions(step), self.config.per_device_train_batch_size
-        return [questions[i : i + size] for i in range(0, len(questions), size)]
+        own = questions[rank :: self.world_size]
+        return [own[i : i + size] for i in range(0, math.ceil(len(questions) / self.world_size), size)]
 
     # Iterations and the chunks that negatives are drawn in
 
@@ -62,8 +66,8 @@ class Schedule:
 
     @property
     def chunk_steps(self) -> int:
-        """Steps of a chunk: as many as one sampling batch feeds."""
-        return math.ceil(self.config.sample_batch_size / self.questions_per_step)
+        """Steps of a chunk: as many as one sampling batch of each process feeds."""
+        return math.ceil(self.config.sample_batch_size * self.world_size / self.questions_per_step)
 
     def chunk(self, step: int) -> tuple[int, int]:
         """(iteration, chunk within it) of a step."""

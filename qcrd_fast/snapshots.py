@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qcrd_fast.distributed import ALONE, Ranks, full
 from qcrd_fast.errors import RunError
 from qcrd_fast.runfolder import sha256
 
@@ -25,11 +26,12 @@ Weights = dict[str, Tensor]
 class Snapshots:
     """One safetensors file for each iteration, written by a thread; the latest `in_memory` of them kept in host memory as well.
 
-    A call that needs a file, or its digest, waits for it and raises what writing it raised.
+    A call that needs a file, or its digest, waits for it and raises what writing it raised. Of several ranks the first writes,
+    and all of them wait for it.
     """
 
-    def __init__(self, folder: Path, in_memory: int = 0):
-        self.folder, self.in_memory = folder, in_memory
+    def __init__(self, folder: Path, in_memory: int = 0, ranks: Ranks = ALONE):
+        self.folder, self.in_memory, self.ranks = folder, in_memory, ranks
         self._known: dict[int, str] = {}  # sha256 by iteration
         self._ring: dict[int, tuple[Weights, Any]] = {}  # weights on the host, and the event after their copy
         self._spare: list[Weights] = []  # host buffers whose snapshot has left the ring
@@ -61,9 +63,8 @@ class Snapshots:
         """Take the weights as they are when work that was queued before this call is done. The training stream copies them on
         the device and goes on; a stream of its own moves the copy to the host."""
         self.wait()
-        self.folder.mkdir(exist_ok=True)
         device = next(model.parameters()).device
-        weights = {n: p.detach().to(torch.bfloat16, copy=True) for n, p in model.named_parameters()}
+        weights = {n: full(p.detach()).to(torch.bfloat16, copy=True) for n, p in model.named_parameters()}
         arrived = None
         if device.type == "cuda":
             weights, arrived = self._to_host(weights, device)
@@ -71,7 +72,10 @@ class Snapshots:
             self._ring[iteration] = weights, arrived
             for old in sorted(self._ring)[: -self.in_memory]:
                 self._spare.append(self._ring.pop(old)[0])
-        self._writing[iteration] = self._writer.submit(self._write, iteration, weights, arrived)
+        if self.ranks.size > 1:
+            self._known[iteration] = self.ranks.on_first(lambda: self._write(iteration, weights, arrived))
+        else:
+            self._writing[iteration] = self._writer.submit(self._write, iteration, weights, arrived)
 
     def _to_host(self, weights: Weights, device: torch.device) -> tuple[Weights, Any]:
         """(pinned copies, the event after which they hold the weights)."""
@@ -88,6 +92,7 @@ class Snapshots:
     def _write(self, iteration: int, weights: Weights, arrived: Any) -> str:
         if arrived is not None:
             arrived.synchronize()
+        self.folder.mkdir(exist_ok=True)
         path = self.path(iteration)
         temporary = path.with_name(f".{path.name}.tmp")
         try:
@@ -124,8 +129,8 @@ class Snapshots:
             parameter.copy_(weights[name], non_blocking=True)
 
     def prune(self, oldest: int, keep_initial: bool) -> None:
-        """Delete what no iteration from `oldest` on can ask for."""
-        for path in self.folder.glob("iteration-*.safetensors"):
+        """Delete what no iteration from `oldest` on can ask for. Of several ranks the first does."""
+        for path in self.folder.glob("iteration-*.safetensors") if self.ranks.first else ():
             number = int(path.stem.removeprefix("iteration-"))
             if number < oldest and not (keep_initial and number == 0):
                 path.unlink()

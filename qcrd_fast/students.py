@@ -131,14 +131,15 @@ class Student(Prompter):
         if mode and not self.is_encoder_decoder:  # what the longest row leaves free holds shorter ones
             rows = fill_rows(sizes, max_tokens if mode == "flex" else max(sizes))
         widths = [sum(sizes[g] for g in row) for row in rows]
-        batches = length_batches(widths, max_tokens, packing.MAX_PAIRS if mode == "dense" else None)
+        batches = list(length_batches(widths, max_tokens, packing.MAX_PAIRS if mode == "dense" else None))
+        idle = self.most(len(batches)) - len(batches)
         parts, order, body_tokens = [], [], encoded[1].numel() if self.is_encoder_decoder else 0
         for batch in batches:
             hidden_BLH, layout = self._run(encoded, [[groups[g] for g in rows[b]] for b in batch], targets, mode)
             parts.append(hidden_BLH.flatten(0, 1).index_select(0, layout.at_T))
             order += layout.order
             body_tokens += layout.ids_BL.numel()
-        for _ in range(self.most(len(parts)) - len(parts)):
+        for _ in range(idle):
             idle_BLH, _ = self._run(encoded, [[groups[0]]], targets, mode)
             parts[0] = parts[0] + 0.0 * idle_BLH.sum()
         hidden_TH = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -22,6 +22,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import Question
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, judge_questions
 from qcrd_fast.dispatch import choose_impl
+from qcrd_fast.distributed import ALONE, Engine, Ranks, full, joined, make_engine, own_device, world_size
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.evaluate import accuracy, make_autocast, predict, resolve_device
 from qcrd_fast.examples import Example, make_examples
@@ -30,7 +31,7 @@ from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives
 from qcrd_fast.objective import Objective
 from qcrd_fast.rundata import Data
-from qcrd_fast.runfolder import FREE_OPTIONS, LOG, RunFolder, logging_to, write_json, write_lines
+from qcrd_fast.runfolder import FREE_OPTIONS, LOG, RunFolder, logging_to, quiet_logs, write_json, write_lines
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.signals import StopSignals
 from qcrd_fast.snapshots import Snapshots
@@ -38,6 +39,7 @@ from qcrd_fast.streams import Lane, choose_overlap
 from qcrd_fast.students import PromptSettings, Student
 
 log = logging.getLogger(__name__)
+PREDICTIONS, RESULTS = "predictions.jsonl", "eval_results.json"
 
 
 def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = False) -> dict[str, Any]:
@@ -52,40 +54,42 @@ def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = 
     if run is None and not dry_run:
         with RunFolder(config) as run:
             return train(config, run)
-    with logging_to(run.path / LOG) if run else contextlib.nullcontext():
-        return _train(config, run)
-
-
-def _train(config: TrainConfig, run: RunFolder | None) -> dict[str, Any]:
     config = dataclasses.replace(config, impl=os.environ.get("QCRD_FAST_IMPL") or config.impl)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("WORLD_SIZE: training runs in one process; start it without torchrun")
-    device = resolve_device(config.device)
+    device = resolve_device(own_device(config.device))
+    if run is None:
+        return _train(config, None, device, ALONE)
+    with joined(device, config.ddp_timeout) as ranks, logging_to(run.path / LOG) if ranks.first else quiet_logs():
+        return _train(config, run, device, ranks)
+
+
+def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ranks: Ranks) -> dict[str, Any]:
     try:
         choose_impl(config.impl, device, torch.float32)
     except ValueError as error:
         raise InputError(f"--impl: {error}") from error
     choose_overlap(config, device)
+    if config.fsdp and config.method == "mi":
+        raise InputError("--fsdp: --method mi is not supported with it; leave --fsdp out")
     torch.manual_seed(config.seed)
     data = Data.load(config)
-    schedule = Schedule(len(data.train), config)
+    schedule = Schedule(len(data.train), config, world_size())
     log.info("%d training, %d validation, %d test questions; task %s; %d steps, %d an iteration; dropped %d that are tested",
              len(data.train), len(data.validation), len(data.test), data.task, schedule.total_steps,
              schedule.iteration_steps, data.dropped)  # fmt: skip
-    found = _resume_point(config, run.path) if run and config.resume else None
+    found = ranks.on_first(lambda: _resume_point(config, run.path, schedule)) if run and config.resume else None
     prompts = PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length)
     if config.use_peft:
         require_peft()
-    student = Student.load(str(config.student if config.use_peft else found or config.student), prompts, device)
+    student = Student.load(str(config.student) if config.use_peft else found or str(config.student), prompts, device)
     examples = make_examples(data.train, student, config)
     if run is None:
         return _plan(config, data, schedule, student)
     if unused := config.unused():
         log.info("--method %s does not use %s", config.method, ", ".join(unused))
-    session = Session(config, run.path, data, schedule, student, examples)
-    run.write_config()
+    session = Session(config, run.path, data, schedule, student, examples, ranks, Path(found) if found else None)
+    ranks.on_first(run.write_config)
     if found:
-        session.restore(found)
+        session.restore(Path(found))
     else:
         session.log.cut(0)
     try:
@@ -112,30 +116,48 @@ def _plan(config: TrainConfig, data: Data, schedule: Schedule, student: Student)
     }
 
 
-def _resume_point(config: TrainConfig, run: Path) -> Path | None:
+def _resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | None:
     """The checkpoint to continue from, or None for a run that has none yet."""
     if config.resume != "auto":
         chosen = Path(str(config.resume))
         fault = checkpoint.find_fault(chosen, run) if chosen.is_dir() else "no such folder"
         if fault or chosen.resolve().parent != run.resolve():
             raise InputError(f"--resume: {chosen}: {fault or f'is not a checkpoint of {run}'}")
-        return chosen
-    found = checkpoint.latest_checkpoint(run, resume=True)
-    if found is None and checkpoint.checkpoints(run):
-        raise RunError(f"{run}: no whole checkpoint is left to resume from")
-    return found
+        found: Path | None = chosen
+    else:
+        found = checkpoint.latest_checkpoint(run, resume=True)
+        if found is None and checkpoint.checkpoints(run):
+            raise RunError(f"{run}: no whole checkpoint is left to resume from")
+    if found is None:
+        return None
+    before = checkpoint.read_state(found).get("questions_per_step", schedule.questions_per_step)
+    if before != schedule.questions_per_step:
+        raise InputError(
+            f"{found}: the run began with {before} questions a step, now it is {schedule.questions_per_step} "
+            f"(--per-device-train-batch-size {config.per_device_train_batch_size} x --gradient-accumulation-steps "
+            f"{config.gradient_accumulation_steps} x {schedule.world_size} processes); their product must stay"
+        )
+    return str(found)
 
 
 class Session:
     """A run in progress: its student, optimizer, discriminator, negatives and log."""
 
     def __init__(
-        self, config: TrainConfig, run: Path, data: Data, schedule: Schedule, student: Student, examples: list[Example]
+        self,
+        config: TrainConfig,
+        run: Path,
+        data: Data,
+        schedule: Schedule,
+        student: Student,
+        examples: list[Example],
+        ranks: Ranks = ALONE,
+        found: Path | None = None,
     ):
-        self.config, self.run, self.data, self.schedule = config, run, data, schedule
+        self.config, self.run, self.data, self.schedule, self.ranks = config, run, data, schedule, ranks
         self.student, self.examples = student, examples
         self.autocast = make_autocast(student.device, config.bf16)
-        self.log = MetricsLog(run, config.report_to)
+        self.log = MetricsLog(run, config.report_to, ranks)
         self.is_qcrd = config.method == "qcrd"
         self.trainer: DiscriminatorTrainer | None = None
         if self.is_qcrd:
@@ -143,30 +165,43 @@ class Session:
             self.trainer = DiscriminatorTrainer(judge, config) if judge else None
         if config.use_peft:  # after the discriminator has copied what it needs
             add_lora(student.model, config)
-        self.optimizer = _adamw(student.model, config)
-        warmup = round(config.redi_warmup * schedule.total_steps)
-        self.objective = Objective(student, config, self.trainer.discriminator if self.trainer else None, self.autocast, warmup)
+            if found:
+                load_adapter(found, student.model)
         on_gpu = student.device.type == "cuda"
-        self.snapshots = Snapshots(run / "snapshots", in_memory=config.negative_lag + 3 if on_gpu else 0)
+        self.snapshots = Snapshots(run / "snapshots", config.negative_lag + 3 if on_gpu else 0, ranks)
         self.lagged: LaggedNegatives | None = None
         if self.is_qcrd and config.negative_source in ("lagged", "fixed"):
             asked = [Asked(e.id, e.explain) for e in examples]
             lane = Lane(choose_overlap(config, student.device), student.device)
             self.lagged = LaggedNegatives(
-                student, asked, schedule, self.snapshots, run / "negatives", config, self.autocast, lane
+                student, asked, schedule, self.snapshots, run / "negatives", config, self.autocast, lane, ranks
             )
+        if config.gradient_checkpointing:
+            model = student.model  # transformers renamed the method
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        self.engine = self._share_model()
+        self.optimizer = _adamw(student.model, config)
+        warmup = round(config.redi_warmup * schedule.total_steps)
+        judge = self.trainer.discriminator if self.trainer else None
+        self.objective = Objective(student, config, judge, self.autocast, warmup, self.engine)
         self.step = 0  # optimizer steps done
         self.best: dict[str, Any] | None = None
         self.loss_d: float | None = None
         self.saved_step: int | None = None
         self.lagged_active: Counter[str] = Counter()  # of the current iteration
         student.model.train()
-        if config.gradient_checkpointing:
-            model = student.model  # transformers renamed the method
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
         if config.forward == "joint" and _has_dropout(student.model):
             log.warning("--forward joint scores with dropout on; the two-pass default scores without")
+
+    def _share_model(self) -> Engine:
+        if self.config.fsdp and self.ranks.size > 1:  # what needs the model in one piece comes first
+            _ = self.config.shared_prompts and self.student.sharing
+            if self.lagged:
+                self.lagged.prepare()
+        engine = make_engine(self.student.model, self.ranks, self.config.fsdp)
+        self.student.most = engine.most
+        return engine
 
     # The loop
 
@@ -193,11 +228,11 @@ class Session:
             if self.data.validation and (done or self.step % self.schedule.eval_steps == 0):
                 self._validate()
                 self._save()
-            elif done or self.step % self.schedule.save_steps == 0 or stop.signum:
+            elif done or self.step % self.schedule.save_steps == 0:
                 self._save()
-            if stop.signum:  # also after the last step: a resume evaluates
+            if signum := self.ranks.max(stop.signum):  # also after the last step: a resume evaluates
                 self._save()
-                raise Stopped(stop.signum)
+                raise Stopped(signum)
         self._warn_of_idle_negatives(self.schedule.iteration(self.schedule.total_steps - 1))
         progress.close()
 
@@ -206,18 +241,22 @@ class Session:
         iteration = self.schedule.iteration(step)
         lagged = self.lagged.for_step(step) if self.lagged else {}
         sampled = time.perf_counter()
-        batches = self.schedule.micro_batches(step)
-        num_questions = sum(map(len, batches))
+        questions = self.schedule.questions(step)
+        batches = self.schedule.micro_batches(step, self.ranks.rank)
         losses: dict[str, torch.Tensor] = {}
         counts: Counter[str] = Counter()
         for micro, rows in enumerate(batches):
-            torch.manual_seed(_seed(self.config.seed, step, micro))  # dropout, a function of the step alone
-            batch = [self.examples[i] for i in rows]
-            terms, stats = self.objective.step(batch, lagged, num_questions, step, iteration)
+            # dropout, a function of the step and the rank alone
+            torch.manual_seed(_seed(self.config.seed, step, micro * self.ranks.size + self.ranks.rank))
+            batch = [self.examples[i] for i in rows or questions[:1]]
+            with self.engine.accumulating(last=micro == len(batches) - 1):
+                terms, stats = self.objective.step(batch, lagged, len(questions), step, iteration, 1.0 if rows else 0.0)
             for name, value in terms.items():
                 losses[name] = losses[name] + value if name in losses else value  # stays on the device
             counts.update(stats)
-        norm = torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf)
+        counts = sum(map(Counter, self.ranks.gather(counts)), Counter())
+        losses = dict(zip(losses, self.ranks.sum(torch.stack(list(losses.values()))), strict=True))
+        norm = full(torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf))
         lr = self.schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -249,7 +288,7 @@ class Session:
         if self.student.device.type == "cuda":
             record["peak_mib"] = torch.cuda.max_memory_allocated(self.student.device) / 2**20
         extra = self.schedule.alpha_d(iteration) * (self.loss_d or 0.0)  # a3 L_D of Eq. 8
-        ids = [self.examples[i].id for rows in batches for i in rows]
+        ids = [self.examples[i].id for i in questions]
         logged = self.step % self.config.logging_steps == 0 or self.step == self.schedule.total_steps
         self.log.put(record, {**losses, "grad_norm": norm}, extra, ids, logged)
 
@@ -296,18 +335,20 @@ class Session:
     # Validation, checkpoints, results
 
     def _predict(self, student: Student, questions: list[Question]) -> list[dict[str, Any]]:
-        return predict(
+        records = predict(
             student,
-            questions,
+            self.ranks.share(questions),
             self.data.task,
             batch_size=self.config.eval_batch_size,
             max_answer_tokens=self.config.max_answer_tokens,
             autocast=self.autocast,
         )
+        return self.ranks.collect(records)
 
     def _validate(self) -> None:
         self.log.flush()
-        value = accuracy(self._predict(self.student, self.data.validation))
+        with self.engine.whole():
+            value = accuracy(self._predict(self.student, self.data.validation))
         assert value is not None
         if self.best is None or value > self.best["accuracy"]:
             self.best = {"step": self.step, "accuracy": value}
@@ -326,16 +367,16 @@ class Session:
             "best": self.best,
             "loss_d": self.loss_d,
             "data_sha256": self.data.digest,
+            "questions_per_step": self.schedule.questions_per_step,
             "snapshots": self.snapshots.digests(self._oldest_for(self.step)) if self.lagged else {},
         }
-        checkpoint.save_checkpoint(self.run, self.step, self.student, self.optimizer, self.trainer, state)
+        checkpoint.save_checkpoint(self.run, self.step, self.student, self.optimizer, self.trainer, state, self.engine)
         self.saved_step = self.step
-        checkpoint.rotate(self.run, self.step, self.config.save_total_limit, self.best["step"] if self.best else None)
+        best = self.best["step"] if self.best else None
+        self.ranks.on_first(lambda: checkpoint.rotate(self.run, self.step, self.config.save_total_limit, best))
 
     def restore(self, found: Path) -> None:
         """Continue from a checkpoint; the student's weights are loaded already."""
-        if self.config.use_peft:
-            load_adapter(found, self.student.model)
         state = checkpoint.load_checkpoint(found, self.student, self.optimizer, self.trainer)
         if state["data_sha256"] != self.data.digest:
             raise InputError(f"--data: the rows differ from those that {found} was trained on")
@@ -357,36 +398,34 @@ class Session:
         resumable = checkpoint.resumable(self.run, self.step, self.config.save_total_limit)
         return self._oldest_for(min(map(checkpoint.step_of, resumable))) if resumable else 0
 
-    def _best_checkpoint(self) -> Path:
-        """The whole checkpoint with the best validation accuracy; without validation, the last."""
+    def _choose_final(self) -> dict[str, Any]:
+        """Points `final` at the best checkpoint. A finished run's results come with it: nothing is left to do."""
         rated = {m["step"]: m["eval_accuracy"] for m in self.log.read() if "eval_accuracy" in m}
         if self.best:
             rated[self.best["step"]] = self.best["accuracy"]
-        for step in sorted(rated, key=lambda step: (-rated[step], step)):
-            path = checkpoint.checkpoint_path(self.run, step)
-            if path.exists() or (self.best and step == self.best["step"]):
-                if (fault := checkpoint.find_fault(path)) is None:
-                    self.best = {"step": step, "accuracy": rated[step]}
-                    return path
-                log.warning("%s is damaged (%s); taking the next best", path, fault)
-        self.best = None
-        return checkpoint.checkpoint_path(self.run, self.step)
+        path, best = checkpoint.best_checkpoint(self.run, self.step, rated)
+        chosen: dict[str, Any] = {"path": str(path), "best": best, "finished": None}
+        predicted = (self.run / PREDICTIONS).is_file() or not (self.data.test or self.data.validation)
+        if (self.run / "final").resolve() == path.resolve() and predicted:
+            with contextlib.suppress(OSError, ValueError):
+                chosen["finished"] = json.loads((self.run / RESULTS).read_text(encoding="utf-8"))
+        if chosen["finished"] is None:
+            checkpoint.point_final(self.run, path)
+        return chosen
 
     def finish(self) -> dict[str, Any]:
         """Point `final` at the best checkpoint and evaluate it, and the untrained student, on the test set."""
-        results_path, predictions_path = self.run / "eval_results.json", self.run / "predictions.jsonl"
-        best, questions = self._best_checkpoint(), self.data.test or self.data.validation
-        if (self.run / "final").resolve() == best.resolve() and (predictions_path.is_file() or not questions):
-            with contextlib.suppress(OSError, ValueError):  # a finished run has nothing left to do
-                finished: dict[str, Any] = json.loads(results_path.read_text(encoding="utf-8"))
-                return finished
-        checkpoint.point_final(self.run, best)
+        chosen = self.ranks.on_first(self._choose_final)
+        if chosen["finished"] is not None:
+            return dict(chosen["finished"])
+        best, questions = Path(chosen["path"]), self.data.test or self.data.validation
         self.optimizer.state.clear()
         results: dict[str, Any] = {
             "accuracy": None,
-            "accuracy_validation": self.best["accuracy"] if self.best else None,
+            "accuracy_validation": chosen["best"]["accuracy"] if chosen["best"] else None,
             "accuracy_untrained": None,
         }
+        records: list[dict[str, Any]] = []
         if questions:
             device, prompts = self.student.device, self.student.prompts
             untrained = Student.load(str(self.config.student), prompts, device)
@@ -394,7 +433,6 @@ class Session:
             del untrained
             records = self._predict(Student.load(str(best), prompts, device), questions)
             results["accuracy"] = accuracy(records)
-            write_lines(predictions_path, records)
         results |= {
             "n": len(questions),
             "evaluated_on": "test" if self.data.test else "validation" if self.data.validation else None,
@@ -405,7 +443,13 @@ class Session:
             "train_questions": len(self.data.train),
             "dropped_from_train": self.data.dropped,
         }
-        write_json(results_path, results)
+
+        def write() -> None:
+            if questions:
+                write_lines(self.run / PREDICTIONS, records)
+            write_json(self.run / RESULTS, results)
+
+        self.ranks.on_first(write)
         return results
 
 

@@ -1,0 +1,317 @@
+"""Several processes that train one student, started by torchrun: who they are, what they tell each other, how they share it.
+
+A rank is one process with one device. Each step's questions are dealt out to the ranks (`Schedule.micro_batches`); the loss is
+divided by the questions of all ranks, so the sum of their gradients is the gradient of one process that has them all. Rank 0
+alone writes files; the run folder must be one that every rank can read. What ranks tell each other is JSON in tensors, through
+gloo; gradients and shards go through NCCL on GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import inspect
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from qcrd_fast.errors import InputError, RunError, Stopped
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+ERRORS = {error.__name__: error for error in (InputError, RunError)}
+
+
+class Ranks:
+    """The processes of a run. With one alone every method is the identity and nothing is sent."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's items: every `size`-th."""
+        return items[self.rank :: self.size] if self.size > 1 else items
+
+    def collect(self, own: list[T]) -> list[T]:
+        """All items, in their order, from each rank's results for its `share` of them. The results are JSON values."""
+        if self.size == 1:
+            return own
+        parts = self.gather(own)
+        return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each rank's JSON value, by rank."""
+        if self.size == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        length = torch.tensor([len(data)])
+        lengths = [torch.empty_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length)
+        longest = max(int(n) for n in lengths)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(data)] = data
+        received = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(received, padded)
+        return [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(received, lengths, strict=True)]
+
+    def together(self, function: Callable[[], T]) -> list[T]:
+        """What `function` returns, a JSON value, on each rank; where it raises on one, every rank raises that."""
+        if self.size == 1:
+            return [function()]
+        told: dict[str, Any] = {}
+        try:
+            told["value"] = function()
+        except (InputError, RunError, OSError, SafetensorError) as error:
+            told = {"error": type(error).__name__, "message": str(error)}
+        everyone = self.gather(told)
+        for each in everyone:
+            if "error" in each:
+                raise ERRORS.get(each["error"], RunError)(each["message"])
+        return [each["value"] for each in everyone]
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What `function` returns on rank 0, a JSON value; where it raises there, every rank raises that."""
+        return self.together(function if self.first else lambda: None)[0]  # type: ignore[arg-type, return-value]
+
+    def max(self, value: int) -> int:
+        """The largest value of any rank."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks, in place where there are several."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+
+ALONE = Ranks()
+
+
+def world_size() -> int:
+    """The number of processes that torchrun says it started; 1 without it. Raises `InputError` where it is no number."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"WORLD_SIZE: expected a number of processes, got {text!r}")
+    return int(text)
+
+
+def own_device(name: str) -> str:
+    """The device of this process for `--device name`: of several on one machine each takes the GPU of its local rank."""
+    if world_size() == 1:
+        return name
+    if name.startswith("cuda:"):
+        raise InputError(f"--device: {world_size()} processes cannot all use {name}; give cuda, and each takes its own")
+    if name == "cpu" or not torch.cuda.is_available():
+        return name
+    local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= found:
+        raise InputError(f"--nproc-per-node: process {local} of this machine has no GPU of its own ({found} found)")
+    return f"cuda:{local}"
+
+
+@contextlib.contextmanager
+def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
+    """The ranks that torchrun started, this process among them, for as long as the context lasts.
+
+    Raises `InputError` where torchrun's variables are incomplete, `RunError` when another rank ends or says nothing for
+    `timeout_s` seconds.
+    """
+    size = world_size()
+    if size == 1:
+        yield ALONE
+        return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise InputError(f"WORLD_SIZE is {size} but {missing[0]} is not set; start several processes with torchrun")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    ranks = Ranks(int(os.environ["RANK"]), size)
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        yield ranks
+        dist.barrier()
+    except Stopped:
+        dist.destroy_process_group()
+        raise
+    except (InputError, RunError):
+        raise
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(
+            f"rank {ranks.rank}: another of the {size} processes has ended or was silent for --ddp-timeout {timeout_s:g} s "
+            f"({reason}); whole checkpoints are intact, continue with --resume auto"
+        ) from error
+    dist.destroy_process_group()
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection", "timed out"))
+
+
+class Engine:
+    """How a training pass runs on the ranks: here in one process, the model as it is.
+
+    `training(compute)` and `scoring(compute)` call `compute`, with the model's weights whole inside; the loss that `training`
+    returns is to be multiplied by `scale` before its backward pass.
+    """
+
+    sharded = False
+
+    def __init__(self, model: Any, ranks: Ranks = ALONE):
+        self.model, self.ranks, self.scale = model, ranks, float(ranks.size)
+
+    def training(self, compute: Callable[[], T]) -> T:
+        return compute()
+
+    def scoring(self, compute: Callable[[], T]) -> T:
+        return compute()
+
+    @contextlib.contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Around a micro-batch's forward and backward passes; gradients are summed over ranks in the `last` one of a step."""
+        yield
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, the model's parameters are whole on every rank and its forward passes send nothing."""
+        yield
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state dict; to be called within `whole`."""
+        return self.model.state_dict()  # type: ignore[no-any-return]
+
+    def most(self, runs: int) -> int:
+        """How often the model is to run in this pass, where this rank has work for `runs` times."""
+        return runs
+
+
+class Replicated(Engine):
+    """Every rank has the whole model; gradients are averaged over ranks (DistributedDataParallel)."""
+
+    def __init__(self, model: Any, ranks: Ranks):
+        super().__init__(model, ranks)
+        known = inspect.signature(DistributedDataParallel).parameters  # torch renamed the option
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {option: False}
+        self._ddp = DistributedDataParallel(_Pass(model), **options)
+
+    def training(self, compute: Callable[[], T]) -> T:
+        return self._ddp(compute)  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        with contextlib.nullcontext() if last else self._ddp.no_sync():
+            yield
+
+
+class Sharded(Engine):
+    """Every rank has a share of each parameter, its gradient and its optimizer state (FSDP2, `fully_shard`).
+
+    Each block of the model is gathered for its own call, the rest for the pass. All ranks must run the model equally often.
+    """
+
+    sharded = True
+
+    def __init__(self, model: Any, ranks: Ranks):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        super().__init__(model, ranks)
+        device = next(model.parameters()).device
+        mesh = init_device_mesh(device.type, (ranks.size,))
+        self._pass = _Pass(model)
+        self._units = [*_blocks(model), self._pass]
+        for unit in self._units:
+            fully_shard(unit, mesh=mesh)
+        self._root: Any = self._pass
+
+    def training(self, compute: Callable[[], T]) -> T:
+        return self._root(compute)  # type: ignore[no-any-return]
+
+    scoring = training
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        units: list[Any] = [self._root, *self._units[:-1]]
+        try:
+            for unit in units:
+                unit.set_reshard_after_forward(False, recurse=False)
+                unit.unshard()
+            yield
+        finally:
+            for unit in units:
+                unit.set_reshard_after_forward(unit is not self._root, recurse=False)
+                unit.reshard()
+
+    def weights(self) -> dict[str, Tensor]:
+        found = {n: p.detach() for n, p in self.model.named_parameters(remove_duplicate=False)}  # state_dict() would shard them
+        for prefix, module in self.model.named_modules(remove_duplicate=False):
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    found[f"{prefix}.{name}".lstrip(".")] = buffer
+        return found
+
+    def most(self, runs: int) -> int:
+        return self.ranks.max(runs)
+
+
+class _Pass(nn.Module):
+    """A model whose forward is whatever is to be computed with it, so that DDP and FSDP see one call a pass."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[[], T]) -> T:
+        return compute()
+
+
+def _blocks(model: Any) -> list[nn.Module]:
+    """The model's repeated blocks: what its class names as not to be split, else the members of its longest module list."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    if found := [module for module in model.modules() if type(module).__name__ in names]:
+        return found
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len, default=()))
+
+
+def make_engine(model: Any, ranks: Ranks, sharded: bool) -> Engine:
+    """The engine for a model that every rank has loaded; from here on a sharded model runs through it alone."""
+    if ranks.size == 1:
+        return Engine(model)
+    return Sharded(model, ranks) if sharded else Replicated(model, ranks)
+
+
+def full(x: Tensor) -> Tensor:
+    """A parameter or norm that FSDP2 shards, gathered; every rank has to call it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[no-any-return]
+
+
+def like(x: Tensor, parameter: Any) -> Tensor:
+    """`x` where `parameter` is: on its device, and of a sharded one this rank's share."""
+    x = x.to(parameter.device)
+    if not hasattr(parameter, "device_mesh"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
