@@ -14,7 +14,6 @@ from qcrd_fast.answers import (
     evaluate_expression,
     extract_answer,
     guess_task,
-    is_correct,
     parse_choices,
     same_answer,
     surface,

@@ -271,18 +271,6 @@ def test_two_collectors_do_not_share_a_file(questions: Path, capsys: pytest.Capt
 # Limits and signals
 
 
-def test_the_cost_limit_stops_before_it_is_passed(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ("--price-input", "0", "--price-output", "10000", "--concurrency", "3")  # a request: 100 tokens, cost 1
-    with fake.serving(fake.samples(delay_s=0.6)) as server:
-        result = run(capsys, command(questions, server.url, *args, "--max-cost", "3.5"), 75)
-        assert result["cost"] == 3 and len(server.seen) == 3 and result["samples"] == 15
-        assert "--max-cost 3.5: 3 is spent" in result["stopped"] and result["stopped"] in result["log"]
-        assert len(rows(questions)) == 3 and server.seen[2].time - server.seen[1].time < 0.5  # side by side
-        assert run(capsys, command(questions, server.url, *args, "--max-cost", "3.5"), 75)["requests"] == 3
-        assert run(capsys, command(questions, server.url, *args, "--max-cost", "6"))["cost"] == 6
-    assert len(server.seen) == 6
-
-
 def test_the_request_limit(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with fake.serving() as server:
         server.plan = [fake.status(500)]
@@ -348,31 +336,6 @@ def test_in_flight_is_given_up_after_the_grace_and_a_second_signal_quits(questio
         process.terminate()
         process.communicate(timeout=10)
         assert process.returncode == 143
-
-
-def test_killed_again_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    questions = write_questions(tmp_path / "questions.jsonl", 24)
-    concurrency, kills = 3, 5
-    args = command(questions, "URL", "--concurrency", str(concurrency), "--num-samples", "2")
-    with fake.serving(fake.samples(honours_n=False, delay_s=0.03)) as server:
-        args[args.index("URL")] = server.url
-        args += ["--teacher-model", "m"]
-        for kill in range(kills):
-            process = start(args)
-            count = len(server.seen) + 6 + kill
-            wait_for(lambda count=count: len(server.seen) >= count)
-            process.kill()
-            process.communicate()
-        result = run(capsys, args)
-        time.sleep(0.1)
-        intents = {record["request"] for record in ledger(questions, "intent")}
-        seen = [request.request for request in server.seen]
-        texts = [s["text"] for record in ledger(questions, "reply") for s in record["samples"]]
-    assert result["samples"] == 48 and result["complete"] == 24 and len(texts) == len(set(texts)) == 48
-    assert len(seen) == len(set(seen)) and set(seen) <= intents and len(intents) - len(seen) <= concurrency * kills
-    assert result["lost_in_flight"] <= concurrency * kills and len(seen) - 48 <= concurrency * kills
-    assert 0 < result["lost_in_flight"] == len(intents) - 48
-    assert sum(len(row["samples"]) for row in rows(questions)) == 48
 
 
 def test_a_placeholder_for_a_key_is_no_secret(
