@@ -118,8 +118,8 @@ class TrainConfig:
     impl: str = option("auto", "implementation of the loss; QCRD_FAST_IMPL overrides", choices=IMPLS, group="Method")
     audit_every: int | None = option(
         None,
-        "steps between audits, of the first step on: 64 log-probs of each pass, and their gradients, are computed again in float64 "
-        "torch; 0: never; default: 200 where the Triton kernels run, else 0",
+        "steps between audits, from the first on: 64 log-probs of each pass, and their gradients, are computed again in "
+        "float64 torch; 0: never; default: 200 where the Triton kernels run, else 0",
         low=0,
         group="Method",
     )

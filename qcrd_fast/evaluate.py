@@ -51,13 +51,14 @@ def predict(
     max_answer_tokens: int = 48,
     reasoning: bool = False,
     autocast: Autocast | None = None,
+    impl: str = "auto",
 ) -> list[dict[str, Any]]:
     """Greedy answers: one record of id, question, gold, output, prediction, correct for each question.
 
     `gold` is the majority where a question has no gold answer. With `reasoning`, the answer stands behind the rationale
     of the third task, after `Answer:`.
     """
-    settings = SampleSettings(max_new_tokens=max_answer_tokens, batch_size=batch_size)
+    settings = SampleSettings(max_new_tokens=max_answer_tokens, batch_size=batch_size, impl=impl)
     if reasoning:
         settings = dataclasses.replace(settings, max_new_tokens=student.prompts.max_target_length)
     prefix = REASON if reasoning else PREDICT
@@ -111,6 +112,8 @@ def find_model(run_or_model: str) -> str:
     path = Path(run_or_model)
     if (path / "config.resolved.yaml").is_file():
         if (path / "final" / "config.json").is_file():
+            if (path / "final").resolve().parent != path.resolve():
+                raise InputError(f"{path / 'final'} leads out of the run; name the model itself if it is the one you mean")
             return str(path / "final")
         latest = latest_checkpoint(path)
         if latest is None:

@@ -36,9 +36,11 @@ def linear_rationale_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
+    return_logprob: bool = False,
+) -> tuple[Tensor, ...]:
     """(loss, nll_R [detached]): loss = sum over positives of w l - beta * sum over negatives of w h(l), l the mean -log p of a
-    rationale's tokens in nats, h(u) = min(u - delta, 0), or h(u) = u where `delta` is None.
+    rationale's tokens in nats, h(u) = min(u - delta, 0), or h(u) = u where `delta` is None. With `return_logprob` also log p
+    of each token [T], detached.
 
     hidden [..., H], weight [V, H], bias [V], target [...], rationale [...]: as in `QCRDLoss`; positive [R] bool;
     rationale_weight [R], without gradient: as `ContrastiveOutput.weight_R` gives it. The numbers are those of
@@ -71,11 +73,12 @@ def linear_rationale_loss(
             )  # fmt: skip
             valid_T = target_T != ignore_index
             nll_R, _ = reference.rationale_mean(logprob_T, rationale_T, valid_T, len(positive))
-            return loss_terms(nll_R, positive, weight_R.to(nll_R.dtype), beta, margin)[0], nll_R.detach()
+            loss = loss_terms(nll_R, positive, weight_R.to(nll_R.dtype), beta, margin)[0]
+            return (loss, nll_R.detach(), logprob_T.detach())[: 2 + return_logprob]
         needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
         head = (hidden_TH, weight, target_T, bias)
         arguments = (rationale_T, positive, weight_R, float(beta), margin, *options, ignore_index, chosen == "triton", needs)
-        return _rationale_loss(*head, *arguments)[:2]
+        return _rationale_loss(*head, *arguments)[: 2 + return_logprob]
 
 
 def loss_terms(nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, beta: float, delta: float | None) -> tuple[Tensor, Tensor]:
@@ -102,8 +105,8 @@ def _rationale_loss(
     ignore_index: int,
     triton: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, nll_R, dHidden in their type, dWeight, dBias), the gradients [0] where not needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, nll_R, log p [T], dHidden in their type, dWeight, dBias), the gradients [0] where not needed."""
     options, valid_T, R = HeadOptions(scale, softcap, temperature), target_T != ignore_index, len(positive_R)
     forward: Any = forward_keeping
     backward: Any = backward_kept
@@ -128,7 +131,7 @@ def _rationale_loss(
             grads = again[1](*head, lse_T, (dlogprob_T, -dlogprob_T, None), options, tuple(needs))
     empty = hidden_TH.new_empty(0)
     dhidden, dweight, dbias = (empty.clone() if grad is None else grad for grad in grads)
-    return loss, nll_R, dhidden.to(nll_R.dtype), dweight, dbias
+    return loss, nll_R, logprob_T, dhidden.to(nll_R.dtype), dweight, dbias
 
 
 @_rationale_loss.register_fake
@@ -136,13 +139,14 @@ def _(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, bias_V: Tensor | N
     positive_R, needs = rest[1], rest[-1]
     nll_R = hidden_TH.new_empty(positive_R.shape, dtype=reference.accumulation_dtype(hidden_TH.dtype))
     grads = [empty_gradient(x, need, hidden_TH) for x, need in zip((hidden_TH, weight_VH, bias_V), needs, strict=True)]
-    return nll_R.new_empty(()), nll_R, grads[0].to(nll_R.dtype), *grads[1:]
+    logprob_T = nll_R.new_empty(len(hidden_TH))
+    return nll_R.new_empty(()), nll_R, logprob_T, grads[0].to(nll_R.dtype), *grads[1:]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(*output[3:])
     ctx.needs, ctx.dtype = inputs[-1], inputs[0].dtype
 
 

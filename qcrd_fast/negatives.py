@@ -114,6 +114,12 @@ class LaggedNegatives:
 
         self._sampler = self.lane.run(make).result()
 
+    def use(self, impl: str) -> None:
+        """Draw with another implementation from here on."""
+        self.settings = dataclasses.replace(self.settings, impl=impl)
+        if (sampler := self._sampler) is not None:
+            self.lane.run(lambda: sampler.use(impl)).result()
+
     def for_step(self, step: int) -> dict[str, Negative]:
         """Negatives by question id for the questions of a step (and of its chunk)."""
         iteration, chunk = self.schedule.chunk(step)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qcrd_fast.audit import Audit
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator import Discriminator
 from qcrd_fast.distributed import Engine
@@ -68,6 +69,7 @@ class Objective:
         self.student, self.config, self.discriminator, self.autocast = student, config, discriminator, autocast
         self.engine = engine or Engine(student.model)
         self.warmup_steps = warmup_steps
+        self.audit: Audit | None = None  # what watches the passes of the next step
         self.alpha_pred = 1.0 if config.method in ("finetune", "single-task") else config.alpha_pred
 
     def step(
@@ -212,20 +214,26 @@ class Objective:
         positive_R = torch.tensor([True] * labels + [c.positive for c in weighted.candidates], device=device)
         weight_R = torch.tensor(weights + weighted.weight, dtype=torch.float32, device=device)
         is_label_R = torch.arange(len(targets), device=device) < labels
+        scaled_R = weight_R * torch.where(is_label_R, self.alpha_pred, self.config.alpha_cl)  # Eq. 8 less a3 L_D
         with self.autocast():
             packed = self._hidden(sources, targets, source_of, stats)
-            loss, nll_R = linear_rationale_loss(
+            loss, nll_R, logprob_T = linear_rationale_loss(
                 packed.hidden,
                 head.weight,
                 packed.target,
                 packed.segment,
                 positive_R,
-                weight_R * torch.where(is_label_R, self.alpha_pred, self.config.alpha_cl),  # Eq. 8 less a3 L_D
+                scaled_R,
                 beta=weighted.beta,
                 delta=weighted.delta,
                 **head.options,
                 impl=self.config.impl,
+                return_logprob=True,
             )
+            if self.audit:
+                dnll_R = loss_terms(nll_R, positive_R, scaled_R, weighted.beta, weighted.delta)[1]
+                dlogprob_T = (-dnll_R / torch.bincount(packed.segment, minlength=len(nll_R)))[packed.segment]
+                self.audit.watch(packed.hidden, head, packed.target, logprob_T, loss, dlogprob_T)
 
         def share(which_R: Tensor) -> Tensor:
             return loss_terms(nll_R, positive_R, weight_R * which_R, weighted.beta, weighted.delta)[0]
@@ -318,6 +326,8 @@ class Objective:
         head = self.student.head
         result = linear_logprob(packed.hidden, head.weight, packed.target, **head.options, impl=self.config.impl)
         assert isinstance(result, Tensor)
+        if self.audit:
+            self.audit.watch(packed.hidden, head, packed.target, result)
         return result
 
 

@@ -105,10 +105,13 @@ def check_head(
             f"target must lie in [0, {V}) or be ignore_index {ignore_index}, got {int(target.min())} to {int(target.max())}"
         ),
     )
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        hidden_TH = hidden_TH.to(torch.get_autocast_dtype(device_type))
-    return hidden_TH, target_T, HeadOptions(float(scale), float(softcap or 0), float(temperature))
+    return hidden_TH.to(product_type(hidden)), target_T, HeadOptions(float(scale), float(softcap or 0), float(temperature))
+
+
+def product_type(hidden: Tensor) -> torch.dtype:
+    """The type in which hidden states are multiplied with the head: their own, or autocast's."""
+    autocast = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
 
 
 def require_whole(name: str, x: Tensor) -> None:

@@ -151,6 +151,11 @@ class Sampler:
                 self._collect(active, row, results)
         return results
 
+    def use(self, impl: str) -> None:
+        """Draw with another implementation from here on."""
+        self.settings = dataclasses.replace(self.settings, impl=impl)
+        self._graphs.clear()
+
     def warm_up(self) -> None:
         """Capture the graphs now, before anything else runs on the GPU."""
         if self.graphed:

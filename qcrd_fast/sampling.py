@@ -113,6 +113,9 @@ class GenerateSampler:
         self.student, self.settings, self.autocast = student, settings, autocast
         self.drawn_tokens = 0
 
+    def use(self, impl: str) -> None:
+        """Nothing to do: the model's own head runs."""
+
     def warm_up(self) -> None:
         """Nothing to do."""
 

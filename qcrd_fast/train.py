@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from qcrd_fast import checkpoint
+from qcrd_fast.audit import Audit, Audits
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import Question
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, judge_questions
@@ -31,7 +32,7 @@ from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives
 from qcrd_fast.objective import Objective
 from qcrd_fast.rundata import Data
-from qcrd_fast.runfolder import FREE_OPTIONS, LOG, RunFolder, logging_to, quiet_logs, write_json, write_lines
+from qcrd_fast.runfolder import FREE_OPTIONS, LOG, RunFolder, check_same_config, logging_to, quiet_logs, write_json, write_lines
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.signals import StopSignals
 from qcrd_fast.snapshots import Snapshots
@@ -130,7 +131,9 @@ def _resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | N
             raise RunError(f"{run}: no whole checkpoint is left to resume from")
     if found is None:
         return None
-    before = checkpoint.read_state(found).get("questions_per_step", schedule.questions_per_step)
+    state = checkpoint.read_state(found)
+    check_same_config(config, state.get("config"), found / checkpoint.STATE)
+    before = state.get("questions_per_step", schedule.questions_per_step)
     if before != schedule.questions_per_step:
         raise InputError(
             f"{found}: the run began with {before} questions a step, now it is {schedule.questions_per_step} "
@@ -185,6 +188,7 @@ class Session:
         warmup = round(config.redi_warmup * schedule.total_steps)
         judge = self.trainer.discriminator if self.trainer else None
         self.objective = Objective(student, config, judge, self.autocast, warmup, self.engine)
+        self.audits = Audits(config, student.device, ranks)
         self.step = 0  # optimizer steps done
         self.best: dict[str, Any] | None = None
         self.loss_d: float | None = None
@@ -243,17 +247,23 @@ class Session:
         sampled = time.perf_counter()
         questions = self.schedule.questions(step)
         batches = self.schedule.micro_batches(step, self.ranks.rank)
-        losses: dict[str, torch.Tensor] = {}
-        counts: Counter[str] = Counter()
-        for micro, rows in enumerate(batches):
-            # dropout, a function of the step and the rank alone
-            torch.manual_seed(_seed(self.config.seed, step, micro * self.ranks.size + self.ranks.rank))
-            batch = [self.examples[i] for i in rows or questions[:1]]
-            with self.engine.accumulating(last=micro == len(batches) - 1):
-                terms, stats = self.objective.step(batch, lagged, len(questions), step, iteration, 1.0 if rows else 0.0)
-            for name, value in terms.items():
-                losses[name] = losses[name] + value if name in losses else value  # stays on the device
-            counts.update(stats)
+
+        def compute(watched: int, audit: Audit | None) -> tuple[dict[str, torch.Tensor], Counter[str]]:
+            losses: dict[str, torch.Tensor] = {}
+            counts: Counter[str] = Counter()
+            for micro, rows in enumerate(batches):
+                # dropout, a function of the step and the rank alone
+                torch.manual_seed(_seed(self.config.seed, step, micro * self.ranks.size + self.ranks.rank))
+                batch = [self.examples[i] for i in rows or questions[:1]]
+                self.objective.audit = audit if micro == watched else None
+                with self.engine.accumulating(last=micro == len(batches) - 1):
+                    terms, stats = self.objective.step(batch, lagged, len(questions), step, iteration, 1.0 if rows else 0.0)
+                for name, value in terms.items():
+                    losses[name] = losses[name] + value if name in losses else value  # stays on the device
+                counts.update(stats)
+            return losses, counts
+
+        (losses, counts), audited = self.audits.run(step, len(batches), compute, self._fall_back)
         counts = sum(map(Counter, self.ranks.gather(counts)), Counter())
         losses = dict(zip(losses, self.ranks.sum(torch.stack(list(losses.values()))), strict=True))
         norm = full(torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf))
@@ -284,13 +294,21 @@ class Session:
             "sample_wait_ms": 1e3 * (sampled - started),
             "sampled_tokens_per_s": self.lagged.tokens_per_s if self.lagged else None,
             "sample_hidden_share": self.lagged.hidden_share if self.lagged else None,
+            **audited,
         }
         if self.student.device.type == "cuda":
             record["peak_mib"] = torch.cuda.max_memory_allocated(self.student.device) / 2**20
         extra = self.schedule.alpha_d(iteration) * (self.loss_d or 0.0)  # a3 L_D of Eq. 8
         ids = [self.examples[i].id for i in questions]
-        logged = self.step % self.config.logging_steps == 0 or self.step == self.schedule.total_steps
+        logged = self.step % self.config.logging_steps == 0 or self.step == self.schedule.total_steps or bool(audited)
         self.log.put(record, {**losses, "grad_norm": norm}, extra, ids, logged)
+
+    def _fall_back(self) -> None:
+        """From here on with `--impl torch`, and without the gradients that are there."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.config = self.objective.config = dataclasses.replace(self.config, impl="torch")
+        if self.lagged:
+            self.lagged.use("torch")
 
     def _begin_iteration(self, iteration: int) -> None:
         """Learn from the last iteration's negatives, then keep the student as it is now for a later one."""
@@ -342,6 +360,7 @@ class Session:
             batch_size=self.config.eval_batch_size,
             max_answer_tokens=self.config.max_answer_tokens,
             autocast=self.autocast,
+            impl=self.config.impl,
         )
         return self.ranks.collect(records)
 
@@ -366,6 +385,7 @@ class Session:
             "method": self.config.method,
             "best": self.best,
             "loss_d": self.loss_d,
+            "failed_impl": self.audits.failed,
             "data_sha256": self.data.digest,
             "questions_per_step": self.schedule.questions_per_step,
             "snapshots": self.snapshots.digests(self._oldest_for(self.step)) if self.lagged else {},
@@ -382,6 +402,8 @@ class Session:
             raise InputError(f"--data: the rows differ from those that {found} was trained on")
         self.step = self.saved_step = state["step"]
         self.best, self.loss_d = state["best"], state["loss_d"]
+        if self.audits.restore(state.get("failed_impl")):
+            self._fall_back()
         self.snapshots.known = {int(k): v for k, v in state["snapshots"].items()}
         if not self.log.path.exists():
             log.warning("%s is gone; it begins anew", self.log.path)
