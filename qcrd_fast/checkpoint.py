@@ -43,7 +43,7 @@ def checkpoints(run: Path) -> list[Path]:
     found = [
         p
         for p in run.glob("checkpoint-*")
-        if p.is_dir() and p.name.removeprefix("checkpoint-").isdecimal() and p.name.isascii()
+        if p.is_dir() and not p.is_symlink() and p.name.removeprefix("checkpoint-").isdecimal() and p.name.isascii()
     ]
     return sorted(found, key=step_of, reverse=True)
 
@@ -96,6 +96,8 @@ def _find_bad_file(folder: Path, digests: dict[str, str]) -> str | None:
         path = folder / name
         if os.path.basename(name) != name or not path.is_file():
             return f"{name} is missing"
+        if path.is_symlink():
+            return f"{name} is a link"
         if sha256(path) != digest:
             return f"{name} does not match its checksum"
     return None

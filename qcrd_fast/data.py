@@ -206,7 +206,8 @@ def write_prepared(path: str | Path, questions: Iterable[Question]) -> None:
     temporary = path.with_name(f".qcrd-{os.getpid()}.tmp")
     try:
         try:
-            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            temporary.unlink(missing_ok=True)
+            with open(temporary, "x", encoding="utf-8", newline="\n") as file:
                 for question in questions:
                     file.write(json.dumps(to_row(question), ensure_ascii=False) + "\n")
                 file.flush()

@@ -120,6 +120,8 @@ def _load(folder: Path) -> tuple[Student, dict[str, Any], bool]:
         prompts = PromptSettings(**state["prompt"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / STATE}: no readable prompt: {error}") from error
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(f"{folder}: adapter_model.safetensors is needed; a pickle is never loaded")
     student = Student.load(base, prompts)
     student.model = PeftModel.from_pretrained(student.model, str(folder)).merge_and_unload()
     return student, state, True
