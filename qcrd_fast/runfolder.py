@@ -49,7 +49,7 @@ class RunFolder:
             return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise InputError(f"--output-dir: cannot write to {self.path}: {error.strerror}; choose another folder") from error
         try:
@@ -61,15 +61,7 @@ class RunFolder:
         try:
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-            for name in (
-                "metrics.jsonl",
-                "run.log",
-                "snapshots",
-                "negatives",
-                *(p.name for p in self.path.glob("checkpoint-*")),
-            ):
-                if (self.path / name).is_symlink():
-                    raise InputError(f"--output-dir: {self.path / name} is a link; nothing outside the run folder is written")
+            self._refuse_links()
             held = [p.name for p in self.path.iterdir() if p.name not in (LOCK, LOG)]  # a start that failed leaves those
             if held and not self.config.resume:
                 raise InputError(
@@ -91,6 +83,13 @@ class RunFolder:
             self._lock = None
 
     def _check_same_config(self) -> None:
+    def _refuse_links(self) -> None:
+        """Nothing that the run writes, reads or deletes may be elsewhere; `final` is replaced and not followed."""
+        folders = [self.path, *(self.path / name for name in ("snapshots", "negatives")), *self.path.glob("checkpoint-*")]
+        for path in (p for folder in folders if folder.is_dir() for p in folder.iterdir()):
+            if path.is_symlink() and path != self.path / "final":
+                raise InputError(f"--output-dir: {path} is a link; nothing outside the run folder is read or written")
+
         path = self.path / "config.resolved.yaml"
         states = sorted(self.path.glob("checkpoint-*/state.json"))
         if not path.exists() and not states:
@@ -98,13 +97,9 @@ class RunFolder:
         try:
             text = (path if path.exists() else states[0]).read_text(encoding="utf-8")
             before = yaml.safe_load(text) if path.exists() else json.loads(text).get("config")
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{path}: unreadable: {error}") from error
-        now = self.config.to_dict()
-        for name, value in now.items():
-            if name not in FREE_OPTIONS | DEALT and isinstance(before, dict) and name in before and before[name] != value:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{path}: the run began with {flag} {before[name]!r}, now it is {value!r}")
+        except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
+            raise InputError(f"{path}: unreadable, only plain values are read: {error}") from error
+        check_same_config(self.config, before, path)
 
     def write_config(self) -> None:
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
@@ -112,6 +107,14 @@ class RunFolder:
 
 
 @contextlib.contextmanager
+def check_same_config(config: TrainConfig, before: Any, where: Path) -> None:
+    """Raises `InputError` with both values for an option that a resumed run may not change; `where` says what it was."""
+    for name, value in config.to_dict().items():
+        if name not in FREE_OPTIONS | DEALT and isinstance(before, dict) and name in before and before[name] != value:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{where}: the run began with {flag} {before[name]!r}, now it is {value!r}")
+
+
 def quiet_logs() -> Iterator[None]:
     """Only errors are logged: for the processes beside the one that keeps the log."""
     logger = logging.getLogger("qcrd_fast")
@@ -148,7 +151,8 @@ def write_text(path: Path, text: str) -> None:
     require_file(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", errors="surrogatepass") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "x", encoding="utf-8", errors="surrogatepass") as file:  # a link is not written through
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
