@@ -14,6 +14,7 @@ from qcrd_fast.demo import DEFAULTS as DEMO_DEFAULTS
 from qcrd_fast.demo import run_demo
 from qcrd_fast.errors import InputError
 from qcrd_fast.runfolder import RunFolder, require_file
+from qcrd_fast.world import only_process, rank
 
 from . import console
 from .bench import bench
@@ -76,6 +77,7 @@ def demo(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
 
     Minutes on a CPU. Takes train's options but for the data and the student, with defaults of its own.
     """
+    only_process("demo")
     options = given_train_options(ctx)
     output_dir = options.pop("output_dir", None)
     if not output_dir:
@@ -202,6 +204,7 @@ def train(
     if not config.output_dir:
         raise InputError("train needs --output-dir DIR, the run folder to write")
     if seeds or methods:
+        only_process("train --seeds or --methods")
         several(ctx, config, seeds, methods, parallel, results, dry_run, as_json)
         return
     if results or parallel > 1:
@@ -210,7 +213,8 @@ def train(
         from qcrd_fast.train import train  # after the lock: a folder in use is refused before torch is loaded
 
         told = train(config, run, dry_run=dry_run)
-    console.show(told, as_json, console.lines(told))
+    if rank() == 0:
+        console.show(told, as_json, console.lines(told))
 
 
 def several(

@@ -22,8 +22,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.utils.logging import disable_progress_bar
 
 from qcrd_fast.errors import InputError, RunError, Stopped
+from qcrd_fast.world import rank, world_size
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -104,14 +106,6 @@ class Ranks:
 ALONE = Ranks()
 
 
-def world_size() -> int:
-    """The number of processes that torchrun says it started; 1 without it. Raises `InputError` where it is no number."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"WORLD_SIZE: expected a number of processes, got {text!r}")
-    return int(text)
-
-
 def own_device(name: str) -> str:
     """The device of this process for `--device name`: of several on one machine each takes the GPU of its local rank."""
     if world_size() == 1:
@@ -142,7 +136,9 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    ranks = Ranks(int(os.environ["RANK"]), size)
+    ranks = Ranks(rank(), size)
+    if not ranks.first:
+        disable_progress_bar()
     try:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
         yield ranks

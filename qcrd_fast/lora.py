@@ -41,7 +41,7 @@ def add_lora(model: Any, config: TrainConfig) -> None:
 
 
 def save_model(model: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """`save_pretrained`; of a model with LoRA the merged weights, and the matrices beside them. `weights`: its whole state dict,
+    """`save_pretrained`; of one with LoRA the merged weights, and the matrices beside them. `weights`: its whole state dict,
     where it is sharded."""
     weights = model.state_dict() if weights is None else weights
     adapter = {name: tensor for name, tensor in weights.items() if MARK in name}

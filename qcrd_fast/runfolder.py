@@ -19,6 +19,7 @@ import yaml
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.redact import RedactingFormatter
+from qcrd_fast.world import rank
 
 LOCK, LOG = ".lock", "run.log"
 # Options that a resumed run may change: they do not touch what is computed, but for rounding (--impl, the kill-switch).
@@ -45,7 +46,7 @@ class RunFolder:
         self._lock: int | None = None
 
     def __enter__(self) -> RunFolder:
-        if os.environ.get("RANK", "0") != "0":
+        if rank() > 0:
             return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,6 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def _check_same_config(self) -> None:
     def _refuse_links(self) -> None:
         """Nothing that the run writes, reads or deletes may be elsewhere; `final` is replaced and not followed."""
         folders = [self.path, *(self.path / name for name in ("snapshots", "negatives")), *self.path.glob("checkpoint-*")]
@@ -90,6 +90,7 @@ class RunFolder:
             if path.is_symlink() and path != self.path / "final":
                 raise InputError(f"--output-dir: {path} is a link; nothing outside the run folder is read or written")
 
+    def _check_same_config(self) -> None:
         path = self.path / "config.resolved.yaml"
         states = sorted(self.path.glob("checkpoint-*/state.json"))
         if not path.exists() and not states:
@@ -106,7 +107,6 @@ class RunFolder:
         write_text(self.path / "config.resolved.yaml", text)
 
 
-@contextlib.contextmanager
 def check_same_config(config: TrainConfig, before: Any, where: Path) -> None:
     """Raises `InputError` with both values for an option that a resumed run may not change; `where` says what it was."""
     for name, value in config.to_dict().items():
@@ -115,6 +115,7 @@ def check_same_config(config: TrainConfig, before: Any, where: Path) -> None:
             raise InputError(f"{where}: the run began with {flag} {before[name]!r}, now it is {value!r}")
 
 
+@contextlib.contextmanager
 def quiet_logs() -> Iterator[None]:
     """Only errors are logged: for the processes beside the one that keeps the log."""
     logger = logging.getLogger("qcrd_fast")

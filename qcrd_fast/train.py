@@ -23,7 +23,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import Question
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, judge_questions
 from qcrd_fast.dispatch import choose_impl
-from qcrd_fast.distributed import ALONE, Engine, Ranks, full, joined, make_engine, own_device, world_size
+from qcrd_fast.distributed import ALONE, Engine, Ranks, full, joined, make_engine, own_device
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.evaluate import accuracy, make_autocast, predict, resolve_device
 from qcrd_fast.examples import Example, make_examples
@@ -38,6 +38,7 @@ from qcrd_fast.signals import StopSignals
 from qcrd_fast.snapshots import Snapshots
 from qcrd_fast.streams import Lane, choose_overlap
 from qcrd_fast.students import PromptSettings, Student
+from qcrd_fast.world import world_size
 
 log = logging.getLogger(__name__)
 PREDICTIONS, RESULTS = "predictions.jsonl", "eval_results.json"

@@ -14,7 +14,11 @@ import time
 import traceback
 from pathlib import Path
 
+import peft
 import torch
+import torch.distributed.device_mesh
+import torch.distributed.fsdp
+import torch.distributed.tensor
 import transformers
 from qcrd_fast.cli import console
 
@@ -82,6 +86,9 @@ def run(scenario):
     seconds = {rank: end - at for rank, end in ended.items()} if at else {}
     return {"codes": [codes[r] for r in range(scenario["size"])], "seconds": [seconds.get(r) for r in range(scenario["size"])]}
 
+
+# What a run would import, so that it is there before the forks.
+LOADED = (peft.LoraConfig, transformers.LlamaForCausalLM, transformers.T5ForConditionalGeneration, transformers.GenerationConfig)
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
