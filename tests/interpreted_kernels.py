@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from loss_oracle import BETA, DELTA, Batch, dense_logprob, error, expected_terms, random_batch
+from test_audit import audited, audited_training
 from test_linear_loss import both
 
 from bench import cases as bench_cases
@@ -215,6 +216,14 @@ def test_gradients_made_in_forward_use_what_was_kept(monkeypatch):
     for a, b, c in zip(kept, twice, want, strict=True):
         assert error(a, c) < 6e-6 and error(b, c) < 6e-6
     assert any(not torch.equal(a, b) for a, b in zip(kept, twice, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("options", [dict(), dict(scale=0.3, softcap=1.5)], ids=str)
+def test_their_audit_is_green(options, dtype, layout):
+    for audit in (audited, audited_training):
+        found = audit(random_batch(V=1003).to(dtype), "triton", **options)
+        assert 0 < found["audit_budget_used"] < 0.7 and found["audit_grad_err"] > 0 and found["audit_max_err"] < 1e-5
 
 
 SAMPLE_CASES = [  # (B, H, V, whether there is a bias, options)

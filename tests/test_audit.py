@@ -27,7 +27,7 @@ def audited(batch, impl="torch", harm=lambda logprob_T: logprob_T, **options) ->
     audit, head = Audit(7, 3), head_of(batch, **options)
     logprob_T = harm(linear_logprob(batch.hidden, batch.weight, batch.target, impl=impl, **head.options))
     audit.watch(batch.hidden, head, batch.target, logprob_T)
-    weight_T = torch.rand(len(logprob_T), generator=torch.Generator().manual_seed(1))
+    weight_T = torch.rand(len(logprob_T), generator=torch.Generator().manual_seed(1)).to(logprob_T.device)
     (logprob_T * weight_T).sum().backward()
     return audit.read()
 
@@ -41,20 +41,24 @@ def test_what_is_healthy_stays_far_within_its_budget(dtype, impl, options):
     assert 0 < found["audit_grad_err"] < audits.GRADIENT_BUDGET[dtype] / 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_training_pass_is_audited_too(dtype):
-    """Its gradients are made in forward, from a loss whose derivative by log p is told to the audit."""
-    batch, audit = random_batch().to(dtype), Audit(7, 3)
-    weight_R, head = weights_of(batch).float(), head_of(batch)
+def audited_training(batch, impl="torch", **options) -> dict[str, float]:
+    """What an audit says of the training pass, whose gradients are made in forward."""
+    audit, head, weight_R = Audit(7, 3), head_of(batch, **options), weights_of(batch).float()
     loss, nll_R, logprob_T = linear_rationale_loss(
         batch.hidden, batch.weight, batch.target, batch.rationale, batch.positive, weight_R,
-        beta=BETA, delta=DELTA, return_logprob=True, **head.options,
+        beta=BETA, delta=DELTA, impl=impl, return_logprob=True, **head.options,
     )  # fmt: skip
     count_R = torch.bincount(batch.rationale[batch.target >= 0], minlength=len(nll_R)).clamp(min=1)
     dlogprob_T = (-loss_terms(nll_R, batch.positive, weight_R, BETA, DELTA)[1] / count_R)[batch.rationale]
     audit.watch(batch.hidden, head, batch.target, logprob_T, loss, dlogprob_T)
     (3 * loss).backward()
-    found = audit.read()
+    return audit.read()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("impl", ["torch", "eager"])
+def test_the_training_pass_is_audited_too(dtype, impl):
+    found = audited_training(random_batch().to(dtype), impl)
     assert 0 < found["audit_grad_err"] < audits.GRADIENT_BUDGET[dtype] / 2 and 0 < found["audit_budget_used"] < 0.5
 
 

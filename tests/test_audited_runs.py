@@ -8,7 +8,8 @@ import math
 
 import pytest
 import torch
-from test_train import metrics, same, settings, weights
+from test_train import metrics, same, weights
+from test_train import settings as full_settings
 
 from cli.main import entry
 from csrc_triton import contrastive, linear_logprob, linear_sample
@@ -20,6 +21,10 @@ from qcrd_fast.reference import HeadOptions
 from qcrd_fast.train import Session, train
 
 AUDITED = ("audit_max_err", "audit_grad_err", "audit_budget_used", "audit_fallback")
+
+
+def settings(*args, **changes):
+    return full_settings(*args, **{"discriminator": "none", "eval_steps": 6, **changes})
 
 
 class Kernels:
@@ -87,12 +92,18 @@ def steps(run):
     return [line for line in metrics(run) if "loss" in line]
 
 
-@pytest.mark.parametrize("student", ["t5_folder", "llama_folder"])
-@pytest.mark.parametrize("changes", [{}, {"forward": "joint"}, {"method": "sft-all"}, {"method": "mi"}], ids=str)
+@pytest.mark.parametrize(
+    "student, changes",
+    [
+        ("t5_folder", {"discriminator": "auto"}),
+        ("t5_folder", {"method": "mi", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
+        ("llama_folder", {"forward": "joint"}),
+        ("llama_folder", {"method": "sft-all"}),
+    ],
+    ids=str,
+)
 def test_a_healthy_run_is_green_and_the_same_bit_for_bit(request, rows_file, tmp_path, student, changes):
     folder, runs = request.getfixturevalue(student), {}
-    if changes.get("method") == "mi" and student == "llama_folder":
-        changes = {**changes, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     for every in (0, 2):
         out = tmp_path / str(every)
         train(settings(rows_file, folder, out, audit_every=every, max_steps=3, **changes))

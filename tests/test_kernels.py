@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from loss_oracle import BETA, DELTA, Batch, dense_logprob, error, random_batch
+from test_audit import audited
 from test_linear_loss import both
 from test_linear_sample import chi_square, draws
 
@@ -97,6 +98,14 @@ class TestOnGPU:
         again = batch.grads((actual[0] * weights).sum())
         for got, want, same in zip(plain, wanted, again, strict=True):
             assert error(got, want) < BUDGET[dtype] and torch.equal(got, same)
+
+    @pytest.mark.parametrize("impl", ["triton", "torch"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("name", CASES)
+    def test_their_audit_is_green(self, name, dtype, impl):
+        T, H, V, options = CASES[name].values()
+        options = {k: v for k, v in options.items() if k != "temperature"}
+        assert audited(big_batch(T, H, V, dtype), impl, **options)["audit_budget_used"] < 0.7
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("negative", NEGATIVE_SELECT)
