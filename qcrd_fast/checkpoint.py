@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from qcrd_fast.discriminator import DiscriminatorTrainer
 from qcrd_fast.distributed import Engine, like
 from qcrd_fast.errors import RunError
 from qcrd_fast.lora import save_model
-from qcrd_fast.runfolder import remove_tree, sha256, write_json
+from qcrd_fast.runfolder import remove_tree, sha256, sync, told_room, write_json
 from qcrd_fast.snapshots import Snapshots
 from qcrd_fast.students import Student
 
 log = logging.getLogger(__name__)
 
 STATE, MANIFEST, OPTIMIZER, DISCRIMINATOR = "state.json", "MANIFEST.json", "optimizer.safetensors", "discriminator.safetensors"
+TOKENIZER_BYTES = 150  # of each token, at most, in the files of common tokenizers
 _OWN = "discriminator:"  # prefix of the discriminator's entries in optimizer.safetensors
 
 
@@ -68,19 +69,19 @@ def latest_checkpoint(run: Path, resume: bool = False) -> Path | None:
 def find_fault(checkpoint: Path, run: Path | None = None) -> str | None:
     """What is wrong with a checkpoint (and with the snapshots in `run` that it needs), naming the file; None if whole."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
+        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
+        files = dict(json.loads(text)["files"]) if text.endswith("}\n") else {}  # whole to its last byte
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
     needed = {"config.json", STATE} if any(map(_is_optimizer, files)) else {"config.json", STATE, OPTIMIZER}
     if missing := needed - files.keys():
         return f"{MANIFEST} does not list {sorted(missing)[0]}"
-    fault = _find_bad_file(checkpoint, files)
+    fault = _find_bad_file(checkpoint, files, MANIFEST)
     if fault is None and run is not None:
         state = read_state(checkpoint)
         snapshots = Snapshots(run / "snapshots")
         fault = _find_bad_file(
-            snapshots.folder, {snapshots.path(int(i)).name: digest for i, digest in state["snapshots"].items()}
+            snapshots.folder, {snapshots.path(int(i)).name: digest for i, digest in state["snapshots"].items()}, STATE
         )
     return fault
 
@@ -91,15 +92,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _find_bad_file(folder: Path, digests: dict[str, str]) -> str | None:
+def _find_bad_file(folder: Path, digests: dict[str, str], listed: str) -> str | None:
     for name, digest in digests.items():
         path = folder / name
         if os.path.basename(name) != name or not path.is_file():
-            return f"{name} is missing"
+            return f"{name}, listed in {listed}, is missing"
         if path.is_symlink():
             return f"{name} is a link"
         if sha256(path) != digest:
-            return f"{name} does not match its checksum"
+            return f"{name} does not match its checksum in {listed}"
     return None
 
 
@@ -125,7 +126,10 @@ def save_checkpoint(
         remove_tree(temporary)
         temporary.mkdir()
         save_model(student.model, temporary, engine.weights())
-        student.tokenizer.save_pretrained(temporary)
+        try:
+            student.tokenizer.save_pretrained(temporary)
+        except Exception as error:  # tokenizers raises no other where the disk is full
+            raise OSError(str(error)) from error
         if trainer is not None:
             save_file({n: t.cpu() for n, t in trainer.tensors().items()}, temporary / DISCRIMINATOR)
 
@@ -143,22 +147,24 @@ def save_checkpoint(
         write_json(temporary / STATE, {"step": step, **state})
         files = sorted(p for p in temporary.iterdir() if p.is_file())
         for path in files:
-            _fsync(path)
+            sync(path)
         write_json(temporary / MANIFEST, {"files": {p.name: sha256(p) for p in files}})
         remove_tree(final)
         os.replace(temporary, final)
-        _fsync(run)
+        sync(run)
 
     try:
         with engine.whole():
             ranks.on_first(write_model)
         ranks.together(write_optimizer)
         ranks.on_first(finish)
-    except (OSError, SafetensorError, RunError) as error:
+    except BaseException as error:
         if ranks.first:
             remove_tree(temporary)
-        free = shutil.disk_usage(run).free
-        raise RunError(f"cannot write {final}: {error} ({free} bytes free); earlier checkpoints are intact") from error
+        if not isinstance(error, OSError | SafetensorError | RunError):  # such as a second signal
+            raise
+        room = told_room(run, checkpoint_bytes(student, trainer))
+        raise RunError(f"cannot write {final}: {error} ({room}); earlier checkpoints are intact") from error
     return final
 
 
@@ -207,14 +213,14 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
     }
 
 
-def resumable(run: Path, step: int, limit: int | None) -> list[Path]:
-    """The latest `limit` checkpoints up to `step`. One beyond it is a damaged one that this run was resumed without."""
-    return [checkpoint for checkpoint in checkpoints(run) if step_of(checkpoint) <= step][:limit]
+def resumable(run: Path, step: int, limit: int | None, passed_over: Collection[int] = ()) -> list[Path]:
+    """The latest `limit` checkpoints up to `step`, without those that this run was resumed without: they may be damaged."""
+    return [p for p in checkpoints(run) if step_of(p) <= step and step_of(p) not in passed_over][:limit]
 
 
-def rotate(run: Path, step: int, limit: int | None, best: int | None) -> None:
+def rotate(run: Path, step: int, limit: int | None, best: int | None, passed_over: Collection[int] = ()) -> None:
     """Delete the checkpoints before `step` but for the latest `limit` and the best."""
-    kept = resumable(run, step, limit)
+    kept = resumable(run, step, limit, passed_over)
     for checkpoint in checkpoints(run):
         if checkpoint not in kept and step_of(checkpoint) != best and step_of(checkpoint) <= step:
             remove_tree(checkpoint)
@@ -242,9 +248,27 @@ def point_final(run: Path, checkpoint: Path) -> None:
     os.replace(temporary, run / "final")
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def checkpoint_bytes(student: Student, trainer: DiscriminatorTrainer | None) -> int:
+    """About what a checkpoint takes on disk: weights, AdamW's two moments of those that are trained, tokenizer."""
+    parameters = list(student.model.parameters())
+    needed = _bytes(parameters) + 2 * _bytes(p for p in parameters if p.requires_grad)
+    if trainer is not None:
+        needed += 3 * _bytes(trainer.discriminator.parameters())
+    return needed + TOKENIZER_BYTES * len(student.tokenizer) + 2**16
+
+
+def require_room(run: Path, student: Student, trainer: DiscriminatorTrainer | None, snapshots: int, kept: int) -> None:
+    """Raises `RunError` where the disk has no room for a checkpoint and, unless `snapshots` is 0, a snapshot; warns where it
+    has none for `kept` checkpoints, the one being written and that many snapshots."""
+    one, weights = checkpoint_bytes(student, trainer), 2 * sum(p.numel() for p in student.model.parameters())
+    needed, free = one + weights * bool(snapshots), shutil.disk_usage(run).free
+    if free < needed:
+        raise RunError(f"--output-dir: {run}: no room for a checkpoint ({told_room(run, needed)})")
+    held = sum(p.stat().st_size for folder in (*checkpoints(run), run / "snapshots") for p in folder.glob("*"))
+    most = (kept + 1) * one + snapshots * weights
+    if free + held < most:
+        log.warning("%s may fill its disk: %d bytes at most, %d free; see --save-total-limit", run, most, free + held)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

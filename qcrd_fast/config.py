@@ -207,6 +207,9 @@ class TrainConfig:
     ddp_timeout: float = option(1800.0, "seconds that processes wait for a silent one", low=0, open_low=True)
     seed: int = option(0, "seed of everything random", low=0, high=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
+    deterministic: bool = option(
+        False, "the same bits on a GPU each time, so that a resume is exact there too; slower (on a CPU it is, without)"
+    )
 
     # Evaluation, logging, checkpoints
     eval_steps: int | None = option(None, "steps between validations; default: save_steps", low=1, group="Run")

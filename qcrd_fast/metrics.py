@@ -17,7 +17,7 @@ from transformers.utils.logging import tqdm
 
 from qcrd_fast.distributed import ALONE, Ranks
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.runfolder import append_lines, write_lines
+from qcrd_fast.runfolder import append_lines, sync, write_lines
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ class Progress:
 class MetricsLog:
     """Appends to `metrics.jsonl` and, if asked, to TensorBoard or Weights & Biases.
 
-    Raises `RunError` within one step of a loss or gradient that is not finite, naming the step and its questions;
+    Raises `RunError` within one step of a loss or gradient that is not finite, or of a gradient that is zero though the loss is
+    not, naming the step and its questions;
     `InputError` when the package of `report_to` is not installed.
     """
 
@@ -93,11 +94,19 @@ class MetricsLog:
         bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise RunError(f"step {record['step']}: {', '.join(bad)}; questions {', '.join(ids)}")
+        if values["loss"] and values.get("grad_norm") == 0:  # such as a student whose weights are all zero
+            raise RunError(f"step {record['step']}: loss {values['loss']:g} without any gradient; questions {', '.join(ids)}")
         record |= values
         record["loss"] += loss_extra
         self.last = f"loss {record['loss']:.4f}"
         if logged:
             self.write(record)
+
+    def sync(self) -> None:
+        """Nothing pending, and what was written on the disk, before a checkpoint that counts on it."""
+        self.flush()
+        if self.path.exists():
+            sync(self.path)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; of several ranks the first does, alone."""

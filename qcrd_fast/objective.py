@@ -366,4 +366,6 @@ def _count(
             kind = "positive" if c.positive else "negative"
             stats[f"quality_{kind}"] += s
             stats[f"num_{kind}"] += 1
+            stats["weighed"] += 1
+            stats["weight"] += s if c.positive else 1 - s  # Eq. 6 and 7
     stats["tokens"] += sum(len(c.tokens) for c in candidates)

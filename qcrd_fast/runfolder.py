@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,14 +18,19 @@ from typing import Any
 import yaml
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.errors import InputError
+from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.redact import RedactingFormatter
 from qcrd_fast.world import rank
 
 LOCK, LOG = ".lock", "run.log"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+UNFINISHED = (
+    ".tmp-checkpoint-*", ".config.resolved.yaml.tmp", ".metrics.jsonl.tmp", ".final.tmp", ".predictions.jsonl.tmp",
+    ".eval_results.json.tmp", "snapshots/.iteration-*.tmp", "snapshots/.tmp*", "negatives/.iteration-*.tmp",
+)  # fmt: skip
 # Options that a resumed run may change: they do not touch what is computed, but for rounding (--impl, the kill-switch).
 FREE_OPTIONS = {
-    *("impl", "overlap", "output_dir", "resume", "save_total_limit", "report_to", "device", "eval_batch_size"),
+    *("impl", "deterministic", "overlap", "output_dir", "resume", "save_total_limit", "report_to", "device", "eval_batch_size"),
     *("fsdp", "ddp_timeout", "audit_every", "on_audit_failure"),
 }
 # How a step's questions are dealt out: on a resume their product, with the number of processes, is compared instead.
@@ -52,7 +58,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            raise InputError(f"--output-dir: cannot write to {self.path}: {error.strerror}; choose another folder") from error
+            kind = RunError if error.errno in FULL else InputError
+            raise kind(f"--output-dir: cannot write to {self.path}: {error.strerror}; choose another folder") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -60,8 +67,9 @@ class RunFolder:
             self._release()
             raise InputError(f"--output-dir: {self.path} is in use by process {owner}; choose another folder") from None
         try:
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+            with contextlib.suppress(OSError):  # on a full disk the lock holds without a name; `train` tells what it needs
+                os.ftruncate(self._lock, 0)
+                os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
             self._refuse_links()
             held = [p.name for p in self.path.iterdir() if p.name not in (LOCK, LOG)]  # a start that failed leaves those
             if held and not self.config.resume:
@@ -70,6 +78,7 @@ class RunFolder:
                     "continue with --resume auto or choose another folder"
                 )
             self._check_same_config()
+            self._clear()
         except BaseException:
             self._release()
             raise
@@ -77,6 +86,12 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._release()
+
+    def _clear(self) -> None:
+        """Delete what a killed run was writing; the names are our own."""
+        for pattern in UNFINISHED:
+            for path in self.path.glob(pattern):
+                remove_tree(path)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -127,11 +142,22 @@ def quiet_logs() -> Iterator[None]:
         logger.setLevel(before)
 
 
+class _Log(logging.FileHandler):
+    """A log that a full disk does not end; where anything is lost by it, the run ends."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """The package's log lines go to a file too, without secrets."""
     logger = logging.getLogger("qcrd_fast")
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _Log(path, encoding="utf-8")
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     try:
@@ -203,6 +229,21 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """What was written to a file, or the names in a folder, is on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def told_room(folder: Path, needed: int) -> str:
+    """ "N bytes needed, M bytes free" of a folder's disk, for a message."""
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    return f"{needed} bytes needed, {free} bytes free"
 
 
 def remove_tree(path: Path) -> None:

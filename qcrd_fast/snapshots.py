@@ -6,7 +6,6 @@ the GPU and back without stopping it.
 
 from __future__ import annotations
 
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from qcrd_fast.distributed import ALONE, Ranks, full
 from qcrd_fast.errors import RunError
-from qcrd_fast.runfolder import sha256
+from qcrd_fast.runfolder import sha256, sync, told_room
 
 Weights = dict[str, Tensor]
 
@@ -98,11 +97,11 @@ class Snapshots:
         try:
             save_file(weights, temporary)
             digest = sha256(temporary)
+            sync(temporary)
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             needed = sum(tensor.nbytes for tensor in weights.values())
-            free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
-            raise RunError(f"cannot write {path}: {error} ({needed} bytes needed, {free} free)") from error
+            raise RunError(f"cannot write {path}: {error} ({told_room(self.folder, needed)})") from error
         finally:
             temporary.unlink(missing_ok=True)
         return digest

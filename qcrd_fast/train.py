@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,6 +20,7 @@ from qcrd_fast import checkpoint
 from qcrd_fast.audit import Audit, Audits
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import Question
+from qcrd_fast.deterministic import deterministic
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, judge_questions
 from qcrd_fast.dispatch import choose_impl
 from qcrd_fast.distributed import ALONE, Engine, Ranks, full, joined, make_engine, own_device
@@ -32,7 +32,17 @@ from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives
 from qcrd_fast.objective import Objective
 from qcrd_fast.rundata import Data
-from qcrd_fast.runfolder import FREE_OPTIONS, LOG, RunFolder, check_same_config, logging_to, quiet_logs, write_json, write_lines
+from qcrd_fast.runfolder import (
+    FREE_OPTIONS,
+    LOG,
+    RunFolder,
+    check_same_config,
+    logging_to,
+    quiet_logs,
+    told_room,
+    write_json,
+    write_lines,
+)  # fmt: skip
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.signals import StopSignals
 from qcrd_fast.snapshots import Snapshots
@@ -60,7 +70,12 @@ def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = 
     device = resolve_device(own_device(config.device))
     if run is None:
         return _train(config, None, device, ALONE)
-    with joined(device, config.ddp_timeout) as ranks, logging_to(run.path / LOG) if ranks.first else quiet_logs():
+    logs = logging_to(run.path / LOG)
+    with (
+        joined(device, config.ddp_timeout) as ranks,
+        logs if ranks.first else quiet_logs(),
+        deterministic(config.deterministic),
+    ):
         return _train(config, run, device, ranks)
 
 
@@ -89,18 +104,19 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
     if unused := config.unused():
         log.info("--method %s does not use %s", config.method, ", ".join(unused))
     session = Session(config, run.path, data, schedule, student, examples, ranks, Path(found) if found else None)
-    ranks.on_first(run.write_config)
-    if found:
-        session.restore(Path(found))
-    else:
-        session.log.cut(0)
     try:
+        if found:
+            session.restore(Path(found))
+        ranks.on_first(session.require_room)
+        ranks.on_first(run.write_config)
+        if not found:
+            session.log.cut(0)
         with StopSignals() as stop:
             session.loop(stop)
         return session.finish()
     except OSError as error:
-        free = shutil.disk_usage(run.path).free
-        raise RunError(f"{run.path}: {error} ({free} bytes free); whole checkpoints are intact") from error
+        room = told_room(run.path, checkpoint.checkpoint_bytes(student, session.trainer))
+        raise RunError(f"{run.path}: {error} (the next checkpoint: {room}); whole checkpoints are intact") from error
 
 
 def _plan(config: TrainConfig, data: Data, schedule: Schedule, student: Student) -> dict[str, Any]:
@@ -194,6 +210,7 @@ class Session:
         self.best: dict[str, Any] | None = None
         self.loss_d: float | None = None
         self.saved_step: int | None = None
+        self.passed_over: set[int] = set()  # steps of checkpoints later than the one that was resumed from
         self.lagged_active: Counter[str] = Counter()  # of the current iteration
         student.model.train()
         if config.forward == "joint" and _has_dropout(student.model):
@@ -258,7 +275,10 @@ class Session:
                 batch = [self.examples[i] for i in rows or questions[:1]]
                 self.objective.audit = audit if micro == watched else None
                 with self.engine.accumulating(last=micro == len(batches) - 1):
-                    terms, stats = self.objective.step(batch, lagged, len(questions), step, iteration, 1.0 if rows else 0.0)
+                    try:
+                        terms, stats = self.objective.step(batch, lagged, len(questions), step, iteration, 1.0 if rows else 0.0)
+                    except RunError as error:
+                        raise RunError(f"step {step + 1}: {error}") from error
                 for name, value in terms.items():
                     losses[name] = losses[name] + value if name in losses else value  # stays on the device
                 counts.update(stats)
@@ -266,6 +286,9 @@ class Session:
 
         (losses, counts), audited = self.audits.run(step, len(batches), compute, self._fall_back)
         counts = sum(map(Counter, self.ranks.gather(counts)), Counter())
+        ids = [self.examples[i].id for i in questions]
+        if counts["weighed"] and not counts["weight"]:
+            raise RunError(f"step {step + 1}: the discriminator weighs every rationale with 0; questions {', '.join(ids)}")
         losses = dict(zip(losses, self.ranks.sum(torch.stack(list(losses.values()))), strict=True))
         norm = full(torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf))
         lr = self.schedule.learning_rate(step)
@@ -300,8 +323,7 @@ class Session:
         if self.student.device.type == "cuda":
             record["peak_mib"] = torch.cuda.max_memory_allocated(self.student.device) / 2**20
         extra = self.schedule.alpha_d(iteration) * (self.loss_d or 0.0)  # a3 L_D of Eq. 8
-        ids = [self.examples[i].id for i in questions]
-        logged = self.step % self.config.logging_steps == 0 or self.step == self.schedule.total_steps or bool(audited)
+        logged = self.step % self.config.logging_steps == 0 or self.step == self.schedule.total_steps
         self.log.put(record, {**losses, "grad_norm": norm}, extra, ids, logged)
 
     def _fall_back(self) -> None:
@@ -378,7 +400,7 @@ class Session:
     def _save(self) -> None:
         if self.saved_step == self.step:
             return
-        self.log.flush()  # a loss that is not finite stops here, before anything is overwritten
+        self.log.sync()  # a loss that is not finite stops here, before anything is overwritten
         state = {
             "config": {name: value for name, value in self.config.to_dict().items() if name not in FREE_OPTIONS},
             "prompt": dataclasses.asdict(self.student.prompts),
@@ -393,8 +415,10 @@ class Session:
         }
         checkpoint.save_checkpoint(self.run, self.step, self.student, self.optimizer, self.trainer, state, self.engine)
         self.saved_step = self.step
+        self.passed_over.discard(self.step)
         best = self.best["step"] if self.best else None
-        self.ranks.on_first(lambda: checkpoint.rotate(self.run, self.step, self.config.save_total_limit, best))
+        keep = self.config.save_total_limit
+        self.ranks.on_first(lambda: checkpoint.rotate(self.run, self.step, keep, best, self.passed_over))
 
     def restore(self, found: Path) -> None:
         """Continue from a checkpoint; the student's weights are loaded already."""
@@ -402,6 +426,7 @@ class Session:
         if state["data_sha256"] != self.data.digest:
             raise InputError(f"--data: the rows differ from those that {found} was trained on")
         self.step = self.saved_step = state["step"]
+        self.passed_over = {step for step in map(checkpoint.step_of, checkpoint.checkpoints(self.run)) if step > self.step}
         self.best, self.loss_d = state["best"], state["loss_d"]
         if self.audits.restore(state.get("failed_impl")):
             self._fall_back()
@@ -411,6 +436,17 @@ class Session:
         self.log.cut(self.step)
         log.info("resuming from %s", found)
 
+    def require_room(self) -> None:
+        """Raises `RunError` where the disk has no room to begin."""
+        left = self.schedule.total_steps - self.step
+        if not left:
+            return
+        saves = math.ceil(left / min(self.schedule.save_steps, self.schedule.eval_steps))
+        iterations = self.schedule.iteration(self.schedule.total_steps - 1) + 1
+        snapshots = min(iterations, self.config.negative_lag + 3) if self.lagged else 0
+        kept = min(saves, (self.config.save_total_limit or saves) + bool(self.data.validation))
+        checkpoint.require_room(self.run, self.student, self.trainer, snapshots, kept)
+
     def _oldest_for(self, step: int) -> int:
         """The oldest snapshot that a resume at `step` may ask for: the discriminator looks one iteration back."""
         if self.config.negative_source == "fixed":
@@ -418,7 +454,7 @@ class Session:
         return max(self.schedule.iteration(step) - 1 - self.config.negative_lag, 0)
 
     def _oldest_snapshot(self) -> int:
-        resumable = checkpoint.resumable(self.run, self.step, self.config.save_total_limit)
+        resumable = checkpoint.resumable(self.run, self.step, self.config.save_total_limit, self.passed_over)
         return self._oldest_for(min(map(checkpoint.step_of, resumable))) if resumable else 0
 
     def _choose_final(self) -> dict[str, Any]:

@@ -38,6 +38,16 @@ def t5_folder(tmp_path_factory) -> Path:
     return make_t5(tmp_path_factory.mktemp("t5"))
 
 
+@pytest.fixture(scope="session")
+def crashes(tmp_path_factory):
+    """Short runs of a T5 and a decoder in processes of their own, and the unbroken ones to compare with."""
+    from crash_run import Crashes
+    from faults import Warm
+
+    with Warm() as warm:
+        yield Crashes(warm, tmp_path_factory.mktemp("crashes"), device="cpu")
+
+
 def make_t5(folder: Path) -> Path:
     """A T5 of width 32 with dropout, over the demo's words."""
     from transformers import T5Config, T5ForConditionalGeneration

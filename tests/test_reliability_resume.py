@@ -1,0 +1,83 @@
+"""A run that is killed and resumed is the run that was left alone, to the last bit (trials 1 to 3 of docs/reliability.md).
+
+`python tests/crash_run.py` does the same hundreds of times, or at every operation on a file.
+"""
+
+from __future__ import annotations
+
+import pytest
+from crash_run import Crashes
+from faults import Fault, differences
+
+SEED = 1
+STEP, EDGE, EVAL = "qcrd_fast.objective:Objective.step", "qcrd_fast.train:Session._begin_iteration", "qcrd_fast.train:predict"
+SAMPLE = "qcrd_fast.negatives:LaggedNegatives._sample"
+KILLED = -9
+
+
+@pytest.mark.slow
+class TestTrial1:
+    """kill -9 at 20 random moments, half of them within a save or an append: loss curve, weights, optimizer, negatives and
+    predictions are those of the unbroken run."""
+
+    @pytest.mark.parametrize("number", range(20))
+    def test_killed_at_a_random_moment(self, crashes: Crashes, number: int) -> None:
+        wrong = crashes.random_trial(SEED, number)
+        assert wrong is None, f"{wrong}\nagain: python tests/crash_run.py --seed {SEED} --only {number}"
+
+
+@pytest.mark.parametrize("student", [0, 1], ids=["t5", "llama"])
+class TestTrial2:
+    """Three kills in one run: between two micro-batches, at the edge of an iteration, in the evaluation."""
+
+    def test_killed_three_times(self, crashes: Crashes, student: int, tmp_path) -> None:
+        whole, run = crashes.wholes[student], tmp_path / "run"
+        args = crashes.args(whole.student, run, resume="auto")
+        assert crashes.warm.run(args, Fault("kill", 3, STEP)).code == KILLED  # step 2, half of its gradient made
+        assert not list(run.glob("checkpoint-*"))
+        assert crashes.warm.run(args, Fault("kill", 1, EDGE, after=True)).code == KILLED  # its snapshot is being written
+        assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
+        assert crashes.warm.run(args, Fault("kill", 0, EVAL, after=True)).code == KILLED
+        assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
+        done = crashes.warm.run(args)
+        assert done.code == 0, done.err
+        assert differences(run, whole.run) == []
+
+
+SINGLE = {"save_total_limit": 1, "save_steps": 1, "eval_steps": 6}  # iteration 2 speaks with the student of iteration 1
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["t5", "llama"])
+def single(request, crashes: Crashes):
+    """(student, unbroken run) with a single checkpoint."""
+    student = crashes.wholes[request.param].student
+    run = crashes.folder / f"single-{student.name}"
+    done = crashes.warm.run(crashes.args(student, run, **SINGLE))
+    assert done.code == 0, done.err
+    return student, run
+
+
+class TestTrial3:
+    """Kills around the iteration that first uses a lagged snapshot, with a single checkpoint kept: the same negatives token for
+    token, and the snapshot is still there though its checkpoint is gone."""
+
+    @pytest.mark.parametrize(
+        "fault, done_steps",
+        [
+            (Fault("kill", 3, "qcrd_fast.train:Session._train_step", after=True), 3),
+            (Fault("kill", 4, SAMPLE, after=True), 4),
+            (Fault("kill", 5, "qcrd_fast.train:Session._train_step"), 5),
+        ],
+        ids=["before", "at", "after"],
+    )
+    def test_killed_around_the_first_use(self, crashes: Crashes, single, fault: Fault, done_steps: int, tmp_path) -> None:
+        student, unbroken = single
+        args = crashes.args(student, tmp_path / "run", resume="auto", **SINGLE)
+        assert crashes.warm.run(args, fault).code == KILLED
+        run = tmp_path / "run"
+        assert [p.name for p in run.glob("checkpoint-*")] == [f"checkpoint-{done_steps}"]
+        assert (run / "snapshots" / "iteration-00001.safetensors").is_file()
+        done = crashes.warm.run(args)
+        assert done.code == 0, done.err
+        assert differences(run, unbroken) == []
+        assert len(list((run / "negatives").iterdir())) == 3
