@@ -129,7 +129,8 @@ def test_every_way_of_training_in_two_ranks(run_all):
     runs = run_all(scenarios)
     for name, (_, sharded) in kinds.items():
         for engine in ("DDP", "FSDP2")[: 1 + sharded]:
-            assert_same(runs[name][2], runs[f"{name}, {engine}"][2], step=7)
+            tolerance = 1e-4 if name == "mi" else 1e-5  # its maximum over time sees the padding, so the micro-batch
+            assert_same(runs[name][2], runs[f"{name}, {engine}"][2], step=7, tolerance=tolerance)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(run_all):

@@ -88,7 +88,7 @@ def run(scenario):
 
 
 # What a run would import, so that it is there before the forks.
-LOADED = (peft.LoraConfig, transformers.LlamaForCausalLM, transformers.T5ForConditionalGeneration, transformers.GenerationConfig)
+LOADED = (peft.LoraConfig, transformers.LlamaForCausalLM, transformers.T5ForConditionalGeneration)
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
