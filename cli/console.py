@@ -77,6 +77,19 @@ def lines(results: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
+def plan_lines(plan: Mapping[str, Any]) -> str:
+    """What a dry run of `train` returns, with its memory in MiB or GiB."""
+    row, memory = plan.get("longest_row"), plan.get("memory") or {}
+    rest = {"longest_row": "{id}, {prompt_tokens} prompt + {target_tokens} target tokens".format(**row)} if row else {}
+    return lines({**plan, **rest, **{f"memory {name}": _size(name, value) for name, value in memory.items()}})
+
+
+def _size(name: str, value: Any) -> str:
+    if not isinstance(value, int) or name.startswith("micro_batch"):
+        return "unknown" if value is None else str(value)
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+
+
 @contextlib.contextmanager
 def quiet_stdout() -> Iterator[None]:
     """Whatever a library prints goes to stderr: stdout is for results."""

@@ -214,7 +214,7 @@ def train(
 
         told = train(config, run, dry_run=dry_run)
     if rank() == 0:
-        console.show(told, as_json, console.lines(told))
+        console.show(told, as_json, console.plan_lines(told) if dry_run else console.lines(told))
 
 
 def several(

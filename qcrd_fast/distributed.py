@@ -236,7 +236,7 @@ class Sharded(Engine):
         device = next(model.parameters()).device
         mesh = init_device_mesh(device.type, (ranks.size,))
         self._pass = _Pass(model)
-        self._units = [*_blocks(model), self._pass]
+        self._units = [*blocks_of(model), self._pass]
         for unit in self._units:
             fully_shard(unit, mesh=mesh)
         self._root: Any = self._pass
@@ -282,7 +282,7 @@ class _Pass(nn.Module):
         return compute()
 
 
-def _blocks(model: Any) -> list[nn.Module]:
+def blocks_of(model: Any) -> list[nn.Module]:
     """The model's repeated blocks: what its class names as not to be split, else the members of its longest module list."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     if found := [module for module in model.modules() if type(module).__name__ in names]:

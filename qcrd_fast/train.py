@@ -27,6 +27,7 @@ from qcrd_fast.distributed import ALONE, Engine, Ranks, full, joined, make_engin
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.evaluate import accuracy, make_autocast, predict, resolve_device
 from qcrd_fast.examples import Example, make_examples
+from qcrd_fast.footprint import checkpoint_activations, survey
 from qcrd_fast.lora import add_lora, load_adapter, require_peft
 from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives
@@ -100,7 +101,7 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
     student = Student.load(str(config.student) if config.use_peft else found or str(config.student), prompts, device)
     examples = make_examples(data.train, student, config)
     if run is None:
-        return _plan(config, data, schedule, student)
+        return _plan(config, data, schedule, student) | survey(student, examples, data.validation, schedule)
     if unused := config.unused():
         log.info("--method %s does not use %s", config.method, ", ".join(unused))
     session = Session(config, run.path, data, schedule, student, examples, ranks, Path(found) if found else None)
@@ -197,9 +198,7 @@ class Session:
                 student, asked, schedule, self.snapshots, run / "negatives", config, self.autocast, lane, ranks
             )
         if config.gradient_checkpointing:
-            model = student.model  # transformers renamed the method
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_activations(student.model)
         self.engine = self._share_model()
         self.optimizer = _adamw(student.model, config)
         warmup = round(config.redi_warmup * schedule.total_steps)

@@ -1,0 +1,370 @@
+"""What a run will need of the device's memory, counted before it begins; and what to do when there is not enough.
+
+Weights, gradients, moments and caches are sums. Activations are counted by running the largest micro-batch on fake tensors,
+which have shapes, types and a device but no memory: every storage that the pass makes is added when it appears and taken off
+when it is freed. Not in it: what cuBLAS, oneDNN and the CUDA context take for themselves, and what an allocator loses by
+rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qcrd_fast import linear_loss, reference
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.data import Question, question_text
+from qcrd_fast.decode import Decoder
+from qcrd_fast.discriminator import Discriminator, build_discriminator
+from qcrd_fast.dispatch import choose_impl
+from qcrd_fast.distributed import blocks_of
+from qcrd_fast.evaluate import make_autocast
+from qcrd_fast.examples import Candidate, Example
+from qcrd_fast.heads import evaluating
+from qcrd_fast.lora import add_lora
+from qcrd_fast.negatives import Negative
+from qcrd_fast.objective import Objective, Weighted
+from qcrd_fast.sampler import CACHE_BYTES
+from qcrd_fast.schedule import Schedule
+from qcrd_fast.students import PREDICT, Student
+
+log = logging.getLogger(__name__)
+LOOKED_AT = 2 * 10**8  # questions times steps whose micro-batches are compared
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of the storages that were made inside and are still alive: `now`, and `peak`, the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for x in _pytree.tree_leaves(found):
+            if isinstance(x, Tensor):
+                self.add(x)
+        return found
+
+    def add(self, x: Tensor, counted: bool = True) -> None:
+        """Count a tensor's storage once; not at all, for what was there before."""
+        storage = x.untyped_storage()
+        if storage._cdata in self._seen:
+            return
+        size = storage.nbytes() if counted else 0
+        self._seen.add(storage._cdata)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, storage._cdata, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+@dataclasses.dataclass
+class Worst:
+    """The largest micro-batch: its questions, and what each may train on at most."""
+
+    batch: list[Example]
+    weighted: Weighted
+    tokens: int
+
+
+def survey(student: Student, examples: Sequence[Example], validation: Sequence[Question], schedule: Schedule) -> dict[str, Any]:
+    """{longest_row, memory} of a run that is not begun; the student is made what training would make of it."""
+    config, model = schedule.config, student.model
+    judge = build_discriminator(config.discriminator, model, student.tokenizer) if config.method == "qcrd" else None
+    if config.use_peft:
+        add_lora(model, config)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    asked = [len(student.source_ids(PREDICT, question_text(q))) for q in validation]
+    autocast = make_autocast(student.device, config.bf16)
+    memory = predict_memory(student, examples, schedule, autocast, judge, asked)
+    return {"longest_row": longest_row(examples), "memory": memory}
+
+
+def checkpoint_activations(model: Any) -> None:
+    """`--gradient-checkpointing`; transformers renamed the method."""
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def longest_row(examples: Sequence[Example]) -> dict[str, Any]:
+    """{id, prompt_tokens, target_tokens} of the question whose longest prompt and longest target are most together."""
+
+    def sizes(e: Example) -> tuple[int, int]:
+        targets = [e.label, *(c.tokens for c in (*e.positives, *e.minority)), *([e.reason[1]] if e.reason else [])]
+        prompts = [e.predict, e.explain, *([e.reason[0]] if e.reason else [])]
+        return max(map(len, prompts)), max(map(len, targets))
+
+    longest = max(examples, key=lambda e: sum(sizes(e)))
+    prompt, target = sizes(longest)
+    return {"id": longest.id, "prompt_tokens": prompt, "target_tokens": target}
+
+
+def predict_memory(
+    student: Student,
+    examples: Sequence[Example],
+    schedule: Schedule,
+    autocast: Callable[[], torch.autocast],
+    discriminator: Discriminator | None,
+    eval_sources: Sequence[int],
+) -> dict[str, Any]:
+    """Bytes on the device, for the largest micro-batch that the schedule holds: {parameters, gradients, optimizer,
+    discriminator (its weights, gradients and moments), sampler (the copy of the student that negatives are drawn from, and its
+    caches), activations (held when the backward pass begins), workspace (of the loss), peak, peak_in, host_snapshots (pinned
+    on the host), micro_batch_questions, micro_batch_tokens}.
+
+    `eval_sources`: lengths of the prompts that are validated on. The student may be one with LoRA. What cannot be counted is
+    None, and the log says why.
+    """
+    config, device = schedule.config, student.device
+    parameters = list(student.model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    ranks = schedule.world_size if config.fsdp else 1
+    whole, grads = _bytes(parameters) + _bytes(student.model.buffers()), _bytes(trained)
+    buckets = grads if schedule.world_size > 1 and not config.fsdp else 0  # DistributedDataParallel sends them from copies
+    temporary = grads if device.type == "cuda" else 2 * max(map(_size, trained), default=0)  # roots of the second moments
+    sizes: dict[str, Any] = {
+        "parameters": whole // ranks,
+        "gradients": (grads + buckets) // ranks,
+        "optimizer": 2 * grads // ranks,
+        "discriminator": 4 * _bytes(discriminator.parameters()) if discriminator else 0,
+    }
+    on_gpu, lagged = device.type == "cuda", config.method == "qcrd" and config.negative_source in ("lagged", "fixed")
+    snapshots = sum(2 * p.numel() for p in parameters) * (config.negative_lag + 3) if on_gpu and lagged else 0
+    counted: dict[str, Any] = dict.fromkeys(("sampler", "activations", "workspace", "peak", "peak_in"))
+    worst = find_worst(student, examples, schedule)
+    try:
+        fake = _Fake(student, autocast, config)
+        sampler = fake.sampler([len(e.explain) for e in examples]) if lagged else 0
+        workspace = fake.loss_workspace(worst.weighted, worst.batch)
+        held, alone, with_grads = fake.training(worst, workspace)
+        base = sum(sizes.values()) - sizes["gradients"] + sampler
+        if ranks > 1:  # what is gathered for a pass: all but the blocks, and two of them
+            blocks = [_bytes(block.parameters()) for block in blocks_of(student.model)]
+            base += whole - sum(blocks) + 2 * max(blocks, default=0)
+        kept = sizes["gradients"] if config.gradient_accumulation_steps > 1 or buckets else 0
+        phases = {
+            "training pass": base + (kept + alone if kept else with_grads),
+            "optimizer step": base + sizes["gradients"] + temporary // ranks,
+            "validation": base + fake.evaluation(eval_sources),
+        }
+        if config.method == "qcrd" and config.forward == "two-pass":
+            phases["scoring pass"] = base + kept + fake.scoring(worst)
+        if discriminator:
+            phases["discriminator's training"] = base + fake.judging(discriminator, examples)
+        peak_in = max(phases, key=lambda name: phases[name])
+        counted = {"sampler": sampler, "activations": held, "workspace": workspace, "peak": phases[peak_in], "peak_in": peak_in}
+    except Exception as error:  # architectures do things that fake tensors cannot
+        log.warning("activations could not be counted: %s", f"{type(error).__name__}: {error}".splitlines()[0][:300])
+    counts = {"micro_batch_questions": len(worst.batch), "micro_batch_tokens": worst.tokens}
+    return {**sizes, **counted, "host_snapshots": snapshots, **counts}
+
+
+def find_worst(student: Student, examples: Sequence[Example], schedule: Schedule) -> Worst:
+    """The micro-batch with the most tokens to train on, of all ranks and of as many steps as `LOOKED_AT` allows.
+
+    Of a question's rationales the longest count where one is selected; the student's own negative is as long as it may be.
+    """
+    config = schedule.config
+    objective = Objective(student, config, None, contextlib.nullcontext, 0)  # type: ignore[arg-type]
+    cost = [_tokens([e], _weigh(objective, [e])) for e in examples]
+    steps = range(min(schedule.total_steps, max(1, LOOKED_AT // len(examples))))
+    micro = (rows for step in steps for rank in range(schedule.world_size) for rows in schedule.micro_batches(step, rank))
+    batch = [examples[i] for i in max(micro, key=lambda rows: sum(cost[i] for i in rows))]
+    weighted = _weigh(objective, batch)
+    return Worst(batch, weighted, _tokens(batch, weighted))
+
+
+def _weigh(objective: Objective, batch: Sequence[Example]) -> Weighted:
+    """The candidates that a pass over these questions may have to hold activations of."""
+    config = objective.config
+    if config.method != "qcrd":
+        return objective._weigh(batch, {}, len(batch), objective.warmup_steps, 0, Counter())
+    own = Negative([0] * config.max_new_tokens, "")
+    lagged = {e.id: own for e in batch} if config.negative_source in ("lagged", "fixed") else {}
+    chosen = Weighted([], [], [], config.beta, config.delta)
+    for q, example in enumerate(batch):
+        candidates = example.candidates(lagged)
+        for positive, select in zip((True, False), config.selects, strict=True):
+            found = sorted((c for c in candidates if c.positive == positive), key=lambda c: -len(c.tokens))
+            every = config.forward == "joint" or select in ("mean", "wmean")
+            for candidate in found if every else found[:1]:
+                chosen.add(candidate, q, 1.0)
+    return chosen
+
+
+def _tokens(batch: Sequence[Example], weighted: Weighted) -> int:
+    """Tokens of labels, prompts and candidates."""
+    labels = sum(len(e.predict) + len(e.label) + (sum(map(len, e.reason)) if e.reason else 0) for e in batch)
+    prompts = sum(len(batch[q].explain) for q in set(weighted.question))
+    return labels + prompts + sum(len(c.tokens) for c in weighted.candidates)
+
+
+class _Fake:
+    """The student on fake tensors, and what its passes hold."""
+
+    def __init__(self, student: Student, autocast: Callable[[], torch.autocast], config: TrainConfig):
+        sharing = student.sharing if config.shared_prompts else None  # tried out on the real one
+        self.mode, self.autocast, self.config = FakeTensorMode(), autocast, config
+        self.student = copy.copy(student)
+        self.student.model = self._copy(student.model)
+        if sharing == "flex":  # compiled kernels cannot be faked; a dense mask stands for theirs
+            self.student.model.set_attn_implementation("sdpa")
+        self.student.__dict__["sharing"] = "dense" if sharing else None
+        self.objective = Objective(self.student, config, None, autocast, 0)
+
+    def _copy(self, module: Any) -> Any:
+        with FakeCopyMode(self.mode):
+            return copy.deepcopy(module)
+
+    @contextlib.contextmanager
+    def ledger(self, *modules: Any) -> Iterator[Ledger]:
+        """Counts what is made inside; the weights were there before."""
+        ledger = Ledger()
+        for module in (self.student.model, *modules):
+            for x in (*module.parameters(), *module.buffers()):
+                ledger.add(x, counted=False)
+        with self.mode, ledger:
+            yield ledger
+
+    def training(self, worst: Worst, workspace: int) -> tuple[int, int, int]:
+        """(held when the backward pass begins, the most at once without the parameters' gradients, and with them)."""
+        peaks = []
+        for keep in (False, True):
+            model = self.student.model.train()
+            hooks = [
+                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+                for p in (() if keep else model.parameters())
+                if p.requires_grad
+            ]
+            with self.ledger() as ledger:
+                loss = self._loss(worst)
+                held = ledger.now
+                loss.backward()
+                del loss
+                peaks.append(max(ledger.peak, held + workspace))
+            for hook in hooks:
+                hook.remove()
+            model.zero_grad(set_to_none=True)
+        return held, peaks[0], peaks[1]
+
+    def _loss(self, worst: Worst) -> Tensor:
+        batch, count, stats = worst.batch, len(worst.batch), Counter[str]()
+        if self.config.method == "mi":
+            return self.objective._mutual_information(batch, count, stats)["loss"]
+        if self.config.method == "qcrd" and self.config.forward == "joint":
+            loss = self.objective._train(batch, Weighted([], [], []), count, stats)["loss"]
+            return loss + self._scores(worst.weighted, batch).sum()
+        return self.objective._train(batch, worst.weighted, count, stats)["loss"]
+
+    def _scores(self, weighted: Weighted, batch: Sequence[Example]) -> Tensor:
+        targets = [c.tokens for c in weighted.candidates]
+        return self.objective.score([e.explain for e in batch], targets, weighted.question, Counter())[1]
+
+    def scoring(self, worst: Worst) -> int:
+        """The most that the pass without gradient holds, over all candidates of the same questions."""
+        every = Weighted([], [], [])
+        own = {e.id: Negative([0] * self.config.max_new_tokens, "") for e in worst.batch}
+        for q, example in enumerate(worst.batch):
+            for candidate in example.candidates(own if self.config.negative_source in ("lagged", "fixed") else {}):
+                every.add(candidate, q, 1.0)
+        if not every.candidates:
+            return 0
+        with self.ledger() as ledger, torch.no_grad(), evaluating(self.student.model):
+            self._scores(every, worst.batch)
+        return ledger.peak
+
+    def loss_workspace(self, weighted: Weighted, batch: Sequence[Example]) -> int:
+        """What the loss holds while it runs, beside its operands and the gradients that it returns."""
+        T = sum(len(c.tokens) for c in weighted.candidates) + sum(len(e.label) for e in batch)
+        head, device = self.student.head, self.student.device
+        with self.autocast():
+            dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.weight.dtype
+        impl = choose_impl(self.config.impl, device, dtype)[0]
+        (V, H), size = head.weight.shape, dtype.itemsize
+        if impl == "triton":
+            from csrc_triton.linear_logprob import WORKSPACE_BYTES
+
+            kept = T * (V + 15) * size
+            if head.softcap or kept > linear_loss.KEPT_BYTES:
+                columns = max(WORKSPACE_BYTES // (T * size), 1)
+                return WORKSPACE_BYTES + 4 * min(columns, V) * H + 4 * T * H
+            return kept + 4 * V * H + 4 * T * H  # and both products in fp32
+        with self.mode:
+            hidden_TH = torch.empty(T, H, dtype=dtype, device=device)
+            target_T = torch.zeros(T, dtype=torch.long, device=device)
+            dlogprob_T = torch.zeros(T, dtype=torch.float32, device=device)
+        operands = (hidden_TH, head.weight.detach(), target_T, head.bias)
+        options, needs = reference.HeadOptions(head.scale, head.softcap or 0.0, 1.0), (True, head.weight.requires_grad, False)
+        with self.ledger() as ledger, torch.no_grad():
+            if impl == "eager":
+                logprob_TV = head.logits(hidden_TH).float().log_softmax(1)
+                return ledger.peak + logprob_TV.nbytes
+            found = linear_loss.forward_keeping(*operands, options, -100, linear_loss.KEPT_BYTES)
+            if found:
+                grads = linear_loss.backward_kept(found[2], *operands, found[1], dlogprob_T, options, needs)
+            else:
+                _, lse_T, _ = reference.chunked_forward(*operands, options, -100, False)
+                coefficients = (dlogprob_T, -dlogprob_T, None)
+                grads = reference.chunked_backward(*operands, lse_T, coefficients, options, needs)
+            return ledger.peak - sum(x.nbytes for x in grads if x is not None)
+
+    def sampler(self, sources: Sequence[int]) -> int:
+        """The student that negatives are drawn from: its own weights, in bf16 on a GPU, and its caches."""
+        config, device = self.config, self.student.device
+        weights = _bytes(self.student.model.parameters())
+        with self.autocast():
+            halved = device.type == "cuda" and torch.is_autocast_enabled(device.type)
+        return weights // (2 if halved else 1) + self._caches(config.sample_batch_size, max(sources), config.max_new_tokens)
+
+    def evaluation(self, sources: Sequence[int]) -> int:
+        rows = min(self.config.eval_batch_size, len(sources))
+        return self._caches(rows, max(sources), self.config.max_answer_tokens) if sources else 0
+
+    def _caches(self, rows: int, longest: int, new: int) -> int:
+        with self.ledger() as ledger, torch.no_grad(), evaluating(self.student.model), self.autocast():
+            decoder = Decoder(self.student, rows, longest, new, most_bytes=CACHE_BYTES)
+        held = ledger.now
+        return held + 2 * 4 * decoder.rows * len(self.student.head.weight)  # logits, and what they are sorted or compared in
+
+    def judging(self, discriminator: Discriminator, examples: Sequence[Example]) -> int:
+        """The most that a training step of the discriminator holds beside its weights, gradients and moments."""
+        kinds, count = self.config.augmentations, self.config.discriminator_batch_size
+
+        def pairs(e: Example) -> list[tuple[str, str]]:
+            """Corrupted positives make both classes equal; the student's own negative is about as long as a positive."""
+            wrong: list[Candidate] = [*e.minority, *e.positives[: max(len(e.positives) - len(e.minority), 1) if kinds else 1]]
+            return [(e.text, c.text) for c in (*e.positives, *wrong)]
+
+        largest = sorted(examples, key=lambda e: -sum(len(text) + len(said) for text, said in pairs(e)))[:count]
+        fake = self._copy(discriminator).train()
+        for p in fake.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with self.ledger(fake) as ledger:
+            fake.rate([pair for e in largest for pair in pairs(e)]).sum().backward()
+        return ledger.peak
+
+
+def _size(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _bytes(tensors: Any) -> int:
+    """Of each tensor once, however many modules it is tied to."""
+    return sum(_size(x) for x in {id(x): x for x in tensors}.values())

@@ -1,0 +1,113 @@
+"""The memory that a dry run predicts is the memory that training takes, as torch's profiler records it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+import torch
+
+from bench.timing import peak_mib
+from cli.main import entry
+from qcrd_fast import footprint
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.discriminator import build_discriminator
+from qcrd_fast.evaluate import make_autocast
+from qcrd_fast.examples import Example, make_examples
+from qcrd_fast.lora import add_lora
+from qcrd_fast.objective import Objective
+from qcrd_fast.rundata import Data
+from qcrd_fast.schedule import Schedule
+from qcrd_fast.students import EXPLAIN, PromptSettings, Student
+
+CPU = torch.device("cpu")
+OPTIONS = {
+    "qcrd": {},
+    "joint": {"forward": "joint"},
+    "mi": {"method": "mi"},
+    "bf16": {"bf16": True},
+    "checkpointing": {"gradient_checkpointing": True},
+    "alone": {"shared_prompts": False},
+    "lora": {"use_peft": True},
+}
+
+
+def prepared(folder, rows_file, **options) -> tuple[TrainConfig, Student, list[Example], Schedule]:
+    config = TrainConfig(**{"data": str(rows_file), "student": str(folder), "per_device_train_batch_size": 6, **options})
+    data = Data.load(config)
+    student = Student.load(str(folder), PromptSettings(), CPU)
+    return config, student, make_examples(data.train, student, config), Schedule(len(data.train), config)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_the_training_pass_takes_what_was_predicted(kind, name, t5_folder, llama_folder, rows_file) -> None:
+    if name == "lora":
+        pytest.importorskip("peft", reason="needs PEFT, the extra `peft`")
+    folder = {"t5": t5_folder, "llama": llama_folder}[kind]
+    config, student, examples, schedule = prepared(folder, rows_file, **OPTIONS[name])
+    if config.use_peft:
+        add_lora(student.model, config)
+    if config.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    autocast = make_autocast(CPU, config.bf16)
+    worst = footprint.find_worst(student, examples, schedule)
+    fake = footprint._Fake(student, autocast, config)
+    workspace = fake.loss_workspace(worst.weighted, worst.batch)
+    held, _, peak = fake.training(worst, workspace)
+
+    fake.student, fake.objective = student, Objective(student, config, None, autocast, 0)  # the same passes, on real tensors
+    student.model.train()
+
+    def step() -> None:
+        fake._loss(worst).backward()
+
+    student.model.zero_grad(set_to_none=True)
+    measured = peak_mib(step, CPU) * 2**20
+    assert 0 < held <= peak
+    assert -0.05 < peak / measured - 1 < (0.2 if name == "alone" else 0.05)  # a padding mask without padding is left out there
+
+
+def test_the_discriminator_takes_what_was_predicted(t5_folder, llama_folder, rows_file) -> None:
+    for folder in (t5_folder, llama_folder):
+        config, student, examples, _ = prepared(folder, rows_file)
+        judge = build_discriminator("auto", student.model, student.tokenizer)
+        assert judge is not None
+        fake = footprint._Fake(student, make_autocast(CPU, None), config)
+        predicted = fake.judging(judge, examples)
+        fake._copy = lambda module: module  # type: ignore[method-assign]
+        fake.mode = contextlib.nullcontext()  # type: ignore[assignment]
+        measured = peak_mib(lambda: fake.judging(judge, examples), CPU) * 2**20  # noqa: B023 (called at once)
+        assert predicted / measured == pytest.approx(1, abs=0.05)
+
+
+def test_a_dry_run_says_what_a_run_needs(t5_folder, rows_file, tmp_path, capsys) -> None:
+    args = ["train", "--data", str(rows_file), "--student", str(t5_folder), "--output-dir", str(tmp_path / "run")]
+    assert entry([*args, "--per-device-train-batch-size", "4", "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    memory, row, weights = plan["memory"], plan["longest_row"], 4 * plan["parameters"]
+    assert weights <= memory["parameters"] < 1.01 * weights and memory["gradients"] == weights  # buffers are not trained
+    assert memory["optimizer"] == 2 * weights and memory["discriminator"] > 0 and memory["micro_batch_questions"] == 4
+    assert memory["peak"] > memory["parameters"] + memory["optimizer"] + memory["activations"] and "pass" in memory["peak_in"]
+    found = {json.loads(line)["id"]: json.loads(line) for line in rows_file.read_text().splitlines()}[row["id"]]
+    student = Student.load(str(t5_folder), PromptSettings())
+    assert row["target_tokens"] == max(len(student.target_ids(s["rationale"])) for s in found["samples"])
+    assert row["prompt_tokens"] == len(student.source_ids(EXPLAIN, found["question"]))
+    assert not (tmp_path / "run").exists()
+    more = ["--gradient-accumulation-steps", "2", "--method", "dss", "--dry-run"]
+    assert entry([*args, *more]) == 0
+    text = capsys.readouterr().out
+    assert f"{row['id']}, {row['prompt_tokens']} prompt + {row['target_tokens']} target tokens" in text
+    assert "memory peak " in text and "MiB" in text and "memory discriminator          0.0 MiB" in text
+
+
+def test_what_cannot_be_counted_is_unknown_and_said(t5_folder, rows_file, monkeypatch, caplog) -> None:
+    def fails(*_: object) -> None:
+        raise NotImplementedError("no such kernel")
+
+    _, student, examples, schedule = prepared(t5_folder, rows_file)
+    monkeypatch.setattr(footprint._Fake, "training", fails)
+    told = footprint.survey(student, examples, [], schedule)["memory"]
+    assert told["activations"] is None and told["peak"] is None and told["parameters"] > 0
+    assert "NotImplementedError: no such kernel" in caplog.text
