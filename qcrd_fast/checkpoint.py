@@ -22,11 +22,11 @@ from torch import Tensor
 
 from qcrd_fast.discriminator import DiscriminatorTrainer
 from qcrd_fast.distributed import Engine, like
-from qcrd_fast.errors import RunError
+from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.lora import save_model
 from qcrd_fast.runfolder import remove_tree, sha256, sync, told_room, write_json
 from qcrd_fast.snapshots import Snapshots
-from qcrd_fast.students import Student
+from qcrd_fast.students import PromptSettings, Student
 
 log = logging.getLogger(__name__)
 
@@ -71,24 +71,36 @@ def find_fault(checkpoint: Path, run: Path | None = None) -> str | None:
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
         files = dict(json.loads(text)["files"]) if text.endswith("}\n") else {}  # whole to its last byte
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{MANIFEST} is missing or unreadable"
     needed = {"config.json", STATE} if any(map(_is_optimizer, files)) else {"config.json", STATE, OPTIMIZER}
     if missing := needed - files.keys():
         return f"{MANIFEST} does not list {sorted(missing)[0]}"
     fault = _find_bad_file(checkpoint, files, MANIFEST)
-    if fault is None and run is not None:
-        state = read_state(checkpoint)
-        snapshots = Snapshots(run / "snapshots")
-        fault = _find_bad_file(
-            snapshots.folder, {snapshots.path(int(i)).name: digest for i, digest in state["snapshots"].items()}, STATE
-        )
-    return fault
+    if fault or run is None:
+        return fault
+    try:
+        wanted = read_state(checkpoint)["snapshots"]
+    except InputError as error:
+        return str(error)
+    snapshots = Snapshots(run / "snapshots")
+    return _find_bad_file(snapshots.folder, {snapshots.path(int(i)).name: d for i, d in wanted.items()}, STATE)
+
+
+_KINDS = {"step": int, "config": dict, "prompt": dict, "snapshots": dict, "data_sha256": str}
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a whole checkpoint."""
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    """`state.json` of a checkpoint. Raises `InputError` where it is not what `save_checkpoint` wrote."""
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        wrong = [name for name, kind in _KINDS.items() if type(state[name]) is not kind]
+        wrong += [f"snapshots of {i!r}" for i, d in state["snapshots"].items() if not i.isdecimal() or type(d) is not str]
+        PromptSettings(**state["prompt"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{checkpoint / STATE} is unreadable: {type(error).__name__} {error}") from error
+    if wrong:
+        raise InputError(f"{checkpoint / STATE} is unreadable: {wrong[0]} is of another kind")
     return state
 
 
@@ -174,17 +186,25 @@ def load_checkpoint(
     """Put a whole checkpoint's optimizer and discriminator state back; returns its `state.json`.
 
     The student itself is loaded from the checkpoint folder beforehand. Each rank reads all of it and keeps its own share.
+    Raises `InputError` for files that are not of this student.
     """
     state = read_state(checkpoint)
     parameters, own = dict(student.model.named_parameters()), {}
-    for key, tensor in _read_optimizer(checkpoint):
-        name, _, moment = key.rpartition("/")
-        if key.startswith(_OWN):
-            own[key.removeprefix(_OWN)] = tensor
-        else:
-            optimizer.state[parameters[name]][moment] = tensor if moment == "step" else like(tensor, parameters[name])
-    if trainer is not None:
-        trainer.load(load_file(checkpoint / DISCRIMINATOR), own, state["discriminator_optimizer"])
+    try:
+        for key, tensor in _read_optimizer(checkpoint):
+            name, _, moment = key.rpartition("/")
+            if key.startswith(_OWN):
+                own[key.removeprefix(_OWN)] = tensor
+                continue
+            parameter = parameters[name]
+            if moment != "step" and tensor.shape != parameter.shape:
+                raise ValueError(f"{key} has shape {tuple(tensor.shape)}, its weight {tuple(parameter.shape)}")
+            optimizer.state[parameter][moment] = tensor if moment == "step" else like(tensor, parameter)
+        if trainer is not None:
+            trainer.load(load_file(checkpoint / DISCRIMINATOR), own, state["discriminator_optimizer"])
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise InputError(f"{checkpoint}: optimizer or discriminator are not this student's safetensors: {reason}") from error
     return state
 
 

@@ -21,6 +21,11 @@ class PromptSettings:
     max_source_length: int = 1024
     max_target_length: int = 256
 
+    def __post_init__(self) -> None:
+        lengths = self.max_source_length, self.max_target_length
+        if not isinstance(self.template, str) or any(type(length) is not int or length < 1 for length in lengths):
+            raise InputError(f"a prompt has a text as template and two lengths above 0; got {self}")
+
     @classmethod
     def from_option(cls, value: str, max_source_length: int, max_target_length: int) -> PromptSettings:
         """Read `--prompt-template raw|chat|FILE`. Raises `InputError` for a missing file or one without {prompt}."""
