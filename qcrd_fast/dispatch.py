@@ -54,6 +54,13 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def require_tensors(**arguments: object) -> None:
+    """`TypeError` naming the first argument that is no tensor."""
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {'None' if x is None else type(x).__name__}")
+
+
 def require(condition: Tensor | bool, message: Callable[[], str]) -> None:
     """`ValueError` unless true. A value on a GPU is asserted there, without a host sync; under torch.compile it is trusted."""
     if not isinstance(condition, Tensor):

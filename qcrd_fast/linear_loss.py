@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qcrd_fast import reference
-from qcrd_fast.dispatch import choose_impl, require
+from qcrd_fast.dispatch import choose_impl, require, require_tensors
 from qcrd_fast.ops import check_head, empty_gradient, linear_logprob
 from qcrd_fast.reference import HeadOptions
 
@@ -47,9 +47,10 @@ def linear_rationale_loss(
     `weighted_rationale_loss` over `linear_logprob`; what differs is when the gradients are made, so a graph can be
     differentiated once only.
 
-    Raises `ValueError` naming what was expected and what came.
+    Raises `ValueError` naming what was expected and what came, `TypeError` for an argument that is no tensor.
     """
     hidden_TH, target_T, options = check_head(hidden, weight, target, bias, scale, softcap, temperature, ignore_index)
+    require_tensors(rationale=rationale, positive=positive, rationale_weight=rationale_weight)
     rationale_T = rationale.reshape(-1).long()
     require(
         rationale.shape == target.shape,

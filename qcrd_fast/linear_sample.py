@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qcrd_fast.dispatch import choose_impl, require
+from qcrd_fast.dispatch import choose_impl, require, require_tensors
 from qcrd_fast.noise import gumbel
 from qcrd_fast.reference import HeadOptions, accumulable
 
@@ -35,8 +35,9 @@ def linear_sample(
     hidden [B, H], weight [V, H], bias [V]; key [B, 2], counter [B, 3] = (position, index, iteration): int64 in [0, 2^32), which
     with the vocabulary entry are all that the noise depends on (`qcrd_fast.noise`). Equal logits: the lowest entry first.
 
-    Raises `ValueError` naming what was expected and what came.
+    Raises `ValueError` naming what was expected and what came, `TypeError` for an argument that is no tensor.
     """
+    require_tensors(hidden=hidden, weight=weight, key=key, counter=counter, **({} if bias is None else {"bias": bias}))
     (B, H), V = hidden.shape, weight.shape[0]
     require(weight.dim() == 2 and weight.shape[1] == H, lambda: f"weight must be [V, {H}], got {list(weight.shape)}")
     require(key.shape == (B, 2), lambda: f"key must be [{B}, 2], got {list(key.shape)}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qcrd_fast import ops, reference
 from qcrd_fast.config import IMPLS, NEGATIVE_SELECT, POSITIVE_SELECT, SCHEMES, nearest
-from qcrd_fast.dispatch import require
+from qcrd_fast.dispatch import require, require_tensors
 
 
 class ContrastiveOutput(NamedTuple):
@@ -108,8 +108,9 @@ class QCRDLoss(nn.Module):
         by question: what `sampling` is keyed by, with the seed and the iteration (default: the question's index).
         max_selected_tokens: a bound on the tokens selected, which saves the backward pass a host sync on a GPU.
 
-        Raises `ValueError` naming what was expected and what came.
+        Raises `ValueError` naming what was expected and what came, `TypeError` for an argument that is no tensor.
         """
+        require_tensors(rationale=rationale, question=question, positive=positive)
         if bias is None and self._output_bias is not None:
             bias = self._output_bias()
         logprob = ops.linear_logprob(
@@ -168,8 +169,12 @@ def contrastive_loss(
 ) -> ContrastiveOutput:
     """The loss of `QCRDLoss` from log p of each token [...] (nats); `valid_T`: which tokens count, default all.
 
-    The other arguments are those of `QCRDLoss`. Raises `ValueError` naming what was expected and what came.
+    The other arguments are those of `QCRDLoss`. Raises `ValueError` naming what was expected and what came, `TypeError` for an
+    argument that is no tensor.
     """
+    optional = {"quality": quality, "valid_T": valid_T, "question_key": question_key}
+    given = {name: x for name, x in optional.items() if x is not None}
+    require_tensors(logprob=logprob, rationale=rationale, question=question, positive=positive, **given)
     check_settings(beta, delta, impl)
     selects = resolve_selects(scheme, positive_select, negative_select)
     R = question.numel()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qcrd_fast import reference
-from qcrd_fast.dispatch import choose_impl, require
+from qcrd_fast.dispatch import choose_impl, require, require_tensors
 from qcrd_fast.linear_sample import linear_sample as linear_sample
 from qcrd_fast.reference import Contrast, HeadOptions
 
@@ -45,7 +45,7 @@ def linear_logprob(
     The product is taken in hidden's type (under autocast, autocast's) and accumulated in fp32. The backward pass visits only
     rows whose gradient is not 0; `max_rows`, a bound on their number, saves it one host sync on a GPU.
 
-    Raises `ValueError` naming what was expected and what came.
+    Raises `ValueError` naming what was expected and what came, `TypeError` for an argument that is no tensor.
     """
     require(max_rows is None or max_rows >= 0, lambda: f"max_rows must be at least 0 or None, got {max_rows}")
     hidden_TH, target_T, options = check_head(hidden, weight, target, bias, scale, softcap, temperature, ignore_index)
@@ -72,6 +72,7 @@ def check_head(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, HeadOptions]:
     """(hidden [T, H] in the type it is multiplied in, target [T] int64, options). `ValueError` for what does not fit."""
+    require_tensors(hidden=hidden, weight=weight, target=target, **({} if bias is None else {"bias": bias}))
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None:
             require_whole(name, x)

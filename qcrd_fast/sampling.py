@@ -127,8 +127,11 @@ class GenerateSampler:
         indices: Sequence[int] | None = None,
         iteration: int = 0,
         stop: threading.Event | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[TokenIds]:
         """As `Sampler.draw`; looks at `stop` between batches."""
+        if limits and min(limits) < 1:
+            raise ValueError(f"limits must be at least 1, got {min(limits)}")
         student, settings, model, device = self.student, self.settings, self.student.model, self.student.device
         results: list[TokenIds] = [[] for _ in sources]
         eos = student.tokenizer.eos_token_id
@@ -147,6 +150,8 @@ class GenerateSampler:
                 if stop is not None and stop.is_set():
                     raise Cancelled
                 rows = order[at : at + settings.batch_size]
+                if limits:
+                    config.max_new_tokens = min(settings.max_new_tokens, max(limits[i] for i in rows))
                 width = max(len(sources[i]) for i in rows)
                 pads = [width - len(sources[i]) for i in rows]
                 padded = [[student.pad_id] * p + list(sources[i]) for i, p in zip(rows, pads, strict=True)]
@@ -165,6 +170,7 @@ class GenerateSampler:
                         input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
                     )
                 for i, tokens in zip(rows, out[:, start:].tolist(), strict=True):
+                    tokens = tokens[: limits[i]] if limits else tokens
                     results[i] = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
                     self.drawn_tokens += len(results[i])
         return results

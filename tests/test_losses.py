@@ -492,6 +492,16 @@ def test_errors_name_what_was_expected_and_what_came():
     ]:
         with pytest.raises(ValueError, match=message):
             contrastive_loss(**{**HAND, **change})
+    for name in ("logprob", "rationale", "question", "positive"):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got None"):
+            contrastive_loss(**{**HAND, name: None})
+    for name in ("quality", "valid_T", "question_key"):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+            contrastive_loss(**{**HAND, name: [1.0] * 7})
+    call = dict(zip(("hidden", "weight", "target", "rationale", "question", "positive"), random_batch().call, strict=False))
+    for name in call:
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+            QCRDLoss()(**{**call, name: [1, 2]})
     for settings in (dict(scheme="x"), dict(impl="x"), dict(beta=math.nan)):
         with pytest.raises(ValueError):
             QCRDLoss(**settings)

@@ -265,7 +265,9 @@ def test_each_sample_has_a_limit_of_its_own(student):
     settings = SampleSettings(TEMPERATURE, 50, 1.0, max_new_tokens=16, batch_size=5)
     drawn = make_sampler(student, settings, max(map(len, sources)))
     whole = drawn.draw(sources, keys)
-    assert drawn.draw(sources, keys, limits=limits) == [tokens[:n] for tokens, n in zip(whole, limits, strict=True)]
+    cut = [tokens[:n] for tokens, n in zip(whole, limits, strict=True)]
+    assert drawn.draw(sources, keys, limits=limits) == cut
+    assert GenerateSampler(student, settings).draw(sources, keys, limits=limits) == cut
 
 
 def test_what_does_not_fit_is_named(student):
@@ -278,6 +280,8 @@ def test_what_does_not_fit_is_named(student):
         with pytest.raises(ValueError, match=message):
             drawn.draw(sources, [(0, 0)] * len(sources), limits=limits)
     assert drawn.draw([], []) == []
+    with pytest.raises(ValueError, match="limits must be at least 1, got 0"):
+        GenerateSampler(student, SampleSettings(max_new_tokens=4)).draw([[5]], [(0, 0)], limits=[0])
 
 
 def test_a_body_that_no_graph_can_hold_is_run_without(student, monkeypatch, caplog):
