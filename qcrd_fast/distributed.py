@@ -283,10 +283,11 @@ class _Pass(nn.Module):
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
-    """The model's repeated blocks: what its class names as not to be split, else the members of its longest module list."""
+    """The model's repeated blocks, inner ones first: what its class names as not to be split, else the members of its longest
+    module list."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     if found := [module for module in model.modules() if type(module).__name__ in names]:
-        return found
+        return found[::-1]
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=len, default=()))
 

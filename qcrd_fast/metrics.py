@@ -34,9 +34,9 @@ def share(counts: Counter[str], source: str) -> float | None:
 class Progress:
     """A bar on a terminal, a log line every ten seconds elsewhere."""
 
-    def __init__(self, total: int, done: int):
+    def __init__(self, total: int, done: int, shown: bool = True):
         self.total, self._said = total, time.monotonic()
-        self._bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stderr.isatty())
+        self._bar = tqdm(total=total, initial=done, unit="step", disable=not (shown and sys.stderr.isatty()))
 
     def step(self, step: int, last: str) -> None:
         self._bar.update(1)

@@ -239,7 +239,7 @@ class Session:
             self.lagged.prepare()
         if self.step == 0 and self.trainer:
             self._pretrain_discriminator(stop)
-        progress = Progress(self.schedule.total_steps, self.step)
+        progress = Progress(self.schedule.total_steps, self.step, shown=self.ranks.first)
         while self.step < self.schedule.total_steps:
             if self.step % self.schedule.iteration_steps == 0:
                 self._begin_iteration(self.schedule.iteration(self.step))
@@ -360,8 +360,8 @@ class Session:
         steps = min(self.config.discriminator_pretrain_steps, 10 * self.schedule.total_steps)
 
         def check(_: int) -> None:
-            if stop.signum:  # nothing is trained yet, so nothing is lost
-                raise Stopped(stop.signum)
+            if signum := self.ranks.max(stop.signum):  # nothing is trained yet, so nothing is lost
+                raise Stopped(signum)
 
         if steps:
             log.info("pretraining the discriminator for %d steps", steps)
