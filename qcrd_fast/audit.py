@@ -35,7 +35,7 @@ GROUP = 16  # rows whose logits [GROUP, V] are held at once
 HEAD_BYTES = 16 * 2**20  # of the head that are held in float64
 # A product of H terms that is accumulated in fp32 errs by about sqrt(H) roundings of 2^-24, relative to the sum of the terms'
 # sizes: 4e-6 at H = 4096. It is the same for operands of 16 bits, whose products are exact in fp32.
-LOGPROB_BUDGET = 1e-5  # of the size of the terms in a row's largest or target logit, plus 1 [nats]
+LOGPROB_BUDGET = 1e-5  # of the size of the terms in a row's largest or target logit, plus softcap, plus 1 [nats]
 # d loss / d logit is rounded to the operands' type before its product with the head. These are the kernels' tests' budgets.
 GRADIENT_BUDGET = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -66,9 +66,13 @@ class Audit:
         rows_S, dtype = self._rows(len(target_T)).to(hidden_TH.device), product_type(hidden_TH)
         if not len(rows_S):
             return
-        with torch.autocast(hidden_TH.device.type, enabled=False):
-            groups = [recompute(hidden_TH[some].detach().to(dtype), head, target_T[some]) for some in rows_S.split(GROUP)]
-            want_S, slope_SH, size_S, reach_S = (torch.cat(parts) for parts in zip(*groups, strict=True))
+        try:
+            with torch.autocast(hidden_TH.device.type, enabled=False):
+                groups = [recompute(hidden_TH[some].detach().to(dtype), head, target_T[some]) for some in rows_S.split(GROUP)]
+        except torch.OutOfMemoryError:
+            log.warning("step %d: not all of it was audited, for want of memory on %s", self.step + 1, hidden_TH.device)
+            return
+        want_S, slope_SH, size_S, reach_S = (torch.cat(parts) for parts in zip(*groups, strict=True))
         error_S = difference(logprob_T.detach()[rows_S].double(), want_S)
         self.logprob.append(torch.stack([error_S.amax(), ratio(error_S, LOGPROB_BUDGET * size_S).amax()]))
         source = logprob_T if loss is None else loss
@@ -107,7 +111,6 @@ class Audits:
 
     def __init__(self, config: TrainConfig, device: torch.device, ranks: Ranks = ALONE):
         self.seed, self.on_failure, self.ranks = config.seed, config.on_audit_failure, ranks
-        self.device = device
         self.impl = choose_impl(config.impl, device, torch.float32)[0]  # the active one
         self.every = config.audit_every if config.audit_every is not None else EVERY if self.impl == "triton" else 0
         self.failed: str | None = None  # the implementation that this run does not go back to
@@ -167,9 +170,11 @@ class Audits:
 
 
 def recompute(hidden_SH: Tensor, head: Head, target_S: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log p [S], d log p / d hidden [S, H], and two sizes [S]: of the terms in the row's largest or target logit, plus 1; of
-    the target's own term in the gradient), float64. Hidden states in the type that they are multiplied in, to which the head
-    is rounded as the ops round it. A negative target is ignored: 0.
+    """(log p [S], d log p / d hidden [S, H], and two sizes [S]: of the terms in the row's largest or target logit, plus the
+    softcap, plus 1; of the target's term in the gradient, or of the whole where that is larger), float64.
+
+    Hidden states come in the type that they are multiplied in, to which the head is rounded as the ops round it. A negative
+    target is ignored: 0.
     """
     valid_S, target_S = target_S >= 0, target_S.clamp(min=0)
     options = HeadOptions(head.scale, head.softcap or 0.0, 1.0)
@@ -187,8 +192,10 @@ def recompute(hidden_SH: Tensor, head: Head, target_S: Tensor) -> tuple[Tensor, 
     logprob_S = z_SV.gather(1, target_S[:, None])[:, 0] - z_SV.logsumexp(1)
     pair_S2 = torch.stack([target_S, z_SV.argmax(1)], 1)
     weights_S2H = rows_of_head(pair_S2)
-    size_S = 1 + abs(head.scale) * (row_SH.abs()[:, None] * weights_S2H.abs()).sum(2).amax(1)
-    reach_S = abs(head.scale) * weights_S2H[:, 0].norm(dim=1)
+    terms_S2 = abs(head.scale) * (row_SH.abs()[:, None] * weights_S2H.abs()).sum(2)
+    if bias_V is not None:
+        terms_S2 = terms_S2 + bias_V[pair_S2].abs()
+    size_S = 1 + options.softcap + terms_S2.amax(1)
     da_SV = z_SV.softmax(1).neg_().scatter_add_(1, target_S[:, None], torch.ones_like(logprob_S)[:, None])
     if head.softcap:
         da_SV *= 1 - (z_SV / head.softcap).square()
@@ -196,6 +203,7 @@ def recompute(hidden_SH: Tensor, head: Head, target_S: Tensor) -> tuple[Tensor, 
     slope_SH = torch.zeros_like(row_SH)
     for c in chunks:
         slope_SH += da_SV[:, c] @ rows_of_head(c)
+    reach_S = torch.fmax(abs(head.scale) * weights_S2H[:, 0].norm(dim=1), slope_SH.norm(dim=1))  # not its NaN
     return logprob_S.where(valid_S, 0), slope_SH.where(valid_S[:, None], 0), size_S, reach_S
 
 

@@ -159,3 +159,21 @@ def test_nothing_to_audit_is_no_failure():
     audit, target = Audit(0, 0), torch.zeros(0).long()
     audit.watch(hidden, Head(weight), target, linear_logprob(hidden, weight, target))
     assert audit.read() == {}
+
+
+def test_where_memory_is_short_it_is_left_out_and_said(monkeypatch, caplog):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(audits, "recompute", fails)
+    assert audited(random_batch().to(torch.float32)) == {} and "step 4: not all of it was audited" in caplog.text
+
+
+def test_small_logits_and_empty_rows_of_the_head_are_no_failure():
+    """Rounding a tanh costs as much of the softcap however small the logit; a target whose row is 0 has no term of its own."""
+    batch = random_batch().to(torch.float32)
+    with torch.no_grad():
+        batch.hidden /= 1000
+        batch.weight[:100] = 0
+        batch.target[batch.target > 0] %= 100
+    assert audited(batch, softcap=30.0)["audit_budget_used"] < 0.5
