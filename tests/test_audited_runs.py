@@ -266,3 +266,32 @@ def test_eager_falls_back_to_torch_too(rows_file, llama_folder, tmp_path, monkey
     monkeypatch.setattr(reference, "linear_logprob_eager", lambda *args: (off(real(*args)[0], 0), *real(*args)[1:]))
     train(settings(rows_file, llama_folder, tmp_path / "run", impl="eager", audit_every=6))
     assert steps(tmp_path / "run")[0]["audit_fallback"] == "torch" and same(weights(tmp_path / "run"), weights(plain))
+
+
+def test_a_student_that_is_nan_is_not_blamed_on_the_kernels(kernels, rows_file, llama_folder, tmp_path, monkeypatch):
+    """The loss is NaN under any implementation: the run stops as it would without audits, naming the step and its questions."""
+    real = Session._train_step
+
+    def poisons(self):
+        if self.step == 1:
+            with torch.no_grad():
+                next(iter(self.student.model.parameters())).fill_(math.nan)
+        real(self)
+
+    monkeypatch.setattr(Session, "_train_step", poisons)
+    with pytest.raises(RunError, match=r"step 2: loss nan, .*; questions q\d"):
+        train(settings(rows_file, llama_folder, tmp_path / "run", audit_every=1))
+    assert "audit_fallback" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_negatives_that_are_drawn_ahead_change_over_too(kernels, rows_file, llama_folder, tmp_path, plain, monkeypatch):
+    """What is queued is drawn as it was; nothing after it."""
+    kernels.harm, real, drawn = off, Session._fall_back, []
+
+    def falls_back(self):
+        real(self)
+        drawn.append(kernels.samples)
+
+    monkeypatch.setattr(Session, "_fall_back", falls_back)
+    train(settings(rows_file, llama_folder, tmp_path / "run", overlap="stream"))
+    assert same(weights(tmp_path / "run"), weights(plain)) and drawn == [kernels.samples] and kernels.samples
