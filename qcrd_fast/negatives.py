@@ -135,7 +135,7 @@ class LaggedNegatives:
             said[chunk] = {q.id: Negative(t, self._student.text(t)) for q, t in zip(asked, tokens, strict=True)}
             records = [{"chunk": chunk, "id": i, "tokens": n.tokens, "text": n.text} for i, n in said[chunk].items()]
             end = {"chunk": chunk, "end": len(records), "sha256": _digest(records)}
-            self.ranks.on_first(lambda: append_lines(self._path(iteration), [*records, end]))
+            self.ranks.on_first(lambda: append_lines(self._path(iteration), [*records, end], durable=True))
         if self.lane.kind != "serial":
             self._look_ahead(step)
         return said[chunk]

@@ -198,10 +198,13 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     write_text(path, _lines(records))
 
 
-def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Append records to a JSONL file in one write."""
+def append_lines(path: Path, records: Iterable[dict[str, Any]], *, durable: bool = False) -> None:
+    """Append records to a JSONL file in one write; `durable`: they are on the disk when this returns."""
     with open(path, "ab") as file:
         file.write(_lines(records).encode("utf-8", "surrogatepass"))
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:

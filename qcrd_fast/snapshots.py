@@ -99,6 +99,7 @@ class Snapshots:
             digest = sha256(temporary)
             sync(temporary)
             temporary.replace(path)
+            sync(self.folder)  # a checkpoint that outlives a power cut may need it
         except (OSError, SafetensorError) as error:
             needed = sum(tensor.nbytes for tensor in weights.values())
             raise RunError(f"cannot write {path}: {error} ({told_room(self.folder, needed)})") from error

@@ -3,7 +3,9 @@
     python tests/crash_run.py --kills 200                       a T5 and a decoder in turn
     python tests/crash_run.py --every-point                     at each operation on a file, one after the other
     python tests/crash_run.py --every-point --do full           the disk is full from there on
+    python tests/crash_run.py --every-point --do power          and what was not synced is lost
     python tests/crash_run.py --kills 20 --device cuda --deterministic
+    python tests/crash_run.py --kills 20 --overlap stream       any option of `qcrd-fast train`
     python tests/crash_run.py --seed 3 --only 17                trial 17 of seed 3 again
 
 Half of the trials die at a random moment, half within a save or an append. Exit code 1 if any run comes out otherwise.
@@ -21,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import faults
@@ -38,12 +40,12 @@ class Whole:
 
 
 class Crashes:
-    """Trials of one kind of run; `options` are `train`'s."""
+    """Trials of one kind of run; `options` are `train`'s, and so is `more`, as on the command line."""
 
-    def __init__(self, warm: faults.Warm, folder: Path, **options: object):
+    def __init__(self, warm: faults.Warm, folder: Path, more: Sequence[str] = (), **options: object):
         from conftest import make_llama, make_t5, sampled_rows
 
-        self.warm, self.folder, self.options = warm, folder, options
+        self.warm, self.folder, self.more, self.options = warm, folder, more, options
         self.rows = folder / "rows.jsonl"
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in sampled_rows(24)), encoding="utf-8")
         students = []
@@ -63,7 +65,7 @@ class Crashes:
         return Whole(student, run, time.monotonic() - started, done.points)
 
     def args(self, student: Path, out: Path, **options: object) -> list[str]:
-        return faults.short_run(self.rows, student, self.judge, out, **(self.options | options))
+        return [*faults.short_run(self.rows, student, self.judge, out, **(self.options | options)), *self.more]
 
     def random_trial(self, seed: int, number: int) -> str | None:
         """What came out otherwise, or None. Trial `number` of a seed is the same each time but for the moment it dies at."""
@@ -106,20 +108,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--every-point", action="store_true")
-    parser.add_argument("--do", choices=("kill", "full"), default="kill", help="full: a full disk, with --every-point")
+    parser.add_argument("--do", choices=("kill", "power", "full"), default="kill", help="with --every-point")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="this trial alone")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--deterministic", action="store_true")
-    given = parser.parse_args()
+    given, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder, faults.Warm() as warm:
-        crashes = Crashes(warm, Path(folder), device=given.device, deterministic=given.deterministic)
+        crashes = Crashes(warm, Path(folder), more, device=given.device, deterministic=given.deterministic)
 
         def trials() -> Iterator[tuple[str, str | None]]:
             if given.every_point:
                 for whole in crashes.wholes:
                     for point, name in enumerate(whole.points):
-                        if given.do == "kill" or name.split()[0] in faults.BYTES:  # that need room
+                        if given.do != "full" or name.split()[0] in faults.BYTES:  # that need room
                             yield f"{whole.student.name} point {point}", crashes.trial(whole, point=point, do=given.do)
                 return
             for number in range(given.kills) if given.only is None else [given.only]:

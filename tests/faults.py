@@ -40,8 +40,9 @@ QUIET_FILES = ("run.log", ".lock")  # what is written there decides nothing
 class Fault:
     """`do` at the `at`-th point (from 0).
 
-    kill: SIGKILL, in the middle of a write if the point is one; int, term, or several joined by a comma: these signals;
-    full: no byte fits on the disk from there on; nan, inf, dead: what the function returns, or `gradient` after it.
+    kill: SIGKILL, in the middle of a write if the point is one; power: the same, and of the bytes that were not synced the
+    latter half is lost; int, term, or several joined by a comma: these signals; full: no byte fits on the disk from there on;
+    nan, inf, dead: what the function returns, or `gradient` after it.
     """
 
     do: str
@@ -69,6 +70,7 @@ class Disk:
     def __init__(self, folder: Path, do: str, at: int):
         self.folder, self.do, self.at = str(folder), do, at
         self.points: list[str] = []
+        self.synced: dict[str, int] = {}  # bytes of each file written to that a power cut cannot take
         self._next = itertools.count()
 
     def inside(self, path: Any) -> str | None:
@@ -91,7 +93,19 @@ class Disk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(path) if not isinstance(path, int) else None)
         if self.do != "full" and index == self.at:
             half()
+            if self.do == "power":
+                self._cut_power()
             strike(self.do)
+        if kind == "sync":
+            self.synced[below] = os.path.getsize(os.path.join(self.folder, below))
+        elif kind in ("open", "write"):
+            self.synced.setdefault(below, 0)
+
+    def _cut_power(self) -> None:
+        for below, kept in self.synced.items():
+            path = os.path.join(self.folder, below)
+            if os.path.isfile(path):
+                os.truncate(path, kept + (os.path.getsize(path) - kept) // 2)
 
     def arm(self) -> None:
         sys.addaudithook(self._audit)
@@ -125,6 +139,9 @@ class Disk:
             self.point(event.removeprefix("os."), f"{os.readlink(f'/proc/self/fd/{args[1]}')}/{os.fsdecode(args[0])}")
         elif event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"):
             self.point(event.removeprefix("os."), args[0])
+            if event == "os.rename" and (source := self.inside(args[0])) and (target := self.inside(args[1])):
+                for below in [b for b in self.synced if b == source or b.startswith(source + os.sep)]:
+                    self.synced[target + below.removeprefix(source)] = self.synced.pop(below)
         elif event == "os.symlink":
             self.point("link", args[1])
 
@@ -178,7 +195,7 @@ class _Torn:
 
 
 def strike(do: str) -> None:
-    for name in do.split(","):
+    for name in do.replace("power", "kill").split(","):
         os.kill(os.getpid(), signal.Signals[f"SIG{name.upper()}"])
 
 

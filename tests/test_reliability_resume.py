@@ -18,12 +18,21 @@ KILLED = -9
 @pytest.mark.slow
 class TestTrial1:
     """kill -9 at 20 random moments, half of them within a save or an append: loss curve, weights, optimizer, negatives and
-    predictions are those of the unbroken run."""
+    predictions are those of the unbroken run. So they are when the power fails, and what was not synced is lost."""
 
     @pytest.mark.parametrize("number", range(20))
     def test_killed_at_a_random_moment(self, crashes: Crashes, number: int) -> None:
         wrong = crashes.random_trial(SEED, number)
         assert wrong is None, f"{wrong}\nagain: python tests/crash_run.py --seed {SEED} --only {number}"
+
+    @pytest.mark.parametrize(
+        "student, what",
+        [(0, "rename .tmp-checkpoint-4"), (1, "mkdir .tmp-checkpoint-6"), (0, "write .tmp-checkpoint-6/optimizer.safetensors")],
+    )
+    def test_the_power_fails(self, crashes: Crashes, student: int, what: str) -> None:
+        whole = crashes.wholes[student]
+        wrong = crashes.trial(whole, point=whole.points.index(what), do="power")
+        assert wrong is None, wrong
 
 
 @pytest.mark.parametrize("student", [0, 1], ids=["t5", "llama"])
