@@ -74,7 +74,7 @@ class MetricsLog:
             try:
                 record = json.loads(line)
                 records.append(record | {"step": int(record["step"])})
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 damaged += 1
         if damaged:
             log.warning("%s: passed over %d damaged lines", self.path, damaged)

@@ -246,12 +246,13 @@ class LaggedNegatives:
         """Whether these are the records of one chunk, all its questions and no other, as they were written."""
         *rows, end = records
         chunk = end.get("chunk")
-        if not isinstance(chunk, int) or not 0 <= chunk < len(self.schedule.first_steps(iteration)) or chunk in chunks:
+        if type(chunk) is not int or not 0 <= chunk < len(self.schedule.first_steps(iteration)) or chunk in chunks:
             return False
         return (
             end["end"] == len(rows)
             and [r.get("id") for r in rows] == [q.id for q in self._asked(iteration, chunk)]
             and end.get("sha256") == _digest(rows)
+            and all(_is_said(r, chunk) for r in rows)
         )
 
 
@@ -259,6 +260,14 @@ class LaggedNegatives:
 class _Drawn:
     tokens: list[TokenIds]
     seconds: float
+
+
+def _is_said(row: dict[str, Any], chunk: int) -> bool:
+    """Whether a row is of the kind that `for_step` writes, whatever the digest says."""
+    tokens = row.get("tokens")
+    if type(row.get("chunk")) is not int or row["chunk"] != chunk or not isinstance(row.get("text"), str):
+        return False
+    return isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)
 
 
 def _digest(rows: Sequence[dict[str, Any]]) -> str:

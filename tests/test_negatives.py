@@ -96,7 +96,7 @@ def test_a_snapshot_that_cannot_be_written_is_an_error_where_its_digest_is_neede
     monkeypatch.setattr("qcrd_fast.snapshots.save_file", full)
     snapshots = Snapshots(tmp_path)
     snapshots.save(0, torch.nn.Linear(2, 2))
-    with pytest.raises(RunError, match=r"iteration-00000.*No space left.*12 bytes needed, \d+ free"):
+    with pytest.raises(RunError, match=r"iteration-00000.*No space left.*12 bytes needed, \d+ bytes free"):
         snapshots.digests(0)
     assert list(tmp_path.iterdir()) == []
 
