@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
 import math
 import os
@@ -19,19 +17,19 @@ import torch
 from qcrd_fast import checkpoint
 from qcrd_fast.audit import Audit, Audits
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data import Question
 from qcrd_fast.deterministic import deterministic
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, judge_questions
 from qcrd_fast.dispatch import choose_impl
 from qcrd_fast.distributed import ALONE, Engine, Ranks, full, joined, make_engine, own_device
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.evaluate import accuracy, make_autocast, predict, resolve_device
+from qcrd_fast.evaluate import make_autocast, resolve_device
 from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.footprint import checkpoint_activations, survey
 from qcrd_fast.lora import add_lora, load_adapter, require_peft
 from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives
 from qcrd_fast.objective import Objective
+from qcrd_fast.results import Evaluation
 from qcrd_fast.rundata import Data
 from qcrd_fast.runfolder import (
     FREE_OPTIONS,
@@ -41,8 +39,6 @@ from qcrd_fast.runfolder import (
     logging_to,
     quiet_logs,
     told_room,
-    write_json,
-    write_lines,
 )  # fmt: skip
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.signals import StopSignals
@@ -52,7 +48,6 @@ from qcrd_fast.students import PromptSettings, Student
 from qcrd_fast.world import world_size
 
 log = logging.getLogger(__name__)
-PREDICTIONS, RESULTS = "predictions.jsonl", "eval_results.json"
 
 
 def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = False) -> dict[str, Any]:
@@ -178,6 +173,7 @@ class Session:
         self.config, self.run, self.data, self.schedule, self.ranks = config, run, data, schedule, ranks
         self.student, self.examples = student, examples
         self.autocast = make_autocast(student.device, config.bf16)
+        self.evaluation = Evaluation(config, run, data, self.autocast, ranks)
         self.log = MetricsLog(run, config.report_to, ranks)
         self.is_qcrd = config.method == "qcrd"
         self.trainer: DiscriminatorTrainer | None = None
@@ -374,23 +370,10 @@ class Session:
 
     # Validation, checkpoints, results
 
-    def _predict(self, student: Student, questions: list[Question]) -> list[dict[str, Any]]:
-        records = predict(
-            student,
-            self.ranks.share(questions),
-            self.data.task,
-            batch_size=self.config.eval_batch_size,
-            max_answer_tokens=self.config.max_answer_tokens,
-            autocast=self.autocast,
-            impl=self.config.impl,
-        )
-        return self.ranks.collect(records)
-
     def _validate(self) -> None:
         self.log.flush()
         with self.engine.whole():
-            value = accuracy(self._predict(self.student, self.data.validation))
-        assert value is not None
+            value = self.evaluation.validate(self.student)
         if self.best is None or value > self.best["accuracy"]:
             self.best = {"step": self.step, "accuracy": value}
         self.log.write({"step": self.step, "eval_accuracy": value})
@@ -456,59 +439,10 @@ class Session:
         resumable = checkpoint.resumable(self.run, self.step, self.config.save_total_limit, self.passed_over)
         return self._oldest_for(min(map(checkpoint.step_of, resumable))) if resumable else 0
 
-    def _choose_final(self) -> dict[str, Any]:
-        """Points `final` at the best checkpoint. A finished run's results come with it: nothing is left to do."""
-        rated = {m["step"]: m["eval_accuracy"] for m in self.log.read() if "eval_accuracy" in m}
-        if self.best:
-            rated[self.best["step"]] = self.best["accuracy"]
-        path, best = checkpoint.best_checkpoint(self.run, self.step, rated)
-        chosen: dict[str, Any] = {"path": str(path), "best": best, "finished": None}
-        predicted = (self.run / PREDICTIONS).is_file() or not (self.data.test or self.data.validation)
-        if (self.run / "final").resolve() == path.resolve() and predicted:
-            with contextlib.suppress(OSError, ValueError):
-                chosen["finished"] = json.loads((self.run / RESULTS).read_text(encoding="utf-8"))
-        if chosen["finished"] is None:
-            checkpoint.point_final(self.run, path)
-        return chosen
-
     def finish(self) -> dict[str, Any]:
-        """Point `final` at the best checkpoint and evaluate it, and the untrained student, on the test set."""
-        chosen = self.ranks.on_first(self._choose_final)
-        if chosen["finished"] is not None:
-            return dict(chosen["finished"])
-        best, questions = Path(chosen["path"]), self.data.test or self.data.validation
+        """Evaluate the best checkpoint; returns what `eval_results.json` holds."""
         self.optimizer.state.clear()
-        results: dict[str, Any] = {
-            "accuracy": None,
-            "accuracy_validation": chosen["best"]["accuracy"] if chosen["best"] else None,
-            "accuracy_untrained": None,
-        }
-        records: list[dict[str, Any]] = []
-        if questions:
-            device, prompts = self.student.device, self.student.prompts
-            untrained = Student.load(str(self.config.student), prompts, device)
-            results["accuracy_untrained"] = accuracy(self._predict(untrained, questions))
-            del untrained
-            records = self._predict(Student.load(str(best), prompts, device), questions)
-            results["accuracy"] = accuracy(records)
-        results |= {
-            "n": len(questions),
-            "evaluated_on": "test" if self.data.test else "validation" if self.data.validation else None,
-            "task": self.data.task,
-            "method": self.config.method,
-            "best_step": checkpoint.step_of(best),
-            "steps": self.step,
-            "train_questions": len(self.data.train),
-            "dropped_from_train": self.data.dropped,
-        }
-
-        def write() -> None:
-            if questions:
-                write_lines(self.run / PREDICTIONS, records)
-            write_json(self.run / RESULTS, results)
-
-        self.ranks.on_first(write)
-        return results
+        return self.evaluation.finish(self.student, self.log, self.best, self.step)
 
 
 def _adamw(model: Any, config: TrainConfig) -> torch.optim.AdamW:
