@@ -10,7 +10,7 @@ from crash_run import Crashes
 from faults import Fault, differences
 
 SEED = 1
-STEP, EDGE, EVAL = "qcrd_fast.objective:Objective.step", "qcrd_fast.train:Session._begin_iteration", "qcrd_fast.train:predict"
+STEP, EDGE, EVAL = "qcrd_fast.objective:Objective.step", "qcrd_fast.train:Session._begin_iteration", "qcrd_fast.results:predict"
 SAMPLE = "qcrd_fast.negatives:LaggedNegatives._sample"
 KILLED = -9
 

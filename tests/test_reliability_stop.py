@@ -31,7 +31,7 @@ class TestTrial9:
             (0, "int", 4, STEP, 3),
             (1, "term", 5, STEP, 3),  # between two micro-batches
             (0, "term", 4, SAMPLE, 5),
-            (1, "int", 0, "qcrd_fast.train:predict", 4),
+            (1, "int", 0, "qcrd_fast.results:predict", 4),
             (0, "term", "write .tmp-checkpoint-2/optimizer.safetensors", "disk", 2),
             (1, "int", 1, "qcrd_fast.discriminator:DiscriminatorTrainer.update", 5),
         ],
