@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import click
@@ -31,7 +32,7 @@ def run(call: Callable[[], Any]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a result may hold what the terminal's encoding lacks
     try:
-        with _logs_to_stderr(), _sigterm_exits():
+        with _logs_to_stderr(), _signals_exit():
             result = call()
             sys.stdout.flush()
             return result if isinstance(result, int) else 0
@@ -130,17 +131,25 @@ def _logs_to_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM unwinds, then exits with 143; `train` installs its own handler while there is a step to finish."""
+def _signals_exit() -> Iterator[None]:
+    """SIGINT and SIGTERM unwind, then exit with 130 and 143; in the midst of an import, which would turn what is raised into an
+    error of its own, they end the process at once. `train` and `collect` handle them while there is a step to finish."""
 
-    def stop(signum: int, _: Any) -> None:
-        raise _Terminated
+    def stop(signum: int, frame: FrameType | None) -> None:
+        at = frame
+        while at is not None:
+            if at.f_code.co_filename.startswith("<frozen importlib"):
+                os.write(2, b"qcrd-fast: interrupted\n" if signum == signal.SIGINT else b"qcrd-fast: terminated\n")
+                os._exit(128 + signum)
+            at = at.f_back
+        raise KeyboardInterrupt if signum == signal.SIGINT else _Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

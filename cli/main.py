@@ -13,7 +13,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.demo import DEFAULTS as DEMO_DEFAULTS
 from qcrd_fast.demo import run_demo
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import RunFolder, require_file
+from qcrd_fast.runfolder import RunFolder, require_file, require_writable
 from qcrd_fast.world import only_process, rank
 
 from . import console
@@ -128,6 +128,7 @@ def prepare(inputs: tuple[str, ...], output: str, dry_run: bool, as_json: bool, 
     if not folder.is_dir() or Path(output).is_dir():
         raise InputError(f"--output: {output} is not a file in a folder that exists")
     require_file(Path(output))
+    require_writable(folder, "--output")
     if Path(output).resolve() in {Path(name).resolve() for name in inputs}:
         raise InputError(f"--output: {output} is also an input; choose another name")
     with console.quiet_stdout():
@@ -251,7 +252,9 @@ def several(
 @cli.command("eval", cls=Verb)
 @click.argument("run_or_model")
 @click.option("--data", required=True, metavar="FILE", help="rows to answer")
-@click.option("--output", metavar="DIR", help="folder for predictions.jsonl; default: the run folder, else this folder")
+@click.option(
+    "--output", metavar="DIR", help="folder for predictions.jsonl; default: eval-DATA in the run folder, else this folder"
+)
 @task_option
 @positive("--batch-size", default=64, help="questions of a batch")
 @positive("--max-answer-tokens", default=48, help="longest answer [tokens]")
@@ -264,7 +267,8 @@ def several(
 def evaluate(run_or_model: str, data: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Answer questions greedily and print the accuracy.
 
-    RUN_OR_MODEL is a run folder, a model folder or a hub id. The answers go to predictions.jsonl.
+    RUN_OR_MODEL is a run folder, a model folder or a hub id. The answers go to predictions.jsonl; that of the run itself, which
+    belongs to its eval_results.json, is left alone.
     """
     with console.quiet_stdout():
         if dry_run:

@@ -10,7 +10,7 @@ import click
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import require_file
+from qcrd_fast.runfolder import require_file, require_writable
 
 from . import console
 from .options import (
@@ -98,6 +98,9 @@ def score(
     temperatures = _temperatures(sample_student)
     if output:
         _check_file(output, [data])
+    for folder, option in ((train, "--train"), (run if temperatures else None, "--sample-student")):
+        if folder:
+            require_writable(Path(folder), option)
     options = {name: value for name, value in options.items() if not name.startswith("discriminator")}
     with console.quiet_stdout():
         from qcrd_fast import data as rows
@@ -195,5 +198,6 @@ def _check_file(output: str, inputs: list[str]) -> None:
     if not Path(output).parent.is_dir() or Path(output).is_dir():
         raise InputError(f"--output: {output} is not a file in a folder that exists")
     require_file(Path(output))
+    require_writable(Path(output).parent, "--output")
     if Path(output).resolve() in {Path(name).resolve() for name in inputs}:
         raise InputError(f"--output: {output} is also an input; choose another name")

@@ -16,7 +16,7 @@ from qcrd_fast.checkpoint import STATE, latest_checkpoint
 from qcrd_fast.data import Question, load_questions, question_text
 from qcrd_fast.errors import InputError
 from qcrd_fast.examples import label_of
-from qcrd_fast.runfolder import write_lines
+from qcrd_fast.runfolder import require_writable, write_lines
 from qcrd_fast.sampling import SampleSettings, key_words, sample
 from qcrd_fast.students import EXPLAIN, PREDICT, REASON, PromptSettings, Student
 
@@ -152,7 +152,12 @@ def evaluate_run(
     device: str = "auto",
     on_bad_row: str = "error",
 ) -> dict[str, Any]:
-    """Accuracy of a run or model on a file; `predictions.jsonl` goes to `output`, else the run, else the current folder."""
+    """Accuracy of a run or model on a file. `predictions.jsonl` goes to `output`, else to the folder eval-DATA of a run, whose
+    own predictions stay those of its `eval_results.json`, else to the current folder.
+
+    Raises `InputError` for unreadable data or a folder that cannot be written, before the model is loaded.
+    """
+    folder = _answers_folder(run_or_model, data, output)
     loaded = load_questions(data, part="test", on_bad_row=on_bad_row, task=task)
     questions = [q for q in of_split(loaded.questions, "test") if label_of(q, None) is not None]
     if not questions:
@@ -168,7 +173,6 @@ def evaluate_run(
         reasoning=reasoning,
         autocast=make_autocast(student.device, None),
     )
-    folder = Path(output or (run_or_model if (Path(run_or_model) / "config.resolved.yaml").is_file() else "."))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_lines(folder / "predictions.jsonl", records)
@@ -181,6 +185,21 @@ def evaluate_run(
         "without_answer": len(loaded.questions) - len(questions),
         "predictions": str(folder / "predictions.jsonl"),
     }
+
+
+def _answers_folder(run_or_model: str, data: str, output: str | None) -> Path:
+    """Where `evaluate_run` writes. Raises `InputError` for a folder that it must not, or cannot, write to."""
+    run = Path(run_or_model)
+    if output is not None:
+        folder = Path(output)
+    else:
+        folder = run / f"eval-{Path(data).resolve().stem}" if (run / "config.resolved.yaml").is_file() else Path(".")
+    if (folder / "eval_results.json").is_file():
+        raise InputError(f"--output: {folder} holds a run's own predictions.jsonl; choose another folder")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"--output: {folder} is a link or no folder; choose another")
+    require_writable(folder, "--output")
+    return folder
 
 
 def generate_text(

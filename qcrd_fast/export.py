@@ -18,7 +18,7 @@ from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.evaluate import find_model, load_student
 from qcrd_fast.quality import wilson
 from qcrd_fast.readers import read_object, read_options
-from qcrd_fast.runfolder import remove_tree, write_json, write_text
+from qcrd_fast.runfolder import remove_tree, require_writable, write_json, write_text
 from qcrd_fast.students import PromptSettings, Student
 
 ADAPTER = "adapter_config.json"
@@ -48,6 +48,7 @@ def export_run(run: str, output: str, *, checkpoint: str | None = None, dry_run:
     folder, target = _source(run, checkpoint), Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"--output: {output} is not an empty folder; choose another")
+    require_writable(target.parent, "--output")
     if fault := find_fault(folder):
         raise InputError(f"{folder}: the checkpoint is damaged: {fault}")
     student, state, merged = _load(folder)

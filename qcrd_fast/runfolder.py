@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ import yaml
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.redact import RedactingFormatter
+from qcrd_fast.rows import shown
 from qcrd_fast.world import rank
 
 LOCK, LOG = ".lock", "run.log"
@@ -171,6 +173,16 @@ def require_file(path: Path) -> None:
     """Raises `InputError` for a device or pipe, such as /dev/null: a file that is renamed to its name would replace it."""
     if (path.exists() and not path.is_file()) or path.parent.resolve() == Path("/dev"):
         raise InputError(f"{path} is a device or pipe; name a file")
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Raises `InputError` naming `option` unless files can be made in `folder`, or where it is yet to be made; none is left."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{option}: cannot write to {shown(folder)}: {error.strerror}; choose another folder") from error
 
 
 def write_text(path: Path, text: str) -> None:
