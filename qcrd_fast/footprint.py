@@ -32,7 +32,7 @@ from qcrd_fast.dispatch import choose_impl
 from qcrd_fast.distributed import blocks_of
 from qcrd_fast.evaluate import make_autocast
 from qcrd_fast.examples import Candidate, Example
-from qcrd_fast.heads import evaluating
+from qcrd_fast.heads import evaluating, output_layer
 from qcrd_fast.lora import add_lora
 from qcrd_fast.negatives import Negative
 from qcrd_fast.objective import Objective, Weighted
@@ -224,6 +224,8 @@ class _Fake:
         self.mode, self.autocast, self.config = FakeTensorMode(), autocast, config
         self.student = copy.copy(student)
         self.student.model = self._copy(student.model)
+        self.weights = _bytes(student.model.parameters())
+        self._hold_embeddings()
         if sharing == "flex":  # compiled kernels cannot be faked; a dense mask stands for theirs
             self.student.model.set_attn_implementation("sdpa")
         self.student.__dict__["sharing"] = "dense" if sharing else None
@@ -232,6 +234,24 @@ class _Fake:
     def _copy(self, module: Any) -> Any:
         with FakeCopyMode(self.mode):
             return copy.deepcopy(module)
+
+    def _hold_embeddings(self) -> None:
+        """Leave the gradient of token embeddings to `training`, which adds it: autograd sums those of several uses in place,
+        but those of fake tensors into a third."""
+        model = self.student.model
+        weight = model.get_input_embeddings().weight
+        self.tied, self.embedding = weight is output_layer(model).weight, _size(weight) if weight.requires_grad else 0
+        self.reached: list[int] = []  # what was held whenever the backward pass came to the embeddings
+        self.counting: Ledger | None = None
+
+        def watch(module: Any, inputs: Any, output: Tensor) -> None:
+            if torch.is_grad_enabled():
+                output.requires_grad_().register_hook(lambda _: self.reached.append(self.counting.now if self.counting else 0))
+
+        for module in [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is weight]:
+            module.weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
+            if self.embedding:
+                module.register_forward_hook(watch)
 
     @contextlib.contextmanager
     def ledger(self, *modules: Any) -> Iterator[Ledger]:
@@ -245,20 +265,20 @@ class _Fake:
 
     def training(self, worst: Worst, workspace: int) -> tuple[int, int, int]:
         """(held when the backward pass begins, the most at once without the parameters' gradients, and with them)."""
-        peaks = []
+        model, peaks = self.student.model.train(), []
+        head = output_layer(model).weight
         for keep in (False, True):
-            model = self.student.model.train()
-            hooks = [
-                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-                for p in (() if keep else model.parameters())
-                if p.requires_grad
-            ]
-            with self.ledger() as ledger:
+            freed = [p for p in model.parameters() if p.requires_grad and not keep and not (self.tied and p is head)]
+            hooks = [p.register_post_accumulate_grad_hook(_drop) for p in freed]
+            self.reached.clear()
+            with self.ledger() as self.counting:
                 loss = self._loss(worst)
-                held = ledger.now
+                held = self.counting.now
                 loss.backward()
                 del loss
-                peaks.append(max(ledger.peak, held + workspace))
+                peak = max(self.counting.peak, held + workspace)
+            uses = 1 if self.tied else min(len(self.reached), 2)  # the sum so far and a new one; the head's is there already
+            peaks.append(max([peak, *(now + uses * self.embedding for now in self.reached)]))
             for hook in hooks:
                 hook.remove()
             model.zero_grad(set_to_none=True)
@@ -328,10 +348,11 @@ class _Fake:
     def sampler(self, sources: Sequence[int]) -> int:
         """The student that negatives are drawn from: its own weights, in bf16 on a GPU, and its caches."""
         config, device = self.config, self.student.device
-        weights = _bytes(self.student.model.parameters())
         with self.autocast():
             halved = device.type == "cuda" and torch.is_autocast_enabled(device.type)
-        return weights // (2 if halved else 1) + self._caches(config.sample_batch_size, max(sources), config.max_new_tokens)
+        return self.weights // (2 if halved else 1) + self._caches(
+            config.sample_batch_size, max(sources), config.max_new_tokens
+        )
 
     def evaluation(self, sources: Sequence[int]) -> int:
         rows = min(self.config.eval_batch_size, len(sources))
@@ -355,10 +376,14 @@ class _Fake:
         largest = sorted(examples, key=lambda e: -sum(len(text) + len(said) for text, said in pairs(e)))[:count]
         fake = self._copy(discriminator).train()
         for p in fake.parameters():
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            p.register_post_accumulate_grad_hook(_drop)
         with self.ledger(fake) as ledger:
             fake.rate([pair for e in largest for pair in pairs(e)]).sum().backward()
         return ledger.peak
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _size(x: Tensor) -> int:
