@@ -324,7 +324,7 @@ class Session:
     def _fall_back(self) -> None:
         """From here on with `--impl torch`, and without the gradients that are there."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.config = self.objective.config = dataclasses.replace(self.config, impl="torch")
+        self.config = self.objective.config = self.evaluation.config = dataclasses.replace(self.config, impl="torch")
         if self.lagged:
             self.lagged.use("torch")
 
