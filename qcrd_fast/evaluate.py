@@ -14,8 +14,9 @@ import torch
 from qcrd_fast import answers
 from qcrd_fast.checkpoint import STATE, latest_checkpoint
 from qcrd_fast.data import Question, load_questions, question_text
-from qcrd_fast.errors import InputError
+from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.examples import label_of
+from qcrd_fast.memory import for_answers, relieved_by
 from qcrd_fast.runfolder import require_writable, write_lines
 from qcrd_fast.sampling import SampleSettings, key_words, sample
 from qcrd_fast.students import EXPLAIN, PREDICT, REASON, PromptSettings, Student
@@ -52,6 +53,7 @@ def predict(
     reasoning: bool = False,
     autocast: Autocast | None = None,
     impl: str = "auto",
+    batch_option: str = "--batch-size",
 ) -> list[dict[str, Any]]:
     """Greedy answers: one record of id, question, gold, output, prediction, correct for each question.
 
@@ -63,7 +65,13 @@ def predict(
         settings = dataclasses.replace(settings, max_new_tokens=student.prompts.max_target_length)
     prefix = REASON if reasoning else PREDICT
     sources = [student.source_ids(prefix, question_text(q)) for q in questions]
-    outputs = sample(student, sources, [(0, 0)] * len(sources), settings, autocast=autocast)
+
+    def longest() -> str:
+        at = max(range(len(sources)), key=lambda i: len(sources[i]))
+        return f"{questions[at].id}, {len(sources[at])} prompt tokens"
+
+    with relieved_by(for_answers(batch_option, batch_size, settings.max_new_tokens), "answering", longest):
+        outputs = sample(student, sources, [(0, 0)] * len(sources), settings, autocast=autocast)
     records = []
     for question, tokens in zip(questions, outputs, strict=True):
         output = student.text(tokens)
@@ -155,7 +163,8 @@ def evaluate_run(
     """Accuracy of a run or model on a file. `predictions.jsonl` goes to `output`, else to the folder eval-DATA of a run, whose
     own predictions stay those of its `eval_results.json`, else to the current folder.
 
-    Raises `InputError` for unreadable data or a folder that cannot be written, before the model is loaded.
+    Raises `InputError` for unreadable data or a folder that cannot be written, before the model is loaded; `RunError` where the
+    disk is full at the end.
     """
     folder = _answers_folder(run_or_model, data, output)
     loaded = load_questions(data, part="test", on_bad_row=on_bad_row, task=task)
@@ -177,7 +186,7 @@ def evaluate_run(
         folder.mkdir(parents=True, exist_ok=True)
         write_lines(folder / "predictions.jsonl", records)
     except OSError as error:
-        raise InputError(f"cannot write {folder / 'predictions.jsonl'}: {error.strerror}") from error
+        raise RunError(f"cannot write {folder / 'predictions.jsonl'}: {error.strerror}") from error
     return {
         "accuracy": accuracy(records),
         "n": len(records),
@@ -224,7 +233,9 @@ def generate_text(
         sources = [student.source_ids(prefix, question)] * num_samples
         keys = [key_words(seed, prefix + question)] * num_samples
         autocast = make_autocast(student.device, None)
-        return [student.text(t) for t in sample(student, sources, keys, settings, indices=indices, autocast=autocast)]
+        with relieved_by("--num-samples, --max-new-tokens", "answering"):
+            drawn = sample(student, sources, keys, settings, indices=indices, autocast=autocast)
+        return [student.text(t) for t in drawn]
 
     if reasoning:
         parts = [text.rpartition("Answer:") for text in say(REASON)]
