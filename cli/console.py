@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from qcrd_fast.errors import InputError, RunError, Stopped
+from qcrd_fast.memory import is_exhausted
 from qcrd_fast.redact import RedactingFormatter, redact
 
 from .options import suggest
@@ -48,17 +49,17 @@ def run(call: Callable[[], Any]) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("qcrd-fast: interrupted")
         return 128 + signal.SIGINT
-    except MemoryError:
-        _say("qcrd-fast: out of memory; less at a time helps: fewer rows, shorter texts, smaller batches")
-        return 1
     except BrokenPipeError:  # whoever read our results has gone; nothing may be flushed to it at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except _Terminated:
         _say("qcrd-fast: terminated")
         return 128 + signal.SIGTERM
-    except Exception:
-        _say(traceback.format_exc().rstrip())
+    except Exception as error:
+        if is_exhausted(error):
+            _say("qcrd-fast: out of memory; less at a time helps: fewer rows, shorter texts, smaller batches")
+        else:
+            _say(traceback.format_exc().rstrip())
         return 1
 
 

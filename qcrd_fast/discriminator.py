@@ -25,6 +25,7 @@ from qcrd_fast.config import DISCRIMINATOR_LOSSES, TrainConfig
 from qcrd_fast.data import Question, question_text
 from qcrd_fast.encoders import MAX_LENGTH, SmallEncoder, length_limit, load_encoder
 from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.memory import for_judging, relieved
 from qcrd_fast.quality import judge
 from qcrd_fast.students import MAX_TOKENS, length_batches
 
@@ -222,6 +223,10 @@ class _Example(NamedTuple):
     answers: list[str | None]  # of the positives
 
 
+def _longest_example(_: Any, batch: Sequence[_Example], *__: Any) -> str:
+    return max(batch, key=lambda e: len(e.text) + max(map(len, (*e.positives, *e.negatives)), default=0)).id
+
+
 class DiscriminatorTrainer:
     """Trains a discriminator with its own AdamW; the learning rate is config.discriminator_learning_rate * a3 (Eq. 8)."""
 
@@ -329,6 +334,7 @@ class DiscriminatorTrainer:
                 self.discriminator.eval()
         return total / count if count else None
 
+    @relieved("the discriminator's training", for_judging, _longest_example)
     def _step(self, batch: list[_Example], when: str) -> float:
         pairs, question, positive = [], [], []
         for index, example in enumerate(batch):

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import Question, question_text
@@ -47,6 +48,24 @@ class Example:
         own = lagged.get(self.id)
         said = own is not None and own.text.strip() not in {p.text.strip() for p in self.positives}
         return [*self.positives, *self.minority, *([Candidate(own.text, own.tokens, "lagged")] if own and said else [])]
+
+
+def longest_row(examples: Sequence[Example]) -> dict[str, Any]:
+    """{id, prompt_tokens, target_tokens} of the question whose longest prompt and longest target are most together."""
+
+    def sizes(e: Example) -> tuple[int, int]:
+        targets = [e.label, *(c.tokens for c in (*e.positives, *e.minority)), *([e.reason[1]] if e.reason else [])]
+        prompts = [e.predict, e.explain, *([e.reason[0]] if e.reason else [])]
+        return max(map(len, prompts)), max(map(len, targets))
+
+    longest = max(examples, key=lambda e: sum(sizes(e)))
+    prompt, target = sizes(longest)
+    return {"id": longest.id, "prompt_tokens": prompt, "target_tokens": target}
+
+
+def longest_text(_: Any, examples: Sequence[Example], *__: Any) -> str:
+    """`longest_row` of a method's first argument, in words."""
+    return "{id}, {prompt_tokens} prompt + {target_tokens} target tokens".format(**longest_row(examples))
 
 
 def label_of(question: Question, label: str | None) -> str | None:

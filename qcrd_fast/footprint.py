@@ -31,7 +31,7 @@ from qcrd_fast.discriminator import Discriminator, build_discriminator
 from qcrd_fast.dispatch import choose_impl
 from qcrd_fast.distributed import blocks_of
 from qcrd_fast.evaluate import make_autocast
-from qcrd_fast.examples import Candidate, Example
+from qcrd_fast.examples import Candidate, Example, longest_row
 from qcrd_fast.heads import evaluating, output_layer
 from qcrd_fast.lora import add_lora
 from qcrd_fast.negatives import Negative
@@ -101,19 +101,6 @@ def survey(student: Student, examples: Sequence[Example], validation: Sequence[Q
 def checkpoint_activations(model: Any) -> None:
     """`--gradient-checkpointing`; transformers renamed the method."""
     (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def longest_row(examples: Sequence[Example]) -> dict[str, Any]:
-    """{id, prompt_tokens, target_tokens} of the question whose longest prompt and longest target are most together."""
-
-    def sizes(e: Example) -> tuple[int, int]:
-        targets = [e.label, *(c.tokens for c in (*e.positives, *e.minority)), *([e.reason[1]] if e.reason else [])]
-        prompts = [e.predict, e.explain, *([e.reason[0]] if e.reason else [])]
-        return max(map(len, prompts)), max(map(len, targets))
-
-    longest = max(examples, key=lambda e: sum(sizes(e)))
-    prompt, target = sizes(longest)
-    return {"id": longest.id, "prompt_tokens": prompt, "target_tokens": target}
 
 
 def predict_memory(

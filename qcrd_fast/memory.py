@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
+from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.rows import shown
 
 ROWS_FACTOR = 2.4  # bytes in memory for each byte of a file of rows of 1 kB; measured, see docs/reliability.md
+# What allocators say: torch's, C++'s, cuBLAS's
+_SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
+Method = TypeVar("Method", bound=Callable[..., Any])
 _CGROUPS = (("", "memory.max", "anon"), ("memory", "memory.limit_in_bytes", "total_rss"))  # version 2 and 1
 
 
@@ -48,10 +54,79 @@ def require_room(path: Path) -> None:
         )
 
 
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an error says that there is no more memory, on the host or on a GPU."""
+    if isinstance(error, RunError) or not isinstance(error, RuntimeError):
+        return isinstance(error, MemoryError)
+    return type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in _SIGNS)
+
+
 @contextlib.contextmanager
-def relieved_by(options: str) -> Iterator[None]:
-    """Where memory ends in here, `RunError` names the options that help."""
+def relieved_by(options: str, during: str = "", longest: Callable[[], str] | None = None) -> Iterator[None]:
+    """Where memory ends in here, `RunError` names the options that help and, where `longest` gives it, the longest row."""
     try:
         yield
-    except MemoryError as error:
-        raise RunError(f"out of memory ({free_bytes() / 1e9:.2f} GB are free); what helps: {options}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_exhausted(error):
+            raise
+        said = " ".join(str(error).split())[:200] or f"{free_bytes() / 1e9:.2f} GB are free"
+        row = f"; the longest row there: {longest()}" if longest else ""
+        raise RunError(f"out of memory{during and ' in ' + during} ({said}); what helps: {options}{row}") from error
+
+
+def relieved(
+    during: str, options: Callable[[TrainConfig], str], longest: Callable[..., str] | None = None
+) -> Callable[[Method], Method]:
+    """Decorator of a method of something with a `config`: `relieved_by` around it. `longest` takes the method's arguments."""
+
+    def decorate(method: Any) -> Any:
+        @functools.wraps(method)
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with relieved_by(options(self.config), during, longest and functools.partial(longest, self, *args)):
+                return method(self, *args, **kwargs)
+
+        return wrapped
+
+    return decorate
+
+
+# ---- what helps, the best first ----
+
+
+def for_training(config: TrainConfig) -> str:
+    size, parts = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    less = size // 2 if size % 2 == 0 else 1
+    smaller = f"--per-device-train-batch-size {less} --gradient-accumulation-steps {parts * size // less} (the same step)"
+    return _joined(
+        smaller if size > 1 else "",
+        "" if config.gradient_checkpointing else "--gradient-checkpointing",
+        "--forward two-pass" if config.forward == "joint" else "",
+        f"--max-target-length below {config.max_target_length}, --max-source-length below {config.max_source_length}",
+        "" if config.use_peft else "--use-peft",
+    )
+
+
+def for_weights(config: TrainConfig) -> str:
+    several = "" if config.fsdp else "--fsdp on several GPUs"
+    return _joined("" if config.use_peft else "--use-peft", several, "a smaller --student")
+
+
+def for_sampling(config: TrainConfig) -> str:
+    return _joined(_halved("--sample-batch-size", config.sample_batch_size), f"--max-new-tokens below {config.max_new_tokens}")
+
+
+def for_judging(config: TrainConfig) -> str:
+    size = config.discriminator_batch_size
+    return _joined(_halved("--discriminator-batch-size", size), "a smaller --discriminator, or none")
+
+
+def for_answers(option: str, batch_size: int, max_answer_tokens: int) -> str:
+    return _joined(_halved(option, batch_size), f"--max-answer-tokens below {max_answer_tokens}")
+
+
+def _halved(option: str, value: int) -> str:
+    return f"{option} {value // 2}" if value > 1 else ""
+
+
+def _joined(*parts: str) -> str:
+    return ", or ".join(part for part in parts if part)

@@ -21,6 +21,7 @@ import torch
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.distributed import ALONE, Ranks
+from qcrd_fast.memory import for_sampling, relieved
 from qcrd_fast.runfolder import append_lines, read_lines, write_lines
 from qcrd_fast.sampling import GenerateSampler, Sampler, SampleSettings, key_words, make_sampler
 from qcrd_fast.schedule import Schedule
@@ -45,6 +46,11 @@ class Asked:
 
     id: str
     source: TokenIds
+
+
+def _longest_prompt(negatives: LaggedNegatives, *_: Any) -> str:
+    longest = max(negatives.questions, key=lambda q: len(q.source))
+    return f"{longest.id}, {len(longest.source)} prompt tokens"
 
 
 class LaggedNegatives:
@@ -93,6 +99,7 @@ class LaggedNegatives:
         """Whose snapshot speaks in an iteration."""
         return 0 if self.config.negative_source == "fixed" else max(iteration - self.config.negative_lag, 0)
 
+    @relieved("the sampler", for_sampling, _longest_prompt)
     def prepare(self) -> None:
         """Make the sampler, with parameters of its own, and capture its graphs: before training starts on the device."""
         if self._sampler is not None:
@@ -120,6 +127,7 @@ class LaggedNegatives:
         if (sampler := self._sampler) is not None:
             self.lane.run(lambda: sampler.use(impl)).result()
 
+    @relieved("sampling negatives", for_sampling, _longest_prompt)
     def for_step(self, step: int) -> dict[str, Negative]:
         """Negatives by question id for the questions of a step (and of its chunk)."""
         iteration, chunk = self.schedule.chunk(step)

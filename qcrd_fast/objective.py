@@ -22,10 +22,11 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator import Discriminator
 from qcrd_fast.distributed import Engine
 from qcrd_fast.errors import RunError
-from qcrd_fast.examples import Candidate, Example
+from qcrd_fast.examples import Candidate, Example, longest_text
 from qcrd_fast.heads import evaluating
 from qcrd_fast.linear_loss import linear_rationale_loss, loss_terms
 from qcrd_fast.losses import ContrastiveOutput, contrastive_loss, weighted_rationale_loss
+from qcrd_fast.memory import for_training, relieved
 from qcrd_fast.negatives import Negative
 from qcrd_fast.ops import linear_logprob
 from qcrd_fast.students import PackedHidden, Student, TokenIds
@@ -72,6 +73,7 @@ class Objective:
         self.audit: Audit | None = None  # what watches the passes of the next step
         self.alpha_pred = 1.0 if config.method in ("finetune", "single-task") else config.alpha_pred
 
+    @relieved("a training step", for_training, longest_text)
     def step(
         self,
         batch: Sequence[Example],

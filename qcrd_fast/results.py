@@ -41,6 +41,7 @@ class Evaluation:
             max_answer_tokens=self.config.max_answer_tokens,
             autocast=self.autocast,
             impl=self.config.impl,
+            batch_option="--eval-batch-size",
         )
         return self.ranks.collect(records)
 

@@ -26,6 +26,7 @@ from qcrd_fast.evaluate import make_autocast, resolve_device
 from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.footprint import checkpoint_activations, survey
 from qcrd_fast.lora import add_lora, load_adapter, require_peft
+from qcrd_fast.memory import for_weights, relieved, relieved_by
 from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives
 from qcrd_fast.objective import Objective
@@ -71,6 +72,7 @@ def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = 
         joined(device, config.ddp_timeout) as ranks,
         logs if ranks.first else quiet_logs(),
         deterministic(config.deterministic),
+        relieved_by(for_weights(config)),
     ):
         return _train(config, run, device, ranks)
 
@@ -253,6 +255,7 @@ class Session:
         self._warn_of_idle_negatives(self.schedule.iteration(self.schedule.total_steps - 1))
         progress.close()
 
+    @relieved("the optimizer's step", for_weights)
     def _train_step(self) -> None:
         step, started = self.step, time.perf_counter()
         iteration = self.schedule.iteration(step)
