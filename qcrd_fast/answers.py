@@ -68,7 +68,10 @@ def surface(answer: str, task: str, choices: Sequence[str] = ()) -> str | None:
         return key
     if task == "choice":
         if choices:
-            return next(choice for choice in choices if _plain(choice) == key)
+            index, choice = next((i, choice) for i, choice in enumerate(choices) if _plain(choice) == key)
+            if canonical(choice, task, choices) == key:
+                return choice
+            return f"({chr(ord('a') + index)}) {choice}"  # a choice that is called by another's letter
         match = _LETTER.fullmatch(answer.strip())
         answer = (match[2] or match[4] or key) if match else answer
     return answer.strip().rstrip(".").strip() or key
@@ -328,10 +331,10 @@ def _choice(text: str, choices: Sequence[str]) -> str | None:
     rest = _plain((match[2] or match[4] or "") if match else text)
     if not choices:
         return rest or letter
+    keys = [_plain(choice) for choice in choices]
     if letter is not None:
         index = ord(letter) - ord("a")
-        return _plain(choices[index]) or None if index < len(choices) else None
-    keys = [_plain(choice) for choice in choices]
+        return (keys[index] or None) if index < len(keys) else _plain(text) if _plain(text) in keys else None
     if rest in keys:
         return rest
     letters = {label.lower() for label in _LABEL.findall(text)}

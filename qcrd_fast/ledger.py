@@ -140,6 +140,9 @@ class Ledger:
 
     def _take(self, record: dict[str, Any]) -> None:
         kind, totals = record["kind"], self.totals
+        for name in ("prompt_tokens", "completion_tokens") if kind in ("intent", "reply", "failure") else ():
+            if type(record[name]) is not int or record[name] < 0:
+                raise ValueError(name)
         if kind == "start":
             self.settings = record
         elif kind == "intent":

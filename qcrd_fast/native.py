@@ -35,7 +35,7 @@ def native_row(row: dict[str, Any]) -> tuple[Question, tuple[Rationale, ...], st
         id=get_text(row, "id", numbers=True) or "",
         question=text if prepared else text.strip(),
         context=get_text(row, "context"),
-        gold=gold if gold is not None or prepared else get_text(row, "answer", numbers=True),
+        gold=gold if gold is not None or prepared else get_text(row, "answer", numbers=True) or None,
         task=task,
         domain=get_text(row, "domain"),
         split=get_text(row, "split"),

@@ -25,7 +25,7 @@ def mentor_row(row: dict[str, Any], source: str) -> tuple[Question, tuple[Ration
     question = Question(
         id="",
         question=(get_text(row, "input", required=True) or "").strip(),
-        gold=get_text(row, "answer", required=True, numbers=True),
+        gold=get_text(row, "answer", required=True, numbers=True) or None,
     )
     chain = get_text(row, "chain", required="completion" in row or "initial_correct" in row)
     if chain is None:
@@ -53,7 +53,7 @@ def dss_row(row: dict[str, Any], split: str | None) -> Question:
         context, task = None, ""
         question, gold = get_text(row, "input", required=True), get_text(row, "label", required=True, numbers=True)
     identity = get_text(row, "id", numbers=True) or ""
-    return Question(identity, (question or "").strip(), context, gold, task=task or None, split=split)
+    return Question(identity, (question or "").strip(), context, gold or None, task=task or None, split=split)
 
 
 def with_choices(question: str, choices: tuple[str, ...]) -> str:
