@@ -45,7 +45,6 @@ class Layout:
     sources: list[int]  # [B] of each row's first group
     first: list[int]  # [B] where in its row the first target's first token is predicted
     plain: bool  # every row is one prompt and one target, so a causal model needs no help
-    whole: bool  # no row has padding
 
 
 def best_room(prompt: int, hidden_size: int) -> int:
@@ -154,7 +153,6 @@ def lay_out(
         sources=[row[0].source for row in rows],
         first=first,
         plain=all(len(row) == 1 and len(row[0].targets) == 1 for row in rows),
-        whole=all(len(tokens) == width for tokens in packed),
     )
 
 

@@ -34,7 +34,7 @@ Hidden = Callable[[str | None], Tensor]  # mode -> hidden states [T, H] of the s
 def attention_inputs(model: Any, layout: Layout, mode: str | None) -> dict[str, Any]:
     """Mask and position ids for a batch of rows; `mode` is dense, flex, or None (one prompt and one target a row)."""
     if mode is None or layout.plain:  # causal attention never looks at the padding on the right
-        return {} if model.config.is_encoder_decoder or layout.whole else {"attention_mask": (layout.group_BL >= 0).long()}
+        return {} if model.config.is_encoder_decoder else {"attention_mask": (layout.group_BL >= 0).long()}
     config = model.config.get_text_config(decoder=True)
     dtype = next(model.parameters()).dtype
     masks = {}

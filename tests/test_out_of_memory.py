@@ -120,7 +120,7 @@ def test_a_limit_that_a_step_does_not_fit(llama_folder, tmp_path) -> None:
     row = {"majority": "3", "positives": [text], "negatives": [f"{text} 4"], "votes": {"3": 2}}
     rows.write_text("".join(json.dumps({"id": f"q{i}", "question": f"{text} {i}", **row}) + "\n" for i in range(72)))
     args = ["train", "--data", str(rows), "--student", str(llama_folder), "--output-dir", str(tmp_path / "run")]
-    args += "--per-device-train-batch-size 64 --discriminator none --negative-source minority --max-steps 1".split()
+    args += ["--per-device-train-batch-size", "64", "--discriminator", "none", "--negative-source", "minority"]
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", LIMITED, *args], capture_output=True, text=True, timeout=120, cwd=root)
     assert done.returncode == 1, done.stderr[-2000:]
