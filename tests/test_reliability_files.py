@@ -78,7 +78,7 @@ def reseal(folder: Path) -> None:
     write_json(folder / checkpoint.MANIFEST, {"files": files})
 
 
-class Test22Code:
+class TestTrial22:
     """Pickles, object arrays, YAML tags and remote code are never run; the message names the safe format."""
 
     @pytest.fixture
@@ -257,7 +257,7 @@ def watching(folder: Path) -> Iterator[list[str]]:
         _watched.clear()
 
 
-class Test23Names:
+class TestTrial23:
     """`../`, absolute and symlinked names: nothing outside the output folder is read, written or deleted."""
 
     @pytest.fixture
@@ -428,7 +428,7 @@ def cut_weights(model: Path) -> None:
     save_file({n: t for n, t in weights.items() if ".1." not in n}, model / "model.safetensors", metadata={"format": "pt"})
 
 
-class Test24Fit:
+class TestTrial24:
     """Wrong vocabulary, shape, architecture, changed settings on resume: refused before step 1 with both values."""
 
     @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ BAD_FILES = {
 }
 
 
-class Test14BadRows:
+class TestTrial14:
     """`validate` names file:line: reason and exits 2; `--on-bad-row skip` sets aside and counts."""
 
     def test_there_are_17_kinds(self) -> None:
@@ -127,7 +127,7 @@ def limited(args: list[str], folder: Path, limit: int | None = None) -> tuple[su
     return done, 1024 * int(peak.read_text()) if peak.is_file() else 0
 
 
-class Test15Memory:
+class TestTrial15:
     """A file larger than the memory, a row of a million tokens, the end of memory."""
 
     @pytest.mark.slow
@@ -254,7 +254,7 @@ SPELLINGS = {  # of the question, of the right answer, of a wrong one
 }
 
 
-class Test16Spellings:
+class TestTrial16:
     """Unicode forms, scripts, locales and odd names: the same votes, the same bytes."""
 
     def spelled(self, question: str, right: str, wrong: str) -> dict[str, object]:
@@ -314,7 +314,7 @@ VOTES = {  # the samples of a question; positives, negatives, answers dropped, a
 }
 
 
-class Test17Votes:
+class TestTrial17:
     """Ties, all distinct, all empty, fewer than K, no positive, no negative: counted, and a finite loss."""
 
     @pytest.fixture
@@ -363,7 +363,7 @@ class Test17Votes:
             train(TrainConfig(data=str(rows), student=str(t5_folder)), dry_run=True)
 
 
-class Test18Expressions:
+class TestTrial18:
     """What would hang or blow up an evaluator is bounded, and wrong."""
 
     @pytest.mark.parametrize(

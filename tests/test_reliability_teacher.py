@@ -34,7 +34,7 @@ def two(tmp_path: Path) -> Path:
     return write_questions(tmp_path / "questions.jsonl", 2)
 
 
-class Test19Trouble:
+class TestTrial19:
     """Retries under one deadline; 4xx not retried; the key never leaves for another host; bad replies recorded, not fatal."""
 
     @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ class Test19Trouble:
         assert {(s["rationale"], s["answer"]) for s in rows(one)[0]["samples"]} == {("Because.", "4")}
 
 
-class Test20Kills:
+class TestTrial20:
     """An intent before each send; nothing finished is asked for again; the cost cap exits 75."""
 
     def test_killed_again_and_again(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,7 +311,7 @@ class Test20Kills:
         assert len(server.seen) == 6
 
 
-class Test21Secrets:
+class TestTrial21:
     """Secrets in environment, configuration and error bodies come out nowhere."""
 
     def test_the_key_comes_out_nowhere(self, two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
