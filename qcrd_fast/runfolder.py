@@ -101,10 +101,11 @@ class RunFolder:
             self._lock = None
 
     def _refuse_links(self) -> None:
-        """Nothing that the run writes, reads or deletes may be elsewhere; `final` is replaced and not followed."""
+        """Nothing that the run writes, reads or deletes may be elsewhere; `final` is replaced and not followed, nor is what a
+        killed run was about to call so."""
         folders = [self.path, *(self.path / name for name in ("snapshots", "negatives")), *self.path.glob("checkpoint-*")]
         for path in (p for folder in folders if folder.is_dir() for p in folder.iterdir()):
-            if path.is_symlink() and path != self.path / "final":
+            if path.is_symlink() and path not in (self.path / "final", self.path / ".final.tmp"):
                 raise InputError(f"--output-dir: {path} is a link; nothing outside the run folder is read or written")
 
     def _check_same_config(self) -> None:

@@ -48,13 +48,13 @@ def crashes(tmp_path_factory):
         yield Crashes(warm, tmp_path_factory.mktemp("crashes"), device="cpu")
 
 
-def make_t5(folder: Path) -> Path:
+def make_t5(folder: Path, layers: int = 2) -> Path:
     """A T5 of width 32 with dropout, over the demo's words."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     tokenizer = _tokenizer(folder)
     config = T5Config(
-        vocab_size=len(tokenizer) + 3, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.1,
+        vocab_size=len(tokenizer) + 3, d_model=32, d_kv=8, d_ff=64, num_layers=layers, num_heads=4, dropout_rate=0.1,
         decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     _save(T5ForConditionalGeneration, config, folder)
@@ -66,13 +66,13 @@ def llama_folder(tmp_path_factory) -> Path:
     return make_llama(tmp_path_factory.mktemp("llama"))
 
 
-def make_llama(folder: Path) -> Path:
+def make_llama(folder: Path, layers: int = 2) -> Path:
     """A Llama of width 32 with tied embeddings, over the demo's words."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _tokenizer(folder)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
     _save(LlamaForCausalLM, config, folder)

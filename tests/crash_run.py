@@ -52,7 +52,7 @@ class Crashes:
         for name, make in (("t5", make_t5), ("llama", make_llama)):
             students.append(folder / name)
             students[-1].mkdir()
-            make(students[-1])
+            make(students[-1], layers=1)
         self.judge = students[0]
         warm.run(["--version"])  # until everything is imported
         self.wholes = [self._whole(student) for student in students]

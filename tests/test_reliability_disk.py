@@ -86,8 +86,6 @@ class TestTrial6:
             "write .tmp-checkpoint-4/optimizer.safetensors",
             "write .tmp-checkpoint-4/tokenizer.json",
             "write snapshots/.iteration-00001.safetensors.tmp",
-            "open negatives/iteration-00002.jsonl",
-            "write .config.resolved.yaml.tmp",
             "write .predictions.jsonl.tmp",
         ],
     )

@@ -25,9 +25,15 @@ class TestTrial1:
         wrong = crashes.random_trial(SEED, number)
         assert wrong is None, f"{wrong}\nagain: python tests/crash_run.py --seed {SEED} --only {number}"
 
+    def test_killed_as_final_was_pointed(self, crashes: Crashes) -> None:
+        """What is left is a link, which nothing else in a run folder may be."""
+        whole = crashes.wholes[0]
+        wrong = crashes.trial(whole, point=whole.points.index("rename .final.tmp"))
+        assert wrong is None, wrong
+
     @pytest.mark.parametrize(
         "student, what",
-        [(0, "rename .tmp-checkpoint-4"), (1, "mkdir .tmp-checkpoint-6"), (0, "write .tmp-checkpoint-6/optimizer.safetensors")],
+        [(0, "rename .tmp-checkpoint-4"), (1, "mkdir .tmp-checkpoint-6")],
     )
     def test_the_power_fails(self, crashes: Crashes, student: int, what: str) -> None:
         whole = crashes.wholes[student]
