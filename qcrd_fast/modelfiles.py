@@ -85,15 +85,21 @@ def _check_loaded(model: Any, info: Any, name: str, option: str, whole: bool) ->
     if whole and missing:
         others = f", but hold {unexpected[0]}" if unexpected else ""
         raise InputError(f"{says}; the weights lack {len(missing)} of its tensors, such as {missing[0]}{others}")
-    places = {_place(name) for name in model.state_dict()}
-    layers = [name for name in unexpected if _place(name) in places]
-    if whole and layers:
+    places, there = ({of(name) for name in model.state_dict()} for of in (_place, _layer))
+    layers = [name for name in unexpected if _place(name) in places and _layer(name) not in there]
+    if whole and layers and not getattr(model.config, "num_nextn_predict_layers", 0):  # which are only for drafting
         raise InputError(f"{says} of fewer layers than the weights: it has no place for {len(layers)}, such as {layers[0]}")
 
 
 def _place(name: str) -> str:
     """The name of a weight, whatever the number of its layer."""
     return re.sub(r"\.\d+\.", ".#.", name)
+
+
+def _layer(name: str) -> str:
+    """The layer that a weight is in, such as model.layers.3; empty where it is in none."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else ""
 
 
 def _cannot_load(name: str, option: str, error: Exception) -> InputError:
