@@ -107,7 +107,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def _find_bad_file(folder: Path, digests: dict[str, str], listed: str) -> str | None:
     for name, digest in digests.items():
         path = folder / name
-        if os.path.basename(name) != name or not path.is_file():
+        if os.path.basename(name) != name or not os.path.isfile(path):  # also of a name that is too long for one
             return f"{name}, listed in {listed}, is missing"
         if path.is_symlink():
             return f"{name} is a link"

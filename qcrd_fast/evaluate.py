@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def accuracy(records: Sequence[dict[str, Any]]) -> float | None:
 def find_model(run_or_model: str) -> str:
     """The model folder of a run (its `final`, else its latest checkpoint), or the argument itself."""
     path = Path(run_or_model)
-    if (path / "config.resolved.yaml").is_file():
+    if os.path.isfile(path / "config.resolved.yaml"):
         if (path / "final" / "config.json").is_file():
             if (path / "final").resolve().parent != path.resolve():
                 raise InputError(f"{path / 'final'} leads out of the run; name the model itself if it is the one you mean")
@@ -135,7 +136,7 @@ def load_student(run_or_model: str, device: str = "auto") -> tuple[Student, dict
     name = find_model(run_or_model)
     state: dict[str, Any] = {}
     path = Path(name) / STATE
-    if path.is_file():
+    if os.path.isfile(path):
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             prompts = PromptSettings(**state["prompt"])
@@ -202,7 +203,7 @@ def _answers_folder(run_or_model: str, data: str, output: str | None) -> Path:
     if output is not None:
         folder = Path(output)
     else:
-        folder = run / f"eval-{Path(data).resolve().stem}" if (run / "config.resolved.yaml").is_file() else Path(".")
+        folder = run / f"eval-{Path(data).resolve().stem}" if os.path.isfile(run / "config.resolved.yaml") else Path(".")
     if (folder / "eval_results.json").is_file():
         raise InputError(f"--output: {folder} holds a run's own predictions.jsonl; choose another folder")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):

@@ -29,11 +29,11 @@ def read_config(name_or_path: str, option: str) -> Any:
     the folder, and a configuration that asks for code.
     """
     folder = Path(name_or_path)
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise InputError(f"{option}: {name_or_path!r} is a file; name the folder with config.json and model.safetensors")
-    if os.path.sep in name_or_path and not folder.exists() and name_or_path.count("/") != 1:
+    if os.path.sep in name_or_path and not os.path.exists(folder) and name_or_path.count("/") != 1:
         raise InputError(f"{option}: folder {name_or_path!r} does not exist")
-    if folder.is_dir():
+    if os.path.isdir(folder):
         if not (folder / "config.json").is_file():
             raise InputError(f"{option}: {name_or_path!r} holds no config.json, so it is not a Hugging Face model folder")
         _check_folder(folder, option)

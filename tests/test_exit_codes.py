@@ -162,6 +162,7 @@ TABLE: list[tuple[int, str, Spoil | None]] = [
     (0, "generate {run} 1+1? --max-new-tokens 4", None),
     (1, "generate {run} 1+1? --max-new-tokens 4", broken),
     (2, "generate {missing}/a/b 1+1?", None),
+    (2, "generate " + 300 * "a-question-in-place-of-the-model-" + " {run}", None),
     (130, "generate {run} 1+1? --max-new-tokens 4", at_the_end(INT)),
     (143, "generate {run} 1+1? --max-new-tokens 4", at_the_end(TERM)),
     (0, "score {judged} --data {rows} --output {new}", None),
