@@ -142,7 +142,9 @@ class TestTrial8:
         whole, run = crashes.wholes[1], tmp_path / "run"
         args = crashes.args(whole.student, run, resume="auto")
         first = crashes.warm.start(args)
+        end = time.monotonic() + 30
         while not (run / ".lock").exists() or not (run / ".lock").read_text().strip():
+            assert time.monotonic() < end, "the first run has not begun"
             time.sleep(0.01)
         os.kill(first[0], signal.SIGSTOP)
         code = "import sys; from cli.main import entry; c = entry(sys.argv[1:]); print('torch' in sys.modules); sys.exit(c)"
