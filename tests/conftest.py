@@ -42,7 +42,7 @@ def t5_folder(tmp_path_factory) -> Path:
 def crashes(tmp_path_factory):
     """Short runs of a T5 and a decoder in processes of their own, and the unbroken ones to compare with."""
     from crash_run import Crashes
-    from faults import Warm
+    from warm import Warm
 
     with Warm() as warm:
         yield Crashes(warm, tmp_path_factory.mktemp("crashes"), device="cpu")

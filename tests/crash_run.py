@@ -26,7 +26,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import faults
+from faults import BYTES, Fault
+from warm import ROOT, Warm, differences, short_run
 
 
 @dataclasses.dataclass
@@ -42,7 +43,7 @@ class Whole:
 class Crashes:
     """Trials of one kind of run; `options` are `train`'s, and so is `more`, as on the command line."""
 
-    def __init__(self, warm: faults.Warm, folder: Path, more: Sequence[str] = (), **options: object):
+    def __init__(self, warm: Warm, folder: Path, more: Sequence[str] = (), **options: object):
         from conftest import make_llama, make_t5, sampled_rows
 
         self.warm, self.folder, self.more, self.options = warm, folder, more, options
@@ -65,7 +66,7 @@ class Crashes:
         return Whole(student, run, time.monotonic() - started, done.points)
 
     def args(self, student: Path, out: Path, **options: object) -> list[str]:
-        return [*faults.short_run(self.rows, student, self.judge, out, **(self.options | options)), *self.more]
+        return [*short_run(self.rows, student, self.judge, out, **(self.options | options)), *self.more]
 
     def random_trial(self, seed: int, number: int) -> str | None:
         """What came out otherwise, or None. Trial `number` of a seed is the same each time but for the moment it dies at."""
@@ -81,7 +82,7 @@ class Crashes:
         where = f"{whole.student.name}, " + (f"{seconds:.3f} s" if point is None else f"point {point} ({whole.points[point]})")
         try:
             if point is not None:
-                done = self.warm.run(self.args(whole.student, run), faults.Fault(do, point), folder=run)
+                done = self.warm.run(self.args(whole.student, run), Fault(do, point), folder=run)
             else:
                 started = self.warm.start(self.args(whole.student, run))
                 time.sleep(seconds)
@@ -98,7 +99,7 @@ class Crashes:
             done = self.warm.run(self.args(whole.student, run, resume="auto"), timeout=600)
             if done.code:
                 return f"{where}: the resume ended with {done.code}\n{done.err[-3000:]}"
-            different = faults.differences(run, whole.run)
+            different = differences(run, whole.run)
             return f"{where}: other than the unbroken run: {', '.join(different)}" if different else None
         finally:
             shutil.rmtree(run.parent)
@@ -114,14 +115,14 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--deterministic", action="store_true")
     given, more = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder, faults.Warm() as warm:
+    with tempfile.TemporaryDirectory() as folder, Warm() as warm:
         crashes = Crashes(warm, Path(folder), more, device=given.device, deterministic=given.deterministic)
 
         def trials() -> Iterator[tuple[str, str | None]]:
             if given.every_point:
                 for whole in crashes.wholes:
                     for point, name in enumerate(whole.points):
-                        if given.do != "full" or name.split()[0] in faults.BYTES:  # that need room
+                        if given.do != "full" or name.split()[0] in BYTES:  # that need room
                             yield f"{whole.student.name} point {point}", crashes.trial(whole, point=point, do=given.do)
                 return
             for number in range(given.kills) if given.only is None else [given.only]:
@@ -140,5 +141,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(faults.ROOT)]
+    sys.path[:0] = [str(ROOT)]
     sys.exit(main())

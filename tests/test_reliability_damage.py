@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from crash_run import Crashes
-from faults import damage, differences
+from faults import damage
+from warm import differences
 
 from qcrd_fast import checkpoint
 

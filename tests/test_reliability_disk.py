@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from crash_run import Crashes
-from faults import ROOT, differences, small_disk
+from faults import small_disk
+from warm import ROOT, differences
 
 from qcrd_fast import checkpoint
 

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from crash_run import Crashes
-from faults import Fault, differences
+from faults import Fault
+from warm import differences
 
 SEED = 1
 STEP, EDGE, EVAL = "qcrd_fast.objective:Objective.step", "qcrd_fast.train:Session._begin_iteration", "qcrd_fast.results:predict"
@@ -24,6 +27,22 @@ class TestTrial1:
     def test_killed_at_a_random_moment(self, crashes: Crashes, number: int) -> None:
         wrong = crashes.random_trial(SEED, number)
         assert wrong is None, f"{wrong}\nagain: python tests/crash_run.py --seed {SEED} --only {number}"
+
+    def test_deterministic(self, crashes: Crashes, tmp_path) -> None:
+        """`--deterministic` is on while `train` runs, off afterwards, and on a CPU the bits are those without it."""
+        import torch
+
+        from qcrd_fast.deterministic import deterministic
+
+        with deterministic(True):
+            assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        assert not torch.are_deterministic_algorithms_enabled()
+        whole = crashes.wholes[0]
+        said = Fault("int", 0, "torch:use_deterministic_algorithms")  # it is called: the signal comes
+        assert crashes.warm.run(crashes.args(whole.student, tmp_path / "a", deterministic=True), said).code == 130
+        done = crashes.warm.run(crashes.args(whole.student, tmp_path / "b", deterministic=True))
+        assert done.code == 0, done.err
+        assert differences(tmp_path / "b", whole.run) == []
 
     def test_killed_as_final_was_pointed(self, crashes: Crashes) -> None:
         """What is left is a link, which nothing else in a run folder may be."""

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from crash_run import Crashes
-from faults import Fault, differences
+from faults import Fault
+from warm import differences
 
 from qcrd_fast import checkpoint
 
