@@ -102,6 +102,18 @@ def test_a_dry_run_says_what_a_run_needs(t5_folder, rows_file, tmp_path, capsys)
     assert "memory peak " in text and "MiB" in text and "memory discriminator          0.0 MiB" in text
 
 
+def test_what_several_processes_hold(t5_folder, rows_file) -> None:
+    told = {}
+    for name, size, fsdp in (("alone", 1, False), ("ddp", 2, False), ("fsdp", 2, True)):
+        config, student, examples, _ = prepared(t5_folder, rows_file, fsdp=fsdp, method="dss")
+        told[name] = footprint.survey(student, examples, [], Schedule(len(examples), config, size))["memory"]
+    alone = told["alone"]
+    assert told["ddp"]["gradients"] == 2 * alone["gradients"] and told["ddp"]["optimizer"] == alone["optimizer"]
+    for part in ("parameters", "gradients", "optimizer"):
+        assert told["fsdp"][part] == alone[part] // 2
+    assert alone["peak"] < told["ddp"]["peak"] and alone["sampler"] == alone["discriminator"] == 0
+
+
 def test_what_cannot_be_counted_is_unknown_and_said(t5_folder, rows_file, monkeypatch, caplog) -> None:
     def fails(*_: object) -> None:
         raise NotImplementedError("no such kernel")
