@@ -25,22 +25,15 @@ from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.evaluate import make_autocast, resolve_device
 from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.footprint import checkpoint_activations, survey
+from qcrd_fast.keeping import Keeper, resume_point
 from qcrd_fast.lora import add_lora, load_adapter, require_peft
 from qcrd_fast.memory import for_weights, relieved, relieved_by
 from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives
 from qcrd_fast.objective import Objective
-from qcrd_fast.results import Evaluation
+from qcrd_fast.results import Best, Evaluation
 from qcrd_fast.rundata import Data
-from qcrd_fast.runfolder import (
-    FREE_OPTIONS,
-    LOG,
-    RunFolder,
-    check_same_config,
-    logging_to,
-    quiet_logs,
-    told_room,
-)  # fmt: skip
+from qcrd_fast.runfolder import LOG, RunFolder, logging_to, quiet_logs, told_room
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.signals import StopSignals
 from qcrd_fast.snapshots import Snapshots
@@ -91,7 +84,7 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
     log.info("%d training, %d validation, %d test questions; task %s; %d steps, %d an iteration; dropped %d that are tested",
              len(data.train), len(data.validation), len(data.test), data.task, schedule.total_steps,
              schedule.iteration_steps, data.dropped)  # fmt: skip
-    found = ranks.on_first(lambda: _resume_point(config, run.path, schedule)) if run and config.resume else None
+    found = ranks.on_first(lambda: resume_point(config, run.path, schedule)) if run and config.resume else None
     prompts = PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length)
     if config.use_peft:
         require_peft()
@@ -105,7 +98,7 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
     try:
         if found:
             session.restore(Path(found))
-        ranks.on_first(session.require_room)
+        ranks.on_first(lambda: session.keeper.require_room(session.step))
         ranks.on_first(run.write_config)
         if not found:
             session.log.cut(0)
@@ -130,32 +123,6 @@ def _plan(config: TrainConfig, data: Data, schedule: Schedule, student: Student)
         "parameters": sum(p.numel() for p in student.model.parameters()),
         "output_dir": config.output_dir,
     }
-
-
-def _resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | None:
-    """The checkpoint to continue from, or None for a run that has none yet."""
-    if config.resume != "auto":
-        chosen = Path(str(config.resume))
-        fault = checkpoint.find_fault(chosen, run) if chosen.is_dir() else "no such folder"
-        if fault or chosen.resolve().parent != run.resolve():
-            raise InputError(f"--resume: {chosen}: {fault or f'is not a checkpoint of {run}'}")
-        found: Path | None = chosen
-    else:
-        found = checkpoint.latest_checkpoint(run, resume=True)
-        if found is None and checkpoint.checkpoints(run):
-            raise RunError(f"{run}: no whole checkpoint is left to resume from")
-    if found is None:
-        return None
-    state = checkpoint.read_state(found)
-    check_same_config(config, state.get("config"), found / checkpoint.STATE)
-    before = state.get("questions_per_step", schedule.questions_per_step)
-    if before != schedule.questions_per_step:
-        raise InputError(
-            f"{found}: the run began with {before} questions a step, now it is {schedule.questions_per_step} "
-            f"(--per-device-train-batch-size {config.per_device_train_batch_size} x --gradient-accumulation-steps "
-            f"{config.gradient_accumulation_steps} x {schedule.world_size} processes); their product must stay"
-        )
-    return str(found)
 
 
 class Session:
@@ -199,15 +166,15 @@ class Session:
             checkpoint_activations(student.model)
         self.engine = self._share_model()
         self.optimizer = _adamw(student.model, config)
+        snapshots = self.snapshots if self.lagged else None
+        self.keeper = Keeper(config, run, data, schedule, student, self.optimizer, self.trainer, self.engine, snapshots)
         warmup = round(config.redi_warmup * schedule.total_steps)
         judge = self.trainer.discriminator if self.trainer else None
         self.objective = Objective(student, config, judge, self.autocast, warmup, self.engine)
         self.audits = Audits(config, student.device, ranks)
         self.step = 0  # optimizer steps done
-        self.best: dict[str, Any] | None = None
+        self.best: Best = None
         self.loss_d: float | None = None
-        self.saved_step: int | None = None
-        self.passed_over: set[int] = set()  # steps of checkpoints later than the one that was resumed from
         self.lagged_active: Counter[str] = Counter()  # of the current iteration
         student.model.train()
         if config.forward == "joint" and _has_dropout(student.model):
@@ -340,10 +307,7 @@ class Session:
             texts = {e.id: [c.text] for e in self.examples for c in e.candidates(drawn) if c.source == "lagged"}
             loss = self.trainer.update(self.data.train, texts, iteration)
             self.loss_d = self.loss_d if loss is None else loss
-        if self.lagged:
-            if self.config.negative_source == "lagged" or iteration == 0:
-                self.snapshots.save(iteration, self.student.model)
-            self.snapshots.prune(self._oldest_snapshot(), self.config.negative_source == "fixed")
+        self.keeper.snapshot(self.step)
 
     def _warn_of_idle_negatives(self, iteration: int) -> None:
         seen, self.lagged_active = self.lagged_active, Counter()
@@ -383,64 +347,20 @@ class Session:
         log.info("step %d: validation accuracy %.4f", self.step, value)
 
     def _save(self) -> None:
-        if self.saved_step == self.step:
-            return
-        self.log.sync()  # a loss that is not finite stops here, before anything is overwritten
-        state = {
-            "config": {name: value for name, value in self.config.to_dict().items() if name not in FREE_OPTIONS},
-            "prompt": dataclasses.asdict(self.student.prompts),
-            "task": self.data.task,
-            "method": self.config.method,
-            "best": self.best,
-            "loss_d": self.loss_d,
-            "failed_impl": self.audits.failed,
-            "data_sha256": self.data.digest,
-            "questions_per_step": self.schedule.questions_per_step,
-            "snapshots": self.snapshots.digests(self._oldest_for(self.step)) if self.lagged else {},
-        }
-        checkpoint.save_checkpoint(self.run, self.step, self.student, self.optimizer, self.trainer, state, self.engine)
-        self.saved_step = self.step
-        self.passed_over.discard(self.step)
-        best = self.best["step"] if self.best else None
-        keep = self.config.save_total_limit
-        self.ranks.on_first(lambda: checkpoint.rotate(self.run, self.step, keep, best, self.passed_over))
+        if self.keeper.saved_step != self.step:
+            self.log.sync()  # a loss that is not finite stops here, before anything is overwritten
+            self.keeper.save(self.step, self.best, {"loss_d": self.loss_d, "failed_impl": self.audits.failed})
 
     def restore(self, found: Path) -> None:
         """Continue from a checkpoint; the student's weights are loaded already."""
-        state = checkpoint.load_checkpoint(found, self.student, self.optimizer, self.trainer)
-        if state["data_sha256"] != self.data.digest:
-            raise InputError(f"--data: the rows differ from those that {found} was trained on")
-        self.step = self.saved_step = state["step"]
-        self.passed_over = {step for step in map(checkpoint.step_of, checkpoint.checkpoints(self.run)) if step > self.step}
-        self.best, self.loss_d = state["best"], state["loss_d"]
+        state = self.keeper.restore(found)
+        self.step, self.best, self.loss_d = state["step"], state["best"], state["loss_d"]
         if self.audits.restore(state.get("failed_impl")):
             self._fall_back()
-        self.snapshots.known = {int(k): v for k, v in state["snapshots"].items()}
         if not self.log.path.exists():
             log.warning("%s is gone; it begins anew", self.log.path)
         self.log.cut(self.step)
         log.info("resuming from %s", found)
-
-    def require_room(self) -> None:
-        """Raises `RunError` where the disk has no room to begin."""
-        left = self.schedule.total_steps - self.step
-        if not left:
-            return
-        saves = math.ceil(left / min(self.schedule.save_steps, self.schedule.eval_steps))
-        iterations = self.schedule.iteration(self.schedule.total_steps - 1) + 1
-        snapshots = min(iterations, self.config.negative_lag + 3) if self.lagged else 0
-        kept = min(saves, (self.config.save_total_limit or saves) + bool(self.data.validation))
-        checkpoint.require_room(self.run, self.student, self.trainer, snapshots, kept)
-
-    def _oldest_for(self, step: int) -> int:
-        """The oldest snapshot that a resume at `step` may ask for: the discriminator looks one iteration back."""
-        if self.config.negative_source == "fixed":
-            return 0
-        return max(self.schedule.iteration(step) - 1 - self.config.negative_lag, 0)
-
-    def _oldest_snapshot(self) -> int:
-        resumable = checkpoint.resumable(self.run, self.step, self.config.save_total_limit, self.passed_over)
-        return self._oldest_for(min(map(checkpoint.step_of, resumable))) if resumable else 0
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint; returns what `eval_results.json` holds."""
