@@ -31,7 +31,8 @@ def read_config(name_or_path: str, option: str) -> Any:
     folder = Path(name_or_path)
     if os.path.isfile(folder):
         raise InputError(f"{option}: {name_or_path!r} is a file; name the folder with config.json and model.safetensors")
-    if os.path.sep in name_or_path and not os.path.exists(folder) and name_or_path.count("/") != 1:
+    is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if is_path and not os.path.exists(folder):
         raise InputError(f"{option}: folder {name_or_path!r} does not exist")
     if os.path.isdir(folder):
         if not (folder / "config.json").is_file():

@@ -103,7 +103,7 @@ class TestTrial14:
         assert json.loads(out)["skipped_rows"] == 1000 and err.count("set aside ") == 4 and "set aside 997 more" in err
 
 
-BIG_MB = int(os.environ.get("QCRD_FAST_BIG_MB", "24"))  # 1000 is the trial as it is written: a gigabyte, in five minutes
+BIG_MB = int(os.environ.get("QCRD_FAST_BIG_MB", "16"))  # 1000 is the trial as it is written: a gigabyte, in five minutes
 SCRIPT = """
 import resource, sys
 from cli.main import entry

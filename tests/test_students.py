@@ -135,6 +135,19 @@ def test_wrong_students_are_refused_with_what_is_wrong(tmp_path, llama_folder):
         Student.load(str(llama_folder), PromptSettings(template="chat"))
 
 
+@pytest.mark.parametrize("name", ["./missing", "../missing", "/missing", "~/missing", "a/b/c", "x" * 5000])
+def test_a_path_to_nothing_is_no_hub_id(name):
+    with pytest.raises(InputError, match=r"does not exist" if len(name) < 99 else "cannot load"):
+        Student.load(name, PromptSettings())
+
+
+def test_a_decoder_needs_something_to_go_on_from(llama_folder, t5_folder):
+    nothing = PromptSettings(template="{prompt}")
+    with pytest.raises(InputError, match="has no token in the model's vocabulary"):
+        Student.load(str(llama_folder), nothing).source_ids("", "  ")
+    assert Student.load(str(t5_folder), nothing).source_ids("", "  ") == [1]  # an encoder reads the end of the sequence
+
+
 def test_more_tokens_than_rows_is_refused(llama_folder):
     student = Student.load(str(llama_folder), PromptSettings())
     student.tokenizer.add_tokens(["a-new-word"])
