@@ -109,10 +109,13 @@ def prepare(
     """
     tally, skipped = Tally(options.get("split_by", "majority")), list[BadRow]()
     questions = _read(_inputs(paths), tally, skipped, folder=Path(output).parent, **options)
-    if dry_run:
-        collections.deque(questions, maxlen=0)
-    else:
+    if not dry_run:
         write_prepared(output, questions)
+        return tally.summary, skipped
+    try:
+        collections.deque(questions, maxlen=0)
+    except OSError as error:
+        raise RunError(f"cannot keep rows beside {shown(output)}: {error.strerror or error}") from error
     return tally.summary, skipped
 
 

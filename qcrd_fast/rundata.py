@@ -36,6 +36,8 @@ class Data:
                 loaded = load_questions(path, seed=config.seed, on_bad_row=config.on_bad_row, task=config.task, **which)
             for bad in loaded.skipped:
                 log.warning("set aside %s", bad)
+            if more := loaded.summary.skipped_rows - len(loaded.skipped):
+                log.warning("set aside %d more", more)
             return loaded.questions
 
         if not config.data:
