@@ -101,7 +101,7 @@ def prepare(
     paths: Sequence[str | Path] | str | Path, output: str | Path, *, dry_run: bool = False, **options: Any
 ) -> tuple[PrepareSummary, list[BadRow]]:
     """Write the questions of `load_questions(paths, **options)` to `output`, whatever they weigh: rows wait in a file without
-    a name beside it, and memory grows by about 500 bytes a row. Returns (summary, the rows that were set aside).
+    a name beside it, and memory grows by about 400 bytes a row. Returns (summary, the rows that were set aside).
 
     Raises:
         InputError: as `load_questions`; or `output` is a device or pipe.
