@@ -6,8 +6,9 @@ import contextlib
 import csv
 import datetime
 import importlib.metadata
+import logging
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from qcrd_fast.errors import InputError
 from qcrd_fast.seeds import commit
 
+log = logging.getLogger("qcrd_fast.bench")
 VERSIONED = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 WHERE = ("device", "threads", "torch", "triton", "transformers", "commit", "time")
 
@@ -56,6 +58,28 @@ def append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
             writer.writerow(columns)
         for row in rows:
             writer.writerow([float(f"{v:.{digits}g}") if isinstance(v := row.get(name), float) else v for name in columns])
+
+
+def run_cases(
+    cases: Sequence[Any],
+    run: Callable[[Any], list[dict[str, Any]]],
+    device: torch.device,
+    columns: Sequence[str],
+    append_to: Path | None,
+    **shared: Any,
+) -> dict[str, Any]:
+    """{"where", what is `shared` by all rows, "rows": those of `run` for each case}; with `append_to`, rows are added to that CSV
+    file as soon as they are measured."""
+    if append_to:
+        check_appendable(append_to, columns)
+    where, rows = describe_machine(device), []
+    for number, case in enumerate(cases, 1):
+        log.info("case %d of %d: %s", number, len(cases), case)
+        measured = run(case)
+        rows += measured
+        if append_to:
+            append(append_to, columns, ({**where, **shared, **row} for row in measured))
+    return {"where": where, **shared, "rows": rows}
 
 
 def _cpu_name() -> str:

@@ -30,7 +30,7 @@ from qcrd_fast.students import Student
 
 from . import timing
 from .peers import one_line
-from .record import WHERE, append, check_appendable, describe_machine
+from .record import WHERE, run_cases
 from .shapes import SHAPES, draw_lengths, draw_tokens, make_student, table
 
 RESULTS = Path(__file__).parent / "results" / "sampler.csv"
@@ -220,17 +220,9 @@ def run_bench(
 
     With `append_to`, each case's rows are added to that CSV file as soon as they are measured.
     """
-    if append_to:
-        check_appendable(append_to, COLUMNS)
-    names, repeats = find_names(device, providers), repeats or (7 if device.type == "cuda" else 3)
-    where, rows = describe_machine(device), []
-    for number, case in enumerate(cases, 1):
-        log.info("case %d of %d: %s", number, len(cases), case)
-        measured = run_case(case, device, names, repeats)
-        rows += measured
-        if append_to:
-            append(append_to, COLUMNS, ({**where, "repeats": repeats, **row} for row in measured))
-    return {"where": where, "repeats": repeats, "rows": rows, "absent": absent_vllm()}
+    names, count = find_names(device, providers), repeats or (7 if device.type == "cuda" else 3)
+    told = run_cases(cases, lambda case: run_case(case, device, names, count), device, COLUMNS, append_to, repeats=count)
+    return told | {"absent": absent_vllm()}
 
 
 def run_case(case: Case, device: torch.device, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:

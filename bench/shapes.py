@@ -44,6 +44,9 @@ class NumberTokenizer:
     def __len__(self) -> int:
         return self.size
 
+    def get_vocab(self) -> dict[str, int]:
+        return {str(token): token for token in range(self.size)}
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return " ".join(map(str, ids))
 

@@ -36,7 +36,7 @@ from qcrd_fast.students import Student
 
 from . import timing
 from .peers import SOURCES, PerToken, eager_nll, one_line
-from .record import WHERE, append, check_appendable, describe_machine
+from .record import WHERE, run_cases
 from .sampler import TEMPERATURE, Work, known, load_generate
 from .sampler import Case as SamplerCase
 from .shapes import SHAPES, draw_lengths, draw_tokens, make_student, table
@@ -297,19 +297,14 @@ def run_bench(
 
     With `append_to`, each case's rows are added to that CSV file as soon as they are measured.
     """
-    if append_to:
-        check_appendable(append_to, COLUMNS)
     gpu = device.type == "cuda"
-    repeats, steps = repeats or (5 if gpu else 3), 8 if gpu else 2
-    where, rows = describe_machine(device), []
-    for number, case in enumerate(cases, 1):
-        log.info("case %d of %d: %s", number, len(cases), case)
+    count, steps = repeats or (5 if gpu else 3), 8 if gpu else 2
+
+    def run(case: Case) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
-            measured = run_case(case, device, find_names(device, providers), repeats, steps, Path(folder))
-        rows += measured
-        if append_to:
-            append(append_to, COLUMNS, ({**where, "repeats": repeats, "steps": steps, **row} for row in measured))
-    return {"where": where, "repeats": repeats, "steps": steps, "rows": rows}
+            return run_case(case, device, find_names(device, providers), count, steps, Path(folder))
+
+    return run_cases(cases, run, device, COLUMNS, append_to, repeats=count, steps=steps)
 
 
 def run_case(
