@@ -68,8 +68,8 @@ def run_cases(
     append_to: Path | None,
     **shared: Any,
 ) -> dict[str, Any]:
-    """{"where", what is `shared` by all rows, "rows": those of `run` for each case}; with `append_to`, rows are added to that CSV
-    file as soon as they are measured."""
+    """{"where", what is `shared` by all rows, "rows": those of `run` for each case}; with `append_to`, rows are added to that
+    CSV file as soon as they are measured."""
     if append_to:
         check_appendable(append_to, columns)
     where, rows = describe_machine(device), []
