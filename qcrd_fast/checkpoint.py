@@ -138,10 +138,7 @@ def save_checkpoint(
         remove_tree(temporary)
         temporary.mkdir()
         save_model(student.model, temporary, engine.weights())
-        try:
-            student.tokenizer.save_pretrained(temporary)
-        except Exception as error:  # tokenizers raises no other where the disk is full
-            raise OSError(str(error)) from error
+        save_tokenizer(student.tokenizer, temporary)
         if trainer is not None:
             save_file({n: t.cpu() for n, t in trainer.tensors().items()}, temporary / DISCRIMINATOR)
 
@@ -178,6 +175,14 @@ def save_checkpoint(
         room = told_room(run, checkpoint_bytes(student, trainer))
         raise RunError(f"cannot write {final}: {error} ({room}); earlier checkpoints are intact") from error
     return final
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """`save_pretrained`; raises `OSError` where the disk is full, for which tokenizers raises a bare `Exception`."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        raise OSError(str(error)) from error
 
 
 def load_checkpoint(

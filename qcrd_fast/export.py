@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from qcrd_fast import __version__
-from qcrd_fast.checkpoint import MANIFEST, STATE, find_fault, step_of
+from qcrd_fast.checkpoint import MANIFEST, STATE, find_fault, save_tokenizer, step_of
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.evaluate import find_model, load_student
@@ -71,7 +71,7 @@ def export_run(run: str, output: str, *, checkpoint: str | None = None, dry_run:
         temporary.mkdir()
         student.model.generation_config = _generation_config(student)
         student.model.save_pretrained(temporary)
-        student.tokenizer.save_pretrained(temporary)
+        save_tokenizer(student.tokenizer, temporary)
         write_json(temporary / STATE, {"prompt": state["prompt"], "task": state.get("task"), "method": state.get("method")})
         write_text(temporary / "README.md", card)
         for weights in temporary.glob("*.safetensors"):  # written for their owner alone, and a server may be another user

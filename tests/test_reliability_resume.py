@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 from crash_run import Crashes
@@ -43,6 +45,32 @@ class TestTrial1:
         done = crashes.warm.run(crashes.args(whole.student, tmp_path / "b", deterministic=True))
         assert done.code == 0, done.err
         assert differences(tmp_path / "b", whole.run) == []
+
+    def test_collect_at_each_of_its_operations(self, crashes: Crashes, tmp_path) -> None:
+        """`collect` too: killed at each operation on a file, or without power or room, the same command ends the same."""
+        rows = [json.loads(line) for line in crashes.rows.read_text().splitlines()[:2]]
+        (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        asked = [{"id": row["id"], "question": row["question"]} for row in rows]
+        (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+
+        def args(out: Path) -> list[str]:
+            files = {"questions": tmp_path / "questions.jsonl", "output": out / "s.jsonl"}
+            options = [text for name, path in files.items() for text in (f"--{name}", str(path))]
+            return ["collect", *options, "--teacher", f"replay:{tmp_path / 'samples.jsonl'}", "--num-samples", "2"]
+
+        (whole := tmp_path / "whole").mkdir()
+        done = crashes.warm.run(args(whole), folder=whole)
+        assert done.code == 0 and len(done.points) > 12, done.err
+        every = range(len(done.points))
+        trials = {"kill": every, "power": every[::4], "full": every[1::4]}
+        for do, at in ((do, at) for do, chosen in trials.items() for at in chosen):
+            where = f"{do} {at} ({done.points[at]})"
+            (out := tmp_path / f"{do}-{at}").mkdir()
+            ended = crashes.warm.run(args(out), Fault(do, at), folder=out)
+            assert do == "full" or ended.code == KILLED, where
+            assert "Traceback" not in ended.err and crashes.warm.run(args(out)).code == 0, f"{where}: {ended.err}"
+            assert (out / "s.jsonl").read_bytes() == (whole / "s.jsonl").read_bytes(), where
+            assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}, where
 
     def test_killed_as_final_was_pointed(self, crashes: Crashes) -> None:
         """What is left is a link, which nothing else in a run folder may be."""
