@@ -11,10 +11,15 @@ import yaml
 from qcrd_fast.errors import InputError
 
 
+def is_plain(path: Path) -> bool:
+    """Whether `path` is a file: not a link, which may lead out of a run, nor a pipe, which nobody may ever write to."""
+    return path.is_file() and not path.is_symlink()
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none, or it cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8")) if is_plain(path) else None
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -23,7 +28,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_options(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file that a run wrote; empty where there is none, or it cannot be read."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.safe_load(path.read_text(encoding="utf-8")) if is_plain(path) else None
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
     return {str(k): v for k, v in value.items()} if isinstance(value, dict) else {}

@@ -16,7 +16,7 @@ from typing import Any
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.readers import read_object, read_options
+from qcrd_fast.readers import is_plain, read_object, read_options
 from qcrd_fast.runfolder import LOCK
 from qcrd_fast.runrows import ATTEMPTS, WHERE
 
@@ -107,6 +107,8 @@ def negatives(folder: Path) -> tuple[int, dict[str, str]]:
 
 def read_objects(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects in a file of lines; what is no object is passed over, as is a line without an end."""
+    if not is_plain(path):
+        return
     try:
         with open(path, "rb") as file:
             for _ in range(MAX_RECORDS):

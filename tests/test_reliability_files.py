@@ -304,6 +304,16 @@ class TestTrial23:
         assert os.readlink(run / "final").startswith("checkpoint-")
         assert before == {path.name: path.read_bytes() for path in elsewhere.iterdir()}
 
+    def test_links_and_pipes_in_a_run_that_is_looked_at(self, victim: Path, run: Path, tmp_path: Path) -> None:
+        """What a run that somebody sent links to does not get into a page about it, and nobody waits for a pipe."""
+        for name in ("eval_results.json", "config.resolved.yaml", "predictions.jsonl", "quality_scores.jsonl"):
+            (run / name).unlink(missing_ok=True)
+            (run / name).symlink_to(victim / "precious")
+        (run / "metrics.jsonl").unlink()
+        os.mkfifo(run / "metrics.jsonl")
+        assert entry(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+        assert entry(["export", str(run), "--checkpoint", "checkpoint-2", "--output", str(tmp_path / "model")]) == 0
+
     @pytest.mark.parametrize("name", ["../victim/precious", "{}/precious", "..", "", "sub/../../victim/precious"])
     def test_names_in_a_manifest(self, name: str, victim: Path, run: Path) -> None:
         folder = run / "checkpoint-2"
