@@ -17,7 +17,7 @@ from qcrd_fast.distributed import Engine
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.results import Best
 from qcrd_fast.rundata import Data
-from qcrd_fast.runfolder import FREE_OPTIONS, check_same_config
+from qcrd_fast.runfolder import DEALT, FREE_OPTIONS, check_same_config
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.snapshots import Snapshots
 from qcrd_fast.students import Student
@@ -44,7 +44,9 @@ def resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | No
         return None
     state = checkpoint.read_state(found)
     check_same_config(config, state.get("config"), found / checkpoint.STATE)
-    before = state.get("questions_per_step", schedule.questions_per_step)
+    began = state["config"]
+    alone = math.prod(began.get(name, getattr(config, name)) for name in DEALT)  # runs before there were several processes
+    before = state.get("questions_per_step", alone)
     if before != schedule.questions_per_step:
         raise InputError(
             f"{found}: the run began with {before} questions a step, now it is {schedule.questions_per_step} "
