@@ -142,19 +142,23 @@ def save_checkpoint(
         if trainer is not None:
             save_file({n: t.cpu() for n, t in trainer.tensors().items()}, temporary / DISCRIMINATOR)
 
-    def write_optimizer() -> None:
+    def write_optimizer() -> str | None:
         if not (engine.sharded or ranks.first):
-            return
+            return None
         tensors = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in moments.items()}
         if trainer is not None and ranks.first:
             own, state["discriminator_optimizer"] = trainer.optimizer_tensors()
             tensors |= {_OWN + name: tensor for name, tensor in own.items()}
         name = f"optimizer-{ranks.rank + 1:05d}-of-{ranks.size:05d}.safetensors" if engine.sharded else OPTIMIZER
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary / name)
+        sync(temporary / name)  # by the machine that wrote it
+        return name
 
-    def finish() -> None:
+    def finish(shares: set[str]) -> None:
         write_json(temporary / STATE, {"step": step, **state})
         files = sorted(p for p in temporary.iterdir() if p.is_file())
+        if unseen := shares - {p.name for p in files}:
+            raise OSError(f"{min(unseen)} was written by another process, but is not there; all must share the folder")
         for path in files:
             sync(path)
         write_json(temporary / MANIFEST, {"files": {p.name: sha256(p) for p in files}})
@@ -165,8 +169,8 @@ def save_checkpoint(
     try:
         with engine.whole():
             ranks.on_first(write_model)
-        ranks.together(write_optimizer)
-        ranks.on_first(finish)
+        shares = {name for name in ranks.together(write_optimizer) if name}
+        ranks.on_first(lambda: finish(shares))
     except BaseException as error:
         if ranks.first:
             remove_tree(temporary)

@@ -58,7 +58,7 @@ class Ranks:
         """Each rank's JSON value, by rank."""
         if self.size == 1:
             return [value]
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        data = _encoded(value)
         length = torch.tensor([len(data)])
         lengths = [torch.empty_like(length) for _ in range(self.size)]
         dist.all_gather(lengths, length)
@@ -67,26 +67,25 @@ class Ranks:
         padded[: len(data)] = data
         received = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(received, padded)
-        return [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(received, lengths, strict=True)]
+        return [_decoded(part[: int(n)]) for part, n in zip(received, lengths, strict=True)]
 
     def together(self, function: Callable[[], T]) -> list[T]:
         """What `function` returns, a JSON value, on each rank; where it raises on one, every rank raises that."""
         if self.size == 1:
             return [function()]
-        told: dict[str, Any] = {}
-        try:
-            told["value"] = function()
-        except (InputError, RunError, OSError, SafetensorError) as error:
-            told = {"error": type(error).__name__, "message": str(error)}
-        everyone = self.gather(told)
-        for each in everyone:
-            if "error" in each:
-                raise ERRORS.get(each["error"], RunError)(each["message"])
-        return [each["value"] for each in everyone]
+        return [_value(each) for each in self.gather(_told(function))]
 
     def on_first(self, function: Callable[[], T]) -> T:
         """What `function` returns on rank 0, a JSON value; where it raises there, every rank raises that."""
-        return self.together(function if self.first else lambda: None)[0]  # type: ignore[arg-type, return-value]
+        if self.size == 1:
+            return function()
+        data = _encoded(_told(function)) if self.first else torch.empty(0, dtype=torch.uint8)
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, 0)
+        if not self.first:
+            data = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(data, 0)
+        return _value(_decoded(data))  # type: ignore[no-any-return]
 
     def max(self, value: int) -> int:
         """The largest value of any rank."""
@@ -104,6 +103,29 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _told(function: Callable[[], Any]) -> dict[str, Any]:
+    """What `function` returns or raises, for the other ranks."""
+    try:
+        return {"value": function()}
+    except (InputError, RunError, OSError, SafetensorError) as error:
+        return {"error": type(error).__name__, "message": str(error)}
+
+
+def _value(told: dict[str, Any]) -> Any:
+    """What a rank told. Raises `InputError` and `RunError` as they were; what a disk said, as `OSError`."""
+    if "error" in told:
+        raise ERRORS.get(told["error"], OSError)(told["message"])
+    return told["value"]
+
+
+def _encoded(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decoded(data: Tensor) -> Any:
+    return json.loads(data.numpy().tobytes())
 
 
 def own_device(name: str) -> str:
@@ -131,8 +153,10 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     if size == 1:
         yield ALONE
         return
-    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise InputError(f"WORLD_SIZE is {size} but {missing[0]} is not set; start several processes with torchrun")
+    if not os.environ["MASTER_PORT"].isdecimal():
+        raise InputError(f"MASTER_PORT: expected a number, got {os.environ['MASTER_PORT']!r}")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -208,7 +232,7 @@ class Replicated(Engine):
         super().__init__(model, ranks)
         known = inspect.signature(DistributedDataParallel).parameters  # torch renamed the option
         option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        options: dict[str, Any] = {option: False}
+        options: dict[str, Any] = {option: False, "find_unused_parameters": has_unused(model)}
         self._ddp = DistributedDataParallel(_Pass(model), **options)
 
     def training(self, compute: Callable[[], T]) -> T:
@@ -290,6 +314,16 @@ def blocks_of(model: Any) -> list[nn.Module]:
         return found[::-1]
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=len, default=()))
+
+
+def has_unused(model: Any) -> bool:
+    """Whether parameters that are to be trained have no part in the model's output, found by a pass over two tokens."""
+    ids_BL = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    inputs = {"decoder_input_ids": ids_BL} if model.config.is_encoder_decoder else {}
+    model(input_ids=ids_BL, use_cache=False, **inputs).logits.sum().backward()
+    unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
+    model.zero_grad(set_to_none=True)
+    return unused
 
 
 def make_engine(model: Any, ranks: Ranks, sharded: bool) -> Engine:

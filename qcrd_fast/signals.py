@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from qcrd_fast.world import world_size
+
 log = logging.getLogger(__name__)
+PASSED_ON_S = 2.0  # within this time a second signal may be the first one, which torchrun passed on to those who had it already
 
 
 class StopSignals:
@@ -16,6 +20,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.signum = 0
+        self._at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -30,6 +35,8 @@ class StopSignals:
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         if self.signum:
+            if world_size() > 1 and time.monotonic() - self._at < PASSED_ON_S:
+                return
             raise SystemExit(128 + signum)
-        self.signum = signum
+        self.signum, self._at = signum, time.monotonic()
         log.warning("signal %d: finishing the step and saving; a second one ends the run at once", signum)

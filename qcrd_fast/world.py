@@ -14,7 +14,11 @@ def world_size() -> int:
 
 def rank() -> int:
     """This process's number among them, from 0. Raises `InputError` where RANK is no such number."""
-    return _read("RANK", 0, 0) if world_size() > 1 else 0
+    size = world_size()
+    number = _read("RANK", 0, 0) if size > 1 else 0
+    if number >= size:
+        raise InputError(f"RANK: expected a whole number below WORLD_SIZE {size}, got {number}")
+    return number
 
 
 def only_process(what: str) -> None:
