@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import inspect
 import json
 import logging
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -167,8 +169,9 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
         yield ranks
         ranks.max(0)  # nobody leaves before the last has arrived
-    except Stopped:
-        dist.destroy_process_group()
+    except Stopped as error:
+        traceback.clear_frames(error.__traceback__)
+        _leave()
         raise
     except (InputError, RunError):
         raise
@@ -180,6 +183,13 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
             f"rank {ranks.rank}: another of the {size} processes has ended or was silent for --ddp-timeout {timeout_s:g} s "
             f"({reason}); whole checkpoints are intact, continue with --resume auto"
         ) from error
+    _leave()
+
+
+def _leave() -> None:
+    """End this process's part in the group. DDP goes first: were it the last to hold the group, the group's end would wait for
+    a thread that waits for Python's lock, which whoever frees DDP has."""
+    gc.collect()
     dist.destroy_process_group()
 
 
