@@ -1,4 +1,4 @@
-# make demo: train the built-in student.  make test: the tests.  make lint: style and types.
+# make demo: train the built-in student.  make test: the tests.  make test-slow: the long trials.  make lint: style and types.
 # Each makes .venv first where it is missing or older than pyproject.toml; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,13 +6,19 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 DEV = $(VENV)/.ready-dev
 
-.PHONY: demo test lint venv
+.PHONY: demo test test-slow lint venv
 
 demo: $(READY)
 	$(BIN)/qcrd-fast demo --output-dir runs/demo --resume auto
 
+# Files in their order, two at a time: by the number of their tests, as xdist would have it, the longest file comes last.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: $(DEV)
+	$(PYTEST) -m slow
 
 lint: $(DEV)
 	$(BIN)/ruff check .

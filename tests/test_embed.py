@@ -152,6 +152,7 @@ def test_autocast_and_checkpointing(student):
     assert_same(expected, grads(model))
 
 
+@pytest.mark.slow
 def test_compiled(students):
     """The model between the data-dependent steps is compiled, for scoring and for training."""
     model, collate, delta = students["llama"]

@@ -82,6 +82,7 @@ def test_the_discriminator_takes_what_was_predicted(t5_folder, llama_folder, row
         assert predicted / measured == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_a_run_needs(t5_folder, rows_file, tmp_path, capsys) -> None:
     args = ["train", "--data", str(rows_file), "--student", str(t5_folder), "--output-dir", str(tmp_path / "run")]
     assert entry([*args, "--per-device-train-batch-size", "4", "--dry-run", "--json"]) == 0
@@ -102,6 +103,7 @@ def test_a_dry_run_says_what_a_run_needs(t5_folder, rows_file, tmp_path, capsys)
     assert "memory peak " in text and "MiB" in text and "memory discriminator          0.0 MiB" in text
 
 
+@pytest.mark.slow
 def test_what_several_processes_hold(t5_folder, rows_file) -> None:
     told = {}
     for name, size, fsdp in (("alone", 1, False), ("ddp", 2, False), ("fsdp", 2, True)):

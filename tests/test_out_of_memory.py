@@ -63,6 +63,7 @@ STAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_names_what_helps(stage, llama_folder, rows_file, tmp_path, monkeypatch, capsys) -> None:
     owner, name, helps, longest = STAGES[stage]
@@ -113,6 +114,7 @@ sys.exit(entry(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_limit_that_a_step_does_not_fit(llama_folder, tmp_path) -> None:
     """96 MiB for the activations of 64 long texts: a real allocation fails, within the kernels of torch."""
     rows = tmp_path / "rows.jsonl"

@@ -18,9 +18,9 @@ SEED = 1
 STEP, EDGE, EVAL = "qcrd_fast.objective:Objective.step", "qcrd_fast.train:Session._begin_iteration", "qcrd_fast.results:predict"
 SAMPLE = "qcrd_fast.negatives:LaggedNegatives._sample"
 KILLED = -9
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
 class TestTrial1:
     """kill -9 at 20 random moments, half of them within a save or an append: loss curve, weights, optimizer, negatives and
     predictions are those of the unbroken run. So they are when the power fails, and what was not synced is lost."""
