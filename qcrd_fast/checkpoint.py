@@ -70,7 +70,7 @@ def find_fault(checkpoint: Path, run: Path | None = None) -> str | None:
     """What is wrong with a checkpoint (and with the snapshots in `run` that it needs), naming the file; None if whole."""
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
-        files = dict(json.loads(text)["files"]) if text.endswith("}\n") else {}  # whole to its last byte
+        files = dict(json.loads(text, object_pairs_hook=_unique)["files"]) if text.endswith("}\n") else {}  # to its last byte
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{MANIFEST} is missing or unreadable"
     needed = {"config.json", STATE} if any(map(_is_optimizer, files)) else {"config.json", STATE, OPTIMIZER}
@@ -85,6 +85,13 @@ def find_fault(checkpoint: Path, run: Path | None = None) -> str | None:
         return str(error)
     snapshots = Snapshots(run / "snapshots")
     return _find_bad_file(snapshots.folder, {snapshots.path(int(i)).name: d for i, d in wanted.items()}, STATE)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without a name twice: a bit may turn a file's name into another's, of which the last would count."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
 
 
 _KINDS = {"step": int, "config": dict, "prompt": dict, "snapshots": dict, "data_sha256": str}
@@ -162,6 +169,7 @@ def save_checkpoint(
         for path in files:
             sync(path)
         write_json(temporary / MANIFEST, {"files": {p.name: sha256(p) for p in files}})
+        sync(temporary)  # the names in it too
         remove_tree(final)
         os.replace(temporary, final)
         sync(run)

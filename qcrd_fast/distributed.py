@@ -236,13 +236,17 @@ class Engine:
 
 
 class Replicated(Engine):
-    """Every rank has the whole model; gradients are averaged over ranks (DistributedDataParallel)."""
+    """Every rank has the whole model; gradients are averaged over ranks (DistributedDataParallel).
+
+    DDP lays out its buckets anew behind the first pass, unless it looks for unused parameters. Three ranks or more add in an
+    order that follows the layout, so there it looks: a run that is resumed has another first pass than the unbroken one.
+    """
 
     def __init__(self, model: Any, ranks: Ranks):
         super().__init__(model, ranks)
         known = inspect.signature(DistributedDataParallel).parameters  # torch renamed the option
         option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        options: dict[str, Any] = {option: False, "find_unused_parameters": has_unused(model)}
+        options: dict[str, Any] = {option: False, "find_unused_parameters": ranks.size > 2 or has_unused(model)}
         self._ddp = DistributedDataParallel(_Pass(model), **options)
 
     def training(self, compute: Callable[[], T]) -> T:

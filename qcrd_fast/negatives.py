@@ -164,6 +164,18 @@ class LaggedNegatives:
     def tokens_per_s(self) -> float | None:
         return self.tokens / self.busy_s if self.busy_s else None
 
+    def cut(self, iteration: int) -> None:
+        """Forget what was said in later iterations than this one; -1: everything. A run that goes on from here may be another:
+        of other rows, or not to the bit the one that said it."""
+
+        def remove() -> None:
+            for path in self.folder.glob("iteration-*.jsonl"):
+                number = path.stem.removeprefix("iteration-")
+                if number.isdecimal() and int(number) > iteration:
+                    path.unlink()
+
+        self.ranks.on_first(remove)
+
     def close(self) -> None:
         """Stop what is being drawn ahead; a resume draws it again."""
         self._stop.set()

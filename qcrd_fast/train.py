@@ -31,7 +31,7 @@ from qcrd_fast.memory import for_weights, relieved, relieved_by
 from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives
 from qcrd_fast.objective import Objective
-from qcrd_fast.results import Best, Evaluation
+from qcrd_fast.results import RESULTS, Best, Evaluation
 from qcrd_fast.rundata import Data
 from qcrd_fast.runfolder import LOG, RunFolder, logging_to, quiet_logs, told_room
 from qcrd_fast.schedule import Schedule
@@ -101,9 +101,11 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
         ranks.on_first(lambda: session.keeper.require_room(session.step))
         ranks.on_first(run.write_config)
         if not found:
-            session.log.cut(0)
+            session.begin()
         with StopSignals() as stop:
             session.loop(stop)
+            if signum := ranks.max(stop.signum):
+                raise Stopped(signum)
         return session.finish()
     except OSError as error:
         room = told_room(run.path, checkpoint.checkpoint_bytes(student, session.trainer))
@@ -351,6 +353,18 @@ class Session:
             self.log.sync()  # a loss that is not finite stops here, before anything is overwritten
             self.keeper.save(self.step, self.best, {"loss_d": self.loss_d, "failed_impl": self.audits.failed})
 
+    def begin(self) -> None:
+        """From the first step on; what a run left here that was killed before it had a checkpoint is forgotten."""
+        self._cut(0)
+
+    def _cut(self, step: int) -> None:
+        """Cut the log and the negatives back to a step; results of a run that has steps to go are no longer its own."""
+        self.log.cut(step)
+        if self.lagged:
+            self.lagged.cut(self.schedule.iteration(step) if step else -1)
+        if step < self.schedule.total_steps:
+            self.ranks.on_first(lambda: (self.run / RESULTS).unlink(missing_ok=True))
+
     def restore(self, found: Path) -> None:
         """Continue from a checkpoint; the student's weights are loaded already."""
         state = self.keeper.restore(found)
@@ -359,7 +373,7 @@ class Session:
             self._fall_back()
         if not self.log.path.exists():
             log.warning("%s is gone; it begins anew", self.log.path)
-        self.log.cut(self.step)
+        self._cut(self.step)
         log.info("resuming from %s", found)
 
     def finish(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_llama, make_t5
 from safetensors.torch import load_file
 
@@ -175,6 +176,23 @@ def test_a_rank_that_is_lost_ends_the_others(run_all):
         codes, _, run = runs[name]
         assert codes == [code, code]
         assert checkpoint.latest_checkpoint(run) == run / "checkpoint-4"
+
+
+def test_three_ranks_killed_and_resumed(run_all, students):
+    """The unbroken run of three to the last bit. Three add in an order that DDP's buckets decide; two cannot tell."""
+    three = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 1}
+    out = {"output_dir": str(students["t5"].parent / "three")}
+    killed = {"rank": 1, "step": 3, "signal": "SIGKILL"}
+    runs = run_all(
+        {
+            "whole": ("t5", 3, three),
+            "killed": ("t5", 3, three | out, killed),
+            "resumed": ("t5", 3, three | out | {"resume": "auto"}),
+        }
+    )
+    assert runs["killed"][0] == [1, -signal.SIGKILL, 1]
+    before, after = (load_file(runs[name][2] / "checkpoint-6" / "model.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_torchrun_starts_it(students, rows_file, tmp_path):

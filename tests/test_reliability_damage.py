@@ -14,6 +14,7 @@ from faults import damage
 from warm import differences
 
 from qcrd_fast import checkpoint
+from qcrd_fast.runfolder import write_json
 
 CUTS = ("missing", "0", "8", "half", "last")
 
@@ -89,10 +90,17 @@ class TestTrial5:
         for path in needed(run, 6):
             refused(run, path, "flip", seed, caplog)
 
-    def test_any_bit_of_the_manifest(self, crashes: Crashes, monkeypatch, tmp_path) -> None:
+    @pytest.mark.parametrize("shares", [0, 3], ids=["one optimizer", "three shares"])
+    def test_any_bit_of_the_manifest(self, shares: int, crashes: Crashes, monkeypatch, tmp_path) -> None:
         """Whatever bit is flipped, it no longer lists these files with these digests; read alone, without the files."""
         folder = tmp_path / "checkpoint-6"
         shutil.copytree(crashes.wholes[0].run / "checkpoint-6", folder)
+        if shares:  # whose names are a bit apart
+            whole = (folder / "optimizer.safetensors").rename(folder / "optimizer-00001-of-00003.safetensors")
+            for i in range(2, shares + 1):
+                shutil.copy(whole, folder / f"optimizer-0000{i}-of-00003.safetensors")
+            listed = {p.name: f"{i:064x}" for i, p in enumerate(sorted(folder.iterdir())) if p.name != "MANIFEST.json"}
+            write_json(folder / "MANIFEST.json", {"files": listed})
         text = (folder / "MANIFEST.json").read_bytes()
         digests = json.loads(text)["files"]
         monkeypatch.setattr(checkpoint, "sha256", lambda path: digests[path.name])

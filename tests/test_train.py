@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,38 @@ def test_negatives_come_from_the_lagged_snapshot(whole):
             assert end["end"] == sum(r.get("chunk") == end["chunk"] and "id" in r for r in records)
     assert sorted(said) == ["iteration-00000", "iteration-00001", "iteration-00002"]
     assert {p.name for p in (run / "snapshots").iterdir()} >= {"iteration-00001.safetensors", "iteration-00002.safetensors"}
+
+
+def test_nothing_is_taken_from_a_run_that_had_no_checkpoint(whole, rows_file, tmp_path):
+    """Killed before its first one, begun again with other rows of the same ids: what was said to the old ones is not theirs."""
+    student, unbroken = whole
+    out, rows = tmp_path / "run", tmp_path / "rows.jsonl"
+    rows.write_text(rows_file.read_text())
+    train(settings(rows, student, out))
+    for checkpoint_N in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint_N)
+    rows.write_text(rows_file.read_text().replace("How many", "Say how many"))
+    train(settings(rows, student, out, resume="auto"))
+    train(settings(rows, student, tmp_path / "fresh"))
+    assert metrics(out) == metrics(tmp_path / "fresh") != metrics(unbroken)
+    for path in (out / "negatives").iterdir():
+        assert path.read_bytes() == (tmp_path / "fresh" / "negatives" / path.name).read_bytes()
+
+
+def test_a_run_that_goes_on_says_what_comes_of_that(whole, rows_file, tmp_path, caplog):
+    """A finished run that lost its last checkpoint is trained and evaluated again, and draws what came after it again."""
+    student, unbroken = whole
+    out = tmp_path / "run"
+    shutil.copytree(unbroken, out, symlinks=True)
+    shutil.rmtree(out / "checkpoint-6")
+    (out / "eval_results.json").write_text('{"accuracy": 0.123}')
+    later = out / "negatives" / "iteration-00002.jsonl"
+    assert (out / "checkpoint-3").is_dir() and later.is_file()
+    later.write_text(later.read_text().replace('"chunk"', '"chunk" '))  # the same, if it is taken as it is
+    results = train(settings(rows_file, student, out, resume="auto"))
+    assert results["accuracy"] != 0.123 and json.loads((out / "eval_results.json").read_text()) == results
+    assert later.read_bytes() == (unbroken / "negatives" / later.name).read_bytes()
+    assert same(weights(out), weights(unbroken))
 
 
 def test_drawing_beside_training_is_the_same_run(whole, rows_file, tmp_path, monkeypatch):
