@@ -11,10 +11,12 @@ from typing import Any
 
 import click
 
-from qcrd_fast.errors import InputError
+from qcrd_fast.errors import RunError
+from qcrd_fast.runfolder import write_text
 
 from . import console
 from .options import Group, Verb, config_option, device_option, dry_run_option, natural, positive
+from .outputs import check_file
 
 
 def _names(_: click.Context, param: click.Parameter, text: str) -> tuple[Any, ...]:
@@ -108,8 +110,8 @@ def _run(
     """One of the modules of the package beside us, installed or not."""
     from qcrd_fast.evaluate import resolve_device
 
-    if json_file and not Path(json_file).resolve().parent.is_dir():
-        raise InputError(f"--json: {json_file} is not in a folder that exists")
+    if json_file:
+        check_file(json_file, "--json")
     with console.quiet_stdout():
         module = importlib.import_module((__package__ or "cli").removesuffix("cli") + f"bench.{name}")
         where = resolve_device(device)
@@ -122,4 +124,7 @@ def _run(
             text = module.as_text(results)
     click.echo(text)
     if results and json_file:
-        Path(json_file).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        try:
+            write_text(Path(json_file), json.dumps(results, indent=2) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {json_file}: {error.strerror or error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -55,6 +56,12 @@ def run(call: Callable[[], Any]) -> int:
     except _Terminated:
         _say("qcrd-fast: terminated")
         return 128 + signal.SIGTERM
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            _say(traceback.format_exc().rstrip())
+            return 1
+        _say(f"qcrd-fast: {os.fsdecode(error.filename or '')[:80]!r}: {error.strerror}")
+        return InputError.exit_code
     except Exception as error:
         if is_exhausted(error):
             _say("qcrd-fast: out of memory; less at a time helps: fewer rows, shorter texts, smaller batches")

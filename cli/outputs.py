@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def score(
     config = TrainConfig.from_dict({"discriminator_pretrain_steps": 500} | given | {"seed": seed, "device": device})
     temperatures = _temperatures(sample_student)
     if output:
-        _check_file(output, [data])
+        check_file(output, "--output", [data])
     for folder, option in ((train, "--train"), (run if temperatures else None, "--sample-student")):
         if folder:
             require_writable(Path(folder), option)
@@ -193,11 +194,11 @@ def _temperatures(text: str | None) -> list[float]:
     return list(dict.fromkeys(values))
 
 
-def _check_file(output: str, inputs: list[str]) -> None:
-    """Raises `InputError` unless `output` can be a new file in a folder that exists."""
+def check_file(output: str, option: str, inputs: Sequence[str] = ()) -> None:
+    """Raises `InputError` naming `option` unless `output` can be a new file in a folder that exists."""
     if not Path(output).parent.is_dir() or Path(output).is_dir():
-        raise InputError(f"--output: {output} is not a file in a folder that exists")
+        raise InputError(f"{option}: {output} is not a file in a folder that exists")
     require_file(Path(output))
-    require_writable(Path(output).parent, "--output")
+    require_writable(Path(output).parent, option)
     if Path(output).resolve() in {Path(name).resolve() for name in inputs}:
-        raise InputError(f"--output: {output} is also an input; choose another name")
+        raise InputError(f"{option}: {output} is also an input; choose another name")

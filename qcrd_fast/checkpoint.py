@@ -87,6 +87,12 @@ def find_fault(checkpoint: Path, run: Path | None = None) -> str | None:
     return _find_bad_file(snapshots.folder, {snapshots.path(int(i)).name: d for i, d in wanted.items()}, STATE)
 
 
+def require_whole(folder: Path) -> None:
+    """Raises `InputError` for a checkpoint that is not as its manifest says; nothing for a folder that has none."""
+    if (folder / MANIFEST).is_file() and (fault := find_fault(folder)):
+        raise InputError(f"{folder}: the checkpoint is damaged: {fault}")
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object without a name twice: a bit may turn a file's name into another's, of which the last would count."""
     if len(dict(pairs)) < len(pairs):

@@ -188,7 +188,7 @@ def validate_file(path: str | Path, format: str = "auto") -> Iterator[BadRow]:
     """
     path = Path(path)
     splits: list[str | None] = [None]
-    if path.is_dir():
+    if os.path.isdir(path):
         splits = [s for s in published.SPLITS if (path / f"{path.resolve().name}_{s}.json").is_file()] or [None]
     for split in splits:
         try:
@@ -256,7 +256,7 @@ def _text_id(question: Question) -> str:
 
 def _scan(path: Path, format: str, split: str | None) -> Iterator[Record | BadRow]:
     """The rows of one input, good and bad, as they are read."""
-    folder = path.is_dir()
+    folder = os.path.isdir(path)
     if folder and format not in ("auto", "dss"):
         raise InputError(f"{shown(path)}: a folder is read with --format dss or auto, not {format}")
     files = published.find_dss(path, split) if format in ("auto", "dss") else None

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from qcrd_fast import answers
-from qcrd_fast.checkpoint import STATE, latest_checkpoint
+from qcrd_fast.checkpoint import MANIFEST, STATE, latest_checkpoint, require_whole
+from qcrd_fast.config import TASKS
 from qcrd_fast.data import Question, load_questions, question_text
+from qcrd_fast.dispatch import choose_impl
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.examples import label_of
 from qcrd_fast.memory import for_answers, relieved_by
@@ -33,9 +35,19 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"--device: {name!r} is not a device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"--device: {name} is not available on this machine")
     return device
+
+
+def require_impl(impl: str, device: torch.device) -> None:
+    """Raises `InputError` where `--impl`, or QCRD_FAST_IMPL, is none or cannot run on the device."""
+    try:
+        choose_impl(impl, device, torch.float32)
+    except ValueError as error:
+        raise InputError(f"--impl: {error}") from error
 
 
 def make_autocast(device: torch.device, bf16: bool | None) -> Autocast:
@@ -133,18 +145,25 @@ def find_model(run_or_model: str) -> str:
 
 def load_student(run_or_model: str, device: str = "auto") -> tuple[Student, dict[str, Any]]:
     """A student with the prompts that it was trained with, and the state saved beside it ({} for a plain model)."""
-    name = find_model(run_or_model)
+    name, where = find_model(run_or_model), resolve_device(device)
+    require_impl("auto", where)
+    if os.path.isdir(name):
+        require_whole(Path(name))
     state: dict[str, Any] = {}
     path = Path(name) / STATE
     if os.path.isfile(path):
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             prompts = PromptSettings(**state["prompt"])
-        except (ValueError, KeyError, TypeError) as error:
+            if state.get("task") not in (None, "mixed", *TASKS):
+                raise ValueError(f"task {state['task']!r} is none of {', '.join(TASKS)}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: unreadable: {error}") from error
+        if "data_sha256" in state and not (Path(name) / MANIFEST).is_file():  # a checkpoint's, not an exported model's
+            raise InputError(f"{name}: the checkpoint is damaged: {MANIFEST} is missing")
     else:
         prompts = PromptSettings()
-    student = Student.load(name, prompts, resolve_device(device))
+    student = Student.load(name, prompts, where)
     student.model.eval()
     return student, state
 

@@ -7,21 +7,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
 from qcrd_fast import __version__
-from qcrd_fast.checkpoint import MANIFEST, STATE, find_fault, save_tokenizer, step_of
+from qcrd_fast.checkpoint import MANIFEST, STATE, require_whole, save_tokenizer, step_of
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.evaluate import find_model, load_student
 from qcrd_fast.quality import wilson
 from qcrd_fast.readers import read_object, read_options
 from qcrd_fast.runfolder import remove_tree, require_writable, write_json, write_text
+from qcrd_fast.runview import number
 from qcrd_fast.students import PromptSettings, Student
 
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CITATION = """@inproceedings{wang2025qcrd,
   title  = {QCRD: Quality-guided Contrastive Rationale Distillation for Large Language Models},
   author = {Wang and others},
@@ -49,8 +51,6 @@ def export_run(run: str, output: str, *, checkpoint: str | None = None, dry_run:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"--output: {output} is not an empty folder; choose another")
     require_writable(target.parent, "--output")
-    if fault := find_fault(folder):
-        raise InputError(f"{folder}: the checkpoint is damaged: {fault}")
     student, state, merged = _load(folder)
     config = read_options(Path(run) / "config.resolved.yaml") or state.get("config", {})
     results = read_object(Path(run) / "eval_results.json") if _is_final(Path(run), folder) else {}
@@ -109,6 +109,7 @@ def _load(folder: Path) -> tuple[Student, dict[str, Any], bool]:
     """(student, its state, whether an adapter was merged) of a checkpoint."""
     if not (folder / ADAPTER).is_file():
         return *load_student(str(folder), "cpu"), False
+    require_whole(folder)
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -121,11 +122,30 @@ def _load(folder: Path) -> tuple[Student, dict[str, Any], bool]:
         prompts = PromptSettings(**state["prompt"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / STATE}: no readable prompt: {error}") from error
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise InputError(f"{folder}: adapter_model.safetensors is needed; a pickle is never loaded")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise InputError(f"{folder}: {ADAPTER_WEIGHTS} is needed; a pickle is never loaded")
     student = Student.load(base, prompts)
-    student.model = PeftModel.from_pretrained(student.model, str(folder)).merge_and_unload()
+    try:
+        model = PeftModel.from_pretrained(student.model, str(folder))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever an adapter of anybody's can make a library raise
+        raise InputError(f"{folder}: the adapter does not fit {base!r}: {' '.join(str(error).split())[:300]}") from error
+    _check_adapter(model, folder)
+    student.model = model.merge_and_unload()
     return student, state, True
+
+
+def _check_adapter(model: Any, folder: Path) -> None:
+    """Raises `InputError` unless the adapter's file holds the matrices that its configuration asks for, and no others."""
+    from peft import get_peft_model_state_dict
+
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+        held = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118 (no mapping)
+    if differing := sorted(wanted.keys() ^ held):
+        what = "lacks" if differing[0] in wanted else "has, and its configuration does not ask for,"
+        raise InputError(f"{folder}: the adapter {what} {differing[0]} ({len(differing)} such tensors)")
 
 
 def _generation_config(student: Student) -> GenerationConfig:
@@ -246,8 +266,8 @@ def _data_text(config: dict[str, Any], state: dict[str, Any], results: dict[str,
 
 
 def _figures(results: dict[str, Any], config: dict[str, Any]) -> str:
-    accuracy, n = results.get("accuracy"), results.get("n")
-    if not isinstance(accuracy, int | float) or not isinstance(n, int) or n == 0:
+    accuracy, n = _share(results.get("accuracy")), results.get("n")
+    if accuracy is None or type(n) is not int or not 0 < n < 2**53:
         return "Not evaluated: this is not the checkpoint that the run evaluated at its end, or it had nothing to evaluate on."
     low, high = wilson(accuracy, n)
     if results.get("evaluated_on") == "test":
@@ -259,7 +279,7 @@ def _figures(results: dict[str, Any], config: dict[str, Any]) -> str:
         ("accuracy_untrained", "the same, before training"),
         ("accuracy_validation", "validation, best checkpoint"),
     ):
-        if isinstance(value := results.get(name), int | float):
+        if (value := _share(results.get(name))) is not None:
             same = name == "accuracy_untrained"
             low, high = wilson(value, n)
             span = f"{n} | {low:.4f} to {high:.4f}" if same else "| "
@@ -267,10 +287,16 @@ def _figures(results: dict[str, Any], config: dict[str, Any]) -> str:
     return "| figure | value | n | 95% interval (Wilson) |\n|---|---|---|---|\n" + "\n".join(rows)
 
 
+def _share(value: Any) -> float | None:
+    """A number from 0 to 1, or None."""
+    found = number(value)
+    return found if found is not None and 0 <= found <= 1 else None
+
+
 def _name(path: Any) -> str:
     """A hub id as it is; of a local path its last part alone."""
     text = str(path)
-    return Path(text).name if os.path.isabs(text) or Path(text).exists() or text.count("/") != 1 else text
+    return Path(text).name if os.path.isabs(text) or os.path.exists(text) or text.count("/") != 1 else text
 
 
 def _cell(value: Any) -> str:

@@ -41,7 +41,8 @@ from qcrd_fast.schedule import Schedule
 from qcrd_fast.students import PREDICT, Student
 
 log = logging.getLogger(__name__)
-LOOKED_AT = 2 * 10**8  # questions times steps whose micro-batches are compared
+LOOKED_AT = 2 * 10**8  # questions times steps whose micro-batches are compared, and
+LOOKED_AT_STEPS = 10**5  # of as many steps at the most
 
 
 class Ledger(TorchDispatchMode):
@@ -171,7 +172,7 @@ def find_worst(student: Student, examples: Sequence[Example], schedule: Schedule
     config = schedule.config
     objective = Objective(student, config, None, contextlib.nullcontext, 0)  # type: ignore[arg-type]
     cost = [_tokens([e], _weigh(objective, [e])) for e in examples]
-    steps = range(min(schedule.total_steps, max(1, LOOKED_AT // len(examples))))
+    steps = range(min(schedule.total_steps, LOOKED_AT_STEPS, max(1, LOOKED_AT // len(examples))))
     micro = (rows for step in steps for rank in range(schedule.world_size) for rows in schedule.micro_batches(step, rank))
     batch = [examples[i] for i in max(micro, key=lambda rows: sum(cost[i] for i in rows))]
     weighted = _weigh(objective, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ class PromptSettings:
         lengths = self.max_source_length, self.max_target_length
         if not isinstance(self.template, str) or any(type(length) is not int or length < 1 for length in lengths):
             raise InputError(f"a prompt has a text as template and two lengths above 0; got {self}")
+        if self.template not in ("raw", "chat") and "{prompt}" not in self.template:
+            raise InputError(f"a prompt's template is raw, chat or a text with {{prompt}} in it; got {self.template[:80]!r}")
 
     @classmethod
     def from_option(cls, value: str, max_source_length: int, max_target_length: int) -> PromptSettings:
         """Read `--prompt-template raw|chat|FILE`. Raises `InputError` for a missing file or one without {prompt}."""
         if value not in ("raw", "chat"):
             path = Path(value)
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise InputError(f"--prompt-template: {value!r} is neither raw, chat, nor a file")
             value = path.read_text(encoding="utf-8")
             if "{prompt}" not in value:

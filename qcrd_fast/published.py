@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,7 +86,7 @@ def find_dss(path: Path, split: str | None) -> DssFiles | None:
     Raises:
         InputError: the folder lacks the split.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         rows = path / f"{path.resolve().name}_{split or 'train'}.json"
         if not rows.is_file():
             found = sorted(file.name for file in path.glob("*.json"))

@@ -49,6 +49,8 @@ class RunFolder:
     def __init__(self, config: TrainConfig):
         if not config.output_dir:
             raise InputError("--output-dir is needed")
+        if "\0" in config.output_dir:
+            raise InputError(f"--output-dir: {config.output_dir!r} is no name of a folder")
         self.path = Path(config.output_dir)
         self.config = config
         self._lock: int | None = None

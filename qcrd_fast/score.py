@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qcrd_fast.checkpoint import DISCRIMINATOR, find_fault
+from qcrd_fast.checkpoint import DISCRIMINATOR
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import BadRow, Question, Rationale, hold_out, load_questions, question_text
 from qcrd_fast.discriminator import Discriminator, DiscriminatorTrainer, build_discriminator, judge_questions
@@ -51,8 +51,6 @@ def load_discriminator(run: str, device: str = "auto") -> tuple[Discriminator, S
             raise InputError(f"{folder / ALONE}: unreadable: {error}") from error
     else:
         folder = Path(find_model(run))
-        if (folder / "state.json").is_file() and (fault := find_fault(folder)):
-            raise InputError(f"{folder}: the checkpoint is damaged: {fault}")
         student, settings = load_student(str(folder), device)
         config = settings.get("config", {})
         if not (folder / DISCRIMINATOR).is_file():

@@ -19,10 +19,9 @@ from qcrd_fast.audit import Audit, Audits
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.deterministic import deterministic
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, judge_questions
-from qcrd_fast.dispatch import choose_impl
 from qcrd_fast.distributed import ALONE, Engine, Ranks, full, joined, make_engine, own_device
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.evaluate import make_autocast, resolve_device
+from qcrd_fast.evaluate import make_autocast, require_impl, resolve_device
 from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.footprint import checkpoint_activations, survey
 from qcrd_fast.keeping import Keeper, resume_point
@@ -71,10 +70,7 @@ def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = 
 
 
 def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ranks: Ranks) -> dict[str, Any]:
-    try:
-        choose_impl(config.impl, device, torch.float32)
-    except ValueError as error:
-        raise InputError(f"--impl: {error}") from error
+    require_impl(config.impl, device)
     choose_overlap(config, device)
     if config.fsdp and config.method == "mi":
         raise InputError("--fsdp: --method mi is not supported with it; leave --fsdp out")
@@ -88,6 +84,8 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
     prompts = PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length)
     if config.use_peft:
         require_peft()
+    if not found and os.path.isdir(str(config.student)):
+        checkpoint.require_whole(Path(str(config.student)))
     student = Student.load(str(config.student) if config.use_peft else found or str(config.student), prompts, device)
     examples = make_examples(data.train, student, config)
     if run is None:

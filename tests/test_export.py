@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from cli.main import entry
@@ -137,21 +138,31 @@ def test_whoever_may_read_the_card_may_read_the_weights(run: Path, tmp_path: Pat
     assert len({path.stat().st_mode for path in (tmp_path / "model").iterdir()}) == 1
 
 
-def test_an_adapter_is_merged(llama_folder: Path, tmp_path: Path) -> None:
+def adapted(llama_folder: Path, run: Path, changes: dict | None = None, tensors: tuple[str, ...] = ()):
+    """A run whose checkpoint is a LoRA adapter, and the model it was made of; its file may hold other `tensors`."""
     peft = pytest.importorskip("peft", reason="needs peft, which makes and merges LoRA adapters")
-    checkpoint = tmp_path / "run" / "checkpoint-1"
+    checkpoint = run / "checkpoint-1"
     base = AutoModelForCausalLM.from_pretrained(llama_folder)
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_()
     model.save_pretrained(checkpoint)
+    config, weights = checkpoint / "adapter_config.json", checkpoint / "adapter_model.safetensors"
+    write_json(config, json.loads(config.read_text()) | (changes or {}))
+    if tensors:
+        save_file({name: torch.ones(2, 2) for name in tensors}, weights)
     write_json(checkpoint / "state.json", {"step": 1, "method": "qcrd", "prompt": {"template": "raw"}})
     shutil.copy(llama_folder / "config.json", checkpoint)
     (checkpoint / "optimizer.safetensors").write_bytes(b"")
     write_json(checkpoint / "MANIFEST.json", {"files": {p.name: sha256(p) for p in checkpoint.iterdir()}})
-    (tmp_path / "run" / "config.resolved.yaml").write_text("method: qcrd\n")
+    (run / "config.resolved.yaml").write_text("method: qcrd\n")
+    return model
+
+
+def test_an_adapter_is_merged(llama_folder: Path, tmp_path: Path) -> None:
+    model = adapted(llama_folder, tmp_path / "run")
     assert export_run(str(tmp_path / "run"), str(tmp_path / "model"))["adapter_merged"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = torch.tensor([[5, 6, 7]])
@@ -159,7 +170,35 @@ def test_an_adapter_is_merged(llama_folder: Path, tmp_path: Path) -> None:
     assert not torch.allclose(merged(ids).logits, AutoModelForCausalLM.from_pretrained(llama_folder)(ids).logits, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("changes", "tensors", "said"),
+    [
+        ({}, ("nothing",), "the adapter lacks"),
+        ({}, ("base_model.model.lora_A.weight",), "tensors"),
+        ({"target_modules": ["zzz"]}, (), "does not fit"),
+        ({"peft_type": "XYZ"}, (), "does not fit"),
+        ({"r": 3}, (), "does not fit"),
+        ({"r": -4}, (), "does not fit"),
+        ({"lora_alpha": "x"}, (), "does not fit"),
+        ({"target_modules": ["q_proj"]}, (), "does not ask for"),
+    ],
+)
+def test_an_adapter_that_does_not_fit(changes, tensors, said, llama_folder: Path, tmp_path: Path) -> None:
+    adapted(llama_folder, tmp_path / "run", changes, tensors)
+    with pytest.raises(InputError, match=said):
+        export_run(str(tmp_path / "run"), str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
 def test_wilson_against_the_textbook() -> None:
     low, high = wilson(0.5, 100)
     assert math.isclose(low, 0.40383, abs_tol=1e-5) and math.isclose(high, 0.59617, abs_tol=1e-5)
     assert math.isclose(wilson(0.0, 150)[0], 0, abs_tol=1e-12) and math.isclose(wilson(0.0, 150)[1], 0.02497, abs_tol=1e-5)
+
+
+@pytest.mark.parametrize("figures", [{"accuracy": 7, "n": 3}, {"accuracy": 0.5, "n": 10**400}, {"accuracy": 0.5, "n": -3}])
+def test_figures_that_are_none(figures, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / "eval_results.json").write_text(json.dumps(figures))
+    export_run(str(tmp_path / "run"), str(tmp_path / "model"))
+    assert "Not evaluated" in (tmp_path / "model" / "README.md").read_text()

@@ -537,3 +537,74 @@ class TestTrial24:
             from qcrd_fast.train import train
 
             train(settings(changed, llama_folder, run, resume="auto"))
+
+
+class TestWhatAVerbIsGiven:
+    """A damaged run, names and settings that cannot be: exit code 2 in one line, in each verb."""
+
+    @pytest.mark.parametrize("verb", ["eval", "generate", "score", "export", "train"])
+    def test_a_damaged_checkpoint(
+        self, verb: str, run: Path, rows_file: Path, t5_folder: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        weights = run / "final" / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(bytes(data))
+        more = {
+            "eval": [str(run), "--data", str(rows_file)],
+            "generate": [str(run), "How many?"],
+            "score": [str(run), "--data", str(rows_file)],
+            "export": [str(run), "--output", str(tmp_path / "model")],
+            "train": ["--student", str(run / "final"), "--data", str(rows_file), "--output-dir", str(tmp_path / "other")],
+        }
+        said = refused([verb, *more[verb]], capsys)
+        assert "the checkpoint is damaged: model.safetensors" in said
+
+    @pytest.mark.parametrize("changes", [{"task": "nonsense"}, {"task": 5}, {"prompt": {"template": "no place for it"}}])
+    def test_a_state_that_says_nonsense(self, changes: dict[str, Any], run: Path, rows_file: Path, capsys: Any) -> None:
+        edit(run / "final" / "state.json", **changes)
+        reseal((run / "final").resolve())
+        assert "state.json" in refused(["eval", str(run), "--data", str(rows_file)], capsys)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["prepare", "ROWS", "--output", "LONG"],
+            ["prepare", "LONG", "--output", "OUT"],
+            ["validate", "LONG"],
+            ["eval", "T5", "--data", "LONG"],
+            ["eval", "T5", "--data", "ROWS", "--output", "LONG"],
+            ["score", "LONG", "--data", "ROWS"],
+            ["export", "LONG", "--output", "OUT"],
+            ["collect", "--questions", "LONG", "--output", "OUT", "--teacher", "replay:ROWS"],
+            ["train", "--data", "LONG", "--student", "T5", "--output-dir", "OUT"],
+            ["train", "--data", "ROWS", "--student", "T5", "--output-dir", "OUT", "--prompt-template", "LONG"],
+            ["bench", "loss", "--json", "LONG"],
+            ["eval", "T5", "--data", "ROWS", "--device", "meta"],
+            ["train", "--data", "ROWS", "--student", "T5", "--output-dir", "OUT", "--device", "xpu"],
+        ],
+        ids=" ".join,
+    )
+    def test_names_that_cannot_be(
+        self, arguments: list[str], rows_file: Path, t5_folder: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        names = {"ROWS": str(rows_file), "T5": str(t5_folder), "OUT": str(tmp_path / "out"), "LONG": 300 * "a"}
+        said = refused([names.get(a, a.replace("ROWS", str(rows_file))) for a in arguments], capsys)
+        assert said.count("qcrd-fast") == 1 and str(tmp_path / "out") not in said, said
+        assert not (tmp_path / "out").is_file()
+
+    @pytest.mark.parametrize("verb", [["generate", "T5", "How many?"], ["eval", "T5", "--data", "ROWS"]], ids=lambda v: v[0])
+    @pytest.mark.parametrize("impl", ["bogus", "triton"])
+    def test_the_kill_switch(
+        self, impl: str, verb: list[str], t5_folder: Path, rows_file: Path, monkeypatch: Any, capsys: Any
+    ) -> None:
+        monkeypatch.setenv("QCRD_FAST_IMPL", impl)
+        names = {"ROWS": str(rows_file), "T5": str(t5_folder)}
+        assert f"QCRD_FAST_IMPL={impl}" in refused([names.get(a, a) for a in [*verb, "--device", "cpu"]], capsys)
+
+    @pytest.mark.parametrize("text", ["? [1, 2]\n: 3\n", "? {a: b}\n: 3\n", 'output_dir: "a\\0b"\ndata: ROWS\nstudent: T5\n'])
+    def test_yaml_that_is_no_mapping_of_options(
+        self, text: str, rows_file: Path, t5_folder: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        (tmp_path / "c.yaml").write_text(text.replace("ROWS", str(rows_file)).replace("T5", str(t5_folder)))
+        refused(["train", "--config", str(tmp_path / "c.yaml")], capsys)
