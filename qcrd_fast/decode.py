@@ -8,6 +8,7 @@ stay. Suffixes: B rows, L tokens of a prompt, S slots, H hidden, h heads, d widt
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -98,6 +99,8 @@ class Decoder:
         self.student, self.prompt, self.new, self.style = student, prompt, new, style
         self.body, config = body(student.model), student.model.config
         text = config.get_text_config(decoder=True)
+        takes = inspect.signature(self.body.forward).parameters  # transformers renames the argument, model by model
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"
         self.window: int | None = getattr(text, "sliding_window", None)
         self.shared = student.is_encoder_decoder  # a prompt is read by an encoder, not by the body
         # For one token a row, products and a softmax take half the time of torch's fused attention on a CPU
@@ -148,7 +151,7 @@ class Decoder:
         ids_BL = torch.tensor([s + [pad] * (width - len(s)) for s in map(list, sources)], device=device)
         own, cross = DynamicCache(), DynamicCache()
         if not self.shared:
-            self.body(input_ids=ids_BL, past_key_values=own, use_cache=True)
+            self.body(input_ids=ids_BL, use_cache=True, **{self.cache_name: own})
             return _states(own), _states(cross)
         mask_BL = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sources], device=device)
         states_BLH = self.student.model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
@@ -156,8 +159,8 @@ class Decoder:
             input_ids=torch.full_like(ids_BL[:, :1], self.student.model.config.decoder_start_token_id),
             encoder_hidden_states=states_BLH,
             encoder_attention_mask=mask_BL,
-            past_key_values=EncoderDecoderCache(own, cross),
             use_cache=True,
+            **{self.cache_name: EncoderDecoderCache(own, cross)},
         )
         return _states(own), _states(cross)
 
@@ -186,7 +189,7 @@ class Decoder:
                 ]
                 inputs |= {
                     "attention_mask": self._mask(seen_BS),
-                    "past_key_values": self.memory,
+                    self.cache_name: self.memory,
                     "encoder_hidden_states": self.body.get_input_embeddings().weight[:1, None].expand(B, width, -1),
                     "encoder_attention_mask": self._mask(self.cross_mask[:B, :width]),
                 }
@@ -196,7 +199,7 @@ class Decoder:
             else:
                 near_BS = seen_BS & (slot_S > position_B[:, None] - self.window) if self.window else seen_BS
                 masks = {"full_attention": seen_BS, "sliding_attention": near_BS}
-                inputs |= {"past_key_values": self.cache, "position_ids": position_B[:, None]}
+                inputs |= {self.cache_name: self.cache, "position_ids": position_B[:, None]}
                 if self.style == "tensor":
                     inputs["attention_mask"] = self._mask(near_BS)
                 else:
