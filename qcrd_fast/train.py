@@ -41,6 +41,7 @@ from qcrd_fast.students import PromptSettings, Student
 from qcrd_fast.world import world_size
 
 log = logging.getLogger(__name__)
+IDLE_QUALITY = 0.9  # negatives that are rated higher weigh less than a tenth (Eq. 7)
 
 
 def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = False) -> dict[str, Any]:
@@ -175,7 +176,7 @@ class Session:
         self.step = 0  # optimizer steps done
         self.best: Best = None
         self.loss_d: float | None = None
-        self.lagged_active: Counter[str] = Counter()  # of the current iteration
+        self.negatives_seen: Counter[str] = Counter()  # in the current iteration
         student.model.train()
         if config.forward == "joint" and _has_dropout(student.model):
             log.warning("--forward joint scores with dropout on; the two-pass default scores without")
@@ -262,7 +263,8 @@ class Session:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.lagged_active.update({k: v for k, v in counts.items() if k.startswith("lagged")})
+        watched = ("lagged", "lagged_active", "quality_negative", "num_negative")
+        self.negatives_seen.update({name: counts[name] for name in watched})
         elapsed = time.perf_counter() - started
         record = {
             "step": self.step,
@@ -310,7 +312,14 @@ class Session:
         self.keeper.snapshot(self.step)
 
     def _warn_of_idle_negatives(self, iteration: int) -> None:
-        seen, self.lagged_active = self.lagged_active, Counter()
+        seen, self.negatives_seen = self.negatives_seen, Counter()
+        if seen["quality_negative"] > IDLE_QUALITY * seen["num_negative"]:
+            score = seen["quality_negative"] / seen["num_negative"]
+            log.warning(
+                "iteration %d: the discriminator rates negatives %.2f on average, so they weigh %.2f and teach little "
+                "(see --discriminator-pretrain-steps, --discriminator-loss, --discriminator none)",
+                iteration, score, 1 - score,
+            )  # fmt: skip
         if seen["lagged_active"] < 0.05 * seen["lagged"]:
             log.warning(
                 "iteration %d: only %.1f%% of the student's own negatives had an active hinge; they teach little "

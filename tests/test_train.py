@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from qcrd_fast import checkpoint
 from qcrd_fast.config import METHODS, TrainConfig
 from qcrd_fast.errors import InputError
+from qcrd_fast.objective import Objective
 from qcrd_fast.train import train
 
 UNTIMED = ("tokens_per_s", "step_ms", "sample_wait_ms", "sampled_tokens_per_s")  # fields that measure the machine, not the run
@@ -135,6 +136,20 @@ def test_a_run_that_goes_on_says_what_comes_of_that(whole, rows_file, tmp_path, 
     assert results["accuracy"] != 0.123 and json.loads((out / "eval_results.json").read_text()) == results
     assert later.read_bytes() == (unbroken / "negatives" / later.name).read_bytes()
     assert same(weights(out), weights(unbroken))
+
+
+@pytest.mark.parametrize(
+    ("score", "delta", "said"),
+    [(0.95, 8.0, ["rates negatives 0.95 on average, so they weigh 0.05"]), (0.5, 0.01, ["only 0.0% of the student's own"]),
+     (0.5, 8.0, [])],
+)  # fmt: skip
+def test_negatives_that_teach_little_are_said(score, delta, said, llama_folder, rows_file, tmp_path, monkeypatch, caplog):
+    rated = lambda self, batch, candidates, question: torch.full((len(candidates),), score)  # noqa: E731
+    monkeypatch.setattr(Objective, "_quality", rated)
+    with caplog.at_level("WARNING", "qcrd_fast.train"):
+        train(settings(rows_file, llama_folder, tmp_path / "run", max_steps=2, delta=delta))
+    found = [r.getMessage() for r in caplog.records if "teach little" in r.getMessage()]
+    assert len(found) == len(said) and all(text in message for text, message in zip(said, found, strict=True)), found
 
 
 def test_drawing_beside_training_is_the_same_run(whole, rows_file, tmp_path, monkeypatch):
