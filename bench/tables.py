@@ -72,6 +72,7 @@ TABLES = (
         qcrd("+ all positives", 67.0, negative_source="none", discriminator="none"),
         qcrd("+ negatives", 68.5, discriminator="none"),
         qcrd("+ discriminator (qcrd)", 69.0),
+        qcrd("qcrd, discriminator by bce-all (ours)", discriminator_loss="bce-all"),
         qcrd("qcrd without student negatives", negative_source="minority"),
         METHOD["sft-all"],
     ), ("dss",)),

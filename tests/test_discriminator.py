@@ -114,6 +114,14 @@ def test_loss_by_hand_and_gradient(kind):
     assert torch.autograd.gradcheck(lambda s: discriminator_loss(s, question, positive, kind)[0], score)
 
 
+def test_a_shift_of_all_scores_is_nothing_to_eq_2():
+    """It fixes differences of scores and not their level, by which Eq. 6 and 7 weigh (docs/method.md); bce fixes both."""
+    score, question, positive = torch.tensor(SCORES), torch.tensor(QUESTIONS), torch.tensor(POSITIVE)
+    for kind, same in (("ratio", True), ("infonce", True), ("bce", False)):
+        before, after = (discriminator_loss(score + shift, question, positive, kind)[0] for shift in (0.0, 0.05))
+        assert torch.isclose(before, after, atol=1e-6) == same, kind
+
+
 @pytest.mark.parametrize("kind", ["ratio", "infonce", "bce"])
 @pytest.mark.parametrize("rationales", [0, 2])
 def test_loss_without_a_question_to_count(kind, rationales):
