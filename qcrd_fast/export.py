@@ -137,13 +137,13 @@ def _load(folder: Path) -> tuple[Student, dict[str, Any], bool]:
 
 
 def _check_adapter(model: Any, folder: Path) -> None:
-    """Raises `InputError` unless the adapter's file holds the matrices that its configuration asks for, and no others."""
+    """Raises `InputError` unless the adapter's file holds the LoRA matrices that its configuration asks for, and no others."""
     from peft import get_peft_model_state_dict
 
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {name for name in get_peft_model_state_dict(model, save_embedding_layers=False) if "lora_" in name}
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         held = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118 (no mapping)
-    if differing := sorted(wanted.keys() ^ held):
+    if differing := sorted(wanted ^ held):
         what = "lacks" if differing[0] in wanted else "has, and its configuration does not ask for,"
         raise InputError(f"{folder}: the adapter {what} {differing[0]} ({len(differing)} such tensors)")
 
