@@ -56,13 +56,10 @@ def run(call: Callable[[], Any]) -> int:
     except _Terminated:
         _say("qcrd-fast: terminated")
         return 128 + signal.SIGTERM
-    except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
-            _say(traceback.format_exc().rstrip())
-            return 1
-        _say(f"qcrd-fast: {os.fsdecode(error.filename or '')[:80]!r}: {error.strerror}")
-        return InputError.exit_code
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            _say(f"qcrd-fast: {os.fsdecode(error.filename or '')[:80]!r}: {error.strerror}")
+            return InputError.exit_code
         if is_exhausted(error):
             _say("qcrd-fast: out of memory; less at a time helps: fewer rows, shorter texts, smaller batches")
         else:

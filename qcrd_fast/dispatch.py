@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qcrd_fast.config import IMPLS
+from qcrd_fast.errors import InputError
 
 
 def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -27,6 +28,14 @@ def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[st
     if asked == "triton" and obstacle and not (device.type == "cpu" and _interpreting() and dtype != torch.float64):
         raise ValueError(f"{origin} cannot run: {obstacle}")
     return asked, origin
+
+
+def require_impl(impl: str, device: torch.device) -> None:
+    """Raises `InputError` where `--impl`, or QCRD_FAST_IMPL, is none or cannot run on the device."""
+    try:
+        choose_impl(impl, device, torch.float32)
+    except ValueError as error:
+        raise InputError(f"--impl: {error}") from error
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -16,7 +16,6 @@ from qcrd_fast import answers
 from qcrd_fast.checkpoint import MANIFEST, STATE, latest_checkpoint, require_whole
 from qcrd_fast.config import TASKS
 from qcrd_fast.data import Question, load_questions, question_text
-from qcrd_fast.dispatch import choose_impl
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.examples import label_of
 from qcrd_fast.memory import for_answers, relieved_by
@@ -40,14 +39,6 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"--device: {name} is not available on this machine")
     return device
-
-
-def require_impl(impl: str, device: torch.device) -> None:
-    """Raises `InputError` where `--impl`, or QCRD_FAST_IMPL, is none or cannot run on the device."""
-    try:
-        choose_impl(impl, device, torch.float32)
-    except ValueError as error:
-        raise InputError(f"--impl: {error}") from error
 
 
 def make_autocast(device: torch.device, bf16: bool | None) -> Autocast:
@@ -145,8 +136,7 @@ def find_model(run_or_model: str) -> str:
 
 def load_student(run_or_model: str, device: str = "auto") -> tuple[Student, dict[str, Any]]:
     """A student with the prompts that it was trained with, and the state saved beside it ({} for a plain model)."""
-    name, where = find_model(run_or_model), resolve_device(device)
-    require_impl("auto", where)
+    name = find_model(run_or_model)
     if os.path.isdir(name):
         require_whole(Path(name))
     state: dict[str, Any] = {}
@@ -163,7 +153,7 @@ def load_student(run_or_model: str, device: str = "auto") -> tuple[Student, dict
             raise InputError(f"{name}: the checkpoint is damaged: {MANIFEST} is missing")
     else:
         prompts = PromptSettings()
-    student = Student.load(name, prompts, where)
+    student = Student.load(name, prompts, resolve_device(device))
     student.model.eval()
     return student, state
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from qcrd_fast.decode import Autocast, find_style
+from qcrd_fast.dispatch import require_impl
 from qcrd_fast.heads import evaluating
 from qcrd_fast.linear_sample import pick_tokens
 from qcrd_fast.noise import key_words as key_words
@@ -63,7 +64,9 @@ def make_sampler(
     autocast: Autocast | None = None,
     static: bool | None = None,
 ) -> Sampler | GenerateSampler:
-    """A sampler for prompts of at most `longest` tokens, at most `most` of them at once."""
+    """A sampler for prompts of at most `longest` tokens, at most `most` of them at once. Raises `InputError` where
+    `settings.impl` cannot run."""
+    require_impl(settings.impl, student.device)
     style = _style(student, longest + settings.max_new_tokens)
     if style is None:
         return GenerateSampler(student, settings, autocast)

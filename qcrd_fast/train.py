@@ -19,9 +19,10 @@ from qcrd_fast.audit import Audit, Audits
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.deterministic import deterministic
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, judge_questions
+from qcrd_fast.dispatch import require_impl
 from qcrd_fast.distributed import ALONE, Engine, Ranks, full, joined, make_engine, own_device
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.evaluate import make_autocast, require_impl, resolve_device
+from qcrd_fast.evaluate import make_autocast, resolve_device
 from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.footprint import checkpoint_activations, survey
 from qcrd_fast.keeping import Keeper, resume_point
@@ -100,7 +101,7 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
         ranks.on_first(lambda: session.keeper.require_room(session.step))
         ranks.on_first(run.write_config)
         if not found:
-            session.begin()
+            session.cut(0)
         with StopSignals() as stop:
             session.loop(stop)
             if signum := ranks.max(stop.signum):
@@ -360,12 +361,9 @@ class Session:
             self.log.sync()  # a loss that is not finite stops here, before anything is overwritten
             self.keeper.save(self.step, self.best, {"loss_d": self.loss_d, "failed_impl": self.audits.failed})
 
-    def begin(self) -> None:
-        """From the first step on; what a run left here that was killed before it had a checkpoint is forgotten."""
-        self._cut(0)
-
-    def _cut(self, step: int) -> None:
-        """Cut the log and the negatives back to a step; results of a run that has steps to go are no longer its own."""
+    def cut(self, step: int) -> None:
+        """Cut the log and the negatives back to a step, 0 being all of what a run left that had no checkpoint yet; results of a
+        run that has steps to go are no longer its own."""
         self.log.cut(step)
         if self.lagged:
             self.lagged.cut(self.schedule.iteration(step) if step else -1)
@@ -380,7 +378,7 @@ class Session:
             self._fall_back()
         if not self.log.path.exists():
             log.warning("%s is gone; it begins anew", self.log.path)
-        self._cut(self.step)
+        self.cut(self.step)
         log.info("resuming from %s", found)
 
     def finish(self) -> dict[str, Any]:

@@ -543,9 +543,7 @@ class TestWhatAVerbIsGiven:
     """A damaged run, names and settings that cannot be: exit code 2 in one line, in each verb."""
 
     @pytest.mark.parametrize("verb", ["eval", "generate", "score", "export", "train"])
-    def test_a_damaged_checkpoint(
-        self, verb: str, run: Path, rows_file: Path, t5_folder: Path, tmp_path: Path, capsys: Any
-    ) -> None:
+    def test_a_damaged_checkpoint(self, verb: str, run: Path, rows_file: Path, tmp_path: Path, capsys: Any) -> None:
         weights = run / "final" / "model.safetensors"
         data = bytearray(weights.read_bytes())
         data[-1] ^= 1
@@ -601,6 +599,10 @@ class TestWhatAVerbIsGiven:
         monkeypatch.setenv("QCRD_FAST_IMPL", impl)
         names = {"ROWS": str(rows_file), "T5": str(t5_folder)}
         assert f"QCRD_FAST_IMPL={impl}" in refused([names.get(a, a) for a in [*verb, "--device", "cpu"]], capsys)
+
+    def test_the_kill_switch_is_nothing_to_who_computes_nothing(self, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.setenv("QCRD_FAST_IMPL", "triton")
+        assert entry(["export", str(run), "--output", str(tmp_path / "model")]) == 0
 
     @pytest.mark.parametrize("text", ["? [1, 2]\n: 3\n", "? {a: b}\n: 3\n", 'output_dir: "a\\0b"\ndata: ROWS\nstudent: T5\n'])
     def test_yaml_that_is_no_mapping_of_options(

@@ -122,7 +122,7 @@ def test_nothing_is_taken_from_a_run_that_had_no_checkpoint(whole, rows_file, tm
         assert path.read_bytes() == (tmp_path / "fresh" / "negatives" / path.name).read_bytes()
 
 
-def test_a_run_that_goes_on_says_what_comes_of_that(whole, rows_file, tmp_path, caplog):
+def test_a_run_that_goes_on_says_what_comes_of_that(whole, rows_file, tmp_path):
     """A finished run that lost its last checkpoint is trained and evaluated again, and draws what came after it again."""
     student, unbroken = whole
     out = tmp_path / "run"
