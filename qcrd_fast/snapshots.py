@@ -131,10 +131,10 @@ class Snapshots:
     def prune(self, oldest: int, keep_initial: bool) -> None:
         """Delete what no iteration from `oldest` on can ask for. Of several ranks the first does."""
         for path in self.folder.glob("iteration-*.safetensors") if self.ranks.first else ():
-            number = int(path.stem.removeprefix("iteration-"))
-            if number < oldest and not (keep_initial and number == 0):
+            number = path.stem.removeprefix("iteration-")
+            if number.isdecimal() and int(number) < oldest and not (keep_initial and int(number) == 0):
                 path.unlink()
-                self._known.pop(number, None)
+                self._known.pop(int(number), None)
 
     def close(self) -> None:
         """Finish writing."""

@@ -66,8 +66,12 @@ def test_snapshots_come_back_and_old_ones_go(tmp_path, in_memory):
         snapshots.load_into(iteration, model)
         assert model.weight.eq(iteration + 0.5).all() and model.weight.data_ptr() == place
     snapshots.wait()
+    theirs = snapshots.folder / "iteration-00001 (copy).safetensors"
+    theirs.touch()
     snapshots.prune(oldest=2, keep_initial=True)
-    assert sorted(p.name for p in snapshots.folder.iterdir()) == [snapshots.path(i).name for i in (0, 2, 3)]
+    assert sorted(p.name for p in snapshots.folder.iterdir()) == sorted(
+        [theirs.name, *(snapshots.path(i).name for i in (0, 2, 3))]
+    )
     assert sorted(snapshots.digests(oldest=2)) == [2, 3]
     assert [snapshots.has(i) for i in (1, 2, 3, 4)] == [False, True, True, False]
 

@@ -24,7 +24,7 @@ from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.rationales import equations, judge_rationale, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"
+SHARED = Path(os.environ.get("QCRD_FAST_DATA") or ROOT.parent / "shared" / "data")
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 MAIN = [f"{name}_{part}.json" for name in ("svamp", "asdiv", "strategy_qa") for part in ("3_train", "test")]
 PUBLISHED = {  # where Mentor-KD's repository has the files of the shared folder
@@ -66,7 +66,7 @@ def test_every_data_set_has_three_students() -> None:
         assert len({json.dumps(commands(ROOT / "recipes" / f"{s}-{t}.yaml")) for t in ("smollm2", "t5-small", "t5-base")}) == 1
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the published files are not in ../shared/data")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published files are not in ../shared/data or QCRD_FAST_DATA")
 def test_the_data_commands_work_and_give_the_questions_they_promise(tmp_path, monkeypatch, capsys) -> None:
     for published, ours in PUBLISHED.items():
         (tmp_path / published).parent.mkdir(parents=True, exist_ok=True)
