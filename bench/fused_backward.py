@@ -84,7 +84,7 @@ def fused_backward(
     hidden_SH: Tensor, weight_VH: Tensor, target_S: Tensor, lse_S: Tensor, dlogprob_S: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(dHidden [S, H] fp32, dWeight [V, H]) of log p weighted by `dlogprob_S`; `scale` above 0."""
-    hidden_SH, weight_VH = operands(hidden_SH, weight_VH)
+    hidden_SH, weight_VH, _ = operands(hidden_SH, weight_VH, None)
     (S, H), V = hidden_SH.shape, len(weight_VH)
     block_h = 32 if hidden_SH.dtype == torch.float32 else 64
     dhidden_SH, dweight_VH = torch.empty_like(hidden_SH, dtype=torch.float32), torch.empty_like(weight_VH)

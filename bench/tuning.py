@@ -1,12 +1,15 @@
 """What the kernels' fixed choices rest on: tiles of the forward pass, and ways through the backward pass.
 
     python -m qcrd_fast.bench.tuning [--heads t5-base,...] [--tokens 16384] [--dtype bf16] [--repeats 20] [--append]
+    python -m qcrd_fast.bench.tuning --specialised [...]
 
-Needs a GPU. Forward: every tile of SHAPES, through pointers, through tensor descriptors (sm_90 and newer) and with warps
-specialised, against `torch.mm` of the same shape. Backward, of the selected 2/7 of the tokens and of 1/32 of them: workspaces
-of several sizes, chunked torch, kernels that compute everything again (`fused_backward`), and the training pass whose gradients
-are made in forward, against three products of that shape. Each is compared with fp32 torch before it is timed; the fastest is
-marked.
+Needs a GPU. Forward: every tile of SHAPES, through pointers and through tensor descriptors (sm_90 and newer), against
+`torch.mm` of the same shape. Backward, of the selected 2/7 of the tokens and of 1/32 of them: workspaces of several sizes,
+chunked torch, kernels that compute everything again (`fused_backward`), and the training pass whose gradients are made in
+forward, against three products of that shape. Each is compared with fp32 torch before it is timed; the fastest is marked.
+
+The second command times the forward pass with specialised warps: apart, since a kernel that was compiled wrongly may hang or
+break the process's use of the GPU, and with it what was measured.
 """
 
 from __future__ import annotations
@@ -47,10 +50,11 @@ WORKSPACES_MIB = (8, 16, 24, 32, 48, 96)
 Grads = tuple[Tensor, Tensor]  # dHidden [S, H], dWeight [V, H]
 
 
-def tiles(dtype: torch.dtype) -> dict[str, Tile]:
+def tiles(dtype: torch.dtype, specialised: bool = False) -> dict[str, Tile]:
     found = {}
+    kinds = {" specialised": (True, True)} if specialised else {"": (False, False), " descriptors": (True, False)}
     for shape in SHAPES[dtype]:
-        for name, flags in (("", (False, False)), (" descriptors", (True, False)), (" specialised", (True, True))):
+        for name, flags in kinds.items():
             found["x".join(map(str, shape[:3])) + f" w{shape[3]} s{shape[4]}" + name] = Tile(*shape, *flags)
     return found
 
@@ -68,7 +72,9 @@ def forced(tile: Tile | None = None, workspace_mib: int | None = None) -> Iterat
         product.forced_tile, linear_logprob.WORKSPACE_BYTES = before
 
 
-def forward_ways(case: Case, device: torch.device) -> tuple[dict[str, Callable[[], Any]], Callable[[Any], float]]:
+def forward_ways(
+    case: Case, device: torch.device, specialised: bool = False
+) -> tuple[dict[str, Callable[[], Any]], Callable[[Any], float]]:
     """(ways by name, the first being `products`; the error of a result)."""
     batch = make_batch(case, device)
     head = (batch.hidden_TH.detach(), batch.weight_VH.detach(), batch.target_T, None)
@@ -84,7 +90,7 @@ def forward_ways(case: Case, device: torch.device) -> tuple[dict[str, Callable[[
             torch.mm(rows_CH, head[1].T)
 
     ways: dict[str, Callable[[], Any]] = {"products": products, "default": functools.partial(call, None)}
-    ways |= {name: functools.partial(call, tile) for name, tile in tiles(DTYPES[case.dtype]).items()}
+    ways |= {name: functools.partial(call, tile) for name, tile in tiles(DTYPES[case.dtype], specialised).items()}
     return ways, lambda out: float((out - truth_T).norm() / truth_T.norm())
 
 
@@ -174,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--specialised", action="store_true", help="the forward pass with specialised warps alone")
     parser.add_argument("--append", action="store_true", help=f"add the rows to {RESULTS.name}")
     given = parser.parse_args(arguments)
     unknown = [head for head in given.heads.split(",") if head not in HEADS]
@@ -184,11 +191,12 @@ def main(arguments: list[str] | None = None) -> int:
     device, where = torch.device("cuda"), describe_machine(torch.device("cuda"))
     print(f"{where['device']}; torch {where['torch']}, triton {where.get('triton')}; commit {where['commit']}")
     for head in given.heads.split(","):
-        for name, find, share in (
-            ("forward", forward_ways, 1.0),
+        passes = (
+            ("forward", functools.partial(forward_ways, specialised=given.specialised), 1.0),
             ("backward", backward_ways, 2 / 7),
             ("small", backward_ways, 1 / 32),
-        ):
+        )
+        for name, find, share in passes[: 1 if given.specialised else None]:
             case = Case(head, max(64, int(given.tokens * share)), dtype=given.dtype)
             rows = measure(*find(case, device), given.repeats, device)
             print(f"\n{head} {name}, {case.tokens} rows, {given.dtype}", *table(rows), sep="\n", flush=True)

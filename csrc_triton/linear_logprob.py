@@ -218,14 +218,15 @@ def forward(
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, log-sum-exp, entropy or [0]) of each token [T], fp32 nats; 0 where the target is `ignore_index`."""
-    return _forward(*operands(hidden_TH, weight_VH), target_T, bias_V, options, ignore_index, want_entropy)[:3]
+    head = operands(hidden_TH, weight_VH, bias_V)
+    return _forward(*head, target_T, options, ignore_index, want_entropy)[:3]
 
 
 def _forward(
     hidden_TH: Tensor,
     weight_VH: Tensor,
-    target_T: Tensor,
     bias_V: Tensor | None,
+    target_T: Tensor,
     options: tuple[float, float, float],
     ignore_index: int,
     want_entropy: bool = False,
@@ -269,7 +270,7 @@ def forward_keeping(
     whose slope cannot be had from what is kept."""
     if options[1] or len(target_T) * (len(weight_VH) + 15) * hidden_TH.element_size() > kept_bytes:
         return None
-    logprob_T, lse_T, _, kept = _forward(*operands(hidden_TH, weight_VH), target_T, bias_V, options, ignore_index, keep=True)
+    logprob_T, lse_T, _, kept = _forward(*operands(hidden_TH, weight_VH, bias_V), target_T, options, ignore_index, keep=True)
     return logprob_T, lse_T, kept
 
 
@@ -287,7 +288,7 @@ def backward_kept(
     """As `backward`, of all rows, from d loss / d log p [T] (0 where ignored). `kept` is overwritten."""
     need_hidden, need_weight, need_bias = needs
     dweight_VH = torch.empty_like(weight_VH, memory_format=torch.contiguous_format) if need_weight else None
-    hidden_TH, weight_VH = operands(hidden_TH, weight_VH)
+    hidden_TH, weight_VH, bias_V = operands(hidden_TH, weight_VH, bias_V)
     T, V, (scale, _, temperature) = len(hidden_TH), len(weight_VH), options
     if kept is None:  # no rows
         da_TV = hidden_TH.new_empty((0, V))
@@ -323,7 +324,7 @@ def backward(
     need_hidden, need_weight, need_bias = needs
     dweight_VH = torch.empty_like(weight_VH, memory_format=torch.contiguous_format) if need_weight else None
     dbias_V = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
-    hidden_SH, weight_VH = operands(hidden_SH, weight_VH)
+    hidden_SH, weight_VH, bias_V = operands(hidden_SH, weight_VH, bias_V)
     (S, H), V, (scale, _, temperature) = hidden_SH.shape, len(weight_VH), options
     dhidden_SH = hidden_SH.new_zeros((S, H), dtype=torch.float32) if need_hidden else None
     rows = (target_S.contiguous(), lse_S.contiguous(), *(None if x is None else x / temperature for x in coefficients))

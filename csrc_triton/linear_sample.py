@@ -196,7 +196,7 @@ def sample(
     top_k: int,
 ) -> Tensor:
     """A token of each row [B], int64. `top_k` is at most MOST_TOP_K, or V or more, which is as 0: the whole softmax."""
-    hidden_BH, weight_VH = operands(hidden_BH, weight_VH)
+    hidden_BH, weight_VH, bias_V = operands(hidden_BH, weight_VH, bias_V)
     (B, H), V = hidden_BH.shape, len(weight_VH)
     noisy = options[2] > 0
     grouped = noisy and 0 < top_k < V

@@ -153,12 +153,13 @@ def shape_of(tile: Tile, V: int, H: int) -> dict[str, Any]:
     )
 
 
-def operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both contiguous and in hidden's type. Triton's interpreter multiplies bf16 bit patterns, so there they become fp32."""
+def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All contiguous, the first two in hidden's type. Triton's interpreter multiplies bf16 bit patterns: there
+    they become fp32."""
     weight = weight.to(hidden.dtype)
     if hidden.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         hidden, weight = hidden.float(), weight.float()
-    return hidden.contiguous(), weight.contiguous()
+    return hidden.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

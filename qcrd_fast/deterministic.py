@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.errors import InputError
+
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
@@ -35,3 +38,25 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
         filling.fill_uninitialized_memory = fills
         torch.backends.cudnn.benchmark = cudnn
+
+
+@contextlib.contextmanager
+def deterministic_already() -> Iterator[None]:
+    """Inside, torch takes its usual algorithms: for work whose indices are unique and whose sums are in order, where those that
+    `deterministic` makes it take wait for the device, which a graph cannot hold."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+
+
+def require_deterministic(config: TrainConfig, device: torch.device) -> None:
+    """Raises `InputError` for options that `--deterministic` cannot be kept with on this device."""
+    samples = config.method == "qcrd" and config.negative_source in ("lagged", "fixed")
+    if config.deterministic and samples and config.negative_top_p < 1 and device.type == "cuda":
+        raise InputError(
+            f"--deterministic: --negative-top-p {config.negative_top_p:g} adds probabilities up in no fixed order on a GPU; "
+            "leave it at 1 and use --negative-top-k"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
 from collections import deque
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 
 from qcrd_fast.decode import Autocast, Decoder
+from qcrd_fast.deterministic import deterministic_already
 from qcrd_fast.heads import evaluating
 from qcrd_fast.linear_sample import head_logits, linear_sample, pick_tokens
 from qcrd_fast.packing import length_batches
@@ -31,6 +33,7 @@ REFILL = 8  # prompts are read when an eighth of the rows is free;
 GRAPHED_REFILL = 2  # under a graph half: reading is launched kernel by kernel and costs about twenty replayed tokens
 TOKENS_A_REPLAY = 4  # decode steps between two looks at which rows have ended; on a CPU each step is looked at
 SPAN = 64  # slots looked at, in a graph, are a multiple of it
+LANE = "sampling"  # how threads that draw are called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,10 @@ class Sampler:
     def use(self, impl: str) -> None:
         """Draw with another implementation from here on."""
         self.settings = dataclasses.replace(self.settings, impl=impl)
+        captured = bool(self._graphs)
         self._graphs.clear()
+        if captured:  # not at the next draw, which may be beside training
+            self.warm_up()
 
     def warm_up(self) -> None:
         """Capture the graphs now, before anything else runs on the GPU."""
@@ -270,24 +276,64 @@ class Sampler:
             except RuntimeError as error:
                 self.graphed = False
                 log.warning("sampling without CUDA graphs, which is slower: %s", str(error).splitlines()[0][:200])
+                self._end_capture()
             for state, value in zip(states, kept, strict=True):
                 state.copy_(value)
         return self._graphs.get(span)
 
     def _capture(self, span: int) -> torch.cuda.CUDAGraph:
-        device, arguments = self.student.device, (self.rows, span, self.decoder.prompt)
-        stream = torch.cuda.Stream(device)
+        device, stream = self.student.device, self._capture_stream()
+        arguments, pool = (self.rows, span, self.decoder.prompt), None
+        if self._graphs:
+            pool = next(iter(self._graphs.values())).pool()
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled and libraries make their workspaces
+        with deterministic_already(), torch.cuda.stream(stream):  # which a capture that fails would not leave
+            self._step(*arguments)  # kernels are compiled and libraries make their workspaces
+            with _never_waiting():
                 self._step(*arguments)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                for _ in range(TOKENS_A_REPLAY):
+                    self._step(*arguments)
         torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            for _ in range(TOKENS_A_REPLAY):
-                self._step(*arguments)
         return graph
+
+    def _capture_stream(self) -> torch.cuda.Stream:
+        """The stream that draws, so that a graph has its priority and its multiprocessors; another where that is the default
+        one, which cannot be captured."""
+        device = self.student.device
+        current = torch.cuda.current_stream(device)
+        return current if current != torch.cuda.default_stream(device) else _side_stream(device)
+
+    def _end_capture(self) -> None:
+        """A capture that fails leaves torch's generator as if it went on, and the next dropout would raise: one that succeeds
+        sets it right."""
+        stream = self._capture_stream()
+        with contextlib.suppress(RuntimeError), torch.cuda.stream(stream):
+            nothing = torch.zeros(1, device=self.student.device)
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+                nothing.zero_()
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one for all: memory and libraries' workspaces belong to a stream
+
+
+@contextlib.contextmanager
+def _never_waiting() -> Iterator[None]:
+    """Inside, what makes the host wait for the device raises `RuntimeError`: here rather than in a capture, which it would
+    break. The mode is the process's, so it is left alone while another thread draws."""
+    here = threading.current_thread()
+    if any(thread is not here and thread.name.startswith(LANE) for thread in threading.enumerate()):
+        yield
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 @dataclasses.dataclass

@@ -27,6 +27,8 @@ from qcrd_fast.packing import Layout, block_mask, dense_mask
 log = logging.getLogger(__name__)
 ATTENTION = "qcrd_fast"  # our name among transformers' attention functions
 FLEX_DEVICES = ("cuda",)  # flex_attention has no backward pass on a CPU
+FLEX_WIDTH = 16  # of a head, at least, in flex_attention's kernels
+FLEX_RECOMPILES = 64  # with and without gradient, one row and several, new shapes; behind torch's 8 it would run unfused
 KINDS = {"full_attention", "sliding_attention"}
 Hidden = Callable[[str | None], Tensor]  # mode -> hidden states [T, H] of the same few targets
 
@@ -62,6 +64,8 @@ def find_mode(model: Any, hidden: Hidden) -> str | None:
             if not _may_flex(model, config):
                 return "dense"
             model.set_attn_implementation(ATTENTION)
+            dynamo = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, FLEX_RECOMPILES)
             tolerance = 5e-2 if torch.is_autocast_enabled(model.device.type) else max(tolerance, 1e-3)
             with torch.enable_grad():
                 if fault := _fault(hidden, "flex", tolerance, [p for p in model.parameters() if p.requires_grad]):
@@ -150,6 +154,7 @@ def _may_flex(model: Any, config: Any) -> bool:
         and model._supports_flex_attn
         and config._attn_implementation == "sdpa"
         and not any(getattr(config, name, None) for name in dropout)
+        and (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) >= FLEX_WIDTH
     )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
+from qcrd_fast.sampler import LANE
 
 T = TypeVar("T")
 SHARE = 0.25  # of the multiprocessors that a green context keeps for sampling
@@ -50,10 +51,11 @@ class Lane:
         self.kind, self.device = kind, device
         self._pool: ThreadPoolExecutor | None = None
         self._stream: Any = None
-        self._green: Any = None
+        self._green: Any = None  # lives as long as its stream is used
+        self._pushed = False  # torch makes no stream in a green context; the thread enters it
         if kind == "serial":
             return
-        self._pool = ThreadPoolExecutor(1, "sampling", torch.set_num_threads, (torch.get_num_threads(),))
+        self._pool = ThreadPoolExecutor(1, LANE, torch.set_num_threads, (torch.get_num_threads(),))
         if device.type != "cuda":
             return
         if kind == "green-context":
@@ -61,8 +63,8 @@ class Lane:
 
             count = torch.cuda.get_device_properties(device).multi_processor_count
             self._green = GreenContext.create(num_sms=max(1, round(SHARE * count)), device_id=device.index or 0)
-            if hasattr(self._green, "Stream"):
-                self._stream, self._green = self._green.Stream(), None
+            self._pushed = not hasattr(self._green, "Stream")
+            self._stream = None if self._pushed else self._green.Stream()
         else:
             self._stream = torch.cuda.Stream(device, priority=-1 if kind == "priority" else 0)
 
@@ -86,12 +88,12 @@ class Lane:
             yield
             return
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):  # None: the current one
-            if self._green is not None:
+            if self._pushed:
                 self._green.set_context()
             try:
                 yield
             finally:
-                if self._green is not None:
+                if self._pushed:
                     self._green.pop_context()
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from qcrd_fast import checkpoint
 from qcrd_fast.audit import Audit, Audits
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.deterministic import deterministic
+from qcrd_fast.deterministic import deterministic, require_deterministic
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, judge_questions
 from qcrd_fast.dispatch import require_impl
 from qcrd_fast.distributed import ALONE, Engine, Ranks, full, joined, make_engine, own_device
@@ -74,6 +74,7 @@ def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = 
 def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ranks: Ranks) -> dict[str, Any]:
     require_impl(config.impl, device)
     choose_overlap(config, device)
+    require_deterministic(config, device)
     if config.fsdp and config.method == "mi":
         raise InputError("--fsdp: --method mi is not supported with it; leave --fsdp out")
     torch.manual_seed(config.seed)

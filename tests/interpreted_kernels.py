@@ -238,6 +238,25 @@ SAMPLE_CASES = [  # (B, H, V, whether there is a bias, options)
 ]
 
 
+def test_a_bias_with_gaps_between_its_entries():
+    """Such as a column of a matrix, in every kernel that reads one."""
+    batch, strided = random_batch().to(torch.float32), torch.randn(len(random_batch().bias), 3).requires_grad_()
+    key, counter = (torch.arange(n * len(batch.hidden)).reshape(-1, n) for n in (2, 3))
+    results = []
+    for impl in ("triton", "torch"):
+        bias = strided[:, 1]
+        out = linear_logprob(batch.hidden, batch.weight, batch.target, bias=bias, impl=impl)
+        weights = (batch.rationale, batch.positive, torch.ones(len(batch.positive)))
+        loss = linear_loss.linear_rationale_loss(
+            batch.hidden, batch.weight, batch.target, *weights, beta=BETA, delta=DELTA, bias=bias, impl=impl
+        )[0]
+        made = [torch.autograd.grad(x.sum(), (strided, batch.hidden)) for x in (out, loss)]
+        drawn = [linear_sample(batch.hidden, batch.weight, key, counter, bias=bias, top_k=k, impl=impl) for k in (0, 5)]
+        results.append([out, loss, *made[0], *made[1], *(tokens.float() for tokens in drawn)])
+    for got, want in zip(*results, strict=True):
+        assert error(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("B, H, V, with_bias, options", SAMPLE_CASES, ids=str)
 def test_sampled_tokens_are_those_of_the_logits(B, H, V, with_bias, options, dtype):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.deterministic import deterministic, deterministic_already, require_deterministic
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.negatives import AHEAD, Asked, LaggedNegatives
 from qcrd_fast.sampler import Cancelled
@@ -248,6 +250,19 @@ def test_closing_stops_what_runs(student, tmp_path):
 def test_overlaps_that_cannot_be_are_refused(kind, message):
     with pytest.raises(InputError, match=message):
         choose_overlap(TrainConfig(overlap=kind), CPU)
+
+
+def test_what_has_no_deterministic_form_is_refused_with_deterministic():
+    wanted = TrainConfig(deterministic=True, negative_top_p=0.9)
+    with pytest.raises(InputError, match=r"--negative-top-p 0\.9"):
+        require_deterministic(wanted, torch.device("cuda"))
+    for config in (dataclasses.replace(wanted, method="dss"), dataclasses.replace(wanted, negative_top_p=1.0)):
+        require_deterministic(config, torch.device("cuda"))
+    require_deterministic(wanted, CPU)
+    with deterministic(True):
+        with deterministic_already():
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
 
 
 def test_the_default_is_serial():

@@ -177,6 +177,7 @@ def test_flex_attention_gives_the_same_states(kind, llama_folder, monkeypatch):
     """Its forward pass, uncompiled and on a CPU, where it has no backward pass; on a GPU it has not been run."""
     student = student_of(FAMILIES[kind], llama_folder)
     monkeypatch.setattr(sharing, "FLEX_DEVICES", ("cpu",))
+    monkeypatch.setattr(sharing, "FLEX_WIDTH", 8)
     student.model.requires_grad_(False)
     with torch.compiler.set_stance("force_eager"):
         assert student.sharing == "flex"
@@ -191,6 +192,7 @@ def test_flex_attention_gives_the_same_states(kind, llama_folder, monkeypatch):
 def test_flex_attention_that_fails_is_said_and_left(llama_folder, monkeypatch, caplog):
     student = student_of(FAMILIES["llama"], llama_folder)
     monkeypatch.setattr(sharing, "FLEX_DEVICES", ("cpu",))
+    monkeypatch.setattr(sharing, "FLEX_WIDTH", 8)
     with torch.compiler.set_stance("force_eager"):  # the backward pass is tried out too
         assert student.sharing == "dense"
     assert "flex_attention is not used" in caplog.text

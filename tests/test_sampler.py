@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import math
 import threading
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -295,9 +298,12 @@ def test_a_body_that_no_graph_can_hold_is_run_without(student, monkeypatch, capl
         self._step(self.rows, span, self.decoder.prompt)  # what was run before it failed
         raise RuntimeError("operation not permitted when stream is capturing")
 
+    ended = []
     monkeypatch.setattr(Sampler, "_capture", fail)
+    monkeypatch.setattr(Sampler, "_end_capture", lambda self: ended.append(self))
     drawn.graphed = True
     drawn.warm_up()
+    assert ended == [drawn]
     assert drawn.draw(sources, keys) == wanted == drawn.draw(sources, keys)
     assert sum("without CUDA graphs" in r.message for r in caplog.records) == 1
 
@@ -325,7 +331,35 @@ def test_capturing_in_the_middle_of_a_draw_disturbs_nothing(student, monkeypatch
     monkeypatch.setattr(sampler, "SPAN", 4)
     drawn.graphed = True
     assert drawn.draw(sources, keys) == wanted
-    assert len(drawn._graphs) > 2
+    spans = set(drawn._graphs)
+    assert len(spans) > 2
+    drawn.use("torch")  # captured anew at once: the next draw may be beside training
+    assert set(drawn._graphs) >= spans
+
+
+def test_a_stream_of_a_green_context_is_one_while_the_lane_lives(monkeypatch):
+    """torch destroys a green context with its last reference, and its streams with it."""
+    from torch.cuda import green_contexts
+
+    from qcrd_fast.streams import Lane
+
+    class Green:
+        def Stream(self):
+            return "stream"
+
+    alive = weakref.WeakSet()
+
+    def create(num_sms, device_id):
+        made = Green()
+        alive.add(made)
+        return made
+
+    monkeypatch.setattr(green_contexts.GreenContext, "create", create)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    lane = Lane("green-context", torch.device("cuda", 0))
+    gc.collect()
+    assert lane._stream == "stream" and len(alive) == 1
+    lane.close()
 
 
 @pytest.fixture
