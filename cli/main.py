@@ -204,7 +204,7 @@ def train(
         raise InputError("train needs --student, a local folder or hub id")
     if not config.output_dir:
         raise InputError("train needs --output-dir DIR, the run folder to write")
-    if seeds or methods:
+    if seeds is not None or methods is not None:
         only_process("train --seeds or --methods")
         several(ctx, config, seeds, methods, parallel, results, dry_run, as_json)
         return
@@ -230,16 +230,20 @@ def several(
 ) -> None:
     """`train` with --seeds or --methods: runs them, and prints a line each and the methods' accuracies with intervals."""
     from qcrd_fast import seeds as library
-    from qcrd_fast.runrows import as_text
+    from qcrd_fast.runrows import as_text, check_csv
 
+    if config.resume not in (None, "auto"):
+        raise InputError(f"--resume {config.resume} is for one run; of several, each goes on from its own latest checkpoint")
     for option, one in (("seeds", "seed"), ("methods", "method")):
         if ctx.params[option] and ctx.get_parameter_source(one) is click.core.ParameterSource.COMMANDLINE:
             raise InputError(f"--{option} and --{one} are given; one of them says what to run")
-    of_seeds = library.parse_seeds(seeds) if seeds else (config.seed,)
-    of_methods = library.parse_methods(methods) if methods else (config.method,)
+    of_seeds = library.parse_seeds(seeds) if seeds is not None else (config.seed,)
+    of_methods = library.parse_methods(methods) if methods is not None else (config.method,)
     recipe = library.recipe_name(ctx.meta.get(CONFIG_PATH), config)
     with console.quiet_stdout():
         jobs = library.plan(config, of_seeds, of_methods, recipe)
+        if results is not None:
+            check_csv(Path(results))
         if dry_run:
             rows = [{"run": str(job.folder), "state": job.state} for job in jobs]
             text = "\n".join(f"{row['run']}  {row['state']}" for row in rows)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import io
+import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,10 @@ import yaml
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.readers import read_object
-from qcrd_fast.runfolder import FREE_OPTIONS, read_lines, sha256
+from qcrd_fast.runfolder import FREE_OPTIONS, read_lines, require_file, require_writable, sha256
 from qcrd_fast.statistics import Answers, Estimate, pair, single
+
+log = logging.getLogger(__name__)
 
 RESULTS = "eval_results.json"
 ATTEMPTS, WHERE, JUDGED = "attempts.jsonl", "environment.json", "rationales.json"  # what this module adds to a run folder
@@ -46,12 +51,20 @@ class Job:
         return Path(str(self.config.output_dir))
 
     @property
+    def options(self) -> Path:
+        """The file that the run's process reads, beside the folder."""
+        return self.folder.with_name(self.folder.name + ".yaml")
+
+    @property
     def name(self) -> str:
         return f"{self.recipe} {self.config.method} seed {self.config.seed}"
 
     @property
     def state(self) -> str:
-        """finished, begun or new. Raises `InputError` when the folder holds a run with other options."""
+        """finished, begun or new. Raises `InputError` when the folder holds a run with other options.
+
+        A run that `start` began is finished once it has said what machine it ran on, and on which data.
+        """
         began = self.folder / "config.resolved.yaml"
         if not began.is_file():
             return "new"
@@ -59,11 +72,14 @@ class Job:
             before = yaml.safe_load(began.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"{began}: unreadable: {error}") from error
+        if not isinstance(before, dict):
+            raise InputError(f"{began}: unreadable: it holds no options")
         for name, value in self.config.to_dict().items():
             if name not in FREE_OPTIONS and name in before and before[name] != value:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{began}: the run began with {flag} {before[name]!r}, now it is {value!r}")
-        if not all((self.folder / name).is_file() for name in (RESULTS, *([JUDGED] if self.judge else []))):
+        needed = [*([WHERE] if self.options.is_file() else []), *([JUDGED] if self.judge else [])]
+        if "accuracy" not in read_object(self.folder / RESULTS) or not all((self.folder / name).is_file() for name in needed):
             return "begun"
         if read_object(self.folder / WHERE).get("data", "") not in ("", data_digest(self.config)):
             raise InputError(f"{self.folder}: the run was made from other data; choose another folder")
@@ -74,12 +90,13 @@ def row(job: Job) -> dict[str, Any]:
     """What a finished run's folder says, as a row of the CSV."""
     read = {name: read_object(job.folder / name) for name in (RESULTS, WHERE, JUDGED)}
     results, where, judged = read[RESULTS], read[WHERE], read[JUDGED]
-    attempts = list(read_lines(job.folder / ATTEMPTS))  # none where `train` alone was called
+    numbers = (int, float)  # none where `train` alone was called
+    attempts = [a for a in read_lines(job.folder / ATTEMPTS) if isinstance(a.get("seconds"), numbers)]
     wall_s = round(sum(a["seconds"] for a in attempts), 1) or None
     found: dict[str, Any] = dict.fromkeys(COLUMNS)
     found |= {k: v for source in (results, where, judged) for k, v in source.items() if k in found}
     found |= key(job)
-    found |= {"wall_s": wall_s, "parallel": max((a["parallel"] for a in attempts), default=None), **_means(job.folder)}
+    found |= {"wall_s": wall_s, "parallel": max((a.get("parallel", 1) for a in attempts), default=None), **_means(job.folder)}
     if where.get("gpu") and wall_s:
         found["gpu_minutes"] = round(wall_s / 60, 2)
     if results.get("n"):
@@ -93,12 +110,18 @@ def key(job: Job) -> dict[str, Any]:
     config = job.config
     return {
         "recipe": job.recipe,
-        "student": Path(str(config.student)).name,
+        "student": _student_name(str(config.student)),
         "method": config.method,
         "options": options_text(config),
         "seed": config.seed,
         "data": data_digest(config),
     }
+
+
+def _student_name(student: str) -> str:
+    """The last part of a path or hub id; of a run's `final` or `checkpoint-N`, which many runs have, the run's name too."""
+    path = Path(student)
+    return "/".join(path.parts[-2:]) if re.fullmatch(r"final|checkpoint-\d+", path.name) else path.name
 
 
 def options_text(config: TrainConfig) -> str:
@@ -135,35 +158,92 @@ def check_csv(path: Path) -> None:
     """Raises `InputError` when rows cannot be added to `path`."""
     if not path.parent.is_dir() or path.is_dir():
         raise InputError(f"--results: {path} is not a file in a folder that exists")
-    if path.is_file() and path.stat().st_size and read_csv(path, header=True) != list(COLUMNS):
-        raise InputError(f"--results: {path} has other columns; choose another file")
+    require_file(path)
+    require_writable(path.parent, "--results")
+    if path.is_file():
+        try:
+            os.close(os.open(path, os.O_RDWR))
+        except OSError as error:
+            raise InputError(f"--results: cannot write to {path}: {error.strerror}; choose another file") from error
+        if path.stat().st_size and read_csv(path, header=True) != list(COLUMNS):
+            raise InputError(f"--results: {path} has other columns; choose another file")
 
 
 def read_csv(path: Path, header: bool = False) -> list[Any]:
-    """The rows as mappings of text, or the names of the columns; nothing where there is no file."""
+    """The rows as mappings of text, or the names of the columns; nothing where there is no file. A line that is no row of these
+    columns is passed over, with a warning."""
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        return list(reader.fieldnames or []) if header else list(reader)
+    first, *lines = path.read_bytes().split(b"\n")
+    names = _fields(first)
+    if header:
+        return names
+    found = []
+    for number, line in enumerate(lines, 2):
+        if (one := _parse(names, line)) is not None:
+            found.append(one)
+        elif line.strip():
+            log.warning("%s:%d: passed over: no row of this file's columns", path, number)
+    return found
+
+
+def _fields(line: bytes) -> list[str]:
+    """The fields of one line; none where it is no CSV. A row never goes over several lines, so that one that is damaged takes
+    no other with it."""
+    try:
+        text = line.removesuffix(b"\r").decode("utf-8")
+        return next(csv.reader([text], strict=True), [])
+    except (UnicodeDecodeError, csv.Error):
+        return []
+
+
+def _parse(names: Sequence[str], line: bytes) -> dict[str, str] | None:
+    """A whole row of these columns, or None."""
+    fields = _fields(line)
+    if not fields or len(fields) != len(names):
+        return None
+    found = dict(zip(names, fields, strict=True))
+    try:  # the last column, where a row is cut
+        if found.get("correct"):
+            Answers.from_hex(found["correct"], int(found["n"]), found["questions"])
+    except (ValueError, KeyError):
+        return None
+    return found
 
 
 def append_row(path: Path, found: dict[str, Any]) -> bool:
-    """Add the row unless it is there; returns whether it was added."""
-    with open(path, "a+", newline="", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        same = [*KEY, "accuracy", "time"]
+    """Add the row unless it is there; returns whether it was added. What a writer that was killed left of a row goes first; the
+    file is as it was where the disk is full (`OSError`)."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        held = path.read_bytes()
+        size_before, whole = len(held), held.rfind(b"\n") + 1
+        tail = held[whole:]
+        if tail and _parse(COLUMNS, tail) is None and _fields(tail) != list(COLUMNS):
+            log.warning("%s: cut off what was left of a row behind the last whole one", path)
+            os.ftruncate(descriptor, whole)
+            size_before, tail = whole, b""
+        same = [*KEY, "accuracy", "questions", "correct", "device"]
         wanted = {name: "" if found[name] is None else str(found[name]) for name in same}
-        if any(all(line.get(name) == wanted[name] for name in same) for line in csv.DictReader(file)):
+        if any(all(line.get(name) == wanted[name] for name in same) for line in read_csv(path)):
             return False
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        if not os.fstat(file.fileno()).st_size:
+        if not size_before:
             writer.writeheader()
-        writer.writerow(found)
-        file.write(text.getvalue())
+        writer.writerow({k: " ".join(v.splitlines()) if isinstance(v, str) else v for k, v in found.items()})
+        data = b"\n" * bool(tail) + text.getvalue().encode()
+        try:
+            if os.write(descriptor, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(descriptor)
+        except BaseException:
+            os.ftruncate(descriptor, size_before)
+            raise
         return True
+    finally:
+        os.close(descriptor)
 
 
 def _means(folder: Path) -> dict[str, float]:

@@ -4,13 +4,15 @@ one CSV row each. The parent imports no torch; a run that fails leaves the other
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ import yaml
 from qcrd_fast.config import METHODS, TrainConfig, nearest
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.readers import read_yaml
+from qcrd_fast.redact import RedactingFormatter, redact
 from qcrd_fast.runfolder import append_lines, remove_tree, write_json, write_text
-from qcrd_fast.runrows import ATTEMPTS, JUDGED, WHERE, Job, append_row, check_csv, data_digest, row
+from qcrd_fast.runrows import ATTEMPTS, JUDGED, RESULTS, WHERE, Job, append_row, check_csv, data_digest, row
 from qcrd_fast.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -107,9 +110,20 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
     todo = [job for job in jobs if job.state != "finished"]
     if len(todo) < len(jobs):
         log.info("%d of %d runs are finished", len(jobs) - len(todo), len(jobs))
-    for job in [job for job in jobs if job not in todo]:
-        _finish(job, csv_path, keep)
     failed: list[str] = []
+
+    @contextlib.contextmanager
+    def alone(job: Job) -> Iterator[None]:
+        """What goes wrong with a run's files is its own failure: the others go on."""
+        try:
+            yield
+        except (OSError, InputError, ValueError, KeyError, TypeError, csv.Error) as error:
+            failed.append(job.name)
+            log.error("%s failed: %s", job.name, error)
+
+    for job in [job for job in jobs if job not in todo]:
+        with alone(job):
+            _finish(job, csv_path, keep)
     codes: list[int] = []
     running: dict[Job, tuple[subprocess.Popen[bytes], float]] = {}
     with StopSignals() as stop:
@@ -118,7 +132,11 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
             while todo or running:
                 while todo and len(running) < parallel and not stop.signum:
                     job = todo.pop(0)
-                    running[job] = start(job), time.monotonic()
+                    with alone(job):
+                        if job.state == "finished":  # by another command meanwhile
+                            _finish(job, csv_path, keep)
+                        else:
+                            running[job] = start(job), time.monotonic()
                 if stop.signum and not asked:
                     asked, todo = True, []
                     for process, _ in running.values():
@@ -128,15 +146,13 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
                         continue
                     del running[job]
                     codes.append(process.returncode)
-                    seconds = time.monotonic() - began
-                    if job.folder.is_dir():
-                        append_lines(
-                            job.folder / ATTEMPTS,
-                            [{"seconds": round(seconds, 1), "exit": process.returncode, "parallel": parallel}],
-                        )
-                    if process.returncode == 0:
-                        _finish(job, csv_path, keep)
-                    elif not stop.signum:
+                    attempt = {"seconds": round(time.monotonic() - began, 1), "exit": process.returncode, "parallel": parallel}
+                    with alone(job):
+                        if job.folder.is_dir():
+                            append_lines(job.folder / ATTEMPTS, [attempt])
+                        if process.returncode == 0:
+                            _finish(job, csv_path, keep)
+                    if process.returncode and not stop.signum:
                         failed.append(job.name)
                         log.error("%s failed (exit %d): %s", job.name, process.returncode, _last_line(job))
                         if codes == [InputError.exit_code] * 3 and todo:
@@ -157,9 +173,8 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
 def start(job: Job) -> subprocess.Popen[bytes]:
     """The run in a process of its own, out of reach of the terminal's signals; it writes to FOLDER.log."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
-    options = job.folder.with_name(job.folder.name + ".yaml")
-    write_text(options, yaml.safe_dump(job.config.to_dict(), sort_keys=False, allow_unicode=True))
-    command = [sys.executable, "-m", "qcrd_fast.seeds", str(options), *(["--judge"] if job.judge else [])]
+    write_text(job.options, yaml.safe_dump(job.config.to_dict(), sort_keys=False, allow_unicode=True))
+    command = [sys.executable, "-m", "qcrd_fast.seeds", str(job.options), *(["--judge"] if job.judge else [])]
     with open(_log_of(job), "ab") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
     log.info("%s: %s, log in %s", job.name, "resumes" if job.state == "begun" else "starts", _log_of(job))
@@ -191,15 +206,19 @@ def _finish(job: Job, results: Path, keep: bool) -> None:
 
 def child(arguments: Sequence[str]) -> int:
     """Train as the YAML file says and, with --judge, judge the rationales; what the machine was stands in the run folder."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("qcrd_fast").setLevel(logging.INFO)
     try:
         config = TrainConfig.from_dict(read_recipe(arguments[0]))
         from qcrd_fast.train import train
 
-        train(config)
         folder = Path(str(config.output_dir))
-        write_json(folder / WHERE, environment(config))
+        had_finished = (folder / RESULTS).is_file() and (folder / WHERE).is_file()
+        train(config)
+        if not had_finished:
+            write_json(folder / WHERE, environment(config))
         if "--judge" in arguments and config.method not in ("finetune", "single-task"):
             from qcrd_fast.rationales import judge_run
 
@@ -207,8 +226,11 @@ def child(arguments: Sequence[str]) -> int:
         elif "--judge" in arguments:
             write_json(folder / JUDGED, {})  # it never learnt to explain
     except (InputError, RunError, Stopped) as error:
-        print(f"qcrd-fast: {error}", file=sys.stderr)
+        print(redact(f"qcrd-fast: {error}"), file=sys.stderr)
         return error.exit_code
+    except Exception:
+        print(redact(traceback.format_exc().rstrip()), file=sys.stderr)
+        return 1
     return 0
 
 

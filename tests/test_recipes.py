@@ -160,6 +160,105 @@ def test_a_failed_seed_leaves_the_others_alone_and_is_tried_again(jobs, tmp_path
     assert len(seeds.run_jobs(jobs, results)) == len(table(results)) == 3  # rows come back from the folders
 
 
+def cut(text: str) -> str:
+    return text[: -len(text.splitlines()[-1]) // 2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "lost"),
+    [
+        (cut, True),  # what a kill in the midst of a write leaves
+        (lambda text: text[:-1], False),  # what an editor leaves
+        (lambda text: text.replace("\n", "\r\n"), False),
+        (lambda text: text[: -len(text.splitlines()[-1]) - 1] + '"' + text.splitlines()[-1] + "\n", True),
+        (lambda text: text + "\udcff\udcfe\n", False),  # bytes that are no UTF-8
+        (lambda text: text[:-4] + "zz\n", True),
+    ],
+    ids=["cut", "no newline", "CRLF", "open quote", "bytes", "no bits"],
+)
+def test_a_damaged_line_of_the_results_costs_that_line_alone(damage, lost: bool, jobs, tmp_path, caplog) -> None:
+    results = tmp_path / "runs.csv"
+    seeds.run_jobs(jobs[:2], results)
+    whole = table(results)
+    results.write_bytes(damage(results.read_text()).encode("utf-8", "surrogateescape"))
+    assert runrows.read_csv(results)[0] == whole[0] and len(runrows.read_csv(results)) == 2 - lost
+    for _ in range(2):  # the missing ones come back from their folders, once
+        seeds.run_jobs(jobs, results)
+        rows = [{k: v for k, v in r.items() if k != "wall_s"} for r in runrows.read_csv(results)]
+        assert sorted(r["seed"] for r in rows) == ["0", "1", "2"]
+    assert all(len(runrows.answers_of([row])) == 1 for row in rows)
+
+
+def test_a_full_disk_leaves_no_half_row_and_the_other_runs_alone(jobs, tmp_path, monkeypatch) -> None:
+    results, real = tmp_path / "runs.csv", os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        return real(descriptor, data[: len(data) // 2]) if b"toy" in data and b",1,0." in data else real(descriptor, data)
+
+    monkeypatch.setattr(runrows.os, "write", full)
+    with pytest.raises(RunError, match="1 of 3 runs failed: toy dss seed 1"):
+        seeds.run_jobs(jobs, results, parallel=3)
+    assert sorted(row["seed"] for row in table(results)) == ["0", "2"]
+    monkeypatch.undo()
+    (jobs[0].folder / "predictions.jsonl").unlink()
+    with pytest.raises(RunError, match="1 of 3 runs failed: toy dss seed 0"):  # and seed 1 gets its row
+        seeds.run_jobs(jobs, results)
+    assert sorted(row["seed"] for row in table(results)) == ["0", "1", "2"]
+
+
+def test_a_run_that_did_not_say_where_it_ran_is_not_finished(jobs, tmp_path) -> None:
+    """It was killed behind its last word: its data may be other by now, so it looks again."""
+    seeds.run_jobs(jobs[:1], tmp_path / "runs.csv")
+    (jobs[0].folder / "environment.json").unlink()
+    assert jobs[0].state == "begun"
+    seeds.run_jobs(jobs[:1], tmp_path / "runs.csv")
+    assert jobs[0].state == "finished" and len(table(tmp_path / "runs.csv")) == 1
+    (jobs[0].folder / "eval_results.json").write_text('{"accu')
+    assert jobs[0].state == "begun"
+    (jobs[0].folder / "config.resolved.yaml").write_text("")
+    with pytest.raises(InputError, match="it holds no options"):
+        _ = jobs[0].state
+
+
+def test_a_run_that_another_command_finished_meanwhile_is_not_run_again(jobs, tmp_path, monkeypatch) -> None:
+    results, real = tmp_path / "runs.csv", seeds.start
+
+    def start(job):
+        if job is jobs[0]:  # while it runs, another command does the second
+            monkeypatch.setattr(seeds, "start", real)
+            seeds.run_jobs(jobs[1:2], results)
+        return real(job)
+
+    monkeypatch.setattr(seeds, "start", start)
+    seeds.run_jobs(jobs[:2], results)
+    assert sorted(row["seed"] for row in table(results)) == ["0", "1"]
+    assert len((jobs[1].folder / "attempts.jsonl").read_text().splitlines()) == 1
+
+
+def test_what_a_run_logs_holds_no_secret(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "supersecretvalue123")
+    (tmp_path / "rows.jsonl").write_text("")
+    options = {"data": str(tmp_path / "supersecretvalue123.jsonl"), "student": "x", "output_dir": str(tmp_path / "o")}
+    (tmp_path / "o.yaml").write_text(json.dumps(options))
+    assert seeds.child([str(tmp_path / "o.yaml")]) == 2
+    monkeypatch.setattr(seeds, "read_recipe", lambda path: 1 / len(os.environ["SOME_API_KEY"][:0]))
+    assert seeds.child([str(tmp_path / "o.yaml")]) == 1
+    said = capsys.readouterr().err
+    assert "ZeroDivisionError" in said and "***.jsonl" in said and "supersecret" not in said
+
+
+def test_runs_of_two_students_with_a_common_name_are_two(jobs) -> None:
+    def student(name: str) -> str:
+        return runrows.key(dataclasses.replace(jobs[0], config=dataclasses.replace(jobs[0].config, student=name)))["student"]
+
+    assert [student(n) for n in ("runs/a/final", "runs/b/final", "runs/b/checkpoint-20")] == [
+        "a/final",
+        "b/final",
+        "b/checkpoint-20",
+    ]
+    assert student("hub/tiny") == student("models/tiny") == "tiny"
+
+
 def test_a_signal_stops_all_and_the_same_command_goes_on(jobs, tmp_path) -> None:
     results = tmp_path / "runs.csv"
     for seed in (0, 1):
@@ -217,6 +316,8 @@ def test_options_are_told_apart_but_not_paths() -> None:
         ("--parallel 2", "--parallel is for several runs"),
         ("--results x.csv", "--results is for several runs"),
         ("--seeds none", "--seeds expects how many"),
+        ("--seeds=", "--seeds expects how many"),
+        ("--seeds 2 --resume runs/x/checkpoint-3", "is for one run"),
         ("--seeds 2", "--data: nowhere.jsonl does not exist"),
     ],
 )
@@ -224,6 +325,15 @@ def test_wrong_calls_of_several_runs_exit_2(args: str, says: str, tmp_path, caps
     command = ["train", "--data", "nowhere.jsonl", "--student", "x", "--output-dir", str(tmp_path / "o"), *args.split()]
     assert entry(command) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("results", ["/sys/kernel/x.csv", "nowhere/x.csv", "/dev/null"])
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_results_that_cannot_be_written_are_refused_before_a_run(results, dry, rows_file, tmp_path, capsys) -> None:
+    command = f"train --data {rows_file} --student x --output-dir {tmp_path}/o --seeds 2 --results {results}"
+    assert entry([*command.split(), *dry]) == 2
+    assert "--results" in (said := capsys.readouterr().err) or "device or pipe" in said
+    assert not (tmp_path / "o").exists()
 
 
 def test_dry_run_lists_the_runs(rows_file, tmp_path, capsys) -> None:
