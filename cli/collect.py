@@ -105,9 +105,13 @@ def collect(ctx: click.Context, dry_run: bool, as_json: bool, **options: Any) ->
         raise why
 
 
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number in JSON")
+
+
 def _extra_body(text: str | None) -> dict[str, Any]:
     try:
-        value = json.loads(text) if text is not None else {}
+        value = json.loads(text, parse_constant=_no_number) if text is not None else {}
     except ValueError as error:
         raise InputError(f"--extra-body: not JSON: {error}") from None
     if not isinstance(value, dict):

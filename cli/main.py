@@ -13,7 +13,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.demo import DEFAULTS as DEMO_DEFAULTS
 from qcrd_fast.demo import run_demo
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import RunFolder, require_file, require_writable
+from qcrd_fast.runfolder import RunFolder
 from qcrd_fast.world import only_process, rank
 
 from . import console
@@ -21,6 +21,7 @@ from .bench import bench
 from .collect import collect
 from .options import (
     CONFIG_PATH,
+    FiniteRange,
     Group,
     Verb,
     bad_row_option,
@@ -36,7 +37,7 @@ from .options import (
     task_option,
     train_options,
 )
-from .outputs import export, report, score
+from .outputs import check_file, export, report, score
 
 
 def entry(args: list[str] | None = None) -> int:
@@ -124,13 +125,7 @@ def prepare(inputs: tuple[str, ...], output: str, dry_run: bool, as_json: bool, 
     """
     from qcrd_fast import data
 
-    folder = Path(output).parent
-    if not folder.is_dir() or Path(output).is_dir():
-        raise InputError(f"--output: {output} is not a file in a folder that exists")
-    require_file(Path(output))
-    require_writable(folder, "--output")
-    if Path(output).resolve() in {Path(name).resolve() for name in inputs}:
-        raise InputError(f"--output: {output} is also an input; choose another name")
+    check_file(output, "--output", inputs)
     with console.quiet_stdout():
         summary, skipped = data.prepare(inputs, output, dry_run=dry_run, **options)
     for row in skipped:
@@ -276,10 +271,10 @@ def evaluate(run_or_model: str, data: str, dry_run: bool, as_json: bool, **optio
     """
     with console.quiet_stdout():
         if dry_run:
-            from qcrd_fast.data import load_questions
+            from qcrd_fast.evaluate import plan_answers
 
-            loaded = load_questions(data, part="test", task=options["task"], on_bad_row=options["on_bad_row"])
-            results = {"would_answer": len(loaded.questions), "model": run_or_model}
+            wanted = ("output", "task", "on_bad_row")
+            results = plan_answers(run_or_model, data, **{name: options[name] for name in wanted})
         else:
             from qcrd_fast.evaluate import evaluate_run
 
@@ -290,7 +285,7 @@ def evaluate(run_or_model: str, data: str, dry_run: bool, as_json: bool, **optio
 @cli.command(cls=Verb)
 @click.argument("run_or_model")
 @click.argument("question")
-@click.option("--temperature", type=click.FloatRange(0), metavar="FLOAT", default=0.0, show_default=True, help="0: greedy")
+@click.option("--temperature", type=FiniteRange(0), metavar="FLOAT", default=0.0, show_default=True, help="0: greedy")
 @positive("--num-samples", default=1, help="rationales to sample")
 @natural("--seed", default=0, help="seed of the sampling")
 @positive("--max-new-tokens", default=256, help="longest rationale [tokens]")
@@ -303,9 +298,13 @@ def generate(run_or_model: str, question: str, as_json: bool, **options: Any) ->
 
     RUN_OR_MODEL is a run folder, a model folder or a hub id; QUESTION may be -, for standard input.
     """
-    if question == "-":
-        with click.open_file("-", encoding="utf-8") as stdin:
-            question = stdin.read().strip()
+    try:
+        if question == "-":
+            with click.open_file("-", encoding="utf-8") as stdin:
+                question = stdin.read().strip()
+        question.encode("utf-8")
+    except UnicodeError as error:
+        raise InputError(f"the question is not UTF-8 text: {error}") from error
     if not question.strip():
         raise InputError("the question is empty")
     from qcrd_fast.evaluate import generate_text

@@ -11,10 +11,11 @@ import click
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import require_file, require_writable
+from qcrd_fast.runfolder import require_file, require_not_of_run, require_writable
 
 from . import console
 from .options import (
+    FiniteRange,
     Verb,
     bad_row_option,
     config_option,
@@ -44,7 +45,7 @@ TRAINED_ALONE = ("loss", "augment", "learning_rate", "batch_size", "pretrain_ste
 @click.option("--train", metavar="DIR", help="train a discriminator alone on --data, keep it in DIR, and score with it")
 @click.option(
     "--held-out",
-    type=click.FloatRange(0, 0.9),
+    type=FiniteRange(0, 0.9),
     metavar="FLOAT",
     default=0.2,
     show_default=True,
@@ -199,6 +200,7 @@ def check_file(output: str, option: str, inputs: Sequence[str] = ()) -> None:
     if not Path(output).parent.is_dir() or Path(output).is_dir():
         raise InputError(f"{option}: {output} is not a file in a folder that exists")
     require_file(Path(output))
+    require_not_of_run(Path(output), option)
     require_writable(Path(output).parent, option)
     if Path(output).resolve() in {Path(name).resolve() for name in inputs}:
         raise InputError(f"{option}: {output} is also an input; choose another name")

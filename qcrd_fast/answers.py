@@ -28,10 +28,20 @@ _TOKEN = re.compile(rf"\s*(?:({_NUMBER})|(\*\*|[-+*/^()]))")
 _TIMES = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])")
 _MARKER = re.compile(r"(?:\banswers?(?: is| are|\s*:)(?:\s*:)?|####|\\boxed\b)\s*", re.IGNORECASE)
 _LETTER = re.compile(r"\(([A-Za-z])\)[.:]?\s*(.*)|([A-Za-z])(?:[).:]+(?:\s+(.*)|$)|$)", re.DOTALL)
-_LABEL = re.compile(r"\(([A-Za-z])\)")
+_LABEL = re.compile(r"(?<!not )\(([a-z])\)", re.IGNORECASE)
+_NOT_THAT = "".join(f"(?<!not {article})" for article in ("", "a ", "an ", "the "))
+_ANOTHER = re.compile(r"(?:and|or|,|/|&)\s*\(?[A-Za-z]\)", re.IGNORECASE)  # behind a letter: several, so none
 _CHOICE_LINE = re.compile(r"^[ \t]*\(?([A-Za-z])[).:][ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
 _WORDS = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+_OPPOSITE = {"yes": "no", "no": "yes"}
 _YES_NO = re.compile(r"\b(?:yes|no|true|false)\b")
+_NOT = re.compile(
+    r"(?:\b(?:not|never)|n['\u2019]t)\s+(?:(?:a|always|necessarily|really|quite|entirely)\s+)?$"
+)  # before the word
+_EMPHASIS = re.compile(  # Markdown's, around a whole value
+    r"(?<![^\s(\[{:\"'=$])(\*{1,3}|_{1,3}|`)(?=\S)([^\n]{1,200}?)(?<=\S)\1(?![^\s.,;:!?)\]}\"'])"
+)
+_DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2}/\d{1,2}/\d{4}|\d{4}/\d\d?/\d\d?")
 _FOLDED = str.maketrans(
     {
         "\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2012": "-", "\u2013": "-", "\ufe63": "-",
@@ -45,13 +55,23 @@ def canonical(answer: str, task: str, choices: Sequence[str] = ()) -> str | None
     """The form in which two equal answers are equal strings; None where the answer cannot be read as one of `task`.
 
     number: its value, `32` for `32.0`, `$32`, `1,000` -> `1000`, `1/2` -> `0.5`; units, currency and `%` are ignored, and
-    a text with several different numbers is none. equation: its value. yes-no: `yes` or `no` (also from true, false).
+    a text with several different numbers is none. equation: its value. yes-no: `yes` or `no` (also from true, false; `not`
+    turns it round). Markdown's emphasis is no part of them.
     choice: the choice's text where known (from `choices` or the answer itself), else its letter. text: without case,
     invisible characters (joiners, direction marks), outer punctuation and repeated white space, in NFKC.
     """
-    text = _visible(answer[:MAX_ANSWER]).strip()
-    if not text:
-        return None
+    text = _bare(_visible(answer[:MAX_ANSWER]).strip(), task, choices)
+    return _read(text, task, choices) if text else None
+
+
+def _bare(text: str, task: str, choices: Sequence[str]) -> str:
+    """Without Markdown's emphasis, where it keeps the answer from being read."""
+    if task == "text" or not any(c in text for c in "*_`") or _read(text, task, choices) is not None:
+        return text
+    return _EMPHASIS.sub(r"\2", text)
+
+
+def _read(text: str, task: str, choices: Sequence[str]) -> str | None:
     if task in ("number", "equation"):
         return _value_key(text, loose=task == "number")
     if task == "yes-no":
@@ -66,6 +86,7 @@ def surface(answer: str, task: str, choices: Sequence[str] = ()) -> str | None:
     key = canonical(answer, task, choices)
     if key is None or task in ("number", "yes-no"):
         return key
+    answer = _bare(answer.strip(), task, choices)
     if task == "choice":
         if choices:
             index, choice = next((i, choice) for i, choice in enumerate(choices) if _plain(choice) == key)
@@ -105,7 +126,7 @@ def extract_answer(text: str, task: str, choices: Sequence[str] = ()) -> str | N
     if len(parts) > 1:
         rest = parts[-1].strip().split("\n\n")[0].split("\nQ:")[0]
         for piece in (rest, rest.split("\n")[0], _sentence(rest)):
-            piece = piece.strip().removeprefix("{").removesuffix("}").strip(" :*\"'")
+            piece = piece.strip().removeprefix("{").removesuffix("}").lstrip(" :*_`\"'").rstrip(" :*_`\"'.")
             if task == "text":
                 piece = piece.split("\n")[0]
             answer = surface(piece, task, choices)
@@ -133,7 +154,9 @@ class TaskGuess:
         if not text:
             return
         letter = _LETTER.fullmatch(text)
-        if _number(text) is not None:
+        if _DATE.fullmatch(text):
+            kind = "text"
+        elif _number(text) is not None:
             kind = "number"
         elif evaluate_expression(text) is not None:
             kind = "equation"
@@ -315,13 +338,14 @@ def _format(value: Fraction) -> str:
 
 
 def _yes_no(text: str) -> str | None:
-    words = _YES_NO.findall(text.casefold())
-    if not words:
-        return None
-    found = {_WORDS[word] for word in words}
-    if len(found) == 1:
-        return found.pop()
-    start = re.match(r"\W*(yes|no|true|false)\b(?!\s+(?:and|or)\b)", text.casefold())
+    text = text.casefold()
+    found = set()
+    for word in _YES_NO.finditer(text):
+        denied = _NOT.search(text, max(0, word.start() - 24), word.start())
+        found.add(_OPPOSITE[_WORDS[word[0]]] if denied else _WORDS[word[0]])
+    if len(found) <= 1:
+        return found.pop() if found else None
+    start = re.match(r"\W*(yes|no|true|false)\b(?!\s+(?:and|or)\b)", text)
     return _WORDS[start[1]] if start else None
 
 
@@ -329,6 +353,8 @@ def _choice(text: str, choices: Sequence[str]) -> str | None:
     match = _LETTER.fullmatch(text)
     letter = (match[1] or match[3]).lower() if match else None
     rest = _plain((match[2] or match[4] or "") if match else text)
+    if match and _ANOTHER.match(match[2] or match[4] or ""):
+        return None
     if not choices:
         return rest or letter
     keys = [_plain(choice) for choice in choices]
@@ -340,7 +366,7 @@ def _choice(text: str, choices: Sequence[str]) -> str | None:
     letters = {label.lower() for label in _LABEL.findall(text)}
     if letters:
         return _choice(letters.pop(), choices) if len(letters) == 1 else None
-    named = {key for key in keys if key and re.search(rf"(?<!\w){re.escape(key)}(?!\w)", rest)}
+    named = {key for key in keys if key and re.search(rf"(?<!\w){_NOT_THAT}{re.escape(key)}(?!\w)", rest)}
     return named.pop() if len(named) == 1 else None
 
 

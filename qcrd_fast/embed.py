@@ -128,6 +128,8 @@ def _rationale_forward(
     for name, x in sizes.items():
         if len(x) != B:
             raise ValueError(f"{name} must have one entry a sequence ({B}), got {list(x.shape)}")
+    if rationale.shape != target.shape:
+        raise ValueError(f"rationale must be {list(target.shape)} to match target, got {list(rationale.shape)}")
     require(
         (rationale[:, 0] == torch.arange(B, device=rationale.device)).all(),
         lambda: f"rationale must number the sequences from 0 to {B - 1}; nn.DataParallel cannot split a batch",

@@ -19,6 +19,7 @@ from qcrd_fast.data import Question, load_questions, question_text
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.examples import label_of
 from qcrd_fast.memory import for_answers, relieved_by
+from qcrd_fast.modelfiles import read_config
 from qcrd_fast.runfolder import require_writable, write_lines
 from qcrd_fast.sampling import SampleSettings, key_words, sample
 from qcrd_fast.students import EXPLAIN, PREDICT, REASON, PromptSettings, Student
@@ -206,6 +207,20 @@ def evaluate_run(
     }
 
 
+def plan_answers(
+    run_or_model: str, data: str, *, output: str | None = None, task: str | None = None, on_bad_row: str = "error"
+) -> dict[str, Any]:
+    """What `evaluate_run` would do. Raises `InputError` as it does, as far as that shows without the weights."""
+    folder = _answers_folder(run_or_model, data, output)
+    loaded = load_questions(data, part="test", on_bad_row=on_bad_row, task=task)
+    questions = [q for q in of_split(loaded.questions, "test") if label_of(q, None) is not None]
+    name = find_model(run_or_model)
+    if os.path.isdir(name):
+        require_whole(Path(name))
+    read_config(name, "student")
+    return {"would_answer": len(questions), "model": name, "predictions": str(folder / "predictions.jsonl")}
+
+
 def _answers_folder(run_or_model: str, data: str, output: str | None) -> Path:
     """Where `evaluate_run` writes. Raises `InputError` for a folder that it must not, or cannot, write to."""
     run = Path(run_or_model)
@@ -215,6 +230,8 @@ def _answers_folder(run_or_model: str, data: str, output: str | None) -> Path:
         folder = run / f"eval-{Path(data).resolve().stem}" if os.path.isfile(run / "config.resolved.yaml") else Path(".")
     if (folder / "eval_results.json").is_file():
         raise InputError(f"--output: {folder} holds a run's own predictions.jsonl; choose another folder")
+    if (folder / MANIFEST).is_file():
+        raise InputError(f"--output: {folder} is a checkpoint; choose another folder")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"--output: {folder} is a link or no folder; choose another")
     require_writable(folder, "--output")

@@ -41,7 +41,8 @@ HYPER_PARAMETERS = (
 
 
 def export_run(run: str, output: str, *, checkpoint: str | None = None, dry_run: bool = False) -> dict[str, Any]:
-    """Write the model of `run` (its final checkpoint, or `checkpoint`, a name within the run) to the new folder `output`.
+    """Write the model of `run` (its final checkpoint, or `checkpoint`, a name or path within the run) to the new folder
+    `output`.
 
     A LoRA adapter is merged into its base model. Returns what was, or with `dry_run` would be, written. Raises `InputError`
     for a run without a whole checkpoint, or an `output` that is not empty; `RunError` when writing fails, and leaves nothing
@@ -89,7 +90,7 @@ def _source(run: str, checkpoint: str | None) -> Path:
     """The checkpoint folder to export."""
     if checkpoint is not None:
         found = next((p for p in (Path(run) / checkpoint, Path(checkpoint)) if (p / MANIFEST).is_file()), None)
-        if found is None:
+        if found is None or found.resolve().parent != Path(run).resolve():
             raise InputError(f"--checkpoint: {run} has no whole checkpoint {checkpoint!r}")
         return found
     if not Path(run).is_dir():

@@ -6,6 +6,7 @@ Suffixes: B rows, H hidden, V vocabulary, K entries kept by top-k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -45,7 +46,7 @@ def linear_sample(
     require(key.dtype == torch.int64, lambda: f"key must be int64, got {key.dtype}")
     require(counter.dtype == torch.int64, lambda: f"counter must be int64, got {counter.dtype}")
     require(temperature >= 0, lambda: f"temperature must be at least 0, got {temperature}")
-    require(softcap is None or softcap > 0, lambda: f"softcap must be above 0 or None, got {softcap}")
+    require(softcap is None or 0 < softcap < math.inf, lambda: f"softcap must be above 0 and finite, or None, got {softcap}")
     require(top_k >= 0, lambda: f"top_k must be at least 0, got {top_k}")
     if temperature == 0:
         softcap = None  # it keeps the order, and rounds large logits to ties

@@ -97,8 +97,8 @@ def check_head(
         lambda: f"weight, target and bias must be on {hidden.device} with hidden",
     )
     require(math.isfinite(scale), lambda: f"scale must be finite, got {scale}")
-    require(temperature > 0, lambda: f"temperature must be above 0, got {temperature}")
-    require(softcap is None or softcap > 0, lambda: f"softcap must be above 0 or None, got {softcap}")
+    require(0 < temperature < math.inf, lambda: f"temperature must be above 0 and finite, got {temperature}")
+    require(softcap is None or 0 < softcap < math.inf, lambda: f"softcap must be above 0 and finite, or None, got {softcap}")
     hidden_TH, target_T = hidden.reshape(-1, H), target.reshape(-1).long()
     require(
         ((target_T == ignore_index) | ((target_T >= 0) & (target_T < V))).all(),

@@ -155,6 +155,8 @@ def _merge(group: list[Record], split_by: str, seed: int) -> tuple[Question, Vot
     samples = [sample for record in group for sample in record.samples]
     if split_by == "gold" and samples and fields["gold"] is None:
         raise RowError(f"question {first.id!r} has no gold answer to split by")
+    if split_by == "gold" and samples and canonical(fields["gold"], task, choices) is None:
+        raise RowError(f"question {first.id!r}: its gold answer {fields['gold']!r} cannot be read as {task}, so not split by")
     result = vote(
         samples,
         seed=seed,

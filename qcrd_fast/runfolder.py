@@ -178,6 +178,15 @@ def require_file(path: Path) -> None:
         raise InputError(f"{path} is a device or pipe; name a file")
 
 
+OWN = ("config.resolved.yaml", "metrics.jsonl", "eval_results.json", "predictions.jsonl", LOG, LOCK)
+
+
+def require_not_of_run(path: Path, option: str) -> None:
+    """Raises `InputError` for a file that a run keeps itself, or in one of its checkpoints."""
+    if (path.name in OWN and (path.parent / OWN[0]).is_file()) or (path.parent / "MANIFEST.json").is_file():
+        raise InputError(f"{option}: {shown(path)} belongs to a run; choose another name")
+
+
 def require_writable(folder: Path, option: str) -> None:
     """Raises `InputError` naming `option` unless files can be made in `folder`, or where it is yet to be made; none is left."""
     while not folder.exists() and folder != folder.parent:

@@ -92,6 +92,41 @@ def test_expressions_agree_with_python():
         assert evaluate_expression(text.replace("Fraction", "")) == expected
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["**5**", "**5**.", "*5*.", "__5__", "`5`.", "The answer is **5**.", "**Answer: 5**.", "**Answer:** 5", "#### **$5**"],
+)
+def test_emphasis_is_no_part_of_a_number(text):
+    assert extract_answer(text, "number") == "5"
+
+
+def test_emphasis_is_told_from_products_and_powers():
+    for text, value in (("2*3*4", "24"), ("2 *3* 4", "24"), ("(2)*3*(4)", "24"), ("2**3**1", "8"), ("**2*3**", "6")):
+        assert canonical(text, "number") == value and canonical(text, "equation") == value
+    assert surface("**5 + 3**", "equation") == "5 + 3" and canonical("__init__", "text") == "__init__"
+    choices = ("ham", "spam")
+    assert [canonical(t, "choice", choices) for t in ("**b**", "**(b)**.", "*spam*", "`(a) ham`")] == [
+        "spam",
+        "spam",
+        "spam",
+        "ham",
+    ]
+    assert canonical("**b**", "choice") == "b"
+
+
+def test_a_choice_that_is_denied_or_one_of_several_is_none():
+    choices = ("bus", "car")
+    for text in ("not bus", "It is not a bus.", "not (a)", "(a) and (b)", "a) or b)"):
+        assert canonical(text, "choice", choices) is None, text
+    assert canonical("not a bus but a car", "choice", choices) == "car"
+
+
+def test_dates_are_texts_and_not_quotients():
+    for dates in (["05/01/2021", "10/02/2021"], ["2020-01-05", "2020-02-04"], ["2020/1/5"]):
+        assert guess_task(dates) == "text"
+    assert guess_task(["10/2/5", "2000-10-5", "( 84.0 / 2.0 )"]) == "equation"
+
+
 def test_equations_are_compared_by_value():
     assert same_answer("( 84.0 / 2.0 )", "42", "equation")
     assert same_answer("(84 / 2) = 42", "(21 * 2).", "equation")
@@ -106,7 +141,8 @@ def test_equations_are_compared_by_value():
         ("Yes", "yes"), (" no.", "no"), ("TRUE", "yes"), ("false.", "no"), (" probably no.", "no"),
         ("yes, even though there is no evidence", "yes"),
         ("no or yes", None), ("yes and no", None), (" it depends.", None), ("nothing", None),
-        ("notyes", None), ("\u200eYes", "yes"),
+        ("not true", "no"), ("It is not always true.", "no"), ("That isn\u2019t false", "yes"), ("no, that is not true", "no"),
+        ("I did not know. Yes.", "yes"), ("notyes", None), ("\u200eYes", "yes"),
         (" that it is not common to see frost during some college commencements.", None),
         ("So the answer is no.", "no"), ("Yes and no. In the end, the answer is: Yes", "yes"),
     ],

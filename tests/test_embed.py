@@ -248,6 +248,8 @@ def test_what_is_refused(student):
         model(**batch, position_ids=batch["input_ids"])
     with pytest.raises(ValueError, match="question must have one entry a sequence"):
         model(**{**batch, "question": batch["question"][:2]})
+    with pytest.raises(ValueError, match=r"rationale must be \[.*to match target"):
+        model(**{**batch, "target": batch["target"][:, :-1]})
     with pytest.raises(ValueError, match=r"number the sequences from 0 to 2; nn\.DataParallel cannot"):
         model(**{k: v[-3:] if torch.is_tensor(v) and len(v) == len(batch["target"]) else v for k, v in batch.items()})
     with pytest.raises(ValueError, match="labels must stand behind"):

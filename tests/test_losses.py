@@ -463,9 +463,11 @@ def test_errors_name_what_was_expected_and_what_came():
         (dict(target=torch.rand(3)), "target must be int64 or int32, got torch.float32"),
         (dict(hidden=torch.ones(3, 4).long()), "hidden must be floating point"),
         (dict(bias=torch.randn(4)), r"bias must be \[5\] to match weight, got \[4\]"),
-        (dict(temperature=0.0), "temperature must be above 0, got 0.0"),
+        (dict(temperature=0.0), "temperature must be above 0 and finite, got 0.0"),
+        (dict(temperature=math.inf), "temperature must be above 0 and finite, got inf"),
+        (dict(softcap=math.inf), "softcap must be above 0 and finite, or None, got inf"),
         (dict(scale=math.nan), "scale must be finite, got nan"),
-        (dict(softcap=-1.0), "softcap must be above 0 or None, got -1.0"),
+        (dict(softcap=-1.0), "softcap must be above 0 and finite, or None, got -1.0"),
         (dict(impl="cuda"), "impl='cuda': expected one of auto, triton, torch, eager"),
     ]:
         with pytest.raises(ValueError, match=message):
