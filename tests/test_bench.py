@@ -183,7 +183,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
                 case["product_ms" if row["mode"] == "score" else "floor_ms"] / row["ms"]
             )
     rows = list(csv.DictReader((tmp_path / "loss.csv").read_text().splitlines()))
-    assert len(rows) == 2 * 2 * 6 and rows[0]["head"] == "small" and rows[0]["torch"] == torch.__version__
+    assert len(rows) == 2 * 2 * 6 and rows[0]["head"] == "small" and rows[0]["torch"] == importlib.metadata.version("torch")
     (drawn, _) = plot.latest(tmp_path / "loss.csv").items()
     assert len(drawn[1]) == 4
     (tmp_path / "loss.csv").write_text("other,columns\n")
