@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import importlib.metadata
 import json
 import math
 from pathlib import Path
@@ -161,7 +163,6 @@ def test_cases_by_default_and_in_full() -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib
 
     module = importlib.import_module("bench.loss")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "loss.csv")
