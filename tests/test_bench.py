@@ -163,7 +163,6 @@ def test_cases_by_default_and_in_full() -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-
     module = importlib.import_module("bench.loss")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "loss.csv")
     file = tmp_path / "out.json"
