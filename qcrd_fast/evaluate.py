@@ -178,10 +178,7 @@ def evaluate_run(
     disk is full at the end.
     """
     folder = _answers_folder(run_or_model, data, output)
-    loaded = load_questions(data, part="test", on_bad_row=on_bad_row, task=task)
-    questions = [q for q in of_split(loaded.questions, "test") if label_of(q, None) is not None]
-    if not questions:
-        raise InputError(f"{data}: no question has an answer to compare with")
+    loaded, questions = _with_answers(data, task, on_bad_row)
     student, state = load_student(run_or_model, device)
     task = task or state.get("task") or main_task(questions)
     records = predict(
@@ -202,7 +199,7 @@ def evaluate_run(
         "accuracy": accuracy(records),
         "n": len(records),
         "task": task,
-        "without_answer": len(loaded.questions) - len(questions),
+        "without_answer": loaded - len(questions),
         "predictions": str(folder / "predictions.jsonl"),
     }
 
@@ -212,13 +209,21 @@ def plan_answers(
 ) -> dict[str, Any]:
     """What `evaluate_run` would do. Raises `InputError` as it does, as far as that shows without the weights."""
     folder = _answers_folder(run_or_model, data, output)
-    loaded = load_questions(data, part="test", on_bad_row=on_bad_row, task=task)
-    questions = [q for q in of_split(loaded.questions, "test") if label_of(q, None) is not None]
+    _, questions = _with_answers(data, task, on_bad_row)
     name = find_model(run_or_model)
     if os.path.isdir(name):
         require_whole(Path(name))
     read_config(name, "student")
     return {"would_answer": len(questions), "model": name, "predictions": str(folder / "predictions.jsonl")}
+
+
+def _with_answers(data: str, task: str | None, on_bad_row: str) -> tuple[int, list[Question]]:
+    """(how many questions a file has, those that can be compared). Raises `InputError` where none can."""
+    loaded = load_questions(data, part="test", on_bad_row=on_bad_row, task=task).questions
+    questions = [q for q in of_split(loaded, "test") if label_of(q, None) is not None]
+    if not questions:
+        raise InputError(f"{data}: no question has an answer to compare with")
+    return len(loaded), questions
 
 
 def _answers_folder(run_or_model: str, data: str, output: str | None) -> Path:

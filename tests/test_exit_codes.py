@@ -163,6 +163,8 @@ TABLE: list[tuple[int, str, Spoil | None]] = [
     (2, "eval {run} --data {rows} --output {run}/checkpoint-1", None),
     (0, "eval {run} --data {rows} --dry-run", None),
     (2, "eval {missing}/a/b --data {rows} --dry-run", None),
+    (2, "eval {run} --data {unanswered}", None),
+    (2, "eval {run} --data {unanswered} --dry-run", None),
     (2, "eval {run} --data {rows} --output {readonly} --dry-run", None),
     (130, "eval {run} --data {rows}", while_reading(INT)),
     (143, "eval {run} --data {rows}", while_reading(TERM)),
@@ -213,8 +215,10 @@ def runs(rows_file: Path, t5_folder: Path, tmp_path_factory: pytest.TempPathFact
     train(TrainConfig(method="dss", output_dir=str(folder / "run"), **sizes))
     train(TrainConfig(output_dir=str(folder / "judged"), discriminator_pretrain_steps=1, **sizes))
     (folder / "bad.jsonl").write_text('{"question"\n', encoding="utf-8")
+    (folder / "unanswered.jsonl").write_text('{"question": "1+1?", "samples": []}\n', encoding="utf-8")
     names = {"run": folder / "run", "judged": folder / "judged", "rows": rows_file, "student": t5_folder}
     # as root no file can be made there either
+    names |= {"unanswered": folder / "unanswered.jsonl"}
     names |= {"bad": folder / "bad.jsonl", "missing": folder / "missing", "readonly": Path("/proc/self")}
     return {name: str(path) for name, path in names.items()}
 
