@@ -237,9 +237,9 @@ def several(
     recipe = library.recipe_name(ctx.meta.get(CONFIG_PATH), config)
     with console.quiet_stdout():
         jobs = library.plan(config, of_seeds, of_methods, recipe)
-        if results is not None:
-            check_csv(Path(results))
         if dry_run:
+            if results is not None:
+                check_csv(Path(results))
             rows = [{"run": str(job.folder), "state": job.state} for job in jobs]
             text = "\n".join(f"{row['run']}  {row['state']}" for row in rows)
         else:

@@ -11,7 +11,7 @@ import click
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import require_file, require_not_of_run, require_writable
+from qcrd_fast.runfolder import require_not_of_run, require_place, require_writable
 
 from . import console
 from .options import (
@@ -197,10 +197,7 @@ def _temperatures(text: str | None) -> list[float]:
 
 def check_file(output: str, option: str, inputs: Sequence[str] = ()) -> None:
     """Raises `InputError` naming `option` unless `output` can be a new file in a folder that exists."""
-    if not Path(output).parent.is_dir() or Path(output).is_dir():
-        raise InputError(f"{option}: {output} is not a file in a folder that exists")
-    require_file(Path(output))
+    require_place(Path(output), option)
     require_not_of_run(Path(output), option)
-    require_writable(Path(output).parent, option)
     if Path(output).resolve() in {Path(name).resolve() for name in inputs}:
         raise InputError(f"{option}: {output} is also an input; choose another name")

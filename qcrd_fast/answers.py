@@ -35,9 +35,9 @@ _CHOICE_LINE = re.compile(r"^[ \t]*\(?([A-Za-z])[).:][ \t]+(\S.*?)[ \t]*$", re.M
 _WORDS = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 _OPPOSITE = {"yes": "no", "no": "yes"}
 _YES_NO = re.compile(r"\b(?:yes|no|true|false)\b")
-_NOT = re.compile(
+_NOT = re.compile(  # before the word
     r"(?:\b(?:not|never)|n['\u2019]t)\s+(?:(?:a|always|necessarily|really|quite|entirely)\s+)?$"
-)  # before the word
+)
 _EMPHASIS = re.compile(  # Markdown's, around a whole value
     r"(?<![^\s(\[{:\"'=$])(\*{1,3}|_{1,3}|`)(?=\S)([^\n]{1,200}?)(?<=\S)\1(?![^\s.,;:!?)\]}\"'])"
 )

@@ -88,8 +88,9 @@ def find_fault(checkpoint: Path, run: Path | None = None) -> str | None:
 
 
 def require_whole(folder: Path) -> None:
-    """Raises `InputError` for a checkpoint that is not as its manifest says; nothing for a folder that has none."""
-    if (folder / MANIFEST).is_file() and (fault := find_fault(folder)):
+    """Raises `InputError` for a checkpoint that is not as its manifest says; nothing for a folder that has none, or
+    a hub id."""
+    if os.path.isfile(folder / MANIFEST) and (fault := find_fault(folder)):
         raise InputError(f"{folder}: the checkpoint is damaged: {fault}")
 
 

@@ -21,7 +21,7 @@ from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.ledger import Ledger, Prices
 from qcrd_fast.redact import redact
 from qcrd_fast.rows import Question, shown
-from qcrd_fast.runfolder import append_lines, require_file, require_writable, write_lines
+from qcrd_fast.runfolder import append_lines, require_place, write_lines
 from qcrd_fast.teacher import Choice, Reply, estimate_tokens
 from qcrd_fast.templates import Template, prompt_digest, read_reply
 
@@ -95,10 +95,7 @@ class Collection:
         if re.match(r"[\w.-]+:\d+(?:/|$)", settings.teacher):
             raise InputError(f"--teacher: an address begins with http:// or https://; got {settings.teacher!r}")
         output = Path(settings.output)
-        if not output.parent.is_dir() or output.is_dir():
-            raise InputError(f"--output: {shown(output)} is not a file in a folder that exists")
-        require_file(output)
-        require_writable(output.parent, "--output")
+        require_place(output, "--output")
         if output.resolve() == Path(settings.questions).resolve():
             raise InputError(f"--output: {shown(output)} is also --questions; choose another name")
         if _holds_something(output) and not _holds_something(settings.ledger):

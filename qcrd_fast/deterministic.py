@@ -20,36 +20,39 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextlib.contextmanager
+def _algorithms(deterministic: bool) -> Iterator[None]:
+    """Inside, torch takes deterministic algorithms alone, or any; afterwards it is as it was."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+
+
+@contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """Inside, torch is deterministic if `wanted`; afterwards it is as it was."""
     if not wanted:
         yield
         return
     os.environ.setdefault(WORKSPACE, ":4096:8")  # cuBLAS reads it at its first use, which must not have been
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filling: Any = torch.utils.deterministic
     fills, cudnn = filling.fill_uninitialized_memory, torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
-    filling.fill_uninitialized_memory = False  # nothing reads what was not written; filling costs time
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-        filling.fill_uninitialized_memory = fills
-        torch.backends.cudnn.benchmark = cudnn
+    with _algorithms(deterministic=True):
+        filling.fill_uninitialized_memory = False  # nothing reads what was not written; filling costs time
+        torch.backends.cudnn.benchmark = False
+        try:
+            yield
+        finally:
+            filling.fill_uninitialized_memory = fills
+            torch.backends.cudnn.benchmark = cudnn
 
 
-@contextlib.contextmanager
-def deterministic_already() -> Iterator[None]:
+def deterministic_already() -> contextlib.AbstractContextManager[None]:
     """Inside, torch takes its usual algorithms: for work whose indices are unique and whose sums are in order, where those that
     `deterministic` makes it take wait for the device, which a graph cannot hold."""
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+    return _algorithms(deterministic=False)
 
 
 def require_deterministic(config: TrainConfig, device: torch.device) -> None:

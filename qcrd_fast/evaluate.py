@@ -138,8 +138,7 @@ def find_model(run_or_model: str) -> str:
 def load_student(run_or_model: str, device: str = "auto") -> tuple[Student, dict[str, Any]]:
     """A student with the prompts that it was trained with, and the state saved beside it ({} for a plain model)."""
     name = find_model(run_or_model)
-    if os.path.isdir(name):
-        require_whole(Path(name))
+    require_whole(Path(name))
     state: dict[str, Any] = {}
     path = Path(name) / STATE
     if os.path.isfile(path):
@@ -211,8 +210,7 @@ def plan_answers(
     folder = _answers_folder(run_or_model, data, output)
     _, questions = _with_answers(data, task, on_bad_row)
     name = find_model(run_or_model)
-    if os.path.isdir(name):
-        require_whole(Path(name))
+    require_whole(Path(name))
     read_config(name, "student")
     return {"would_answer": len(questions), "model": name, "predictions": str(folder / "predictions.jsonl")}
 

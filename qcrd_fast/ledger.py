@@ -25,6 +25,7 @@ from typing import Any
 
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.rows import shown
+from qcrd_fast.runfolder import append_whole
 
 log = logging.getLogger(__name__)
 
@@ -175,13 +176,9 @@ class Ledger:
     def _append(self, record: dict[str, Any]) -> None:
         """One record, on the disk before this returns. Raises `RunError` where it could not be written."""
         line = (json.dumps({**record, "time": round(time.time(), 3)}, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-        size = os.fstat(self._file).st_size
         try:
-            if os.write(self._file, line) != len(line):
-                raise OSError(None, "no space left")
-            os.fsync(self._file)
+            append_whole(self._file, line)
         except OSError as error:
-            os.ftruncate(self._file, size)
             raise RunError(f"cannot write {shown(self.path)}: {error.strerror}; run the same command again to go on") from error
         self._take(record)
 

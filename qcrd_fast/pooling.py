@@ -153,10 +153,12 @@ def _merge(group: list[Record], split_by: str, seed: int) -> tuple[Question, Vot
         if gold is not None and gold != fields["gold"] and not same_answer(gold, fields["gold"], task, choices):
             raise RowError(f"gold is {fields['gold']!r}, but {gold!r} at {record.path}:{record.line}")
     samples = [sample for record in group for sample in record.samples]
-    if split_by == "gold" and samples and fields["gold"] is None:
-        raise RowError(f"question {first.id!r} has no gold answer to split by")
-    if split_by == "gold" and samples and canonical(fields["gold"], task, choices) is None:
-        raise RowError(f"question {first.id!r}: its gold answer {fields['gold']!r} cannot be read as {task}, so not split by")
+    if split_by == "gold" and samples:
+        if fields["gold"] is None:
+            raise RowError(f"question {first.id!r} has no gold answer to split by")
+        if canonical(fields["gold"], task, choices) is None:
+            gold = fields["gold"]
+            raise RowError(f"question {first.id!r}: its gold answer {gold!r} cannot be read as {task}, so not split by")
     result = vote(
         samples,
         seed=seed,

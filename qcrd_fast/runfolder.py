@@ -183,7 +183,7 @@ OWN = ("config.resolved.yaml", "metrics.jsonl", "eval_results.json", "prediction
 
 def require_not_of_run(path: Path, option: str) -> None:
     """Raises `InputError` for a file that a run keeps itself, or in one of its checkpoints."""
-    if (path.name in OWN and (path.parent / OWN[0]).is_file()) or (path.parent / "MANIFEST.json").is_file():
+    if (path.name in OWN and (path.parent / "config.resolved.yaml").is_file()) or (path.parent / "MANIFEST.json").is_file():
         raise InputError(f"{option}: {shown(path)} belongs to a run; choose another name")
 
 
@@ -195,6 +195,14 @@ def require_writable(folder: Path, option: str) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"{option}: cannot write to {shown(folder)}: {error.strerror}; choose another folder") from error
+
+
+def require_place(path: Path, option: str) -> None:
+    """Raises `InputError` naming `option` unless `path` can be a file in a folder that exists."""
+    if not path.parent.is_dir() or path.is_dir():
+        raise InputError(f"{option}: {shown(path)} is not a file in a folder that exists")
+    require_file(path)
+    require_writable(path.parent, option)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -229,6 +237,18 @@ def append_lines(path: Path, records: Iterable[dict[str, Any]], *, durable: bool
         if durable:
             file.flush()
             os.fsync(file.fileno())
+
+
+def append_whole(descriptor: int, data: bytes) -> None:
+    """Append `data` in one write, on the disk when this returns; where that fails (`OSError`) the file is as it was."""
+    size = os.fstat(descriptor).st_size
+    try:
+        if os.write(descriptor, data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(descriptor)
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import errno
 import fcntl
 import hashlib
 import io
@@ -20,7 +19,7 @@ import yaml
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.readers import read_object
-from qcrd_fast.runfolder import FREE_OPTIONS, read_lines, require_file, require_writable, sha256
+from qcrd_fast.runfolder import FREE_OPTIONS, append_whole, read_lines, require_place, sha256
 from qcrd_fast.statistics import Answers, Estimate, pair, single
 
 log = logging.getLogger(__name__)
@@ -78,8 +77,9 @@ class Job:
             if name not in FREE_OPTIONS and name in before and before[name] != value:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{began}: the run began with {flag} {before[name]!r}, now it is {value!r}")
-        needed = [*([WHERE] if self.options.is_file() else []), *([JUDGED] if self.judge else [])]
-        if "accuracy" not in read_object(self.folder / RESULTS) or not all((self.folder / name).is_file() for name in needed):
+        needed = {WHERE: self.options.is_file(), JUDGED: self.judge}
+        missing = [name for name, is_needed in needed.items() if is_needed and not (self.folder / name).is_file()]
+        if missing or "accuracy" not in read_object(self.folder / RESULTS):
             return "begun"
         if read_object(self.folder / WHERE).get("data", "") not in ("", data_digest(self.config)):
             raise InputError(f"{self.folder}: the run was made from other data; choose another folder")
@@ -90,8 +90,8 @@ def row(job: Job) -> dict[str, Any]:
     """What a finished run's folder says, as a row of the CSV."""
     read = {name: read_object(job.folder / name) for name in (RESULTS, WHERE, JUDGED)}
     results, where, judged = read[RESULTS], read[WHERE], read[JUDGED]
-    numbers = (int, float)  # none where `train` alone was called
-    attempts = [a for a in read_lines(job.folder / ATTEMPTS) if isinstance(a.get("seconds"), numbers)]
+    # none where `train` alone was called
+    attempts = [a for a in read_lines(job.folder / ATTEMPTS) if isinstance(a.get("seconds"), int | float)]
     wall_s = round(sum(a["seconds"] for a in attempts), 1) or None
     found: dict[str, Any] = dict.fromkeys(COLUMNS)
     found |= {k: v for source in (results, where, judged) for k, v in source.items() if k in found}
@@ -156,29 +156,27 @@ def data_digest(config: TrainConfig) -> str:
 
 def check_csv(path: Path) -> None:
     """Raises `InputError` when rows cannot be added to `path`."""
-    if not path.parent.is_dir() or path.is_dir():
-        raise InputError(f"--results: {path} is not a file in a folder that exists")
-    require_file(path)
-    require_writable(path.parent, "--results")
+    require_place(path, "--results")
     if path.is_file():
         try:
-            os.close(os.open(path, os.O_RDWR))
+            with open(path, "r+b") as file:
+                first = file.readline()
         except OSError as error:
             raise InputError(f"--results: cannot write to {path}: {error.strerror}; choose another file") from error
-        if path.stat().st_size and read_csv(path, header=True) != list(COLUMNS):
+        if first and _fields(first) != list(COLUMNS):
             raise InputError(f"--results: {path} has other columns; choose another file")
 
 
-def read_csv(path: Path, header: bool = False) -> list[Any]:
-    """The rows as mappings of text, or the names of the columns; nothing where there is no file. A line that is no row of these
-    columns is passed over, with a warning."""
-    if not path.is_file():
-        return []
-    first, *lines = path.read_bytes().split(b"\n")
-    names = _fields(first)
-    if header:
-        return names
-    found = []
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows as mappings of text; nothing where there is no file. A line that is no row of its columns is passed over, with a
+    warning."""
+    return _rows(path, path.read_bytes()) if path.is_file() else []
+
+
+def _rows(path: Path, data: bytes) -> list[dict[str, str]]:
+    """What `read_csv` finds in a file that holds `data`."""
+    first, *lines = data.split(b"\n")
+    names, found = _fields(first), []
     for number, line in enumerate(lines, 2):
         if (one := _parse(names, line)) is not None:
             found.append(one)
@@ -191,7 +189,7 @@ def _fields(line: bytes) -> list[str]:
     """The fields of one line; none where it is no CSV. A row never goes over several lines, so that one that is damaged takes
     no other with it."""
     try:
-        text = line.removesuffix(b"\r").decode("utf-8")
+        text = line.rstrip(b"\r\n").decode("utf-8")
         return next(csv.reader([text], strict=True), [])
     except (UnicodeDecodeError, csv.Error):
         return []
@@ -218,29 +216,22 @@ def append_row(path: Path, found: dict[str, Any]) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         held = path.read_bytes()
-        size_before, whole = len(held), held.rfind(b"\n") + 1
+        whole = held.rfind(b"\n") + 1
         tail = held[whole:]
         if tail and _parse(COLUMNS, tail) is None and _fields(tail) != list(COLUMNS):
             log.warning("%s: cut off what was left of a row behind the last whole one", path)
             os.ftruncate(descriptor, whole)
-            size_before, tail = whole, b""
+            held, tail = held[:whole], b""
         same = [*KEY, "accuracy", "questions", "correct", "device"]
         wanted = {name: "" if found[name] is None else str(found[name]) for name in same}
-        if any(all(line.get(name) == wanted[name] for name in same) for line in read_csv(path)):
+        if any(all(line.get(name) == wanted[name] for name in same) for line in _rows(path, held)):
             return False
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        if not size_before:
+        if not held:
             writer.writeheader()
         writer.writerow({k: " ".join(v.splitlines()) if isinstance(v, str) else v for k, v in found.items()})
-        data = b"\n" * bool(tail) + text.getvalue().encode()
-        try:
-            if os.write(descriptor, data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            os.fsync(descriptor)
-        except BaseException:
-            os.ftruncate(descriptor, size_before)
-            raise
+        append_whole(descriptor, b"\n" * bool(tail) + text.getvalue().encode())
         return True
     finally:
         os.close(descriptor)

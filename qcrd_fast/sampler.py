@@ -283,9 +283,8 @@ class Sampler:
 
     def _capture(self, span: int) -> torch.cuda.CUDAGraph:
         device, stream = self.student.device, self._capture_stream()
-        arguments, pool = (self.rows, span, self.decoder.prompt), None
-        if self._graphs:
-            pool = next(iter(self._graphs.values())).pool()
+        arguments = (self.rows, span, self.decoder.prompt)
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         stream.wait_stream(torch.cuda.current_stream(device))
         with deterministic_already(), torch.cuda.stream(stream):  # which a capture that fails would not leave
             self._step(*arguments)  # kernels are compiled and libraries make their workspaces

@@ -52,7 +52,6 @@ class Lane:
         self._pool: ThreadPoolExecutor | None = None
         self._stream: Any = None
         self._green: Any = None  # lives as long as its stream is used
-        self._pushed = False  # torch makes no stream in a green context; the thread enters it
         if kind == "serial":
             return
         self._pool = ThreadPoolExecutor(1, LANE, torch.set_num_threads, (torch.get_num_threads(),))
@@ -63,8 +62,8 @@ class Lane:
 
             count = torch.cuda.get_device_properties(device).multi_processor_count
             self._green = GreenContext.create(num_sms=max(1, round(SHARE * count)), device_id=device.index or 0)
-            self._pushed = not hasattr(self._green, "Stream")
-            self._stream = None if self._pushed else self._green.Stream()
+            if hasattr(self._green, "Stream"):  # else the thread enters the context itself
+                self._stream = self._green.Stream()
         else:
             self._stream = torch.cuda.Stream(device, priority=-1 if kind == "priority" else 0)
 
@@ -87,14 +86,15 @@ class Lane:
         if self.device.type != "cuda":
             yield
             return
+        entered = self._green if self._stream is None else None
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):  # None: the current one
-            if self._pushed:
-                self._green.set_context()
+            if entered is not None:
+                entered.set_context()
             try:
                 yield
             finally:
-                if self._pushed:
-                    self._green.pop_context()
+                if entered is not None:
+                    entered.pop_context()
 
     def close(self) -> None:
         """Drop what waits and wait for what runs."""

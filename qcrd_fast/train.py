@@ -87,7 +87,7 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
     prompts = PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length)
     if config.use_peft:
         require_peft()
-    if not found and os.path.isdir(str(config.student)):
+    if not found:
         checkpoint.require_whole(Path(str(config.student)))
     student = Student.load(str(config.student) if config.use_peft else found or str(config.student), prompts, device)
     examples = make_examples(data.train, student, config)
