@@ -40,7 +40,7 @@ def main() -> None:
     import transformers
     from qcrd_fast.bench.record import append
 
-    from qcrd_fast.seeds import commit
+    from qcrd_fast.utils.environment import commit
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", default="finetune,dss,qcrd")

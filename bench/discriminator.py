@@ -19,11 +19,14 @@ import torch
 import transformers
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data import Question, hold_out, load_questions, question_text
+from qcrd_fast.data import hold_out, load_questions
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator
+from qcrd_fast.pooling import question_text
+from qcrd_fast.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.quality import auc, interval, judge, question_weights
-from qcrd_fast.seeds import commit
-from qcrd_fast.students import EXPLAIN, PromptSettings, Student
+from qcrd_fast.rows import Question
+from qcrd_fast.students import Student
+from qcrd_fast.utils.environment import commit
 
 from .record import append
 

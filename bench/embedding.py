@@ -146,7 +146,7 @@ def main() -> None:
         print(json.dumps(processor_ms() if args.only == "time" else memory(args.only)))
         return
 
-    from qcrd_fast.seeds import commit
+    from qcrd_fast.utils.environment import commit
 
     from .record import append
 

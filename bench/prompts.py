@@ -25,11 +25,12 @@ from transformers import T5Config, T5ForConditionalGeneration
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import load_questions
 from qcrd_fast.errors import InputError
-from qcrd_fast.evaluate import make_autocast, resolve_device
 from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.negatives import Negative
 from qcrd_fast.objective import Objective
-from qcrd_fast.students import PromptSettings, Student
+from qcrd_fast.prompts import PromptSettings
+from qcrd_fast.students import Student
+from qcrd_fast.utils.device import make_autocast, resolve_device
 
 from .record import append, describe_machine
 from .timing import quantile, time_ms

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.seeds import commit
+from qcrd_fast.utils.environment import commit
 
 log = logging.getLogger("qcrd_fast.bench")
 VERSIONED = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels")

@@ -24,9 +24,10 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from qcrd_fast.config import nearest
 from qcrd_fast.errors import InputError
+from qcrd_fast.noise import key_words
 from qcrd_fast.prompts import TokenIds
 from qcrd_fast.sampler import Sampler, SampleSettings
-from qcrd_fast.sampling import key_words, make_sampler
+from qcrd_fast.sampling import make_sampler
 from qcrd_fast.students import Student
 
 from . import timing

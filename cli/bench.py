@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from qcrd_fast.errors import RunError
-from qcrd_fast.runfolder import write_text
+from qcrd_fast.utils.files import write_text
 
 from . import console
 from .options import Group, Verb, config_option, device_option, dry_run_option, natural, positive
@@ -108,7 +108,7 @@ def _run(
     dry_run: bool, **subset: Any,
 ) -> None:  # fmt: skip
     """One of the modules of the package beside us, installed or not."""
-    from qcrd_fast.evaluate import resolve_device
+    from qcrd_fast.utils.device import resolve_device
 
     if json_file:
         check_file(json_file, "--json")

@@ -19,8 +19,8 @@ from typing import Any
 import click
 
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.memory import is_exhausted
-from qcrd_fast.redact import RedactingFormatter, redact
+from qcrd_fast.utils.oom import is_exhausted
+from qcrd_fast.utils.redact import RedactingFormatter, redact
 
 from .options import suggest
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from qcrd_fast import __version__
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.demo import DEFAULTS as DEMO_DEFAULTS
 from qcrd_fast.demo import run_demo
 from qcrd_fast.errors import InputError
 from qcrd_fast.runfolder import RunFolder
-from qcrd_fast.world import only_process, rank
+from qcrd_fast.utils.torchrun import only_process, rank
+from qcrd_fast.version import __version__
 
 from . import console
 from .bench import bench

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from qcrd_fast.config import TASKS, TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.readers import read_yaml
+from qcrd_fast.utils.config_files import read_yaml
 
 METAVARS = {
     "data": "FILE",

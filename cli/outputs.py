@@ -11,7 +11,8 @@ import click
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import require_not_of_run, require_place, require_writable
+from qcrd_fast.runfolder import require_not_of_run
+from qcrd_fast.utils.files import require_place, require_writable
 
 from . import console
 from .options import (

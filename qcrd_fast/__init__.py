@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qcrd_fast.version import __version__
+
 if TYPE_CHECKING:
     from qcrd_fast.collator import RationaleCollator as RationaleCollator
     from qcrd_fast.discriminator import Discriminator as Discriminator
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from qcrd_fast.ops import linear_logprob as linear_logprob
     from qcrd_fast.two_pass import score_then_train as score_then_train
 
-__version__ = "0.1.0"
 __all__ = [
     "Discriminator",
     "QCRDLoss",

@@ -5,13 +5,13 @@ Everything random here comes from a key (seed, what, when), never from call orde
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from qcrd_fast.config import AUGMENTATIONS
+from qcrd_fast.utils.keyed import keyed
 
 BLANK = "___"  # stands for a masked word in any tokenizer's alphabet
 _NUMBER = r"(?<![\w.])\d+(?:\.\d+)?(?![\w]|\.\d)"
@@ -88,8 +88,3 @@ def _drop_sentence(text: str, rng: random.Random) -> str:
         return text
     del sentences[rng.randrange(len(sentences))]
     return "".join(sentences).strip()
-
-
-def keyed(*key: Any) -> int:
-    """63 bits that depend on the key alone, in every process and on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1

@@ -24,9 +24,10 @@ from qcrd_fast.discriminator import DiscriminatorTrainer
 from qcrd_fast.distributed import Engine, like
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.lora import save_model
-from qcrd_fast.runfolder import remove_tree, sha256, sync, told_room, write_json
+from qcrd_fast.prompts import PromptSettings
 from qcrd_fast.snapshots import Snapshots
-from qcrd_fast.students import PromptSettings, Student
+from qcrd_fast.students import Student
+from qcrd_fast.utils.files import remove_tree, sha256, sync, told_room, write_json
 
 log = logging.getLogger(__name__)
 

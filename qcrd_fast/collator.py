@@ -5,18 +5,18 @@ Shapes: Q questions, B sequences (R rationales, then the labels), S sources, L p
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qcrd_fast.data import Question, question_text
 from qcrd_fast.errors import InputError
 from qcrd_fast.native import native_row
+from qcrd_fast.pooling import question_text
 from qcrd_fast.prompts import EXPLAIN, PREDICT, Prompter, PromptSettings, TokenIds
-from qcrd_fast.rows import Rationale, RowError
+from qcrd_fast.rows import Question, Rationale, RowError
+from qcrd_fast.utils.keyed import key
 
 IGNORE = -100  # a target that is not scored
 LABELS = ("auto", "gold", "majority", "none")
@@ -181,11 +181,6 @@ class RationaleCollator:
             "decoder_input_ids": _padded([[start, *t[:-1]] for t in targets], pad)[0],
             "target": _padded([t or [IGNORE] for t in targets], IGNORE)[0],
         }
-
-
-def key(text: str) -> int:
-    """63 bits that stand for a question's id."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little") >> 1
 
 
 def _question(row: Mapping[str, Any] | Question) -> Question:

@@ -19,11 +19,11 @@ from typing import Any
 from qcrd_fast.data import load_questions
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.ledger import Ledger, Prices
-from qcrd_fast.redact import redact
-from qcrd_fast.rows import Question, shown
-from qcrd_fast.runfolder import append_lines, require_place, write_lines
+from qcrd_fast.rows import Question
 from qcrd_fast.teacher import Choice, Reply, estimate_tokens
 from qcrd_fast.templates import Template, prompt_digest, read_reply
+from qcrd_fast.utils.files import append_lines, require_place, shown, write_lines
+from qcrd_fast.utils.redact import redact
 
 log = logging.getLogger(__name__)
 

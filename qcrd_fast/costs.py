@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.runrows import KEY, answers_of, options_text, read_csv
-from qcrd_fast.runview import RunView, number
+from qcrd_fast.runview import RunView
 from qcrd_fast.statistics import Answers, Estimate, single
+from qcrd_fast.utils.config_files import number
 
 OF_STEPS = " of the steps"
 

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 from qcrd_fast import published
 from qcrd_fast.config import TASKS
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.memory import require_room
 from qcrd_fast.native import native_row
 from qcrd_fast.pooling import Pool, Record, question_text, text_key
-from qcrd_fast.rows import BadRow, Question, Rationale, RowError, get_text, iter_rows, require, shown
-from qcrd_fast.runfolder import require_file
+from qcrd_fast.rows import BadRow, Question, Rationale, RowError, get_text, iter_rows, require
 from qcrd_fast.summary import PrepareSummary, Tally
+from qcrd_fast.utils.files import require_file, shown
+from qcrd_fast.utils.memory import require_room
 
 FORMATS = ("auto", "native", "mentor-kd", "dss")
 MAX_SKIPPED = 10_000  # bad rows that are kept by name; all are counted

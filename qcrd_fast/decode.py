@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from qcrd_fast.heads import body
-from qcrd_fast.students import Student, TokenIds
+from qcrd_fast.prompts import TokenIds
+from qcrd_fast.students import Student
 
 Autocast = Callable[[], torch.autocast]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # ||logits - model's|| / ||model's||; 5e-2 in other types

@@ -13,7 +13,8 @@ from typing import Any
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import RunFolder, write_lines
+from qcrd_fast.runfolder import RunFolder
+from qcrd_fast.utils.files import write_lines
 
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivan", "Jill")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "keys", "pens", "shells", "stamps", "stones")

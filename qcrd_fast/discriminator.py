@@ -13,21 +13,23 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qcrd_fast.augment import augment, keyed
+from qcrd_fast.augment import augment
 from qcrd_fast.config import DISCRIMINATOR_LOSSES, TrainConfig
-from qcrd_fast.data import Question, question_text
 from qcrd_fast.encoders import MAX_LENGTH, SmallEncoder, length_limit, load_encoder
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.memory import for_judging, relieved
+from qcrd_fast.packing import length_batches
+from qcrd_fast.pooling import question_text
 from qcrd_fast.quality import judge
-from qcrd_fast.students import MAX_TOKENS, length_batches
+from qcrd_fast.rows import Question
+from qcrd_fast.students import MAX_TOKENS
+from qcrd_fast.utils.keyed import keyed, own_randomness
+from qcrd_fast.utils.oom import for_judging, relieved
 
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.01
@@ -152,7 +154,7 @@ def build_discriminator(name: str, student_model: Any, student_tokenizer: Any, *
     """
     if name == "none":
         return None
-    with _own_randomness(torch.device("cpu"), seed, "discriminator", "build"):
+    with own_randomness(torch.device("cpu"), seed, "discriminator", "build"):
         max_length, tokenizer = MAX_LENGTH, student_tokenizer
         if name != "auto":
             encoder, tokenizer = load_encoder(name)
@@ -322,7 +324,7 @@ class DiscriminatorTrainer:
     def _train(self, batches: Iterator[list[_Example]], when: str, on_step: Callable[[int], None] | None) -> float | None:
         """One optimizer step a batch; the mean loss over questions, or None without a batch."""
         total, count = 0.0, 0
-        with _own_randomness(self.discriminator.device, self.config.seed, "discriminator", when):
+        with own_randomness(self.discriminator.device, self.config.seed, "discriminator", when):
             self.discriminator.train()
             try:
                 for step, batch in enumerate(batches):
@@ -393,14 +395,3 @@ def _words(questions: Sequence[Question]) -> list[str]:
 
 
 # ---- keyed randomness ----
-
-
-@contextmanager
-def _own_randomness(device: torch.device, *key: Any) -> Iterator[None]:
-    """Inside, torch draws from `key` on the CPU and on `device`; afterwards its generators stand where they stood."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(keyed(*key))  # torch.manual_seed would reseed every other GPU too
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(keyed(*key))
-        yield

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils.logging import disable_progress_bar
 
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.world import rank, world_size
+from qcrd_fast.utils.torchrun import rank, world_size
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

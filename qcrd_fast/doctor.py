@@ -6,32 +6,34 @@ import contextlib
 import os
 import platform
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qcrd_fast import __version__
+from qcrd_fast.utils.environment import GIB, PACKAGES, cpu_cores, dotted, list_gpus, package_version
+from qcrd_fast.version import __version__
 
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 VARIABLES = ("QCRD_FAST_IMPL", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-GIB = 1024**3
 
 
 def examine() -> dict[str, Any]:
     """The report as plain values; what cannot be found out is None, with a word why."""
     torch, torch_error = _import_torch()
-    gpus = _gpus(torch) if torch else []
+    gpus = list_gpus(torch) if torch else []
     impl, why = kernel_path(torch, gpus) if torch else (None, f"torch cannot be imported: {torch_error}")
     return {
         "kernels": {"impl": impl, "why": why},
         "versions": {
             "qcrd-fast": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
+            **{name: package_version(name) for name in PACKAGES},
         },
         "cuda": torch.version.cuda if torch else None,
         "gpus": gpus,
-        "cpu": {"cores": _cores(), "torch_threads": torch.get_num_threads() if torch else None, "machine": platform.machine()},
+        "cpu": {
+            "cores": cpu_cores(),
+            "torch_threads": torch.get_num_threads() if torch else None,
+            "machine": platform.machine(),
+        },
         "memory_free_gib": _free_memory_gib(),
         "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / GIB, 1),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -62,7 +64,7 @@ def as_text(report: dict[str, Any]) -> str:
     if "TRITON_INTERPRET" in report["environment"]:
         lines.append("             TRITON_INTERPRET is set: kernels run in Triton's interpreter, for tests only")
     lines += [
-        f"gpu {i}        {g['name']}, capability {_dotted(g)}, {g['memory_free_gib']} of {g['memory_gib']} GiB free, "
+        f"gpu {i}        {g['name']}, capability {dotted(g)}, {g['memory_free_gib']} of {g['memory_gib']} GiB free, "
         f"bf16 {'yes' if g['bf16'] else 'no'}"
         for i, g in enumerate(report["gpus"])
     ] or ["gpu          none"]
@@ -81,38 +83,6 @@ def _import_torch() -> tuple[Any, str | None]:
     except Exception as error:  # a broken install is a finding, not a failure
         return None, str(error)
     return torch, None
-
-
-def _gpus(torch: Any) -> list[dict[str, Any]]:
-    found = []
-    with contextlib.suppress(Exception):
-        for index in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(index)
-            capability = torch.cuda.get_device_capability(index)
-            found.append(
-                {
-                    "name": torch.cuda.get_device_name(index),
-                    "capability": list(capability),
-                    "memory_gib": round(total / GIB, 1),
-                    "memory_free_gib": round(free / GIB, 1),
-                    "bf16": capability >= (8, 0),
-                }
-            )
-    return found
-
-
-def _dotted(gpu: dict[str, Any]) -> str:
-    return ".".join(map(str, gpu["capability"]))
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-    return None
-
-
-def _cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _free_memory_gib() -> float | None:

@@ -6,46 +6,27 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from qcrd_fast import answers
 from qcrd_fast.checkpoint import MANIFEST, STATE, latest_checkpoint, require_whole
 from qcrd_fast.config import TASKS
-from qcrd_fast.data import Question, load_questions, question_text
+from qcrd_fast.data import load_questions
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.examples import label_of
-from qcrd_fast.memory import for_answers, relieved_by
 from qcrd_fast.modelfiles import read_config
-from qcrd_fast.runfolder import require_writable, write_lines
-from qcrd_fast.sampling import SampleSettings, key_words, sample
-from qcrd_fast.students import EXPLAIN, PREDICT, REASON, PromptSettings, Student
-
-Autocast = Callable[[], torch.autocast]
-
-
-def resolve_device(name: str) -> torch.device:
-    """`--device`: auto is the GPU where there is one. Raises `InputError` for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device: {name!r} is not a device") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"--device: {name} is not available on this machine")
-    return device
-
-
-def make_autocast(device: torch.device, bf16: bool | None) -> Autocast:
-    """A maker of autocast contexts. bf16 None: where the GPU has it."""
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported() if bf16 is None else bf16
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+from qcrd_fast.noise import key_words
+from qcrd_fast.pooling import question_text
+from qcrd_fast.prompts import EXPLAIN, PREDICT, REASON, PromptSettings
+from qcrd_fast.rows import Question
+from qcrd_fast.sampler import SampleSettings
+from qcrd_fast.sampling import sample
+from qcrd_fast.students import Student
+from qcrd_fast.utils.device import Autocast, make_autocast, resolve_device
+from qcrd_fast.utils.files import require_writable, write_lines
+from qcrd_fast.utils.oom import for_answers, relieved_by
 
 
 def predict(

@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data import Question, question_text
 from qcrd_fast.errors import InputError
-from qcrd_fast.memory import relieved_by
 from qcrd_fast.negatives import Negative
-from qcrd_fast.students import EXPLAIN, PREDICT, REASON, Student, TokenIds
+from qcrd_fast.pooling import question_text
+from qcrd_fast.prompts import EXPLAIN, PREDICT, REASON, TokenIds
+from qcrd_fast.rows import Question
+from qcrd_fast.students import Student
+from qcrd_fast.utils.oom import relieved_by
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.rows import shown
-from qcrd_fast.runfolder import append_whole
+from qcrd_fast.utils.files import append_whole, shown
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qcrd_fast.data import iter_records, text_key
+from qcrd_fast.data import iter_records
 from qcrd_fast.errors import InputError
-from qcrd_fast.rows import BadRow, Question, shown
+from qcrd_fast.pooling import text_key
+from qcrd_fast.rows import BadRow, Question
 from qcrd_fast.teacher import Choice
+from qcrd_fast.utils.files import shown
 
 
 class Sampled(NamedTuple):
@@ -28,10 +30,12 @@ class LocalTeacher:
     """
 
     def __init__(self, name: str, *, api: str, temperature: float, max_tokens: int, seed: int, batch_size: int, device: str):
-        from qcrd_fast.evaluate import resolve_device
         from qcrd_fast.noise import key_words
-        from qcrd_fast.sampling import SampleSettings, sample
-        from qcrd_fast.students import PromptSettings, Student
+        from qcrd_fast.prompts import PromptSettings
+        from qcrd_fast.sampler import SampleSettings
+        from qcrd_fast.sampling import sample
+        from qcrd_fast.students import Student
+        from qcrd_fast.utils.device import resolve_device
 
         self._key_words, self._sample = key_words, sample
         self.seed, self.max_tokens = seed, max_tokens

@@ -17,7 +17,7 @@ from transformers.utils.logging import tqdm
 
 from qcrd_fast.distributed import ALONE, Ranks
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.runfolder import append_lines, sync, write_lines
+from qcrd_fast.utils.files import append_lines, sync, write_lines
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.rows import BadRow, Question, Rationale, RowError, check_text, get_list, get_text, iter_rows, shown
+from qcrd_fast.rows import BadRow, Question, Rationale, RowError, check_text, get_list, get_text, iter_rows
+from qcrd_fast.utils.files import shown
 
 SPLITS = ("train", "test", "valid")
 _ROWS_NAME = re.compile(rf"(.+)_({'|'.join(SPLITS)})\.json")

@@ -78,10 +78,12 @@ def judge_run(run: str | Path) -> dict[str, float | None]:
     """Let the run's final student explain each question of its predictions.jsonl, greedily; judge, and keep what it said in
     rationales.jsonl. Raises `InputError` for a run without a checkpoint or predictions."""
     from qcrd_fast.errors import InputError
-    from qcrd_fast.evaluate import load_student, make_autocast
-    from qcrd_fast.runfolder import read_lines, write_lines
-    from qcrd_fast.sampling import SampleSettings, sample
-    from qcrd_fast.students import EXPLAIN
+    from qcrd_fast.evaluate import load_student
+    from qcrd_fast.prompts import EXPLAIN
+    from qcrd_fast.sampler import SampleSettings
+    from qcrd_fast.sampling import sample
+    from qcrd_fast.utils.device import make_autocast
+    from qcrd_fast.utils.files import read_lines, write_lines
 
     run = Path(run)
     asked = list(read_lines(run / "predictions.jsonl"))

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category
 
-from qcrd_fast import __version__
 from qcrd_fast.costs import OF_STEPS, Outcome, of_csv, of_view, points
-from qcrd_fast.data import load_questions, question_text
+from qcrd_fast.data import load_questions
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.plots import PALETTE, Line, Spot, density_chart, line_chart, scatter_chart
+from qcrd_fast.pooling import question_text
 from qcrd_fast.quality import judge, wilson
-from qcrd_fast.runfolder import write_text
-from qcrd_fast.runview import RunView, negatives, number, read_run
+from qcrd_fast.runview import RunView, negatives, read_run
+from qcrd_fast.utils.config_files import number
+from qcrd_fast.utils.files import write_text
+from qcrd_fast.version import __version__
 
 SAMPLES, ANSWERS, LONGEST = 6, 8, 1200  # questions shown a run; characters shown of a text
 KEPT = "\n\t\u200c\u200d"  # and the joiners that Persian, Indic scripts and emoji need

@@ -12,13 +12,13 @@ import torch
 
 from qcrd_fast import checkpoint
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data import Question
 from qcrd_fast.distributed import Ranks
 from qcrd_fast.evaluate import accuracy, predict
 from qcrd_fast.metrics import MetricsLog
+from qcrd_fast.rows import Question
 from qcrd_fast.rundata import Data
-from qcrd_fast.runfolder import write_json, write_lines
 from qcrd_fast.students import Student
+from qcrd_fast.utils.files import write_json, write_lines
 
 PREDICTIONS, RESULTS = "predictions.jsonl", "eval_results.json"
 Best = dict[str, Any] | None  # {step, accuracy} of the best checkpoint on validation

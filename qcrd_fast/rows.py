@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from qcrd_fast.errors import InputError
+from qcrd_fast.utils.files import shown
 
 MAX_ROW_BYTES = 16 * 1024 * 1024
 _CHUNK = 1024 * 1024
@@ -80,12 +81,6 @@ class BadRow(NamedTuple):
 
 class RowError(ValueError):
     """What is wrong with one row; the reader adds the file and the line."""
-
-
-def shown(path: str | os.PathLike[str]) -> str:
-    """`path` for a message: one printable line, whatever bytes the name has."""
-    name = os.fspath(path).encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def iter_rows(path: str | Path) -> Iterator[tuple[int, Any]]:

@@ -18,9 +18,10 @@ import yaml
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.readers import read_object
-from qcrd_fast.runfolder import FREE_OPTIONS, append_whole, read_lines, require_place, sha256
+from qcrd_fast.runfolder import FREE_OPTIONS
 from qcrd_fast.statistics import Answers, Estimate, pair, single
+from qcrd_fast.utils.config_files import read_object
+from qcrd_fast.utils.files import append_whole, read_lines, require_place, sha256
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.readers import is_plain, read_object, read_options
 from qcrd_fast.runfolder import LOCK
 from qcrd_fast.runrows import ATTEMPTS, WHERE
+from qcrd_fast.utils.config_files import is_plain, number, read_object, read_options
 
 QUALITY_SCORES = "quality_scores.jsonl"
 MAX_LINE = 1 << 20  # bytes; a longer line is passed over
@@ -127,16 +126,6 @@ def read_objects(path: Path) -> Iterator[dict[str, Any]]:
                     yield record
     except OSError:
         return
-
-
-def number(value: Any) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
 
 
 def _is_score(record: dict[str, Any]) -> bool:

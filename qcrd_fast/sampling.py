@@ -23,10 +23,11 @@ from qcrd_fast.dispatch import require_impl
 from qcrd_fast.heads import evaluating
 from qcrd_fast.linear_sample import pick_tokens
 from qcrd_fast.noise import key_words as key_words
+from qcrd_fast.prompts import TokenIds
 from qcrd_fast.sampler import Cancelled, nucleus
 from qcrd_fast.sampler import Sampler as Sampler
 from qcrd_fast.sampler import SampleSettings as SampleSettings
-from qcrd_fast.students import Student, TokenIds
+from qcrd_fast.students import Student
 
 log = logging.getLogger(__name__)
 _styles: weakref.WeakKeyDictionary[Any, dict[bool, str | None]] = weakref.WeakKeyDictionary()  # None: generate

@@ -19,13 +19,19 @@ from safetensors.torch import load_file, save_file
 
 from qcrd_fast.checkpoint import DISCRIMINATOR
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data import BadRow, Question, Rationale, hold_out, load_questions, question_text
+from qcrd_fast.data import hold_out, load_questions
 from qcrd_fast.discriminator import Discriminator, DiscriminatorTrainer, build_discriminator, judge_questions
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.evaluate import find_model, load_student, make_autocast
-from qcrd_fast.runfolder import write_json, write_lines
-from qcrd_fast.sampling import SampleSettings, key_words, sample
-from qcrd_fast.students import EXPLAIN, Student
+from qcrd_fast.evaluate import find_model, load_student
+from qcrd_fast.noise import key_words
+from qcrd_fast.pooling import question_text
+from qcrd_fast.prompts import EXPLAIN
+from qcrd_fast.rows import BadRow, Question, Rationale
+from qcrd_fast.sampler import SampleSettings
+from qcrd_fast.sampling import sample
+from qcrd_fast.students import Student
+from qcrd_fast.utils.device import make_autocast
+from qcrd_fast.utils.files import write_json, write_lines
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,12 @@ import yaml
 
 from qcrd_fast.config import METHODS, TrainConfig, nearest
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.readers import read_yaml
-from qcrd_fast.redact import RedactingFormatter, redact
-from qcrd_fast.runfolder import append_lines, remove_tree, write_json, write_text
 from qcrd_fast.runrows import ATTEMPTS, JUDGED, RESULTS, WHERE, Job, append_row, check_csv, data_digest, row
-from qcrd_fast.signals import StopSignals
+from qcrd_fast.utils.config_files import read_yaml
+from qcrd_fast.utils.environment import commit
+from qcrd_fast.utils.files import append_lines, remove_tree, write_json, write_text
+from qcrd_fast.utils.redact import RedactingFormatter, redact
+from qcrd_fast.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
 RUNS_CSV = "bench/results/runs.csv"
@@ -237,9 +238,9 @@ def environment(config: TrainConfig) -> dict[str, Any]:
     """The machine, versions and commit of this process."""
     import torch
 
-    from qcrd_fast import __version__
     from qcrd_fast.doctor import examine
-    from qcrd_fast.evaluate import resolve_device
+    from qcrd_fast.utils.device import resolve_device
+    from qcrd_fast.version import __version__
 
     device, versions = resolve_device(config.device), examine()["versions"]
     gpu = device.type == "cuda"
@@ -253,15 +254,6 @@ def environment(config: TrainConfig) -> dict[str, Any]:
         "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
     }
-
-
-def commit() -> str:
-    """The checkout that this code is in, `-dirty` with changes not committed; unknown where it is in none."""
-    root = Path(__file__).resolve().parent.parent
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-    return "unknown"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qcrd_fast.distributed import ALONE, Ranks, full
 from qcrd_fast.errors import RunError
-from qcrd_fast.runfolder import sha256, sync, told_room
+from qcrd_fast.utils.files import sha256, sync, told_room
 
 Weights = dict[str, Tensor]
 

@@ -25,9 +25,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from qcrd_fast import __version__
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.redact import SHORTEST, redact
+from qcrd_fast.utils.redact import SHORTEST, redact
+from qcrd_fast.version import __version__
 
 log = logging.getLogger(__name__)
 

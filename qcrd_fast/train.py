@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import math
 import os
@@ -17,29 +16,32 @@ import torch
 from qcrd_fast import checkpoint
 from qcrd_fast.audit import Audit, Audits
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.deterministic import deterministic, require_deterministic
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, judge_questions
 from qcrd_fast.dispatch import require_impl
 from qcrd_fast.distributed import ALONE, Engine, Ranks, full, joined, make_engine, own_device
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.evaluate import make_autocast, resolve_device
 from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.footprint import checkpoint_activations, survey
 from qcrd_fast.keeping import Keeper, resume_point
 from qcrd_fast.lora import add_lora, load_adapter, require_peft
-from qcrd_fast.memory import for_weights, relieved, relieved_by
 from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.negatives import Asked, LaggedNegatives
 from qcrd_fast.objective import Objective
+from qcrd_fast.prompts import PromptSettings
 from qcrd_fast.results import RESULTS, Best, Evaluation
 from qcrd_fast.rundata import Data
-from qcrd_fast.runfolder import LOG, RunFolder, logging_to, quiet_logs, told_room
+from qcrd_fast.runfolder import LOG, RunFolder, logging_to, quiet_logs
 from qcrd_fast.schedule import Schedule
-from qcrd_fast.signals import StopSignals
 from qcrd_fast.snapshots import Snapshots
 from qcrd_fast.streams import Lane, choose_overlap
-from qcrd_fast.students import PromptSettings, Student
-from qcrd_fast.world import world_size
+from qcrd_fast.students import Student
+from qcrd_fast.utils.determinism import deterministic, require_deterministic
+from qcrd_fast.utils.device import make_autocast, resolve_device
+from qcrd_fast.utils.files import told_room
+from qcrd_fast.utils.keyed import seed_from
+from qcrd_fast.utils.oom import for_weights, relieved, relieved_by
+from qcrd_fast.utils.signals import StopSignals
+from qcrd_fast.utils.torchrun import world_size
 
 log = logging.getLogger(__name__)
 IDLE_QUALITY = 0.9  # negatives that are rated higher weigh less than a tenth (Eq. 7)
@@ -239,7 +241,7 @@ class Session:
             counts: Counter[str] = Counter()
             for micro, rows in enumerate(batches):
                 # dropout, a function of the step and the rank alone
-                torch.manual_seed(_seed(self.config.seed, step, micro * self.ranks.size + self.ranks.rank))
+                torch.manual_seed(seed_from(self.config.seed, step, micro * self.ranks.size + self.ranks.rank))
                 batch = [self.examples[i] for i in rows or questions[:1]]
                 self.objective.audit = audit if micro == watched else None
                 with self.engine.accumulating(last=micro == len(batches) - 1):
@@ -401,8 +403,3 @@ def _adamw(model: Any, config: TrainConfig) -> torch.optim.AdamW:
 def _has_dropout(model: Any) -> bool:
     names = (name for name in dir(model.config) if "drop" in name and not name.startswith("_"))
     return any(isinstance(p := getattr(model.config, name), float) and p > 0 for name in names)
-
-
-def _seed(*key: int) -> int:
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

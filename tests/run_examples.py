@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
     write_prepared("train.jsonl", load_questions("samples.jsonl").questions)
     make_t5(folder / "t5")
     make_llama(folder / "llama")
-    print(f"qcrd-fast {qcrd_fast.__version__} of {Path(qcrd_fast.__file__).parent}")
+    print(f"qcrd-fast {qcrd_fast.version.__version__} of {Path(qcrd_fast.__file__).parent}")
     for path in sorted(EXAMPLES.glob("*.py")):
         print(f"-- {path.name}", flush=True)
         sys.argv = [str(path), "llama" if path.stem in DECODERS else "t5", "train.jsonl"]

@@ -10,7 +10,8 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.examples import make_examples
 from qcrd_fast.heads import read_head
 from qcrd_fast.native import native_row
-from qcrd_fast.students import PromptSettings, Student
+from qcrd_fast.prompts import PromptSettings
+from qcrd_fast.students import Student
 
 ROWS = [
     {

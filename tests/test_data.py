@@ -14,18 +14,11 @@ from pathlib import Path
 import pytest
 
 from qcrd_fast import rows as rows_module
-from qcrd_fast.data import (
-    Question,
-    Rationale,
-    drop_overlap,
-    hold_out,
-    load_questions,
-    question_text,
-    validate_file,
-    write_prepared,
-)
+from qcrd_fast.data import drop_overlap, hold_out, load_questions, validate_file, write_prepared
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.runfolder import require_file
+from qcrd_fast.pooling import question_text
+from qcrd_fast.rows import Question, Rationale
+from qcrd_fast.utils.files import require_file
 
 SAMPLED = {
     "id": "q1",

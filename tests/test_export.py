@@ -19,10 +19,10 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.evaluate import load_student
 from qcrd_fast.export import export_run, usage
+from qcrd_fast.prompts import EXPLAIN, PREDICT
 from qcrd_fast.quality import wilson
-from qcrd_fast.runfolder import sha256, write_json
-from qcrd_fast.students import EXPLAIN, PREDICT
 from qcrd_fast.train import train
+from qcrd_fast.utils.files import sha256, write_json
 
 OPTIONS = dict(
     max_steps=2, save_steps=1, negative_source="minority", discriminator="none", eval_batch_size=8, max_answer_tokens=2

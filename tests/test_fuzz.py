@@ -37,10 +37,10 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.ledger import Ledger
 from qcrd_fast.negatives import Asked, LaggedNegatives, _digest
 from qcrd_fast.prompts import PromptSettings
-from qcrd_fast.runfolder import sha256, write_json
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.teacher import parse_reply
 from qcrd_fast.templates import read_reply
+from qcrd_fast.utils.files import sha256, write_json
 
 LONG = int(os.environ.get("QCRD_FAST_FUZZ", "0"))
 SLOW_S = 2.0

@@ -117,5 +117,5 @@ def test_a_model_without_output_embedding_is_refused():
 
 def test_import_is_light():
     """The command line takes its lock before torch is imported."""
-    code = "import sys, qcrd_fast; assert 'torch' not in sys.modules and qcrd_fast.__version__; qcrd_fast.QCRDLoss"
+    code = "import sys, qcrd_fast; assert 'torch' not in sys.modules and qcrd_fast.version.__version__; qcrd_fast.QCRDLoss"
     subprocess.run([sys.executable, "-c", code], check=True)

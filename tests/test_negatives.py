@@ -12,14 +12,15 @@ import torch
 from safetensors import SafetensorError
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.deterministic import deterministic, deterministic_already, require_deterministic
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.negatives import AHEAD, Asked, LaggedNegatives
+from qcrd_fast.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.sampler import Cancelled
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.snapshots import Snapshots
 from qcrd_fast.streams import Lane, choose_overlap
-from qcrd_fast.students import EXPLAIN, PromptSettings, Student
+from qcrd_fast.students import Student
+from qcrd_fast.utils.determinism import deterministic, deterministic_already, require_deterministic
 
 CPU = torch.device("cpu")
 

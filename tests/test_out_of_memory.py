@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from cli.main import entry
-from qcrd_fast import evaluate, memory
+from qcrd_fast import evaluate
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator import Discriminator
 from qcrd_fast.errors import RunError
-from qcrd_fast.memory import is_exhausted, relieved_by
 from qcrd_fast.negatives import LaggedNegatives
-from qcrd_fast.sampling import Sampler
+from qcrd_fast.sampler import Sampler
 from qcrd_fast.students import Student
+from qcrd_fast.utils import oom
+from qcrd_fast.utils.oom import is_exhausted, relieved_by
 
 CPU_SAYS = (
     "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
@@ -48,8 +49,8 @@ def test_what_counts_as_the_end_of_memory() -> None:
 def test_the_same_step_in_more_parts() -> None:
     for size, parts, wanted in ((8, 1, "4 --gradient-accumulation-steps 2"), (3, 2, "1 --gradient-accumulation-steps 6")):
         config = TrainConfig(per_device_train_batch_size=size, gradient_accumulation_steps=parts)
-        assert memory.for_training(config).startswith(f"--per-device-train-batch-size {wanted} (the same step)")
-    rest = memory.for_training(TrainConfig(per_device_train_batch_size=1, gradient_checkpointing=True, use_peft=True))
+        assert oom.for_training(config).startswith(f"--per-device-train-batch-size {wanted} (the same step)")
+    rest = oom.for_training(TrainConfig(per_device_train_batch_size=1, gradient_checkpointing=True, use_peft=True))
     assert rest == "--max-target-length below 256, --max-source-length below 1024"
 
 

@@ -14,7 +14,8 @@ from qcrd_fast import packing, sharing
 from qcrd_fast.errors import InputError
 from qcrd_fast.ops import linear_logprob
 from qcrd_fast.packing import Group, dense_mask, fill_rows, lay_out, length_batches, share
-from qcrd_fast.students import PromptSettings, Student
+from qcrd_fast.prompts import PromptSettings
+from qcrd_fast.students import Student
 
 IDS = dict(pad_token_id=0, eos_token_id=1, bos_token_id=1)
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.readers import read_object, read_options, read_yaml
 from qcrd_fast.seeds import read_recipe
+from qcrd_fast.utils.config_files import read_object, read_options, read_yaml
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"a":', b"\xff\xfe", b"[" * 100_000, b"{"])

@@ -381,7 +381,7 @@ def test_rationales_are_judged_by_arithmetic_and_conclusion() -> None:
 
 def test_answers_of_mixed_data_are_read_each_as_its_own(monkeypatch) -> None:
     from qcrd_fast import evaluate
-    from qcrd_fast.data import Question
+    from qcrd_fast.rows import Question
 
     questions = [Question("a", "1 + 1?", gold="2", task="number"), Question("b", "Is it?", gold="yes", task="yes-no")]
     assert evaluate.main_task(questions) == "mixed" and evaluate.main_task(questions[:1] * 19 + questions[1:]) == "number"

@@ -14,7 +14,7 @@ from faults import damage
 from warm import differences
 
 from qcrd_fast import checkpoint
-from qcrd_fast.runfolder import write_json
+from qcrd_fast.utils.files import write_json
 
 CUTS = ("missing", "0", "8", "half", "last")
 

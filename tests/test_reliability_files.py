@@ -23,8 +23,8 @@ from qcrd_fast import checkpoint
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.prompts import PromptSettings
-from qcrd_fast.runfolder import sha256, write_json
 from qcrd_fast.students import Student
+from qcrd_fast.utils.files import sha256, write_json
 
 
 def settings(rows: Path, student: Path, run: Path, **changes: Any) -> TrainConfig:
@@ -409,7 +409,7 @@ class TestTrial23:
 
     def test_temporary_files_are_not_written_through_links(self, victim: Path, rows_file: Path, tmp_path: Path) -> None:
         from qcrd_fast.data import prepare
-        from qcrd_fast.runfolder import write_text
+        from qcrd_fast.utils.files import write_text
 
         (tmp_path / ".a.json.tmp").symlink_to(victim / "precious")
         write_text(tmp_path / "a.json", "a")

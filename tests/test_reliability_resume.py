@@ -34,7 +34,7 @@ class TestTrial1:
         """`--deterministic` is on while `train` runs, off afterwards, and on a CPU the bits are those without it."""
         import torch
 
-        from qcrd_fast.deterministic import deterministic
+        from qcrd_fast.utils.determinism import deterministic
 
         with deterministic(True):
             assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from cli.main import entry
-from qcrd_fast import memory
 from qcrd_fast.answers import canonical, evaluate_expression, extract_answer, guess_task, is_correct, parse_choices
 from qcrd_fast.config import TASKS, TrainConfig
 from qcrd_fast.data import load_questions
 from qcrd_fast.errors import InputError
 from qcrd_fast.rows import MAX_ROW_BYTES
+from qcrd_fast.utils import memory
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -175,7 +175,8 @@ class TestTrial15:
         self, t5_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         from qcrd_fast.examples import make_examples
-        from qcrd_fast.students import PromptSettings, Student
+        from qcrd_fast.prompts import PromptSettings
+        from qcrd_fast.students import Student
 
         said = [{"rationale": "apples " * 1_000_000, "answer": "4"}, "Two. The answer is 5."]
         rows = tmp_path / "rows.jsonl"
@@ -238,8 +239,8 @@ class TestTrial15:
         assert memory.free_bytes() > 10 * MIB
         code = (
             "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30));"
-            "from qcrd_fast.memory import free_bytes; assert 0 < free_bytes() < 1 << 30; from pathlib import Path\n"
-            "from qcrd_fast.memory import relieved_by\n"
+            "from qcrd_fast.utils.oom import free_bytes; assert 0 < free_bytes() < 1 << 30; from pathlib import Path\n"
+            "from qcrd_fast.utils.oom import relieved_by\n"
             "with relieved_by('--smaller'): bytearray(2 << 30)"
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -15,9 +15,10 @@ import torch
 
 from qcrd_fast import decode, sampler, sampling
 from qcrd_fast.noise import gumbel, key_words
+from qcrd_fast.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.sampler import Cancelled, Sampler, SampleSettings
 from qcrd_fast.sampling import GenerateSampler, make_sampler, sample
-from qcrd_fast.students import EXPLAIN, PromptSettings, Student
+from qcrd_fast.students import Student
 
 TEMPERATURE = 1.5
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from qcrd_fast.noise import key_words, philox
-from qcrd_fast.sampling import KeyedSampling, SampleSettings, sample
-from qcrd_fast.students import EXPLAIN, PromptSettings, Student
+from qcrd_fast.prompts import EXPLAIN, PromptSettings
+from qcrd_fast.sampler import SampleSettings
+from qcrd_fast.sampling import KeyedSampling, sample
+from qcrd_fast.students import Student
 
 
 def words(*values):

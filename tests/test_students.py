@@ -8,7 +8,9 @@ import torch
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.ops import linear_logprob
-from qcrd_fast.students import EXPLAIN, PromptSettings, Student, length_batches
+from qcrd_fast.packing import length_batches
+from qcrd_fast.prompts import EXPLAIN, PromptSettings
+from qcrd_fast.students import Student
 
 
 @pytest.fixture(params=["t5_folder", "llama_folder"])

@@ -274,8 +274,9 @@ def test_golden_step(method, rows_file, llama_folder, tmp_path):
     """One step's loss recomputed from the equations with the model's own logits, in float64."""
     from qcrd_fast.data import load_questions
     from qcrd_fast.discriminator import build_discriminator
+    from qcrd_fast.prompts import PromptSettings
     from qcrd_fast.schedule import Schedule
-    from qcrd_fast.students import PromptSettings, Student
+    from qcrd_fast.students import Student
 
     beta, delta, a1, a2 = 0.7, 8.0, 0.3, 0.6
     config = settings(

@@ -9,7 +9,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from qcrd_fast.world import world_size
+from qcrd_fast.utils.torchrun import world_size
 
 log = logging.getLogger(__name__)
 PASSED_ON_S = 2.0  # within this time a second signal may be the first one, which torchrun passed on to those who had it already

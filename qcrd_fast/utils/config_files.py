@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,13 @@ def read_yaml(path: str | Path) -> dict[Any, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of options, got {type(values).__name__}")
     return values
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None

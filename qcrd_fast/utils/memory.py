@@ -1,0 +1,47 @@
+"""Free memory, and whether a file of rows fits into it. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from pathlib import Path
+
+from qcrd_fast.errors import InputError
+from qcrd_fast.utils.files import shown
+
+ROWS_FACTOR = 2.4  # bytes in memory for each byte of a file of rows of 1 kB; measured, see docs/reliability.md
+_CGROUPS = (("", "memory.max", "anon"), ("memory", "memory.limit_in_bytes", "total_rss"))  # version 2 and 1
+
+
+def free_bytes() -> int:
+    """What this process may still take: of the machine's memory, of its container's, of its own limit (`ulimit -v`)."""
+    found = [1 << 62]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        found.append(1024 * _figure(Path("/proc/meminfo"), "MemAvailable:"))
+    for name, limit, taken in _CGROUPS:
+        group = Path("/sys/fs/cgroup", name)
+        with contextlib.suppress(OSError, ValueError, KeyError):  # what is cached of files can be taken back
+            found.append(int((group / limit).read_text()) - _figure(group / "memory.stat", taken))
+    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit_bytes != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+            found.append(limit_bytes - pages * os.sysconf("SC_PAGE_SIZE"))
+    return max(0, min(found))
+
+
+def _figure(path: Path, name: str) -> int:
+    """The number behind a name in a file of such lines."""
+    return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}[name]
+
+
+def require_room(path: Path) -> None:
+    """Raises `InputError` for a file of rows that cannot fit, rather than have the system kill the process for it."""
+    size = path.stat().st_size if path.is_file() else 0
+    needed, free = int(ROWS_FACTOR * size), free_bytes()
+    if size > free:  # what fits barely is tried
+        raise InputError(
+            f"{shown(path)} has {size / 1e9:.2f} GB, which takes about {needed / 1e9:.2f} GB of memory, and "
+            f"{free / 1e9:.2f} GB are free; take part of its rows, such as: shuf -n 100000 FILE"
+        )
