@@ -23,7 +23,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data import load_questions
+from qcrd_fast.data.load import load_questions
 from qcrd_fast.errors import InputError
 from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.negatives import Negative

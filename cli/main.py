@@ -123,11 +123,11 @@ def prepare(inputs: tuple[str, ...], output: str, dry_run: bool, as_json: bool, 
     Pools the samples of each question, votes, and splits them into positives and negatives. INPUT is JSONL, a file of
     Mentor-KD or a folder of Distilling Step-by-Step.
     """
-    from qcrd_fast import data
+    from qcrd_fast.data import load
 
     check_file(output, "--output", inputs)
     with console.quiet_stdout():
-        summary, skipped = data.prepare(inputs, output, dry_run=dry_run, **options)
+        summary, skipped = load.prepare(inputs, output, dry_run=dry_run, **options)
     for row in skipped:
         click.echo(f"set aside {row}", err=True)
     if summary.skipped_rows > len(skipped):
@@ -145,12 +145,12 @@ def validate(ctx: click.Context, files: tuple[str, ...], format: str) -> None:
 
     The exit code is 2 if there is any.
     """
-    from qcrd_fast import data
+    from qcrd_fast.data import load
 
     bad_rows = bad_files = 0
     for path in files:
         try:
-            for row in data.validate_file(path, format=format):
+            for row in load.validate_file(path, format=format):
                 bad_rows += 1
                 click.echo(str(row))
         except InputError as error:  # the file as a whole; the others are still looked at

@@ -106,8 +106,8 @@ def score(
             require_writable(Path(folder), option)
     options = {name: value for name, value in options.items() if not name.startswith("discriminator")}
     with console.quiet_stdout():
-        from qcrd_fast import data as rows
         from qcrd_fast import score as library
+        from qcrd_fast.data import load as rows
 
         questions, skipped = library.load_rationales(data, seed=seed, **options)
         for bad in skipped:

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcrd_fast.data.formats.native import native_row
+from qcrd_fast.data.schema import Question, Rationale, RowError, question_text
 from qcrd_fast.errors import InputError
-from qcrd_fast.native import native_row
-from qcrd_fast.pooling import question_text
 from qcrd_fast.prompts import EXPLAIN, PREDICT, Prompter, PromptSettings, TokenIds
-from qcrd_fast.rows import Question, Rationale, RowError
 from qcrd_fast.utils.keyed import key
 
 IGNORE = -100  # a target that is not scored

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from qcrd_fast.collection import REPLAY, Collection, CollectSettings
+from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError, LimitReached, RunError, Stopped
-from qcrd_fast.rows import Question
 from qcrd_fast.teacher import Endpoint, EndpointSettings, Failed, Interrupted, Reply, estimate_tokens, refusal
 from qcrd_fast.utils.signals import StopSignals
 

@@ -21,12 +21,11 @@ from torch.nn import functional as F
 
 from qcrd_fast.augment import augment
 from qcrd_fast.config import DISCRIMINATOR_LOSSES, TrainConfig
+from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.encoders import MAX_LENGTH, SmallEncoder, length_limit, load_encoder
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.packing import length_batches
-from qcrd_fast.pooling import question_text
 from qcrd_fast.quality import judge
-from qcrd_fast.rows import Question
 from qcrd_fast.students import MAX_TOKENS
 from qcrd_fast.utils.keyed import keyed, own_randomness
 from qcrd_fast.utils.oom import for_judging, relieved

@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qcrd_fast import answers
 from qcrd_fast.checkpoint import MANIFEST, STATE, latest_checkpoint, require_whole
 from qcrd_fast.config import TASKS
-from qcrd_fast.data import load_questions
+from qcrd_fast.data import answers
+from qcrd_fast.data.load import load_questions
+from qcrd_fast.data.schema import Question, question_text
+from qcrd_fast.data.splits import label_of, main_task, of_split
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.examples import label_of
 from qcrd_fast.modelfiles import read_config
 from qcrd_fast.noise import key_words
-from qcrd_fast.pooling import question_text
 from qcrd_fast.prompts import EXPLAIN, PREDICT, REASON, PromptSettings
-from qcrd_fast.rows import Question
 from qcrd_fast.sampler import SampleSettings
 from qcrd_fast.sampling import sample
 from qcrd_fast.students import Student
@@ -77,23 +75,6 @@ def predict(
             }
         )
     return records
-
-
-SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-
-
-def of_split(questions: list[Question], wanted: str) -> list[Question]:
-    """Of rows with several splits those of the wanted one ("validation", "test"), or those without; otherwise all."""
-    for names in (SPLITS[wanted], (None,)):
-        if found := [q for q in questions if q.split in names]:
-            return found
-    return questions
-
-
-def main_task(questions: Sequence[Question]) -> str:
-    """The answer type of nearly all questions, or `mixed`: then each is read as its own."""
-    task, count = Counter(q.task or "text" for q in questions).most_common(1)[0]
-    return task if count >= 0.95 * len(questions) else "mixed"
 
 
 def accuracy(records: Sequence[dict[str, Any]]) -> float | None:

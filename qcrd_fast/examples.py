@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.data.schema import Question, question_text
+from qcrd_fast.data.splits import label_kind, label_of
 from qcrd_fast.errors import InputError
 from qcrd_fast.negatives import Negative
-from qcrd_fast.pooling import question_text
 from qcrd_fast.prompts import EXPLAIN, PREDICT, REASON, TokenIds
-from qcrd_fast.rows import Question
 from qcrd_fast.students import Student
 from qcrd_fast.utils.oom import relieved_by
 
@@ -68,20 +68,6 @@ def longest_row(examples: Sequence[Example]) -> dict[str, Any]:
 def longest_text(_: Any, examples: Sequence[Example], *__: Any) -> str:
     """`longest_row` of a method's first argument, in words."""
     return "{id}, {prompt_tokens} prompt + {target_tokens} target tokens".format(**longest_row(examples))
-
-
-def label_of(question: Question, label: str | None) -> str | None:
-    """The answer that the label task teaches (`--label`)."""
-    if label == "gold":
-        return question.gold
-    if label == "majority":
-        return question.majority
-    return question.gold if question.gold is not None else question.majority
-
-
-def label_kind(config: TrainConfig) -> str | None:
-    """gold, majority, or None: gold where known, else the majority."""
-    return config.label or {"finetune": "gold", "single-task": "majority"}.get(config.method)
 
 
 def make_examples(questions: Sequence[Question], student: Student, config: TrainConfig) -> list[Example]:

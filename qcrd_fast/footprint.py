@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcrd_fast import linear_loss, reference
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.decode import Decoder
 from qcrd_fast.discriminator import Discriminator, build_discriminator
 from qcrd_fast.dispatch import choose_impl
@@ -34,9 +35,7 @@ from qcrd_fast.heads import evaluating, output_layer
 from qcrd_fast.lora import add_lora
 from qcrd_fast.negatives import Negative
 from qcrd_fast.objective import Objective, Weighted
-from qcrd_fast.pooling import question_text
 from qcrd_fast.prompts import PREDICT
-from qcrd_fast.rows import Question
 from qcrd_fast.sampler import CACHE_BYTES
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.students import Student

@@ -8,7 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from qcrd_fast.answers import evaluate_expression, extract_answer, parse_choices, same_answer
+from qcrd_fast.data.answers import extract_answer, parse_choices, same_answer
+from qcrd_fast.data.expressions import evaluate_expression
 
 _TIMES = re.compile(r"(?<=[\d)])[ \t]*[xX×][ \t]*(?=[\d($])")
 _NUMBER = r"-?[ \t]*\$?\d[\d,]*(?:\.\d+)?"
@@ -107,6 +108,6 @@ def judge_run(run: str | Path) -> dict[str, float | None]:
 def _kind(task: str | None, gold: str | None) -> str:
     if task and task != "mixed":
         return task
-    from qcrd_fast.answers import guess_task
+    from qcrd_fast.data.answers import guess_task
 
     return guess_task([gold or ""])

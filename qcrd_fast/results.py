@@ -12,10 +12,10 @@ import torch
 
 from qcrd_fast import checkpoint
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.data.schema import Question
 from qcrd_fast.distributed import Ranks
 from qcrd_fast.evaluate import accuracy, predict
 from qcrd_fast.metrics import MetricsLog
-from qcrd_fast.rows import Question
 from qcrd_fast.rundata import Data
 from qcrd_fast.students import Student
 from qcrd_fast.utils.files import write_json, write_lines

@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from qcrd_fast.checkpoint import DISCRIMINATOR
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data import hold_out, load_questions
+from qcrd_fast.data.load import load_questions
+from qcrd_fast.data.schema import BadRow, Question, Rationale, question_text
+from qcrd_fast.data.splits import hold_out
 from qcrd_fast.discriminator import Discriminator, DiscriminatorTrainer, build_discriminator, judge_questions
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.evaluate import find_model, load_student
 from qcrd_fast.noise import key_words
-from qcrd_fast.pooling import question_text
 from qcrd_fast.prompts import EXPLAIN
-from qcrd_fast.rows import BadRow, Question, Rationale
 from qcrd_fast.sampler import SampleSettings
 from qcrd_fast.sampling import sample
 from qcrd_fast.students import Student

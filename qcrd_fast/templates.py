@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from qcrd_fast.answers import extract_answer, parse_choices
+from qcrd_fast.data.answers import extract_answer, parse_choices
+from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError
-from qcrd_fast.rows import Question
 
 _FRAME = "{{context}}Question: {{question}}\n\nExplain step by step how to find the answer, in a few short sentences. {form}\n"
 _FORMS = {

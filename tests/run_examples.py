@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
     from conftest import make_llama, make_t5, sampled_rows
 
     import qcrd_fast
-    from qcrd_fast.data import load_questions, write_prepared
+    from qcrd_fast.data.load import load_questions, write_prepared
 
     os.chdir(folder)
     Path("samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sampled_rows(24)), encoding="utf-8")

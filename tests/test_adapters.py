@@ -15,7 +15,7 @@ from eager_equations import assert_same, eager_loss, gradients, nll
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from qcrd_fast import QCRDLoss, RationaleCollator, attach
-from qcrd_fast.data import load_questions, write_prepared
+from qcrd_fast.data.load import load_questions, write_prepared
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
 SIZES = [(4, 1), (2, 2), (1, 4)]

@@ -8,9 +8,10 @@ from fractions import Fraction
 
 import pytest
 
-from qcrd_fast import answers
-from qcrd_fast.answers import canonical, evaluate_expression, extract_answer, guess_task, parse_choices, same_answer, surface
 from qcrd_fast.config import TASKS
+from qcrd_fast.data import answers
+from qcrd_fast.data.answers import canonical, extract_answer, guess_task, parse_choices, same_answer, surface
+from qcrd_fast.data.expressions import evaluate_expression
 
 
 @pytest.mark.parametrize(

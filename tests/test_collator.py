@@ -6,10 +6,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from qcrd_fast import QCRDLoss, RationaleCollator
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.data.formats.native import native_row
 from qcrd_fast.errors import InputError
 from qcrd_fast.examples import make_examples
 from qcrd_fast.heads import read_head
-from qcrd_fast.native import native_row
 from qcrd_fast.prompts import PromptSettings
 from qcrd_fast.students import Student
 

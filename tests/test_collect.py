@@ -17,7 +17,7 @@ import pytest
 
 from cli.main import entry
 from qcrd_fast import teacher
-from qcrd_fast.data import load_questions, validate_file
+from qcrd_fast.data.load import load_questions, validate_file
 
 ROOT = Path(__file__).resolve().parent.parent
 

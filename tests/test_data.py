@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from qcrd_fast import rows as rows_module
-from qcrd_fast.data import drop_overlap, hold_out, load_questions, validate_file, write_prepared
+from qcrd_fast.data import jsonl as rows_module
+from qcrd_fast.data.load import load_questions, validate_file, write_prepared
+from qcrd_fast.data.schema import Question, Rationale, question_text
+from qcrd_fast.data.splits import drop_overlap, hold_out
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.pooling import question_text
-from qcrd_fast.rows import Question, Rationale
 from qcrd_fast.utils.files import require_file
 
 SAMPLED = {
@@ -413,7 +413,7 @@ def test_an_array_is_read_in_pieces(tmp_path, monkeypatch):
 
 
 def test_no_torch():
-    code = "import sys; import qcrd_fast.data; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys; import qcrd_fast.data.load; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qcrd_fast import demo
-from qcrd_fast.data import load_questions
+from qcrd_fast.data.load import load_questions
 from qcrd_fast.errors import InputError
 
 

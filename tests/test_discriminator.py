@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from qcrd_fast.augment import BLANK, augment
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.data.schema import Question, Rationale
 from qcrd_fast.discriminator import (
     Discriminator,
     DiscriminatorTrainer,
@@ -35,7 +36,6 @@ from qcrd_fast.discriminator import (
 )
 from qcrd_fast.encoders import SmallEncoder
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.rows import Question, Rationale
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "plus", "is", "how", "many"]
 

@@ -34,7 +34,7 @@ def blocks(path):
 @pytest.fixture
 def desk(tmp_path, rows_file, t5_folder, llama_folder, monkeypatch):
     """A working folder with what the pages name: models under their hub ids, and rows as `qcrd-fast prepare` writes them."""
-    from qcrd_fast.data import load_questions, write_prepared
+    from qcrd_fast.data.load import load_questions, write_prepared
 
     for name, folder in (("google-t5/t5-small", t5_folder), ("HuggingFaceTB/SmolLM2-135M", llama_folder)):
         shutil.copytree(folder, tmp_path / name)

@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.data.schema import Question, Rationale
+from qcrd_fast.data.splits import label_of
 from qcrd_fast.errors import InputError
-from qcrd_fast.examples import label_of, make_examples
+from qcrd_fast.examples import make_examples
 from qcrd_fast.negatives import Negative
 from qcrd_fast.prompts import PromptSettings
-from qcrd_fast.rows import Question, Rationale
 from qcrd_fast.students import Student
 
 QUESTION = Question(

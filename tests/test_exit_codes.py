@@ -76,7 +76,7 @@ def while_reading(number: signal.Signals) -> Spoil:
     """A signal while rows are read."""
 
     def spoil(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr("qcrd_fast.rows._parse_line", lambda *_, **__: os.kill(os.getpid(), number))
+        patch.setattr("qcrd_fast.data.jsonl._parse_line", lambda *_, **__: os.kill(os.getpid(), number))
 
     return spoil
 

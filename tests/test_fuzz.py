@@ -20,19 +20,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qcrd_fast import checkpoint, rows, runview
-from qcrd_fast.answers import (
-    canonical,
-    evaluate_expression,
-    extract_answer,
-    guess_task,
-    is_correct,
-    parse_choices,
-    same_answer,
-    surface,
-)
+from qcrd_fast import checkpoint, runview
 from qcrd_fast.config import TASKS, TrainConfig
-from qcrd_fast.data import load_questions, prepare, validate_file
+from qcrd_fast.data import jsonl, schema
+from qcrd_fast.data.answers import canonical, extract_answer, guess_task, is_correct, parse_choices, same_answer, surface
+from qcrd_fast.data.expressions import evaluate_expression
+from qcrd_fast.data.load import load_questions, prepare, validate_file
 from qcrd_fast.errors import InputError
 from qcrd_fast.ledger import Ledger
 from qcrd_fast.negatives import Asked, LaggedNegatives, _digest
@@ -169,7 +162,7 @@ def test_any_file_is_read_or_its_rows_are_named(folder: Path, content: bytes, na
         bad = list(validate_file(path))
         assert all(row.path == str(path) and row.line >= 1 and row.reason for row in bad)
         assert all("\n" not in str(row) and str(row).isprintable() for row in bad)
-        assert rows.iter_rows(path) and len({row.line for row in bad}) <= content.count(b"\n") + 1
+        assert jsonl.iter_rows(path) and len({row.line for row in bad}) <= content.count(b"\n") + 1
         with contextlib.suppress(InputError):
             loaded = load_questions(path, on_bad_row="skip")
             prepare(path, output, on_bad_row="skip")
@@ -200,7 +193,7 @@ def test_any_text_has_an_answer_or_none(text: str, other: str, task: str, choice
         guess_task([text, other])
         parse_choices(text)
         evaluate_expression(text)
-        question = rows.Question("q", text, task=task)
+        question = schema.Question("q", text, task=task)
         read_reply(other, question)
         read_reply(other, question, cut=True)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data import load_questions
+from qcrd_fast.data.load import load_questions
 from qcrd_fast.examples import make_examples
 from qcrd_fast.negatives import Negative
 from qcrd_fast.objective import MI_WEIGHT, Objective

@@ -20,6 +20,7 @@ import pytest
 from cli.main import entry
 from qcrd_fast import runrows, seeds
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.data import splits
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.rationales import equations, judge_rationale, summarize
 
@@ -381,10 +382,10 @@ def test_rationales_are_judged_by_arithmetic_and_conclusion() -> None:
 
 def test_answers_of_mixed_data_are_read_each_as_its_own(monkeypatch) -> None:
     from qcrd_fast import evaluate
-    from qcrd_fast.rows import Question
+    from qcrd_fast.data.schema import Question
 
     questions = [Question("a", "1 + 1?", gold="2", task="number"), Question("b", "Is it?", gold="yes", task="yes-no")]
-    assert evaluate.main_task(questions) == "mixed" and evaluate.main_task(questions[:1] * 19 + questions[1:]) == "number"
+    assert splits.main_task(questions) == "mixed" and splits.main_task(questions[:1] * 19 + questions[1:]) == "number"
     student = SimpleNamespace(source_ids=lambda *_: [1], text=lambda said: said)
     monkeypatch.setattr(evaluate, "sample", lambda *_, **__: ["2.0", "Yes, it is"])
     assert [r["correct"] for r in evaluate.predict(student, questions, "mixed")] == [True, True]

@@ -408,7 +408,7 @@ class TestTrial23:
         assert not (run / "checkpoint-1").exists() and (run / "checkpoint-2").is_dir() and (run / "checkpoint-0").is_symlink()
 
     def test_temporary_files_are_not_written_through_links(self, victim: Path, rows_file: Path, tmp_path: Path) -> None:
-        from qcrd_fast.data import prepare
+        from qcrd_fast.data.load import prepare
         from qcrd_fast.utils.files import write_text
 
         (tmp_path / ".a.json.tmp").symlink_to(victim / "precious")

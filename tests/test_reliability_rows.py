@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from cli.main import entry
-from qcrd_fast.answers import canonical, evaluate_expression, extract_answer, guess_task, is_correct, parse_choices
 from qcrd_fast.config import TASKS, TrainConfig
-from qcrd_fast.data import load_questions
+from qcrd_fast.data.answers import canonical, extract_answer, guess_task, is_correct, parse_choices
+from qcrd_fast.data.expressions import evaluate_expression
+from qcrd_fast.data.jsonl import MAX_ROW_BYTES
+from qcrd_fast.data.load import load_questions
 from qcrd_fast.errors import InputError
-from qcrd_fast.rows import MAX_ROW_BYTES
 from qcrd_fast.utils import memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +95,7 @@ class TestTrial14:
     def test_of_very_many_bad_rows_the_first_are_kept_and_all_counted(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr("qcrd_fast.data.MAX_SKIPPED", 3)
+        monkeypatch.setattr("qcrd_fast.data.load.MAX_SKIPPED", 3)
         path = tmp_path / "rows.jsonl"
         path.write_bytes(b"\n" * 1000 + row("a"))
         args = ["prepare", str(path), "--output", str(tmp_path / "out"), "--on-bad-row", "skip", "--json"]
@@ -156,14 +157,14 @@ class TestTrial15:
         print(f"{size:,} bytes, {count:,} rows: {peak / MIB:.0f} MiB at the peak, {base / MIB:.0f} MiB without rows")
 
     def test_rows_on_the_disk_are_the_rows_in_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from qcrd_fast.data import prepare, write_prepared
+        from qcrd_fast.data.load import prepare, write_prepared
 
         first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
         first.write_bytes(row("a", context="c", domain="d") + b"\n" + row("b", task="text") + b"\n")
         prepared = {"id": "a", "question": "a: 2 + 2?", "context": "c", "majority": "4", "task": "number", "votes": {"4": 1}}
         sides = {"positives": [{"text": "four é\u2028", "answer": "4", "source": "me", "score": 0.25}], "negatives": ["no"]}
         second.write_text(json.dumps(prepared | sides, ensure_ascii=False) + "\n", encoding="utf-8")
-        monkeypatch.setattr("qcrd_fast.pooling.SPOOL_BYTES", 100)
+        monkeypatch.setattr("qcrd_fast.data.pooling.SPOOL_BYTES", 100)
         for inputs in ([first], [second], [first, second]):
             loaded = load_questions(inputs)
             summary, _ = prepare(inputs, tmp_path / "one.jsonl")
@@ -194,7 +195,7 @@ class TestTrial15:
         path = tmp_path / "rows.jsonl"
         path.write_bytes(b" " * 50_000_000 + b"\n" + row("a") + b"\n")
         code = (
-            "import re, sys; from qcrd_fast.data import validate_file; assert len(list(validate_file(sys.argv[1]))) == 1;"
+            "import re, sys; from qcrd_fast.data.load import validate_file; assert len(list(validate_file(sys.argv[1]))) == 1;"
             "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
         )
         done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -230,8 +231,8 @@ class TestTrial15:
         monkeypatch.setattr(Prompter, "target_ids", full)
         assert entry(args) == 1
         assert "out of memory" in (err := capsys.readouterr().err) and "what helps: --train-fraction" in err
-        monkeypatch.setattr("qcrd_fast.native.native_row", full)
-        monkeypatch.setattr("qcrd_fast.data.native_row", full)
+        monkeypatch.setattr("qcrd_fast.data.formats.native.native_row", full)
+        monkeypatch.setattr("qcrd_fast.data.load.native_row", full)
         assert entry(args) == 1 and "a part of the rows, such as: shuf" in capsys.readouterr().err
         assert entry(["validate", str(rows)]) == 1 and "out of memory" in capsys.readouterr().err
 

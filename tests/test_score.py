@@ -13,9 +13,9 @@ import torch
 
 from cli.main import entry
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data import load_questions
+from qcrd_fast.data.load import load_questions
+from qcrd_fast.data.schema import question_text
 from qcrd_fast.errors import InputError
-from qcrd_fast.pooling import question_text
 from qcrd_fast.score import load_discriminator, score_run, train_alone
 from qcrd_fast.train import train
 

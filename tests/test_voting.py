@@ -8,8 +8,8 @@ import unicodedata
 
 import pytest
 
-from qcrd_fast.rows import Rationale
-from qcrd_fast.voting import vote
+from qcrd_fast.data.schema import Rationale
+from qcrd_fast.data.voting import vote
 
 
 def samples(*answers: str | None) -> list[Rationale]:

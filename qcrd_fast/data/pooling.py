@@ -9,15 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from qcrd_fast.answers import TaskGuess, canonical, parse_choices, same_answer
-from qcrd_fast.rows import BadRow, Question, Rationale, RowError
-from qcrd_fast.voting import Vote, vote
+from qcrd_fast.data.answers import TaskGuess, canonical, parse_choices, same_answer
+from qcrd_fast.data.schema import BadRow, Question, Rationale, RowError, text_key
+from qcrd_fast.data.voting import Vote, vote
 
 SPOOL_BYTES = 16 * 1024 * 1024  # of rows that wait in memory before they go to the disk
 _FIELDS = ("id", "question", "context", "gold", "majority", "votes", "task", "domain", "split")
@@ -121,16 +120,6 @@ class Pool:
             task = golds.task if golds.any else said.task
             record = record._replace(question=dataclasses.replace(record.question, task=task))
         return record
-
-
-def question_text(question: Question) -> str:
-    """What a prompt shows: the context, if there is one, and the question with its choices."""
-    return f"{question.context}\n{question.question}" if question.context else question.question
-
-
-def text_key(question: Question) -> str:
-    """What two spellings of one question have in common."""
-    return unicodedata.normalize("NFC", question_text(question).strip())
 
 
 def _own_task(question: Question) -> str | None:

@@ -12,20 +12,14 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal, localcontext
 from fractions import Fraction
 
-MAX_EXPRESSION = 512  # characters
-MAX_ANSWER = 4096  # characters looked at
-MAX_DIGITS = 64  # of one number
-MAX_EXPONENT = 64
-MAX_BITS = 4096  # of a numerator or denominator
+from qcrd_fast.data.expressions import NUMBER, OutOfBounds, evaluate_expression, fold, parse_number, visible
 
-_DIGITS = r"(?:\d{1,3}(?:[,\u00a0\u2009\u202f]\d{2,3})*[,\u00a0\u2009\u202f]\d{3}(?!\d)|\d+)"
-_NUMBER = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?![\w.]))?"
-_ONE_NUMBER = re.compile(rf"([-+]? *{_NUMBER})\.?")
+MAX_ANSWER = 4096  # characters looked at
+
+_ONE_NUMBER = re.compile(rf"([-+]? *{NUMBER})\.?")
 _ONE_FRACTION = re.compile(r"([-+]?) *(?:(\d+) +)?(\d+) */ *(\d+)\.?")
 _RUN = re.compile(r"(?<![\w.,])[-+]?\.?\d[\d.,]*(?:[eE][-+]?\d+)?")  # what looks like a number in running text
 _ARITHMETIC = re.compile(r"[\d\s.,()+\-*/^=]*")
-_TOKEN = re.compile(rf"\s*(?:({_NUMBER})|(\*\*|[-+*/^()]))")
-_TIMES = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])")
 _MARKER = re.compile(r"(?:\banswers?(?: is| are|\s*:)(?:\s*:)?|####|\\boxed\b)\s*", re.IGNORECASE)
 _LETTER = re.compile(r"\(([A-Za-z])\)[.:]?\s*(.*)|([A-Za-z])(?:[).:]+(?:\s+(.*)|$)|$)", re.DOTALL)
 _LABEL = re.compile(r"(?<!not )\(([a-z])\)", re.IGNORECASE)
@@ -42,13 +36,6 @@ _EMPHASIS = re.compile(  # Markdown's, around a whole value
     r"(?<![^\s(\[{:\"'=$])(\*{1,3}|_{1,3}|`)(?=\S)([^\n]{1,200}?)(?<=\S)\1(?![^\s.,;:!?)\]}\"'])"
 )
 _DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2}/\d{1,2}/\d{4}|\d{4}/\d\d?/\d\d?")
-_FOLDED = str.maketrans(
-    {
-        "\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2012": "-", "\u2013": "-", "\ufe63": "-",
-        "\u00d7": "*", "\u22c5": "*", "\u00b7": "*", "\u2217": "*", "\u00f7": "/", "\u2215": "/", "\u2044": "/",
-        "\u066b": ".", "\u066c": ",",
-    }
-)  # fmt: skip
 
 
 def canonical(answer: str, task: str, choices: Sequence[str] = ()) -> str | None:
@@ -60,7 +47,7 @@ def canonical(answer: str, task: str, choices: Sequence[str] = ()) -> str | None
     choice: the choice's text where known (from `choices` or the answer itself), else its letter. text: without case,
     invisible characters (joiners, direction marks), outer punctuation and repeated white space, in NFKC.
     """
-    text = _bare(_visible(answer[:MAX_ANSWER]).strip(), task, choices)
+    text = _bare(visible(answer[:MAX_ANSWER]).strip(), task, choices)
     return _read(text, task, choices) if text else None
 
 
@@ -150,7 +137,7 @@ class TaskGuess:
 
     def add(self, answer: str) -> None:
         self.any = True
-        text = _visible(answer[:MAX_ANSWER]).strip()
+        text = visible(answer[:MAX_ANSWER]).strip()
         if not text:
             return
         letter = _LETTER.fullmatch(text)
@@ -194,104 +181,17 @@ def parse_choices(question: str) -> tuple[str, ...]:
     return tuple(found) if len(found) > 1 else ()
 
 
-def evaluate_expression(text: str) -> Fraction | None:
-    """The value of an arithmetic expression with + - * / ** ^ and parentheses; None where it is none, or out of bounds."""
-    if len(text) > MAX_EXPRESSION:
-        return None
-    text = _TIMES.sub("*", _fold(text)).strip().rstrip(".=").strip()
-    values: list[Fraction] = []
-    operators: list[str] = []
-    position, operand = 0, True  # whether an operand comes next
-    try:
-        while position < len(text):
-            match = _TOKEN.match(text, position)
-            if match is None:
-                return None
-            position, token = match.end(), match[2]
-            if token is None or token == "(":
-                if not operand:
-                    return None
-                if token:
-                    operators.append(token)
-                else:
-                    values.append(_parse_number(match[1]))
-                    operand = False
-            elif token == ")":
-                if operand:
-                    return None
-                while operators[-1] != "(":
-                    _apply(operators.pop(), values)
-                operators.pop()
-            elif operand:
-                if token not in "+-":
-                    return None
-                operators.append("neg" if token == "-" else "pos")
-            else:
-                token = "**" if token == "^" else token
-                rank = _RANK[token] + (token == "**")  # right associative
-                while operators and operators[-1] != "(" and _RANK[operators[-1]] >= rank:
-                    _apply(operators.pop(), values)
-                operators.append(token)
-                operand = True
-        if operand:
-            return None
-        while operators:
-            _apply(operators.pop(), values)
-    except (_OutOfBounds, IndexError, KeyError, ZeroDivisionError):
-        return None
-    return values[0]
-
-
-class _OutOfBounds(Exception):
-    pass
-
-
-_RANK = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3, "pos": 3, "**": 4}
-
-
-def _apply(operator: str, values: list[Fraction]) -> None:
-    right = values.pop()
-    if operator in ("neg", "pos"):
-        values.append(-right if operator == "neg" else right)
-        return
-    left = values.pop()
-    if operator == "+":
-        result = left + right
-    elif operator == "-":
-        result = left - right
-    elif operator == "*":
-        result = left * right
-    elif operator == "/":
-        result = left / right
-    else:
-        size = max(left.numerator.bit_length(), left.denominator.bit_length())
-        if right.denominator != 1 or abs(right) > MAX_EXPONENT or size * abs(right) > MAX_BITS:
-            raise _OutOfBounds
-        result = left ** int(right)
-    if max(result.numerator.bit_length(), result.denominator.bit_length()) > MAX_BITS:
-        raise _OutOfBounds
-    values.append(result)
-
-
-def _parse_number(text: str) -> Fraction:
-    text = re.sub(r"[,\u00a0\u2009\u202f]", "", text)
-    exponent = re.search(r"[eE]([-+]?\d+)", text)
-    if sum(c.isdigit() for c in text) > MAX_DIGITS or (exponent and abs(int(exponent[1])) > MAX_EXPONENT):
-        raise _OutOfBounds
-    return Fraction(text)
-
-
 def _number(text: str) -> Fraction | None:
     """The value of a text that is one number, mixed number or fraction, with perhaps a currency or `%`."""
-    text = _fold(text).strip().rstrip("% ").strip()
+    text = fold(text).strip().rstrip("% ").strip()
     try:
         if match := _ONE_NUMBER.fullmatch(text):
-            return _parse_number(match[1].replace(" ", ""))
+            return parse_number(match[1].replace(" ", ""))
         if match := _ONE_FRACTION.fullmatch(text):
             sign, whole, above, below = match.groups()
-            value = _parse_number(whole or "0") + _parse_number(above) / _parse_number(below)
+            value = parse_number(whole or "0") + parse_number(above) / parse_number(below)
             return -value if sign == "-" else value
-    except (_OutOfBounds, ZeroDivisionError):
+    except (OutOfBounds, ZeroDivisionError):
         pass
     return None
 
@@ -310,7 +210,7 @@ def _value(text: str, loose: bool) -> Fraction | None:
                 return value
     if not loose:
         return None
-    folded = _fold(text)
+    folded = fold(text)
     if _ARITHMETIC.fullmatch(folded):  # an expression that has no value, or is out of bounds
         return None
     values = {_number(run.rstrip(".,")) for run in _RUN.findall(folded)}
@@ -319,7 +219,7 @@ def _value(text: str, loose: bool) -> Fraction | None:
 
 def _edge_number(text: str, first: bool = False) -> str | None:
     """The last (or first) number written in `text`."""
-    folded = _fold(text[:MAX_ANSWER] if first else text[-MAX_ANSWER:])
+    folded = fold(text[:MAX_ANSWER] if first else text[-MAX_ANSWER:])
     if _ARITHMETIC.fullmatch(folded):
         return None
     runs = _RUN.findall(folded)
@@ -381,31 +281,7 @@ def _sentence(text: str, last: bool = False) -> str:
     return parts[-1 if last else 0] if parts else ""
 
 
-def _visible(text: str) -> str:
-    """`text` without format characters: joiners, direction marks, soft hyphens."""
-    return text if text.isascii() else "".join(c for c in text if unicodedata.category(c) != "Cf")
-
-
 def _plain(text: str) -> str:
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = " ".join(text.split())
     return text.strip(" .,;:!?\"'`*()[]{}") or text
-
-
-def _fold(text: str) -> str:
-    """Digits, signs and operators of any script as ASCII; currency signs dropped."""
-    if text.isascii():
-        return text.replace("$", "")
-    out = []
-    for c in _visible(text).translate(_FOLDED):
-        if c.isdecimal():
-            out.append(str(unicodedata.decimal(c)))
-        elif "\uff01" <= c <= "\uff5e":
-            out.append(chr(ord(c) - 0xFEE0))
-        elif unicodedata.category(c) == "No" and "\u2044" in unicodedata.normalize("NFKC", c):
-            out.append(" " + unicodedata.normalize("NFKC", c).replace("\u2044", "/"))
-        elif unicodedata.decomposition(c).startswith("<super> 00") and c.isdigit():
-            out.append(f"^{unicodedata.digit(c)}")
-        elif unicodedata.category(c) != "Sc":
-            out.append(c)
-    return "".join(out)

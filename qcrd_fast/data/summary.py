@@ -6,9 +6,9 @@ import collections
 import dataclasses
 from typing import Any
 
-from qcrd_fast.answers import parse_choices, same_answer
-from qcrd_fast.rows import Question
-from qcrd_fast.voting import Vote
+from qcrd_fast.data.answers import parse_choices, same_answer
+from qcrd_fast.data.schema import Question
+from qcrd_fast.data.voting import Vote
 
 
 @dataclasses.dataclass(frozen=True)

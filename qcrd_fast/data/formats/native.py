@@ -7,8 +7,7 @@ import math
 from typing import Any
 
 from qcrd_fast.config import TASKS
-from qcrd_fast.published import with_choices
-from qcrd_fast.rows import Question, Rationale, RowError, check_text, get_list, get_text
+from qcrd_fast.data.schema import Question, Rationale, RowError, check_text, get_list, get_text, with_choices
 
 _PREPARED_KEYS = ("positives", "negatives", "majority", "votes")
 

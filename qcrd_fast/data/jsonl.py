@@ -1,4 +1,4 @@
-"""The rows of the data files, and the strict reading of JSON lines and JSON arrays.
+"""The strict reading of JSON lines and JSON arrays.
 
 Reading is streamed with a bound on every row, so a hostile or broken file costs a bounded amount of memory, and every
 fault becomes a `BadRow` that names the line.
@@ -12,11 +12,11 @@ import itertools
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
+from qcrd_fast.data.schema import BadRow, RowError
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils.files import shown
 
@@ -39,48 +39,6 @@ _MAGIC = {
     b"\x80\x04": "a pickle, which is never loaded",
     b"\x80\x05": "a pickle, which is never loaded",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Rationale:
-    """One rationale, with the answer it ends in, who said it and the discriminator's score."""
-
-    text: str
-    answer: str | None = None
-    source: str | None = None
-    score: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One prepared row: a question with its gold answer, the vote, and the rationales on either side of it."""
-
-    id: str
-    question: str
-    context: str | None = None
-    gold: str | None = None
-    majority: str | None = None
-    votes: Mapping[str, int] = field(default_factory=dict)
-    task: str | None = None
-    domain: str | None = None
-    split: str | None = None
-    positives: tuple[Rationale, ...] = ()
-    negatives: tuple[Rationale, ...] = ()
-
-
-class BadRow(NamedTuple):
-    """A row that cannot be used, and why. `str()` gives `file:line: reason`."""
-
-    path: str
-    line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.reason}"
-
-
-class RowError(ValueError):
-    """What is wrong with one row; the reader adds the file and the line."""
 
 
 def iter_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -271,48 +229,3 @@ def _array_rows(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 
 # Checks of single fields: each raises RowError naming the key.
-
-
-def require(row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise RowError(f"expected an object, got {_kind(row)}")
-    return row
-
-
-def check_text(value: Any, key: str) -> str:
-    """`value` if it is a string that can be written as UTF-8."""
-    if not isinstance(value, str):
-        raise RowError(f"{key} expects a string, got {_kind(value)}")
-    if "\0" in value:
-        raise RowError(f"{key} has a NUL character")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise RowError(f"{key} has a lone surrogate") from None
-    return value
-
-
-def get_text(row: dict[str, Any], key: str, *, required: bool = False, numbers: bool = False) -> str | None:
-    """The string at `key`; None where it is missing or null; with `numbers`, a number counts as its own text."""
-    value = row.get(key)
-    if value is None:
-        if required:
-            raise RowError(f"missing key {key!r}" if key not in row else f"{key} is null")
-        return None
-    if numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = repr(value)
-    return check_text(value, key)
-
-
-def get_list(row: dict[str, Any], key: str, parse: Callable[[Any, str], Any]) -> tuple[Any, ...]:
-    if key not in row:
-        raise RowError(f"missing key {key!r}")
-    if not isinstance(row[key], list):
-        raise RowError(f"{key} expects a list, got {_kind(row[key])}")
-    return tuple(parse(item, f"{key}[{index}]") for index, item in enumerate(row[key]))
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -8,8 +8,8 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from qcrd_fast.answers import canonical, extract_answer, same_answer, surface
-from qcrd_fast.rows import Rationale
+from qcrd_fast.data.answers import canonical, extract_answer, same_answer, surface
+from qcrd_fast.data.schema import Rationale
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
     result = load_questions(["svamp_3_train.json", "svamp_aug_t5_large.json"])
     write_prepared("train.jsonl", result.questions)
 
-Inputs: prepared and sampled JSONL, Mentor-KD's JSON, Distilling Step-by-Step's folders (see `published`). No torch here.
+Inputs: prepared and sampled JSONL, Mentor-KD's JSON, Distilling Step-by-Step's folders (see `formats`). No torch here.
 """
 
 from __future__ import annotations
@@ -17,36 +17,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qcrd_fast import published
 from qcrd_fast.config import TASKS
+from qcrd_fast.data.formats import dss, mentor_kd
+from qcrd_fast.data.formats.native import native_row
+from qcrd_fast.data.jsonl import iter_rows
+from qcrd_fast.data.pooling import Pool, Record
+from qcrd_fast.data.schema import BadRow, Question, Rationale, RowError, get_text, require, text_key
+from qcrd_fast.data.summary import PrepareSummary, Tally
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.native import native_row
-from qcrd_fast.pooling import Pool, Record, question_text, text_key
-from qcrd_fast.rows import BadRow, Question, Rationale, RowError, get_text, iter_rows, require
-from qcrd_fast.summary import PrepareSummary, Tally
 from qcrd_fast.utils.files import require_file, shown
 from qcrd_fast.utils.memory import require_room
 
 FORMATS = ("auto", "native", "mentor-kd", "dss")
 MAX_SKIPPED = 10_000  # bad rows that are kept by name; all are counted
-
-__all__ = [
-    "FORMATS",
-    "BadRow",
-    "LoadResult",
-    "PrepareSummary",
-    "Question",
-    "Rationale",
-    "drop_overlap",
-    "hold_out",
-    "iter_records",
-    "load_questions",
-    "prepare",
-    "question_text",
-    "text_key",
-    "validate_file",
-    "write_prepared",
-]
 
 
 class LoadResult(NamedTuple):
@@ -189,7 +172,7 @@ def validate_file(path: str | Path, format: str = "auto") -> Iterator[BadRow]:
     path = Path(path)
     splits: list[str | None] = [None]
     if os.path.isdir(path):
-        splits = [s for s in published.SPLITS if (path / f"{path.resolve().name}_{s}.json").is_file()] or [None]
+        splits = [s for s in dss.SPLITS if (path / f"{path.resolve().name}_{s}.json").is_file()] or [None]
     for split in splits:
         try:
             yield from (row for row in _scan(path, format, split) if isinstance(row, BadRow))
@@ -222,26 +205,6 @@ def write_prepared(path: str | Path, questions: Iterable[Question]) -> None:
         raise RunError(f"cannot write {shown(path)}: {error.strerror or error}") from error
 
 
-def hold_out(questions: Sequence[Question], fraction: float, seed: int = 0) -> tuple[list[Question], list[Question]]:
-    """(train, validation), both in the order given; which questions are held out depends on their ids and the seed alone.
-
-    `fraction` is rounded to whole questions, at least one on each side where there are two and it is not 0.
-    """
-    count = round(fraction * len(questions))
-    if fraction > 0 and len(questions) > 1:
-        count = min(max(count, 1), len(questions) - 1)
-    ranked = sorted(questions, key=lambda q: hashlib.sha256(f"{seed}\0{q.id}".encode()).digest())
-    held = {question.id for question in ranked[:count]}
-    return [q for q in questions if q.id not in held], [q for q in questions if q.id in held]
-
-
-def drop_overlap(train: Sequence[Question], test: Iterable[Question]) -> tuple[list[Question], int]:
-    """`train` without the questions whose text stands in `test`, and how many were dropped."""
-    seen = {text_key(question) for question in test}
-    kept = [question for question in train if text_key(question) not in seen]
-    return kept, len(train) - len(kept)
-
-
 class _Mismatch(InputError):
     """The samples beside a file are not as many as its rows: which belongs to which is not known, so none can be used."""
 
@@ -259,14 +222,14 @@ def _scan(path: Path, format: str, split: str | None) -> Iterator[Record | BadRo
     folder = os.path.isdir(path)
     if folder and format not in ("auto", "dss"):
         raise InputError(f"{shown(path)}: a folder is read with --format dss or auto, not {format}")
-    files = published.find_dss(path, split) if format in ("auto", "dss") else None
+    files = dss.find_dss(path, split) if format in ("auto", "dss") else None
     format = "dss" if folder else format
     rows = files.rows if files else path
-    samples = published.iter_samples(files) if files and files.samples else None
+    samples = dss.iter_samples(files) if files and files.samples else None
     where, line, count, unpaired = shown(rows), 1, 0, 0
     ids: dict[bytes, int] = {}
     kind = "question"
-    if published.is_sample_list(path):
+    if dss.is_sample_list(path):
         yield BadRow(where, 1, "a list of samples; name its folder or NAME_{split}.json")
         return
     for line, value in iter_rows(rows):
@@ -282,7 +245,7 @@ def _scan(path: Path, format: str, split: str | None) -> Iterator[Record | BadRo
                 raise RowError(f"missing key {'samples' if kind == 'sampled' else 'positives'!r}, which the rows above have")
             kind = row_kind
             if isinstance(sample, str) and row_kind == "dss":
-                found = (published.dss_sample(sample, f"{rows.parent.name}/llm"),)
+                found = (dss.dss_sample(sample, f"{rows.parent.name}/llm"),)
             given = bool(question.id)
             question = dataclasses.replace(question, id=question.id or _text_id(question))
             if given or row_kind == "prepared":
@@ -301,7 +264,7 @@ def _scan(path: Path, format: str, split: str | None) -> Iterator[Record | BadRo
 
 
 def _parse(
-    row: dict[str, Any], format: str, path: Path, files: published.DssFiles | None
+    row: dict[str, Any], format: str, path: Path, files: dss.DssFiles | None
 ) -> tuple[Question, tuple[Rationale, ...], str]:
     """(question, samples, kind of row), the kind told by its keys where `format` is auto."""
     if format == "auto":
@@ -310,10 +273,10 @@ def _parse(
         else:
             format = "mentor-kd" if "input" in row and "question" not in row else "native"
     if format == "dss":
-        return published.dss_row(row, files.split if files else None), (), "dss"
+        return dss.dss_row(row, files.split if files else None), (), "dss"
     if format == "mentor-kd":
         get_text(row, "input", required=True)
-        return *published.mentor_row(row, path.stem), "mentor-kd"
+        return *mentor_kd.mentor_row(row, path.stem), "mentor-kd"
     return native_row(row)
 
 

@@ -1,4 +1,4 @@
-"""Published teacher data as it is: Mentor-KD's JSON rows and Distilling Step-by-Step's folders."""
+"""Distilling Step-by-Step's folders, as they are published."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qcrd_fast.data.jsonl import iter_rows
+from qcrd_fast.data.schema import BadRow, Question, Rationale, RowError, check_text, get_list, get_text, with_choices
 from qcrd_fast.errors import InputError
-from qcrd_fast.rows import BadRow, Question, Rationale, RowError, check_text, get_list, get_text, iter_rows
 from qcrd_fast.utils.files import shown
 
 SPLITS = ("train", "test", "valid")
@@ -17,28 +18,6 @@ _ROWS_NAME = re.compile(rf"(.+)_({'|'.join(SPLITS)})\.json")
 _COT_NAME = re.compile(rf"({'|'.join(SPLITS)})_CoT_(\d+)\.json")
 _NEXT_QUESTION = re.compile(r"\n[ \t]*\n\s*Q:")
 _ANSWER_IS = re.compile(r"\b(?:So the|The) answer is\b")
-
-
-def mentor_row(row: dict[str, Any], source: str) -> tuple[Question, tuple[Rationale, ...]]:
-    """A Mentor-KD row: `input`, gold `answer`, and perhaps a `chain` with the `completion` it ends in.
-
-    A chain without a completion ends in the gold answer where `initial_correct` says so, else in nothing readable.
-    """
-    question = Question(
-        id="",
-        question=(get_text(row, "input", required=True) or "").strip(),
-        gold=get_text(row, "answer", required=True, numbers=True) or None,
-    )
-    chain = get_text(row, "chain", required="completion" in row or "initial_correct" in row)
-    if chain is None:
-        return question, ()
-    answer = get_text(row, "completion", numbers=True)
-    correct = row.get("initial_correct")
-    if correct is not None and not isinstance(correct, bool):
-        raise RowError("initial_correct expects true or false")
-    if answer is None and correct:
-        answer = question.gold
-    return question, (Rationale(chain.strip(), answer, source),)
 
 
 def dss_row(row: dict[str, Any], split: str | None) -> Question:
@@ -56,12 +35,6 @@ def dss_row(row: dict[str, Any], split: str | None) -> Question:
         question, gold = get_text(row, "input", required=True), get_text(row, "label", required=True, numbers=True)
     identity = get_text(row, "id", numbers=True) or ""
     return Question(identity, (question or "").strip(), context, gold or None, task=task or None, split=split)
-
-
-def with_choices(question: str, choices: tuple[str, ...]) -> str:
-    """The question followed by `Answer Choices:` and a line `(a) ...` for each choice."""
-    lines = [f"({chr(ord('a') + index)}) {choice}" for index, choice in enumerate(choices)]
-    return "\n".join([question.rstrip(), "Answer Choices:", *lines])
 
 
 def dss_sample(text: str, source: str) -> Rationale:

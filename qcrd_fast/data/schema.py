@@ -1,0 +1,111 @@
+"""The rows of the data files: their types, and checks of single fields."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Rationale:
+    """One rationale, with the answer it ends in, who said it and the discriminator's score."""
+
+    text: str
+    answer: str | None = None
+    source: str | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One prepared row: a question with its gold answer, the vote, and the rationales on either side of it."""
+
+    id: str
+    question: str
+    context: str | None = None
+    gold: str | None = None
+    majority: str | None = None
+    votes: Mapping[str, int] = field(default_factory=dict)
+    task: str | None = None
+    domain: str | None = None
+    split: str | None = None
+    positives: tuple[Rationale, ...] = ()
+    negatives: tuple[Rationale, ...] = ()
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be used, and why. `str()` gives `file:line: reason`."""
+
+    path: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.reason}"
+
+
+class RowError(ValueError):
+    """What is wrong with one row; the reader adds the file and the line."""
+
+
+def require(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise RowError(f"expected an object, got {_kind(row)}")
+    return row
+
+
+def check_text(value: Any, key: str) -> str:
+    """`value` if it is a string that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise RowError(f"{key} expects a string, got {_kind(value)}")
+    if "\0" in value:
+        raise RowError(f"{key} has a NUL character")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RowError(f"{key} has a lone surrogate") from None
+    return value
+
+
+def get_text(row: dict[str, Any], key: str, *, required: bool = False, numbers: bool = False) -> str | None:
+    """The string at `key`; None where it is missing or null; with `numbers`, a number counts as its own text."""
+    value = row.get(key)
+    if value is None:
+        if required:
+            raise RowError(f"missing key {key!r}" if key not in row else f"{key} is null")
+        return None
+    if numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = repr(value)
+    return check_text(value, key)
+
+
+def get_list(row: dict[str, Any], key: str, parse: Callable[[Any, str], Any]) -> tuple[Any, ...]:
+    if key not in row:
+        raise RowError(f"missing key {key!r}")
+    if not isinstance(row[key], list):
+        raise RowError(f"{key} expects a list, got {_kind(row[key])}")
+    return tuple(parse(item, f"{key}[{index}]") for index, item in enumerate(row[key]))
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def with_choices(question: str, choices: tuple[str, ...]) -> str:
+    """The question followed by `Answer Choices:` and a line `(a) ...` for each choice."""
+    lines = [f"({chr(ord('a') + index)}) {choice}" for index, choice in enumerate(choices)]
+    return "\n".join([question.rstrip(), "Answer Choices:", *lines])
+
+
+def question_text(question: Question) -> str:
+    """What a prompt shows: the context, if there is one, and the question with its choices."""
+    return f"{question.context}\n{question.question}" if question.context else question.question
+
+
+def text_key(question: Question) -> str:
+    """What two spellings of one question have in common."""
+    return unicodedata.normalize("NFC", question_text(question).strip())

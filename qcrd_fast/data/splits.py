@@ -1,0 +1,60 @@
+"""Splits of questions: held-out rows, overlap with a test set, rows of one split, their task and label."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.data.schema import Question, text_key
+
+SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+
+def hold_out(questions: Sequence[Question], fraction: float, seed: int = 0) -> tuple[list[Question], list[Question]]:
+    """(train, validation), both in the order given; which questions are held out depends on their ids and the seed alone.
+
+    `fraction` is rounded to whole questions, at least one on each side where there are two and it is not 0.
+    """
+    count = round(fraction * len(questions))
+    if fraction > 0 and len(questions) > 1:
+        count = min(max(count, 1), len(questions) - 1)
+    ranked = sorted(questions, key=lambda q: hashlib.sha256(f"{seed}\0{q.id}".encode()).digest())
+    held = {question.id for question in ranked[:count]}
+    return [q for q in questions if q.id not in held], [q for q in questions if q.id in held]
+
+
+def drop_overlap(train: Sequence[Question], test: Iterable[Question]) -> tuple[list[Question], int]:
+    """`train` without the questions whose text stands in `test`, and how many were dropped."""
+    seen = {text_key(question) for question in test}
+    kept = [question for question in train if text_key(question) not in seen]
+    return kept, len(train) - len(kept)
+
+
+def of_split(questions: list[Question], wanted: str) -> list[Question]:
+    """Of rows with several splits those of the wanted one ("validation", "test"), or those without; otherwise all."""
+    for names in (SPLITS[wanted], (None,)):
+        if found := [q for q in questions if q.split in names]:
+            return found
+    return questions
+
+
+def main_task(questions: Sequence[Question]) -> str:
+    """The answer type of nearly all questions, or `mixed`: then each is read as its own."""
+    task, count = Counter(q.task or "text" for q in questions).most_common(1)[0]
+    return task if count >= 0.95 * len(questions) else "mixed"
+
+
+def label_of(question: Question, label: str | None) -> str | None:
+    """The answer that the label task teaches (`--label`)."""
+    if label == "gold":
+        return question.gold
+    if label == "majority":
+        return question.majority
+    return question.gold if question.gold is not None else question.majority
+
+
+def label_kind(config: TrainConfig) -> str | None:
+    """gold, majority, or None: gold where known, else the majority."""
+    return config.label or {"finetune": "gold", "single-task": "majority"}.get(config.method)
