@@ -23,9 +23,9 @@ from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.data.splits import hold_out
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator
-from qcrd_fast.prompts import EXPLAIN, PromptSettings
+from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
+from qcrd_fast.models.student import Student
 from qcrd_fast.quality import auc, interval, judge, question_weights
-from qcrd_fast.students import Student
 from qcrd_fast.utils.environment import commit
 
 from .record import append

@@ -13,7 +13,7 @@ from qcrd_fast.config import METHODS, TrainConfig
 from qcrd_fast.data.splits import label_kind
 from qcrd_fast.errors import InputError
 from qcrd_fast.examples import Example, make_examples
-from qcrd_fast.prompts import Prompter, PromptSettings
+from qcrd_fast.models.prompts import Prompter, PromptSettings
 from qcrd_fast.rundata import Data
 from qcrd_fast.seeds import read_recipe
 

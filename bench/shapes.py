@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, LlamaConfig, T5Config
 
-from qcrd_fast.prompts import PromptSettings, TokenIds
-from qcrd_fast.students import Student
+from qcrd_fast.models.prompts import PromptSettings, TokenIds
+from qcrd_fast.models.student import Student
 
 SPECIAL: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1}
 START: dict[str, Any] = SPECIAL | {"decoder_start_token_id": 0, "dropout_rate": 0.0}

@@ -23,10 +23,11 @@ from torch import Tensor
 from qcrd_fast.discriminator import DiscriminatorTrainer
 from qcrd_fast.distributed import Engine, like
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.lora import save_model
-from qcrd_fast.prompts import PromptSettings
+from qcrd_fast.models.loading import save_tokenizer
+from qcrd_fast.models.lora import save_model
+from qcrd_fast.models.prompts import PromptSettings
+from qcrd_fast.models.student import Student
 from qcrd_fast.snapshots import Snapshots
-from qcrd_fast.students import Student
 from qcrd_fast.utils.files import remove_tree, sha256, sync, told_room, write_json
 
 log = logging.getLogger(__name__)
@@ -195,14 +196,6 @@ def save_checkpoint(
         room = told_room(run, checkpoint_bytes(student, trainer))
         raise RunError(f"cannot write {final}: {error} ({room}); earlier checkpoints are intact") from error
     return final
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """`save_pretrained`; raises `OSError` where the disk is full, for which tokenizers raises a bare `Exception`."""
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        raise OSError(str(error)) from error
 
 
 def load_checkpoint(

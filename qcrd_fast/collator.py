@@ -14,7 +14,8 @@ from torch import Tensor
 from qcrd_fast.data.formats.native import native_row
 from qcrd_fast.data.schema import Question, Rationale, RowError, question_text
 from qcrd_fast.errors import InputError
-from qcrd_fast.prompts import EXPLAIN, PREDICT, Prompter, PromptSettings, TokenIds
+from qcrd_fast.models.padding import pad_right
+from qcrd_fast.models.prompts import EXPLAIN, PREDICT, Prompter, PromptSettings, TokenIds
 from qcrd_fast.utils.keyed import key
 
 IGNORE = -100  # a target that is not scored
@@ -168,17 +169,17 @@ class RationaleCollator:
             inputs = [p + t[:-1] for p, t in zip(prompts, targets, strict=True)]
             # The prompt's last token predicts the target's first.
             shifted = [[IGNORE] * (len(p) - 1) + (t or [IGNORE]) for p, t in zip(prompts, targets, strict=True)]
-            input_ids, mask = _padded(inputs, pad)
-            return {"input_ids": input_ids, "attention_mask": mask, "target": _padded(shifted, IGNORE)[0]}
+            input_ids, mask = pad_right(inputs, pad)
+            return {"input_ids": input_ids, "attention_mask": mask, "target": pad_right(shifted, IGNORE)[0]}
         distinct: dict[tuple[int, ...], int] = {}
         source = torch.tensor([distinct.setdefault(tuple(p), len(distinct)) for p in prompts])
-        input_ids, mask = _padded([list(p) for p in distinct], pad)
+        input_ids, mask = pad_right([list(p) for p in distinct], pad)
         return {
             "input_ids": input_ids,
             "attention_mask": mask,
             "source": source,
-            "decoder_input_ids": _padded([[start, *t[:-1]] for t in targets], pad)[0],
-            "target": _padded([t or [IGNORE] for t in targets], IGNORE)[0],
+            "decoder_input_ids": pad_right([[start, *t[:-1]] for t in targets], pad)[0],
+            "target": pad_right([t or [IGNORE] for t in targets], IGNORE)[0],
         }
 
 
@@ -202,10 +203,3 @@ def _question(row: Mapping[str, Any] | Question) -> Question:
     if kind == "sampled":
         raise InputError("row: these are samples, not yet voted on; make rows of them with qcrd-fast prepare")
     return question
-
-
-def _padded(rows: list[TokenIds], fill: int) -> tuple[Tensor, Tensor]:
-    """ids [N, L] padded on the right, and mask [N, L] int64."""
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [fill] * (length - len(row)) for row in rows])
-    return ids, (torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]).long()

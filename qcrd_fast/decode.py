@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from qcrd_fast.heads import body
-from qcrd_fast.prompts import TokenIds
-from qcrd_fast.students import Student
+from qcrd_fast.models.lm_head import body
+from qcrd_fast.models.padding import pad_right
+from qcrd_fast.models.prompts import TokenIds
+from qcrd_fast.models.student import Student
 
 Autocast = Callable[[], torch.autocast]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # ||logits - model's|| / ||model's||; 5e-2 in other types
@@ -148,13 +149,11 @@ class Decoder:
     def _read(self, sources: Sequence[TokenIds]) -> tuple[States, States]:
         """Keys and values of the body's own attention and of its attention to the encoder, for right-padded prompts: a causal
         body never looks at what stands behind."""
-        device, pad, width = self.student.device, self.student.pad_id, max(map(len, sources))
-        ids_BL = torch.tensor([s + [pad] * (width - len(s)) for s in map(list, sources)], device=device)
+        ids_BL, mask_BL = pad_right(sources, self.student.pad_id, self.student.device)
         own, cross = DynamicCache(), DynamicCache()
         if not self.shared:
             self.body(input_ids=ids_BL, use_cache=True, **{self.cache_name: own})
             return _states(own), _states(cross)
-        mask_BL = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sources], device=device)
         states_BLH = self.student.model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
         self.body(
             input_ids=torch.full_like(ids_BL[:, :1], self.student.model.config.decoder_start_token_id),

@@ -24,9 +24,10 @@ from qcrd_fast.config import DISCRIMINATOR_LOSSES, TrainConfig
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.encoders import MAX_LENGTH, SmallEncoder, length_limit, load_encoder
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.packing import length_batches
+from qcrd_fast.models.padding import pad_right
+from qcrd_fast.models.prefix_packing import length_batches
+from qcrd_fast.models.student import MAX_TOKENS
 from qcrd_fast.quality import judge
-from qcrd_fast.students import MAX_TOKENS
 from qcrd_fast.utils.keyed import keyed, own_randomness
 from qcrd_fast.utils.oom import for_judging, relieved
 
@@ -70,7 +71,7 @@ class Discriminator(nn.Module):
 
         Beyond `max_length` the question loses its left end first, then the rationale its right end.
         """
-        return self._pad(self._token_ids(pairs))
+        return pad_right(self._token_ids(pairs), self._pad_id, self.device)
 
     def rate(self, pairs: Sequence[Pair], max_tokens: int = MAX_TOKENS) -> Tensor:
         """score_R of `pairs` in their order, with gradient, in the current mode; pairs of similar length run together."""
@@ -78,7 +79,7 @@ class Discriminator(nn.Module):
         if not ids:
             return torch.empty(0, device=self.device)
         batches = list(length_batches([len(row) for row in ids], max_tokens))
-        score_R = torch.cat([self(*self._pad([ids[i] for i in batch])) for batch in batches])
+        score_R = torch.cat([self(*pad_right([ids[i] for i in batch], self._pad_id, self.device)) for batch in batches])
         return score_R[torch.tensor([i for batch in batches for i in batch], device=self.device).argsort()]
 
     @torch.no_grad()
@@ -128,16 +129,6 @@ class Discriminator(nn.Module):
             left = question_ids[question]
             rows.append(left[max(0, len(left) - room) :] + middle + rationale or [self._pad_id])
         return rows
-
-    def _pad(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-        length = max(map(len, ids), default=0)
-        input_ids = [row + [self._pad_id] * (length - len(row)) for row in ids]
-        mask = [[1] * len(row) + [0] * (length - len(row)) for row in ids]
-        shape = (len(ids), length)
-        return (
-            torch.tensor(input_ids, dtype=torch.long, device=self.device).view(shape),
-            torch.tensor(mask, dtype=torch.long, device=self.device).view(shape),
-        )
 
     @property
     def _pad_id(self) -> int:

@@ -10,7 +10,7 @@ from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.modelfiles import load_pretrained
+from qcrd_fast.models.loading import load_pretrained
 
 MAX_LENGTH = 512  # tokens of question + separator + rationale
 

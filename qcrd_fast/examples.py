@@ -12,9 +12,9 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.data.splits import label_kind, label_of
 from qcrd_fast.errors import InputError
+from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, TokenIds
+from qcrd_fast.models.student import Student
 from qcrd_fast.negatives import Negative
-from qcrd_fast.prompts import EXPLAIN, PREDICT, REASON, TokenIds
-from qcrd_fast.students import Student
 from qcrd_fast.utils.oom import relieved_by
 
 log = logging.getLogger(__name__)

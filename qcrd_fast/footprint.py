@@ -31,14 +31,14 @@ from qcrd_fast.discriminator import Discriminator, build_discriminator
 from qcrd_fast.dispatch import choose_impl
 from qcrd_fast.distributed import blocks_of
 from qcrd_fast.examples import Candidate, Example, longest_row
-from qcrd_fast.heads import evaluating, output_layer
-from qcrd_fast.lora import add_lora
+from qcrd_fast.models.lm_head import evaluating, output_layer
+from qcrd_fast.models.lora import add_lora
+from qcrd_fast.models.prompts import PREDICT
+from qcrd_fast.models.student import Student
 from qcrd_fast.negatives import Negative
 from qcrd_fast.objective import Objective, Weighted
-from qcrd_fast.prompts import PREDICT
 from qcrd_fast.sampler import CACHE_BYTES
 from qcrd_fast.schedule import Schedule
-from qcrd_fast.students import Student
 from qcrd_fast.utils.device import make_autocast
 
 log = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator import DiscriminatorTrainer
 from qcrd_fast.distributed import Engine
 from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.models.student import Student
 from qcrd_fast.results import Best
 from qcrd_fast.rundata import Data
 from qcrd_fast.runfolder import DEALT, FREE_OPTIONS, check_same_config
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.snapshots import Snapshots
-from qcrd_fast.students import Student
 
 log = logging.getLogger(__name__)
 

@@ -75,7 +75,7 @@ class QCRDLoss(nn.Module):
 
         Raises `InputError` if they differ: the architecture computes its logits in another way.
         """
-        from qcrd_fast.heads import check_head, read_head
+        from qcrd_fast.models.lm_head import check_head, read_head
 
         head = read_head(model)
         check_head(model, head)

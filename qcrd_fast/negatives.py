@@ -21,14 +21,14 @@ import torch
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.distributed import ALONE, Ranks
+from qcrd_fast.models.prompts import TokenIds
+from qcrd_fast.models.student import Student
 from qcrd_fast.noise import key_words
-from qcrd_fast.prompts import TokenIds
 from qcrd_fast.sampler import Sampler, SampleSettings
 from qcrd_fast.sampling import GenerateSampler, make_sampler
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.snapshots import Snapshots
 from qcrd_fast.streams import Lane
-from qcrd_fast.students import Student
 from qcrd_fast.utils.files import append_lines, read_lines, write_lines
 from qcrd_fast.utils.oom import for_sampling, relieved
 

@@ -80,7 +80,7 @@ def judge_run(run: str | Path) -> dict[str, float | None]:
     rationales.jsonl. Raises `InputError` for a run without a checkpoint or predictions."""
     from qcrd_fast.errors import InputError
     from qcrd_fast.evaluate import load_student
-    from qcrd_fast.prompts import EXPLAIN
+    from qcrd_fast.models.prompts import EXPLAIN
     from qcrd_fast.sampler import SampleSettings
     from qcrd_fast.sampling import sample
     from qcrd_fast.utils.device import make_autocast

@@ -16,8 +16,8 @@ from qcrd_fast.data.schema import Question
 from qcrd_fast.distributed import Ranks
 from qcrd_fast.evaluate import accuracy, predict
 from qcrd_fast.metrics import MetricsLog
+from qcrd_fast.models.student import Student
 from qcrd_fast.rundata import Data
-from qcrd_fast.students import Student
 from qcrd_fast.utils.files import write_json, write_lines
 
 PREDICTIONS, RESULTS = "predictions.jsonl", "eval_results.json"

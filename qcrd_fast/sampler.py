@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 
 from qcrd_fast.decode import Autocast, Decoder
-from qcrd_fast.heads import evaluating
 from qcrd_fast.linear_sample import head_logits, linear_sample, pick_tokens
-from qcrd_fast.packing import length_batches
-from qcrd_fast.prompts import TokenIds
+from qcrd_fast.models.lm_head import evaluating
+from qcrd_fast.models.prefix_packing import length_batches
+from qcrd_fast.models.prompts import TokenIds
+from qcrd_fast.models.student import MAX_TOKENS, Student
 from qcrd_fast.reference import HeadOptions
-from qcrd_fast.students import MAX_TOKENS, Student
 from qcrd_fast.utils.determinism import deterministic_already
 
 CACHE_BYTES = 4 << 30  # of keys and values; fewer rows where a batch needs more

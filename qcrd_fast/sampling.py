@@ -20,14 +20,15 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from qcrd_fast.decode import Autocast, find_style
 from qcrd_fast.dispatch import require_impl
-from qcrd_fast.heads import evaluating
 from qcrd_fast.linear_sample import pick_tokens
+from qcrd_fast.models.lm_head import evaluating
+from qcrd_fast.models.padding import pad_left
+from qcrd_fast.models.prompts import TokenIds
+from qcrd_fast.models.student import Student
 from qcrd_fast.noise import key_words as key_words
-from qcrd_fast.prompts import TokenIds
 from qcrd_fast.sampler import Cancelled, nucleus
 from qcrd_fast.sampler import Sampler as Sampler
 from qcrd_fast.sampler import SampleSettings as SampleSettings
-from qcrd_fast.students import Student
 
 log = logging.getLogger(__name__)
 _styles: weakref.WeakKeyDictionary[Any, dict[bool, str | None]] = weakref.WeakKeyDictionary()  # None: generate
@@ -157,10 +158,7 @@ class GenerateSampler:
                 if limits:
                     config.max_new_tokens = min(settings.max_new_tokens, max(limits[i] for i in rows))
                 width = max(len(sources[i]) for i in rows)
-                pads = [width - len(sources[i]) for i in rows]
-                padded = [[student.pad_id] * p + list(sources[i]) for i, p in zip(rows, pads, strict=True)]
-                ids = torch.tensor(padded, device=device)
-                mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads], device=device)
+                ids, mask = pad_left([sources[i] for i in rows], student.pad_id, device)
                 start = 1 if student.is_encoder_decoder else width
                 processors = LogitsProcessorList()
                 if settings.temperature > 0:

@@ -23,18 +23,18 @@ from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.footprint import checkpoint_activations, survey
 from qcrd_fast.keeping import Keeper, resume_point
-from qcrd_fast.lora import add_lora, load_adapter, require_peft
 from qcrd_fast.metrics import MetricsLog, Progress, mean, share
+from qcrd_fast.models.lora import add_lora, load_adapter, require_peft
+from qcrd_fast.models.prompts import PromptSettings
+from qcrd_fast.models.student import Student
 from qcrd_fast.negatives import Asked, LaggedNegatives
 from qcrd_fast.objective import Objective
-from qcrd_fast.prompts import PromptSettings
 from qcrd_fast.results import RESULTS, Best, Evaluation
 from qcrd_fast.rundata import Data
 from qcrd_fast.runfolder import LOG, RunFolder, logging_to, quiet_logs
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.snapshots import Snapshots
 from qcrd_fast.streams import Lane, choose_overlap
-from qcrd_fast.students import Student
 from qcrd_fast.utils.determinism import deterministic, require_deterministic
 from qcrd_fast.utils.device import make_autocast, resolve_device
 from qcrd_fast.utils.files import told_room

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.heads import body, evaluating, output_layer, read_head, unwrapped
 from qcrd_fast.losses import ContrastiveOutput, QCRDLoss, contrastive_loss, weighted_rationale_loss
+from qcrd_fast.models.lm_head import body, evaluating, output_layer, read_head, unwrapped
 
 eagerly = torch.compiler.disable  # where sizes depend on data; what compiles well is the model between such steps
 ATTACHED = "_qcrd_fast"  # the attribute of a model that was attached to

@@ -9,9 +9,9 @@ from qcrd_fast.data.schema import Question, Rationale
 from qcrd_fast.data.splits import label_of
 from qcrd_fast.errors import InputError
 from qcrd_fast.examples import make_examples
+from qcrd_fast.models.prompts import PromptSettings
+from qcrd_fast.models.student import Student
 from qcrd_fast.negatives import Negative
-from qcrd_fast.prompts import PromptSettings
-from qcrd_fast.students import Student
 
 QUESTION = Question(
     id="q",

@@ -14,12 +14,12 @@ from qcrd_fast import footprint
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator import build_discriminator
 from qcrd_fast.examples import Example, make_examples
-from qcrd_fast.lora import add_lora
+from qcrd_fast.models.lora import add_lora
+from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
+from qcrd_fast.models.student import Student
 from qcrd_fast.objective import Objective
-from qcrd_fast.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.rundata import Data
 from qcrd_fast.schedule import Schedule
-from qcrd_fast.students import Student
 from qcrd_fast.utils.device import make_autocast
 
 CPU = torch.device("cpu")

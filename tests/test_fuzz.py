@@ -28,8 +28,8 @@ from qcrd_fast.data.expressions import evaluate_expression
 from qcrd_fast.data.load import load_questions, prepare, validate_file
 from qcrd_fast.errors import InputError
 from qcrd_fast.ledger import Ledger
+from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.negatives import Asked, LaggedNegatives, _digest
-from qcrd_fast.prompts import PromptSettings
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.teacher import parse_reply
 from qcrd_fast.templates import read_reply

@@ -9,7 +9,7 @@ import transformers as hf
 
 from qcrd_fast import QCRDLoss, linear_logprob
 from qcrd_fast.errors import InputError
-from qcrd_fast.heads import body, check_head, read_head
+from qcrd_fast.models.lm_head import body, check_head, read_head
 
 V = 61
 LLAMA = dict(

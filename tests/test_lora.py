@@ -12,7 +12,7 @@ from test_train import settings
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.lora import ADAPTER, add_lora, load_adapter, save_model
+from qcrd_fast.models.lora import ADAPTER, add_lora, load_adapter, save_model
 from qcrd_fast.train import train
 
 PEFT = dict(use_peft=True, lora_r=4, lora_alpha=8, max_steps=4, save_steps=2, learning_rate=0.02)

@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers as tf
 
-from qcrd_fast import packing, sharing
 from qcrd_fast.errors import InputError
+from qcrd_fast.models import packed_attention, prefix_packing
+from qcrd_fast.models.prefix_packing import Group, dense_mask, fill_rows, lay_out, length_batches, share
+from qcrd_fast.models.prompts import PromptSettings
+from qcrd_fast.models.student import Student
 from qcrd_fast.ops import linear_logprob
-from qcrd_fast.packing import Group, dense_mask, fill_rows, lay_out, length_batches, share
-from qcrd_fast.prompts import PromptSettings
-from qcrd_fast.students import Student
 
 IDS = dict(pad_token_id=0, eos_token_id=1, bos_token_id=1)
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
@@ -127,7 +127,7 @@ def test_sharing_changes_no_loss_and_no_gradient(kind, llama_folder):
 @pytest.mark.parametrize("kind", ALONE)
 def test_models_that_cannot_share_run_one_sequence_a_target(kind, llama_folder, caplog):
     student = student_of(ALONE[kind], llama_folder)
-    with caplog.at_level(logging.WARNING, logger="qcrd_fast.sharing"):
+    with caplog.at_level(logging.WARNING, logger="qcrd_fast.models.packed_attention"):
         for seed in range(2):
             check_equal(student, seed, {}, {"shared": False})
     assert student.sharing is None
@@ -140,9 +140,9 @@ def test_splitting_a_question_over_rows_and_batches_changes_nothing(kind, max_to
     student = student_of(FAMILIES[kind], llama_folder)
     for seed in range(2):
         check_equal(student, seed, {"max_tokens": max_tokens}, {"shared": False})
-    monkeypatch.setattr(packing, "BIASED_ROW", 20)
-    monkeypatch.setattr(packing, "MAX_ROW", 50)
-    monkeypatch.setattr(packing, "MAX_PAIRS", 50 * 50)
+    monkeypatch.setattr(prefix_packing, "BIASED_ROW", 20)
+    monkeypatch.setattr(prefix_packing, "MAX_ROW", 50)
+    monkeypatch.setattr(prefix_packing, "MAX_PAIRS", 50 * 50)
     check_equal(student, 0, {}, {"shared": False})
 
 
@@ -177,8 +177,8 @@ def test_trying_out_a_model_leaves_no_trace(llama_folder):
 def test_flex_attention_gives_the_same_states(kind, llama_folder, monkeypatch):
     """Its forward pass, uncompiled and on a CPU, where it has no backward pass; on a GPU it has not been run."""
     student = student_of(FAMILIES[kind], llama_folder)
-    monkeypatch.setattr(sharing, "FLEX_DEVICES", ("cpu",))
-    monkeypatch.setattr(sharing, "FLEX_WIDTH", 8)
+    monkeypatch.setattr(packed_attention, "FLEX_DEVICES", ("cpu",))
+    monkeypatch.setattr(packed_attention, "FLEX_WIDTH", 8)
     student.model.requires_grad_(False)
     with torch.compiler.set_stance("force_eager"):
         assert student.sharing == "flex"
@@ -187,13 +187,13 @@ def test_flex_attention_gives_the_same_states(kind, llama_folder, monkeypatch):
             packed = student.hidden(sources, targets, source_of)
             alone = student.hidden(sources, targets, source_of, shared=False)
             torch.testing.assert_close(packed.hidden, alone.hidden, rtol=1e-4, atol=1e-5)
-            assert packed.body_tokens % packing.BLOCK == 0
+            assert packed.body_tokens % prefix_packing.BLOCK == 0
 
 
 def test_flex_attention_that_fails_is_said_and_left(llama_folder, monkeypatch, caplog):
     student = student_of(FAMILIES["llama"], llama_folder)
-    monkeypatch.setattr(sharing, "FLEX_DEVICES", ("cpu",))
-    monkeypatch.setattr(sharing, "FLEX_WIDTH", 8)
+    monkeypatch.setattr(packed_attention, "FLEX_DEVICES", ("cpu",))
+    monkeypatch.setattr(packed_attention, "FLEX_WIDTH", 8)
     with torch.compiler.set_stance("force_eager"):  # the backward pass is tried out too
         assert student.sharing == "dense"
     assert "flex_attention is not used" in caplog.text
@@ -260,7 +260,7 @@ def test_the_cheapest_row_costs_the_least():
         def cost(r, p=prompt, h=width):
             return (p + r) * (24 * h * h + 4 * h * (p + r)) / r
 
-        room = packing.best_room(prompt, width)
-        assert prompt + room <= packing.MAX_ROW
-        fits = [r for r in (room // 2 + 1, room, room * 2) if prompt + r <= packing.MAX_ROW]
+        room = prefix_packing.best_room(prompt, width)
+        assert prompt + room <= prefix_packing.MAX_ROW
+        fits = [r for r in (room // 2 + 1, room, room * 2) if prompt + r <= prefix_packing.MAX_ROW]
         assert min(fits, key=cost) == room or cost(room) <= 1.05 * min(map(cost, fits))

@@ -22,8 +22,9 @@ from cli.main import entry
 from qcrd_fast import checkpoint
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.prompts import PromptSettings
-from qcrd_fast.students import Student
+from qcrd_fast.models.prompts import PromptSettings
+from qcrd_fast.models.student import Student
+from qcrd_fast.utils import files
 from qcrd_fast.utils.files import sha256, write_json
 
 
@@ -281,7 +282,7 @@ class TestTrial23:
     def test_links_in_a_run(
         self, name: str, target: str, victim: Path, run: Path, rows_file: Path, llama_folder: Path, capsys: Any
     ) -> None:
-        checkpoint.remove_tree(run / name)
+        files.remove_tree(run / name)
         (run / name).symlink_to(victim.parent / target)
         said = refused(arguments(rows_file, llama_folder, run, "--resume", "auto"), capsys)
         assert "is a link" in said or (name == ".lock" and "cannot write to" in said)

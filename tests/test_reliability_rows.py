@@ -176,8 +176,8 @@ class TestTrial15:
         self, t5_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         from qcrd_fast.examples import make_examples
-        from qcrd_fast.prompts import PromptSettings
-        from qcrd_fast.students import Student
+        from qcrd_fast.models.prompts import PromptSettings
+        from qcrd_fast.models.student import Student
 
         said = [{"rationale": "apples " * 1_000_000, "answer": "4"}, "Two. The answer is 5."]
         rows = tmp_path / "rows.jsonl"
@@ -220,7 +220,7 @@ class TestTrial15:
     def test_the_end_of_memory_names_what_helps(
         self, t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        from qcrd_fast.prompts import Prompter
+        from qcrd_fast.models.prompts import Prompter
 
         def full(*_: object) -> list[int]:
             raise MemoryError

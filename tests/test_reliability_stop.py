@@ -54,7 +54,7 @@ class TestTrial9:
             (0, "int,term", 6, STEP, [2]),
             (1, "term,int", "write .tmp-checkpoint-4/optimizer.safetensors", "disk", [2]),
             (1, "int", 0, "qcrd_fast.discriminator:DiscriminatorTrainer._step", []),  # nothing is trained yet
-            (0, "term", 0, "qcrd_fast.students:Student.load", []),
+            (0, "term", 0, "qcrd_fast.models.student:Student.load", []),
             (1, "int", 0, "qcrd_fast.train:Session.finish", [4, 6]),
         ],
         ids=["second in a step", "second in a save", "pretraining", "loading", "at the end"],

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from qcrd_fast import decode, sampler, sampling
+from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
+from qcrd_fast.models.student import Student
 from qcrd_fast.noise import gumbel, key_words
-from qcrd_fast.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.sampler import Cancelled, Sampler, SampleSettings
 from qcrd_fast.sampling import GenerateSampler, make_sampler, sample
-from qcrd_fast.students import Student
 
 TEMPERATURE = 1.5
 

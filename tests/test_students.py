@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from qcrd_fast.errors import InputError
+from qcrd_fast.models.prefix_packing import length_batches
+from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
+from qcrd_fast.models.student import Student
 from qcrd_fast.ops import linear_logprob
-from qcrd_fast.packing import length_batches
-from qcrd_fast.prompts import EXPLAIN, PromptSettings
-from qcrd_fast.students import Student
 
 
 @pytest.fixture(params=["t5_folder", "llama_folder"])

@@ -274,9 +274,9 @@ def test_golden_step(method, rows_file, llama_folder, tmp_path):
     """One step's loss recomputed from the equations with the model's own logits, in float64."""
     from qcrd_fast.data.load import load_questions
     from qcrd_fast.discriminator import build_discriminator
-    from qcrd_fast.prompts import PromptSettings
+    from qcrd_fast.models.prompts import PromptSettings
+    from qcrd_fast.models.student import Student
     from qcrd_fast.schedule import Schedule
-    from qcrd_fast.students import Student
 
     beta, delta, a1, a2 = 0.7, 8.0, 0.3, 0.6
     config = settings(
@@ -336,7 +336,7 @@ def test_golden_step(method, rows_file, llama_folder, tmp_path):
 
 
 def test_scoring_runs_without_dropout_and_training_with(rows_file, t5_folder, tmp_path, monkeypatch):
-    from qcrd_fast.students import Student
+    from qcrd_fast.models.student import Student
 
     real, modes = Student.hidden, []
 

@@ -148,3 +148,11 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _strings(item, key)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """`save_pretrained`; raises `OSError` where the disk is full, for which tokenizers raises a bare `Exception`."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        raise OSError(str(error)) from error

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from qcrd_fast.prompts import TokenIds
+from qcrd_fast.models.prompts import TokenIds
 
 MAX_PAIRS = 2**22  # (query, key) pairs of a batch whose mask is dense
 MAX_ROW = 2048  # tokens of a row that is shared

@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.packing import Layout, block_mask, dense_mask
+from qcrd_fast.models.prefix_packing import Layout, block_mask, dense_mask
 
 log = logging.getLogger(__name__)
 ATTENTION = "qcrd_fast"  # our name among transformers' attention functions

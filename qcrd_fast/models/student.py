@@ -14,17 +14,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from qcrd_fast import packing
 from qcrd_fast.errors import InputError
-from qcrd_fast.heads import Head, check_head, read_head
-from qcrd_fast.modelfiles import load_pretrained
-from qcrd_fast.packing import Group, Layout, fill_rows, lay_out, length_batches, share
-from qcrd_fast.prompts import EXPLAIN as EXPLAIN
-from qcrd_fast.prompts import PREDICT as PREDICT
-from qcrd_fast.prompts import REASON as REASON
-from qcrd_fast.prompts import Prompter, TokenIds
-from qcrd_fast.prompts import PromptSettings as PromptSettings
-from qcrd_fast.sharing import attention_inputs, check_causal, find_mode
+from qcrd_fast.models import prefix_packing
+from qcrd_fast.models.lm_head import Head, check_head, read_head
+from qcrd_fast.models.loading import load_pretrained
+from qcrd_fast.models.packed_attention import attention_inputs, check_causal, find_mode
+from qcrd_fast.models.padding import pad_right
+from qcrd_fast.models.prefix_packing import Group, Layout, fill_rows, lay_out, length_batches, share
+from qcrd_fast.models.prompts import Prompter, PromptSettings, TokenIds
 
 MAX_TOKENS = 16_384  # padded tokens that run through the model at once
 
@@ -131,7 +128,7 @@ class Student(Prompter):
         if mode and not self.is_encoder_decoder:  # what the longest row leaves free holds shorter ones
             rows = fill_rows(sizes, max_tokens if mode == "flex" else max(sizes))
         widths = [sum(sizes[g] for g in row) for row in rows]
-        batches = list(length_batches(widths, max_tokens, packing.MAX_PAIRS if mode == "dense" else None))
+        batches = list(length_batches(widths, max_tokens, prefix_packing.MAX_PAIRS if mode == "dense" else None))
         idle = self.most(len(batches)) - len(batches)
         parts, order, body_tokens = [], [], encoded[1].numel() if self.is_encoder_decoder else 0
         for batch in batches:
@@ -155,7 +152,7 @@ class Student(Prompter):
         """What `decode` needs of the sources: encoder states and mask, or the tokens themselves (decoder-only)."""
         if not self.is_encoder_decoder:
             return list(sources)
-        ids_BL, mask_BL = self._pad(sources)
+        ids_BL, mask_BL = pad_right(sources, self.pad_id, self.device)
         return self.model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state, mask_BL
 
     def decode(self, encoded: Any, targets: Sequence[TokenIds], source_of: Sequence[int]) -> PackedHidden:
@@ -169,8 +166,10 @@ class Student(Prompter):
     def _room(self, prompt: int, mode: str) -> int:
         """Target tokens that one row may hold."""
         if self.is_encoder_decoder:
-            return packing.BIASED_ROW
-        return packing.MAX_ROW - prompt if mode == "flex" else packing.best_room(prompt, self.head.weight.shape[1])
+            return prefix_packing.BIASED_ROW
+        return (
+            prefix_packing.MAX_ROW - prompt if mode == "flex" else prefix_packing.best_room(prompt, self.head.weight.shape[1])
+        )
 
     def _run(
         self, encoded: Any, rows: Sequence[Sequence[Group]], targets: Sequence[TokenIds], mode: str | None
@@ -178,7 +177,7 @@ class Student(Prompter):
         """Hidden states [B, L, H] of a padded batch of rows."""
         prompts = None if self.is_encoder_decoder else encoded
         start = [self.model.config.decoder_start_token_id] if self.is_encoder_decoder else []
-        layout = lay_out(rows, targets, prompts, start, self.pad_id, self.device, packing.BLOCK if mode == "flex" else 1)
+        layout = lay_out(rows, targets, prompts, start, self.pad_id, self.device, prefix_packing.BLOCK if mode == "flex" else 1)
         inputs = attention_inputs(self.model, layout, mode)
         if not self.is_encoder_decoder:
             return self.model.base_model(input_ids=layout.ids_BL, use_cache=False, **inputs).last_hidden_state, layout
@@ -200,13 +199,6 @@ class Student(Prompter):
             segment=self._tensor([i for i, target in enumerate(targets) for _ in target]),
             body_tokens=body_tokens,
         )
-
-    def _pad(self, sequences: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
-        """Right-padded ids [B, L] and mask [B, L]."""
-        width = max(map(len, sequences))
-        ids = self._tensor([s + [self.pad_id] * (width - len(s)) for s in sequences])
-        mask = self._tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
-        return ids, mask
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
