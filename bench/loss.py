@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qcrd_fast.config import nearest
 from qcrd_fast.errors import InputError
-from qcrd_fast.linear_loss import KEPT_BYTES
+from qcrd_fast.ops.rationale_loss import KEPT_BYTES
 
 from . import timing
 from .cases import DTYPES, HEADS, LOGITS, Batch, Case, Truth, find_truth, make_batch

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob
-from qcrd_fast.dispatch import choose_impl
-from qcrd_fast.linear_loss import linear_rationale_loss
 from qcrd_fast.losses import ContrastiveOutput, weighted_rationale_loss
+from qcrd_fast.ops.dispatch import choose_impl
+from qcrd_fast.ops.rationale_loss import linear_rationale_loss
 
 from .cases import BETA, DELTA, Batch
 

@@ -26,7 +26,7 @@ from qcrd_fast.config import nearest
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
-from qcrd_fast.noise import key_words
+from qcrd_fast.ops.philox import key_words
 from qcrd_fast.sampler import Sampler, SampleSettings
 from qcrd_fast.sampling import make_sampler
 

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from csrc_triton import linear_logprob, product
 from csrc_triton.product import Tile
-from qcrd_fast import reference
-from qcrd_fast.linear_loss import KEPT_BYTES
-from qcrd_fast.reference import HeadOptions
+from qcrd_fast.ops import chunked
+from qcrd_fast.ops.rationale_loss import KEPT_BYTES
+from qcrd_fast.ops.reference import HeadOptions
 
 from . import timing
 from .cases import DTYPES, HEADS, Case, make_batch
@@ -79,7 +79,7 @@ def forward_ways(
     batch = make_batch(case, device)
     head = (batch.hidden_TH.detach(), batch.weight_VH.detach(), batch.target_T, None)
     options = HeadOptions(batch.scale)
-    truth_T = reference.chunked_forward(*head, options, -100, False)[0]
+    truth_T = chunked.chunked_forward(*head, options, -100, False)[0]
 
     def call(tile: Tile | None) -> Tensor:
         with forced(tile):
@@ -103,7 +103,7 @@ def backward_ways(case: Case, device: torch.device) -> tuple[dict[str, Callable[
     _, lse_S, _ = linear_logprob.forward(hidden_SH, weight_VH, target_S, None, options, -100, False)
     arguments = (hidden_SH, weight_VH, target_S, None, lse_S, coefficients, options, needs)
     operands = (hidden_SH.float(), weight_VH.float(), target_S, None, lse_S)
-    truth = reference.chunked_backward(*operands, coefficients, options, needs)[:2]
+    truth = chunked.chunked_backward(*operands, coefficients, options, needs)[:2]
 
     def workspace(mib: int) -> Grads:
         with forced(workspace_mib=mib):
@@ -126,7 +126,7 @@ def backward_ways(case: Case, device: torch.device) -> tuple[dict[str, Callable[
 
     ways: dict[str, Callable[[], Any]] = {"products": products}
     ways |= {f"workspace {mib} MiB": functools.partial(workspace, mib) for mib in WORKSPACES_MIB}
-    ways["chunked torch"] = lambda: reference.chunked_backward(*arguments)[:2]
+    ways["chunked torch"] = lambda: chunked.chunked_backward(*arguments)[:2]
     ways["all again, fused"] = fused
     ways["forward included, kept"] = in_forward
 

@@ -2,7 +2,7 @@
 
 B rows, H hidden, V vocabulary, P parts of the vocabulary, G groups of GROUP neighbouring entries, K entries kept by top-k.
 Logits and `options` are those of `product`; a temperature of 0 means the largest logit. The noise is that of
-`qcrd_fast.noise`: Philox4x32-10 with the key of a row, and counter (entry // 4, position, index, iteration), word entry % 4.
+`ops.philox`: Philox4x32-10 with the key of a row, and counter (entry // 4, position, index, iteration), word entry % 4.
 
 Without top-k, one pass: noise is added to a tile of the product and its largest entry kept (FlashSampling, arXiv 2603.15854).
 With top-k, the pass keeps the largest logit of every group. The k largest entries lie in the k groups with the largest

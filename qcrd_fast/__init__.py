@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qcrd_fast.embed import attach as attach
     from qcrd_fast.losses import QCRDLoss as QCRDLoss
     from qcrd_fast.losses import contrastive_loss as contrastive_loss
-    from qcrd_fast.ops import linear_logprob as linear_logprob
+    from qcrd_fast.ops.linear_logprob import linear_logprob as linear_logprob
     from qcrd_fast.two_pass import score_then_train as score_then_train
 
 __all__ = [
@@ -36,7 +36,7 @@ _HOME = {
     "RationaleCollator": "collator",
     "attach": "embed",
     "contrastive_loss": "losses",
-    "linear_logprob": "ops",
+    "linear_logprob": "ops.linear_logprob",
     "score_then_train": "two_pass",
 }
 

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.dispatch import choose_impl
 from qcrd_fast.distributed import ALONE, Ranks
 from qcrd_fast.errors import RunError
 from qcrd_fast.models.lm_head import Head
-from qcrd_fast.noise import key_words, philox
-from qcrd_fast.ops import product_type
-from qcrd_fast.reference import HeadOptions, chunk_logits
+from qcrd_fast.ops.checks import product_type
+from qcrd_fast.ops.chunked import chunk_logits
+from qcrd_fast.ops.dispatch import choose_impl
+from qcrd_fast.ops.philox import key_words, philox
+from qcrd_fast.ops.reference import HeadOptions
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")

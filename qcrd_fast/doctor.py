@@ -43,7 +43,7 @@ def examine() -> dict[str, Any]:
 
 def kernel_path(torch: Any, gpus: list[dict[str, Any]]) -> tuple[str, str]:
     """(implementation that `--impl auto` takes, why): asked of the code that chooses it."""
-    from qcrd_fast.dispatch import choose_impl
+    from qcrd_fast.ops.dispatch import choose_impl
 
     device, dtype = ("cuda", torch.bfloat16) if gpus else ("cpu", torch.float32)
     try:

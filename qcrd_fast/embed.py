@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from qcrd_fast.dispatch import require
 from qcrd_fast.errors import InputError
 from qcrd_fast.losses import QCRDLoss
 from qcrd_fast.models.lm_head import check_head, output_layer, read_head, unwrapped
-from qcrd_fast.ops import linear_logprob
+from qcrd_fast.ops.checks import require
+from qcrd_fast.ops.linear_logprob import linear_logprob
 from qcrd_fast.two_pass import ATTACHED, IGNORE, Batch, Settings, batch_loss
 
 Model = TypeVar("Model")

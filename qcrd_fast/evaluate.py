@@ -19,7 +19,7 @@ from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.loading import read_config
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.noise import key_words
+from qcrd_fast.ops.philox import key_words
 from qcrd_fast.sampler import SampleSettings
 from qcrd_fast.sampling import sample
 from qcrd_fast.utils.device import Autocast, make_autocast, resolve_device

@@ -23,12 +23,10 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qcrd_fast import linear_loss, reference
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.decode import Decoder
 from qcrd_fast.discriminator import Discriminator, build_discriminator
-from qcrd_fast.dispatch import choose_impl
 from qcrd_fast.distributed import blocks_of
 from qcrd_fast.examples import Candidate, Example, longest_row
 from qcrd_fast.models.lm_head import evaluating, output_layer
@@ -37,6 +35,9 @@ from qcrd_fast.models.prompts import PREDICT
 from qcrd_fast.models.student import Student
 from qcrd_fast.negatives import Negative
 from qcrd_fast.objective import Objective, Weighted
+from qcrd_fast.ops import chunked, rationale_loss, reference
+from qcrd_fast.ops.dispatch import choose_impl
+from qcrd_fast.ops.selection import SELECTIONS
 from qcrd_fast.sampler import CACHE_BYTES
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.utils.device import make_autocast
@@ -192,7 +193,7 @@ def _weigh(objective: Objective, batch: Sequence[Example]) -> Weighted:
         candidates = example.candidates(lagged)
         for positive, select in zip((True, False), config.selects, strict=True):
             found = sorted((c for c in candidates if c.positive == positive), key=lambda c: -len(c.tokens))
-            every = config.forward == "joint" or select in ("mean", "wmean")
+            every = config.forward == "joint" or not SELECTIONS[select].single
             for candidate in found if every else found[:1]:
                 chosen.add(candidate, q, 1.0)
     return chosen
@@ -311,7 +312,7 @@ class _Fake:
             from csrc_triton.linear_logprob import WORKSPACE_BYTES
 
             kept = T * (V + 15) * size
-            if head.softcap or kept > linear_loss.KEPT_BYTES:
+            if head.softcap or kept > rationale_loss.KEPT_BYTES:
                 columns = max(WORKSPACE_BYTES // (T * size), 1)
                 return WORKSPACE_BYTES + 4 * min(columns, V) * H + 4 * T * H
             return kept + 4 * V * H + 4 * T * H  # and both products in fp32
@@ -325,13 +326,13 @@ class _Fake:
             if impl == "eager":
                 logprob_TV = head.logits(hidden_TH).float().log_softmax(1)
                 return ledger.peak + logprob_TV.nbytes
-            found = linear_loss.forward_keeping(*operands, options, -100, linear_loss.KEPT_BYTES)
+            found = chunked.forward_keeping(*operands, options, -100, rationale_loss.KEPT_BYTES)
             if found:
-                grads = linear_loss.backward_kept(found[2], *operands, found[1], dlogprob_T, options, needs)
+                grads = chunked.backward_kept(found[2], *operands, found[1], dlogprob_T, options, needs)
             else:
-                _, lse_T, _ = reference.chunked_forward(*operands, options, -100, False)
+                _, lse_T, _ = chunked.chunked_forward(*operands, options, -100, False)
                 coefficients = (dlogprob_T, -dlogprob_T, None)
-                grads = reference.chunked_backward(*operands, lse_T, coefficients, options, needs)
+                grads = chunked.chunked_backward(*operands, lse_T, coefficients, options, needs)
             return ledger.peak - sum(x.nbytes for x in grads if x is not None)
 
     def sampler(self, sources: Sequence[int]) -> int:

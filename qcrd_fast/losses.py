@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qcrd_fast import ops, reference
 from qcrd_fast.config import IMPLS, NEGATIVE_SELECT, POSITIVE_SELECT, SCHEMES, nearest
-from qcrd_fast.dispatch import require, require_tensors
+from qcrd_fast.ops import chunked, contrastive, linear_logprob, reference
+from qcrd_fast.ops.checks import require, require_tensors
 
 
 class ContrastiveOutput(NamedTuple):
@@ -113,7 +113,7 @@ class QCRDLoss(nn.Module):
         require_tensors(rationale=rationale, question=question, positive=positive)
         if bias is None and self._output_bias is not None:
             bias = self._output_bias()
-        logprob = ops.linear_logprob(
+        logprob = linear_logprob.linear_logprob(
             hidden,
             weight,
             target,
@@ -190,7 +190,7 @@ def contrastive_loss(
         require(num_questions > 0, lambda: f"num_questions must be above 0, got {num_questions}")
         N = torch.full((), num_questions, dtype=logprob_T.dtype, device=logprob.device)
     key_R = question_R if question_key is None else question_key.long()[question_R]
-    terms = ops.contrastive(
+    terms = contrastive.contrastive(
         logprob_T,
         rationale_T,
         None if valid_T is None else valid_T.reshape(-1),
@@ -242,8 +242,8 @@ def weighted_rationale_loss(
     )
     R = len(positive_R)
     flat_T, valid_T = reference.accumulable(logprob_T.reshape(-1)), None if valid_T is None else valid_T.reshape(-1)
-    nll_R, _ = reference.rationale_mean(flat_T, rationale_T.reshape(-1).long(), valid_T, R)
-    term_R, _ = reference.hinge_terms(nll_R, positive_R, weight_R.detach().to(nll_R.dtype), delta)
+    nll_R, _ = chunked.rationale_mean(flat_T, rationale_T.reshape(-1).long(), valid_T, R)
+    term_R, _ = chunked.hinge_terms(nll_R, positive_R, weight_R.detach().to(nll_R.dtype), delta)
     loss_pos, loss_neg = term_R.where(positive_R, 0).sum(), term_R.where(~positive_R, 0).sum()
     return loss_pos - beta * loss_neg, loss_pos, loss_neg, nll_R.detach()
 

@@ -23,7 +23,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.distributed import ALONE, Ranks
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
-from qcrd_fast.noise import key_words
+from qcrd_fast.ops.philox import key_words
 from qcrd_fast.sampler import Sampler, SampleSettings
 from qcrd_fast.sampling import GenerateSampler, make_sampler
 from qcrd_fast.schedule import Schedule

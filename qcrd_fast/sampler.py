@@ -20,12 +20,13 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 
 from qcrd_fast.decode import Autocast, Decoder
-from qcrd_fast.linear_sample import head_logits, linear_sample, pick_tokens
 from qcrd_fast.models.lm_head import evaluating
 from qcrd_fast.models.prefix_packing import length_batches
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import MAX_TOKENS, Student
-from qcrd_fast.reference import HeadOptions
+from qcrd_fast.ops.chunked import head_logits, pick_tokens
+from qcrd_fast.ops.linear_sample import linear_sample
+from qcrd_fast.ops.reference import HeadOptions
 from qcrd_fast.utils.determinism import deterministic_already
 
 CACHE_BYTES = 4 << 30  # of keys and values; fewer rows where a batch needs more
@@ -67,7 +68,7 @@ class Sampler:
     """Draws continuations of prompts of at most `longest` tokens from a student, whose weights may change between two draws but
     stay where they are in memory.
 
-    Noise belongs to the question (`qcrd_fast.noise`), so a draw depends on the batch through rounding alone. `static`: decode
+    Noise belongs to the question (`ops.philox`), so a draw depends on the batch through rounding alone. `static`: decode
     as a CUDA graph does, all rows always and a few tokens at a time; graphs are captured at the first draw or by `warm_up`.
     """
 

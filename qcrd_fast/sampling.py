@@ -1,7 +1,7 @@
 """Sampling from a student with random numbers that belong to (seed, question, index, iteration, position).
 
 The noise of a token never depends on the batch it was drawn in, on the order of the questions or on earlier draws
-(`qcrd_fast.noise`). A token is drawn by the Gumbel-max rule, argmax of logits / temperature + Gumbel noise, which is a draw
+(`ops.philox`). A token is drawn by the Gumbel-max rule, argmax of logits / temperature + Gumbel noise, which is a draw
 from the softmax of logits / temperature. Students that `qcrd_fast.sampler` cannot run go through Hugging Face's `generate`.
 """
 
@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from qcrd_fast.decode import Autocast, find_style
-from qcrd_fast.dispatch import require_impl
-from qcrd_fast.linear_sample import pick_tokens
 from qcrd_fast.models.lm_head import evaluating
 from qcrd_fast.models.padding import pad_left
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
-from qcrd_fast.noise import key_words as key_words
+from qcrd_fast.ops.chunked import pick_tokens
+from qcrd_fast.ops.dispatch import require_impl
+from qcrd_fast.ops.philox import key_words as key_words
 from qcrd_fast.sampler import Cancelled, nucleus
 from qcrd_fast.sampler import Sampler as Sampler
 from qcrd_fast.sampler import SampleSettings as SampleSettings

@@ -27,7 +27,7 @@ from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.evaluate import find_model, load_student
 from qcrd_fast.models.prompts import EXPLAIN
 from qcrd_fast.models.student import Student
-from qcrd_fast.noise import key_words
+from qcrd_fast.ops.philox import key_words
 from qcrd_fast.sampler import SampleSettings
 from qcrd_fast.sampling import sample
 from qcrd_fast.utils.device import make_autocast

@@ -17,7 +17,6 @@ from qcrd_fast import checkpoint
 from qcrd_fast.audit import Audit, Audits
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, judge_questions
-from qcrd_fast.dispatch import require_impl
 from qcrd_fast.distributed import ALONE, Engine, Ranks, full, joined, make_engine, own_device
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.examples import Example, make_examples
@@ -29,6 +28,7 @@ from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.negatives import Asked, LaggedNegatives
 from qcrd_fast.objective import Objective
+from qcrd_fast.ops.dispatch import require_impl
 from qcrd_fast.results import RESULTS, Best, Evaluation
 from qcrd_fast.rundata import Data
 from qcrd_fast.runfolder import LOG, RunFolder, logging_to, quiet_logs

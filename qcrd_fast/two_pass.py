@@ -19,11 +19,11 @@ from transformers.utils import ModelOutput
 from qcrd_fast.errors import InputError
 from qcrd_fast.losses import ContrastiveOutput, QCRDLoss, contrastive_loss, weighted_rationale_loss
 from qcrd_fast.models.lm_head import body, evaluating, output_layer, read_head, unwrapped
+from qcrd_fast.ops.selection import SELECTIONS
 
 eagerly = torch.compiler.disable  # where sizes depend on data; what compiles well is the model between such steps
 ATTACHED = "_qcrd_fast"  # the attribute of a model that was attached to
 IGNORE = -100  # a target that is not scored
-SINGLE = ("min", "max", "max-active", "sampling")  # selections of one rationale
 
 
 @dataclasses.dataclass
@@ -183,7 +183,7 @@ def batch_loss(
         kept_B = (weight_B != 0).nonzero()[:, 0]
         kept_B = kept_B if len(kept_B) else torch.zeros_like(question[:1])
         return total(out, *token_logprobs(model, settings, batch.take(kept_B)), weight_B, kept_B)
-    bound = max_selected_tokens if set(loss_fn.selects) <= set(SINGLE) else None
+    bound = max_selected_tokens if all(SELECTIONS[select].single for select in loss_fn.selects) else None
     logprob_T, sequence_T = token_logprobs(model, settings, batch, bound)
     out, weight_B = select(logprob_T.detach(), sequence_T)
     return total(out, logprob_T, sequence_T, weight_B, ...)

@@ -17,10 +17,12 @@ from bench.cases import Case
 from csrc_triton import linear_logprob as kernels
 from csrc_triton import product
 from csrc_triton.product import Tile
-from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob, linear_loss
+from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob
 from qcrd_fast.config import NEGATIVE_SELECT, POSITIVE_SELECT, SCHEMES
-from qcrd_fast.linear_sample import head_logits, linear_sample
-from qcrd_fast.reference import HeadOptions
+from qcrd_fast.ops import rationale_loss
+from qcrd_fast.ops.chunked import head_logits
+from qcrd_fast.ops.linear_sample import linear_sample
+from qcrd_fast.ops.reference import HeadOptions
 
 torch.set_num_threads(1)
 BUDGET = {torch.float32: 2e-6, torch.float16: 2e-3}
@@ -211,7 +213,7 @@ def test_gradients_made_in_forward_use_what_was_kept(monkeypatch):
     batch.target = torch.cat([batch.target, torch.full((200,), -100)])
     batch.rationale = torch.cat([batch.rationale, torch.full((200,), 10)])
     kept, want = both(batch, "triton")
-    monkeypatch.setattr(linear_loss, "KEPT_BYTES", 0)
+    monkeypatch.setattr(rationale_loss, "KEPT_BYTES", 0)
     twice, _ = both(batch, "triton")
     for a, b, c in zip(kept, twice, want, strict=True):
         assert error(a, c) < 6e-6 and error(b, c) < 6e-6
@@ -247,7 +249,7 @@ def test_a_bias_with_gaps_between_its_entries():
         bias = strided[:, 1]
         out = linear_logprob(batch.hidden, batch.weight, batch.target, bias=bias, impl=impl)
         weights = (batch.rationale, batch.positive, torch.ones(len(batch.positive)))
-        loss = linear_loss.linear_rationale_loss(
+        loss = rationale_loss.linear_rationale_loss(
             batch.hidden, batch.weight, batch.target, *weights, beta=BETA, delta=DELTA, bias=bias, impl=impl
         )[0]
         made = [torch.autograd.grad(x.sum(), (strided, batch.hidden)) for x in (out, loss)]

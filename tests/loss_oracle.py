@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from qcrd_fast.reference import sampling_score
+from qcrd_fast.ops.selection import sampling_score
 
 DELTA, BETA = 8.6, 0.2  # the margin lies amid the losses of the random batches, so that some hinges are active and some are not
 

@@ -12,8 +12,8 @@ from test_linear_loss import OPTIONS, weights_of
 from qcrd_fast import audit as audits
 from qcrd_fast import linear_logprob
 from qcrd_fast.audit import Audit, recompute
-from qcrd_fast.linear_loss import linear_rationale_loss, loss_terms
 from qcrd_fast.models.lm_head import Head
+from qcrd_fast.ops.rationale_loss import linear_rationale_loss, loss_terms
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 

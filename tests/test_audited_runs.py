@@ -13,11 +13,11 @@ from test_train import settings as full_settings
 
 from cli.main import entry
 from csrc_triton import contrastive, linear_logprob, linear_sample
-from qcrd_fast import checkpoint, dispatch, reference
-from qcrd_fast import linear_loss as twins
+from qcrd_fast import checkpoint
 from qcrd_fast.errors import RunError
-from qcrd_fast.linear_sample import head_logits, pick_tokens
-from qcrd_fast.reference import HeadOptions
+from qcrd_fast.ops import chunked, dispatch, reference
+from qcrd_fast.ops.chunked import head_logits, pick_tokens
+from qcrd_fast.ops.reference import HeadOptions
 from qcrd_fast.train import Session, train
 
 AUDITED = ("audit_max_err", "audit_grad_err", "audit_budget_used", "audit_fallback")
@@ -38,27 +38,27 @@ class Kernels:
         monkeypatch.setattr(linear_logprob, "backward", self.backward)
         monkeypatch.setattr(linear_logprob, "forward_keeping", self.forward_keeping)
         monkeypatch.setattr(linear_logprob, "backward_kept", self.backward_kept)
-        monkeypatch.setattr(contrastive, "means", reference.rationale_mean)
-        monkeypatch.setattr(contrastive, "forward", reference.contrastive_torch)
+        monkeypatch.setattr(contrastive, "means", chunked.rationale_mean)
+        monkeypatch.setattr(contrastive, "forward", chunked.contrastive_torch)
         monkeypatch.setattr(linear_sample, "sample", self.sample)
 
     def forward(self, *args):
         self.calls += 1
-        logprob_T, *rest = reference.chunked_forward(*args)
+        logprob_T, *rest = chunked.chunked_forward(*args)
         return self.harm(logprob_T, self.calls), *rest
 
     def forward_keeping(self, *args):
         self.calls += 1
-        if (found := twins.forward_keeping(*args)) is None:
+        if (found := chunked.forward_keeping(*args)) is None:
             return None
         return self.harm(found[0], self.calls), *found[1:]
 
     def backward(self, *args):
-        dhidden, *rest = reference.chunked_backward(*args)
+        dhidden, *rest = chunked.chunked_backward(*args)
         return None if dhidden is None else self.harm_gradient(dhidden, self.calls), *rest
 
     def backward_kept(self, *args):
-        dhidden, *rest = twins.backward_kept(*args)
+        dhidden, *rest = chunked.backward_kept(*args)
         return None if dhidden is None else self.harm_gradient(dhidden, self.calls), *rest
 
     def sample(self, hidden, weight, key, counter, bias, options, top_k):
@@ -255,8 +255,8 @@ def test_the_kill_switch_comes_before_everything(kernels, rows_file, llama_folde
 
 
 def test_torch_has_nothing_to_fall_back_on(rows_file, llama_folder, tmp_path, monkeypatch):
-    real = reference.chunked_forward
-    monkeypatch.setattr(reference, "chunked_forward", lambda *args: (off(real(*args)[0], 0), *real(*args)[1:]))
+    real = chunked.chunked_forward
+    monkeypatch.setattr(chunked, "chunked_forward", lambda *args: (off(real(*args)[0], 0), *real(*args)[1:]))
     with pytest.raises(RunError, match="plain torch: this machine computes wrongly"):
         train(settings(rows_file, llama_folder, tmp_path / "run", impl="torch", audit_every=1))
 

@@ -15,8 +15,8 @@ from test_linear_sample import chi_square, draws
 
 from qcrd_fast import QCRDLoss, linear_logprob
 from qcrd_fast.config import NEGATIVE_SELECT, SCHEMES
-from qcrd_fast.linear_loss import linear_rationale_loss
-from qcrd_fast.linear_sample import linear_sample
+from qcrd_fast.ops.linear_sample import linear_sample
+from qcrd_fast.ops.rationale_loss import linear_rationale_loss
 
 HERE = Path(__file__).parent
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from loss_oracle import BETA, DELTA, error, random_batch
 
-from qcrd_fast import linear_logprob, linear_loss
-from qcrd_fast.linear_loss import linear_rationale_loss
+from qcrd_fast import linear_logprob
 from qcrd_fast.losses import weighted_rationale_loss
+from qcrd_fast.ops import rationale_loss
+from qcrd_fast.ops.rationale_loss import linear_rationale_loss
 
 OPTIONS = [
     dict(),
@@ -48,7 +49,7 @@ def both(batch, impl, delta=DELTA, with_bias=True, **options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_equals_autograd_through_logits(options, delta, impl, kept, monkeypatch):
     if not kept:
-        monkeypatch.setattr(linear_loss, "KEPT_BYTES", 0)
+        monkeypatch.setattr(rationale_loss, "KEPT_BYTES", 0)
     for dtype, budget in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
         got, want = both(random_batch().to(dtype), impl, delta, **options)
         for a, b in zip(got, want, strict=True):
@@ -145,7 +146,7 @@ def test_operator_contract_and_compile():
     valid = (batch.hidden, batch.weight, batch.target, batch.bias, batch.rationale, batch.positive, weights_of(batch).float())
     arguments = (*valid, BETA, DELTA, 1.0, 0.0, 1.0, -100, False, [True, True, True])
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(linear_loss._rationale_loss, arguments, test_utils=checks)
+    torch.library.opcheck(rationale_loss._rationale_loss, arguments, test_utils=checks)
 
     rest = (batch.target, batch.rationale, batch.positive, weights_of(batch))
 

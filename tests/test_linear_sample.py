@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from qcrd_fast.linear_sample import largest, linear_sample, pick_tokens
-from qcrd_fast.noise import gumbel
+from qcrd_fast.ops.chunked import largest, pick_tokens
+from qcrd_fast.ops.linear_sample import linear_sample
+from qcrd_fast.ops.philox import gumbel
 
 
 def draws(count):

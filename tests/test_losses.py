@@ -11,9 +11,11 @@ import pytest
 import torch
 from loss_oracle import BETA, DELTA, Batch, dense_logprob, error, expected_terms, random_batch
 
-from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob, ops, reference
+from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob
 from qcrd_fast.config import NEGATIVE_SELECT, POSITIVE_SELECT, SCHEMES
 from qcrd_fast.losses import weighted_rationale_loss
+from qcrd_fast.ops import chunked, contrastive, dispatch, reference, selection
+from qcrd_fast.ops import linear_logprob as linear_logprob_op
 
 IMPLS = ("eager", "torch")
 PAIRS = list(itertools.product(POSITIVE_SELECT, NEGATIVE_SELECT))
@@ -32,7 +34,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks of the vocabulary, the last one partial, as at real sizes."""
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 1024)
 
 
 # ---- by hand ------------------------------------------------------------------------------------------------------------
@@ -302,8 +304,8 @@ def test_gradient_only_where_selected(scheme, impl):
 
 def test_backward_visits_only_the_selected_rows(monkeypatch):
     seen = []
-    backward = reference.chunked_backward
-    monkeypatch.setattr(reference, "chunked_backward", lambda h, *rest: seen.append(len(h)) or backward(h, *rest))
+    backward = chunked.chunked_backward
+    monkeypatch.setattr(chunked, "chunked_backward", lambda h, *rest: seen.append(len(h)) or backward(h, *rest))
     batch = random_batch().to(torch.float32)
     out = QCRDLoss(BETA, DELTA, impl="torch")(*batch.call)
     out.loss.backward()
@@ -314,8 +316,8 @@ def test_backward_visits_only_the_selected_rows(monkeypatch):
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
 def test_what_is_frozen_is_not_paid_for(frozen, monkeypatch):
     needs = []
-    backward = reference.chunked_backward
-    monkeypatch.setattr(reference, "chunked_backward", lambda *args: needs.append(args[-1]) or backward(*args))
+    backward = chunked.chunked_backward
+    monkeypatch.setattr(chunked, "chunked_backward", lambda *args: needs.append(args[-1]) or backward(*args))
     batch, full = random_batch().to(torch.float64), random_batch().to(torch.float64)
     getattr(batch, frozen).requires_grad_(False)
     for b in (batch, full):
@@ -369,8 +371,8 @@ def test_a_nan_reaches_the_loss(impl):
 
 def test_sampling_hash_is_pinned():
     """A resumed run, on whatever machine, must draw the same candidates."""
-    assert [reference.sampling_score(0, 0, 0, True, r) for r in range(3)] == [2175092, 5210941, 3823076]
-    assert reference.sampling_score(-1, 2**62, 3, False, 1) == 5198722
+    assert [selection.sampling_score(0, 0, 0, True, r) for r in range(3)] == [2175092, 5210941, 3823076]
+    assert selection.sampling_score(-1, 2**62, 3, False, 1) == 5198722
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -438,16 +440,16 @@ def test_mixed_operands_compute_in_the_type_of_hidden():
 
 def test_choice_of_implementation(monkeypatch):
     cpu = torch.device("cpu")
-    assert ops.choose_impl("auto", cpu, torch.float32)[0] == "torch"
+    assert dispatch.choose_impl("auto", cpu, torch.float32)[0] == "torch"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"impl='triton' cannot run: the tensors are on cpu.*TRITON_INTERPRET=1"):
         linear_logprob(torch.randn(2, 4), torch.randn(5, 4), torch.tensor([0, 1]), impl="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert ops.choose_impl("triton", cpu, torch.float32)[0] == "triton"
+    assert dispatch.choose_impl("triton", cpu, torch.float32)[0] == "triton"
     with pytest.raises(ValueError, match="no float64"):
-        ops.choose_impl("triton", cpu, torch.float64)
+        dispatch.choose_impl("triton", cpu, torch.float64)
     monkeypatch.setenv("QCRD_FAST_IMPL", "eager")
-    assert ops.choose_impl("triton", cpu, torch.float32) == ("eager", "QCRD_FAST_IMPL=eager")
+    assert dispatch.choose_impl("triton", cpu, torch.float32) == ("eager", "QCRD_FAST_IMPL=eager")
     monkeypatch.setenv("QCRD_FAST_IMPL", "fast")
     with pytest.raises(ValueError, match="QCRD_FAST_IMPL=fast: expected one of auto, triton, torch, eager"):
         linear_logprob(torch.randn(2, 4), torch.randn(5, 4), torch.tensor([0, 1]))
@@ -518,10 +520,10 @@ def test_operators_are_well_formed():
     head = (batch.hidden, batch.weight, batch.target.clamp(max=16), batch.bias)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     for args in [(*head, 1.0, 0.0, 1.0, -100, False, False, None), (*head, 0.5, 2.0, 0.7, -100, True, False, 99)]:
-        torch.library.opcheck(ops._linear_logprob, args, test_utils=checks)
+        torch.library.opcheck(linear_logprob_op._linear_logprob, args, test_utils=checks)
     logprob = -torch.rand(len(batch.target), requires_grad=True)
     segments = (logprob, batch.rationale, batch.target >= 0, batch.question, batch.positive, batch.quality, None)
-    torch.library.opcheck(ops._contrastive, (*segments, "min", "max", 3.0, torch.tensor(4.0), False), test_utils=checks)
+    torch.library.opcheck(contrastive._contrastive, (*segments, "min", "max", 3.0, torch.tensor(4.0), False), test_utils=checks)
 
 
 class Tiny(torch.nn.Module):
@@ -594,7 +596,7 @@ def test_shift_of_all_logits_changes_nothing():
 
 def test_chunking_holds_a_bounded_block_of_logits(monkeypatch):
     """T5-base's vocabulary at 4,096 tokens: dense logits and their log-softmax take 1 GiB, this under 64 MiB."""
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 16 * 2**20)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 16 * 2**20)
     T, V, H = 4096, 32128, 2
     hidden, weight, target = torch.randn(T, H), torch.randn(V, H), torch.randint(0, V, (T,))
     options, live, peak = reference.HeadOptions(), [0], [0]
@@ -612,11 +614,11 @@ def test_chunking_holds_a_bounded_block_of_logits(monkeypatch):
             return out
 
     with Meter():
-        lse = reference.chunked_forward(hidden, weight, target, None, options, -100, False)[1]
+        lse = chunked.chunked_forward(hidden, weight, target, None, options, -100, False)[1]
         rows = torch.arange(0, T, 4)
         ones = torch.ones(len(rows))
         coefficients = (ones, -ones, None)
-        reference.chunked_backward(
+        chunked.chunked_backward(
             hidden[rows], weight, target[rows], None, lse[rows], coefficients, options, (True, True, False)
         )
     assert 16 < peak[0] / 2**20 < 64

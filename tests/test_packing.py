@@ -15,7 +15,7 @@ from qcrd_fast.models import packed_attention, prefix_packing
 from qcrd_fast.models.prefix_packing import Group, dense_mask, fill_rows, lay_out, length_batches, share
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.ops import linear_logprob
+from qcrd_fast.ops.linear_logprob import linear_logprob
 
 IDS = dict(pad_token_id=0, eos_token_id=1, bos_token_id=1)
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)

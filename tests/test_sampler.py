@@ -16,7 +16,7 @@ import torch
 from qcrd_fast import decode, sampler, sampling
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.noise import gumbel, key_words
+from qcrd_fast.ops.philox import gumbel, key_words
 from qcrd_fast.sampler import Cancelled, Sampler, SampleSettings
 from qcrd_fast.sampling import GenerateSampler, make_sampler, sample
 

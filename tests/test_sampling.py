@@ -5,7 +5,7 @@ import torch
 
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.noise import key_words, philox
+from qcrd_fast.ops.philox import key_words, philox
 from qcrd_fast.sampler import SampleSettings
 from qcrd_fast.sampling import KeyedSampling, sample
 

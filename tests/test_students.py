@@ -10,7 +10,7 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.models.prefix_packing import length_batches
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.ops import linear_logprob
+from qcrd_fast.ops.linear_logprob import linear_logprob
 
 
 @pytest.fixture(params=["t5_folder", "llama_folder"])

@@ -1,69 +1,22 @@
-"""The loss in plain torch, twice: `*_eager`, the oracle (full logits, Python loops, autograd), and the vectorised twins that
-run on a CPU (`chunked_*`, `contrastive_torch`), whose gradients are written out. Shape suffixes: T tokens, H hidden,
-V vocabulary, C chunk of the vocabulary, R rationales, S rows with a gradient. Equation numbers: arXiv 2405.13014.
+"""The vectorised torch twins of the ops, which `--impl torch` runs: a chunk of the vocabulary at a time, gradients written out.
+
+Shape suffixes: T tokens, H hidden, V vocabulary, C chunk of the vocabulary, R rationales, S rows with a gradient, B rows,
+K entries kept by top-k.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from qcrd_fast.ops.philox import gumbel
+from qcrd_fast.ops.reference import Contrast, HeadOptions, accumulable, accumulation_dtype
+from qcrd_fast.ops.selection import SELECTIONS
+
 CHUNK_BYTES = 16 * 2**20  # largest block of logits that the chunked twin holds
 MIN_CHUNK = 64  # vocabulary rows, however many tokens there are
-MASK64 = 2**64 - 1
-GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
-
-
-class HeadOptions(NamedTuple):
-    """How hidden states become logits: `softcap * tanh(a / softcap) / temperature`, `a = scale * h W^T + bias`."""
-
-    scale: float = 1.0
-    softcap: float = 0.0  # 0: none
-    temperature: float = 1.0
-
-
-class Contrast(NamedTuple):
-    """What the contrastive ops return. `weight_R` includes quality, the scheme's normalisation, 1/N and the hinge's gate."""
-
-    loss_pos: Tensor
-    loss_neg: Tensor
-    nll_R: Tensor
-    weight_R: Tensor
-    active_R: Tensor
-    count_R: Tensor
-
-
-# ---- log p of each token ------------------------------------------------------------------------------------------------
-
-
-def linear_logprob_eager(
-    hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, bias_V: Tensor | None, options: HeadOptions, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p of the target, log-sum-exp, entropy), each [T] in nats and 0 where ignored. Differentiated by autograd.
-
-    Operands are rounded to `hidden`'s type and multiplied in fp32 (float64 stays float64).
-    """
-    weight_VH = accumulable(weight_VH.to(hidden_TH.dtype))
-    hidden_TH = accumulable(hidden_TH)
-    logits_TV = options.scale * (hidden_TH @ weight_VH.T)
-    if bias_V is not None:
-        logits_TV = logits_TV + bias_V.to(logits_TV.dtype)
-    if options.softcap:
-        logits_TV = options.softcap * torch.tanh(logits_TV / options.softcap)
-    logits_TV = logits_TV / options.temperature
-    logprob_TV = torch.log_softmax(logits_TV, dim=1)
-    valid_T = target_T != ignore_index
-    picked_T = logprob_TV.gather(1, target_T.where(valid_T, 0)[:, None])[:, 0]
-    prob_TV = logprob_TV.exp()
-    entropy_T = -(prob_TV * logprob_TV.masked_fill(prob_TV == 0, 0)).sum(1)
-    zero = picked_T.new_zeros(())
-    return (
-        torch.where(valid_T, picked_T, zero),
-        torch.where(valid_T, torch.logsumexp(logits_TV, dim=1), zero),
-        torch.where(valid_T, entropy_T, zero),
-    )
 
 
 def chunked_forward(
@@ -187,14 +140,6 @@ def local_target(target_T: Tensor, start: int, stop: int) -> tuple[Tensor, Tenso
     return local_T.clamp(0, stop - start - 1), (local_T >= 0) & (local_T < stop - start)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def accumulable(x: Tensor) -> Tensor:
-    return x.to(accumulation_dtype(x.dtype))
-
-
 def operand(x: Tensor) -> Tensor:
     """`x` ready for `matmul`: half types stay on a GPU and are widened elsewhere, where their product would be rounded."""
     return x if x.is_cuda else accumulable(x)
@@ -205,75 +150,6 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
-
-
-# ---- many-to-one contrastive loss ---------------------------------------------------------------------------------------
-
-
-def contrastive_eager(
-    logprob_T: Tensor,
-    rationale_T: Tensor,
-    valid_T: Tensor | None,
-    question_R: Tensor,
-    positive_R: Tensor,
-    quality_R: Tensor | None,
-    key_R: Tensor,
-    selects: tuple[str, str],
-    delta: float,
-    num_questions: Tensor,
-    seed: int,
-    iteration: int,
-) -> Contrast:
-    """Eq. 3, 6 and 7 question by question, in loops; `loss_pos` and `loss_neg` are differentiated by autograd."""
-    R = len(question_R)
-    valid_T = torch.ones_like(rationale_T, dtype=torch.bool) if valid_T is None else valid_T
-    tokens = [(rationale_T == r) & valid_T for r in range(R)]
-    count = [int(t.sum()) for t in tokens]
-    zero = logprob_T[:0].sum()  # differentiable, so that a batch without candidates has a gradient: 0
-    nll = [-logprob_T[t].double().mean().to(zero.dtype) if n else zero for t, n in zip(tokens, count, strict=True)]  # l
-    positive, question = positive_R.tolist(), question_R.tolist()
-    quality = None if quality_R is None else quality_R.detach().to(logprob_T.dtype)
-
-    loss_pos, loss_neg = zero, zero
-    weight_R = torch.zeros(R, dtype=logprob_T.dtype, device=logprob_T.device)
-    for i in sorted(set(question)):
-        for is_positive, select in ((True, selects[0]), (False, selects[1])):
-            members = [r for r in range(R) if question[r] == i and positive[r] == is_positive]
-            candidates = [r for r in members if count[r]]
-            if select == "max-active":
-                candidates = [r for r in candidates if not nll[r] >= delta]
-            if not candidates:
-                continue  # m_i = 0 or k_i = 0: the term is 0
-            if quality is None:
-                s = {r: zero + 1 for r in candidates}  # weights of 1: s_pos = 1, s_neg = 0
-            else:
-                s = {r: quality[r] if is_positive else 1 - quality[r] for r in candidates}
-            if select in ("mean", "wmean"):
-                total = sum(s.values()) if select == "wmean" else zero + len(candidates)
-                chosen = {r: s[r] / total if total != 0 else zero for r in candidates}
-            else:
-                if select == "sampling":
-                    key = int(key_R[members[0]])
-                    score = {r: float(sampling_score(seed, key, iteration, is_positive, members.index(r))) for r in candidates}
-                else:
-                    sign = -1 if select == "min" else 1
-                    score = {r: sign * float(nll[r].detach()) for r in candidates}
-                score = {r: float("inf") if x != x else x for r, x in score.items()}  # a NaN must reach the loss
-                best = min(r for r in candidates if score[r] == max(score.values()))
-                chosen = {best: s[best]}
-            for r, w in chosen.items():
-                w = w / num_questions
-                if is_positive:
-                    loss_pos = loss_pos + w * nll[r]  # Eq. 6
-                elif not nll[r] >= delta:
-                    loss_neg = loss_neg + w * (nll[r] - delta)  # Eq. 7, h(u) = min(u - delta, 0)
-                else:
-                    w = zero
-                weight_R[r] = w.detach()
-    nll_R = torch.stack(nll).detach() if R else logprob_T.new_zeros(0)
-    count_R = torch.tensor(count, device=logprob_T.device)
-    active_R = ~positive_R & (count_R > 0) & (nll_R < delta)
-    return Contrast(loss_pos, loss_neg, nll_R, weight_R, active_R, count_R)
 
 
 def contrastive_torch(
@@ -305,7 +181,7 @@ def contrastive_torch(
         return torch.where(positive_R, values_R, negatives_R)
 
     candidate_R = count_R > 0
-    if selects[1] == "max-active":
+    if SELECTIONS[selects[1]].active_only:
         candidate_R = candidate_R & (positive_R | ~(nll_R >= delta))
     s_R = torch.ones_like(nll_R) if quality_R is None else pick(quality_R.to(dtype), 1 - quality_R.to(dtype))
 
@@ -359,39 +235,86 @@ def rationale_mean(logprob_T: Tensor, rationale_T: Tensor, valid_T: Tensor | Non
     return (-sums_R / count_R.clamp(min=1)).to(logprob_T.dtype), count_R
 
 
-# ---- sampling -----------------------------------------------------------------------------------------------------------
+def forward_keeping(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    options: HeadOptions,
+    ignore_index: int,
+    kept_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(log p, log-sum-exp, logits [T, V]), or None where those would be more than `kept_bytes`, or under a softcap."""
+    T, V = len(target_T), len(weight_VH)
+    size = 8 if hidden_TH.dtype == torch.float64 else 4
+    if options.softcap or T * V * size > kept_bytes:
+        return None
+    weight_VH = operand(weight_VH.to(hidden_TH.dtype))
+    logits_TV = chunk_logits(operand(hidden_TH), weight_VH, bias_V, options)[0]
+    valid_T = target_T != ignore_index
+    lse_T = torch.logsumexp(logits_TV, dim=1)
+    picked_T = logits_TV.gather(1, target_T.where(valid_T, 0)[:, None])[:, 0]
+    return (picked_T - lse_T).clamp(max=0).where(valid_T, 0), lse_T, logits_TV
 
 
-def sampling_score(seed: int, key: int, iteration: int, is_positive: bool, rank: int) -> int:
-    """A 24-bit hash of its arguments; the candidate with the largest is the one sampled."""
-    state = 0
-    for word in (seed, iteration, key, 2 * rank + (not is_positive)):
-        state = (state ^ (word & MASK64)) + GOLDEN & MASK64
-        state = (state ^ state >> 30) * MIX_1 & MASK64
-        state = (state ^ state >> 27) * MIX_2 & MASK64
-        state ^= state >> 31
-    return state >> 40
+def backward_kept(
+    logits_TV: Tensor,
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    lse_T: Tensor,
+    dlogprob_T: Tensor,
+    options: HeadOptions,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dHidden, dWeight, dBias), None where `needs` says no, from d loss / d log p [T] (0 where ignored)."""
+    head = (hidden_TH, weight_VH, target_T, bias_V, lse_T)
+    return chunked_backward(*head, (dlogprob_T, -dlogprob_T, None), options, needs, logits_TV)
 
 
-def sampling_scores(seed: int, key_R: Tensor, iteration: int, question_R: Tensor, positive_R: Tensor) -> Tensor:
-    """`sampling_score` of every rationale, fp32 [R]. Its rank is that among its question's rationales of the same class."""
-    R = len(question_R)
-    group_R = 2 * question_R + ~positive_R
-    order_R = torch.argsort(group_R, stable=True)
-    sorted_R = group_R[order_R]
-    rank_R = torch.empty_like(order_R)
-    rank_R[order_R] = torch.arange(R, device=order_R.device) - torch.searchsorted(sorted_R, sorted_R)
+def head_logits(hidden_BH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, options: HeadOptions) -> Tensor:
+    """Logits [B, V], fp32 (float64 for float64 operands); at temperature 0, those of temperature 1."""
+    weight_VH = weight_VH.to(hidden_BH.dtype)
+    logits_BV = options.scale * (accumulable(hidden_BH) @ accumulable(weight_VH).T)
+    if bias_V is not None:
+        logits_BV += bias_V
+    if options.softcap:
+        logits_BV = options.softcap * torch.tanh(logits_BV / options.softcap)
+    return logits_BV / (options.temperature or 1.0)
 
-    def signed(x: int) -> int:
-        return (x + 2**63) % 2**64 - 2**63
 
-    def shifted(x_R: Tensor, bits: int) -> Tensor:  # a logical shift; int64's is arithmetic
-        return (x_R >> bits) & (2 ** (64 - bits) - 1)
+def pick_tokens(
+    logits_BV: Tensor,
+    key_B2: Tensor,
+    counter_B3: Tensor,
+    top_k: int = 0,
+    *,
+    noisy: bool = True,
+    warp: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The token [B] that `linear_sample` draws from these logits, already divided by the temperature.
 
-    state_R = torch.zeros_like(key_R)
-    for word in (signed(seed), signed(iteration), key_R, 2 * rank_R + ~positive_R):
-        state_R = (state_R ^ word) + signed(GOLDEN)
-        state_R = (state_R ^ shifted(state_R, 30)) * signed(MIX_1)
-        state_R = (state_R ^ shifted(state_R, 27)) * signed(MIX_2)
-        state_R = state_R ^ shifted(state_R, 31)
-    return shifted(state_R, 40).float()
+    warp: what is done to the logits [B, V] after top-k, which leaves -inf, and before the noise: a nucleus, say.
+    """
+    V = logits_BV.shape[1]
+    if not noisy:
+        return logits_BV.argmax(1)
+    if not 0 < top_k < V:
+        logits_BV = warp(logits_BV) if warp else logits_BV
+        return (logits_BV.double() + gumbel(key_B2, counter_B3, size=V)).argmax(1)
+    kept_BK, vocab_BK = largest(logits_BV, top_k)
+    if warp:
+        kept_BK = warp(torch.full_like(logits_BV, -torch.inf).scatter(1, vocab_BK, kept_BK)).gather(1, vocab_BK)
+    best_B1 = (kept_BK.double() + gumbel(key_B2, counter_B3, vocab_BK)).argmax(1, keepdim=True)
+    return vocab_BK.gather(1, best_B1)[:, 0]
+
+
+def largest(logits_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values [B, k], entries [B, k]) of the k largest, ties to the lowest entry. They are ranked as fp32."""
+    V = logits_BV.shape[1]
+    bits_BV = (logits_BV.float() + 0.0).view(torch.int32)  # adding 0 turns -0 into 0, which it equals
+    ordered_BV = (bits_BV ^ ((bits_BV >> 31) & 0x7FFFFFFF)).long()  # integers in the order of the floats
+    rank_BV = (ordered_BV << 32) + torch.arange(V - 1, -1, -1, device=logits_BV.device)
+    vocab_BK = V - 1 - (rank_BV.topk(k, dim=1).values & 0xFFFFFFFF)
+    return logits_BV.gather(1, vocab_BK), vocab_BK

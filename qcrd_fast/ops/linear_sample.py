@@ -7,14 +7,14 @@ Suffixes: B rows, H hidden, V vocabulary, K entries kept by top-k.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from qcrd_fast.dispatch import choose_impl, require, require_tensors
-from qcrd_fast.noise import gumbel
-from qcrd_fast.reference import HeadOptions, accumulable
+from qcrd_fast.ops.checks import require, require_tensors
+from qcrd_fast.ops.chunked import head_logits, pick_tokens
+from qcrd_fast.ops.dispatch import choose_impl
+from qcrd_fast.ops.reference import HeadOptions
 
 
 def linear_sample(
@@ -34,7 +34,7 @@ def linear_sample(
     a = scale * hidden weight^T + bias, cut to the `top_k` largest (0: all). Temperature 0: the largest logit.
 
     hidden [B, H], weight [V, H], bias [V]; key [B, 2], counter [B, 3] = (position, index, iteration): int64 in [0, 2^32), which
-    with the vocabulary entry are all that the noise depends on (`qcrd_fast.noise`). Equal logits: the lowest entry first.
+    with the vocabulary entry are all that the noise depends on (`qcrd_fast.ops.philox`). Equal logits: the lowest entry first.
 
     Raises `ValueError` naming what was expected and what came, `TypeError` for an argument that is no tensor.
     """
@@ -58,50 +58,3 @@ def linear_sample(
             with torch.cuda.device_of(hidden):
                 return sample(hidden, weight, key, counter, bias, options, top_k)
     return pick_tokens(head_logits(hidden, weight, bias, options), key, counter, top_k, noisy=temperature > 0)
-
-
-def head_logits(hidden_BH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, options: HeadOptions) -> Tensor:
-    """Logits [B, V], fp32 (float64 for float64 operands); at temperature 0, those of temperature 1."""
-    weight_VH = weight_VH.to(hidden_BH.dtype)
-    logits_BV = options.scale * (accumulable(hidden_BH) @ accumulable(weight_VH).T)
-    if bias_V is not None:
-        logits_BV += bias_V
-    if options.softcap:
-        logits_BV = options.softcap * torch.tanh(logits_BV / options.softcap)
-    return logits_BV / (options.temperature or 1.0)
-
-
-def pick_tokens(
-    logits_BV: Tensor,
-    key_B2: Tensor,
-    counter_B3: Tensor,
-    top_k: int = 0,
-    *,
-    noisy: bool = True,
-    warp: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """The token [B] that `linear_sample` draws from these logits, already divided by the temperature.
-
-    warp: what is done to the logits [B, V] after top-k, which leaves -inf, and before the noise: a nucleus, say.
-    """
-    V = logits_BV.shape[1]
-    if not noisy:
-        return logits_BV.argmax(1)
-    if not 0 < top_k < V:
-        logits_BV = warp(logits_BV) if warp else logits_BV
-        return (logits_BV.double() + gumbel(key_B2, counter_B3, size=V)).argmax(1)
-    kept_BK, vocab_BK = largest(logits_BV, top_k)
-    if warp:
-        kept_BK = warp(torch.full_like(logits_BV, -torch.inf).scatter(1, vocab_BK, kept_BK)).gather(1, vocab_BK)
-    best_B1 = (kept_BK.double() + gumbel(key_B2, counter_B3, vocab_BK)).argmax(1, keepdim=True)
-    return vocab_BK.gather(1, best_B1)[:, 0]
-
-
-def largest(logits_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(values [B, k], entries [B, k]) of the k largest, ties to the lowest entry. They are ranked as fp32."""
-    V = logits_BV.shape[1]
-    bits_BV = (logits_BV.float() + 0.0).view(torch.int32)  # adding 0 turns -0 into 0, which it equals
-    ordered_BV = (bits_BV ^ ((bits_BV >> 31) & 0x7FFFFFFF)).long()  # integers in the order of the floats
-    rank_BV = (ordered_BV << 32) + torch.arange(V - 1, -1, -1, device=logits_BV.device)
-    vocab_BK = V - 1 - (rank_BV.topk(k, dim=1).values & 0xFFFFFFFF)
-    return logits_BV.gather(1, vocab_BK), vocab_BK

@@ -5,11 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from qcrd_fast.config import IMPLS
 from qcrd_fast.errors import InputError
@@ -61,23 +58,3 @@ def _triton_import_error() -> str | None:
 
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def require_tensors(**arguments: object) -> None:
-    """`TypeError` naming the first argument that is no tensor."""
-    for name, x in arguments.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {'None' if x is None else type(x).__name__}")
-
-
-def require(condition: Tensor | bool, message: Callable[[], str]) -> None:
-    """`ValueError` unless true. A value on a GPU is asserted there, without a host sync; under torch.compile it is trusted."""
-    if not isinstance(condition, Tensor):
-        if not condition:
-            raise ValueError(message())
-    elif torch.compiler.is_compiling() or isinstance(condition, FakeTensor):  # which has no values
-        return
-    elif condition.is_cuda:
-        torch._assert_async(condition, "qcrd_fast: a value is out of range; run on the CPU to see which")
-    elif not bool(condition):
-        raise ValueError(message())

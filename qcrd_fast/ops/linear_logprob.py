@@ -1,24 +1,20 @@
-"""The two ops of the loss as torch operators: checks, choice of implementation, autograd.
+"""hidden states x head -> log p of each target as a torch operator: choice of implementation, autograd. No logits are held.
 
-`linear_logprob`: hidden states x head -> log p of each target, never holding the logits. `contrastive`: log p of each token ->
-mean per rationale, selection per question, weights, hinge, the two terms of Eq. 3. Shape suffixes as in `reference`.
+Shape suffixes as in `reference`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qcrd_fast import reference
-from qcrd_fast.dispatch import choose_impl, require, require_tensors
-from qcrd_fast.linear_sample import linear_sample as linear_sample
-from qcrd_fast.reference import Contrast, HeadOptions
-
-# ---- log p of each token ------------------------------------------------------------------------------------------------
+from qcrd_fast.ops import chunked, reference
+from qcrd_fast.ops.checks import check_head, require
+from qcrd_fast.ops.dispatch import choose_impl
+from qcrd_fast.ops.reference import HeadOptions
 
 
 def linear_logprob(
@@ -61,71 +57,6 @@ def linear_logprob(
     return (logprob, *extras) if extras else logprob
 
 
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, HeadOptions]:
-    """(hidden [T, H] in the type it is multiplied in, target [T] int64, options). `ValueError` for what does not fit."""
-    require_tensors(hidden=hidden, weight=weight, target=target, **({} if bias is None else {"bias": bias}))
-    for name, x in (("weight", weight), ("bias", bias)):
-        if x is not None:
-            require_whole(name, x)
-    H, V = hidden.shape[-1], weight.shape[0]
-    require(hidden.is_floating_point(), lambda: f"hidden must be floating point, got {hidden.dtype}")
-    require(weight.is_floating_point(), lambda: f"weight must be floating point, got {weight.dtype}")
-    require(
-        weight.dim() == 2 and weight.shape[1] == H,
-        lambda: f"weight must be [V, {H}] to match hidden {list(hidden.shape)}, got {list(weight.shape)}",
-    )
-    require(
-        target.shape == hidden.shape[:-1],
-        lambda: f"target must be {list(hidden.shape[:-1])} to match hidden, got {list(target.shape)}",
-    )
-    require(target.dtype in (torch.int64, torch.int32), lambda: f"target must be int64 or int32, got {target.dtype}")
-    require(
-        bias is None or bias.shape == (V,),
-        lambda: f"bias must be [{V}] to match weight, got {list(bias.shape) if bias is not None else None}",
-    )
-    require(
-        all(x is None or x.device == hidden.device for x in (weight, target, bias)),
-        lambda: f"weight, target and bias must be on {hidden.device} with hidden",
-    )
-    require(math.isfinite(scale), lambda: f"scale must be finite, got {scale}")
-    require(0 < temperature < math.inf, lambda: f"temperature must be above 0 and finite, got {temperature}")
-    require(softcap is None or 0 < softcap < math.inf, lambda: f"softcap must be above 0 and finite, or None, got {softcap}")
-    hidden_TH, target_T = hidden.reshape(-1, H), target.reshape(-1).long()
-    require(
-        ((target_T == ignore_index) | ((target_T >= 0) & (target_T < V))).all(),
-        lambda: (
-            f"target must lie in [0, {V}) or be ignore_index {ignore_index}, got {int(target.min())} to {int(target.max())}"
-        ),
-    )
-    return hidden_TH.to(product_type(hidden)), target_T, HeadOptions(float(scale), float(softcap or 0), float(temperature))
-
-
-def product_type(hidden: Tensor) -> torch.dtype:
-    """The type in which hidden states are multiplied with the head: their own, or autocast's."""
-    autocast = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
-    return torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
-
-
-def require_whole(name: str, x: Tensor) -> None:
-    """`ValueError` for a shard (FSDP2's DTensor), and for the empty tensor that FSDP and ZeRO-3 leave outside of a forward."""
-    if hasattr(x, "full_tensor") or x.numel() == 0:
-        kind = (
-            "a DTensor, one rank's shard" if hasattr(x, "full_tensor") else "empty, as FSDP and ZeRO-3 leave it between calls"
-        )
-        raise ValueError(
-            f"{name} is {kind}; it is whole only inside the model's own forward, where qcrd_fast.attach runs the loss"
-        )
-
-
 @torch.library.custom_op("qcrd_fast::linear_logprob", mutates_args=())
 def _linear_logprob(
     hidden_TH: Tensor,
@@ -142,7 +73,7 @@ def _linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, log-sum-exp, entropy or [0])."""
     options = HeadOptions(scale, softcap, temperature)
-    twin: Any = reference.chunked_forward
+    twin: Any = chunked.chunked_forward
     if triton:
         from csrc_triton.linear_logprob import forward as twin  # type: ignore[no-redef]
     with torch.autocast(hidden_TH.device.type, enabled=False), torch.cuda.device_of(hidden_TH):
@@ -175,7 +106,7 @@ def _linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dHidden, dWeight, dBias), each [0] where not needed; the three coefficients are those of `chunked_backward`."""
     options = HeadOptions(scale, softcap, temperature)
-    twin: Any = reference.chunked_backward
+    twin: Any = chunked.chunked_backward
     if triton:
         from csrc_triton.linear_logprob import backward as twin  # type: ignore[no-redef]
     T = len(target_T)
@@ -259,110 +190,3 @@ def _linear_backward(ctx: Any, dlogprob_T: Tensor | None, dlse_T: Tensor | None,
 
 
 _linear_logprob.register_autograd(_linear_backward, setup_context=_save_linear)
-
-
-# ---- many-to-one contrastive loss ---------------------------------------------------------------------------------------
-
-
-def contrastive(
-    logprob_T: Tensor,
-    rationale_T: Tensor,
-    valid_T: Tensor | None,
-    question_R: Tensor,
-    positive_R: Tensor,
-    quality_R: Tensor | None,
-    key_R: Tensor,
-    selects: tuple[str, str],
-    delta: float,
-    num_questions: Tensor,
-    seed: int,
-    iteration: int,
-    impl: str,
-) -> Contrast:
-    """The two terms of Eq. 3 and what was selected, from fp32 or float64 log p. Arguments are already checked."""
-    chosen = choose_impl(impl, logprob_T.device, logprob_T.dtype)[0]
-    segments = (logprob_T, rationale_T, valid_T, question_R, positive_R, quality_R)
-    if chosen == "eager":
-        return reference.contrastive_eager(*segments, key_R, selects, delta, num_questions, seed, iteration)
-    score_R = None
-    if "sampling" in selects:
-        score_R = reference.sampling_scores(seed, key_R, iteration, question_R, positive_R)
-    return Contrast(*_contrastive(*segments, score_R, *selects, delta, num_questions, chosen == "triton"))
-
-
-@torch.library.custom_op("qcrd_fast::contrastive", mutates_args=())
-def _contrastive(
-    logprob_T: Tensor,
-    rationale_T: Tensor,
-    valid_T: Tensor | None,
-    question_R: Tensor,
-    positive_R: Tensor,
-    quality_R: Tensor | None,
-    score_R: Tensor | None,
-    positive_select: str,
-    negative_select: str,
-    delta: float,
-    num_questions: Tensor,
-    triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `Contrast`."""
-    twin: Any = reference.contrastive_torch
-    if triton:
-        from csrc_triton.contrastive import forward as twin  # type: ignore[no-redef]
-    segments = (logprob_T, rationale_T, valid_T, question_R, positive_R, quality_R, score_R)
-    with torch.cuda.device_of(logprob_T):
-        return tuple(twin(*segments, (positive_select, negative_select), delta, num_questions))  # type: ignore[return-value]
-
-
-@_contrastive.register_fake
-def _(
-    logprob_T: Tensor, rationale_T: Tensor, valid_T: Tensor | None, question_R: Tensor, positive_R: Tensor, *rest: Any
-) -> Any:
-    nll_R, term = logprob_T.new_empty(question_R.shape), logprob_T.new_empty(())
-    count_R = torch.empty_like(question_R)
-    return term, torch.empty_like(term), nll_R, torch.empty_like(nll_R), torch.empty_like(positive_R), count_R
-
-
-@torch.library.custom_op("qcrd_fast::contrastive_backward", mutates_args=())
-def _contrastive_backward(
-    dloss_pos: Tensor,
-    dloss_neg: Tensor,
-    rationale_T: Tensor,
-    valid_T: Tensor | None,
-    positive_R: Tensor,
-    weight_R: Tensor,
-    count_R: Tensor,
-    triton: bool,
-) -> Tensor:
-    """d log p [T]: each token of a rationale takes -weight / count of its term's gradient."""
-    if triton:
-        from csrc_triton.contrastive import backward
-
-        with torch.cuda.device_of(weight_R):
-            return backward(dloss_pos, dloss_neg, rationale_T, valid_T, positive_R, weight_R, count_R)
-    dmean_R = -weight_R * torch.where(positive_R, dloss_pos, dloss_neg) / count_R.clamp(min=1)
-    dlogprob_T = dmean_R[rationale_T]
-    return dlogprob_T if valid_T is None else dlogprob_T.where(valid_T, 0)
-
-
-@_contrastive_backward.register_fake
-def _(
-    dloss_pos: Tensor, dloss_neg: Tensor, rationale_T: Tensor, valid_T: Any, positive_R: Any, weight_R: Tensor, *rest: Any
-) -> Tensor:
-    return weight_R.new_empty(rationale_T.shape)
-
-
-def _save_contrastive(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, rationale_T, valid_T, _, positive_R, *_, triton = inputs
-    weight_R, count_R = output[3], output[5]
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(rationale_T, valid_T, positive_R, weight_R, count_R)
-    ctx.triton = triton
-
-
-def _contrastive_gradient(ctx: Any, dloss_pos: Tensor, dloss_neg: Tensor, *_: Any) -> tuple[Any, ...]:
-    dlogprob_T = _contrastive_backward(dloss_pos, dloss_neg, *ctx.saved_tensors, ctx.triton)
-    return dlogprob_T, *[None] * 11
-
-
-_contrastive.register_autograd(_contrastive_gradient, setup_context=_save_contrastive)

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcrd_fast import reference
-from qcrd_fast.dispatch import choose_impl, require, require_tensors
-from qcrd_fast.ops import check_head, empty_gradient, linear_logprob
-from qcrd_fast.reference import HeadOptions
+from qcrd_fast.ops import chunked, reference
+from qcrd_fast.ops.checks import check_head, require, require_tensors
+from qcrd_fast.ops.chunked import backward_kept, forward_keeping
+from qcrd_fast.ops.dispatch import choose_impl
+from qcrd_fast.ops.linear_logprob import empty_gradient, linear_logprob
+from qcrd_fast.ops.reference import HeadOptions
 
 KEPT_BYTES = 64 * 2**20  # of exponentials (the torch twin: logits) that a forward pass keeps to make its own gradients
 
@@ -73,7 +75,7 @@ def linear_rationale_loss(
                 ignore_index=ignore_index, impl=impl,
             )  # fmt: skip
             valid_T = target_T != ignore_index
-            nll_R, _ = reference.rationale_mean(logprob_T, rationale_T, valid_T, len(positive))
+            nll_R, _ = chunked.rationale_mean(logprob_T, rationale_T, valid_T, len(positive))
             loss = loss_terms(nll_R, positive, weight_R.to(nll_R.dtype), beta, margin)[0]
             return (loss, nll_R.detach(), logprob_T.detach())[: 2 + return_logprob]
         needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
@@ -85,7 +87,7 @@ def linear_rationale_loss(
 def loss_terms(nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, beta: float, delta: float | None) -> tuple[Tensor, Tensor]:
     """(loss, d loss / d nll [R]) of rationales whose weights are known; `delta` None: no margin."""
     signed_R = torch.where(positive_R, weight_R, -beta * weight_R)
-    term_R, signed_R = reference.hinge_terms(nll_R, positive_R, signed_R, delta)
+    term_R, signed_R = chunked.hinge_terms(nll_R, positive_R, signed_R, delta)
     return term_R.sum(), signed_R
 
 
@@ -111,8 +113,8 @@ def _rationale_loss(
     options, valid_T, R = HeadOptions(scale, softcap, temperature), target_T != ignore_index, len(positive_R)
     forward: Any = forward_keeping
     backward: Any = backward_kept
-    means: Any = reference.rationale_mean
-    again: tuple[Any, Any] = (reference.chunked_forward, reference.chunked_backward)
+    means: Any = chunked.rationale_mean
+    again: tuple[Any, Any] = (chunked.chunked_forward, chunked.chunked_backward)
     if triton:
         from csrc_triton import contrastive, linear_logprob
 
@@ -164,44 +166,3 @@ def _scale(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 _rationale_loss.register_autograd(_scale, setup_context=_save)
-
-
-# ---- the torch twin -----------------------------------------------------------------------------------------------------
-
-
-def forward_keeping(
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    target_T: Tensor,
-    bias_V: Tensor | None,
-    options: HeadOptions,
-    ignore_index: int,
-    kept_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(log p, log-sum-exp, logits [T, V]), or None where those would be more than `kept_bytes`, or under a softcap."""
-    T, V = len(target_T), len(weight_VH)
-    size = 8 if hidden_TH.dtype == torch.float64 else 4
-    if options.softcap or T * V * size > kept_bytes:
-        return None
-    weight_VH = reference.operand(weight_VH.to(hidden_TH.dtype))
-    logits_TV = reference.chunk_logits(reference.operand(hidden_TH), weight_VH, bias_V, options)[0]
-    valid_T = target_T != ignore_index
-    lse_T = torch.logsumexp(logits_TV, dim=1)
-    picked_T = logits_TV.gather(1, target_T.where(valid_T, 0)[:, None])[:, 0]
-    return (picked_T - lse_T).clamp(max=0).where(valid_T, 0), lse_T, logits_TV
-
-
-def backward_kept(
-    logits_TV: Tensor,
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    target_T: Tensor,
-    bias_V: Tensor | None,
-    lse_T: Tensor,
-    dlogprob_T: Tensor,
-    options: HeadOptions,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dHidden, dWeight, dBias), None where `needs` says no, from d loss / d log p [T] (0 where ignored)."""
-    head = (hidden_TH, weight_VH, target_T, bias_V, lse_T)
-    return reference.chunked_backward(*head, (dlogprob_T, -dlogprob_T, None), options, needs, logits_TV)

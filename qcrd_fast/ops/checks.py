@@ -1,0 +1,97 @@
+"""Checks of the ops' arguments, without a host sync."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from qcrd_fast.ops.reference import HeadOptions
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, HeadOptions]:
+    """(hidden [T, H] in the type it is multiplied in, target [T] int64, options). `ValueError` for what does not fit."""
+    require_tensors(hidden=hidden, weight=weight, target=target, **({} if bias is None else {"bias": bias}))
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None:
+            require_whole(name, x)
+    H, V = hidden.shape[-1], weight.shape[0]
+    require(hidden.is_floating_point(), lambda: f"hidden must be floating point, got {hidden.dtype}")
+    require(weight.is_floating_point(), lambda: f"weight must be floating point, got {weight.dtype}")
+    require(
+        weight.dim() == 2 and weight.shape[1] == H,
+        lambda: f"weight must be [V, {H}] to match hidden {list(hidden.shape)}, got {list(weight.shape)}",
+    )
+    require(
+        target.shape == hidden.shape[:-1],
+        lambda: f"target must be {list(hidden.shape[:-1])} to match hidden, got {list(target.shape)}",
+    )
+    require(target.dtype in (torch.int64, torch.int32), lambda: f"target must be int64 or int32, got {target.dtype}")
+    require(
+        bias is None or bias.shape == (V,),
+        lambda: f"bias must be [{V}] to match weight, got {list(bias.shape) if bias is not None else None}",
+    )
+    require(
+        all(x is None or x.device == hidden.device for x in (weight, target, bias)),
+        lambda: f"weight, target and bias must be on {hidden.device} with hidden",
+    )
+    require(math.isfinite(scale), lambda: f"scale must be finite, got {scale}")
+    require(0 < temperature < math.inf, lambda: f"temperature must be above 0 and finite, got {temperature}")
+    require(softcap is None or 0 < softcap < math.inf, lambda: f"softcap must be above 0 and finite, or None, got {softcap}")
+    hidden_TH, target_T = hidden.reshape(-1, H), target.reshape(-1).long()
+    require(
+        ((target_T == ignore_index) | ((target_T >= 0) & (target_T < V))).all(),
+        lambda: (
+            f"target must lie in [0, {V}) or be ignore_index {ignore_index}, got {int(target.min())} to {int(target.max())}"
+        ),
+    )
+    return hidden_TH.to(product_type(hidden)), target_T, HeadOptions(float(scale), float(softcap or 0), float(temperature))
+
+
+def product_type(hidden: Tensor) -> torch.dtype:
+    """The type in which hidden states are multiplied with the head: their own, or autocast's."""
+    autocast = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
+
+
+def require_whole(name: str, x: Tensor) -> None:
+    """`ValueError` for a shard (FSDP2's DTensor), and for the empty tensor that FSDP and ZeRO-3 leave outside of a forward."""
+    if hasattr(x, "full_tensor") or x.numel() == 0:
+        kind = (
+            "a DTensor, one rank's shard" if hasattr(x, "full_tensor") else "empty, as FSDP and ZeRO-3 leave it between calls"
+        )
+        raise ValueError(
+            f"{name} is {kind}; it is whole only inside the model's own forward, where qcrd_fast.attach runs the loss"
+        )
+
+
+def require_tensors(**arguments: object) -> None:
+    """`TypeError` naming the first argument that is no tensor."""
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {'None' if x is None else type(x).__name__}")
+
+
+def require(condition: Tensor | bool, message: Callable[[], str]) -> None:
+    """`ValueError` unless true. A value on a GPU is asserted there, without a host sync; under torch.compile it is trusted."""
+    if not isinstance(condition, Tensor):
+        if not condition:
+            raise ValueError(message())
+    elif torch.compiler.is_compiling() or isinstance(condition, FakeTensor):  # which has no values
+        return
+    elif condition.is_cuda:
+        torch._assert_async(condition, "qcrd_fast: a value is out of range; run on the CPU to see which")
+    elif not bool(condition):
+        raise ValueError(message())

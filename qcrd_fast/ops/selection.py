@@ -1,0 +1,69 @@
+"""The selections of Table 5 and their properties, once. Names and schemes are in `config`.
+
+A new selection is a row of `SELECTIONS`, its weights in `reference.contrastive_eager` and `chunked.contrastive_torch`, and a
+branch of `csrc_triton.contrastive`. Shape suffix: R rationales.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Selection(NamedTuple):
+    """What a question's candidates of one class are reduced to."""
+
+    single: bool  # one candidate; else a mean of all
+    order: int = 1  # 1: the largest -log p wins, -1: the smallest
+    active_only: bool = False  # candidates are negatives inside the margin
+    random: bool = False  # the largest keyed hash wins
+    by_quality: bool = False  # the mean is weighted by quality
+
+
+SELECTIONS = {
+    "min": Selection(single=True, order=-1),
+    "max": Selection(single=True),
+    "max-active": Selection(single=True, active_only=True),
+    "sampling": Selection(single=True, random=True),
+    "mean": Selection(single=False),
+    "wmean": Selection(single=False, by_quality=True),
+}
+MASK64 = 2**64 - 1
+GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
+
+
+def sampling_score(seed: int, key: int, iteration: int, is_positive: bool, rank: int) -> int:
+    """A 24-bit hash of its arguments; the candidate with the largest is the one sampled."""
+    state = 0
+    for word in (seed, iteration, key, 2 * rank + (not is_positive)):
+        state = (state ^ (word & MASK64)) + GOLDEN & MASK64
+        state = (state ^ state >> 30) * MIX_1 & MASK64
+        state = (state ^ state >> 27) * MIX_2 & MASK64
+        state ^= state >> 31
+    return state >> 40
+
+
+def sampling_scores(seed: int, key_R: Tensor, iteration: int, question_R: Tensor, positive_R: Tensor) -> Tensor:
+    """`sampling_score` of every rationale, fp32 [R]. Its rank is that among its question's rationales of the same class."""
+    R = len(question_R)
+    group_R = 2 * question_R + ~positive_R
+    order_R = torch.argsort(group_R, stable=True)
+    sorted_R = group_R[order_R]
+    rank_R = torch.empty_like(order_R)
+    rank_R[order_R] = torch.arange(R, device=order_R.device) - torch.searchsorted(sorted_R, sorted_R)
+
+    def signed(x: int) -> int:
+        return (x + 2**63) % 2**64 - 2**63
+
+    def shifted(x_R: Tensor, bits: int) -> Tensor:  # a logical shift; int64's is arithmetic
+        return (x_R >> bits) & (2 ** (64 - bits) - 1)
+
+    state_R = torch.zeros_like(key_R)
+    for word in (signed(seed), signed(iteration), key_R, 2 * rank_R + ~positive_R):
+        state_R = (state_R ^ word) + signed(GOLDEN)
+        state_R = (state_R ^ shifted(state_R, 30)) * signed(MIX_1)
+        state_R = (state_R ^ shifted(state_R, 27)) * signed(MIX_2)
+        state_R = state_R ^ shifted(state_R, 31)
+    return shifted(state_R, 40).float()
