@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.distributed import ALONE, Ranks
+from qcrd_fast.distributed.comm import ALONE, Ranks
 from qcrd_fast.errors import RunError
 from qcrd_fast.models.lm_head import Head
 from qcrd_fast.ops.checks import product_type

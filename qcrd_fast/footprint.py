@@ -27,7 +27,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.decode import Decoder
 from qcrd_fast.discriminator import Discriminator, build_discriminator
-from qcrd_fast.distributed import blocks_of
+from qcrd_fast.distributed.parallel import blocks_of
 from qcrd_fast.examples import Candidate, Example, longest_row
 from qcrd_fast.models.lm_head import evaluating, output_layer
 from qcrd_fast.models.lora import add_lora

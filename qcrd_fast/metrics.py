@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from qcrd_fast.distributed import ALONE, Ranks
+from qcrd_fast.distributed.comm import ALONE, Ranks
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.files import append_lines, sync, write_lines
 

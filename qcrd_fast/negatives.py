@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.distributed import ALONE, Ranks
+from qcrd_fast.distributed.comm import ALONE, Ranks
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words

@@ -20,7 +20,7 @@ from torch import Tensor
 from qcrd_fast.audit import Audit
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator import Discriminator
-from qcrd_fast.distributed import Engine
+from qcrd_fast.distributed.parallel import Engine
 from qcrd_fast.errors import RunError
 from qcrd_fast.examples import Candidate, Example, longest_text
 from qcrd_fast.losses import ContrastiveOutput, contrastive_loss, weighted_rationale_loss

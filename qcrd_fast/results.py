@@ -13,7 +13,7 @@ import torch
 from qcrd_fast import checkpoint
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question
-from qcrd_fast.distributed import Ranks
+from qcrd_fast.distributed.comm import Ranks
 from qcrd_fast.evaluate import accuracy, predict
 from qcrd_fast.metrics import MetricsLog
 from qcrd_fast.models.student import Student

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qcrd_fast.distributed import ALONE, Ranks, full
+from qcrd_fast.distributed.comm import ALONE, Ranks
+from qcrd_fast.distributed.parallel import full
 from qcrd_fast.errors import RunError
 from qcrd_fast.utils.files import sha256, sync, told_room
 

@@ -17,7 +17,8 @@ from qcrd_fast import checkpoint
 from qcrd_fast.audit import Audit, Audits
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, judge_questions
-from qcrd_fast.distributed import ALONE, Engine, Ranks, full, joined, make_engine, own_device
+from qcrd_fast.distributed.comm import ALONE, Ranks, joined, own_device
+from qcrd_fast.distributed.parallel import Engine, full, make_engine
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.footprint import checkpoint_activations, survey
