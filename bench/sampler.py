@@ -24,11 +24,11 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from qcrd_fast.config import nearest
 from qcrd_fast.errors import InputError
+from qcrd_fast.generation.engine import Sampler, SampleSettings
+from qcrd_fast.generation.sample import make_sampler
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
-from qcrd_fast.sampler import Sampler, SampleSettings
-from qcrd_fast.sampling import make_sampler
 
 from . import timing
 from .peers import one_line

@@ -16,12 +16,12 @@ from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.data.splits import label_of, main_task, of_split
 from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.generation.engine import SampleSettings
+from qcrd_fast.generation.sample import sample
 from qcrd_fast.models.loading import read_config
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
-from qcrd_fast.sampler import SampleSettings
-from qcrd_fast.sampling import sample
 from qcrd_fast.utils.device import Autocast, make_autocast, resolve_device
 from qcrd_fast.utils.files import require_writable, write_lines
 from qcrd_fast.utils.oom import for_answers, relieved_by

@@ -29,11 +29,11 @@ class LocalTeacher:
     """
 
     def __init__(self, name: str, *, api: str, temperature: float, max_tokens: int, seed: int, batch_size: int, device: str):
+        from qcrd_fast.generation.engine import SampleSettings
+        from qcrd_fast.generation.sample import sample
         from qcrd_fast.models.prompts import PromptSettings
         from qcrd_fast.models.student import Student
         from qcrd_fast.ops.philox import key_words
-        from qcrd_fast.sampler import SampleSettings
-        from qcrd_fast.sampling import sample
         from qcrd_fast.utils.device import resolve_device
 
         self._key_words, self._sample = key_words, sample

@@ -21,11 +21,12 @@ import torch
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.distributed.comm import ALONE, Ranks
+from qcrd_fast.generation.engine import Sampler, SampleSettings
+from qcrd_fast.generation.hf_generate import GenerateSampler
+from qcrd_fast.generation.sample import make_sampler
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
-from qcrd_fast.sampler import Sampler, SampleSettings
-from qcrd_fast.sampling import GenerateSampler, make_sampler
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.snapshots import Snapshots
 from qcrd_fast.streams import Lane

@@ -25,11 +25,11 @@ from qcrd_fast.data.splits import hold_out
 from qcrd_fast.discriminator import Discriminator, DiscriminatorTrainer, build_discriminator, judge_questions
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.evaluate import find_model, load_student
+from qcrd_fast.generation.engine import SampleSettings
+from qcrd_fast.generation.sample import sample
 from qcrd_fast.models.prompts import EXPLAIN
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
-from qcrd_fast.sampler import SampleSettings
-from qcrd_fast.sampling import sample
 from qcrd_fast.utils.device import make_autocast
 from qcrd_fast.utils.files import write_json, write_lines
 

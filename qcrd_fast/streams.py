@@ -15,7 +15,7 @@ import torch
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.sampler import LANE
+from qcrd_fast.generation.engine import LANE
 
 T = TypeVar("T")
 SHARE = 0.25  # of the multiprocessors that a green context keeps for sampling

@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.generation.engine import Cancelled
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.negatives import AHEAD, Asked, LaggedNegatives
-from qcrd_fast.sampler import Cancelled
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.snapshots import Snapshots
 from qcrd_fast.streams import Lane, choose_overlap

@@ -13,12 +13,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qcrd_fast import decode, sampler, sampling
+from qcrd_fast.generation import decoder as decoding
+from qcrd_fast.generation import engine
+from qcrd_fast.generation.engine import Cancelled, Sampler, SampleSettings
+from qcrd_fast.generation.hf_generate import GenerateSampler
+from qcrd_fast.generation.sample import make_sampler, sample
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
+from qcrd_fast.ops import linear_sample
 from qcrd_fast.ops.philox import gumbel, key_words
-from qcrd_fast.sampler import Cancelled, Sampler, SampleSettings
-from qcrd_fast.sampling import GenerateSampler, make_sampler, sample
 
 TEMPERATURE = 1.5
 
@@ -52,7 +55,7 @@ def test_draws_follow_the_softmax_of_the_models_logits(student, top_k):
     settings = SampleSettings(TEMPERATURE, top_k, 1.0, max_new_tokens=1, batch_size=4096)
     drawn = sample(student, [source] * count, [key_words(0, str(i)) for i in range(count)], settings)
     student.model.eval()
-    logits_V = decode._own_logits(student, source, [])[0].double() / TEMPERATURE
+    logits_V = decoding._own_logits(student, source, [])[0].double() / TEMPERATURE
     if top_k:
         assert top_k < len(logits_V)
         logits_V[logits_V < logits_V.topk(top_k).values[-1]] = -torch.inf
@@ -74,9 +77,9 @@ def test_teacher_forced_logits_are_the_models(student, dtype, limit):
     replies = [torch.randint(2, len(student.tokenizer), (9,), generator=generator).tolist() for _ in sources]
     student.model.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        decoder = decode.Decoder(student, len(sources), max(map(len, sources)), 10)
-        got = decode.teacher_forced(decoder, sources, replies)
-        wanted = torch.stack([decode._own_logits(student, s, r) for s, r in zip(sources, replies, strict=True)])
+        decoder = decoding.Decoder(student, len(sources), max(map(len, sources)), 10)
+        got = decoding.teacher_forced(decoder, sources, replies)
+        wanted = torch.stack([decoding._own_logits(student, s, r) for s, r in zip(sources, replies, strict=True)])
     assert got.shape == wanted.shape
     assert float((got - wanted).norm() / wanted.norm()) < limit
 
@@ -84,7 +87,7 @@ def test_teacher_forced_logits_are_the_models(student, dtype, limit):
 def first_difference_is_a_tie(student, source, key, a, b, top_k) -> bool:
     """Whether the model's own noisy scores of two samples, where they part, are within 1e-5."""
     at = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    logits_V = decode._own_logits(student, source, a[:at])[-1].double() / TEMPERATURE
+    logits_V = decoding._own_logits(student, source, a[:at])[-1].double() / TEMPERATURE
     noise_V = gumbel(torch.tensor([key]), torch.tensor([[at, 0, 3]]), size=len(logits_V))[0]
     last = logits_V.topk(top_k).values[-1] if top_k else -torch.inf
     dropped = [abs(logits_V[t] - last) for t in (a[at], b[at]) if logits_V[t] < last]  # on the edge of the top k
@@ -124,8 +127,8 @@ def test_random_numbers_belong_to_the_question(student, monkeypatch):
             assert seen.setdefault((*k, *c), noise.tobytes()) == noise.tobytes()
         return real(hidden, weight, key, counter, **options)
 
-    real = sampler.linear_sample
-    monkeypatch.setattr(sampler, "linear_sample", record)
+    real = linear_sample.linear_sample
+    monkeypatch.setattr(engine, "linear_sample", record)
     settings = SampleSettings(TEMPERATURE, 0, 1.0, max_new_tokens=8, batch_size=40)
     drawn = sample(student, sources, keys, settings, iteration=5, indices=[i % 3 for i in range(40)])
     first = dict(seen)
@@ -147,14 +150,14 @@ def test_a_full_batch_is_refilled_and_samples_share_their_prompt(student, static
     wanted = sample(student, sources, keys, dataclasses.replace(settings, batch_size=60), indices=indices)
     drawn = make_sampler(student, settings, max(map(len, sources)), static=static)
     read, steps = [], []
-    real_read, real_step = decode.Decoder._read, Sampler._step
-    monkeypatch.setattr(decode.Decoder, "_read", lambda self, some: read.extend(some) or real_read(self, some))
+    real_read, real_step = decoding.Decoder._read, Sampler._step
+    monkeypatch.setattr(decoding.Decoder, "_read", lambda self, some: read.extend(some) or real_read(self, some))
     monkeypatch.setattr(Sampler, "_step", lambda self, active, *rest: steps.append(active) or real_step(self, active, *rest))
     assert drawn.draw(sources, keys, indices) == wanted
     assert len(read) < 45  # a prompt is read again only where its samples came to different refills
     tokens = sum(map(len, wanted))
     assert drawn.drawn_tokens == tokens
-    waste = 8 * sampler.TOKENS_A_REPLAY if static else 1  # rows that wait for the refill, and the tail
+    waste = 8 * engine.TOKENS_A_REPLAY if static else 1  # rows that wait for the refill, and the tail
     assert tokens <= sum(steps) < (2.2 if static else 1.6) * tokens + 20 * waste
     assert static == (set(steps) == {8})
 
@@ -209,7 +212,7 @@ def test_few_rows_where_memory_is_short(student, monkeypatch):
     sources = prompts(student, 10)
     keys, settings = [key_words(6, str(i)) for i in range(10)], SampleSettings(TEMPERATURE, max_new_tokens=6)
     wanted = sample(student, sources, keys, settings)
-    monkeypatch.setattr(sampler, "CACHE_BYTES", 60_000)
+    monkeypatch.setattr(engine, "CACHE_BYTES", 60_000)
     few = make_sampler(student, settings, max(map(len, sources)))
     assert 1 <= few.rows < 10 and few.draw(sources, keys) == wanted
     assert sample(student, [], [], settings) == []
@@ -260,7 +263,7 @@ def test_an_architecture_that_the_engine_cannot_run_goes_through_generate(tokeni
     for _ in range(2):
         drawn = sample(student, [[5, 6, 7], [8]], [(1, 2), (3, 4)], settings)
         assert all(0 < len(tokens) <= 4 for tokens in drawn)
-    assert [r.name for r in caplog.records if "generate" in r.message] == [sampling.log.name]
+    assert [r.name for r in caplog.records if "generate" in r.message] == ["qcrd_fast.generation.sample"]
 
 
 def test_each_sample_has_a_limit_of_its_own(student):
@@ -322,14 +325,14 @@ def test_capturing_in_the_middle_of_a_draw_disturbs_nothing(student, monkeypatch
 
     def capture(self, span):
         def run():
-            for _ in range(sampler.TOKENS_A_REPLAY):
+            for _ in range(engine.TOKENS_A_REPLAY):
                 self._step(self.rows, span, self.decoder.prompt)
 
         run()
         return Replayed(run)
 
     monkeypatch.setattr(Sampler, "_capture", capture)
-    monkeypatch.setattr(sampler, "SPAN", 4)
+    monkeypatch.setattr(engine, "SPAN", 4)
     drawn.graphed = True
     assert drawn.draw(sources, keys) == wanted
     spans = set(drawn._graphs)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from qcrd_fast.generation.engine import SampleSettings
+from qcrd_fast.generation.hf_generate import KeyedSampling
+from qcrd_fast.generation.sample import sample
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words, philox
-from qcrd_fast.sampler import SampleSettings
-from qcrd_fast.sampling import KeyedSampling, sample
 
 
 def words(*values):

@@ -14,77 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from qcrd_fast.generation.kv_cache import LayerCache, SlotCache, States, row_bytes, states_of
 from qcrd_fast.models.lm_head import body
 from qcrd_fast.models.padding import pad_right
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
 
-Autocast = Callable[[], torch.autocast]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # ||logits - model's|| / ||model's||; 5e-2 in other types
-
-
-States = list[tuple[Tensor, Tensor]]  # keys and values [U, heads, L, width] of each layer
-
-
-class SlotCache(Cache):
-    """Keys and values by row and slot. `at` is set before each step: the rows in use, how many slots are looked at, and the
-    slot that each row writes."""
-
-    def __init__(self, buffers: States):
-        super().__init__(layers=[])
-        self.buffers = buffers
-        self.rows, self.span, self.slot_B = 0, 0, torch.empty(0)
-
-    def at(self, rows: int, span: int, slot_B: Tensor) -> None:
-        self.rows, self.span, self.slot_B = rows, span, slot_B
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        found = []
-        for buffer, new in zip(self.buffers[layer_idx], (key_states, value_states), strict=True):
-            where = self.slot_B[:, None, None, None].expand(-1, buffer.shape[1], 1, buffer.shape[3])
-            buffer[: self.rows].scatter_(2, where, new.to(buffer.dtype))
-            found.append(buffer[: self.rows, :, : self.span])
-        return found[0], found[1]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def fill(self, rows: Tensor, read: States, of: Tensor) -> None:
-        """Row `rows[i]` takes the keys and values of row `of[i]` of prompts that were read."""
-        for buffers, states in zip(self.buffers, read, strict=True):
-            for buffer, new in zip(buffers, states, strict=True):
-                buffer[rows, :, : new.shape[2]] = new[of].to(buffer.dtype)
-
-    def move(self, to: Tensor, source: Tensor) -> None:
-        for buffers in self.buffers:
-            for buffer in buffers:
-                buffer[to] = buffer[source]
-
-    @staticmethod
-    def like(probe: States, rows: int, slots: int) -> SlotCache:
-        """Buffers of the shapes and types that a short prompt's keys and values have."""
-
-        def buffer(states: Tensor) -> Tensor:
-            return states.new_zeros(rows, states.shape[1], slots, states.shape[3])
-
-        return SlotCache([(buffer(keys), buffer(values)) for keys, values in probe])
-
-
-def _states(cache: Any) -> States:
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _row_bytes(probe: States, slots: int) -> int:
-    return sum(slots * x.shape[1] * x.shape[3] * x.element_size() for layer in probe for x in layer)
-
-
-class _Layer:
-    """What an attention layer reads of a cache that is complete."""
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        self.keys, self.values = keys, values
 
 
 class Decoder:
@@ -111,7 +49,7 @@ class Decoder:
         self.slots = new if self.shared else prompt + new - 1  # the last token is never fed
         probe = self._read([[student.pad_id, student.pad_id]])
         if most_bytes:
-            rows = max(1, min(rows, most_bytes // (_row_bytes(probe[0], self.slots) + _row_bytes(probe[1], prompt))))
+            rows = max(1, min(rows, most_bytes // (row_bytes(probe[0], self.slots) + row_bytes(probe[1], prompt))))
         self.rows = rows
         self.cache = SlotCache.like(probe[0], rows, self.slots)
         self.slot_S = torch.arange(self.slots, device=student.device)
@@ -153,7 +91,7 @@ class Decoder:
         own, cross = DynamicCache(), DynamicCache()
         if not self.shared:
             self.body(input_ids=ids_BL, use_cache=True, **{self.cache_name: own})
-            return _states(own), _states(cross)
+            return states_of(own), states_of(cross)
         states_BLH = self.student.model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
         self.body(
             input_ids=torch.full_like(ids_BL[:, :1], self.student.model.config.decoder_start_token_id),
@@ -162,7 +100,7 @@ class Decoder:
             use_cache=True,
             **{self.cache_name: EncoderDecoderCache(own, cross)},
         )
-        return _states(own), _states(cross)
+        return states_of(own), states_of(cross)
 
     def move(self, to: list[int], source: list[int]) -> None:
         """Row `to[i]` becomes row `source[i]`."""
@@ -185,7 +123,7 @@ class Decoder:
         with contextlib.ExitStack() as stack:
             if self.shared:
                 self.memory.cross_attention_cache.layers = [
-                    _Layer(k[:B, :, :width], v[:B, :, :width]) for k, v in self.cross.buffers
+                    LayerCache(k[:B, :, :width], v[:B, :, :width]) for k, v in self.cross.buffers
                 ]
                 inputs |= {
                     "attention_mask": self._mask(seen_BS),

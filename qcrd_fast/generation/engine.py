@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
-from qcrd_fast.decode import Autocast, Decoder
+from qcrd_fast.generation.decoder import Decoder
 from qcrd_fast.models.lm_head import evaluating
 from qcrd_fast.models.prefix_packing import length_batches
 from qcrd_fast.models.prompts import TokenIds
@@ -28,6 +28,7 @@ from qcrd_fast.ops.chunked import head_logits, pick_tokens
 from qcrd_fast.ops.linear_sample import linear_sample
 from qcrd_fast.ops.reference import HeadOptions
 from qcrd_fast.utils.determinism import deterministic_already
+from qcrd_fast.utils.device import Autocast
 
 CACHE_BYTES = 4 << 30  # of keys and values; fewer rows where a batch needs more
 REFILL = 8  # prompts are read when an eighth of the rows is free;
@@ -121,7 +122,7 @@ class Sampler:
         stop: threading.Event | None = None,
         limits: Sequence[int] | None = None,
     ) -> list[TokenIds]:
-        """One continuation for each source, EOS included where it was reached; see `qcrd_fast.sampling.sample`.
+        """One continuation for each source, EOS included where it was reached; see `qcrd_fast.generation.sample.sample`.
 
         limits: tokens of each at most, 1 or more, where that is fewer than `max_new_tokens`.
 
