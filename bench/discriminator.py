@@ -22,10 +22,11 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.data.splits import hold_out
-from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator
+from qcrd_fast.discriminator.metrics import auc, interval, judge, question_weights
+from qcrd_fast.discriminator.model import build_discriminator
+from qcrd_fast.discriminator.trainer import DiscriminatorTrainer
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.quality import auc, interval, judge, question_weights
 from qcrd_fast.utils.environment import commit
 
 from .record import append

@@ -12,7 +12,7 @@ from qcrd_fast.version import __version__
 
 if TYPE_CHECKING:
     from qcrd_fast.collator import RationaleCollator as RationaleCollator
-    from qcrd_fast.discriminator import Discriminator as Discriminator
+    from qcrd_fast.discriminator.model import Discriminator as Discriminator
     from qcrd_fast.embed import attach as attach
     from qcrd_fast.losses import QCRDLoss as QCRDLoss
     from qcrd_fast.losses import contrastive_loss as contrastive_loss
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Discriminator": "discriminator",
+    "Discriminator": "discriminator.model",
     "QCRDLoss": "losses",
     "RationaleCollator": "collator",
     "attach": "embed",

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qcrd_fast.discriminator import DiscriminatorTrainer
+from qcrd_fast.discriminator.trainer import DiscriminatorTrainer
 from qcrd_fast.distributed.parallel import Engine, like
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.loading import save_tokenizer

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, question_text
-from qcrd_fast.discriminator import Discriminator, build_discriminator
+from qcrd_fast.discriminator.model import Discriminator, build_discriminator
 from qcrd_fast.distributed.parallel import blocks_of
 from qcrd_fast.examples import Candidate, Example, longest_row
 from qcrd_fast.generation.decoder import Decoder

@@ -12,7 +12,7 @@ import torch
 
 from qcrd_fast import checkpoint
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.discriminator import DiscriminatorTrainer
+from qcrd_fast.discriminator.trainer import DiscriminatorTrainer
 from qcrd_fast.distributed.parallel import Engine
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.student import Student

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qcrd_fast.audit import Audit
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.discriminator import Discriminator
+from qcrd_fast.discriminator.model import Discriminator
 from qcrd_fast.distributed.parallel import Engine
 from qcrd_fast.errors import RunError
 from qcrd_fast.examples import Candidate, Example, longest_text

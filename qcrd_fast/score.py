@@ -22,7 +22,8 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import BadRow, Question, Rationale, question_text
 from qcrd_fast.data.splits import hold_out
-from qcrd_fast.discriminator import Discriminator, DiscriminatorTrainer, build_discriminator, judge_questions
+from qcrd_fast.discriminator.model import Discriminator, build_discriminator
+from qcrd_fast.discriminator.trainer import DiscriminatorTrainer, judge_questions
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.evaluate import find_model, load_student
 from qcrd_fast.generation.engine import SampleSettings
@@ -138,7 +139,7 @@ def score_run(
 
 def summarize_scores(scored: Sequence[Question]) -> dict[str, Any]:
     """Means by kind, AUC with its interval and calibration of questions that carry scores."""
-    from qcrd_fast.quality import judge
+    from qcrd_fast.discriminator.metrics import judge
 
     rows = [(q.id, r.score, right) for q in scored for right, side in ((True, q.positives), (False, q.negatives)) for r in side]
     means = {}

@@ -16,7 +16,8 @@ import torch
 from qcrd_fast import checkpoint
 from qcrd_fast.audit import Audit, Audits
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.discriminator import DiscriminatorTrainer, build_discriminator, judge_questions
+from qcrd_fast.discriminator.model import build_discriminator
+from qcrd_fast.discriminator.trainer import DiscriminatorTrainer, judge_questions
 from qcrd_fast.distributed.comm import ALONE, Ranks, joined, own_device
 from qcrd_fast.distributed.parallel import Engine, full, make_engine
 from qcrd_fast.errors import InputError, RunError, Stopped

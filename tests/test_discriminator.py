@@ -22,19 +22,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from qcrd_fast.augment import BLANK, augment
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, Rationale
-from qcrd_fast.discriminator import (
-    Discriminator,
-    DiscriminatorTrainer,
-    _corrupted,
-    _example,
-    _words,
-    build_discriminator,
-    discriminator_loss,
-)
-from qcrd_fast.encoders import SmallEncoder
+from qcrd_fast.discriminator.corruption import BLANK, augment
+from qcrd_fast.discriminator.encoders import SmallEncoder
+from qcrd_fast.discriminator.model import Discriminator, build_discriminator
+from qcrd_fast.discriminator.trainer import DiscriminatorTrainer, _corrupted, _example, _words, discriminator_loss
 from qcrd_fast.errors import InputError, RunError
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "plus", "is", "how", "many"]

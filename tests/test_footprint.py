@@ -12,7 +12,7 @@ from bench.timing import peak_mib
 from cli.main import entry
 from qcrd_fast import footprint
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.discriminator import build_discriminator
+from qcrd_fast.discriminator.model import build_discriminator
 from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.models.lora import add_lora
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings

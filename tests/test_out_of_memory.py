@@ -13,7 +13,7 @@ import torch
 from cli.main import entry
 from qcrd_fast import evaluate
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.discriminator import Discriminator
+from qcrd_fast.discriminator.model import Discriminator
 from qcrd_fast.errors import RunError
 from qcrd_fast.generation.engine import Sampler
 from qcrd_fast.models.student import Student

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qcrd_fast import quality
-from qcrd_fast.quality import auc, auc_within, calibration, interval, judge, question_weights
+from qcrd_fast.discriminator import metrics
+from qcrd_fast.discriminator.metrics import auc, auc_within, calibration, interval, judge, question_weights
 
 
 def pairs(score, positive, weight=None):
@@ -56,8 +56,8 @@ def test_the_interval_resamples_whole_questions() -> None:
 def test_many_rationales_are_resampled_in_chunks(monkeypatch) -> None:
     score, positive, question = np.arange(30) % 7 / 7, np.arange(30) % 2 == 0, [str(i // 2) for i in range(30)]
     whole = judge(score, positive, question)["auc_95"]
-    monkeypatch.setattr(quality, "MAX_CELLS", 30 * 64)
-    assert len(quality.auc_resampled(score, positive, question, resamples=100)) == 100
+    monkeypatch.setattr(metrics, "MAX_CELLS", 30 * 64)
+    assert len(metrics.auc_resampled(score, positive, question, resamples=100)) == 100
     assert judge(score, positive, question)["auc_95"] == pytest.approx(whole, abs=0.05)
 
 

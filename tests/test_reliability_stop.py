@@ -34,7 +34,7 @@ class TestTrial9:
             (0, "term", 4, SAMPLE, 5),
             (1, "int", 0, "qcrd_fast.results:predict", 4),
             (0, "term", "write .tmp-checkpoint-2/optimizer.safetensors", "disk", 2),
-            (1, "int", 1, "qcrd_fast.discriminator:DiscriminatorTrainer.update", 5),
+            (1, "int", 1, "qcrd_fast.discriminator.trainer:DiscriminatorTrainer.update", 5),
         ],
         ids=["step", "micro-batch", "sampling", "eval", "save", "discriminator"],
     )
@@ -53,7 +53,7 @@ class TestTrial9:
         [
             (0, "int,term", 6, STEP, [2]),
             (1, "term,int", "write .tmp-checkpoint-4/optimizer.safetensors", "disk", [2]),
-            (1, "int", 0, "qcrd_fast.discriminator:DiscriminatorTrainer._step", []),  # nothing is trained yet
+            (1, "int", 0, "qcrd_fast.discriminator.trainer:DiscriminatorTrainer._step", []),  # nothing is trained yet
             (0, "term", 0, "qcrd_fast.models.student:Student.load", []),
             (1, "int", 0, "qcrd_fast.train:Session.finish", [4, 6]),
         ],
@@ -81,8 +81,8 @@ class TestTrial10:
             (0, "nan", 5, "qcrd_fast.objective:linear_rationale_loss", "loss nan"),
             (1, "inf", 4, "qcrd_fast.objective:linear_rationale_loss", "loss inf"),
             (0, "gradient", 5, STEP, "grad_norm nan"),
-            (1, "nan", 5, "qcrd_fast.discriminator:Discriminator.score", "a score that is not finite"),
-            (0, "inf", 6, "qcrd_fast.discriminator:Discriminator.score", "a score that is not finite"),
+            (1, "nan", 5, "qcrd_fast.discriminator.model:Discriminator.score", "a score that is not finite"),
+            (0, "inf", 6, "qcrd_fast.discriminator.model:Discriminator.score", "a score that is not finite"),
         ],
         ids=["nan loss", "inf loss", "nan gradient", "nan quality", "inf quality"],
     )

@@ -273,7 +273,7 @@ def test_two_passes_equal_one(student, scheme, rows_file, request, tmp_path):
 def test_golden_step(method, rows_file, llama_folder, tmp_path):
     """One step's loss recomputed from the equations with the model's own logits, in float64."""
     from qcrd_fast.data.load import load_questions
-    from qcrd_fast.discriminator import build_discriminator
+    from qcrd_fast.discriminator.model import build_discriminator
     from qcrd_fast.models.prompts import PromptSettings
     from qcrd_fast.models.student import Student
     from qcrd_fast.schedule import Schedule
