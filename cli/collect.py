@@ -9,8 +9,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from qcrd_fast.collect.prompts import TEMPLATES
 from qcrd_fast.errors import InputError
-from qcrd_fast.templates import TEMPLATES
 
 from . import console
 from .options import (
@@ -81,8 +81,8 @@ def collect(ctx: click.Context, dry_run: bool, as_json: bool, **options: Any) ->
     The same command again goes on where it was stopped or killed. The key is read from OPENAI_API_KEY alone. The exit code
     is 0 when every question had its turn, also where samples are missing; the summary counts them.
     """
-    from qcrd_fast.collect import collect as run
-    from qcrd_fast.collection import CollectSettings
+    from qcrd_fast.collect.collection import CollectSettings
+    from qcrd_fast.collect.collector import collect as run
 
     options["extra_body"] = _extra_body(options["extra_body"])
     options["api"] = options["api"] or ""

@@ -20,7 +20,7 @@ METHODS = {
     "RationaleCollator": ("__call__",),
     "Discriminator": ("rate", "score"),
 }
-OUTPUTS = (("qcrd_fast.losses", "ContrastiveOutput"), ("qcrd_fast.two_pass", "RationaleOutput"))
+OUTPUTS = (("qcrd_fast.losses", "ContrastiveOutput"), ("qcrd_fast.integrations.batch_loss", "RationaleOutput"))
 TABLES = {  # file: (title, what it says, key columns, shown columns)
     "embedding": (
         "A training step inside a host trainer",

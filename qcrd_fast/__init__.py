@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from qcrd_fast.version import __version__
 
 if TYPE_CHECKING:
-    from qcrd_fast.collator import RationaleCollator as RationaleCollator
     from qcrd_fast.discriminator.model import Discriminator as Discriminator
-    from qcrd_fast.embed import attach as attach
+    from qcrd_fast.integrations.attach import attach as attach
+    from qcrd_fast.integrations.batch_loss import score_then_train as score_then_train
+    from qcrd_fast.integrations.collator import RationaleCollator as RationaleCollator
     from qcrd_fast.losses import QCRDLoss as QCRDLoss
     from qcrd_fast.losses import contrastive_loss as contrastive_loss
     from qcrd_fast.ops.linear_logprob import linear_logprob as linear_logprob
-    from qcrd_fast.two_pass import score_then_train as score_then_train
 
 __all__ = [
     "Discriminator",
@@ -33,11 +33,11 @@ __all__ = [
 _HOME = {
     "Discriminator": "discriminator.model",
     "QCRDLoss": "losses",
-    "RationaleCollator": "collator",
-    "attach": "embed",
+    "RationaleCollator": "integrations.collator",
+    "attach": "integrations.attach",
     "contrastive_loss": "losses",
     "linear_logprob": "ops.linear_logprob",
-    "score_then_train": "two_pass",
+    "score_then_train": "integrations.batch_loss",
 }
 
 

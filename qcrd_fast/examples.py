@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data.schema import Question, question_text
+from qcrd_fast.data.schema import Question, question_key, question_text
 from qcrd_fast.data.splits import label_kind, label_of
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, TokenIds
@@ -104,7 +103,7 @@ def _example(question: Question, label: str | None, student: Student, config: Tr
         reason = (student.source_ids(REASON, text), student.target_ids(worked))
     return Example(
         id=question.id,
-        key=int.from_bytes(hashlib.sha256(question.id.encode("utf-8", "surrogatepass")).digest()[:8], "little") >> 1,
+        key=question_key(question.id),
         text=text,
         predict=student.source_ids(PREDICT, text),
         explain=student.source_ids(EXPLAIN, text),

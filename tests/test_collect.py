@@ -16,7 +16,7 @@ import fake_teacher as fake
 import pytest
 
 from cli.main import entry
-from qcrd_fast import teacher
+from qcrd_fast.collect import endpoint
 from qcrd_fast.data.load import load_questions, validate_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No key of whoever runs the tests, and no long waits."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(teacher, "BACKOFF_S", 0.02)
+    monkeypatch.setattr(endpoint, "BACKOFF_S", 0.02)
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def write_questions(path: Path, count: int) -> Path:
 
 def command(questions: Path, teacher: str, *more: str) -> list[str]:
     output = str(questions.with_name("samples.jsonl"))
-    args = ["collect", "--questions", str(questions), "--output", output, "--teacher", teacher]
-    return [*args, *(["--teacher-model", "m", "--deadline", "20"] if teacher.startswith("http") else []), *more]
+    args = ["collect", "--questions", str(questions), "--output", output, "--teacher", endpoint]
+    return [*args, *(["--teacher-model", "m", "--deadline", "20"] if endpoint.startswith("http") else []), *more]
 
 
 def ledger(questions: Path, kind: str = "") -> list[dict[str, Any]]:

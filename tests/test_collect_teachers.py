@@ -15,11 +15,11 @@ import pytest
 from test_collect import command, ledger, rows, run, write_questions
 
 from cli.main import entry
+from qcrd_fast.collect.local import LocalTeacher
+from qcrd_fast.collect.prompts import TEMPLATES, Template, read_reply
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError
-from qcrd_fast.local_teacher import LocalTeacher
-from qcrd_fast.templates import TEMPLATES, Template, read_reply
 
 CHOICE = "Where do trains stop?\nAnswer Choices:\n(a) sea\n(b) train station"
 

@@ -103,7 +103,7 @@ def in_flight(number: signal.Signals) -> Spoil:
     """A signal while a request is in flight, whose reply is waited for."""
 
     def spoil(patch: pytest.MonkeyPatch) -> None:
-        from qcrd_fast.teacher import Endpoint
+        from qcrd_fast.collect.endpoint import Endpoint
 
         real, sent = Endpoint._exchange, []
 

@@ -21,18 +21,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qcrd_fast import checkpoint, runview
+from qcrd_fast.collect.endpoint import parse_reply
+from qcrd_fast.collect.ledger import Ledger
+from qcrd_fast.collect.prompts import read_reply
 from qcrd_fast.config import TASKS, TrainConfig
 from qcrd_fast.data import jsonl, schema
 from qcrd_fast.data.answers import canonical, extract_answer, guess_task, is_correct, parse_choices, same_answer, surface
 from qcrd_fast.data.expressions import evaluate_expression
 from qcrd_fast.data.load import load_questions, prepare, validate_file
 from qcrd_fast.errors import InputError
-from qcrd_fast.ledger import Ledger
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.negatives import Asked, LaggedNegatives, _digest
 from qcrd_fast.schedule import Schedule
-from qcrd_fast.teacher import parse_reply
-from qcrd_fast.templates import read_reply
 from qcrd_fast.utils.files import sha256, write_json
 
 LONG = int(os.environ.get("QCRD_FAST_FUZZ", "0"))

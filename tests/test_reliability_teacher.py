@@ -15,9 +15,9 @@ import pytest
 from test_collect import command, ledger, questions, quick, rows, run, start, wait_for, write_questions
 
 from cli.main import entry
-from qcrd_fast import teacher
+from qcrd_fast.collect import endpoint
+from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, base_url, parse_reply
 from qcrd_fast.errors import InputError
-from qcrd_fast.teacher import Endpoint, EndpointSettings, base_url, parse_reply
 
 KEY = "sk-topsecret0123456789abcdef"
 __all__ = ["questions", "quick"]
@@ -81,7 +81,7 @@ class TestTrial19:
     def test_gzip_is_read_and_a_bomb_is_not(
         self, one: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(teacher, "MAX_REPLY_BYTES", 100_000)
+        monkeypatch.setattr(endpoint, "MAX_REPLY_BYTES", 100_000)
         with fake.serving(fake.gzipped) as server:
             server.plan = [fake.gzip_bomb(30_000_000), fake.raw(b" " * 200_000)]
             result = run(capsys, command(one, server.url, "--num-samples", "1"))
@@ -98,7 +98,7 @@ class TestTrial19:
 
         response = httpx.Response(200, headers={"content-encoding": "gzip"}, content=body())
         grown = []
-        real = teacher.zlib.decompressobj
+        real = endpoint.zlib.decompressobj
 
         class Watched:
             def __init__(self, bits: int):
@@ -108,9 +108,9 @@ class TestTrial19:
                 grown.append(self.inner.decompress(block, most))
                 return grown[-1]
 
-        monkeypatch.setattr(teacher.zlib, "decompressobj", Watched)
-        with pytest.raises(teacher.Failed, match="too large"):
-            asyncio.run(teacher._read(response, 1000))
+        monkeypatch.setattr(endpoint.zlib, "decompressobj", Watched)
+        with pytest.raises(endpoint.Failed, match="too large"):
+            asyncio.run(endpoint._read(response, 1000))
         assert max(map(len, grown)) <= 1001
 
     @pytest.mark.parametrize("trouble", [fake.hang, fake.slow_body, fake.slow_headers])
@@ -189,7 +189,7 @@ class TestTrial19:
     def test_bad_replies_without_end_are_given_up(self, two: Path, capsys: pytest.CaptureFixture[str]) -> None:
         with fake.serving(fake.raw(b"<html>")) as server:
             assert "no sample came; the last reason: bad reply: HTML" in run(capsys, command(two, server.url), 1)["log"]
-        assert len(server.seen) == 2 * teacher.BAD_REPLIES
+        assert len(server.seen) == 2 * endpoint.BAD_REPLIES
 
     def test_a_teacher_that_fails_all_along_is_left_alone(self, one: Path, capsys: pytest.CaptureFixture[str]) -> None:
         questions = write_questions(one, 30)

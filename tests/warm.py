@@ -74,7 +74,7 @@ def serve() -> None:
         "transformers.models.llama.modeling_llama",
         "transformers.models.t5.modeling_t5",
         "qcrd_fast.train",
-        "qcrd_fast.collect",
+        "qcrd_fast.collect.collector",
         "cli.main",
     ):
         importlib.import_module(name)

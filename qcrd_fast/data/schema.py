@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -109,3 +110,8 @@ def question_text(question: Question) -> str:
 def text_key(question: Question) -> str:
     """What two spellings of one question have in common."""
     return unicodedata.normalize("NFC", question_text(question).strip())
+
+
+def question_key(identity: str) -> int:
+    """63 bits that stand for a question's id in keyed selections."""
+    return int.from_bytes(hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()[:8], "little") >> 1

@@ -29,11 +29,6 @@ def keyed(*key: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
-def key(text: str) -> int:
-    """63 bits that stand for a question's id."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little") >> 1
-
-
 def seed_from(*key: int) -> int:
     """63 bits that depend on the key alone: the seed of a micro-batch's dropout."""
     digest = hashlib.sha256(repr(key).encode()).digest()

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qcrd_fast.collect.endpoint import Choice
 from qcrd_fast.data.load import iter_records
 from qcrd_fast.data.schema import BadRow, Question, text_key
 from qcrd_fast.errors import InputError
-from qcrd_fast.teacher import Choice
 from qcrd_fast.utils.files import shown
 
 

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from qcrd_fast.data.formats.native import native_row
-from qcrd_fast.data.schema import Question, Rationale, RowError, question_text
+from qcrd_fast.data.schema import Question, Rationale, RowError, question_key, question_text
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.padding import pad_right
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, Prompter, PromptSettings, TokenIds
-from qcrd_fast.utils.keyed import key
 
 IGNORE = -100  # a target that is not scored
 LABELS = ("auto", "gold", "majority", "none")
@@ -111,7 +110,7 @@ class RationaleCollator:
             sequences.append((q, self.prompter.source_ids(PREDICT, question_text(item)), self.prompter.target_ids(label), True))
         if not sequences:  # a rank of its own must still run its model: a sequence without a scored token
             sequences.append((0, self.prompter.source_ids(EXPLAIN, question_text(questions[0])), [], True))
-        B, key_Q = len(sequences), torch.tensor([key(item.id or item.question) for item in questions])
+        B, key_Q = len(sequences), torch.tensor([question_key(item.id or item.question) for item in questions])
         batch: dict[str, Any] = self._pad([s[1] for s in sequences], [s[2] for s in sequences])
         batch["rationale"] = torch.arange(B)[:, None].expand(batch["target"].shape).contiguous()
         batch["question"] = torch.tensor([s[0] for s in sequences])

@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from qcrd_fast.collection import REPLAY, Collection, CollectSettings
+from qcrd_fast.collect.collection import REPLAY, Collection, CollectSettings
+from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, Failed, Interrupted, Reply, estimate_tokens, refusal
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError, LimitReached, RunError, Stopped
-from qcrd_fast.teacher import Endpoint, EndpointSettings, Failed, Interrupted, Reply, estimate_tokens, refusal
 from qcrd_fast.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def _figure(value: float) -> str:
 
 
 def _replay(run: Collection) -> None:
-    from qcrd_fast.local_teacher import Replay
+    from qcrd_fast.collect.local import Replay
 
     replay = Replay(run.settings.teacher.removeprefix(REPLAY))
     if not _begin(run, "replay"):
@@ -117,7 +117,7 @@ def _replay(run: Collection) -> None:
 
 
 def _sample_locally(run: Collection, signals: StopSignals) -> None:
-    from qcrd_fast.local_teacher import LocalTeacher
+    from qcrd_fast.collect.local import LocalTeacher
 
     s = run.settings
     todo = [(q, index) for q in run.questions for index in range(len(run.samples(q)), s.num_samples)]

@@ -16,12 +16,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qcrd_fast.collect.endpoint import Choice, Reply, estimate_tokens
+from qcrd_fast.collect.ledger import Ledger, Prices
+from qcrd_fast.collect.prompts import Template, prompt_digest, read_reply
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.ledger import Ledger, Prices
-from qcrd_fast.teacher import Choice, Reply, estimate_tokens
-from qcrd_fast.templates import Template, prompt_digest, read_reply
 from qcrd_fast.utils.files import append_lines, require_place, shown, write_lines
 from qcrd_fast.utils.redact import redact
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from qcrd_fast.errors import InputError
+from qcrd_fast.integrations.batch_loss import ATTACHED, IGNORE, Batch, Settings, batch_loss
 from qcrd_fast.losses import QCRDLoss
 from qcrd_fast.models.lm_head import check_head, output_layer, read_head, unwrapped
 from qcrd_fast.ops.checks import require
 from qcrd_fast.ops.linear_logprob import linear_logprob
-from qcrd_fast.two_pass import ATTACHED, IGNORE, Batch, Settings, batch_loss
 
 Model = TypeVar("Model")
 ORIGINAL = "_qcrd_fast_original"  # the attribute that keeps a module's own forward
