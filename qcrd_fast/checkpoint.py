@@ -27,18 +27,22 @@ from qcrd_fast.models.loading import save_tokenizer
 from qcrd_fast.models.lora import save_model
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.snapshots import Snapshots
+from qcrd_fast.runfolder import (
+    DISCRIMINATOR,
+    FINAL,
+    MANIFEST,
+    OPTIMIZER,
+    SNAPSHOTS,
+    STATE,
+    checkpoint_path,
+    snapshot_path,
+)
 from qcrd_fast.utils.files import remove_tree, sha256, sync, told_room, write_json
 
 log = logging.getLogger(__name__)
 
-STATE, MANIFEST, OPTIMIZER, DISCRIMINATOR = "state.json", "MANIFEST.json", "optimizer.safetensors", "discriminator.safetensors"
 TOKENIZER_BYTES = 150  # of each token, at most, in the files of common tokenizers
 _OWN = "discriminator:"  # prefix of the discriminator's entries in optimizer.safetensors
-
-
-def checkpoint_path(run: Path, step: int) -> Path:
-    return run / f"checkpoint-{step}"
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -85,8 +89,7 @@ def find_fault(checkpoint: Path, run: Path | None = None) -> str | None:
         wanted = read_state(checkpoint)["snapshots"]
     except InputError as error:
         return str(error)
-    snapshots = Snapshots(run / "snapshots")
-    return _find_bad_file(snapshots.folder, {snapshots.path(int(i)).name: d for i, d in wanted.items()}, STATE)
+    return _find_bad_file(run / SNAPSHOTS, {snapshot_path(run, int(i)).name: d for i, d in wanted.items()}, STATE)
 
 
 def require_whole(folder: Path) -> None:
@@ -280,10 +283,10 @@ def best_checkpoint(run: Path, step: int, rated: dict[int, float]) -> tuple[Path
 
 def point_final(run: Path, checkpoint: Path) -> None:
     """`final` -> a checkpoint of the same run."""
-    temporary = run / ".final.tmp"
+    temporary = run / f".{FINAL}.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(checkpoint.name)
-    os.replace(temporary, run / "final")
+    os.replace(temporary, run / FINAL)
 
 
 def checkpoint_bytes(student: Student, trainer: DiscriminatorTrainer | None) -> int:
@@ -302,7 +305,7 @@ def require_room(run: Path, student: Student, trainer: DiscriminatorTrainer | No
     needed, free = one + weights * bool(snapshots), shutil.disk_usage(run).free
     if free < needed:
         raise RunError(f"--output-dir: {run}: no room for a checkpoint ({told_room(run, needed)})")
-    held = sum(p.stat().st_size for folder in (*checkpoints(run), run / "snapshots") for p in folder.glob("*"))
+    held = sum(p.stat().st_size for folder in (*checkpoints(run), run / SNAPSHOTS) for p in folder.glob("*"))
     most = (kept + 1) * one + snapshots * weights
     if free + held < most:
         log.warning("%s may fill its disk: %d bytes at most, %d free; see --save-total-limit", run, most, free + held)

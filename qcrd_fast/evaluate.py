@@ -22,6 +22,7 @@ from qcrd_fast.models.loading import read_config
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
+from qcrd_fast.runfolder import CONFIG, FINAL, PREDICTIONS, RESULTS
 from qcrd_fast.utils.device import Autocast, make_autocast, resolve_device
 from qcrd_fast.utils.files import require_writable, write_lines
 from qcrd_fast.utils.oom import for_answers, relieved_by
@@ -85,11 +86,11 @@ def accuracy(records: Sequence[dict[str, Any]]) -> float | None:
 def find_model(run_or_model: str) -> str:
     """The model folder of a run (its `final`, else its latest checkpoint), or the argument itself."""
     path = Path(run_or_model)
-    if os.path.isfile(path / "config.resolved.yaml"):
-        if (path / "final" / "config.json").is_file():
-            if (path / "final").resolve().parent != path.resolve():
-                raise InputError(f"{path / 'final'} leads out of the run; name the model itself if it is the one you mean")
-            return str(path / "final")
+    if os.path.isfile(path / CONFIG):
+        if (path / FINAL / "config.json").is_file():
+            if (path / FINAL).resolve().parent != path.resolve():
+                raise InputError(f"{path / FINAL} leads out of the run; name the model itself if it is the one you mean")
+            return str(path / FINAL)
         latest = latest_checkpoint(path)
         if latest is None:
             raise InputError(f"{path}: the run has no checkpoint yet")
@@ -153,15 +154,15 @@ def evaluate_run(
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_lines(folder / "predictions.jsonl", records)
+        write_lines(folder / PREDICTIONS, records)
     except OSError as error:
-        raise RunError(f"cannot write {folder / 'predictions.jsonl'}: {error.strerror}") from error
+        raise RunError(f"cannot write {folder / PREDICTIONS}: {error.strerror}") from error
     return {
         "accuracy": accuracy(records),
         "n": len(records),
         "task": task,
         "without_answer": loaded - len(questions),
-        "predictions": str(folder / "predictions.jsonl"),
+        "predictions": str(folder / PREDICTIONS),
     }
 
 
@@ -174,7 +175,7 @@ def plan_answers(
     name = find_model(run_or_model)
     require_whole(Path(name))
     read_config(name, "student")
-    return {"would_answer": len(questions), "model": name, "predictions": str(folder / "predictions.jsonl")}
+    return {"would_answer": len(questions), "model": name, "predictions": str(folder / PREDICTIONS)}
 
 
 def _with_answers(data: str, task: str | None, on_bad_row: str) -> tuple[int, list[Question]]:
@@ -192,8 +193,8 @@ def _answers_folder(run_or_model: str, data: str, output: str | None) -> Path:
     if output is not None:
         folder = Path(output)
     else:
-        folder = run / f"eval-{Path(data).resolve().stem}" if os.path.isfile(run / "config.resolved.yaml") else Path(".")
-    if (folder / "eval_results.json").is_file():
+        folder = run / f"eval-{Path(data).resolve().stem}" if os.path.isfile(run / CONFIG) else Path(".")
+    if (folder / RESULTS).is_file():
         raise InputError(f"--output: {folder} holds a run's own predictions.jsonl; choose another folder")
     if (folder / MANIFEST).is_file():
         raise InputError(f"--output: {folder} is a checkpoint; choose another folder")

@@ -20,6 +20,7 @@ from qcrd_fast.evaluate import find_model, load_student
 from qcrd_fast.models.loading import save_tokenizer
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
+from qcrd_fast.runfolder import CONFIG, RESULTS
 from qcrd_fast.utils.config_files import number, read_object, read_options
 from qcrd_fast.utils.files import remove_tree, require_writable, write_json, write_text
 from qcrd_fast.version import __version__
@@ -54,8 +55,8 @@ def export_run(run: str, output: str, *, checkpoint: str | None = None, dry_run:
         raise InputError(f"--output: {output} is not an empty folder; choose another")
     require_writable(target.parent, "--output")
     student, state, merged = _load(folder)
-    config = read_options(Path(run) / "config.resolved.yaml") or state.get("config", {})
-    results = read_object(Path(run) / "eval_results.json") if _is_final(Path(run), folder) else {}
+    config = read_options(Path(run) / CONFIG) or state.get("config", {})
+    results = read_object(Path(run) / RESULTS) if _is_final(Path(run), folder) else {}
     card = model_card(student, config, state, results, step_of(folder.resolve()), merged)
     summary = {
         "model": str(folder.resolve()),

@@ -17,6 +17,7 @@ from transformers.utils.logging import tqdm
 
 from qcrd_fast.distributed.comm import ALONE, Ranks
 from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.runfolder import METRICS
 from qcrd_fast.utils.files import append_lines, sync, write_lines
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, report_to: str = "none", ranks: Ranks = ALONE):
-        self.path, self.ranks = run / "metrics.jsonl", ranks
+        self.path, self.ranks = run / METRICS, ranks
         self._pending: tuple[dict[str, Any], list[str], Tensor, float, list[str], bool] | None = None
         self._writer = _writer(run, report_to) if ranks.first else None
         self.last = ""  # the latest loss that was read, for a person who watches

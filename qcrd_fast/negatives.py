@@ -27,6 +27,7 @@ from qcrd_fast.generation.sample import make_sampler
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
+from qcrd_fast.runfolder import negatives_name
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.snapshots import Snapshots
 from qcrd_fast.streams import Lane
@@ -234,7 +235,7 @@ class LaggedNegatives:
     # The store
 
     def _path(self, iteration: int) -> Path:
-        return self.folder / f"iteration-{iteration:05d}.jsonl"
+        return self.folder / negatives_name(iteration)
 
     def _of(self, iteration: int) -> dict[int, dict[str, Negative]]:
         """The chunks of an iteration that are in the store. What stands behind the first damaged one is drawn again."""

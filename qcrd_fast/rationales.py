@@ -83,11 +83,12 @@ def judge_run(run: str | Path) -> dict[str, float | None]:
     from qcrd_fast.generation.engine import SampleSettings
     from qcrd_fast.generation.sample import sample
     from qcrd_fast.models.prompts import EXPLAIN
+    from qcrd_fast.runfolder import PREDICTIONS
     from qcrd_fast.utils.device import make_autocast
     from qcrd_fast.utils.files import read_lines, write_lines
 
     run = Path(run)
-    asked = list(read_lines(run / "predictions.jsonl"))
+    asked = list(read_lines(run / PREDICTIONS))
     if not asked:
         raise InputError(f"{run}: no predictions.jsonl, so no questions to explain")
     student, state = load_student(str(run))

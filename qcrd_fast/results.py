@@ -18,9 +18,9 @@ from qcrd_fast.evaluate import accuracy, predict
 from qcrd_fast.metrics import MetricsLog
 from qcrd_fast.models.student import Student
 from qcrd_fast.rundata import Data
+from qcrd_fast.runfolder import FINAL, PREDICTIONS, RESULTS
 from qcrd_fast.utils.files import write_json, write_lines
 
-PREDICTIONS, RESULTS = "predictions.jsonl", "eval_results.json"
 Best = dict[str, Any] | None  # {step, accuracy} of the best checkpoint on validation
 
 
@@ -98,7 +98,7 @@ class Evaluation:
         path, best = checkpoint.best_checkpoint(self.run, step, rated)
         chosen: dict[str, Any] = {"path": str(path), "best": best, "finished": None}
         predicted = (self.run / PREDICTIONS).is_file() or not self.questions
-        if (self.run / "final").resolve() == path.resolve() and predicted:
+        if (self.run / FINAL).resolve() == path.resolve() and predicted:
             with contextlib.suppress(OSError, ValueError):
                 chosen["finished"] = json.loads((self.run / RESULTS).read_text(encoding="utf-8"))
         if chosen["finished"] is None:

@@ -20,10 +20,14 @@ from qcrd_fast.utils.files import FULL, remove_tree, shown, write_text
 from qcrd_fast.utils.redact import RedactingFormatter
 from qcrd_fast.utils.torchrun import rank
 
-LOCK, LOG = ".lock", "run.log"
+# Every name in a run folder, once.
+CONFIG, METRICS, RESULTS, PREDICTIONS = "config.resolved.yaml", "metrics.jsonl", "eval_results.json", "predictions.jsonl"
+LOCK, LOG, FINAL, SNAPSHOTS, NEGATIVES = ".lock", "run.log", "final", "snapshots", "negatives"
+STATE, MANIFEST, OPTIMIZER, DISCRIMINATOR = "state.json", "MANIFEST.json", "optimizer.safetensors", "discriminator.safetensors"
+OWN = (CONFIG, METRICS, RESULTS, PREDICTIONS, LOG, LOCK)
 UNFINISHED = (
-    ".tmp-checkpoint-*", ".config.resolved.yaml.tmp", ".metrics.jsonl.tmp", ".final.tmp", ".predictions.jsonl.tmp",
-    ".eval_results.json.tmp", "snapshots/.iteration-*.tmp", "snapshots/.tmp*", "negatives/.iteration-*.tmp",
+    ".tmp-checkpoint-*", f".{CONFIG}.tmp", f".{METRICS}.tmp", f".{FINAL}.tmp", f".{PREDICTIONS}.tmp", f".{RESULTS}.tmp",
+    f"{SNAPSHOTS}/.iteration-*.tmp", f"{SNAPSHOTS}/.tmp*", f"{NEGATIVES}/.iteration-*.tmp",
 )  # fmt: skip
 # Options that a resumed run may change: they do not touch what is computed, but for rounding (--impl, the kill-switch).
 FREE_OPTIONS = {
@@ -100,14 +104,14 @@ class RunFolder:
     def _refuse_links(self) -> None:
         """Nothing that the run writes, reads or deletes may be elsewhere; `final` is replaced and not followed, nor is what a
         killed run was about to call so."""
-        folders = [self.path, *(self.path / name for name in ("snapshots", "negatives")), *self.path.glob("checkpoint-*")]
+        folders = [self.path, *(self.path / name for name in (SNAPSHOTS, NEGATIVES)), *self.path.glob("checkpoint-*")]
         for path in (p for folder in folders if folder.is_dir() for p in folder.iterdir()):
-            if path.is_symlink() and path not in (self.path / "final", self.path / ".final.tmp"):
+            if path.is_symlink() and path not in (self.path / FINAL, self.path / f".{FINAL}.tmp"):
                 raise InputError(f"--output-dir: {path} is a link; nothing outside the run folder is read or written")
 
     def _check_same_config(self) -> None:
-        path = self.path / "config.resolved.yaml"
-        states = sorted(self.path.glob("checkpoint-*/state.json"))
+        path = self.path / CONFIG
+        states = sorted(self.path.glob(f"checkpoint-*/{STATE}"))
         if not path.exists() and not states:
             return
         try:
@@ -119,7 +123,7 @@ class RunFolder:
 
     def write_config(self) -> None:
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
-        write_text(self.path / "config.resolved.yaml", text)
+        write_text(self.path / CONFIG, text)
 
 
 def check_same_config(config: TrainConfig, before: Any, where: Path) -> None:
@@ -167,10 +171,23 @@ def logging_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
-OWN = ("config.resolved.yaml", "metrics.jsonl", "eval_results.json", "predictions.jsonl", LOG, LOCK)
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / f"checkpoint-{step}"
+
+
+def snapshot_name(iteration: int) -> str:
+    return f"iteration-{iteration:05d}.safetensors"
+
+
+def snapshot_path(run: Path, iteration: int) -> Path:
+    return run / SNAPSHOTS / snapshot_name(iteration)
+
+
+def negatives_name(iteration: int) -> str:
+    return f"iteration-{iteration:05d}.jsonl"
 
 
 def require_not_of_run(path: Path, option: str) -> None:
     """Raises `InputError` for a file that a run keeps itself, or in one of its checkpoints."""
-    if (path.name in OWN and (path.parent / "config.resolved.yaml").is_file()) or (path.parent / "MANIFEST.json").is_file():
+    if (path.name in OWN and (path.parent / CONFIG).is_file()) or (path.parent / MANIFEST).is_file():
         raise InputError(f"{option}: {shown(path)} belongs to a run; choose another name")

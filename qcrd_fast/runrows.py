@@ -18,14 +18,13 @@ import yaml
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import FREE_OPTIONS
+from qcrd_fast.runfolder import CONFIG, FREE_OPTIONS, METRICS, RESULTS
 from qcrd_fast.statistics import Answers, Estimate, pair, single
 from qcrd_fast.utils.config_files import read_object
 from qcrd_fast.utils.files import append_whole, read_lines, require_place, sha256
 
 log = logging.getLogger(__name__)
 
-RESULTS = "eval_results.json"
 ATTEMPTS, WHERE, JUDGED = "attempts.jsonl", "environment.json", "rationales.json"  # what this module adds to a run folder
 APART = {*FREE_OPTIONS, "data", "eval_data", "test_data", "student", "seed"}  # options with a column of their own, or none
 MEANS = ("active_hinge_lagged", "active_hinge_minority", "masked_minority_share", "quality_positive", "quality_negative")
@@ -65,7 +64,7 @@ class Job:
 
         A run that `start` began is finished once it has said what machine it ran on, and on which data.
         """
-        began = self.folder / "config.resolved.yaml"
+        began = self.folder / CONFIG
         if not began.is_file():
             return "new"
         try:
@@ -240,7 +239,7 @@ def append_row(path: Path, found: dict[str, Any]) -> bool:
 
 def _means(folder: Path) -> dict[str, float]:
     """Means over the logged steps of what says whether the negatives taught anything."""
-    steps = [r for r in read_lines(folder / "metrics.jsonl") if "loss" in r]
+    steps = [r for r in read_lines(folder / METRICS) if "loss" in r]
     values = {name: [r[name] for r in steps if r.get(name) is not None] for name in MEANS}
     return {name: sum(found) / len(found) for name, found in values.items() if found}
 

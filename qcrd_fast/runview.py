@@ -15,7 +15,7 @@ from typing import Any
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import LOCK
+from qcrd_fast.runfolder import CONFIG, LOCK, METRICS, NEGATIVES, PREDICTIONS, RESULTS
 from qcrd_fast.runrows import ATTEMPTS, WHERE
 from qcrd_fast.utils.config_files import is_plain, number, read_object, read_options
 
@@ -73,20 +73,20 @@ def read_run(path: str | Path) -> RunView:
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{path}: no such run folder")
-    records = [r for r in read_objects(folder / "metrics.jsonl") if number(r.get("step")) is not None]
+    records = [r for r in read_objects(folder / METRICS) if number(r.get("step")) is not None]
     validations = [r for r in records if "eval_accuracy" in r]
-    results = read_object(folder / "eval_results.json")
+    results = read_object(folder / RESULTS)
     steps = [r for r in records if "eval_accuracy" not in r]
     return RunView(
         name=folder.resolve().name or str(folder),
         path=folder,
         state=_state(folder, results, steps),
-        config=read_options(folder / "config.resolved.yaml"),
+        config=read_options(folder / CONFIG),
         steps=steps,
         validations=validations,
         results=results,
         scores=[r for r in read_objects(folder / QUALITY_SCORES) if _is_score(r)],
-        predictions=list(itertools.islice(read_objects(folder / "predictions.jsonl"), 100_000)),
+        predictions=list(itertools.islice(read_objects(folder / PREDICTIONS), 100_000)),
         attempts=list(read_objects(folder / ATTEMPTS)),
         environment=read_object(folder / WHERE),
     )
@@ -94,7 +94,7 @@ def read_run(path: str | Path) -> RunView:
 
 def negatives(folder: Path) -> tuple[int, dict[str, str]]:
     """(iteration, {question id: what the student said}) of the latest iteration with any."""
-    for path in sorted((folder / "negatives").glob("iteration-*.jsonl"), reverse=True):
+    for path in sorted((folder / NEGATIVES).glob("iteration-*.jsonl"), reverse=True):
         said = {
             r["id"]: r["text"] for r in read_objects(path) if isinstance(r.get("id"), str) and isinstance(r.get("text"), str)
         }

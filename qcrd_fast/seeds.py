@@ -19,7 +19,8 @@ import yaml
 
 from qcrd_fast.config import METHODS, TrainConfig, nearest
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.runrows import ATTEMPTS, JUDGED, RESULTS, WHERE, Job, append_row, check_csv, data_digest, row
+from qcrd_fast.runfolder import FINAL, NEGATIVES, RESULTS, SNAPSHOTS
+from qcrd_fast.runrows import ATTEMPTS, JUDGED, WHERE, Job, append_row, check_csv, data_digest, row
 from qcrd_fast.utils.config_files import read_yaml
 from qcrd_fast.utils.environment import commit
 from qcrd_fast.utils.files import append_lines, remove_tree, write_json, write_text
@@ -197,7 +198,7 @@ def _finish(job: Job, results: Path, keep: bool) -> None:
     if append_row(results, found):
         log.info("%s: accuracy %s after %s s", job.name, found["accuracy"], found["wall_s"])
     if not keep:
-        for path in (*job.folder.glob("checkpoint-*"), *(job.folder / name for name in ("snapshots", "negatives", "final"))):
+        for path in (*job.folder.glob("checkpoint-*"), *(job.folder / name for name in (SNAPSHOTS, NEGATIVES, FINAL))):
             remove_tree(path)
 
 

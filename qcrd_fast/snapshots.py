@@ -18,6 +18,7 @@ from torch import Tensor
 from qcrd_fast.distributed.comm import ALONE, Ranks
 from qcrd_fast.distributed.parallel import full
 from qcrd_fast.errors import RunError
+from qcrd_fast.runfolder import snapshot_name
 from qcrd_fast.utils.files import sha256, sync, told_room
 
 Weights = dict[str, Tensor]
@@ -52,7 +53,7 @@ class Snapshots:
         self._known = digests
 
     def path(self, iteration: int) -> Path:
-        return self.folder / f"iteration-{iteration:05d}.safetensors"
+        return self.folder / snapshot_name(iteration)
 
     def has(self, iteration: int) -> bool:
         """Whether it can be loaded, now or when it is written."""

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcrd_fast.errors import InputError
+from qcrd_fast.runfolder import PREDICTIONS
 
 RESAMPLES = 4000
 Z = 1.959964
@@ -139,7 +140,7 @@ class Answers:
     @classmethod
     def read(cls, run: str | Path) -> Answers:
         """From a run folder. Raises `InputError` when it has no predictions."""
-        path = Path(run) / "predictions.jsonl"
+        path = Path(run) / PREDICTIONS
         try:
             with open(path, encoding="utf-8", errors="surrogatepass") as file:
                 return cls.of([json.loads(line) for line in file])

@@ -31,9 +31,9 @@ from qcrd_fast.models.student import Student
 from qcrd_fast.negatives import Asked, LaggedNegatives
 from qcrd_fast.objective import Objective
 from qcrd_fast.ops.dispatch import require_impl
-from qcrd_fast.results import RESULTS, Best, Evaluation
+from qcrd_fast.results import Best, Evaluation
 from qcrd_fast.rundata import Data
-from qcrd_fast.runfolder import LOG, RunFolder, logging_to, quiet_logs
+from qcrd_fast.runfolder import LOG, NEGATIVES, RESULTS, SNAPSHOTS, RunFolder, logging_to, quiet_logs
 from qcrd_fast.schedule import Schedule
 from qcrd_fast.snapshots import Snapshots
 from qcrd_fast.streams import Lane, choose_overlap
@@ -161,13 +161,13 @@ class Session:
             if found:
                 load_adapter(found, student.model)
         on_gpu = student.device.type == "cuda"
-        self.snapshots = Snapshots(run / "snapshots", config.negative_lag + 3 if on_gpu else 0, ranks)
+        self.snapshots = Snapshots(run / SNAPSHOTS, config.negative_lag + 3 if on_gpu else 0, ranks)
         self.lagged: LaggedNegatives | None = None
         if self.is_qcrd and config.negative_source in ("lagged", "fixed"):
             asked = [Asked(e.id, e.explain) for e in examples]
             lane = Lane(choose_overlap(config, student.device), student.device)
             self.lagged = LaggedNegatives(
-                student, asked, schedule, self.snapshots, run / "negatives", config, self.autocast, lane, ranks
+                student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, lane, ranks
             )
         if config.gradient_checkpointing:
             checkpoint_activations(student.model)
