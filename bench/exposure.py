@@ -12,10 +12,10 @@ from typing import Any
 from qcrd_fast.config import METHODS, TrainConfig
 from qcrd_fast.data.splits import label_kind
 from qcrd_fast.errors import InputError
-from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.models.prompts import Prompter, PromptSettings
-from qcrd_fast.rundata import Data
 from qcrd_fast.seeds import read_recipe
+from qcrd_fast.train.examples import Example, make_examples
+from qcrd_fast.train.questions import Data
 
 STAGES = {
     "redi": "dss, then positives against the minority",

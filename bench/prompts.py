@@ -25,11 +25,11 @@ from transformers import T5Config, T5ForConditionalGeneration
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.errors import InputError
-from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.negatives import Negative
-from qcrd_fast.objective import Objective
+from qcrd_fast.train.examples import Example, make_examples
+from qcrd_fast.train.negatives import Negative
+from qcrd_fast.train.objective import Objective
 from qcrd_fast.utils.device import make_autocast, resolve_device
 
 from .record import append, describe_machine

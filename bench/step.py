@@ -24,14 +24,14 @@ from torch import Tensor
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.examples import Candidate, Example
 from qcrd_fast.losses import contrastive_loss
 from qcrd_fast.models.student import Student
-from qcrd_fast.negatives import Asked, LaggedNegatives, Negative
-from qcrd_fast.objective import Objective
-from qcrd_fast.schedule import Schedule
-from qcrd_fast.snapshots import Snapshots
-from qcrd_fast.streams import Lane, choose_overlap
+from qcrd_fast.train.examples import Candidate, Example
+from qcrd_fast.train.negatives import Asked, LaggedNegatives, Negative
+from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.overlap import Lane, choose_overlap
+from qcrd_fast.train.schedule import Schedule
+from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.utils.device import make_autocast
 
 from . import timing

@@ -12,7 +12,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.demo import DEFAULTS as DEMO_DEFAULTS
 from qcrd_fast.demo import run_demo
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import RunFolder
+from qcrd_fast.runs.folder import RunFolder
 from qcrd_fast.utils.torchrun import only_process, rank
 from qcrd_fast.version import __version__
 
@@ -206,7 +206,7 @@ def train(
     if results or parallel > 1:
         raise InputError(f"--{'results' if results else 'parallel'} is for several runs; it goes with --seeds or --methods")
     with console.quiet_stdout(), contextlib.nullcontext() if dry_run else RunFolder(config) as run:
-        from qcrd_fast.train import train  # after the lock: a folder in use is refused before torch is loaded
+        from qcrd_fast.train.trainer import train  # after the lock: a folder in use is refused before torch is loaded
 
         told = train(config, run, dry_run=dry_run)
     if rank() == 0:

@@ -11,7 +11,7 @@ import click
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import require_not_of_run
+from qcrd_fast.runs.folder import require_not_of_run
 from qcrd_fast.utils.files import require_place, require_writable
 
 from . import console

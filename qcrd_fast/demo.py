@@ -13,7 +13,7 @@ from typing import Any
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import RunFolder
+from qcrd_fast.runs.folder import RunFolder
 from qcrd_fast.utils.files import write_lines
 
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivan", "Jill")
@@ -195,6 +195,6 @@ def run_demo(overrides: dict[str, Any], output_dir: str, *, dry_run: bool = Fals
     with RunFolder(config) as run:
         if not (folder / "student" / "config.json").exists():
             write_demo(folder, config.seed)
-        from qcrd_fast.train import train  # after the lock: a folder in use is refused before torch is loaded
+        from qcrd_fast.train.trainer import train  # after the lock: a folder in use is refused before torch is loaded
 
         return train(config, run)

@@ -79,11 +79,11 @@ def judge_run(run: str | Path) -> dict[str, float | None]:
     """Let the run's final student explain each question of its predictions.jsonl, greedily; judge, and keep what it said in
     rationales.jsonl. Raises `InputError` for a run without a checkpoint or predictions."""
     from qcrd_fast.errors import InputError
-    from qcrd_fast.evaluate import load_student
     from qcrd_fast.generation.engine import SampleSettings
     from qcrd_fast.generation.sample import sample
     from qcrd_fast.models.prompts import EXPLAIN
-    from qcrd_fast.runfolder import PREDICTIONS
+    from qcrd_fast.runs.folder import PREDICTIONS
+    from qcrd_fast.runs.load import load_student
     from qcrd_fast.utils.device import make_autocast
     from qcrd_fast.utils.files import read_lines, write_lines
 

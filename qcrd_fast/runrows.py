@@ -18,7 +18,7 @@ import yaml
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import CONFIG, FREE_OPTIONS, METRICS, RESULTS
+from qcrd_fast.runs.folder import CONFIG, FREE_OPTIONS, METRICS, RESULTS
 from qcrd_fast.statistics import Answers, Estimate, pair, single
 from qcrd_fast.utils.config_files import read_object
 from qcrd_fast.utils.files import append_whole, read_lines, require_place, sha256

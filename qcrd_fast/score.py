@@ -17,7 +17,6 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qcrd_fast.checkpoint import DISCRIMINATOR
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import BadRow, Question, Rationale, question_text
@@ -25,12 +24,13 @@ from qcrd_fast.data.splits import hold_out
 from qcrd_fast.discriminator.model import Discriminator, build_discriminator
 from qcrd_fast.discriminator.trainer import DiscriminatorTrainer, judge_questions
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.evaluate import find_model, load_student
 from qcrd_fast.generation.engine import SampleSettings
 from qcrd_fast.generation.sample import sample
 from qcrd_fast.models.prompts import EXPLAIN
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
+from qcrd_fast.runs.folder import DISCRIMINATOR
+from qcrd_fast.runs.load import find_model, load_student
 from qcrd_fast.utils.device import make_autocast
 from qcrd_fast.utils.files import write_json, write_lines
 

@@ -19,8 +19,8 @@ import yaml
 
 from qcrd_fast.config import METHODS, TrainConfig, nearest
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.runfolder import FINAL, NEGATIVES, RESULTS, SNAPSHOTS
 from qcrd_fast.runrows import ATTEMPTS, JUDGED, WHERE, Job, append_row, check_csv, data_digest, row
+from qcrd_fast.runs.folder import FINAL, NEGATIVES, RESULTS, SNAPSHOTS
 from qcrd_fast.utils.config_files import read_yaml
 from qcrd_fast.utils.environment import commit
 from qcrd_fast.utils.files import append_lines, remove_tree, write_json, write_text
@@ -213,7 +213,7 @@ def child(arguments: Sequence[str]) -> int:
     logging.getLogger("qcrd_fast").setLevel(logging.INFO)
     try:
         config = TrainConfig.from_dict(read_recipe(arguments[0]))
-        from qcrd_fast.train import train
+        from qcrd_fast.train.trainer import train
 
         folder = Path(str(config.output_dir))
         had_finished = (folder / RESULTS).is_file() and (folder / WHERE).is_file()

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.runfolder import PREDICTIONS
+from qcrd_fast.runs.folder import PREDICTIONS
 
 RESAMPLES = 4000
 Z = 1.959964

@@ -9,11 +9,11 @@ import torch
 from loss_oracle import BETA, DELTA, random_batch
 from test_linear_loss import OPTIONS, weights_of
 
-from qcrd_fast import audit as audits
 from qcrd_fast import linear_logprob
-from qcrd_fast.audit import Audit, recompute
 from qcrd_fast.models.lm_head import Head
 from qcrd_fast.ops.rationale_loss import linear_rationale_loss, loss_terms
+from qcrd_fast.train import audit as audits
+from qcrd_fast.train.audit import Audit, recompute
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 

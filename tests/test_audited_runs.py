@@ -13,12 +13,12 @@ from test_train import settings as full_settings
 
 from cli.main import entry
 from csrc_triton import contrastive, linear_logprob, linear_sample
-from qcrd_fast import checkpoint
 from qcrd_fast.errors import RunError
 from qcrd_fast.ops import chunked, dispatch, reference
 from qcrd_fast.ops.chunked import head_logits, pick_tokens
 from qcrd_fast.ops.reference import HeadOptions
-from qcrd_fast.train import Session, train
+from qcrd_fast.runs import checkpoints
+from qcrd_fast.train.trainer import Session, train
 
 AUDITED = ("audit_max_err", "audit_grad_err", "audit_budget_used", "audit_fallback")
 
@@ -226,7 +226,7 @@ def test_stop_keeps_the_last_good_checkpoint(kernels, rows_file, llama_folder, t
     assert entry(["train", "--config", str(given)]) == 1
     said = capsys.readouterr().err
     assert "step 4: --impl triton failed its audit" in said and "QCRD_FAST_IMPL=torch" in said
-    assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-3"] and checkpoint.find_fault(
+    assert [p.name for p in checkpoints.checkpoints(out)] == ["checkpoint-3"] and checkpoints.find_fault(
         out / "checkpoint-3"
     ) is None
     monkeypatch.setenv("QCRD_FAST_IMPL", "torch")
@@ -243,7 +243,7 @@ def test_the_kill_switch_comes_before_everything(kernels, rows_file, llama_folde
     monkeypatch.setenv("QCRD_FAST_IMPL", "triton")
     with pytest.raises(RunError, match="QCRD_FAST_IMPL=triton keeps it from falling back"):
         train(settings(rows_file, llama_folder, tmp_path / "on"))
-    assert not checkpoint.checkpoints(tmp_path / "on")
+    assert not checkpoints.checkpoints(tmp_path / "on")
     # A run that fell back goes on with the kernels where it is told to.
     monkeypatch.delenv("QCRD_FAST_IMPL")
     killed_at(monkeypatch, 4, settings(rows_file, llama_folder, tmp_path / "back"))

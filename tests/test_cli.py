@@ -38,7 +38,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
         return call
 
-    monkeypatch.setitem(sys.modules, "qcrd_fast.train", SimpleNamespace(train=fake("train")))
+    monkeypatch.setitem(sys.modules, "qcrd_fast.train.trainer", SimpleNamespace(train=fake("train")))
     evaluate = SimpleNamespace(evaluate_run=fake("evaluate_run"), generate_text=fake("generate_text"))
     monkeypatch.setitem(sys.modules, "qcrd_fast.evaluate", evaluate)
     monkeypatch.setattr(cli_main, "run_demo", fake("run_demo"))
@@ -210,7 +210,7 @@ def test_results_on_stdout_and_all_else_on_stderr(
 ) -> None:
     def chatty() -> dict[str, Any]:
         print("a library prints")
-        logging.getLogger("qcrd_fast.train").info("a library logs")
+        logging.getLogger("qcrd_fast.train.trainer").info("a library logs")
         return RESULTS
 
     library.behave = chatty
@@ -294,7 +294,7 @@ def test_the_unexpected_shows_a_traceback_without_secrets(
     secrets = "swordfish-1234", "hf_" + "a" * 30, "sk-proj-" + "b" * 30, "https://me:hunter2@host"
 
     def fail() -> None:
-        logging.getLogger("qcrd_fast.train").warning("trying %s", secrets[0])
+        logging.getLogger("qcrd_fast.train.trainer").warning("trying %s", secrets[0])
         raise LookupError(" ".join(secrets) + " Authorization: Bearer abcdefghijkl")
 
     library.behave = fail

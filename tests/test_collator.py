@@ -8,10 +8,10 @@ from qcrd_fast import QCRDLoss, RationaleCollator
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.formats.native import native_row
 from qcrd_fast.errors import InputError
-from qcrd_fast.examples import make_examples
 from qcrd_fast.models.lm_head import read_head
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
+from qcrd_fast.train.examples import make_examples
 
 ROWS = [
     {

@@ -14,7 +14,8 @@ import torch
 from conftest import make_llama, make_t5
 from safetensors.torch import load_file
 
-from qcrd_fast import checkpoint
+from qcrd_fast.runs import checkpoints
+from qcrd_fast.runs.folder import checkpoint_path
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +86,7 @@ def assert_same(one: Path, other: Path, step: int = 20, tolerance: float = 1e-5)
                 assert y[name] == want, (x["step"], name)
         else:
             assert y["eval_accuracy"] == x["eval_accuracy"]
-    before, after = (load_file(checkpoint.checkpoint_path(run, step) / "model.safetensors") for run in (one, other))
+    before, after = (load_file(checkpoint_path(run, step) / "model.safetensors") for run in (one, other))
     assert before.keys() == after.keys()
     worst = max(float((before[name] - after[name]).abs().max()) for name in before)
     assert worst <= tolerance, worst
@@ -169,13 +170,13 @@ def test_a_rank_that_is_lost_ends_the_others(run_all):
     for name in ("killed", "killed, sharded"):
         codes, seconds, run = runs[name]
         assert codes == [1, -signal.SIGKILL] and seconds[0] < 10, (codes, seconds)
-        assert checkpoint.find_fault(run / "checkpoint-2", run) is None
+        assert checkpoints.find_fault(run / "checkpoint-2", run) is None
     codes, seconds, _ = runs["stopped"]
     assert codes == [1, -signal.SIGKILL] and 2 < seconds[0] < 13, (codes, seconds)
     for name, code in (("asked", 143), ("interrupted", 130)):
         codes, _, run = runs[name]
         assert codes == [code, code]
-        assert checkpoint.latest_checkpoint(run) == run / "checkpoint-4"
+        assert checkpoints.latest_checkpoint(run) == run / "checkpoint-4"
 
 
 def test_three_ranks_killed_and_resumed(run_all, students):

@@ -8,10 +8,10 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, Rationale
 from qcrd_fast.data.splits import label_of
 from qcrd_fast.errors import InputError
-from qcrd_fast.examples import make_examples
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.negatives import Negative
+from qcrd_fast.train.examples import make_examples
+from qcrd_fast.train.negatives import Negative
 
 QUESTION = Question(
     id="q",

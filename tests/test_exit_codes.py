@@ -19,8 +19,8 @@ from test_collect import quick
 
 from cli import console
 from cli.main import cli, entry
-from qcrd_fast import checkpoint
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.runs import checkpoints
 
 __all__ = ["quick"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def full(patch: pytest.MonkeyPatch) -> None:
 
 def nan(patch: pytest.MonkeyPatch) -> None:
     """The loss."""
-    from qcrd_fast.objective import Objective
+    from qcrd_fast.train.objective import Objective
 
     real = Objective.step
 
@@ -85,7 +85,7 @@ def in_a_step(number: signal.Signals) -> Spoil:
     """A signal in the midst of a training step, which is finished and saved."""
 
     def spoil(patch: pytest.MonkeyPatch) -> None:
-        from qcrd_fast.objective import Objective
+        from qcrd_fast.train.objective import Objective
 
         real, sent = Objective.step, []
 
@@ -208,7 +208,7 @@ TABLE: list[tuple[int, str, Spoil | None]] = [
 @pytest.fixture(scope="module")
 def runs(rows_file: Path, t5_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A finished run without and with a discriminator, and files of all sorts."""
-    from qcrd_fast.train import train
+    from qcrd_fast.train.trainer import train
 
     folder = tmp_path_factory.mktemp("codes")
     sizes = dict(data=str(rows_file), student=str(t5_folder), max_steps=1, max_answer_tokens=4, max_new_tokens=4)
@@ -254,9 +254,9 @@ def test_exit_code(
     if spoil is full:
         assert "No space left" in err or "no space left" in err
     assert (signal.getsignal(INT), signal.getsignal(TERM)) == handlers
-    saved = checkpoint.checkpoints(tmp_path / "new")
+    saved = checkpoints.checkpoints(tmp_path / "new")
     if spoil and spoil.__qualname__.startswith("in_a_step"):
-        assert [checkpoint.step_of(path) for path in saved] == [1] and "--resume auto" in last
+        assert [checkpoints.step_of(path) for path in saved] == [1] and "--resume auto" in last
         assert entry([*args, "--resume", "auto"]) == 0  # resumable means so
     elif code in (75, 130, 143) and args[0] == "collect":
         with fake.serving() as server:

@@ -10,16 +10,16 @@ import torch
 
 from bench.timing import peak_mib
 from cli.main import entry
-from qcrd_fast import footprint
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator.model import build_discriminator
-from qcrd_fast.examples import Example, make_examples
 from qcrd_fast.models.lora import add_lora
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.objective import Objective
-from qcrd_fast.rundata import Data
-from qcrd_fast.schedule import Schedule
+from qcrd_fast.train import memory_estimate
+from qcrd_fast.train.examples import Example, make_examples
+from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.questions import Data
+from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.utils.device import make_autocast
 
 CPU = torch.device("cpu")
@@ -53,8 +53,8 @@ def test_the_training_pass_takes_what_was_predicted(kind, name, t5_folder, llama
     if config.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     autocast = make_autocast(CPU, config.bf16)
-    worst = footprint.find_worst(student, examples, schedule)
-    fake = footprint._Fake(student, autocast, config)
+    worst = memory_estimate.find_worst(student, examples, schedule)
+    fake = memory_estimate._Fake(student, autocast, config)
     workspace = fake.loss_workspace(worst.weighted, worst.batch)
     held, _, peak = fake.training(worst, workspace)
 
@@ -75,7 +75,7 @@ def test_the_discriminator_takes_what_was_predicted(t5_folder, llama_folder, row
         config, student, examples, _ = prepared(folder, rows_file)
         judge = build_discriminator("auto", student.model, student.tokenizer)
         assert judge is not None
-        fake = footprint._Fake(student, make_autocast(CPU, None), config)
+        fake = memory_estimate._Fake(student, make_autocast(CPU, None), config)
         predicted = fake.judging(judge, examples)
         fake._copy = lambda module: module  # type: ignore[method-assign]
         fake.mode = contextlib.nullcontext()  # type: ignore[assignment]
@@ -109,7 +109,7 @@ def test_what_several_processes_hold(t5_folder, rows_file) -> None:
     told = {}
     for name, size, fsdp in (("alone", 1, False), ("ddp", 2, False), ("fsdp", 2, True)):
         config, student, examples, _ = prepared(t5_folder, rows_file, fsdp=fsdp, method="dss")
-        told[name] = footprint.survey(student, examples, [], Schedule(len(examples), config, size))["memory"]
+        told[name] = memory_estimate.survey(student, examples, [], Schedule(len(examples), config, size))["memory"]
     alone = told["alone"]
     assert told["ddp"]["gradients"] == 2 * alone["gradients"] and told["ddp"]["optimizer"] == alone["optimizer"]
     for part in ("parameters", "gradients", "optimizer"):
@@ -122,7 +122,7 @@ def test_what_cannot_be_counted_is_unknown_and_said(t5_folder, rows_file, monkey
         raise NotImplementedError("no such kernel")
 
     _, student, examples, schedule = prepared(t5_folder, rows_file)
-    monkeypatch.setattr(footprint._Fake, "training", fails)
-    told = footprint.survey(student, examples, [], schedule)["memory"]
+    monkeypatch.setattr(memory_estimate._Fake, "training", fails)
+    told = memory_estimate.survey(student, examples, [], schedule)["memory"]
     assert told["activations"] is None and told["peak"] is None and told["parameters"] > 0
     assert "NotImplementedError: no such kernel" in caplog.text

@@ -13,14 +13,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qcrd_fast import checkpoint, runview
+from qcrd_fast import runview
 from qcrd_fast.collect.endpoint import parse_reply
 from qcrd_fast.collect.ledger import Ledger
 from qcrd_fast.collect.prompts import read_reply
@@ -31,8 +30,10 @@ from qcrd_fast.data.expressions import evaluate_expression
 from qcrd_fast.data.load import load_questions, prepare, validate_file
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import PromptSettings
-from qcrd_fast.negatives import Asked, LaggedNegatives, _digest
-from qcrd_fast.schedule import Schedule
+from qcrd_fast.runs import checkpoints
+from qcrd_fast.runs.folder import MANIFEST, STATE
+from qcrd_fast.train.negative_store import NegativeStore, digest
+from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.utils.files import sha256, write_json
 
 LONG = int(os.environ.get("QCRD_FAST_FUZZ", "0"))
@@ -261,7 +262,7 @@ def test_any_ledger_is_read_or_refused(folder: Path, content: bytes, whole: bool
 
 @pytest.fixture(scope="module")
 def run(rows_file: Path, llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from qcrd_fast.train import train
+    from qcrd_fast.train.trainer import train
 
     out = tmp_path_factory.mktemp("run") / "run"
     sizes = dict(max_steps=1, per_device_train_batch_size=4, iteration_steps=1, max_new_tokens=4, max_answer_tokens=4)
@@ -269,13 +270,13 @@ def run(rows_file: Path, llama_folder: Path, tmp_path_factory: pytest.TempPathFa
     for name in ("model.safetensors", "optimizer.safetensors", "tokenizer.json"):  # what is not spoilt need not be long
         (out / "checkpoint-1" / name).write_bytes(b"short")
     reseal(out / "checkpoint-1")
-    assert checkpoint.find_fault(out / "checkpoint-1", out) is None
+    assert checkpoints.find_fault(out / "checkpoint-1", out) is None
     return out
 
 
 def reseal(folder: Path) -> None:
-    files = {p.name: sha256(p) for p in folder.iterdir() if p.is_file() and p.name != checkpoint.MANIFEST}
-    write_json(folder / checkpoint.MANIFEST, {"files": files})
+    files = {p.name: sha256(p) for p in folder.iterdir() if p.is_file() and p.name != MANIFEST}
+    write_json(folder / MANIFEST, {"files": files})
 
 
 def spoil(path: Path) -> st.SearchStrategy[bytes]:
@@ -287,13 +288,13 @@ def spoil(path: Path) -> st.SearchStrategy[bytes]:
 @FUZZ
 @given(data=st.data())
 def test_any_manifest_is_whole_or_a_fault(run: Path, data: st.DataObject) -> None:
-    path = run / "checkpoint-1" / checkpoint.MANIFEST
+    path = run / "checkpoint-1" / MANIFEST
     original = path.read_bytes()
     content = data.draw(spoil(path))
     path.write_bytes(content)
     try:
         with quickly():
-            fault = checkpoint.find_fault(path.parent, run)
+            fault = checkpoints.find_fault(path.parent, run)
         with contextlib.suppress(ValueError, RecursionError):
             listed = json.loads(content)["files"] if fault is None else {}
             assert listed.items() <= json.loads(original)["files"].items()  # nothing is whole that was not
@@ -305,65 +306,63 @@ def test_any_manifest_is_whole_or_a_fault(run: Path, data: st.DataObject) -> Non
 @given(data=st.data())
 def test_any_state_is_read_or_a_fault(run: Path, data: st.DataObject) -> None:
     """Also where somebody made the manifest fit it."""
-    path = run / "checkpoint-1" / checkpoint.STATE
-    original, manifest = path.read_bytes(), (path.parent / checkpoint.MANIFEST).read_bytes()
+    path = run / "checkpoint-1" / STATE
+    original, manifest = path.read_bytes(), (path.parent / MANIFEST).read_bytes()
     path.write_bytes(data.draw(spoil(path)))
     reseal(path.parent)
     try:
         with quickly():
-            fault = checkpoint.find_fault(path.parent, run)
+            fault = checkpoints.find_fault(path.parent, run)
         if fault is None:
-            state = checkpoint.read_state(path.parent)
+            state = checkpoints.read_state(path.parent)
             assert type(state["step"]) is int and PromptSettings(**state["prompt"])
     finally:
         path.write_bytes(original)
-        (path.parent / checkpoint.MANIFEST).write_bytes(manifest)
+        (path.parent / MANIFEST).write_bytes(manifest)
 
 
 # The store of negatives, and what a report reads
 
 
-class Store(LaggedNegatives):
-    """The store of 8 questions in chunks of 4, without a student."""
+def store_in(folder: Path) -> NegativeStore:
+    """The store of 8 questions in chunks of 4."""
+    config = TrainConfig(per_device_train_batch_size=2, sample_batch_size=4, max_new_tokens=6, max_steps=12)
+    return NegativeStore(folder, Schedule(8, config), [f"q{i}" for i in range(8)])
 
-    def __init__(self, folder: Path):
-        config = TrainConfig(per_device_train_batch_size=2, sample_batch_size=4, max_new_tokens=6, max_steps=12)
-        questions = [Asked(f"q{i}", [1]) for i in range(8)]
-        student: Any = SimpleNamespace(text=str)
-        super().__init__(student, questions, Schedule(8, config), SimpleNamespace(), folder, config, None)  # type: ignore[arg-type]
 
-    def fill(self) -> list[dict[str, Any]]:
-        records = []
-        for chunk in range(2):
-            said = [{"chunk": chunk, "id": q.id, "tokens": [7, 8], "text": q.id} for q in self._asked(0, chunk)]
-            records += [*said, {"chunk": chunk, "end": len(said), "sha256": _digest(said)}]
-        return records
+def stored(store: NegativeStore) -> list[dict[str, Any]]:
+    """The records of two chunks."""
+    records = []
+    for chunk in range(2):
+        said = [{"chunk": chunk, "id": id, "tokens": [7, 8], "text": id} for id in store.ids(0, chunk)]
+        records += [*said, {"chunk": chunk, "end": len(said), "sha256": digest(said)}]
+    return records
 
 
 @FUZZ
 @given(data=st.data(), sealed=st.booleans())
 def test_any_store_gives_back_what_was_said_or_nothing(folder: Path, data: st.DataObject, sealed: bool) -> None:
-    store = Store(folder / "negatives")
+    store = store_in(folder / "negatives")
     shutil.rmtree(store.folder, ignore_errors=True)
     store.folder.mkdir()
-    records = store.fill()
+    records = stored(store)
     original = b"".join(dumped(r) + b"\n" for r in records)
-    path = store._path(0)
+    path = store.path(0)
     if sealed:  # rows of another kind, with a digest that fits them
         rows_ = [data.draw(spoilt(r)) for r in records[:4]]
         with contextlib.suppress(AttributeError):
-            records = [*rows_, {"chunk": 0, "end": 4, "sha256": _digest(rows_)}]
+            records = [*rows_, {"chunk": 0, "end": 4, "sha256": digest(rows_)}]
         path.write_bytes(b"".join(dumped(r) + b"\n" for r in records))
     else:
         path.write_bytes(data.draw(st.one_of(mutated(original), spoilt(records[4]).map(dumped), st.binary(max_size=99))))
     with quickly():
-        said = store._of(0)
+        said = store.chunks(0)
     for chunk, found in said.items():
-        assert [q.id for q in store._asked(0, chunk)] == list(found)
+        assert store.ids(0, chunk) == list(found)
         for id, negative in found.items():
             assert isinstance(negative.text, str) and all(type(t) is int and t >= 0 for t in negative.tokens)
             assert sealed or (negative.text, negative.tokens) == (id, [7, 8])
-    assert Store(store.folder)._of(0) == said  # what was damaged is gone from the file
+    assert store_in(store.folder).chunks(0) == said  # what was damaged is gone from the file
 
 
 READERS: dict[str, Callable[[Path], Any]] = {

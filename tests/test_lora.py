@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.lora import ADAPTER, add_lora, load_adapter, save_model
-from qcrd_fast.train import train
+from qcrd_fast.train.trainer import train
 
 PEFT = dict(use_peft=True, lora_r=4, lora_alpha=8, max_steps=4, save_steps=2, learning_rate=0.02)
 

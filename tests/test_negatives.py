@@ -16,10 +16,10 @@ from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.generation.engine import Cancelled
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.negatives import AHEAD, Asked, LaggedNegatives
-from qcrd_fast.schedule import Schedule
-from qcrd_fast.snapshots import Snapshots
-from qcrd_fast.streams import Lane, choose_overlap
+from qcrd_fast.train.negatives import AHEAD, Asked, LaggedNegatives
+from qcrd_fast.train.overlap import Lane, choose_overlap
+from qcrd_fast.train.schedule import Schedule
+from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.utils.determinism import deterministic, deterministic_already, require_deterministic
 
 CPU = torch.device("cpu")
@@ -94,13 +94,26 @@ def test_a_snapshot_is_the_student_when_it_was_taken(tmp_path):
     assert model.weight.eq(1.0).all()
 
 
+def test_a_snapshot_being_written_can_be_loaded_by_another_thread(tmp_path):
+    snapshots, model, allowed = Snapshots(tmp_path / "snapshots"), torch.nn.Linear(3, 2), threading.Event()
+    snapshots._writer.submit(allowed.wait)
+    snapshots.save(0, model)
+    waiting = threading.Thread(target=snapshots.wait)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive() and snapshots.has(0)
+    threading.Timer(0.1, allowed.set).start()
+    snapshots.load_into(0, model)
+    waiting.join()
+
+
 @pytest.mark.parametrize("error", [OSError, SafetensorError])
 def test_a_snapshot_that_cannot_be_written_is_an_error_where_its_digest_is_needed(error, tmp_path, monkeypatch):
     def full(_, path):
         path.write_bytes(b"half")
         raise error("No space left on device")
 
-    monkeypatch.setattr("qcrd_fast.snapshots.save_file", full)
+    monkeypatch.setattr("qcrd_fast.train.snapshots.save_file", full)
     snapshots = Snapshots(tmp_path)
     snapshots.save(0, torch.nn.Linear(2, 2))
     with pytest.raises(RunError, match=r"iteration-00000.*No space left.*12 bytes needed, \d+ bytes free"):
@@ -121,7 +134,7 @@ def filled(student, tmp_path):
     said = lagged(tmp_path / "a", student)
     said.snapshots.save(0, student.model)
     said.of_iteration(0)
-    path = said._path(0)
+    path = said.store.path(0)
     return said, path, path.read_bytes()
 
 
@@ -162,7 +175,7 @@ def test_every_flipped_byte_of_a_chunk_is_found(filled, student):
     wanted = {i: (n.tokens, n.text) for i, n in said.of_iteration(0).items()}
     for at in range(0, len(data), 37):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        kept = lagged(path.parent.parent, student)._of(0)
+        kept = lagged(path.parent.parent, student).store.chunks(0)
         for chunk in kept.values():
             assert all((n.tokens, n.text) == wanted[i] for i, n in chunk.items())
 

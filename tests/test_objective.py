@@ -10,11 +10,11 @@ import torch
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
-from qcrd_fast.examples import make_examples
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.negatives import Negative
-from qcrd_fast.objective import MI_WEIGHT, Objective
+from qcrd_fast.train.examples import make_examples
+from qcrd_fast.train.negatives import Negative
+from qcrd_fast.train.objective import MI_WEIGHT, Objective
 from qcrd_fast.utils.device import make_autocast
 
 LAGGED = "First 3 + 4 = 9 apples. Then 9 - 2 = 5."

@@ -17,7 +17,7 @@ from qcrd_fast.discriminator.model import Discriminator
 from qcrd_fast.errors import RunError
 from qcrd_fast.generation.engine import Sampler
 from qcrd_fast.models.student import Student
-from qcrd_fast.negatives import LaggedNegatives
+from qcrd_fast.train.negatives import LaggedNegatives
 from qcrd_fast.utils import oom
 from qcrd_fast.utils.oom import is_exhausted, relieved_by
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("csrc_triton", "qcrd_fast", "bench", "cli")
-LAYERS = ("csrc_triton", "qcrd_fast.ops.linear_logprob", "qcrd_fast.losses", "qcrd_fast.train", "bench", "cli")
+LAYERS = ("csrc_triton", "qcrd_fast.ops.linear_logprob", "qcrd_fast.losses", "qcrd_fast.train.trainer", "bench", "cli")
 
 
 def modules() -> dict[str, Path]:

@@ -474,10 +474,10 @@ def test_no_two_lines_of_a_table_are_one_run_and_lines_of_several_tables_are_sha
 
 def test_exposure_counts_what_each_method_sees(rows_file, t5_folder) -> None:
     from bench.exposure import exposure
-    from qcrd_fast.examples import make_examples
     from qcrd_fast.models.prompts import PromptSettings
     from qcrd_fast.models.student import Student
-    from qcrd_fast.rundata import Data
+    from qcrd_fast.train.examples import make_examples
+    from qcrd_fast.train.questions import Data
 
     student = Student.load(str(t5_folder), PromptSettings())
     told = {}

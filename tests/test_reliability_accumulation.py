@@ -11,7 +11,7 @@ from eager_equations import assert_same
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.train import train
+from qcrd_fast.train.trainer import train
 
 
 @pytest.mark.parametrize("folder", ["t5_folder", "llama_folder"])

@@ -13,7 +13,7 @@ from crash_run import Crashes
 from faults import damage
 from warm import differences
 
-from qcrd_fast import checkpoint
+from qcrd_fast.runs import checkpoints
 from qcrd_fast.utils.files import write_json
 
 CUTS = ("missing", "0", "8", "half", "last")
@@ -41,7 +41,7 @@ def refused(run: Path, path: Path, how: str, seed: int, caplog: pytest.LogCaptur
     caplog.clear()
     damage(path, how, random.Random(seed))
     with caplog.at_level(logging.WARNING):
-        found = checkpoint.latest_checkpoint(run, resume=True)
+        found = checkpoints.latest_checkpoint(run, resume=True)
     path.write_bytes(kept)
     assert found == (None if path in needed(run, 4) else run / "checkpoint-4"), f"{path.name} {how}, seed {seed}"
     assert path.name in caplog.text, f"{path.name} {how}, seed {seed}: {caplog.text}"
@@ -55,7 +55,7 @@ class TestTrial4:
     def test_each_file_is_named(self, finished, how: str, caplog) -> None:
         _, run = finished
         files = needed(run, 6)
-        assert len(files) >= 10 and checkpoint.latest_checkpoint(run, resume=True) == run / "checkpoint-6"
+        assert len(files) >= 10 and checkpoints.latest_checkpoint(run, resume=True) == run / "checkpoint-6"
         for path in files:
             refused(run, path, how, 0, caplog)
 
@@ -103,13 +103,13 @@ class TestTrial5:
             write_json(folder / "MANIFEST.json", {"files": listed})
         text = (folder / "MANIFEST.json").read_bytes()
         digests = json.loads(text)["files"]
-        monkeypatch.setattr(checkpoint, "sha256", lambda path: digests[path.name])
-        assert checkpoint.find_fault(folder) is None
+        monkeypatch.setattr(checkpoints, "sha256", lambda path: digests[path.name])
+        assert checkpoints.find_fault(folder) is None
         for bit in range(8 * len(text)):
             flipped = bytearray(text)
             flipped[bit // 8] ^= 1 << bit % 8
             (folder / "MANIFEST.json").write_bytes(flipped)
-            assert checkpoint.find_fault(folder) is not None, bit
+            assert checkpoints.find_fault(folder) is not None, bit
 
     def test_flips_beside_the_checkpoint(self, crashes: Crashes, tmp_path) -> None:
         """Sampled negatives are drawn again, a damaged line of the log is passed over, temporary files are cleared."""

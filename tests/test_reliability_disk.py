@@ -16,7 +16,7 @@ from crash_run import Crashes
 from faults import small_disk
 from warm import ROOT, differences
 
-from qcrd_fast import checkpoint
+from qcrd_fast.runs import checkpoints
 
 ROOM = re.compile(r"(\d+) bytes needed, (\d+) bytes free")
 
@@ -74,7 +74,7 @@ class TestTrial6:
         done = crashes.warm.run(crashes.args(whole.student, run))
         assert done.code == 1 and "cannot write" in done.err and "Traceback" not in done.err, done.err
         assert ROOM.search(done.err) and "earlier checkpoints are intact" in done.err and "may fill its disk" in done.err
-        assert checkpoint.latest_checkpoint(run, resume=True) == run / "checkpoint-2" and not unfinished(run)
+        assert checkpoints.latest_checkpoint(run, resume=True) == run / "checkpoint-2" and not unfinished(run)
         subprocess.run(["mount", "-o", f"remount,size={8 * size}", str(folder)], check=True)
         done = crashes.warm.run(crashes.args(whole.student, run, resume="auto"))
         assert done.code == 0, done.err

@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.main import entry
-from qcrd_fast import checkpoint
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
+from qcrd_fast.runs import checkpoints
+from qcrd_fast.runs.folder import MANIFEST
 from qcrd_fast.utils import files
 from qcrd_fast.utils.files import sha256, write_json
 
@@ -40,7 +41,7 @@ def settings(rows: Path, student: Path, run: Path, **changes: Any) -> TrainConfi
 
 @pytest.fixture(scope="module")
 def trained(rows_file: Path, llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from qcrd_fast.train import train
+    from qcrd_fast.train.trainer import train
 
     run = tmp_path_factory.mktemp("trained") / "run"
     train(settings(rows_file, llama_folder, run))
@@ -75,8 +76,8 @@ def edit(path: Path, **changes: Any) -> None:
 
 def reseal(folder: Path) -> None:
     """Make a checkpoint's manifest fit its files again, as somebody would who means harm."""
-    files = {p.name: sha256(p) for p in folder.iterdir() if p.is_file() and p.name != checkpoint.MANIFEST}
-    write_json(folder / checkpoint.MANIFEST, {"files": files})
+    files = {p.name: sha256(p) for p in folder.iterdir() if p.is_file() and p.name != MANIFEST}
+    write_json(folder / MANIFEST, {"files": files})
 
 
 class TestTrial22:
@@ -151,7 +152,7 @@ class TestTrial22:
 
     def test_beside_a_checkpoint(self, bomb: Any, run: Path, rows_file: Path, llama_folder: Path) -> None:
         """Files that other trainers resume from are passed over."""
-        from qcrd_fast.train import train
+        from qcrd_fast.train.trainer import train
 
         for name in ("optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin", "pytorch_model.bin", "a.npy"):
             self.pickled(bomb, name, run / "checkpoint-1")
@@ -318,19 +319,19 @@ class TestTrial23:
     @pytest.mark.parametrize("name", ["../victim/precious", "{}/precious", "..", "", "sub/../../victim/precious"])
     def test_names_in_a_manifest(self, name: str, victim: Path, run: Path) -> None:
         folder = run / "checkpoint-2"
-        manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         name = name.format(victim)
         manifest["files"][name] = "0" * 64
-        write_json(folder / checkpoint.MANIFEST, manifest)
-        assert checkpoint.find_fault(folder) == f"{name}, listed in MANIFEST.json, is missing"
+        write_json(folder / MANIFEST, manifest)
+        assert checkpoints.find_fault(folder) == f"{name}, listed in MANIFEST.json, is missing"
 
     def test_a_checkpoint_of_links_is_none(self, run: Path, victim: Path) -> None:
         moved = victim.parent / "moved"
         (run / "checkpoint-2" / "optimizer.safetensors").rename(moved)
         (run / "checkpoint-2" / "optimizer.safetensors").symlink_to(moved)
-        assert checkpoint.find_fault(run / "checkpoint-2") == "optimizer.safetensors is a link"
+        assert checkpoints.find_fault(run / "checkpoint-2") == "optimizer.safetensors is a link"
         (run / "checkpoint-3").symlink_to(run / "checkpoint-1")
-        assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint-2", "checkpoint-1"]
+        assert [path.name for path in checkpoints.checkpoints(run)] == ["checkpoint-2", "checkpoint-1"]
 
     @pytest.mark.parametrize("kind", ["another run", "absolute", "link"])
     def test_a_resume_from_elsewhere(
@@ -405,7 +406,7 @@ class TestTrial23:
     def test_rotation_follows_no_link(self, victim: Path, run: Path) -> None:
         (run / "checkpoint-1" / "link").symlink_to(victim)
         (run / "checkpoint-0").symlink_to(victim)
-        checkpoint.rotate(run, 2, 1, None)
+        checkpoints.rotate(run, 2, 1, None)
         assert not (run / "checkpoint-1").exists() and (run / "checkpoint-2").is_dir() and (run / "checkpoint-0").is_symlink()
 
     def test_temporary_files_are_not_written_through_links(self, victim: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -517,7 +518,7 @@ class TestTrial24:
     def test_a_checkpoint_of_another_run(
         self, run: Path, rows_file: Path, t5_folder: Path, llama_folder: Path, tmp_path: Path, capsys: Any
     ) -> None:
-        from qcrd_fast.train import train
+        from qcrd_fast.train.trainer import train
 
         train(settings(rows_file, t5_folder, tmp_path / "t5"))
         for step in (1, 2):
@@ -535,7 +536,7 @@ class TestTrial24:
         for step in (1, 2):
             reseal(run / f"checkpoint-{step}")
         with pytest.raises(InputError, match=r"the rows differ from those that .*checkpoint-2 was trained on"):
-            from qcrd_fast.train import train
+            from qcrd_fast.train.trainer import train
 
             train(settings(changed, llama_folder, run, resume="auto"))
 

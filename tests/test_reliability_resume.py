@@ -15,8 +15,12 @@ from faults import Fault
 from warm import differences
 
 SEED = 1
-STEP, EDGE, EVAL = "qcrd_fast.objective:Objective.step", "qcrd_fast.train:Session._begin_iteration", "qcrd_fast.results:predict"
-SAMPLE = "qcrd_fast.negatives:LaggedNegatives._sample"
+STEP, EDGE, EVAL = (
+    "qcrd_fast.train.objective:Objective.step",
+    "qcrd_fast.train.trainer:Session._begin_iteration",
+    "qcrd_fast.train.evaluation:predict",
+)
+SAMPLE = "qcrd_fast.train.negatives:LaggedNegatives._sample"
 KILLED = -9
 pytestmark = pytest.mark.slow
 
@@ -126,9 +130,9 @@ class TestTrial3:
     @pytest.mark.parametrize(
         "fault, done_steps",
         [
-            (Fault("kill", 3, "qcrd_fast.train:Session._train_step", after=True), 3),
+            (Fault("kill", 3, "qcrd_fast.train.trainer:Session._train_step", after=True), 3),
             (Fault("kill", 4, SAMPLE, after=True), 4),
-            (Fault("kill", 5, "qcrd_fast.train:Session._train_step"), 5),
+            (Fault("kill", 5, "qcrd_fast.train.trainer:Session._train_step"), 5),
         ],
         ids=["before", "at", "after"],
     )

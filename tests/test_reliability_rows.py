@@ -175,9 +175,9 @@ class TestTrial15:
     def test_a_row_of_a_million_tokens_is_cut_and_named(
         self, t5_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        from qcrd_fast.examples import make_examples
         from qcrd_fast.models.prompts import PromptSettings
         from qcrd_fast.models.student import Student
+        from qcrd_fast.train.examples import make_examples
 
         said = [{"rationale": "apples " * 1_000_000, "answer": "4"}, "Two. The answer is 5."]
         rows = tmp_path / "rows.jsonl"
@@ -339,7 +339,7 @@ class TestTrial17:
 
     @pytest.mark.parametrize("student", ["t5_folder", "llama_folder"])
     def test_a_finite_loss(self, student: str, rows: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-        from qcrd_fast.train import train
+        from qcrd_fast.train.trainer import train
 
         only = {"id": "no positive", "question": "No apples?", "gold": "1", "majority": None, "votes": {}, "positives": []}
         prepared = tmp_path / "prepared.jsonl"
@@ -357,7 +357,7 @@ class TestTrial17:
         assert all(abs(record[name]) < 1e4 for record in logged for name in ("loss", "loss_pred", "loss_cl", "grad_norm"))
 
     def test_nothing_to_learn_from_is_refused(self, t5_folder: Path, tmp_path: Path) -> None:
-        from qcrd_fast.train import train
+        from qcrd_fast.train.trainer import train
 
         rows = tmp_path / "rows.jsonl"
         rows.write_bytes(row("a", samples=[]) + b"\n" + row("b", samples=[]) + b"\n")

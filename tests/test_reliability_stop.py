@@ -11,14 +11,14 @@ from crash_run import Crashes
 from faults import Fault
 from warm import differences
 
-from qcrd_fast import checkpoint
+from qcrd_fast.runs import checkpoints
 
-STEP, SAMPLE = "qcrd_fast.objective:Objective.step", "qcrd_fast.negatives:LaggedNegatives._sample"
+STEP, SAMPLE = "qcrd_fast.train.objective:Objective.step", "qcrd_fast.train.negatives:LaggedNegatives._sample"
 CODES = {"int": 130, "term": 143}
 
 
 def steps(run: Path) -> list[int]:
-    return sorted(map(checkpoint.step_of, checkpoint.checkpoints(run)))
+    return sorted(map(checkpoints.step_of, checkpoints.checkpoints(run)))
 
 
 class TestTrial9:
@@ -32,7 +32,7 @@ class TestTrial9:
             (0, "int", 4, STEP, 3),
             (1, "term", 5, STEP, 3),  # between two micro-batches
             (0, "term", 4, SAMPLE, 5),
-            (1, "int", 0, "qcrd_fast.results:predict", 4),
+            (1, "int", 0, "qcrd_fast.train.evaluation:predict", 4),
             (0, "term", "write .tmp-checkpoint-2/optimizer.safetensors", "disk", 2),
             (1, "int", 1, "qcrd_fast.discriminator.trainer:DiscriminatorTrainer.update", 5),
         ],
@@ -43,7 +43,7 @@ class TestTrial9:
         at = whole.points.index(at) if isinstance(at, str) else at
         done = crashes.warm.run(crashes.args(whole.student, run), Fault(do, at, point), folder=run)
         assert done.code == CODES[do] and "finishing the step and saving" in done.err, done.err
-        assert steps(run)[-1] == saved and checkpoint.latest_checkpoint(run, resume=True) is not None
+        assert steps(run)[-1] == saved and checkpoints.latest_checkpoint(run, resume=True) is not None
         done = crashes.warm.run(crashes.args(whole.student, run, resume="auto"))
         assert done.code == 0 and f"resuming from {run / f'checkpoint-{saved}'}" in done.err, done.err
         assert differences(run, whole.run) == []
@@ -55,7 +55,7 @@ class TestTrial9:
             (1, "term,int", "write .tmp-checkpoint-4/optimizer.safetensors", "disk", [2]),
             (1, "int", 0, "qcrd_fast.discriminator.trainer:DiscriminatorTrainer._step", []),  # nothing is trained yet
             (0, "term", 0, "qcrd_fast.models.student:Student.load", []),
-            (1, "int", 0, "qcrd_fast.train:Session.finish", [4, 6]),
+            (1, "int", 0, "qcrd_fast.train.trainer:Session.finish", [4, 6]),
         ],
         ids=["second in a step", "second in a save", "pretraining", "loading", "at the end"],
     )
@@ -78,8 +78,8 @@ class TestTrial10:
     @pytest.mark.parametrize(
         "student, do, at, point, says",
         [
-            (0, "nan", 5, "qcrd_fast.objective:linear_rationale_loss", "loss nan"),
-            (1, "inf", 4, "qcrd_fast.objective:linear_rationale_loss", "loss inf"),
+            (0, "nan", 5, "qcrd_fast.train.objective:linear_rationale_loss", "loss nan"),
+            (1, "inf", 4, "qcrd_fast.train.objective:linear_rationale_loss", "loss inf"),
             (0, "gradient", 5, STEP, "grad_norm nan"),
             (1, "nan", 5, "qcrd_fast.discriminator.model:Discriminator.score", "a score that is not finite"),
             (0, "inf", 6, "qcrd_fast.discriminator.model:Discriminator.score", "a score that is not finite"),
@@ -97,7 +97,7 @@ class TestTrial10:
     def test_quality_weights_that_are_all_zero(self, crashes: Crashes, tmp_path) -> None:
         """D gives every positive 0 and every negative 1: L_CL is 0, and the student would learn nothing of rationales."""
         run, sizes = tmp_path / "run", {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-        dead = Fault("dead", 2, "qcrd_fast.objective:Objective._quality")
+        dead = Fault("dead", 2, "qcrd_fast.train.objective:Objective._quality")
         done = crashes.warm.run(crashes.args(crashes.wholes[1].student, run, **sizes), dead)
         self.check(run, done, "the discriminator weighs every rationale with 0", [2])
 
@@ -116,5 +116,5 @@ class TestTrial10:
         assert done.code == 1 and "Traceback" not in done.err, done.err
         last = done.err.strip().splitlines()[-1]
         assert re.search(rf"step {step}: .*{says}.*questions q\d+", last), last
-        assert steps(run) == saved and (not saved or checkpoint.find_fault(run / f"checkpoint-{saved[-1]}", run) is None)
+        assert steps(run) == saved and (not saved or checkpoints.find_fault(run / f"checkpoint-{saved[-1]}", run) is None)
         assert (run / "metrics.jsonl").read_text().count('"loss"') < step and not list(run.glob(".tmp*"))

@@ -374,7 +374,7 @@ class TestTrial21:
         self, rows_file: Path, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     ) -> None:
         """Not into the log, the resolved config, the metrics or a checkpoint; not from a message, not from a traceback."""
-        from qcrd_fast.objective import Objective
+        from qcrd_fast.train.objective import Objective
 
         secrets = {"HF_TOKEN": "hf_" + "a" * 30, "WANDB_API_KEY": "swordfish-1234", "OPENAI_API_KEY": KEY}
         for name, value in secrets.items():
@@ -383,7 +383,7 @@ class TestTrial21:
 
         def leaky(self: Any, *args: Any) -> Any:
             calls.append(1)
-            logging.getLogger("qcrd_fast.objective").warning("connecting with %s", secrets)
+            logging.getLogger("qcrd_fast.train.objective").warning("connecting with %s", secrets)
             if len(calls) == 3:
                 raise LookupError(f"401 for {secrets}, Authorization: Bearer {KEY}")
             return real(self, *args)

@@ -345,7 +345,7 @@ def test_a_stream_of_a_green_context_is_one_while_the_lane_lives(monkeypatch):
     """torch destroys a green context with its last reference, and its streams with it."""
     from torch.cuda import green_contexts
 
-    from qcrd_fast.streams import Lane
+    from qcrd_fast.train.overlap import Lane
 
     class Green:
         def Stream(self):
@@ -397,8 +397,8 @@ def test_graphs_draw_what_eager_steps_draw(on_gpu, student):
 def test_fifty_swaps_of_weights_take_no_memory(on_gpu, student, kind, tmp_path):
     """The graphs stay, and so does the memory; each swap changes what is said."""
     from qcrd_fast.config import TrainConfig
-    from qcrd_fast.snapshots import Snapshots
-    from qcrd_fast.streams import Lane, choose_overlap
+    from qcrd_fast.train.overlap import Lane, choose_overlap
+    from qcrd_fast.train.snapshots import Snapshots
 
     device = torch.device("cuda")
     lane = Lane(choose_overlap(TrainConfig(overlap=kind), device), device)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.schedule import Schedule
+from qcrd_fast.train.schedule import Schedule
 
 
 def test_an_epoch_visits_every_question_once_and_epochs_differ():

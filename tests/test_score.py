@@ -17,7 +17,7 @@ from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import question_text
 from qcrd_fast.errors import InputError
 from qcrd_fast.score import load_discriminator, score_run, train_alone
-from qcrd_fast.train import train
+from qcrd_fast.train.trainer import train
 
 OPTIONS = dict(
     max_steps=2, save_steps=1, discriminator_pretrain_steps=2, eval_batch_size=8, max_answer_tokens=2, max_new_tokens=8

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qcrd_fast import checkpoint
 from qcrd_fast.config import METHODS, TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.objective import Objective
-from qcrd_fast.train import train
+from qcrd_fast.runs import checkpoints
+from qcrd_fast.runs.folder import checkpoint_path
+from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.trainer import train
 
 UNTIMED = ("tokens_per_s", "step_ms", "sample_wait_ms", "sampled_tokens_per_s")  # fields that measure the machine, not the run
 
@@ -47,7 +48,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def weights(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint.checkpoint_path(run, step) / "model.safetensors")
+    return load_file(checkpoint_path(run, step) / "model.safetensors")
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -90,7 +91,7 @@ def test_checkpoint_loads_with_from_pretrained(whole):
     is_t5 = json.loads((folder / "config.json").read_text())["model_type"] == "t5"
     model = (AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM).from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) > 0 and AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
-    assert checkpoint.find_fault(folder.resolve(), run) is None
+    assert checkpoints.find_fault(folder.resolve(), run) is None
 
 
 def test_negatives_come_from_the_lagged_snapshot(whole):
@@ -146,7 +147,7 @@ def test_a_run_that_goes_on_says_what_comes_of_that(whole, rows_file, tmp_path):
 def test_negatives_that_teach_little_are_said(score, delta, said, llama_folder, rows_file, tmp_path, monkeypatch, caplog):
     rated = lambda self, batch, candidates, question: torch.full((len(candidates),), score)  # noqa: E731
     monkeypatch.setattr(Objective, "_quality", rated)
-    with caplog.at_level("WARNING", "qcrd_fast.train"):
+    with caplog.at_level("WARNING", "qcrd_fast.train.trainer"):
         train(settings(rows_file, llama_folder, tmp_path / "run", max_steps=2, delta=delta))
     found = [r.getMessage() for r in caplog.records if "teach little" in r.getMessage()]
     assert len(found) == len(said) and all(text in message for text, message in zip(said, found, strict=True)), found
@@ -156,7 +157,7 @@ def test_drawing_beside_training_is_the_same_run(whole, rows_file, tmp_path, mon
     """`--overlap stream`, killed between two saves and resumed in turn: weights, metrics and negatives of the serial run."""
     student, unbroken = whole
     out = tmp_path / "run"
-    from qcrd_fast.train import Session
+    from qcrd_fast.train.trainer import Session
 
     class Killed(BaseException):
         pass
@@ -196,7 +197,7 @@ def test_a_damaged_best_checkpoint_is_passed_over(whole, rows_file, tmp_path, ca
         train(settings(rows_file, student, out, resume="auto", beta=0.3))
     train(settings(rows_file, student, out, resume="auto"))
     assert "damaged" in caplog.text
-    assert checkpoint.find_fault((out / "final").resolve()) is None
+    assert checkpoints.find_fault((out / "final").resolve()) is None
     assert (out / "predictions.jsonl").is_file() and (out / "config.resolved.yaml").is_file()
 
 
@@ -276,7 +277,7 @@ def test_golden_step(method, rows_file, llama_folder, tmp_path):
     from qcrd_fast.discriminator.model import build_discriminator
     from qcrd_fast.models.prompts import PromptSettings
     from qcrd_fast.models.student import Student
-    from qcrd_fast.schedule import Schedule
+    from qcrd_fast.train.schedule import Schedule
 
     beta, delta, a1, a2 = 0.7, 8.0, 0.3, 0.6
     config = settings(

@@ -22,8 +22,8 @@ import torch.distributed.tensor
 import transformers
 from qcrd_fast.cli import console
 
-from qcrd_fast import train as module
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.train import trainer as module
 
 
 def free_port():

@@ -73,7 +73,7 @@ def serve() -> None:
     for name in (
         "transformers.models.llama.modeling_llama",
         "transformers.models.t5.modeling_t5",
-        "qcrd_fast.train",
+        "qcrd_fast.train.trainer",
         "qcrd_fast.collect.collector",
         "cli.main",
     ):

@@ -1,4 +1,4 @@
-"""Checkpoints: a Hugging Face model folder with what a resume needs, whole or not there at all. No pickle.
+"""What a run keeps: where it goes on from, what it saves, and which checkpoints and snapshots stay.
 
 A checkpoint is written under a temporary name, its manifest (sha256 of every file) last, then renamed. Random states are
 not stored because there are none: every random number is a function of (seed, step) or (seed, question, iteration).
@@ -7,11 +7,13 @@ not stored because there are none: every random number is a function of (seed, s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,119 +22,146 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator.trainer import DiscriminatorTrainer
 from qcrd_fast.distributed.parallel import Engine, like
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.loading import save_tokenizer
 from qcrd_fast.models.lora import save_model
-from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.runfolder import (
+from qcrd_fast.runs import checkpoints
+from qcrd_fast.runs.folder import (
+    DEALT,
     DISCRIMINATOR,
-    FINAL,
+    FREE_OPTIONS,
     MANIFEST,
     OPTIMIZER,
     SNAPSHOTS,
     STATE,
+    check_same_config,
     checkpoint_path,
-    snapshot_path,
 )
+from qcrd_fast.train.evaluation import Best
+from qcrd_fast.train.questions import Data
+from qcrd_fast.train.schedule import Schedule
+from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.utils.files import remove_tree, sha256, sync, told_room, write_json
-
-log = logging.getLogger(__name__)
 
 TOKENIZER_BYTES = 150  # of each token, at most, in the files of common tokenizers
 _OWN = "discriminator:"  # prefix of the discriminator's entries in optimizer.safetensors
 
-
-def checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, latest first."""
-    found = [
-        p
-        for p in run.glob("checkpoint-*")
-        if p.is_dir() and not p.is_symlink() and p.name.removeprefix("checkpoint-").isdecimal() and p.name.isascii()
-    ]
-    return sorted(found, key=step_of, reverse=True)
+log = logging.getLogger(__name__)
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | None:
+    """The checkpoint that `--resume` continues from, or None for a run that has none yet.
 
-
-def latest_checkpoint(run: Path, resume: bool = False) -> Path | None:
-    """The latest whole checkpoint; a warning names what is wrong with each later one.
-
-    With `resume`, the snapshots that it needs must be whole too.
+    Raises `InputError` for one that is damaged or of other options, `RunError` where none is whole.
     """
-    for checkpoint in checkpoints(run):
-        fault = find_fault(checkpoint, run if resume else None)
-        if fault is None:
-            return checkpoint
-        log.warning("%s is damaged (%s); trying an earlier one", checkpoint, fault)
-    return None
+    if config.resume != "auto":
+        chosen = Path(str(config.resume))
+        fault = checkpoints.find_fault(chosen, run) if chosen.is_dir() else "no such folder"
+        if fault or chosen.resolve().parent != run.resolve():
+            raise InputError(f"--resume: {chosen}: {fault or f'is not a checkpoint of {run}'}")
+        found: Path | None = chosen
+    else:
+        found = checkpoints.latest_checkpoint(run, resume=True)
+        if found is None and checkpoints.checkpoints(run):
+            raise RunError(f"{run}: no whole checkpoint is left to resume from")
+    if found is None:
+        return None
+    state = checkpoints.read_state(found)
+    check_same_config(config, state.get("config"), found / STATE)
+    began = state["config"]
+    alone = math.prod(began.get(name, getattr(config, name)) for name in DEALT)  # runs before there were several processes
+    before = state.get("questions_per_step", alone)
+    if before != schedule.questions_per_step:
+        raise InputError(
+            f"{found}: the run began with {before} questions a step, now it is {schedule.questions_per_step} "
+            f"(--per-device-train-batch-size {config.per_device_train_batch_size} x --gradient-accumulation-steps "
+            f"{config.gradient_accumulation_steps} x {schedule.world_size} processes); their product must stay"
+        )
+    return str(found)
 
 
-def find_fault(checkpoint: Path, run: Path | None = None) -> str | None:
-    """What is wrong with a checkpoint (and with the snapshots in `run` that it needs), naming the file; None if whole."""
-    try:
-        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
-        files = dict(json.loads(text, object_pairs_hook=_unique)["files"]) if text.endswith("}\n") else {}  # to its last byte
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return f"{MANIFEST} is missing or unreadable"
-    needed = {"config.json", STATE} if any(map(_is_optimizer, files)) else {"config.json", STATE, OPTIMIZER}
-    if missing := needed - files.keys():
-        return f"{MANIFEST} does not list {sorted(missing)[0]}"
-    fault = _find_bad_file(checkpoint, files, MANIFEST)
-    if fault or run is None:
-        return fault
-    try:
-        wanted = read_state(checkpoint)["snapshots"]
-    except InputError as error:
-        return str(error)
-    return _find_bad_file(run / SNAPSHOTS, {snapshot_path(run, int(i)).name: d for i, d in wanted.items()}, STATE)
+class Keeper:
+    """Saves a run and restores it. `snapshots` is None where the run has no lagged negatives."""
 
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Path,
+        data: Data,
+        schedule: Schedule,
+        student: Student,
+        optimizer: torch.optim.Optimizer,
+        trainer: DiscriminatorTrainer | None,
+        engine: Engine,
+        snapshots: Snapshots | None,
+    ):
+        self.config, self.run, self.data, self.schedule = config, run, data, schedule
+        self.student, self.optimizer, self.trainer, self.engine = student, optimizer, trainer, engine
+        self.snapshots = snapshots
+        self.saved_step: int | None = None
+        self._passed_over: set[int] = set()  # steps of checkpoints later than the one that was resumed from
 
-def require_whole(folder: Path) -> None:
-    """Raises `InputError` for a checkpoint that is not as its manifest says; nothing for a folder that has none, or
-    a hub id."""
-    if os.path.isfile(folder / MANIFEST) and (fault := find_fault(folder)):
-        raise InputError(f"{folder}: the checkpoint is damaged: {fault}")
+    def save(self, step: int, best: Best, progress: dict[str, Any]) -> None:
+        """Write the checkpoint of `step`, with `progress` in its state, and delete those that are no longer kept."""
+        state = {
+            "config": {name: value for name, value in self.config.to_dict().items() if name not in FREE_OPTIONS},
+            "prompt": dataclasses.asdict(self.student.prompts),
+            "task": self.data.task,
+            "method": self.config.method,
+            "best": best,
+            "data_sha256": self.data.digest,
+            "questions_per_step": self.schedule.questions_per_step,
+            "snapshots": self.snapshots.digests(self._oldest_for(step)) if self.snapshots else {},
+            **progress,
+        }
+        save_checkpoint(self.run, step, self.student, self.optimizer, self.trainer, state, self.engine)
+        self.saved_step = step
+        self._passed_over.discard(step)
+        at, keep = best["step"] if best else None, self.config.save_total_limit
+        self.engine.ranks.on_first(lambda: checkpoints.rotate(self.run, step, keep, at, self._passed_over))
 
+    def restore(self, found: Path) -> dict[str, Any]:
+        """Put back what a checkpoint holds beside the student's weights, which are loaded already; returns its state."""
+        state = load_checkpoint(found, self.student, self.optimizer, self.trainer)
+        if state["data_sha256"] != self.data.digest:
+            raise InputError(f"--data: the rows differ from those that {found} was trained on")
+        self.saved_step = state["step"]
+        self._passed_over = {s for s in map(checkpoints.step_of, checkpoints.checkpoints(self.run)) if s > state["step"]}
+        if self.snapshots:
+            self.snapshots.known = {int(k): v for k, v in state["snapshots"].items()}
+        return state
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without a name twice: a bit may turn a file's name into another's, of which the last would count."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name stands twice")
-    return dict(pairs)
+    def require_room(self, step: int) -> None:
+        """Raises `RunError` where the disk has no room to go on from `step`."""
+        left = self.schedule.total_steps - step
+        if not left:
+            return
+        saves = math.ceil(left / min(self.schedule.save_steps, self.schedule.eval_steps))
+        iterations = self.schedule.iteration(self.schedule.total_steps - 1) + 1
+        snapshots = min(iterations, self.config.negative_lag + 3) if self.snapshots else 0
+        kept = min(saves, (self.config.save_total_limit or saves) + bool(self.data.validation))
+        require_room(self.run, self.student, self.trainer, snapshots, kept)
 
+    def snapshot(self, step: int) -> None:
+        """Keep the student as it is at the start of an iteration, and delete the snapshots that nobody will ask for."""
+        if not self.snapshots:
+            return
+        fixed, iteration = self.config.negative_source == "fixed", self.schedule.iteration(step)
+        if not fixed or iteration == 0:
+            self.snapshots.save(iteration, self.student.model)
+        resumable = checkpoints.resumable(self.run, step, self.config.save_total_limit, self._passed_over)
+        oldest = self._oldest_for(min(map(checkpoints.step_of, resumable))) if resumable else 0
+        self.snapshots.prune(oldest, keep_initial=fixed)
 
-_KINDS = {"step": int, "config": dict, "prompt": dict, "snapshots": dict, "data_sha256": str}
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint. Raises `InputError` where it is not what `save_checkpoint` wrote."""
-    try:
-        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        wrong = [name for name, kind in _KINDS.items() if type(state[name]) is not kind]
-        wrong += [f"snapshots of {i!r}" for i, d in state["snapshots"].items() if not i.isdecimal() or type(d) is not str]
-        PromptSettings(**state["prompt"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{checkpoint / STATE} is unreadable: {type(error).__name__} {error}") from error
-    if wrong:
-        raise InputError(f"{checkpoint / STATE} is unreadable: {wrong[0]} is of another kind")
-    return state
-
-
-def _find_bad_file(folder: Path, digests: dict[str, str], listed: str) -> str | None:
-    for name, digest in digests.items():
-        path = folder / name
-        if os.path.basename(name) != name or not os.path.isfile(path):  # also of a name that is too long for one
-            return f"{name}, listed in {listed}, is missing"
-        if path.is_symlink():
-            return f"{name} is a link"
-        if sha256(path) != digest:
-            return f"{name} does not match its checksum in {listed}"
-    return None
+    def _oldest_for(self, step: int) -> int:
+        """The oldest snapshot that a resume at `step` may ask for: the discriminator looks one iteration back."""
+        if self.config.negative_source == "fixed":
+            return 0
+        return max(self.schedule.iteration(step) - 1 - self.config.negative_lag, 0)
 
 
 def save_checkpoint(
@@ -209,7 +238,7 @@ def load_checkpoint(
     The student itself is loaded from the checkpoint folder beforehand. Each rank reads all of it and keeps its own share.
     Raises `InputError` for files that are not of this student.
     """
-    state = read_state(checkpoint)
+    state = checkpoints.read_state(checkpoint)
     parameters, own = dict(student.model.named_parameters()), {}
     try:
         for key, tensor in _read_optimizer(checkpoint):
@@ -233,16 +262,12 @@ def _read_optimizer(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the optimizer's state, one at a time; what ranks saved in shares is joined, whatever their number."""
     files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     with contextlib.ExitStack() as stack:
-        names = sorted(name for name in files if _is_optimizer(name))
+        names = sorted(name for name in files if checkpoints.is_optimizer(name))
         shares = [stack.enter_context(safe_open(checkpoint / name, "pt")) for name in names]
         held = [set(share.keys()) for share in shares]
         for key in dict.fromkeys(key for share in shares for key in share.keys()):  # noqa: SIM118 (no mapping)
             parts = [share.get_tensor(key) for share, keys in zip(shares, held, strict=True) if key in keys]
             yield key, parts[0] if len(parts) == 1 or parts[0].dim() == 0 else torch.cat(parts)
-
-
-def _is_optimizer(name: str) -> bool:
-    return name.startswith("optimizer") and name.endswith(".safetensors")
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -252,41 +277,6 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
         for name, parameter in model.named_parameters()
         for moment, tensor in optimizer.state.get(parameter, {}).items()
     }
-
-
-def resumable(run: Path, step: int, limit: int | None, passed_over: Collection[int] = ()) -> list[Path]:
-    """The latest `limit` checkpoints up to `step`, without those that this run was resumed without: they may be damaged."""
-    return [p for p in checkpoints(run) if step_of(p) <= step and step_of(p) not in passed_over][:limit]
-
-
-def rotate(run: Path, step: int, limit: int | None, best: int | None, passed_over: Collection[int] = ()) -> None:
-    """Delete the checkpoints before `step` but for the latest `limit` and the best."""
-    kept = resumable(run, step, limit, passed_over)
-    for checkpoint in checkpoints(run):
-        if checkpoint not in kept and step_of(checkpoint) != best and step_of(checkpoint) <= step:
-            remove_tree(checkpoint)
-
-
-def best_checkpoint(run: Path, step: int, rated: dict[int, float]) -> tuple[Path, dict[str, Any] | None]:
-    """The whole checkpoint with the best of the validation accuracies `rated` (by step), and {step, accuracy}; the earlier one
-    of equals. Without any, that of `step` and None."""
-    kept = {step_of(path) for path in checkpoints(run)}
-    best = max(rated, key=lambda at: (rated[at], -at), default=None)
-    for at in sorted(rated, key=lambda at: (-rated[at], at)):
-        if at in kept or at == best:
-            path = checkpoint_path(run, at)
-            if (fault := find_fault(path)) is None:
-                return path, {"step": at, "accuracy": rated[at]}
-            log.warning("%s is damaged (%s); taking the next best", path, fault)
-    return checkpoint_path(run, step), None
-
-
-def point_final(run: Path, checkpoint: Path) -> None:
-    """`final` -> a checkpoint of the same run."""
-    temporary = run / f".{FINAL}.tmp"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(checkpoint.name)
-    os.replace(temporary, run / FINAL)
 
 
 def checkpoint_bytes(student: Student, trainer: DiscriminatorTrainer | None) -> int:
@@ -305,7 +295,7 @@ def require_room(run: Path, student: Student, trainer: DiscriminatorTrainer | No
     needed, free = one + weights * bool(snapshots), shutil.disk_usage(run).free
     if free < needed:
         raise RunError(f"--output-dir: {run}: no room for a checkpoint ({told_room(run, needed)})")
-    held = sum(p.stat().st_size for folder in (*checkpoints(run), run / SNAPSHOTS) for p in folder.glob("*"))
+    held = sum(p.stat().st_size for folder in (*checkpoints.checkpoints(run), run / SNAPSHOTS) for p in folder.glob("*"))
     most = (kept + 1) * one + snapshots * weights
     if free + held < most:
         log.warning("%s may fill its disk: %d bytes at most, %d free; see --save-total-limit", run, most, free + held)

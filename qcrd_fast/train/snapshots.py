@@ -18,7 +18,7 @@ from torch import Tensor
 from qcrd_fast.distributed.comm import ALONE, Ranks
 from qcrd_fast.distributed.parallel import full
 from qcrd_fast.errors import RunError
-from qcrd_fast.runfolder import snapshot_name
+from qcrd_fast.runs.folder import snapshot_name
 from qcrd_fast.utils.files import sha256, sync, told_room
 
 Weights = dict[str, Tensor]
@@ -44,7 +44,8 @@ class Snapshots:
     def known(self) -> dict[int, str]:
         """sha256 by iteration, once everything is written."""
         for iteration in list(self._writing):
-            self._known[iteration] = self._writing.pop(iteration).result()
+            self._known[iteration] = self._writing[iteration].result()  # until then another thread must find it in `_writing`
+            del self._writing[iteration]
         return self._known
 
     @known.setter

@@ -17,7 +17,7 @@ from transformers.utils.logging import tqdm
 
 from qcrd_fast.distributed.comm import ALONE, Ranks
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.runfolder import METRICS
+from qcrd_fast.runs.folder import METRICS
 from qcrd_fast.utils.files import append_lines, sync, write_lines
 
 log = logging.getLogger(__name__)

@@ -27,19 +27,19 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.discriminator.model import Discriminator, build_discriminator
 from qcrd_fast.distributed.parallel import blocks_of
-from qcrd_fast.examples import Candidate, Example, longest_row
 from qcrd_fast.generation.decoder import Decoder
 from qcrd_fast.generation.engine import CACHE_BYTES
 from qcrd_fast.models.lm_head import evaluating, output_layer
 from qcrd_fast.models.lora import add_lora
 from qcrd_fast.models.prompts import PREDICT
 from qcrd_fast.models.student import Student
-from qcrd_fast.negatives import Negative
-from qcrd_fast.objective import Objective, Weighted
 from qcrd_fast.ops import chunked, rationale_loss, reference
 from qcrd_fast.ops.dispatch import choose_impl
 from qcrd_fast.ops.selection import SELECTIONS
-from qcrd_fast.schedule import Schedule
+from qcrd_fast.train.examples import Candidate, Example, longest_row
+from qcrd_fast.train.negative_store import Negative
+from qcrd_fast.train.objective import Objective, Weighted
+from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.utils.device import make_autocast
 
 log = logging.getLogger(__name__)

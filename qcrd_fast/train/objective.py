@@ -17,19 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcrd_fast.audit import Audit
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator.model import Discriminator
 from qcrd_fast.distributed.parallel import Engine
 from qcrd_fast.errors import RunError
-from qcrd_fast.examples import Candidate, Example, longest_text
 from qcrd_fast.losses import ContrastiveOutput, contrastive_loss, weighted_rationale_loss
 from qcrd_fast.models.lm_head import evaluating
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import PackedHidden, Student
-from qcrd_fast.negatives import Negative
 from qcrd_fast.ops.linear_logprob import linear_logprob
 from qcrd_fast.ops.rationale_loss import linear_rationale_loss, loss_terms
+from qcrd_fast.train.audit import Audit
+from qcrd_fast.train.examples import Candidate, Example, longest_text
+from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.utils.oom import for_training, relieved
 
 REDI_BETA = 0.8  # arXiv 2505.24850, as qcrd.md section 7 states it

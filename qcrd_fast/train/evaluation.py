@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from qcrd_fast import checkpoint
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question
 from qcrd_fast.distributed.comm import Ranks
 from qcrd_fast.evaluate import accuracy, predict
-from qcrd_fast.metrics import MetricsLog
 from qcrd_fast.models.student import Student
-from qcrd_fast.rundata import Data
-from qcrd_fast.runfolder import FINAL, PREDICTIONS, RESULTS
+from qcrd_fast.runs import checkpoints
+from qcrd_fast.runs.folder import FINAL, PREDICTIONS, RESULTS
+from qcrd_fast.train.metrics_log import MetricsLog
+from qcrd_fast.train.questions import Data
 from qcrd_fast.utils.files import write_json, write_lines
 
 Best = dict[str, Any] | None  # {step, accuracy} of the best checkpoint on validation
@@ -76,7 +76,7 @@ class Evaluation:
             "evaluated_on": "test" if self.data.test else "validation" if self.data.validation else None,
             "task": self.data.task,
             "method": self.config.method,
-            "best_step": checkpoint.step_of(final),
+            "best_step": checkpoints.step_of(final),
             "steps": step,
             "train_questions": len(self.data.train),
             "dropped_from_train": self.data.dropped,
@@ -95,12 +95,12 @@ class Evaluation:
         rated = {m["step"]: m["eval_accuracy"] for m in log.read() if "eval_accuracy" in m}
         if best:
             rated[best["step"]] = best["accuracy"]
-        path, best = checkpoint.best_checkpoint(self.run, step, rated)
+        path, best = checkpoints.best_checkpoint(self.run, step, rated)
         chosen: dict[str, Any] = {"path": str(path), "best": best, "finished": None}
         predicted = (self.run / PREDICTIONS).is_file() or not self.questions
         if (self.run / FINAL).resolve() == path.resolve() and predicted:
             with contextlib.suppress(OSError, ValueError):
                 chosen["finished"] = json.loads((self.run / RESULTS).read_text(encoding="utf-8"))
         if chosen["finished"] is None:
-            checkpoint.point_final(self.run, path)
+            checkpoints.point_final(self.run, path)
         return chosen

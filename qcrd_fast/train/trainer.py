@@ -13,30 +13,32 @@ from typing import Any
 
 import torch
 
-from qcrd_fast import checkpoint
-from qcrd_fast.audit import Audit, Audits
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator.model import build_discriminator
 from qcrd_fast.discriminator.trainer import DiscriminatorTrainer, judge_questions
 from qcrd_fast.distributed.comm import ALONE, Ranks, joined, own_device
 from qcrd_fast.distributed.parallel import Engine, full, make_engine
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.examples import Example, make_examples
-from qcrd_fast.footprint import checkpoint_activations, survey
-from qcrd_fast.keeping import Keeper, resume_point
-from qcrd_fast.metrics import MetricsLog, Progress, mean, share
 from qcrd_fast.models.lora import add_lora, load_adapter, require_peft
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.negatives import Asked, LaggedNegatives
-from qcrd_fast.objective import Objective
 from qcrd_fast.ops.dispatch import require_impl
-from qcrd_fast.results import Best, Evaluation
-from qcrd_fast.rundata import Data
-from qcrd_fast.runfolder import LOG, NEGATIVES, RESULTS, SNAPSHOTS, RunFolder, logging_to, quiet_logs
-from qcrd_fast.schedule import Schedule
-from qcrd_fast.snapshots import Snapshots
-from qcrd_fast.streams import Lane, choose_overlap
+from qcrd_fast.runs import checkpoints
+from qcrd_fast.runs.folder import LOG, NEGATIVES, RESULTS, SNAPSHOTS, RunFolder
+from qcrd_fast.runs.logs import logging_to, quiet_logs
+from qcrd_fast.train import checkpointer
+from qcrd_fast.train.audit import Audit, Audits
+from qcrd_fast.train.checkpointer import Keeper, resume_point
+from qcrd_fast.train.evaluation import Best, Evaluation
+from qcrd_fast.train.examples import Example, make_examples
+from qcrd_fast.train.memory_estimate import checkpoint_activations, survey
+from qcrd_fast.train.metrics_log import MetricsLog, Progress, mean, share
+from qcrd_fast.train.negatives import Asked, LaggedNegatives
+from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.overlap import Lane, choose_overlap
+from qcrd_fast.train.questions import Data
+from qcrd_fast.train.schedule import Schedule
+from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.utils.determinism import deterministic, require_deterministic
 from qcrd_fast.utils.device import make_autocast, resolve_device
 from qcrd_fast.utils.files import told_room
@@ -92,7 +94,7 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
     if config.use_peft:
         require_peft()
     if not found:
-        checkpoint.require_whole(Path(str(config.student)))
+        checkpoints.require_whole(Path(str(config.student)))
     student = Student.load(str(config.student) if config.use_peft else found or str(config.student), prompts, device)
     examples = make_examples(data.train, student, config)
     if run is None:
@@ -113,7 +115,7 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
                 raise Stopped(signum)
         return session.finish()
     except OSError as error:
-        room = told_room(run.path, checkpoint.checkpoint_bytes(student, session.trainer))
+        room = told_room(run.path, checkpointer.checkpoint_bytes(student, session.trainer))
         raise RunError(f"{run.path}: {error} (the next checkpoint: {room}); whole checkpoints are intact") from error
 
 
@@ -371,7 +373,7 @@ class Session:
         run that has steps to go are no longer its own."""
         self.log.cut(step)
         if self.lagged:
-            self.lagged.cut(self.schedule.iteration(step) if step else -1)
+            self.lagged.store.cut(self.schedule.iteration(step) if step else -1)
         if step < self.schedule.total_steps:
             self.ranks.on_first(lambda: (self.run / RESULTS).unlink(missing_ok=True))
 

@@ -13,7 +13,7 @@ from qcrd_fast.data.splits import label_kind, label_of
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, TokenIds
 from qcrd_fast.models.student import Student
-from qcrd_fast.negatives import Negative
+from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.utils.oom import relieved_by
 
 log = logging.getLogger(__name__)

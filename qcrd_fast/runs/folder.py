@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +15,6 @@ import yaml
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.files import FULL, remove_tree, shown, write_text
-from qcrd_fast.utils.redact import RedactingFormatter
 from qcrd_fast.utils.torchrun import rank
 
 # Every name in a run folder, once.
@@ -132,43 +129,6 @@ def check_same_config(config: TrainConfig, before: Any, where: Path) -> None:
         if name not in FREE_OPTIONS | DEALT and isinstance(before, dict) and name in before and before[name] != value:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{where}: the run began with {flag} {before[name]!r}, now it is {value!r}")
-
-
-@contextlib.contextmanager
-def quiet_logs() -> Iterator[None]:
-    """Only errors are logged: for the processes beside the one that keeps the log."""
-    logger = logging.getLogger("qcrd_fast")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-class _Log(logging.FileHandler):
-    """A log that a full disk does not end; where anything is lost by it, the run ends."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            super().close()
-
-
-@contextlib.contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """The package's log lines go to a file too, without secrets."""
-    logger = logging.getLogger("qcrd_fast")
-    handler = _Log(path, encoding="utf-8")
-    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

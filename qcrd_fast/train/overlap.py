@@ -1,7 +1,7 @@
 """Where negatives are drawn: in turn with training, or beside it in a thread with a CUDA stream of its own.
 
 Nothing of the device crosses from one stream to the other: a draw reads prompts from the host and leaves tokens there, and
-weights come from host memory behind an event (`qcrd_fast.snapshots`).
+weights come from host memory behind an event (`qcrd_fast.train.snapshots`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,22 +26,13 @@ from qcrd_fast.generation.sample import make_sampler
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
-from qcrd_fast.runfolder import negatives_name
-from qcrd_fast.schedule import Schedule
-from qcrd_fast.snapshots import Snapshots
-from qcrd_fast.streams import Lane
-from qcrd_fast.utils.files import append_lines, read_lines, write_lines
+from qcrd_fast.train.negative_store import Negative, NegativeStore
+from qcrd_fast.train.overlap import Lane
+from qcrd_fast.train.schedule import Schedule
+from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.utils.oom import for_sampling, relieved
 
 AHEAD = 2  # chunks drawn before their steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Negative:
-    """A sampled rationale: its tokens (with EOS where the sampling reached it) and its text."""
-
-    tokens: TokenIds
-    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +52,8 @@ class LaggedNegatives:
     """One sampled rationale per question and iteration, drawn just before the steps that use it, or up to `AHEAD` chunks
     earlier beside training (`--overlap`).
 
-    Iteration t samples from the snapshot of iteration max(t - j, 0) (`fixed`: always 0) and keeps what was said in
-    `negatives/iteration-t.jsonl`, a chunk at a time, each ended by a line that counts and digests it. Of several ranks each
-    draws for its share of a chunk's questions; all of them know what was said, and rank 0 keeps it.
+    Iteration t samples from the snapshot of iteration max(t - j, 0) (`fixed`: always 0) and keeps what was said in its `store`.
+    Of several ranks each draws for its share of a chunk's questions; all of them know what was said, and rank 0 keeps it.
     """
 
     def __init__(
@@ -79,7 +68,7 @@ class LaggedNegatives:
         lane: Lane | None = None,
         ranks: Ranks = ALONE,
     ):
-        self.questions, self.schedule, self.snapshots, self.folder = questions, schedule, snapshots, folder
+        self.questions, self.schedule, self.snapshots = questions, schedule, snapshots
         self.config, self.autocast = config, autocast
         self.settings = SampleSettings(
             config.negative_temperature,
@@ -98,7 +87,7 @@ class LaggedNegatives:
         self._loaded: int | None = None
         self._stop = threading.Event()
         self._ahead: dict[tuple[int, int], Future[_Drawn]] = {}
-        self._said: dict[int, dict[int, dict[str, Negative]]] = {}  # by iteration and chunk, in the order of the file
+        self.store = NegativeStore(folder, schedule, [q.id for q in questions], ranks, kept=1 + AHEAD)
 
     def source_iteration(self, iteration: int) -> int:
         """Whose snapshot speaks in an iteration."""
@@ -136,7 +125,7 @@ class LaggedNegatives:
     def for_step(self, step: int) -> dict[str, Negative]:
         """Negatives by question id for the questions of a step (and of its chunk)."""
         iteration, chunk = self.schedule.chunk(step)
-        said = self._of(iteration)
+        said = self.store.chunks(iteration)
         if chunk not in said:
             started = time.perf_counter()
             drawn = self._draw(iteration, chunk).result()
@@ -145,10 +134,8 @@ class LaggedNegatives:
             tokens = self.ranks.collect(drawn.tokens)
             self.tokens += sum(map(len, tokens))
             asked = self._asked(iteration, chunk)
-            said[chunk] = {q.id: Negative(t, self._student.text(t)) for q, t in zip(asked, tokens, strict=True)}
-            records = [{"chunk": chunk, "id": i, "tokens": n.tokens, "text": n.text} for i, n in said[chunk].items()]
-            end = {"chunk": chunk, "end": len(records), "sha256": _digest(records)}
-            self.ranks.on_first(lambda: append_lines(self._path(iteration), [*records, end], durable=True))
+            found = {q.id: Negative(t, self._student.text(t)) for q, t in zip(asked, tokens, strict=True)}
+            self.store.append(iteration, chunk, found)
         if self.lane.kind != "serial":
             self._look_ahead(step)
         return said[chunk]
@@ -169,18 +156,6 @@ class LaggedNegatives:
     def tokens_per_s(self) -> float | None:
         return self.tokens / self.busy_s if self.busy_s else None
 
-    def cut(self, iteration: int) -> None:
-        """Forget what was said in later iterations than this one; -1: everything. A run that goes on from here may be another:
-        of other rows, or not to the bit the one that said it."""
-
-        def remove() -> None:
-            for path in self.folder.glob("iteration-*.jsonl"):
-                number = path.stem.removeprefix("iteration-")
-                if number.isdecimal() and int(number) > iteration:
-                    path.unlink()
-
-        self.ranks.on_first(remove)
-
     def close(self) -> None:
         """Stop what is being drawn ahead; a resume draws it again."""
         self._stop.set()
@@ -199,7 +174,7 @@ class LaggedNegatives:
         for iteration, chunk in self._following(step):
             if not self.snapshots.has(self.source_iteration(iteration)):
                 return
-            if chunk not in self._of(iteration) and (iteration, chunk) not in self._ahead:
+            if chunk not in self.store.chunks(iteration) and (iteration, chunk) not in self._ahead:
                 self._ahead[iteration, chunk] = self.lane.run(lambda i=iteration, c=chunk: self._sample(i, c))  # type: ignore[misc]
 
     def _following(self, step: int) -> Iterator[tuple[int, int]]:
@@ -232,69 +207,8 @@ class LaggedNegatives:
     def _asked(self, iteration: int, chunk: int) -> list[Asked]:
         return [self.questions[i] for i in self.schedule.chunk_questions(iteration, chunk)]
 
-    # The store
-
-    def _path(self, iteration: int) -> Path:
-        return self.folder / negatives_name(iteration)
-
-    def _of(self, iteration: int) -> dict[int, dict[str, Negative]]:
-        """The chunks of an iteration that are in the store. What stands behind the first damaged one is drawn again."""
-        if iteration in self._said:
-            return self._said[iteration]
-        self._said = {i: said for i, said in self._said.items() if i >= iteration - 1 - AHEAD}
-        said = self._said[iteration] = {}
-        for record in self.ranks.on_first(lambda: self._read(iteration)):
-            if "end" not in record:
-                said.setdefault(record["chunk"], {})[record["id"]] = Negative(record["tokens"], record["text"])
-        return said
-
-    def _read(self, iteration: int) -> list[dict[str, Any]]:
-        """The records of an iteration's whole chunks; the file is cut behind them."""
-        self.folder.mkdir(exist_ok=True)
-        path = self._path(iteration)
-        chunks: set[int] = set()
-        whole: list[dict[str, Any]] = []
-        pending: list[dict[str, Any]] = []
-        for record in read_lines(path):
-            pending.append(record)
-            if "end" in record:
-                if not self._is_whole(iteration, pending, chunks):
-                    break
-                chunks.add(record["chunk"])
-                whole += pending
-                pending = []
-        if path.exists():
-            write_lines(path, whole)  # without the tail that a killed run left
-        return whole
-
-    def _is_whole(self, iteration: int, records: list[dict[str, Any]], chunks: set[int]) -> bool:
-        """Whether these are the records of one chunk, all its questions and no other, as they were written."""
-        *rows, end = records
-        chunk = end.get("chunk")
-        if type(chunk) is not int or not 0 <= chunk < len(self.schedule.first_steps(iteration)) or chunk in chunks:
-            return False
-        return (
-            end["end"] == len(rows)
-            and [r.get("id") for r in rows] == [q.id for q in self._asked(iteration, chunk)]
-            and end.get("sha256") == _digest(rows)
-            and all(_is_said(r, chunk) for r in rows)
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class _Drawn:
     tokens: list[TokenIds]
     seconds: float
-
-
-def _is_said(row: dict[str, Any], chunk: int) -> bool:
-    """Whether a row is of the kind that `for_step` writes, whatever the digest says."""
-    tokens = row.get("tokens")
-    if type(row.get("chunk")) is not int or row["chunk"] != chunk or not isinstance(row.get("text"), str):
-        return False
-    return isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)
-
-
-def _digest(rows: Sequence[dict[str, Any]]) -> str:
-    said = repr([(r.get("chunk"), r.get("id"), r.get("tokens"), r.get("text")) for r in rows])
-    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
