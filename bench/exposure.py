@@ -13,7 +13,7 @@ from qcrd_fast.config import METHODS, TrainConfig
 from qcrd_fast.data.splits import label_kind
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import Prompter, PromptSettings
-from qcrd_fast.seeds import read_recipe
+from qcrd_fast.sweep.runner import read_recipe
 from qcrd_fast.train.examples import Example, make_examples
 from qcrd_fast.train.questions import Data
 

@@ -28,7 +28,7 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.examples import Example, make_examples
-from qcrd_fast.train.negatives import Negative
+from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.train.objective import Objective
 from qcrd_fast.utils.device import make_autocast, resolve_device
 

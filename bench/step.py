@@ -27,7 +27,8 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.losses import contrastive_loss
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.examples import Candidate, Example
-from qcrd_fast.train.negatives import Asked, LaggedNegatives, Negative
+from qcrd_fast.train.negative_store import Negative
+from qcrd_fast.train.negatives import Asked, LaggedNegatives
 from qcrd_fast.train.objective import Objective
 from qcrd_fast.train.overlap import Lane, choose_overlap
 from qcrd_fast.train.schedule import Schedule

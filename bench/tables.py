@@ -19,9 +19,10 @@ from typing import Any
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.runrows import JUDGEMENTS, MEANS, Job, answers_of, check_csv, key, read_csv, shares, signed
-from qcrd_fast.seeds import RUNS_CSV, check_data, parse_seeds, read_recipe, run_jobs
-from qcrd_fast.statistics import pair, single
+from qcrd_fast.sweep.intervals import pair, single
+from qcrd_fast.sweep.job import Job, key
+from qcrd_fast.sweep.results_csv import JUDGEMENTS, MEANS, answers_of, check_csv, read_csv, shares, signed
+from qcrd_fast.sweep.runner import RUNS_CSV, check_data, parse_seeds, read_recipe, run_jobs
 from qcrd_fast.utils.files import write_text
 
 log = logging.getLogger(__name__)

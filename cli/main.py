@@ -224,8 +224,8 @@ def several(
     as_json: bool,
 ) -> None:
     """`train` with --seeds or --methods: runs them, and prints a line each and the methods' accuracies with intervals."""
-    from qcrd_fast import seeds as library
-    from qcrd_fast.runrows import as_text, check_csv
+    from qcrd_fast.sweep import runner as library
+    from qcrd_fast.sweep.results_csv import as_text, check_csv
 
     if config.resume not in (None, "auto"):
         raise InputError(f"--resume {config.resume} is for one run; of several, each goes on from its own latest checkpoint")

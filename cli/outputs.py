@@ -144,7 +144,7 @@ def report(runs: tuple[str, ...], output: str, results: str | None, dry_run: boo
     `score RUN --sample-student`; --results takes a CSV that `train --seeds` wrote, such as bench/results/runs.csv.
     """
     with console.quiet_stdout():
-        from qcrd_fast.report import write_report
+        from qcrd_fast.report.page import write_report
 
         summary = write_report(runs, output, results=results, dry_run=dry_run)
     lines = [f"{run['name']}: {run['state']}, {run['scores']} scores" for run in summary["runs"]]

@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.discriminator.metrics import wilson
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.loading import save_tokenizer
 from qcrd_fast.models.prompts import PromptSettings
@@ -21,6 +20,7 @@ from qcrd_fast.models.student import Student
 from qcrd_fast.runs.checkpoints import require_whole, step_of
 from qcrd_fast.runs.folder import CONFIG, MANIFEST, RESULTS, STATE
 from qcrd_fast.runs.load import find_model, load_student
+from qcrd_fast.sweep.intervals import wilson
 from qcrd_fast.utils.config_files import number, read_object, read_options
 from qcrd_fast.utils.files import remove_tree, require_writable, write_json, write_text
 from qcrd_fast.version import __version__

@@ -9,11 +9,12 @@ import pytest
 from test_report import HOSTILE, check, make_run
 
 from cli.main import entry
-from qcrd_fast import costs
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.report import render, write_report
-from qcrd_fast.runrows import COLUMNS, Job, append_row, row
-from qcrd_fast.runview import read_run
+from qcrd_fast.report import costs
+from qcrd_fast.report.page import render, write_report
+from qcrd_fast.report.run_view import read_run
+from qcrd_fast.sweep.job import Job
+from qcrd_fast.sweep.results_csv import COLUMNS, append_row, row
 
 pytest.importorskip("matplotlib", reason="needs matplotlib, the extra `report`")
 

@@ -11,7 +11,7 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.examples import make_examples
-from qcrd_fast.train.negatives import Negative
+from qcrd_fast.train.negative_store import Negative
 
 QUESTION = Question(
     id="q",

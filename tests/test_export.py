@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from cli.main import entry
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.discriminator.metrics import wilson
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.export import export_run, usage
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT
 from qcrd_fast.runs.load import load_student
+from qcrd_fast.sweep.intervals import wilson
 from qcrd_fast.train.trainer import train
 from qcrd_fast.utils.files import sha256, write_json
 

@@ -19,7 +19,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qcrd_fast import runview
 from qcrd_fast.collect.endpoint import parse_reply
 from qcrd_fast.collect.ledger import Ledger
 from qcrd_fast.collect.prompts import read_reply
@@ -30,6 +29,7 @@ from qcrd_fast.data.expressions import evaluate_expression
 from qcrd_fast.data.load import load_questions, prepare, validate_file
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import PromptSettings
+from qcrd_fast.report import run_view
 from qcrd_fast.runs import checkpoints
 from qcrd_fast.runs.folder import MANIFEST, STATE
 from qcrd_fast.train.negative_store import NegativeStore, digest
@@ -366,8 +366,8 @@ def test_any_store_gives_back_what_was_said_or_nothing(folder: Path, data: st.Da
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    "metrics.jsonl": runview.read_run, "quality_scores.jsonl": runview.read_run, "eval_results.json": runview.read_run,
-    "config.resolved.yaml": runview.read_run, "predictions.jsonl": runview.read_run,
+    "metrics.jsonl": run_view.read_run, "quality_scores.jsonl": run_view.read_run, "eval_results.json": run_view.read_run,
+    "config.resolved.yaml": run_view.read_run, "predictions.jsonl": run_view.read_run,
 }  # fmt: skip
 
 

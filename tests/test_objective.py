@@ -13,7 +13,7 @@ from qcrd_fast.data.load import load_questions
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.examples import make_examples
-from qcrd_fast.train.negatives import Negative
+from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.train.objective import MI_WEIGHT, Objective
 from qcrd_fast.utils.device import make_autocast
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.seeds import read_recipe
+from qcrd_fast.sweep.runner import read_recipe
 from qcrd_fast.utils.config_files import read_object, read_options, read_yaml
 
 

@@ -18,11 +18,12 @@ from types import SimpleNamespace
 import pytest
 
 from cli.main import entry
-from qcrd_fast import runrows, seeds
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data import splits
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.rationales import equations, judge_rationale, summarize
+from qcrd_fast.sweep import intervals, results_csv, runner
+from qcrd_fast.sweep.job import key, options_text
+from qcrd_fast.sweep.rationale_checks import equations, judge_rationale, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("QCRD_FAST_DATA") or ROOT.parent / "shared" / "data")
@@ -47,7 +48,7 @@ def commands(recipe: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
 def test_a_recipe_says_how_its_data_is_made(recipe: Path) -> None:
-    config = TrainConfig.from_dict(seeds.read_recipe(recipe))
+    config = TrainConfig.from_dict(runner.read_recipe(recipe))
     text = recipe.read_text()
     assert f"--config recipes/{recipe.name} " in text and config.output_dir == f"runs/{recipe.stem}"
     for path in (config.data, config.test_data):
@@ -91,13 +92,13 @@ def test_the_data_commands_work_and_give_the_questions_they_promise(tmp_path, mo
 
 
 def test_seeds_and_methods_are_read() -> None:
-    assert seeds.parse_seeds("3") == (0, 1, 2) and seeds.parse_seeds("4,") == (4,) and seeds.parse_seeds("2, 0") == (2, 0)
-    assert seeds.parse_methods("dss, qcrd") == ("dss", "qcrd")
+    assert runner.parse_seeds("3") == (0, 1, 2) and runner.parse_seeds("4,") == (4,) and runner.parse_seeds("2, 0") == (2, 0)
+    assert runner.parse_methods("dss, qcrd") == ("dss", "qcrd")
     for text in ("0", "-1", "x", "1,1", "", ",", "1,,2", "2.5"):
         with pytest.raises(InputError, match="--seeds"):
-            seeds.parse_seeds(text)
+            runner.parse_seeds(text)
     with pytest.raises(InputError, match="did you mean 'qcrd'"):
-        seeds.parse_methods("dss,qcdr")
+        runner.parse_methods("dss,qcdr")
 
 
 FAKE = """
@@ -124,12 +125,12 @@ def jobs(tmp_path, monkeypatch):
     real = subprocess.Popen
 
     def popen(command, **how):
-        assert command[1:3] == ["-m", "qcrd_fast.seeds"] and how["start_new_session"]
+        assert command[1:3] == ["-m", "qcrd_fast.sweep.runner"] and how["start_new_session"]
         return real([command[0], str(tmp_path / "fake.py"), *command[3:]], **how)
 
-    monkeypatch.setattr(seeds.subprocess, "Popen", popen)
+    monkeypatch.setattr(runner.subprocess, "Popen", popen)
     config = TrainConfig(data=str(tmp_path / "rows.jsonl"), student="tiny", output_dir=str(tmp_path / "out"), method="dss")
-    return seeds.plan(config, (0, 1, 2), ("dss",), "toy")
+    return runner.plan(config, (0, 1, 2), ("dss",), "toy")
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -141,24 +142,24 @@ def test_a_failed_seed_leaves_the_others_alone_and_is_tried_again(jobs, tmp_path
     results, bad = tmp_path / "runs.csv", tmp_path / "out" / "bad-1"
     bad.touch()
     with pytest.raises(RunError, match="1 of 3 runs failed: toy dss seed 1; the same command"):
-        seeds.run_jobs(jobs, results, parallel=2)
+        runner.run_jobs(jobs, results, parallel=2)
     assert [row["seed"] for row in table(results)] == ["0", "2"]
     assert "the disk is full" in (tmp_path / "out" / "seed-1.log").read_text()
     bad.unlink()
     began = (tmp_path / "out" / "seed-0.log").stat().st_mtime_ns
-    rows = seeds.run_jobs(jobs, results)
+    rows = runner.run_jobs(jobs, results)
     assert [row["seed"] for row in rows] == [0, 1, 2] and sorted(row["seed"] for row in table(results)) == ["0", "1", "2"]
     assert (tmp_path / "out" / "seed-0.log").stat().st_mtime_ns == began  # it was not run again
     attempts = [json.loads(x)["exit"] for x in (tmp_path / "out" / "seed-1" / "attempts.jsonl").read_text().splitlines()]
     assert attempts == [1, 0]
     row = table(results)[0]
     assert row["gpu_minutes"] and row["device"] == "a GPU" and row["n"] == "9" and row["method"] == "dss"
-    assert runrows.answers_of(table(results))[0].bits == tuple(i % 3 == 0 for i in range(9))
-    assert runrows.as_text(rows).endswith("dss: 33.3 (33.3 to 33.3) %, seeds: 3")
-    seeds.run_jobs(jobs, results, keep=False)
+    assert results_csv.answers_of(table(results))[0].bits == tuple(i % 3 == 0 for i in range(9))
+    assert results_csv.as_text(rows).endswith("dss: 33.3 (33.3 to 33.3) %, seeds: 3")
+    runner.run_jobs(jobs, results, keep=False)
     assert len(table(results)) == 3 and not list(tmp_path.glob("out/*/checkpoint-*"))
     results.unlink()
-    assert len(seeds.run_jobs(jobs, results)) == len(table(results)) == 3  # rows come back from the folders
+    assert len(runner.run_jobs(jobs, results)) == len(table(results)) == 3  # rows come back from the folders
 
 
 def cut(text: str) -> str:
@@ -179,15 +180,15 @@ def cut(text: str) -> str:
 )
 def test_a_damaged_line_of_the_results_costs_that_line_alone(damage, lost: bool, jobs, tmp_path, caplog) -> None:
     results = tmp_path / "runs.csv"
-    seeds.run_jobs(jobs[:2], results)
+    runner.run_jobs(jobs[:2], results)
     whole = table(results)
     results.write_bytes(damage(results.read_text()).encode("utf-8", "surrogateescape"))
-    assert runrows.read_csv(results)[0] == whole[0] and len(runrows.read_csv(results)) == 2 - lost
+    assert results_csv.read_csv(results)[0] == whole[0] and len(results_csv.read_csv(results)) == 2 - lost
     for _ in range(2):  # the missing ones come back from their folders, once
-        seeds.run_jobs(jobs, results)
-        rows = [{k: v for k, v in r.items() if k != "wall_s"} for r in runrows.read_csv(results)]
+        runner.run_jobs(jobs, results)
+        rows = [{k: v for k, v in r.items() if k != "wall_s"} for r in results_csv.read_csv(results)]
         assert sorted(r["seed"] for r in rows) == ["0", "1", "2"]
-    assert all(len(runrows.answers_of([row])) == 1 for row in rows)
+    assert all(len(results_csv.answers_of([row])) == 1 for row in rows)
 
 
 def test_a_full_disk_leaves_no_half_row_and_the_other_runs_alone(jobs, tmp_path, monkeypatch) -> None:
@@ -196,23 +197,23 @@ def test_a_full_disk_leaves_no_half_row_and_the_other_runs_alone(jobs, tmp_path,
     def full(descriptor: int, data: bytes) -> int:
         return real(descriptor, data[: len(data) // 2]) if b"toy" in data and b",1,0." in data else real(descriptor, data)
 
-    monkeypatch.setattr(runrows.os, "write", full)
+    monkeypatch.setattr(results_csv.os, "write", full)
     with pytest.raises(RunError, match="1 of 3 runs failed: toy dss seed 1"):
-        seeds.run_jobs(jobs, results, parallel=3)
+        runner.run_jobs(jobs, results, parallel=3)
     assert sorted(row["seed"] for row in table(results)) == ["0", "2"]
     monkeypatch.undo()
     (jobs[0].folder / "predictions.jsonl").unlink()
     with pytest.raises(RunError, match="1 of 3 runs failed: toy dss seed 0"):  # and seed 1 gets its row
-        seeds.run_jobs(jobs, results)
+        runner.run_jobs(jobs, results)
     assert sorted(row["seed"] for row in table(results)) == ["0", "1", "2"]
 
 
 def test_a_run_that_did_not_say_where_it_ran_is_not_finished(jobs, tmp_path) -> None:
     """It was killed behind its last word: its data may be other by now, so it looks again."""
-    seeds.run_jobs(jobs[:1], tmp_path / "runs.csv")
+    runner.run_jobs(jobs[:1], tmp_path / "runs.csv")
     (jobs[0].folder / "environment.json").unlink()
     assert jobs[0].state == "begun"
-    seeds.run_jobs(jobs[:1], tmp_path / "runs.csv")
+    runner.run_jobs(jobs[:1], tmp_path / "runs.csv")
     assert jobs[0].state == "finished" and len(table(tmp_path / "runs.csv")) == 1
     (jobs[0].folder / "eval_results.json").write_text('{"accu')
     assert jobs[0].state == "begun"
@@ -222,16 +223,16 @@ def test_a_run_that_did_not_say_where_it_ran_is_not_finished(jobs, tmp_path) -> 
 
 
 def test_a_run_that_another_command_finished_meanwhile_is_not_run_again(jobs, tmp_path, monkeypatch) -> None:
-    results, real = tmp_path / "runs.csv", seeds.start
+    results, real = tmp_path / "runs.csv", runner.start
 
     def start(job):
         if job is jobs[0]:  # while it runs, another command does the second
-            monkeypatch.setattr(seeds, "start", real)
-            seeds.run_jobs(jobs[1:2], results)
+            monkeypatch.setattr(runner, "start", real)
+            runner.run_jobs(jobs[1:2], results)
         return real(job)
 
-    monkeypatch.setattr(seeds, "start", start)
-    seeds.run_jobs(jobs[:2], results)
+    monkeypatch.setattr(runner, "start", start)
+    runner.run_jobs(jobs[:2], results)
     assert sorted(row["seed"] for row in table(results)) == ["0", "1"]
     assert len((jobs[1].folder / "attempts.jsonl").read_text().splitlines()) == 1
 
@@ -241,16 +242,16 @@ def test_what_a_run_logs_holds_no_secret(tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "rows.jsonl").write_text("")
     options = {"data": str(tmp_path / "supersecretvalue123.jsonl"), "student": "x", "output_dir": str(tmp_path / "o")}
     (tmp_path / "o.yaml").write_text(json.dumps(options))
-    assert seeds.child([str(tmp_path / "o.yaml")]) == 2
-    monkeypatch.setattr(seeds, "read_recipe", lambda path: 1 / len(os.environ["SOME_API_KEY"][:0]))
-    assert seeds.child([str(tmp_path / "o.yaml")]) == 1
+    assert runner.child([str(tmp_path / "o.yaml")]) == 2
+    monkeypatch.setattr(runner, "read_recipe", lambda path: 1 / len(os.environ["SOME_API_KEY"][:0]))
+    assert runner.child([str(tmp_path / "o.yaml")]) == 1
     said = capsys.readouterr().err
     assert "ZeroDivisionError" in said and "***.jsonl" in said and "supersecret" not in said
 
 
 def test_runs_of_two_students_with_a_common_name_are_two(jobs) -> None:
     def student(name: str) -> str:
-        return runrows.key(dataclasses.replace(jobs[0], config=dataclasses.replace(jobs[0].config, student=name)))["student"]
+        return key(dataclasses.replace(jobs[0], config=dataclasses.replace(jobs[0].config, student=name)))["student"]
 
     assert [student(n) for n in ("runs/a/final", "runs/b/final", "runs/b/checkpoint-20")] == [
         "a/final",
@@ -274,39 +275,39 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(jobs, tmp_path) -> None
     timer = threading.Timer(0.1, interrupt)
     timer.start()
     with pytest.raises(Stopped) as caught:
-        seeds.run_jobs(jobs, results, parallel=2)
+        runner.run_jobs(jobs, results, parallel=2)
     timer.join()
     assert caught.value.exit_code == 143 and not results.exists()
     assert [job.state for job in jobs] == ["begun", "begun", "new"]
     for path in tmp_path.glob("out/slow-*"):
         path.unlink()
-    assert len(seeds.run_jobs(jobs, results, parallel=3)) == 3
+    assert len(runner.run_jobs(jobs, results, parallel=3)) == 3
 
 
 def test_what_refuses_the_first_three_runs_is_not_tried_on_the_rest(jobs, tmp_path, caplog) -> None:
     (tmp_path / "out" / "refuse").touch()
-    more = seeds.plan(dataclasses.replace(jobs[0].config, output_dir=str(tmp_path / "out")), range(9), ("dss",), "toy")
+    more = runner.plan(dataclasses.replace(jobs[0].config, output_dir=str(tmp_path / "out")), range(9), ("dss",), "toy")
     with pytest.raises(RunError, match="3 of 9 runs failed"):
-        seeds.run_jobs(more, tmp_path / "runs.csv")
+        runner.run_jobs(more, tmp_path / "runs.csv")
     assert "the other 6 are not tried" in caplog.text
 
 
 def test_other_options_or_other_data_are_not_taken_for_the_same_run(jobs, tmp_path) -> None:
-    seeds.run_jobs(jobs[:1], tmp_path / "runs.csv")
+    runner.run_jobs(jobs[:1], tmp_path / "runs.csv")
     other = dataclasses.replace(jobs[0], config=dataclasses.replace(jobs[0].config, learning_rate=1.0))
     with pytest.raises(InputError, match=r"began with --learning-rate 5e-05, now it is 1\.0"):
-        seeds.run_jobs([other], tmp_path / "runs.csv")
+        runner.run_jobs([other], tmp_path / "runs.csv")
     (jobs[0].folder / "environment.json").write_text(json.dumps({"data": "0123"}))
     with pytest.raises(InputError, match="made from other data"):
-        seeds.run_jobs(jobs[:1], tmp_path / "runs.csv")
+        runner.run_jobs(jobs[:1], tmp_path / "runs.csv")
     (tmp_path / "old.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="other columns"):
-        seeds.run_jobs(jobs, tmp_path / "old.csv")
+        runner.run_jobs(jobs, tmp_path / "old.csv")
 
 
 def test_options_are_told_apart_but_not_paths() -> None:
     config = TrainConfig(data="a", student="b/c", seed=3, method="qcrd", beta=0.3, bf16=False, use_peft=True, negative_lag=3)
-    assert runrows.options_text(config) == "--beta 0.3 --negative-lag 3 --no-bf16 --use-peft"
+    assert options_text(config) == "--beta 0.3 --negative-lag 3 --no-bf16 --use-peft"
 
 
 @pytest.mark.parametrize(
@@ -408,12 +409,12 @@ def filled(tmp_path, monkeypatch):
     results = tmp_path / "runs.csv"
 
     def add(table, variant, seed, share: float, **more) -> None:
-        job = settings.job(table, "svamp-toy", variant, seed, runrows.read_csv(results))
-        answers = runrows.Answers.of([{"id": f"{i:03}", "correct": (i * 7 + seed) % 100 < 100 * share} for i in range(100)])
-        row = dict.fromkeys(runrows.COLUMNS) | runrows.key(job) | {"accuracy": share, "n": 100, "device": "GPU", "time": seed}
+        job = settings.job(table, "svamp-toy", variant, seed, results_csv.read_csv(results))
+        answers = intervals.Answers.of([{"id": f"{i:03}", "correct": (i * 7 + seed) % 100 < 100 * share} for i in range(100)])
+        row = dict.fromkeys(results_csv.COLUMNS) | key(job) | {"accuracy": share, "n": 100, "device": "GPU", "time": seed}
         where = "validation" if table.tune else "test"
         row |= {"correct": answers.to_hex(), "questions": answers.questions, "evaluated_on": where, "gpu_minutes": 2} | more
-        assert runrows.append_row(results, row) and not runrows.append_row(results, row)
+        assert results_csv.append_row(results, row) and not results_csv.append_row(results, row)
 
     return SimpleNamespace(tables=tables, settings=settings, results=results, add=add)
 
@@ -442,12 +443,12 @@ def test_tables_are_filled_and_the_rest_is_not_run(filled, capsys) -> None:
 def test_tuning_is_used_once_all_methods_have_theirs(filled) -> None:
     tables, settings = filled.tables, filled.settings
     for variant in tables.TABLES[0].variants:
-        assert settings.tuned("svamp-toy", runrows.read_csv(filled.results)) == {}
+        assert settings.tuned("svamp-toy", results_csv.read_csv(filled.results)) == {}
         for seed in (0, 1):
             best = 1e-4 if variant.options["method"] == "qcrd" else 2e-5
             share = 0.6 if variant.options["learning_rate"] == best else 0.5
             filled.add(tables.TABLES[0], variant, seed, share, accuracy_validation=share)
-    rows = runrows.read_csv(filled.results)
+    rows = results_csv.read_csv(filled.results)
     rates = settings.tuned("svamp-toy", rows)
     assert rates["qcrd"] == {"learning_rate": 1e-4} and {m for m in rates} == set(tables.NAMES)
     assert all(rates[m] == {"learning_rate": 2e-5} for m in rates if m != "qcrd")

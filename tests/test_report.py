@@ -17,11 +17,11 @@ import yaml
 from cli.main import entry
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.report import render, write_report
-from qcrd_fast.runview import read_objects, read_run
+from qcrd_fast.report.page import render, write_report
+from qcrd_fast.report.run_view import read_objects, read_run
 
 pytest.importorskip("matplotlib", reason="needs matplotlib, the extra `report`")
-from qcrd_fast.plots import MAX_POINTS, Line, density, line_chart, thin
+from qcrd_fast.report.charts import MAX_POINTS, Line, density, line_chart, thin
 
 HOSTILE = "</p></svg><script>alert(1)</script><img src=x onerror=alert(2)>\" onload='x' &lt; $\\frac{ \x00\x1b \u202e"
 

@@ -5,7 +5,6 @@ Shapes: R rationales, Q questions, B resamples of the questions, G groups of equ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,10 +100,3 @@ def judge(score_R: Any, positive_R: Any, question_R: Sequence[Any], seed: int = 
         "questions": len(set(question_R)),
         **calibration(score_R, positive_R),
     }
-
-
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95% interval of a share of `n`."""
-    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)

@@ -15,8 +15,8 @@ from typing import Any
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.runrows import ATTEMPTS, WHERE
 from qcrd_fast.runs.folder import CONFIG, LOCK, METRICS, NEGATIVES, PREDICTIONS, RESULTS
+from qcrd_fast.sweep.job import ATTEMPTS, WHERE
 from qcrd_fast.utils.config_files import is_plain, number, read_object, read_options
 
 QUALITY_SCORES = "quality_scores.jsonl"

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.runrows import KEY, answers_of, options_text, read_csv
-from qcrd_fast.runview import RunView
-from qcrd_fast.statistics import Answers, Estimate, single
+from qcrd_fast.report.run_view import RunView
+from qcrd_fast.sweep.intervals import Answers, Estimate, single
+from qcrd_fast.sweep.job import KEY, options_text
+from qcrd_fast.sweep.results_csv import answers_of, read_csv
 from qcrd_fast.utils.config_files import number
 
 OF_STEPS = " of the steps"

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category
 
-from qcrd_fast.costs import OF_STEPS, Outcome, of_csv, of_view, points
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import question_text
-from qcrd_fast.discriminator.metrics import judge, wilson
+from qcrd_fast.discriminator.metrics import judge
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.plots import PALETTE, Line, Spot, density_chart, line_chart, scatter_chart
-from qcrd_fast.runview import RunView, negatives, read_run
+from qcrd_fast.report.charts import PALETTE, Line, Spot, density_chart, line_chart, scatter_chart
+from qcrd_fast.report.costs import OF_STEPS, Outcome, of_csv, of_view, points
+from qcrd_fast.report.run_view import RunView, negatives, read_run
+from qcrd_fast.sweep.intervals import wilson
 from qcrd_fast.utils.config_files import number
 from qcrd_fast.utils.files import write_text
 from qcrd_fast.version import __version__

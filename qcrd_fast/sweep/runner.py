@@ -19,8 +19,9 @@ import yaml
 
 from qcrd_fast.config import METHODS, TrainConfig, nearest
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.runrows import ATTEMPTS, JUDGED, WHERE, Job, append_row, check_csv, data_digest, row
 from qcrd_fast.runs.folder import FINAL, NEGATIVES, RESULTS, SNAPSHOTS
+from qcrd_fast.sweep.job import ATTEMPTS, JUDGED, WHERE, Job, data_digest
+from qcrd_fast.sweep.results_csv import append_row, check_csv, row
 from qcrd_fast.utils.config_files import read_yaml
 from qcrd_fast.utils.environment import commit
 from qcrd_fast.utils.files import append_lines, remove_tree, write_json, write_text
@@ -175,7 +176,7 @@ def start(job: Job) -> subprocess.Popen[bytes]:
     """The run in a process of its own, out of reach of the terminal's signals; it writes to FOLDER.log."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     write_text(job.options, yaml.safe_dump(job.config.to_dict(), sort_keys=False, allow_unicode=True))
-    command = [sys.executable, "-m", "qcrd_fast.seeds", str(job.options), *(["--judge"] if job.judge else [])]
+    command = [sys.executable, "-m", "qcrd_fast.sweep.runner", str(job.options), *(["--judge"] if job.judge else [])]
     with open(_log_of(job), "ab") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
     log.info("%s: %s, log in %s", job.name, "resumes" if job.state == "begun" else "starts", _log_of(job))
@@ -221,7 +222,7 @@ def child(arguments: Sequence[str]) -> int:
         if not had_finished:
             write_json(folder / WHERE, environment(config))
         if "--judge" in arguments and config.method not in ("finetune", "single-task"):
-            from qcrd_fast.rationales import judge_run
+            from qcrd_fast.sweep.rationale_checks import judge_run
 
             write_json(folder / JUDGED, judge_run(folder))
         elif "--judge" in arguments:
