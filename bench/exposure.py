@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qcrd_fast.config import METHODS, TrainConfig
-from qcrd_fast.data.splits import label_kind
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import Prompter, PromptSettings
 from qcrd_fast.sweep.runner import read_recipe
 from qcrd_fast.train.examples import Example, make_examples
+from qcrd_fast.train.methods import label_kind
 from qcrd_fast.train.questions import Data
 
 STAGES = {

@@ -23,6 +23,7 @@ from qcrd_fast.sweep.intervals import pair, single
 from qcrd_fast.sweep.job import Job, key
 from qcrd_fast.sweep.results_csv import JUDGEMENTS, MEANS, answers_of, check_csv, read_csv, shares, signed
 from qcrd_fast.sweep.runner import RUNS_CSV, check_data, parse_seeds, read_recipe, run_jobs
+from qcrd_fast.train.methods import method_of
 from qcrd_fast.utils.files import write_text
 
 log = logging.getLogger(__name__)
@@ -257,7 +258,7 @@ def plan(tables: Sequence[Table], settings: Settings, rows: Rows) -> dict[Path, 
             for seed_jobs in zip(*(settings.jobs(table, recipe, v, rows) for v in table.variants), strict=True):
                 for job in seed_jobs:  # every line's first seed, then the second
                     row = find(job, rows)
-                    lacks = not row or (job.judge and job.config.method not in ("finetune", "single-task")
+                    lacks = not row or (job.judge and method_of(job.config).teaches_rationales
                                         and not row["ends_in_gold"])  # fmt: skip
                     found[job.folder] = job, lacks
     return found

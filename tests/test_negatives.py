@@ -16,6 +16,7 @@ from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.generation.engine import Cancelled
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
+from qcrd_fast.train.methods import samples_student
 from qcrd_fast.train.negatives import AHEAD, Asked, LaggedNegatives
 from qcrd_fast.train.overlap import Lane, choose_overlap
 from qcrd_fast.train.schedule import Schedule
@@ -269,10 +270,10 @@ def test_overlaps_that_cannot_be_are_refused(kind, message):
 def test_what_has_no_deterministic_form_is_refused_with_deterministic():
     wanted = TrainConfig(deterministic=True, negative_top_p=0.9)
     with pytest.raises(InputError, match=r"--negative-top-p 0\.9"):
-        require_deterministic(wanted, torch.device("cuda"))
+        require_deterministic(wanted, torch.device("cuda"), samples_student(wanted))
     for config in (dataclasses.replace(wanted, method="dss"), dataclasses.replace(wanted, negative_top_p=1.0)):
-        require_deterministic(config, torch.device("cuda"))
-    require_deterministic(wanted, CPU)
+        require_deterministic(config, torch.device("cuda"), samples_student(config))
+    require_deterministic(wanted, CPU, True)
     with deterministic(True):
         with deterministic_already():
             assert not torch.are_deterministic_algorithms_enabled()

@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, text_key
 
 SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -53,8 +52,3 @@ def label_of(question: Question, label: str | None) -> str | None:
     if label == "majority":
         return question.majority
     return question.gold if question.gold is not None else question.majority
-
-
-def label_kind(config: TrainConfig) -> str | None:
-    """gold, majority, or None: gold where known, else the majority."""
-    return config.label or {"finetune": "gold", "single-task": "majority"}.get(config.method)

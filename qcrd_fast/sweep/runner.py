@@ -22,6 +22,7 @@ from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.runs.folder import FINAL, NEGATIVES, RESULTS, SNAPSHOTS
 from qcrd_fast.sweep.job import ATTEMPTS, JUDGED, WHERE, Job, data_digest
 from qcrd_fast.sweep.results_csv import append_row, check_csv, row
+from qcrd_fast.train.methods import method_of
 from qcrd_fast.utils.config_files import read_yaml
 from qcrd_fast.utils.environment import commit
 from qcrd_fast.utils.files import append_lines, remove_tree, write_json, write_text
@@ -221,7 +222,7 @@ def child(arguments: Sequence[str]) -> int:
         train(config)
         if not had_finished:
             write_json(folder / WHERE, environment(config))
-        if "--judge" in arguments and config.method not in ("finetune", "single-task"):
+        if "--judge" in arguments and method_of(config).teaches_rationales:
             from qcrd_fast.sweep.rationale_checks import judge_run
 
             write_json(folder / JUDGED, judge_run(folder))

@@ -9,10 +9,11 @@ from typing import Any
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, question_key, question_text
-from qcrd_fast.data.splits import label_kind, label_of
+from qcrd_fast.data.splits import label_of
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, TokenIds
 from qcrd_fast.models.student import Student
+from qcrd_fast.train.methods import label_kind, method_of
 from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.utils.oom import relieved_by
 
@@ -75,7 +76,7 @@ def make_examples(questions: Sequence[Question], student: Student, config: Train
     Raises `InputError` when no question has a positive rationale though the method needs them; `RunError` where memory ends.
     """
     kind = label_kind(config)
-    if config.method not in ("finetune", "single-task") and not any(q.positives for q in questions):
+    if method_of(config).teaches_rationales and not any(q.positives for q in questions):
         raise InputError(f"--data: no question has a positive rationale, which --method {config.method} needs")
     examples, cut = [], []
     with relieved_by("--train-fraction (fewer questions), --num-positives, --max-target-length, --max-source-length"):

@@ -37,6 +37,7 @@ from qcrd_fast.ops import chunked, rationale_loss, reference
 from qcrd_fast.ops.dispatch import choose_impl
 from qcrd_fast.ops.selection import SELECTIONS
 from qcrd_fast.train.examples import Candidate, Example, longest_row
+from qcrd_fast.train.methods import method_of, samples_student
 from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.train.objective import Objective, Weighted
 from qcrd_fast.train.schedule import Schedule
@@ -90,7 +91,7 @@ class Worst:
 def survey(student: Student, examples: Sequence[Example], validation: Sequence[Question], schedule: Schedule) -> dict[str, Any]:
     """{longest_row, memory} of a run that is not begun; the student is made what training would make of it."""
     config, model = schedule.config, student.model
-    judge = build_discriminator(config.discriminator, model, student.tokenizer) if config.method == "qcrd" else None
+    judge = build_discriminator(config.discriminator, model, student.tokenizer) if method_of(config).has_discriminator else None
     if config.use_peft:
         add_lora(model, config)
     if config.gradient_checkpointing:
@@ -135,7 +136,7 @@ def predict_memory(
         "optimizer": 2 * grads // ranks,
         "discriminator": 4 * _bytes(discriminator.parameters()) if discriminator else 0,
     }
-    on_gpu, lagged = device.type == "cuda", config.method == "qcrd" and config.negative_source in ("lagged", "fixed")
+    on_gpu, lagged = device.type == "cuda", samples_student(config)
     snapshots = sum(2 * p.numel() for p in parameters) * (config.negative_lag + 3) if on_gpu and lagged else 0
     counted: dict[str, Any] = dict.fromkeys(("sampler", "activations", "workspace", "peak", "peak_in"))
     worst = find_worst(student, examples, schedule)
@@ -154,7 +155,7 @@ def predict_memory(
             "optimizer step": base + sizes["gradients"] + temporary // ranks,
             "validation": base + fake.evaluation(eval_sources),
         }
-        if config.method == "qcrd" and config.forward == "two-pass":
+        if method_of(config).contrastive and config.forward == "two-pass":
             phases["scoring pass"] = base + kept + fake.scoring(worst)
         if discriminator:
             phases["discriminator's training"] = base + fake.judging(discriminator, examples)
@@ -184,10 +185,10 @@ def find_worst(student: Student, examples: Sequence[Example], schedule: Schedule
 def _weigh(objective: Objective, batch: Sequence[Example]) -> Weighted:
     """The candidates that a pass over these questions may have to hold activations of."""
     config = objective.config
-    if config.method != "qcrd":
+    if not method_of(config).contrastive:
         return objective._weigh(batch, {}, len(batch), objective.warmup_steps, 0, Counter())
     own = Negative([0] * config.max_new_tokens, "")
-    lagged = {e.id: own for e in batch} if config.negative_source in ("lagged", "fixed") else {}
+    lagged = {e.id: own for e in batch} if samples_student(config) else {}
     chosen = Weighted([], [], [], config.beta, config.delta)
     for q, example in enumerate(batch):
         candidates = example.candidates(lagged)
@@ -276,9 +277,9 @@ class _Fake:
 
     def _loss(self, worst: Worst) -> Tensor:
         batch, count, stats = worst.batch, len(worst.batch), Counter[str]()
-        if self.config.method == "mi":
+        if method_of(self.config).mutual_information:
             return self.objective._mutual_information(batch, count, stats)["loss"]
-        if self.config.method == "qcrd" and self.config.forward == "joint":
+        if method_of(self.config).contrastive and self.config.forward == "joint":
             loss = self.objective._train(batch, Weighted([], [], []), count, stats)["loss"]
             return loss + self._scores(worst.weighted, batch).sum()
         return self.objective._train(batch, worst.weighted, count, stats)["loss"]
@@ -292,7 +293,7 @@ class _Fake:
         every = Weighted([], [], [])
         own = {e.id: Negative([0] * self.config.max_new_tokens, "") for e in worst.batch}
         for q, example in enumerate(worst.batch):
-            for candidate in example.candidates(own if self.config.negative_source in ("lagged", "fixed") else {}):
+            for candidate in example.candidates(own if samples_student(self.config) else {}):
                 every.add(candidate, q, 1.0)
         if not every.candidates:
             return 0

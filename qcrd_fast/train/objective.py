@@ -29,10 +29,10 @@ from qcrd_fast.ops.linear_logprob import linear_logprob
 from qcrd_fast.ops.rationale_loss import linear_rationale_loss, loss_terms
 from qcrd_fast.train.audit import Audit
 from qcrd_fast.train.examples import Candidate, Example, longest_text
+from qcrd_fast.train.methods import method_of
 from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.utils.oom import for_training, relieved
 
-REDI_BETA = 0.8  # arXiv 2505.24850, as qcrd.md section 7 states it
 MI_WEIGHT = 0.1
 
 
@@ -72,7 +72,8 @@ class Objective:
         self.engine = engine or Engine(student.model)
         self.warmup_steps = warmup_steps
         self.audit: Audit | None = None  # what watches the passes of the next step
-        self.alpha_pred = 1.0 if config.method in ("finetune", "single-task") else config.alpha_pred
+        self.method = method_of(config)
+        self.alpha_pred = config.alpha_pred if self.method.teaches_rationales else 1.0
 
     @relieved("a training step", for_training, longest_text)
     def step(
@@ -87,9 +88,9 @@ class Objective:
         """`weight` multiplies the loss; 0 is for the stand-in of a rank that has no question in a micro-batch."""
         stats: Counter[str] = Counter()
         training = self.engine.training
-        if self.config.method == "qcrd" and self.config.forward == "joint":
+        if self.method.contrastive and self.config.forward == "joint":
             losses = training(lambda: self._joint(batch, lagged, num_questions, iteration, stats))
-        elif self.config.method == "mi":
+        elif self.method.mutual_information:
             losses = training(lambda: self._mutual_information(batch, num_questions, stats))
         else:
             weighted = self._weigh(batch, lagged, num_questions, step, iteration, stats)
@@ -109,22 +110,16 @@ class Objective:
         iteration: int,
         stats: Counter[str],
     ) -> Weighted:
-        method, share = self.config.method, 1 / num_questions
-        chosen = Weighted([], [], [])
-        if method == "qcrd":
+        if self.method.contrastive:
             return self._score_and_select(batch, lagged, num_questions, iteration, stats)
+        warm = self.method.warmup is not None and step < self.warmup_steps
+        weights = self.method.warmup if warm and self.method.warmup else self.method.weights
+        chosen = Weighted([], [], [], beta=0.0 if warm else self.method.beta)
         for q, example in enumerate(batch):
-            if method == "dss" or (method == "redi" and step < self.warmup_steps):
-                picked = [(p, share) for p in example.positives[:1]]
-            elif method in ("sft-all", "redi"):
-                picked = [(p, share / len(example.positives)) for p in example.positives]
-            else:  # finetune, single-task
-                picked = []
-            if method == "redi" and step >= self.warmup_steps:
-                chosen.beta = REDI_BETA
-                picked += [(n, share / len(example.minority)) for n in example.minority]
-            for candidate, weight in picked:
-                chosen.add(candidate, q, weight)
+            of_positives, of_minority = weights(1 / num_questions, len(example.positives), len(example.minority))
+            for candidates, found in ((example.positives, of_positives), (example.minority, of_minority)):
+                for candidate, weight in zip(candidates, found, strict=False):
+                    chosen.add(candidate, q, weight)
         return chosen
 
     def _score_and_select(

@@ -9,8 +9,9 @@ import logging
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question
-from qcrd_fast.data.splits import drop_overlap, hold_out, label_kind, label_of, main_task, of_split
+from qcrd_fast.data.splits import drop_overlap, hold_out, label_of, main_task, of_split
 from qcrd_fast.errors import InputError
+from qcrd_fast.train.methods import label_kind
 from qcrd_fast.utils.oom import relieved_by
 
 log = logging.getLogger(__name__)

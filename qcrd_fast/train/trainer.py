@@ -32,6 +32,7 @@ from qcrd_fast.train.checkpointer import Keeper, resume_point
 from qcrd_fast.train.evaluation import Best, Evaluation
 from qcrd_fast.train.examples import Example, make_examples
 from qcrd_fast.train.memory_estimate import checkpoint_activations, survey
+from qcrd_fast.train.methods import method_of, samples_student
 from qcrd_fast.train.metrics_log import MetricsLog, Progress, mean, share
 from qcrd_fast.train.negatives import Asked, LaggedNegatives
 from qcrd_fast.train.objective import Objective
@@ -80,9 +81,9 @@ def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = 
 def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ranks: Ranks) -> dict[str, Any]:
     require_impl(config.impl, device)
     choose_overlap(config, device)
-    require_deterministic(config, device)
-    if config.fsdp and config.method == "mi":
-        raise InputError("--fsdp: --method mi is not supported with it; leave --fsdp out")
+    require_deterministic(config, device, samples_student(config))
+    if config.fsdp and method_of(config).mutual_information:
+        raise InputError(f"--fsdp: --method {config.method} is not supported with it; leave --fsdp out")
     torch.manual_seed(config.seed)
     data = Data.load(config)
     schedule = Schedule(len(data.train), config, world_size())
@@ -153,9 +154,8 @@ class Session:
         self.autocast = make_autocast(student.device, config.bf16)
         self.evaluation = Evaluation(config, run, data, self.autocast, ranks)
         self.log = MetricsLog(run, config.report_to, ranks)
-        self.is_qcrd = config.method == "qcrd"
         self.trainer: DiscriminatorTrainer | None = None
-        if self.is_qcrd:
+        if method_of(config).has_discriminator:
             judge = build_discriminator(config.discriminator, student.model, student.tokenizer, seed=config.seed)
             self.trainer = DiscriminatorTrainer(judge, config) if judge else None
         if config.use_peft:  # after the discriminator has copied what it needs
@@ -165,7 +165,7 @@ class Session:
         on_gpu = student.device.type == "cuda"
         self.snapshots = Snapshots(run / SNAPSHOTS, config.negative_lag + 3 if on_gpu else 0, ranks)
         self.lagged: LaggedNegatives | None = None
-        if self.is_qcrd and config.negative_source in ("lagged", "fixed"):
+        if samples_student(config):
             asked = [Asked(e.id, e.explain) for e in examples]
             lane = Lane(choose_overlap(config, student.device), student.device)
             self.lagged = LaggedNegatives(

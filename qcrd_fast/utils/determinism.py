@@ -55,9 +55,11 @@ def deterministic_already() -> contextlib.AbstractContextManager[None]:
     return _algorithms(deterministic=False)
 
 
-def require_deterministic(config: TrainConfig, device: torch.device) -> None:
-    """Raises `InputError` for options that `--deterministic` cannot be kept with on this device."""
-    samples = config.method == "qcrd" and config.negative_source in ("lagged", "fixed")
+def require_deterministic(config: TrainConfig, device: torch.device, samples: bool) -> None:
+    """Raises `InputError` for options that `--deterministic` cannot be kept with on this device.
+
+    samples: the run draws negatives from its student.
+    """
     if config.deterministic and samples and config.negative_top_p < 1 and device.type == "cuda":
         raise InputError(
             f"--deterministic: --negative-top-p {config.negative_top_p:g} adds probabilities up in no fixed order on a GPU; "

@@ -1,0 +1,38 @@
+"""The table of methods: a row for each name, weights by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from qcrd_fast import config
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.train.methods import METHODS, label_kind, samples_student
+
+
+def test_every_method_has_a_row():
+    assert list(METHODS) == list(config.METHODS)
+
+
+@pytest.mark.parametrize(
+    "method, positives, minority, expected",
+    [
+        ("dss", 3, 2, ([0.25], [])),
+        ("sft-all", 2, 2, ([0.125, 0.125], [])),
+        ("sft-all", 0, 2, ([], [])),
+        ("redi", 1, 2, ([0.25], [0.125, 0.125])),
+        ("redi", 2, 0, ([0.125, 0.125], [])),
+        ("finetune", 3, 2, ([], [])),
+    ],
+)
+def test_weights_of_a_question_among_four(method, positives, minority, expected):
+    assert METHODS[method].weights(1 / 4, positives, minority) == expected
+
+
+def test_only_qcrd_samples_its_student_and_only_where_negatives_are_its_own():
+    assert [m for m in METHODS if samples_student(TrainConfig(method=m))] == ["qcrd"]
+    assert not samples_student(TrainConfig(negative_source="minority"))
+
+
+def test_the_label_is_the_methods_own_unless_told():
+    assert label_kind(TrainConfig(method="finetune")) == "gold" and label_kind(TrainConfig()) is None
+    assert label_kind(TrainConfig(method="finetune", label="majority")) == "majority"
