@@ -33,6 +33,15 @@ def rows_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture
+def float64():
+    """Every number of the test is float64, those of the library and of its models too."""
+    from doubles import doubles
+
+    with doubles():
+        yield
+
+
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory) -> Path:
     return make_t5(tmp_path_factory.mktemp("t5"))
