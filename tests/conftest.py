@@ -34,8 +34,8 @@ def rows_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def float64():
-    """Every number of the test is float64, those of the library and of its models too."""
+def float64(t5_folder, llama_folder):
+    """Every number of the test is float64, those of the library and of its models too; the folders hold fp32 all the same."""
     from doubles import doubles
 
     with doubles():
