@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 
 class _Widened(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.view:  # bytes of a file, or the bits of a number, which are taken as those of an fp32 one
+            args = (args[0].to(torch.float32), *args[1:]) if args[1:] == (torch.int32,) else args
+            return func(*args, **kwargs)
         if func is torch.Tensor.float:
             func = torch.Tensor.double
-        elif func is torch.Tensor.view and args[1:] == (torch.int32,):  # the bits of a number are those of an fp32 one
-            args = (args[0].to(torch.float32), torch.int32)
         args = tuple(torch.float64 if x is torch.float32 else x for x in args)
-        return func(*args, **{name: torch.float64 if x is torch.float32 else x for name, x in (kwargs or {}).items()})
+        return func(*args, **{name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()})
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ LAGGED = "First 3 + 4 = 9 apples. Then 9 - 2 = 5."
 
 
 @pytest.fixture(params=["t5_folder", "llama_folder"])
-def student(request, float64):
+def student(request):
     """Without dropout, unlike the folder's own T5."""
     student = Student.load(str(request.getfixturevalue(request.param)), PromptSettings())
     set_dropout(student.model, 0.0)
@@ -78,11 +78,13 @@ def check_equal(student, config, rows_file, tolerance=1e-9):
     ],
     ids=lambda changes: ",".join(changes) or "two-pass",
 )
+@pytest.mark.usefixtures("float64")
 def test_shared_prompts_change_no_loss_and_no_gradient(changes, student, rows_file):
     losses = check_equal(student, TrainConfig(**{"delta": 9.0, "discriminator": "none", **changes}), rows_file)
     assert losses["loss_pred"] > 0 and losses["loss_cl"] != 0
 
 
+@pytest.mark.usefixtures("float64")
 def test_with_gradient_checkpointing(student, rows_file):
     student.model.gradient_checkpointing_enable({"use_reentrant": False})
     check_equal(student, TrainConfig(delta=9.0), rows_file)
@@ -102,6 +104,7 @@ def test_dropout_is_drawn_from_the_seed_alone(student, rows_file):
     assert all(torch.equal(runs[0][1][n], runs[1][1][n]) for n in runs[0][1])
 
 
+@pytest.mark.usefixtures("float64")
 def test_mutual_information_is_that_of_the_equations(student, rows_file):
     """From the model's own logits, padded and pooled as the released code does."""
     config = TrainConfig(method="mi", reasoning_task=True, alpha_pred=0.3, alpha_cl=0.6)
