@@ -31,6 +31,7 @@ def doubles() -> Iterator[None]:
     before, read, run = torch.get_default_dtype(), PreTrainedModel.from_pretrained.__func__, torch.autograd._engine_run_backward
 
     def load(*args: Any, **options: Any) -> Any:
+        options.update({"dtype": torch.float64} if options.get("dtype") == torch.float32 else {})
         found = read(*args, **options)
         (found[0] if isinstance(found, tuple) else found).double()
         return found
