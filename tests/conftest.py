@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,17 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny, and threads that wait for a busy core cost most
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+COMPARES = re.compile(r"torch\.float64|\.double\(\)|import.* doubles|from loss_oracle")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What computes in float64, or holds fp32 against it, is numeric: `make test-machines` runs it on other arithmetic."""
+    sources = {path: path.read_text(encoding="utf-8") for path in {item.path for item in items}}
+    for item in items:
+        if "float64" in getattr(item, "fixturenames", ()) or COMPARES.search(sources[item.path]):
+            item.add_marker("numeric")
 
 
 def sampled_rows(count: int, seed: int = 0) -> list[dict]:

@@ -73,22 +73,22 @@ def said(run: Path) -> list[dict]:
     ]
 
 
-def assert_same(one: Path, other: Path, step: int = 20, tolerance: float = 1e-9) -> None:
-    """Losses and weights to `tolerance`, the same negatives, accuracies and results."""
+def assert_same(one: Path, other: Path, step: int = 20, losses: float = 1e-9, moved: float = 1e-9) -> None:
+    """Losses to `losses`, weights to `moved`, the same negatives, accuracies and results."""
     a, b = logged(one), logged(other)
     assert [m["step"] for m in a] == [m["step"] for m in b]
     for x, y in zip(a, b, strict=True):
         if "loss" in x:
-            assert y["loss"] == pytest.approx(x["loss"], rel=tolerance), (x["step"], x["loss"], y["loss"])
+            assert y["loss"] == pytest.approx(x["loss"], rel=losses), (x["step"], x["loss"], y["loss"])
             for name in ("loss_pred", "loss_cl", "loss_d", "grad_norm", "quality_positive", "active_hinge_lagged"):
-                want = x[name] if x[name] is None else pytest.approx(x[name], rel=tolerance, abs=tolerance)
+                want = x[name] if x[name] is None else pytest.approx(x[name], rel=100 * losses, abs=losses)
                 assert y[name] == want, (x["step"], name)
         else:
             assert y["eval_accuracy"] == x["eval_accuracy"]
     before, after = (load_file(checkpoint.checkpoint_path(run, step) / "model.safetensors") for run in (one, other))
     assert before.keys() == after.keys()
     worst = max(float((before[name] - after[name]).abs().max()) for name in before)
-    assert worst <= tolerance, worst
+    assert worst <= moved, worst
     for mine, theirs in zip(said(one), said(other), strict=True):  # at a run's end a longer chunk has more questions
         assert {i: theirs[i] for i in mine} == mine
     assert json.loads((one / "eval_results.json").read_text()) == json.loads((other / "eval_results.json").read_text())
@@ -132,8 +132,9 @@ def test_every_way_of_training_in_two_ranks(run_all):
     runs = run_all(scenarios, float64=True)
     for name, (_, sharded) in kinds.items():
         for engine in ("DDP", "FSDP2")[: 1 + sharded]:
-            tolerance = 1e-4 if name == "mi" else 1e-9  # its maximum over time sees the padding, so the micro-batch
-            assert_same(runs[name][2], runs[f"{name}, {engine}"][2], step=7, tolerance=tolerance)
+            # MI's maximum over time sees the padding, so the micro-batch.
+            limits = (1e-6, 1e-4) if name == "mi" else (1e-9, 1e-9)
+            assert_same(runs[name][2], runs[f"{name}, {engine}"][2], 7, *limits)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(run_all):
