@@ -1,4 +1,5 @@
 # make demo: train the built-in student.  make test: the tests.  make test-slow: the long trials.  make lint: style and types.
+# make test-machines: the numeric tests on the arithmetic of other processors.
 # Each makes .venv first where it is missing or older than pyproject.toml; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +7,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 DEV = $(VENV)/.ready-dev
 
-.PHONY: demo test test-slow lint venv
+.PHONY: demo test test-slow test-machines lint venv
 
 demo: $(READY)
 	$(BIN)/qcrd-fast demo --output-dir runs/demo --resume auto
@@ -19,6 +20,9 @@ test: $(DEV)
 
 test-slow: $(DEV)
 	$(PYTEST) -m slow
+
+test-machines: $(DEV)
+	PYTHON=$(BIN)/python tests/on_machines.sh
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,17 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny, and threads that wait for a busy core cost most
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+COMPARES = re.compile(r"assert_close|allclose|torch\.float64|\.double\(\)|import doubles|loss_oracle import")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What compares floats is numeric, in files that do so or by the fixture: `make test-machines` runs it as elsewhere."""
+    sources = {path: path.read_text(encoding="utf-8") for path in {item.path for item in items}}
+    for item in items:
+        if "float64" in getattr(item, "fixturenames", ()) or COMPARES.search(sources[item.path]):
+            item.add_marker("numeric")
 
 
 def sampled_rows(count: int, seed: int = 0) -> list[dict]:
@@ -31,6 +43,15 @@ def rows_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in sampled_rows(24)), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def float64(t5_folder, llama_folder):
+    """Every number of the test is float64, those of the library and of its models too; the folders hold fp32 all the same."""
+    from doubles import doubles
+
+    with doubles():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ def nll(model, prompter, prompt, text):
     else:
         ids = torch.cat([torch.tensor(source), target])
         logits = model(input_ids=ids[None]).logits[0, len(source) - 1 : -1]
-    return -logits.float().log_softmax(-1)[torch.arange(len(target)), target].mean()
+    return -logits.log_softmax(-1)[torch.arange(len(target)), target].mean()
 
 
 def eager_loss(model, prompter, rows, N, delta=DELTA, labels=True, terms=None):
@@ -51,10 +51,21 @@ def gradients(model, prompter, rows, N, **options):
     return loss.detach(), {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
 
 
-def assert_same(expected, actual, tolerance=1e-5):
-    """Gradients agree to `tolerance` of the norm of all of them."""
+def relative_error(expected, actual):
+    """Of gradients by name, as a share of the norm of all of them."""
     assert set(expected) == set(actual)
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
     assert norm > 0
-    error = torch.stack([(expected[name] - actual[name]).norm() for name in expected]).norm()
-    assert error <= tolerance * norm, f"relative error {float(error / norm):.2g}"
+    return float(torch.stack([(expected[name] - actual[name]).norm() for name in expected]).norm() / norm)
+
+
+def assert_same(expected, actual, tolerance=1e-10):
+    """Gradients agree to `tolerance`, which is for float64."""
+    error = relative_error(expected, actual)
+    assert error <= tolerance, f"relative error {error:.2g}"
+
+
+def assert_rounded_alike(truth, plain, actual):
+    """Gradients are as far from float64 as those of another fp32 computation, give or take what adding up elsewise does."""
+    error, usual = relative_error(truth, actual), relative_error(truth, plain)
+    assert error <= 4 * usual + 8 * torch.finfo(torch.float32).eps, f"relative error {error:.2g}, of plain torch {usual:.2g}"

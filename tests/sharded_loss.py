@@ -26,6 +26,7 @@ class Tiny(torch.nn.Module):
 
 def main(rank, store):
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     whole = Tiny()
     (sum(whole(r) for r in range(2)) / 2).backward()

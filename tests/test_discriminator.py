@@ -109,10 +109,10 @@ def test_loss_by_hand_and_gradient(kind):
 
 def test_a_shift_of_all_scores_is_nothing_to_eq_2():
     """It fixes differences of scores and not their level, by which Eq. 6 and 7 weigh (docs/method.md); bce fixes both."""
-    score, question, positive = torch.tensor(SCORES), torch.tensor(QUESTIONS), torch.tensor(POSITIVE)
+    score, question, positive = torch.tensor(SCORES).double(), torch.tensor(QUESTIONS), torch.tensor(POSITIVE)
     for kind, same in (("ratio", True), ("infonce", True), ("bce", False)):
         before, after = (discriminator_loss(score + shift, question, positive, kind)[0] for shift in (0.0, 0.05))
-        assert torch.isclose(before, after, atol=1e-6) == same, kind
+        assert torch.isclose(before, after, rtol=0, atol=1e-12) == same, kind
 
 
 @pytest.mark.parametrize("kind", ["ratio", "infonce", "bce"])
@@ -184,17 +184,18 @@ def test_encode_layout_and_truncation(small, tokenizer):
 
 @pytest.mark.parametrize("special", [{}, {"eos_token": "<eos>"}, {"sep_token": "<pad>", "eos_token": "<eos>"}])
 def test_tokenizers_without_padding_or_separator(small, special):
+    small.double()
     small.tokenizer = make_tokenizer(**special)
     pairs = [("how many", "one two three"), ("", "four"), ("", "")]
     together = small.score(pairs)
     assert torch.isfinite(together).all() and ((together > 0) & (together < 1)).all()
-    torch.testing.assert_close(together, torch.cat([small.score([pair]) for pair in pairs]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(together, torch.cat([small.score([pair]) for pair in pairs]), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["small", "t5"])
-def test_score_keeps_order_and_does_not_depend_on_batching(kind, small, tokenizer):
+def test_score_keeps_order_and_does_not_depend_on_batching(kind, small, tokenizer, float64):
     torch.manual_seed(0)
-    discriminator = small if kind == "small" else build_discriminator("auto", make_t5(dropout=0.5), tokenizer)
+    discriminator = small.double() if kind == "small" else build_discriminator("auto", make_t5(dropout=0.5), tokenizer)
     rng = random.Random(0)
     text = lambda: " ".join(rng.choices(WORDS, k=rng.randrange(1, 20)))  # noqa: E731
     pairs = [(text(), text()) for _ in range(23)]
@@ -202,8 +203,8 @@ def test_score_keeps_order_and_does_not_depend_on_batching(kind, small, tokenize
     alone = torch.cat([discriminator.score([pair]) for pair in pairs])
     for max_tokens in (40, 10_000):
         scores = discriminator.score(pairs, max_tokens)
-        torch.testing.assert_close(scores, alone, atol=1e-5, rtol=0)
-        assert scores.dtype == torch.float32 and not scores.requires_grad
+        torch.testing.assert_close(scores, alone, atol=1e-12, rtol=0)
+        assert scores.dtype == torch.float64 and not scores.requires_grad
     assert discriminator.training and alone.std() > 0
     assert discriminator.score([]).shape == (0,)
 

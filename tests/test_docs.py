@@ -117,7 +117,7 @@ def test_the_loss_alone(desk):
     assert namespace["logprob"].shape == (5,) and namespace["hidden"].grad.abs().sum() > 0
 
 
-def test_other_losses(desk, llama_folder):
+def test_other_losses(desk, llama_folder, float64):
     """DPO and REDI on `linear_logprob` are those of the model's own logits, gradients too."""
     import copy
 
@@ -156,7 +156,7 @@ def test_other_losses(desk, llama_folder):
         weights = list(model.parameters())
         ours, theirs = (torch.autograd.grad(x, weights, retain_graph=True) for x in (actual, expected[name]))
         for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_site_builds(tmp_path):

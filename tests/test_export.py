@@ -161,12 +161,12 @@ def adapted(llama_folder: Path, run: Path, changes: dict | None = None, tensors:
     return model
 
 
-def test_an_adapter_is_merged(llama_folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_merged(llama_folder: Path, tmp_path: Path, float64: None) -> None:
     model = adapted(llama_folder, tmp_path / "run")
     assert export_run(str(tmp_path / "run"), str(tmp_path / "model"))["adapter_merged"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = torch.tensor([[5, 6, 7]])
-    assert torch.allclose(merged(ids).logits, model.eval()(ids).logits, atol=1e-5)
+    assert torch.allclose(merged(ids).logits, model.eval()(ids).logits, rtol=1e-10, atol=1e-10)
     assert not torch.allclose(merged(ids).logits, AutoModelForCausalLM.from_pretrained(llama_folder)(ids).logits, atol=1e-3)
 
 

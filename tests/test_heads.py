@@ -64,7 +64,7 @@ def model_call(model, ids):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_head_gives_the_models_log_probs(name):
+def test_head_gives_the_models_log_probs(name, float64):
     """The loss of hidden states and head is the cross entropy of the model's own logits; so is its gradient."""
     _, scale, softcap, has_bias = CASES[name]
     model = build(name)
@@ -78,9 +78,9 @@ def test_head_gives_the_models_log_probs(name):
     for impl in ("eager", "torch"):
         logprob = linear_logprob(hidden, head.weight, target, **options, impl=impl)
         expected = logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
-        torch.testing.assert_close(logprob, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logprob, expected, rtol=1e-10, atol=1e-10)
     grads = torch.autograd.grad(logprob.sum(), head.weight, retain_graph=True)[0]
-    torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), head.weight)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), head.weight)[0], rtol=1e-10, atol=1e-10)
 
 
 def test_for_model_uses_the_models_bias_without_owning_it():

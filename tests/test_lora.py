@@ -42,7 +42,7 @@ def test_checkpoints_are_merged_and_a_resume_is_exact(student, rows_file, tmp_pa
         assert all(torch.equal(again[n], expected[n]) for n in expected), name
 
 
-def test_the_merged_model_is_the_adapted_one(llama_folder, rows_file, tmp_path):
+def test_the_merged_model_is_the_adapted_one(llama_folder, rows_file, tmp_path, float64):
     pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     model = load(llama_folder).eval()
     config = settings(rows_file, llama_folder, tmp_path, **PEFT)
@@ -55,7 +55,7 @@ def test_the_merged_model_is_the_adapted_one(llama_folder, rows_file, tmp_path):
                 p.normal_(std=0.1)
     save_model(model, tmp_path / "saved")
     ids = AutoTokenizer.from_pretrained(llama_folder)("Ann has 3 pens.", return_tensors="pt").input_ids
-    torch.testing.assert_close(load(tmp_path / "saved").eval()(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load(tmp_path / "saved").eval()(ids).logits, model(ids).logits, rtol=1e-10, atol=1e-10)
     other = load(llama_folder)
     add_lora(other, settings(rows_file, llama_folder, tmp_path, **PEFT | {"lora_r": 2}))
     with pytest.raises(InputError, match=r"lora.safetensors does not fit this student and --lora-r"):

@@ -56,6 +56,7 @@ def student(request):
 QUESTIONS = [f"Ann has {n} apples. Ann finds {n + 1} apples, then loses 2 apples." for n in range(2, 9)] + ["Ben has 3 pens."]
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_sample_does_not_depend_on_its_batch(student):
     settings = SampleSettings(1.5, 50, 1.0, max_new_tokens=12, batch_size=64)
     sources = [student.source_ids(EXPLAIN, q) for q in QUESTIONS]
@@ -78,6 +79,7 @@ def test_seed_index_and_iteration_each_change_the_sample(student):
     assert len({tuple(d) for d in (draw(), draw(seed=1), draw(index=1), draw(iteration=1))}) == 4
 
 
+@pytest.mark.usefixtures("float64")
 def test_temperature_zero_is_greedy(student):
     sources = [student.source_ids(EXPLAIN, q) for q in QUESTIONS[:3]]
     ours = sample(student, sources, [(0, 0)] * 3, SampleSettings(max_new_tokens=6))

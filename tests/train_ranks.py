@@ -1,10 +1,11 @@
 """Runs of `train` in one or more processes, forked from a warm one: `python tests/train_ranks.py SCENARIOS.json`.
 
-A scenario is {"size": processes, "config": options of train, "inject": {"rank", "step", "signal"} or nothing}: before that step
-that rank sends itself that signal. Prints a line a scenario: {"codes": exit code by rank, "seconds": since the injection, by
-rank}. A process that is stopped is killed once the others have ended.
+A scenario is {"size": processes, "config": options of train, "float64": whether all is computed so, "inject": {"rank", "step",
+"signal"} or nothing}: before that step that rank sends itself that signal. Prints a line a scenario: {"codes": exit code by
+rank, "seconds": since the injection, by rank}. A process that is stopped is killed once the others have ended.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import torch.distributed.device_mesh
 import torch.distributed.fsdp
 import torch.distributed.tensor
 import transformers
+from doubles import doubles
 from qcrd_fast.cli import console
 
 from qcrd_fast.config import TrainConfig
@@ -52,7 +54,8 @@ def child(rank, scenario, port, mark):
         module.Session._train_step = injecting
     code = 70
     try:
-        code = console.run(lambda: module.train(TrainConfig(**scenario["config"])) and 0)
+        with doubles() if scenario["float64"] else contextlib.nullcontext():
+            code = console.run(lambda: module.train(TrainConfig(**scenario["config"])) and 0)
     except BaseException:
         traceback.print_exc()
     os._exit(code)
