@@ -22,7 +22,7 @@ test-slow: $(DEV)
 	$(PYTEST) -m slow
 
 test-machines: $(DEV)
-	PYTHON=$(BIN)/python tests/on_machines.sh
+	PYTHON=$(BIN)/python tests/support/on_machines.sh
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -1,15 +1,14 @@
 """Options are checked where they are made, and the docs list exactly them."""
 
-from pathlib import Path
-
 import pytest
 
 from qcrd_fast.config import TrainConfig, options_markdown
 from qcrd_fast.errors import InputError
+from tests.support.paths import ROOT
 
 
 def test_docs_list_the_options_as_they_are():
-    written = Path(__file__).parents[1] / "docs" / "options.md"
+    written = ROOT / "docs" / "options.md"
     assert written.read_text(encoding="utf-8") == options_markdown()
 
 

@@ -9,11 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
+
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(?:<!-- (examples/\w+\.py) -->\n\n)?```python\n(.*?)```", re.DOTALL)
 NEWCOMER = "## In your own trainer"

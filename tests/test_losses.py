@@ -5,17 +5,17 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from loss_oracle import BETA, DELTA, Batch, dense_logprob, error, expected_terms, random_batch
 
 from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob
 from qcrd_fast.config import NEGATIVE_SELECT, POSITIVE_SELECT, SCHEMES
 from qcrd_fast.losses import weighted_rationale_loss
 from qcrd_fast.ops import chunked, contrastive, dispatch, reference, selection
 from qcrd_fast.ops import linear_logprob as linear_logprob_op
+from tests.support.loss_oracle import BETA, DELTA, Batch, dense_logprob, error, expected_terms, random_batch
+from tests.support.paths import ROOT, SUPPORT
 
 IMPLS = ("eager", "torch")
 PAIRS = list(itertools.product(POSITIVE_SELECT, NEGATIVE_SELECT))
@@ -585,9 +585,8 @@ def test_module_and_functions_give_the_same_numbers():
 
 def test_data_parallel_and_sharded_models():
     """DDP and FSDP2 on two ranks give the gradients of one process, also where the head that comes in is sharded."""
-    here = Path(__file__).parent
-    env = {**os.environ, "PYTHONPATH": str(here.parent)}
-    done = subprocess.run([sys.executable, here / "sharded_loss.py"], env=env, capture_output=True, text=True, timeout=300)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, SUPPORT / "sharded_loss.py"], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

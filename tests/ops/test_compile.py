@@ -1,0 +1,64 @@
+"""What the kernels compile to for GPUs that are not here: matrix instructions, shared memory, no spills."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.support.paths import ROOT, SUPPORT
+
+MATRIX = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+SHARED_KIB = 99  # of the smallest of them, so that one configuration fits all
+GROUPS = ((80, 86, 120), (90,), (100, 89))  # a process each: as much work in one as in another
+
+
+def compile_group(capabilities):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-W", "ignore", str(SUPPORT / "kernel_compiler.py"), *map(str, capabilities)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def cases():
+    with ThreadPoolExecutor(2) as pool:
+        return [case for group in pool.map(compile_group, GROUPS) for case in group]
+
+
+def describe(case):
+    return f"{case['kernel']} sm_{case['capability']} {case['dtype']} {case['flags']} {case.get('rows', '')}: {case}"
+
+
+def test_matrix_instructions(cases):
+    hot = [c for c in cases if c["kernel"] in ("forward_kernel", "da_kernel", "product_kernel") and c["dtype"] != "fp32"]
+    assert {c["capability"] for c in hot if c["kernel"] == "forward_kernel"} == set(MATRIX)
+    for case in hot:
+        assert case["matrix"] == [MATRIX[case["capability"]]], describe(case)
+
+
+def test_shared_memory_fits_every_gpu(cases):
+    for case in cases:
+        assert case["shared"] <= SHARED_KIB * 1024, describe(case)
+
+
+def test_nothing_spills(cases):
+    for case in cases:
+        assert case["stack"] == 0, describe(case)
+
+
+def test_two_programs_share_a_multiprocessor(cases):
+    """On an H100 the plain forward kernel leaves room for a second program, whose products hide its exponentials."""
+    case = next(c for c in cases if c["kernel"] == "forward_kernel" and c["capability"] == 90 and not c["flags"])
+    assert case["registers"] <= 128 and 2 * (case["shared"] + 1024) <= 227 * 1024, describe(case)
+
+
+def test_descriptors_use_the_copy_engine_and_warps_specialise(cases):
+    fetched = [c for c in cases if c["kernel"] == "forward_kernel" and c["flags"].get("DESCRIPTORS")]
+    assert {c["capability"] for c in fetched} == {90, 100}
+    for case in fetched:
+        assert case["copy_engine"] and case["specialized"] == bool(case["flags"].get("SPECIALIZE")), describe(case)

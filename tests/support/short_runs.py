@@ -1,0 +1,48 @@
+"""Short training runs, and what they leave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.runs.folder import checkpoint_path
+
+UNTIMED = ("tokens_per_s", "step_ms", "sample_wait_ms", "sampled_tokens_per_s")  # fields that measure the machine, not the run
+
+
+def settings(rows: Path, student: Path, out: Path, **changes) -> TrainConfig:
+    values = dict(
+        data=str(rows),
+        student=str(student),
+        output_dir=str(out),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        iteration_steps=2,
+        negative_lag=1,
+        max_new_tokens=6,
+        learning_rate=1e-3,
+        discriminator_pretrain_steps=2,
+        discriminator_update_batches=1,
+        save_steps=3,
+        sample_batch_size=4,
+        max_answer_tokens=4,
+        delta=8.0,
+    )  # fmt: skip  (delta: an untrained student finds everything unlikely)
+    return TrainConfig(**(values | changes))
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in UNTIMED} for line in lines]
+
+
+def weights(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint_path(run, step) / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
