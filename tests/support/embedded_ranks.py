@@ -1,6 +1,7 @@
 """Two gloo ranks train attached models under DDP and FSDP2, plain, with LoRA and compiled.
 
-`integrations/test_attach.py` runs this file. The ranks have different questions, one of them no negatives; the gradients must be those of one process that has them all.
+`integrations/test_attach.py` runs this file. The ranks have different questions, one of them no negatives; the
+gradients must be those of one process that has them all.
 """
 
 import contextlib

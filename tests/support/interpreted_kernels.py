@@ -1,5 +1,6 @@
 """Checks of the kernels under Triton's interpreter. `ops/test_kernels.py` runs this file in a process of its own, since a
-kernel imported under TRITON_INTERPRET=1 cannot be compiled afterwards. The interpreter multiplies bf16 wrongly: fp32 and fp16 here.
+kernel imported under TRITON_INTERPRET=1 cannot be compiled afterwards. The interpreter multiplies bf16 wrongly: fp32 and fp16
+here.
 """
 
 import itertools
