@@ -16,6 +16,8 @@ from cli.main import entry
 from qcrd_fast.data.load import load_questions, validate_file
 from tests.support import fake_teacher as fake
 from tests.support.collecting import command, ledger, rows, run, start, wait_for, write_questions
+from tests.support.collecting import questions as questions
+from tests.support.collecting import quick as quick
 
 # What it writes
 

@@ -37,8 +37,8 @@ def write_questions(path: Path, count: int) -> Path:
 
 def command(questions: Path, teacher: str, *more: str) -> list[str]:
     output = str(questions.with_name("samples.jsonl"))
-    args = ["collect", "--questions", str(questions), "--output", output, "--teacher", endpoint]
-    return [*args, *(["--teacher-model", "m", "--deadline", "20"] if endpoint.startswith("http") else []), *more]
+    args = ["collect", "--questions", str(questions), "--output", output, "--teacher", teacher]
+    return [*args, *(["--teacher-model", "m", "--deadline", "20"] if teacher.startswith("http") else []), *more]
 
 
 def ledger(questions: Path, kind: str = "") -> list[dict[str, Any]]:
