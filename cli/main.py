@@ -28,11 +28,11 @@ from .options import (
     config_option,
     device_option,
     dry_run_option,
-    format_option,
     given_train_options,
     json_option,
     natural,
     positive,
+    reading_options,
     reasoning_option,
     task_option,
     train_options,
@@ -102,7 +102,7 @@ def doctor(as_json: bool) -> None:
 @cli.command(cls=Verb)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("--output", "-o", required=True, metavar="FILE", help="prepared JSONL to write")
-@format_option
+@reading_options
 @click.option(
     "--split-by",
     type=click.Choice(("majority", "gold")),
@@ -110,7 +110,6 @@ def doctor(as_json: bool) -> None:
     show_default=True,
     help="which answer makes a rationale positive",
 )
-@click.option("--split", metavar="NAME", help="only this split of the input, such as train or test")
 @task_option
 @bad_row_option
 @natural("--seed", default=0, help="seed of ties and splits")
@@ -120,14 +119,20 @@ def doctor(as_json: bool) -> None:
 def prepare(inputs: tuple[str, ...], output: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Turn a teacher's samples into training rows.
 
-    Pools the samples of each question, votes, and splits them into positives and negatives. INPUT is JSONL, a file of
-    Mentor-KD or a folder of Distilling Step-by-Step.
+    Pools the samples of each question, votes, and splits them into positives and negatives. INPUT is JSONL, JSON, CSV, TSV or
+    parquet, also in gzip; a `datasets` folder or OWNER/NAME of the hub; or a folder of Distilling Step-by-Step. Its format is
+    told by its keys and named on the first line.
     """
     from qcrd_fast.data import load
+    from qcrd_fast.data.reading import keys_text
 
     check_file(output, "--output", inputs)
     with console.quiet_stdout():
         summary, skipped = load.prepare(inputs, output, dry_run=dry_run, **options)
+    for line in summary.taken:
+        click.echo(line, err=as_json)
+    for warning in (*filter(None, [keys_text(summary.keys_not_read)]), *summary.warnings):
+        click.echo(f"warning: {warning}", err=True)
     for row in skipped:
         click.echo(f"set aside {row}", err=True)
     if summary.skipped_rows > len(skipped):
@@ -137,25 +142,29 @@ def prepare(inputs: tuple[str, ...], output: str, dry_run: bool, as_json: bool, 
 
 @cli.command(cls=Verb)
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@format_option
+@reading_options
 @config_option
 @click.pass_context
-def validate(ctx: click.Context, files: tuple[str, ...], format: str) -> None:
+def validate(ctx: click.Context, files: tuple[str, ...], **options: Any) -> None:
     """Print every bad row, as FILE:LINE: REASON.
 
-    The exit code is 2 if there is any.
+    What each file was taken for goes to standard error. The exit code is 2 if there is any bad row.
     """
     from qcrd_fast.data import load
+    from qcrd_fast.data.reading import keys_not_read, keys_text
 
     bad_rows = bad_files = 0
+    readings: list[Any] = []
     for path in files:
         try:
-            for row in load.validate_file(path, format=format):
+            for row in load.validate_file(path, readings=readings, **options):
                 bad_rows += 1
                 click.echo(str(row))
         except InputError as error:  # the file as a whole; the others are still looked at
             bad_files += 1
             click.echo(f"qcrd-fast: {error}", err=True)
+    for line in (*(reading.text for reading in readings), *filter(None, [keys_text(keys_not_read(readings))])):
+        click.echo(line, err=True)
     click.echo(f"bad rows: {bad_rows}; files read: {len(files) - bad_files} of {len(files)}", err=True)
     ctx.exit(2 if bad_rows or bad_files else 0)
 

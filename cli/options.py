@@ -15,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from qcrd_fast.config import TASKS, TrainConfig
+from qcrd_fast.data.formats.registry import NAMES as FORMATS
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils.config_files import read_yaml
 
@@ -29,7 +30,6 @@ METAVARS = {
     "device": "NAME",
     "resume": "auto|DIR",
 }
-FORMATS = ("auto", "native", "mentor-kd", "dss")
 _CONFIG_KEY = "qcrd_fast.config_file"  # where ctx.meta holds what --config said of TrainConfig's fields
 CONFIG_PATH = "qcrd_fast.config_path"  # and where the path of the file
 
@@ -175,7 +175,31 @@ DEVICE_HELP = "auto, cpu, cuda, cuda:N"
 
 natural = partial(click.option, type=click.IntRange(0), metavar="INT", show_default=True)
 positive = partial(click.option, type=click.IntRange(1), metavar="INT", show_default=True)
-format_option = click.option("--format", type=click.Choice(FORMATS), default="auto", show_default=True, help="input format")
+format_option = click.option(
+    "--format",
+    type=click.Choice(FORMATS),
+    metavar="NAME",
+    default="auto",
+    show_default=True,
+    help=f"input format: {', '.join(FORMATS)}",
+)
+
+
+def reading_options(command: Any) -> Any:
+    """Decorator: how inputs are read, for the verbs that read samples."""
+    for option in (
+        click.option("--batch-input", metavar="FILE", help="input of the OpenAI batch whose output is read"),
+        click.option(
+            "--map", "mapping", metavar="NAME=KEY,...", help="which key is which, such as question=instruction,gold=answer"
+        ),
+        click.option("--config-name", metavar="NAME", help="configuration of a data set of the hub"),
+        click.option("--split", metavar="NAME", help="only this split of the input, such as train or test"),
+        format_option,
+    ):
+        command = option(command)
+    return command
+
+
 task_option = click.option("--task", type=click.Choice(TASKS), help="answer type; default: guessed from the answers")
 bad_row_option = click.option(
     "--on-bad-row",

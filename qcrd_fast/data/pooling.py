@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from qcrd_fast.data.answers import TaskGuess, canonical, parse_choices, same_answer
+from qcrd_fast.data.answers import TaskGuess, canonical, extract_answer, parse_choices, same_answer
 from qcrd_fast.data.schema import BadRow, Question, Rationale, RowError, text_key
 from qcrd_fast.data.voting import Vote, vote
 
@@ -67,7 +67,7 @@ class Pool:
             golds.add(question.gold)
         elif task is None and not golds.any:
             for sample in record.samples:
-                said.add(sample.answer or "")
+                said.add((extract_answer(sample.text, "number") or sample.text) if sample.reply else sample.answer or "")
         self.prepared_alone &= record.prepared
         self._paths[-1] = record.path  # of a folder, the file in it
         record = record._replace(question=dataclasses.replace(question, task=task))

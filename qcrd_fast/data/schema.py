@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+CHOSEN = "chosen"  # the source of the better reply of a preference pair, whose answer counts as the majority
+
 
 @dataclass(frozen=True, slots=True)
 class Rationale:
@@ -86,6 +88,14 @@ def get_text(row: dict[str, Any], key: str, *, required: bool = False, numbers: 
     return check_text(value, key)
 
 
+def get_answer(row: dict[str, Any], key: str) -> str | None:
+    """An answer: a string, a number as its own text, a boolean as yes or no; None where it is missing, null or empty."""
+    value = row.get(key)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return get_text(row, key, numbers=True) or None
+
+
 def get_list(row: dict[str, Any], key: str, parse: Callable[[Any, str], Any]) -> tuple[Any, ...]:
     if key not in row:
         raise RowError(f"missing key {key!r}")
@@ -95,7 +105,7 @@ def get_list(row: dict[str, Any], key: str, parse: Callable[[Any, str], Any]) ->
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null", bytes: "bytes"}
     return names.get(type(value), "a number")
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from qcrd_fast.data.answers import parse_choices, same_answer
+from qcrd_fast.data.formats.golds import GOLD
+from qcrd_fast.data.reading import Reading, keys_not_read
 from qcrd_fast.data.schema import Question
 from qcrd_fast.data.voting import Vote
 
@@ -29,9 +32,15 @@ class PrepareSummary:
     duplicates: int
     answers_dropped: int
     skipped_rows: int
+    format: str = ""  # what the inputs were taken for
+    keys_not_read: dict[str, str | None] = dataclasses.field(default_factory=dict)  # each with the nearest that is read
+    inputs: tuple[dict[str, Any], ...] = ()
+    taken: tuple[str, ...] = ()  # for people: a line an input
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """For `--json`."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "taken"}
 
     def text(self) -> str:
         """One `name: value` line for each field."""
@@ -44,6 +53,8 @@ class PrepareSummary:
         }
         lines = []
         for name, value in self.to_dict().items():
+            if not isinstance(value, int | float):
+                continue
             figure = f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
             note = f"  ({notes[name]})" if name in notes else ""
             lines.append(f"{name.replace('_', ' ') + ':':<30}{figure:>10}{note}")
@@ -56,12 +67,15 @@ class Tally:
     def __init__(self, split_by: str):
         self.split_by = split_by
         self.skipped = 0  # rows set aside, by whoever sets them aside
+        self.readings: list[Reading] = []
         self._count: collections.Counter[str] = collections.Counter()
 
     def add(self, question: Question, vote: Vote | None = None) -> None:
         sampled = bool(question.positives or question.negatives)
         alone = len(question.votes) < 2 if self.split_by == "gold" else not question.negatives
-        tie = _is_tie(question)
+        tie = vote.tied if vote else _is_tie(question)
+        rationales = question.positives + question.negatives
+        samples = len(rationales) + (vote.duplicates + vote.dropped if vote else 0)
         wrong = (
             question.majority is not None
             and question.gold is not None
@@ -79,6 +93,8 @@ class Tally:
             ties=tie,
             duplicates=vote.duplicates if vote else 0,
             dropped=vote.dropped if vote else 0,
+            several=samples > 1,
+            worked=sum(rationale.source == GOLD for rationale in rationales),
         )
 
     @property
@@ -99,7 +115,21 @@ class Tally:
             duplicates=count["duplicates"],
             answers_dropped=count["dropped"],
             skipped_rows=self.skipped,
+            format=", ".join(dict.fromkeys(reading.format for reading in self.readings if reading.format)),
+            keys_not_read=keys_not_read(self.readings),
+            inputs=tuple(reading.to_dict() for reading in self.readings),
+            taken=tuple(reading.text for reading in self.readings),
+            warnings=tuple(self._warnings()),
         )
+
+    def _warnings(self) -> Iterator[str]:
+        count = self._count
+        if count["worked"]:
+            yield f"{count['worked']:,} positives are the golds' own worked solutions (source {GOLD}): no vote, no negatives"
+        elif count["with_samples"] and not count["several"]:
+            yield "no question has more than one sample: there is nothing to vote on, and qcrd has no minority to learn from"
+        elif count["questions"] and not count["with_samples"] and not count["dropped"]:
+            yield "no question has a sample: these rows serve eval, collect and --method finetune"
 
 
 def _is_tie(question: Question) -> bool:

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from qcrd_fast.data.answers import canonical, extract_answer, same_answer, surface
-from qcrd_fast.data.schema import Rationale
+from qcrd_fast.data.schema import CHOSEN, Rationale
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ def vote(
       are no special case: one sample is a majority of one.
     - `votes` and the answers of the returned rationales are spelled one way for each answer: numbers and yes/no in
       canonical form, other answers as most samples write them (the smallest such spelling), so `votes[majority]` holds.
+    - Where samples are of preference pairs, the majority is that of the chosen ones.
     - With `gold` the sides are split by agreement with it instead; the majority stays the vote's.
 
     Both sides keep the order of the samples.
@@ -52,7 +53,8 @@ def vote(
     kept: list[tuple[str, Rationale]] = []
     duplicates = dropped = 0
     for sample in samples:
-        answer = None if sample.answer is None else _read(sample.answer, task, choices)
+        said = sample.text if sample.reply else sample.answer
+        answer = None if said is None else _read(said, task, choices)
         key = None if answer is None else canonical(answer, task, choices)
         if key is None or not sample.text.strip():
             dropped += 1
@@ -67,8 +69,9 @@ def vote(
         return Vote(None, {}, (), (), duplicates, dropped)
 
     counts = collections.Counter(key for key, _ in kept)
-    most = max(counts.values())
-    tied = [key for key, count in counts.items() if count == most]
+    ballot = collections.Counter(key for key, rationale in kept if rationale.source == CHOSEN) or counts
+    most = max(ballot.values())
+    tied = [key for key, count in ballot.items() if count == most]
     winner = min(tied, key=lambda key: _tie_rank(seed, question_id, key))
     spelling = {key: _spelling(rationale.answer or "" for other, rationale in kept if other == key) for key in counts}
     right = {key: key == winner if gold is None else same_answer(spelling[key], gold, task, choices) for key in counts}

@@ -1,0 +1,163 @@
+"""Rows of named columns: a question with samples in a list, with one sample, with a worked solution, or alone.
+
+Alpaca, distilabel, open-r1, prompt and completion, multiple choice and the like differ in names alone; `fields.ROLES` has
+these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from qcrd_fast.data.formats import golds
+from qcrd_fast.data.formats.chat import exchange, is_turns, reply_text
+from qcrd_fast.data.formats.fields import EXPLICIT_GOLDS, ROLES, Parsed, Row, plain
+from qcrd_fast.data.formats.samples import read_sample, sample_list, with_thinking
+from qcrd_fast.data.schema import Question, Rationale, RowError, check_text, get_answer
+
+_TEXTS = ("completion", "rationale")
+_EXPLICIT = {plain(name) for name in ROLES["gold"][:EXPLICIT_GOLDS]}
+
+
+def read(row: Row) -> Parsed:
+    """A row of columns.
+
+    Raises:
+        RowError: no question, values of the wrong type, or keys of which several may be meant.
+    """
+    text, options_in_question = question_text(row)
+    if options_in_question is not None:
+        row = _with_choices(row, options_in_question)
+    gold_key, answer_key = _golds(row)
+    found = _samples(row, answer_key)
+    question = golds.make_question(row, text, gold_key=gold_key)
+    kind = "sampled"
+    if found is None:
+        question, found = _worked(row, question, gold_key)
+        kind = "sampled" if found else "question"
+    return Parsed(question, found, kind, row.unread())
+
+
+def question_text(row: Row) -> tuple[str, Any]:
+    """(text, choices that stand in the question's own object, or None)."""
+    key = row.key("question")
+    if key is None:
+        raise RowError("no question")
+    value, choices = row.take(key), None
+    if isinstance(value, dict) and "stem" in value:
+        value, choices = value["stem"], value.get("choices")
+    if is_turns(value):
+        said, reply, system = exchange(value, key)
+        if said is None or reply is not None:
+            raise RowError(f"{key} expects one question of the user")
+        if system:
+            row.parts.add(f"{key}[system]")
+        return said, choices
+    text = check_text(value, key)
+    other = row.values.get("input", row.values.get("Input"))
+    if plain(key) == "instruction" and "question" not in row.mapping and isinstance(other, str):
+        row.read |= {"input", "Input"} & row.values.keys()
+        text = f"{text.strip()}\n{other.strip()}" if other.strip() else text
+    return text, choices
+
+
+def _with_choices(row: Row, choices: Any) -> Row:
+    inner = Row(row.values | {"choices": choices}, row.mapping)
+    inner.read, inner.parts = row.read, row.parts
+    return inner
+
+
+def _golds(row: Row) -> tuple[str | None, str | None]:
+    """(key of the gold, key of the sample's own answer or None) where both may be called an answer."""
+    keys = row.keys("gold")
+    if not keys or "gold" in row.mapping or "prediction" in row.mapping:
+        return next(iter(keys), None), None
+    own = {plain(key): key for key in keys}
+    explicit = next((key for key in keys if plain(key) in _EXPLICIT), None)
+    sampled = any(row.has(role) for role in (*_TEXTS, "samples"))
+    if sampled and explicit and "answer" in own and not row.has("prediction"):
+        return explicit, own["answer"]
+    if not explicit and {"answer", "finalanswer"} <= own.keys() and row.values[own["answer"]] != row.values[own["finalanswer"]]:
+        raise row.refuse("the gold answer", (own["answer"], own["finalanswer"]), "gold")
+    return keys[0], None
+
+
+def _samples(row: Row, answer_key: str | None) -> tuple[Rationale, ...] | None:
+    """The samples of a row; None where it has none."""
+    by_role = {role: row.keys(role) for role in ("samples", *_TEXTS)}
+    lists = [
+        key for keys in by_role.values() for key in keys if not isinstance(row.values[key], str) and not is_message(row, key)
+    ]
+    lists += [key for key in by_role["samples"] if key not in lists and row.values[key].lstrip()[:1] in ("[", "{")]
+    choices = row.key("choices")
+    if choices and golds.is_api_choices(row.values[choices]):
+        lists.append(choices)
+    if "samples" in row.mapping:
+        lists = [key for key in lists if key == row.mapping["samples"]]
+    if len(lists) > 1:
+        raise row.refuse("the samples", lists, "samples")
+    if lists:
+        return _listed(row, lists[0])
+    texts = {role: row.keys(role) for role in _TEXTS}
+    texts["completion"] += by_role["samples"]  # one sample under a name of many
+    for role, keys in texts.items():
+        if len({str(row.values[key]) for key in keys}) > 1:
+            raise row.refuse("the sample", keys, role)
+    completion, rationale = (next(iter(texts[role]), None) for role in ("completion", "rationale"))
+    row.read |= {key for keys in texts.values() for key in keys}
+    answer = answer_key or row.key("prediction")
+    if completion is None and rationale is None and answer is None:
+        return None
+    reply = _reply(row, completion) if completion else ""
+    thinking = check_text(row.take(rationale), rationale) if rationale else ""
+    who = golds.source(row)
+    if answer is None:
+        text = with_thinking(thinking, reply) if completion else thinking
+        return (Rationale(text, None, who, reply=True),)
+    row.read.add(answer)
+    return (Rationale(thinking or reply, get_answer(row.values, answer), who),)
+
+
+def is_message(row: Row, key: str) -> bool:
+    """Whether a value is one reply as a message, rather than a list of samples."""
+    value = row.values[key]
+    return is_turns(value) or (isinstance(value, dict) and ("content" in value or "message" in value))
+
+
+def _reply(row: Row, key: str) -> str:
+    value = row.take(key)
+    if isinstance(value, dict):
+        return reply_text(value.get("message", value))
+    if is_turns(value):
+        reply = exchange(value, key)[1]
+        if reply is None:
+            raise RowError(f"{key} has no turn of the assistant")
+        return reply
+    return check_text(value, key)
+
+
+def _listed(row: Row, key: str) -> tuple[Rationale, ...]:
+    items = sample_list(row.take(key), key)
+    found = [read_sample(item, f"{key}[{index}]", row.parts) for index, item in enumerate(items) if item is not None]
+    answers = row.key("prediction")
+    if answers and isinstance(row.values[answers], list) and len(found) == len(items):
+        if len(row.values[answers]) != len(items):
+            raise RowError(f"{key} has {len(items)} samples, but {answers} {len(row.values[answers])}")
+        said = [get_answer({answers: answer}, answers) for answer in row.take(answers)]
+        found = [dataclasses.replace(r, answer=answer, reply=False) for r, answer in zip(found, said, strict=True)]
+    return tuple(found)
+
+
+def _worked(row: Row, question: Question, gold_key: str | None) -> tuple[Question, tuple[Rationale, ...]]:
+    """The question, and its worked solution as a rationale: of a key of its own, or before the `####` of the gold."""
+    key = row.key("solution")
+    if key is not None:
+        solution, answer = golds.worked(check_text(row.take(key), key))
+        gold = question.gold or answer or golds.boxed(solution)
+        question = dataclasses.replace(question, gold=gold)
+        return question, (Rationale(solution, gold, golds.GOLD, reply=gold is None),)
+    if gold_key and isinstance(row.values[gold_key], str):
+        solution, answer = golds.worked(row.values[gold_key])
+        if answer is not None and solution:
+            return question, (Rationale(solution, question.gold, golds.GOLD),)
+    return question, ()
