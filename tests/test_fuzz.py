@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 
 from qcrd_fast import checkpoint, runview
 from qcrd_fast.config import TASKS, TrainConfig
-from qcrd_fast.data import jsonl, schema
+from qcrd_fast.data import schema
 from qcrd_fast.data.answers import canonical, extract_answer, guess_task, is_correct, parse_choices, same_answer, surface
 from qcrd_fast.data.expressions import evaluate_expression
+from qcrd_fast.data.files import open_rows
 from qcrd_fast.data.load import load_questions, prepare, validate_file
 from qcrd_fast.errors import InputError
 from qcrd_fast.ledger import Ledger
@@ -162,7 +163,7 @@ def test_any_file_is_read_or_its_rows_are_named(folder: Path, content: bytes, na
         bad = list(validate_file(path))
         assert all(row.path == str(path) and row.line >= 1 and row.reason for row in bad)
         assert all("\n" not in str(row) and str(row).isprintable() for row in bad)
-        assert jsonl.iter_rows(path) and len({row.line for row in bad}) <= content.count(b"\n") + 1
+        assert open_rows(path) and len({row.line for row in bad}) <= content.count(b"\n") + 1
         with contextlib.suppress(InputError):
             loaded = load_questions(path, on_bad_row="skip")
             prepare(path, output, on_bad_row="skip")

@@ -64,7 +64,7 @@ def vote(
             duplicates += 1
             continue
         seen.add(mark)
-        kept.append((key, dataclasses.replace(sample, answer=answer)))
+        kept.append((key, dataclasses.replace(sample, answer=answer, reply=False)))
     if not kept:
         return Vote(None, {}, (), (), duplicates, dropped)
 
