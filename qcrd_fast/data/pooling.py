@@ -140,7 +140,8 @@ def _merge(group: list[Record], split_by: str, seed: int) -> tuple[Question, Vot
     for record in group:
         gold = record.question.gold
         if gold is not None and gold != fields["gold"] and not same_answer(gold, fields["gold"], task, choices):
-            raise RowError(f"gold is {fields['gold']!r}, but {gold!r} at {record.path}:{record.line}")
+            hint = "; if this is what each sample ends in: --map prediction=answer" if record.samples else ""
+            raise RowError(f"gold is {fields['gold']!r}, but {gold!r} at {record.path}:{record.line}{hint}")
     samples = [sample for record in group for sample in record.samples]
     if split_by == "gold" and samples:
         if fields["gold"] is None:

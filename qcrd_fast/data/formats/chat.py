@@ -34,12 +34,11 @@ def exchange(turns: list[dict[str, Any]], where: str) -> tuple[str | None, str |
     """
     said: dict[str, list[str]] = {"user": [], "assistant": [], "system": []}
     for index, turn in enumerate(turns):
-        name = next((turn[key] for key in _ROLE_KEYS if key in turn), None)
-        role = _ROLES.get(name.casefold()) if isinstance(name, str) else None
+        name, role = _role(turn)
         if role is None:
             raise RowError(f"{where}[{index}] is of {name!r}; read are system, user (human) and assistant (gpt)"[:200])
         if role == "user" and said["assistant"]:
-            count = sum(_ROLES.get(str(next((t[k] for k in _ROLE_KEYS if k in t), "")).casefold()) == "user" for t in turns)
+            count = sum(_role(turn)[1] == "user" for turn in turns)
             raise RowError(f"{where} has {count} questions; a conversation of one question and one reply is read")
         try:
             said[role].append(reply_text(turn))
@@ -50,6 +49,17 @@ def exchange(turns: list[dict[str, Any]], where: str) -> tuple[str | None, str |
             raise RowError(f"{where} has {len(said[role])} turns of the {role} in a row; one question and one reply are read")
     question, reply = (next(iter(said[role]), None) for role in ("user", "assistant"))
     return question, reply, bool(said["system"])
+
+
+def has_question(turns: list[dict[str, Any]]) -> bool:
+    """Whether a conversation has a question; without one, several turns are several replies."""
+    return any(_role(turn)[1] == "user" for turn in turns)
+
+
+def _role(turn: dict[str, Any]) -> tuple[Any, str | None]:
+    """(the role as it is called, as we call it or None)"""
+    name = next((turn[key] for key in _ROLE_KEYS if key in turn), None)
+    return name, _ROLES.get(name.casefold()) if isinstance(name, str) else None
 
 
 def reply_text(turn: dict[str, Any]) -> str:

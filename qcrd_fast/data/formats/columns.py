@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from qcrd_fast.data.formats import golds
-from qcrd_fast.data.formats.chat import exchange, is_turns, reply_text
+from qcrd_fast.data.formats.chat import exchange, has_question, is_turns, reply_text
 from qcrd_fast.data.formats.fields import EXPLICIT_GOLDS, ROLES, Parsed, Row, plain
 from qcrd_fast.data.formats.samples import read_sample, sample_list, with_thinking
 from qcrd_fast.data.schema import Question, Rationale, RowError, check_text, get_answer
@@ -40,7 +40,7 @@ def read(row: Row) -> Parsed:
 
 def question_text(row: Row) -> tuple[str, Any]:
     """(text, choices that stand in the question's own object, or None)."""
-    key = row.key("question")
+    key = row.key("question") or row.key("messages")
     if key is None:
         raise RowError("no question")
     value, choices = row.take(key), None
@@ -88,7 +88,7 @@ def _samples(row: Row, answer_key: str | None) -> tuple[Rationale, ...] | None:
     lists = [
         key for keys in by_role.values() for key in keys if not isinstance(row.values[key], str) and not is_message(row, key)
     ]
-    lists += [key for key in by_role["samples"] if key not in lists and row.values[key].lstrip()[:1] in ("[", "{")]
+    lists += [key for key in by_role["samples"] if _is_json(row.values[key])]
     choices = row.key("choices")
     if choices and golds.is_api_choices(row.values[choices]):
         lists.append(choices)
@@ -118,10 +118,17 @@ def _samples(row: Row, answer_key: str | None) -> tuple[Rationale, ...] | None:
     return (Rationale(thinking or reply, get_answer(row.values, answer), who),)
 
 
+def _is_json(value: Any) -> bool:
+    """Whether a cell of CSV holds a list or an object."""
+    return isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
+
+
 def is_message(row: Row, key: str) -> bool:
     """Whether a value is one reply as a message, rather than a list of samples."""
     value = row.values[key]
-    return is_turns(value) or (isinstance(value, dict) and ("content" in value or "message" in value))
+    if is_turns(value):
+        return len(value) == 1 or has_question(value)
+    return isinstance(value, dict) and ("content" in value or "message" in value)
 
 
 def _reply(row: Row, key: str) -> str:

@@ -33,6 +33,10 @@ class Format:
     read: Callable[[Row, Context], Parsed]
 
 
+def _asks(row: Row) -> bool:
+    return row.has("question") or row.has("messages")
+
+
 def _list_of_samples(row: Row) -> bool:
     key = row.key("samples") or row.key("completion") or row.key("rationale")
     return key is not None and not isinstance(row.values[key], str) and not columns.is_message(row, key)
@@ -47,7 +51,7 @@ def _is_gsm8k(row: Row) -> bool:
 def _is_vllm(row: Row) -> bool:
     choices, samples = row.key("choices"), row.values.get("outputs")
     if choices and is_api_choices(row.values[choices]):
-        return row.has("question") or row.has("messages")
+        return _asks(row)
     return row.has("question") and isinstance(samples, list) and bool(samples) and all(isinstance(s, dict) for s in samples)
 
 
@@ -75,7 +79,7 @@ FORMATS = (
         lambda r: r.is_called("question", "instruction") and (_list_of_samples(r) or r.is_called("completion", "generation")),
         _columns,
     ),
-    Format("samples", "a question and a list of samples", lambda r: r.has("question") and _list_of_samples(r), _columns),
+    Format("samples", "a question and a list of samples", lambda r: _asks(r) and _list_of_samples(r), _columns),
     Format(
         "sharegpt",
         "ShareGPT conversations",
