@@ -28,7 +28,7 @@ class Reading:
     unread: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def add_unread(self, keys: Iterable[str]) -> None:
-        for key in keys:
+        for key in sorted(keys):
             if key in self.unread or len(self.unread) < MAX_KEYS:
                 self.unread[key] += 1
 

@@ -256,8 +256,7 @@ def test_without_the_libraries_the_error_says_how_to_install_them(tmp_path: Path
 
 def test_reading_imports_neither_torch_nor_numpy_nor_pyarrow() -> None:
     code = (
-        "import sys, qcrd_fast.data.load, qcrd_fast.data.scan
-"
+        "import sys, qcrd_fast.data.load, qcrd_fast.data.scan; "
         "bad = {'torch', 'numpy', 'pyarrow', 'datasets'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -359,9 +358,7 @@ def test_a_data_set_of_the_hub(hub: str, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["rows.jsonl", "data/rows.jsonl", "rows", "/data/rows", "a/b/c", "data/rows.csv.gz"]
-)
+@pytest.mark.parametrize("name", ["rows.jsonl", "data/rows.jsonl", "rows", "/data/rows", "a/b/c", "data/rows.csv.gz"])
 def test_what_is_no_name_of_the_hub_is_a_file_that_is_not_there(name: str) -> None:
     assert not files.is_hub_name(name)
     with pytest.raises(InputError, match="No such file"):

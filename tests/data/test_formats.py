@@ -489,7 +489,7 @@ def test_what_was_read_and_what_was_not_is_said(tmp_path: Path, capsys: pytest.C
     assert entry(["prepare", str(path), "-o", str(output)]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == f"took {path} for JSONL, native: rows of this project; 2 rows"
-    assert "keys not read: 'samples[].anwser' (nearest that is read: 'answer'), 'mood'" in err
+    assert "keys not read: 'mood', 'samples[].anwser' (nearest that is read: 'answer')" in err
     assert entry(["prepare", str(path), "-o", str(output), "--json"]) == 0
     out, err = capsys.readouterr()
     assert err.startswith(f"took {path} for JSONL")
