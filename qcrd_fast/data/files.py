@@ -41,6 +41,7 @@ _MAGIC = {
     b"\x80\x04": "a pickle, which is never loaded",
     b"\x80\x05": "a pickle, which is never loaded",
 }
+_SPREAD_OBJECT = re.compile(rb"\s*\{\s*\n")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _FILE_NAME = re.compile(r"\.(jsonl?|ndjson|csv|tsv|tab|txt|parquet|arrow|gz|bz2|xz|zst|zip)$", re.IGNORECASE)
 
@@ -136,6 +137,10 @@ def _start(path: Path, file: io.BufferedReader, rows: Rows, packed: str) -> Iter
             yield from jsonl.array_rows(path, file)
         else:
             rows.kind = f"{packed}JSONL"
+            if suffix == ".json" and _SPREAD_OBJECT.match(file.peek(16)):
+                reason = "a JSON object over several lines; rows are one object a line, or an array of objects"
+                yield 1, BadRow(shown(path), 1, f"{reason} (such as: jq -c '.data[]' FILE > FILE.jsonl)")
+                return
             yield from jsonl.line_rows(path, file, rows.blank)
 
 

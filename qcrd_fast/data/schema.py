@@ -58,14 +58,14 @@ class RowError(ValueError):
 
 def require(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise RowError(f"expected an object, got {_kind(row)}")
+        raise RowError(f"expected an object, got {kind_of(row)}")
     return row
 
 
 def check_text(value: Any, key: str) -> str:
     """`value` if it is a string that can be written as UTF-8."""
     if not isinstance(value, str):
-        raise RowError(f"{key} expects a string, got {_kind(value)}")
+        raise RowError(f"{key} expects a string, got {kind_of(value)}")
     if "\0" in value:
         raise RowError(f"{key} has a NUL character")
     if not value.isascii():
@@ -100,11 +100,12 @@ def get_list(row: dict[str, Any], key: str, parse: Callable[[Any, str], Any]) ->
     if key not in row:
         raise RowError(f"missing key {key!r}")
     if not isinstance(row[key], list):
-        raise RowError(f"{key} expects a list, got {_kind(row[key])}")
+        raise RowError(f"{key} expects a list, got {kind_of(row[key])}")
     return tuple(parse(item, f"{key}[{index}]") for index, item in enumerate(row[key]))
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a JSON value is, for a message."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null", bytes: "bytes"}
     return names.get(type(value), "a number")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from qcrd_fast.data.files import open_rows
 from qcrd_fast.data.formats import golds
-from qcrd_fast.data.formats.chat import exchange, is_turns
 from qcrd_fast.data.formats.fields import Parsed, Row
 from qcrd_fast.data.formats.samples import read_sample
+from qcrd_fast.data.formats.turns import exchange, is_turns
 from qcrd_fast.data.schema import BadRow, Rationale, RowError, check_text, get_text, require
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils.files import shown

@@ -10,22 +10,22 @@ import dataclasses
 from typing import Any
 
 from qcrd_fast.data.formats import golds
-from qcrd_fast.data.formats.chat import exchange, has_question, is_turns, reply_text
 from qcrd_fast.data.formats.fields import EXPLICIT_GOLDS, ROLES, Parsed, Row, plain
 from qcrd_fast.data.formats.samples import read_sample, sample_list, with_thinking
+from qcrd_fast.data.formats.turns import exchange, has_question, is_turns, reply_text
 from qcrd_fast.data.schema import Question, Rationale, RowError, check_text, get_answer
 
 _TEXTS = ("completion", "rationale")
 _EXPLICIT = {plain(name) for name in ROLES["gold"][:EXPLICIT_GOLDS]}
 
 
-def read(row: Row) -> Parsed:
-    """A row of columns.
+def read(row: Row, asked: str | None = None) -> Parsed:
+    """A row of columns. `asked` is the question where another column than its own has it.
 
     Raises:
         RowError: no question, values of the wrong type, or keys of which several may be meant.
     """
-    text, options_in_question = question_text(row)
+    text, options_in_question = (asked, None) if asked is not None else question_text(row)
     if options_in_question is not None:
         row = _with_choices(row, options_in_question)
     gold_key, answer_key = _golds(row)
@@ -73,6 +73,8 @@ def _golds(row: Row) -> tuple[str | None, str | None]:
     if not keys or "gold" in row.mapping or "prediction" in row.mapping:
         return next(iter(keys), None), None
     own = {plain(key): key for key in keys}
+    if isinstance(row.values[keys[0]], bool) and own.get("label") == keys[0] and row.has("completion"):
+        raise RowError("label may be of the reply or a gold answer; if the latter: --map gold=label")
     explicit = next((key for key in keys if plain(key) in _EXPLICIT), None)
     sampled = any(row.has(role) for role in (*_TEXTS, "samples"))
     if sampled and explicit and "answer" in own and not row.has("prediction"):
@@ -107,7 +109,9 @@ def _samples(row: Row, answer_key: str | None) -> tuple[Rationale, ...] | None:
     row.read |= {key for keys in texts.values() for key in keys}
     answer = answer_key or row.key("prediction")
     if completion is None and rationale is None and answer is None:
-        return None
+        return _numbered(row)
+    if answer and isinstance(row.values[answer], list | dict):
+        raise RowError(f"{answer} is a list, but there are no samples; if these are the choices: --map choices={answer}")
     reply = _reply(row, completion) if completion else ""
     thinking = check_text(row.take(rationale), rationale) if rationale else ""
     who = golds.source(row)
@@ -155,13 +159,25 @@ def _listed(row: Row, key: str) -> tuple[Rationale, ...]:
     return tuple(found)
 
 
+def _numbered(row: Row) -> tuple[Rationale, ...] | None:
+    """Samples in columns of their own, such as response_1, response_2; None where there are none."""
+    found = row.numbered()
+    if len(found) > 1:
+        raise row.refuse("the samples", [keys[0] for keys in found.values()], "samples")
+    return tuple(read_sample(row.take(key), key, row.parts) for keys in found.values() for key in keys) or None
+
+
 def _worked(row: Row, question: Question, gold_key: str | None) -> tuple[Question, tuple[Rationale, ...]]:
     """The question, and its worked solution as a rationale: of a key of its own, or before the `####` of the gold."""
     key = row.key("solution")
     if key is not None:
         solution, answer = golds.worked(check_text(row.take(key), key))
         gold = question.gold or answer or golds.boxed(solution)
+        if gold is None and len(solution.split()) < 4:
+            gold, solution = solution.strip(), ""
         question = dataclasses.replace(question, gold=gold)
+        if solution.strip().strip("$") in ("", gold, f"\\boxed{{{gold}}}"):
+            return question, ()  # an answer alone
         return question, (Rationale(solution, gold, golds.GOLD, reply=gold is None),)
     if gold_key and isinstance(row.values[gold_key], str):
         solution, answer = golds.worked(row.values[gold_key])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,16 +15,17 @@ from qcrd_fast.data.schema import Question, Rationale, RowError
 
 # role: its names, the clearest first; capitals, `_`, `-` and spaces make no difference
 ROLES: dict[str, tuple[str, ...]] = {
-    "id": ("id", "qid", "question_id", "problem_id", "custom_id", "uuid"),
+    "id": ("id", "qid", "question_id", "problem_id", "custom_id", "unique_id", "uuid"),
     "question": (
         "question", "problem", "query", "prompt", "instruction", "question_stem", "problem_statement", "user_prompt",
-        "user", "input",
+        "user", "input", "inputs",
     ),
-    "context": ("context", "passage", "body"),
+    "context": ("context", "passage", "body", "article"),
     "choices": ("choices", "options", "answer_choices"),
     "gold": (
         "gold", "gold_answer", "ground_truth", "ground_truth_answer", "expected_answer", "correct_answer", "reference_answer",
-        "gold_label", "answer", "final_answer", "answer_key", "target", "correct_option", "label", "answer_index", "answer_idx",
+        "gold_label", "answer", "final_answer", "answer_key", "target", "targets", "reference", "correct_option",
+        "label", "answer_index", "answer_idx",
         "correct_index", "correct",
     ),
     "solution": ("solution", "ground_truth_solution", "reference_solution", "gold_solution"),
@@ -62,6 +64,8 @@ def plain(key: str) -> str:
 
 _PLAIN = {role: tuple(plain(name) for name in names) for role, names in ROLES.items()}
 _ROLE_OF = {name: role for role, names in _PLAIN.items() for name in names}
+_SAMPLE_NAMES = {"sample", *_PLAIN["completion"], *_PLAIN["rationale"]}
+_NUMBERED = re.compile(r"([a-z]+)([0-9]{1,4})")
 _KNOWN = sorted(
     {name for names in ROLES.values() for name in names} | {"positives", "negatives", "majority", "votes", "answerKey"}
 )
@@ -121,9 +125,19 @@ class Row:
         """Count the first key of these roles as read: a format took what it holds from elsewhere."""
         self.read |= {key for role in roles if (key := self.key(role)) is not None}
 
+    def numbered(self) -> dict[str, list[str]]:
+        """Columns of one sample each, such as response_1 and response_2, by what they are called without their number."""
+        found: dict[str, list[tuple[int, str]]] = {}
+        for name, key in self._keys.items():
+            match = _NUMBERED.fullmatch(name)
+            if match and match[1] in _SAMPLE_NAMES and not _empty(self.values[key]):
+                found.setdefault(match[1], []).append((int(match[2]), key))
+        return {name: [key for _, key in sorted(keys)] for name, keys in found.items()}
+
     def known(self) -> set[str]:
         """The keys that have any role, value or not."""
-        return {key for name, key in self._keys.items() if name in _ROLE_OF} | set(self.mapping.values())
+        named = {key for name, key in self._keys.items() if name in _ROLE_OF}
+        return named.union(self.mapping.values(), *self.numbered().values())
 
     def unread(self) -> frozenset[str]:
         return frozenset({key for key, value in self.values.items() if key not in self.read and not _empty(value)} | self.parts)

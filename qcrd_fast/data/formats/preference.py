@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from qcrd_fast.data.formats import golds
-from qcrd_fast.data.formats.chat import exchange, is_turns
 from qcrd_fast.data.formats.columns import question_text
 from qcrd_fast.data.formats.fields import Parsed, Row
 from qcrd_fast.data.formats.samples import read_sample
+from qcrd_fast.data.formats.turns import as_list, exchange, is_turns
 from qcrd_fast.data.schema import CHOSEN, Rationale, RowError
 
 REJECTED = "rejected"
@@ -36,6 +36,7 @@ def read(row: Row) -> Parsed:
 
 def _side(value: Any, key: str, row: Row) -> tuple[str, str | None]:
     """(reply, question or None)"""
+    value = as_list(value)
     if is_turns(value):
         question, reply, system = exchange(value, key)
         if reply is None:

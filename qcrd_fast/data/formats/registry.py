@@ -103,7 +103,7 @@ FORMATS = (
     Format(
         "sample-rows",
         "one sample a row",
-        lambda r: r.has("question") and any(map(r.has, ("completion", "rationale", "prediction"))),
+        lambda r: r.has("question") and (any(map(r.has, ("completion", "rationale", "prediction"))) or bool(r.numbered())),
         _columns,
     ),
     Format("worked", "questions with worked solutions", lambda r: r.has("question", "solution"), _columns),

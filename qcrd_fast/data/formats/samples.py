@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from qcrd_fast.data.formats.chat import exchange, is_turns, reply_text
 from qcrd_fast.data.formats.fields import plain
-from qcrd_fast.data.schema import Rationale, RowError, check_text, get_answer, get_text
+from qcrd_fast.data.formats.turns import as_list, exchange, is_turns, reply_text
+from qcrd_fast.data.schema import Rationale, RowError, check_text, get_answer, get_text, kind_of
 
 _TEXTS = (
     "text", "content", "completion", "response", "output", "generation", "generated_text", "generated_solution", "solution",
@@ -80,21 +80,9 @@ def sample_list(value: Any, key: str) -> list[Any]:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise RowError(f"{key} expects a list; its text is not readable as JSON") from None
-    if isinstance(value, dict):
-        columns = [column for column in value.values() if isinstance(column, list)]
-        if isinstance(value.get("choices"), list):
-            return value["choices"]
-        if columns and len(columns) == len(value) and len({len(column) for column in columns}) == 1:
-            return [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
+    if isinstance(value, dict) and isinstance(value.get("choices"), list):
+        return value["choices"]
+    value = as_list(value)
     if not isinstance(value, list):
-        kind = (
-            "an object"
-            if isinstance(value, dict)
-            else "null"
-            if value is None
-            else "a string"
-            if isinstance(value, str)
-            else "a number"
-        )
-        raise RowError(f"{key} expects a list, got {kind}")
+        raise RowError(f"{key} expects a list, got {kind_of(value)}")
     return value
