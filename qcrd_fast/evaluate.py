@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from qcrd_fast.students import Student
 from qcrd_fast.utils.device import Autocast, make_autocast, resolve_device
 from qcrd_fast.utils.files import require_writable, write_lines
 from qcrd_fast.utils.oom import for_answers, relieved_by
+
+log = logging.getLogger(__name__)
 
 
 def predict(
@@ -179,11 +182,12 @@ def plan_answers(
 
 def _with_answers(data: str, task: str | None, on_bad_row: str) -> tuple[int, list[Question]]:
     """(how many questions a file has, those that can be compared). Raises `InputError` where none can."""
-    loaded = load_questions(data, part="test", on_bad_row=on_bad_row, task=task).questions
-    questions = [q for q in of_split(loaded, "test") if label_of(q, None) is not None]
+    loaded = load_questions(data, part="test", on_bad_row=on_bad_row, task=task)
+    questions = [q for q in of_split(loaded.questions, "test") if label_of(q, None) is not None]
     if not questions:
-        raise InputError(f"{data}: no question has an answer to compare with")
-    return len(loaded), questions
+        raise InputError(f"{data}: no question has an answer to compare with; {loaded.taken_for}")
+    log.info("%s", loaded.taken_for)
+    return len(loaded.questions), questions
 
 
 def _answers_folder(run_or_model: str, data: str, output: str | None) -> Path:

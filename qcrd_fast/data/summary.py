@@ -85,6 +85,7 @@ class Tally:
             questions=1,
             with_samples=sampled,
             with_gold=question.gold is not None,
+            gold_words=len((question.gold or "").split()),
             positives=len(question.positives),
             negatives=len(question.negatives),
             alone=sampled and alone,
@@ -129,7 +130,9 @@ class Tally:
         elif count["with_samples"] and not count["several"]:
             yield "no question has more than one sample: there is nothing to vote on, and qcrd has no minority to learn from"
         elif count["questions"] and not count["with_samples"] and not count["dropped"]:
-            yield "no question has a sample: these rows serve eval, collect and --method finetune"
+            words = count["gold_words"] / max(count["with_gold"], 1)
+            hint = f"; golds have {words:.0f} words: if they are worked solutions, --map solution=KEY" if words > 8 else ""
+            yield f"no question has a sample: these rows serve eval, collect and --method finetune{hint}"
 
 
 def _is_tie(question: Question) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cli.main import entry
+from qcrd_fast.data.formats.fields import ROLES
 from qcrd_fast.data.formats.registry import FORMATS
 from qcrd_fast.data.load import load_questions, prepare, validate_file
 from qcrd_fast.errors import InputError
@@ -176,6 +178,23 @@ SHAPES: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "samples",
         a_list_each(lambda q, g, t: {"question": q, "answer": g, "rationales": t, "answers": list(map(answer_of, t))}),
     ),
+    "numbered columns": (
+        "sample-rows",
+        a_list_each(lambda q, g, t: {"question": q, "answer": g, **{f"Response_{i}": said(x) for i, x in enumerate(t, 1)}}),
+    ),
+    "messages and columns": (
+        "samples",
+        a_list_each(lambda q, g, t: {"messages": chat(q, "")[:1], "completions": list(map(said, t)), "ground_truth": g}),
+    ),
+    "messages and a reply": (
+        "messages",
+        a_row_each(lambda q, g, x: {"messages": chat(q, "")[:1], "response": said(x), "ground_truth": g}),
+    ),
+    "messages in columns": (
+        "messages",
+        a_row_each(lambda q, g, x: {"messages": {"role": ["user", "assistant"], "content": [q, said(x)]}}),
+    ),
+    "messages as JSON text": ("messages", a_row_each(lambda q, g, x: {"messages": json.dumps(chat(q, said(x)))})),
     "vllm": (
         "vllm",
         a_list_each(lambda q, g, t: {"prompt": q, "outputs": [{"index": i, "text": said(x)} for i, x in enumerate(t)]}),
@@ -445,6 +464,11 @@ REFUSED = {
         {"question": Q, "choices": {"text": ["a", "b"], "label": ["A"]}},
         "choices: 2 texts, but 1 labels",
     ),
+    "a label of a reply": ({"prompt": Q, "completion": "4", "label": True}, "label may be of the reply or a gold answer"),
+    "answers without samples": (
+        {"question": Q, "answers": ["4", "5"], "label": 0},
+        "if these are the choices: --map choices=answers",
+    ),
     "no question": (
         {"qestion": Q, "response": "4"},
         "missing key 'question'; keys not read: 'qestion' (nearest that is read: 'question')",
@@ -557,3 +581,28 @@ def test_rows_of_several_files_are_pooled_by_text(tmp_path: Path) -> None:
     assert (
         result.summary.questions == 2 and result.summary.positives == 4 and [q.id for q in result.questions] == ["0-0", "0-2"]
     )
+
+
+# The documentation
+
+
+def documented() -> list[tuple[str, str]]:
+    """(format, example row) of the table in docs/formats.md."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| `([\w-]+)` \|.*\| `(\{.*\})` \|$", text, re.MULTILINE)
+
+
+def test_every_format_and_role_is_documented() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert {name for name, _ in documented()} == {format.name for format in FORMATS}
+    assert all(f"`{role}`" in text for role in ROLES)
+
+
+@pytest.mark.parametrize(("name", "example"), documented())
+def test_the_documented_example_is_read_as_it_says(name: str, example: str, tmp_path: Path) -> None:
+    path, requests = tmp_path / "rows.jsonl", tmp_path / "in.jsonl"
+    path.write_text(example + "\n", encoding="utf-8")
+    write(requests, [{"custom_id": "a", "body": {"messages": chat("2 + 2?", "")[:1]}}])
+    result = load_questions(path, batch_input=requests if name == "openai-batch" else None)
+    assert result.summary.format == name and result.summary.questions == 1
+    assert set(result.summary.keys_not_read) <= {"model_name"}

@@ -64,7 +64,11 @@ def plain(key: str) -> str:
 
 _PLAIN = {role: tuple(plain(name) for name in names) for role, names in ROLES.items()}
 _ROLE_OF = {name: role for role, names in _PLAIN.items() for name in names}
-_SAMPLE_NAMES = {"sample", *_PLAIN["completion"], *_PLAIN["rationale"]}
+_SAMPLE_NAMES = (
+    "sample",
+    "solution",
+    *(name for role in ("completion", "rationale") for name in _PLAIN[role] if len(name) > 5),
+)
 _NUMBERED = re.compile(r"([a-z]+)([0-9]{1,4})")
 _KNOWN = sorted(
     {name for names in ROLES.values() for name in names} | {"positives", "negatives", "majority", "votes", "answerKey"}
@@ -130,7 +134,7 @@ class Row:
         found: dict[str, list[tuple[int, str]]] = {}
         for name, key in self._keys.items():
             match = _NUMBERED.fullmatch(name)
-            if match and match[1] in _SAMPLE_NAMES and not _empty(self.values[key]):
+            if match and match[1].endswith(_SAMPLE_NAMES) and not _empty(self.values[key]):
                 found.setdefault(match[1], []).append((int(match[2]), key))
         return {name: [key for _, key in sorted(keys)] for name, keys in found.items()}
 

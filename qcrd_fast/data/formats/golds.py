@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from qcrd_fast.config import TASKS
 from qcrd_fast.data.formats.fields import Row
+from qcrd_fast.data.formats.turns import as_list
 from qcrd_fast.data.schema import Question, RowError, check_text, get_text, with_choices
 
 GOLD = "gold"  # the source of a rationale that is the gold answer's own worked solution
@@ -83,11 +83,8 @@ def parse_choices_value(value: Any, key: str) -> tuple[tuple[str, ...], tuple[st
     Raises:
         RowError: they are none of these.
     """
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise RowError(f"{key} expects a list; its text is not readable as JSON") from None
+    if isinstance(value, str):
+        value = as_list(value)
     labels: list[Any] = []
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         labels, value = value.get("label") or [], value["text"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from qcrd_fast.data.formats.fields import plain
@@ -75,14 +74,11 @@ def sample_list(value: Any, key: str) -> list[Any]:
     Raises:
         RowError: it is none.
     """
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise RowError(f"{key} expects a list; its text is not readable as JSON") from None
     if isinstance(value, dict) and isinstance(value.get("choices"), list):
         return value["choices"]
     value = as_list(value)
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        raise RowError(f"{key} expects a list; its text is not readable as JSON")
     if not isinstance(value, list):
         raise RowError(f"{key} expects a list, got {kind_of(value)}")
     return value

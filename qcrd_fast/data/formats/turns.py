@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from qcrd_fast.data.schema import RowError, check_text
@@ -82,7 +83,13 @@ def reply_text(turn: dict[str, Any]) -> str:
 
 
 def as_list(value: Any) -> Any:
-    """A list of objects that stands in columns, {"role": [...], "content": [...]}, as a list; else `value`."""
+    """A list of objects that stands in columns, {"role": [...], "content": [...]}, or in JSON text (in CSV), as a list; else
+    `value`."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
     columns = list(value.values()) if isinstance(value, dict) else []
     if not columns or not all(isinstance(column, list) for column in columns) or len({len(column) for column in columns}) > 1:
         return value
