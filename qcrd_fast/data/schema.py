@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class Rationale:
-    """One rationale, with the answer it ends in, who said it and the discriminator's score."""
+    """One rationale, with the answer it ends in, who said it and the discriminator's score.
+
+    `reply`: `text` is a raw reply from which reasoning, rationale and answer are still to be read; never written to a file.
+    """
 
     text: str
     answer: str | None = None
     source: str | None = None
     score: float | None = None
+    reply: bool = False
 
 
 @dataclass(frozen=True, slots=True)

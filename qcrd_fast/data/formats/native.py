@@ -85,15 +85,14 @@ def _rationale(item: Any, where: str, answer: str | None) -> Rationale:
 
 
 def _sample(item: Any, where: str) -> Rationale:
-    """A sample; a bare string has no answer of its own and ends in one."""
+    """A sample; a bare string, or an object without an answer of its own, is a raw reply that ends in one."""
     if isinstance(item, str):
-        return Rationale(check_text(item, where), item)
+        return Rationale(check_text(item, where), reply=True)
     if not isinstance(item, dict):
         raise RowError(f"{where} expects a string or an object")
     try:
-        if "answer" not in item:
-            raise RowError("missing key 'answer'")
         text = get_text(item, "rationale", required=True) or ""
-        return Rationale(text, get_text(item, "answer", numbers=True), get_text(item, "source"))
+        answer = get_text(item, "answer", numbers=True)
+        return Rationale(text, answer, get_text(item, "source"), reply="answer" not in item)
     except RowError as error:
         raise RowError(f"{where}: {error}") from None
