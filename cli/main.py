@@ -33,6 +33,7 @@ from .options import (
     json_option,
     natural,
     positive,
+    reading_options,
     reasoning_option,
     task_option,
     train_options,
@@ -114,20 +115,40 @@ def doctor(as_json: bool) -> None:
 @task_option
 @bad_row_option
 @natural("--seed", default=0, help="seed of ties and splits")
+@reading_options
 @config_option
 @dry_run_option
 @json_option
-def prepare(inputs: tuple[str, ...], output: str, dry_run: bool, as_json: bool, **options: Any) -> None:
+def prepare(
+    inputs: tuple[str, ...], output: str, dry_run: bool, as_json: bool, show: int, inspect: str | None, **options: Any
+) -> None:
     """Turn a teacher's samples into training rows.
 
     Pools the samples of each question, votes, and splits them into positives and negatives. INPUT is JSONL, a file of
     Mentor-KD or a folder of Distilling Step-by-Step.
     """
     from qcrd_fast.data import load
+    from qcrd_fast.data.inspection import Inspection
+    from qcrd_fast.data.replies import Reader
 
     check_file(output, "--output", inputs)
-    with console.quiet_stdout():
-        summary, skipped = load.prepare(inputs, output, dry_run=dry_run, **options)
+    if inspect is not None:
+        check_file(inspect, "--inspect", (*inputs, output))
+    names = ("thinking", "decimal", "tolerance", "answer_regex", "answer_reader")
+    reader = Reader.from_options(**{name: options.pop(name) for name in names})
+    inspection = Inspection(reader, show=show, page=inspect is not None)
+    try:
+        with console.quiet_stdout():
+            summary, skipped = load.prepare(inputs, output, dry_run=dry_run, reader=reader, watch=inspection.add, **options)
+    finally:  # also where nothing could be read: then it says why
+        if show and inspection.text:
+            click.echo(inspection.text, err=as_json)
+        if inspect is not None and not dry_run:
+            inspection.write(inspect)
+    if not summary.positives and summary.samples:
+        click.echo("warning: no sample of a majority has a rationale: these rows teach answers, no rationales", err=True)
+    for warning in inspection.warnings:
+        click.echo(f"warning: {warning}", err=True)
     for row in skipped:
         click.echo(f"set aside {row}", err=True)
     if summary.skipped_rows > len(skipped):

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,10 @@ from qcrd_fast.data.formats import dss, mentor_kd
 from qcrd_fast.data.formats.native import native_row
 from qcrd_fast.data.jsonl import iter_rows
 from qcrd_fast.data.pooling import Pool, Record
+from qcrd_fast.data.replies import DEFAULT, Reader
 from qcrd_fast.data.schema import BadRow, Question, Rationale, RowError, get_text, require, text_key
 from qcrd_fast.data.summary import PrepareSummary, Tally
+from qcrd_fast.data.voting import Vote
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.files import require_file, shown
 from qcrd_fast.utils.memory import require_room
@@ -48,6 +50,7 @@ def load_questions(
     seed: int = 0,
     on_bad_row: str = "error",
     task: str | None = None,
+    reader: Reader = DEFAULT,
 ) -> LoadResult:
     """The questions of one or more inputs, in the order of their first appearance.
 
@@ -57,6 +60,7 @@ def load_questions(
     Step-by-Step folder to read, and filters nothing.
     `split_by="gold"` splits by agreement with the gold answer instead of the majority, and every sampled question must
     have one. `task` overrides the answer type, which is otherwise the row's own, or guessed from the answers of its file.
+    `reader` reads and compares replies and answers.
 
     Raises:
         InputError: an unknown option, a file that cannot be read or is larger than the memory that is free, no question at
@@ -64,7 +68,7 @@ def load_questions(
     """
     for path in _inputs(paths):
         require_room(path)
-    tally, skipped = Tally(split_by), list[BadRow]()
+    tally, skipped = Tally(split_by, reader), list[BadRow]()
     questions = _read(
         _inputs(paths),
         tally,
@@ -76,6 +80,7 @@ def load_questions(
         seed=seed,
         on_bad_row=on_bad_row,
         task=task,
+        reader=reader,
     )
     return LoadResult(list(questions), tally.summary, skipped)
 
@@ -90,8 +95,10 @@ def prepare(
         InputError: as `load_questions`; or `output` is a device or pipe.
         RunError: the disk is full; nothing is left behind.
     """
-    tally, skipped = Tally(options.get("split_by", "majority")), list[BadRow]()
+    tally = Tally(options.get("split_by", "majority"), options.get("reader", DEFAULT))
+    skipped: list[BadRow] = []
     questions = _read(_inputs(paths), tally, skipped, folder=Path(output).parent, **options)
+    questions = _trainable(questions, tally, _inputs(paths))
     if not dry_run:
         write_prepared(output, questions)
         return tally.summary, skipped
@@ -100,6 +107,21 @@ def prepare(
     except OSError as error:
         raise RunError(f"cannot keep rows beside {shown(output)}: {error.strerror or error}") from error
     return tally.summary, skipped
+
+
+def _trainable(questions: Iterator[Question], tally: Tally, inputs: list[Path]) -> Iterator[Question]:
+    """The questions as they come. Raises `InputError` after the last where nothing can be learnt from any of them."""
+    yield from questions
+    summary = tally.summary
+    if summary.positives or summary.samples > summary.unreadable or (summary.with_gold and not summary.samples):
+        return
+    reason = "no question has a sample or a gold answer"
+    if summary.samples:
+        reason = f"of {summary.samples:,} samples none has an answer that can be read"
+    if summary.unreadable_examples:
+        first = summary.unreadable_examples[0]
+        reason += f"; the first: {first['text']!r}: {first['why']} (--show N prints more)"
+    raise InputError(f"{', '.join(map(shown, inputs))}: nothing to train on: {reason}")
 
 
 def _inputs(paths: Sequence[str | Path] | str | Path) -> list[Path]:
@@ -119,6 +141,8 @@ def _read(
     on_bad_row: str = "error",
     task: str | None = None,
     folder: Path | None = None,
+    reader: Reader = DEFAULT,
+    watch: Callable[[Question, Vote | None], None] | None = None,
 ) -> Iterator[Question]:
     """The questions of `load_questions`, one at a time, counted in `tally` as they go; rows wait in `folder`, if given."""
     for name, value, known in (
@@ -137,7 +161,7 @@ def _read(
         if len(skipped) < MAX_SKIPPED:
             skipped.append(row)
 
-    with Pool(bad, task, folder) as pool:
+    with Pool(bad, task, folder, reader) as pool:
         for path in inputs:
             pool.begin()
             for row in _scan(path, format, split or part):
@@ -147,6 +171,8 @@ def _read(
                     pool.add(row)
         for question, vote in pool.questions(split_by, seed):
             tally.add(question, vote)
+            if watch:
+                watch(question, vote)
             yield question
     if not tally.summary.questions:
         reason = f"; the first of {tally.skipped} bad rows: {skipped[0]}" if skipped else ""

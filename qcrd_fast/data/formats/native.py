@@ -28,13 +28,13 @@ def native_row(row: dict[str, Any]) -> tuple[Question, tuple[Rationale, ...], st
         raise RowError(f"task is one of {', '.join(TASKS)}; got {task!r}")
     prepared = "samples" not in row and any(key in row for key in _PREPARED_KEYS)
     if row.get("choices") is not None and not prepared:
-        text = with_choices(text, get_list(row, "choices", check_text))
-    gold = get_text(row, "gold", numbers=True) or None
+        text = with_choices(text, _choices(row))
+    gold = _gold(row, "gold")
     question = Question(
         id=get_text(row, "id", numbers=True) or "",
         question=text if prepared else text.strip(),
         context=get_text(row, "context"),
-        gold=gold if gold is not None or prepared else get_text(row, "answer", numbers=True) or None,
+        gold=gold if gold is not None or prepared else _gold(row, "answer") or _gold(row, "answerKey"),
         task=task,
         domain=get_text(row, "domain"),
         split=get_text(row, "split"),
@@ -45,6 +45,21 @@ def native_row(row: dict[str, Any]) -> tuple[Question, tuple[Rationale, ...], st
     if "samples" in row:
         return question, get_list(row, "samples", _sample), "sampled"
     return question, (), "question"
+
+
+def _choices(row: dict[str, Any]) -> tuple[str, ...]:
+    """The options of a row: a list of texts, or an object with the list `text`."""
+    if isinstance(row["choices"], dict):
+        return get_list(row["choices"], "text", check_text)
+    return get_list(row, "choices", check_text)
+
+
+def _gold(row: dict[str, Any], key: str) -> str | None:
+    """The gold answer at `key`; a whole number beside choices is the index of one of them, from 0 on, unless it is one itself."""
+    gold, choices = row.get(key), row.get("choices")
+    if type(gold) is int and isinstance(choices, list) and 0 <= gold < len(choices) and str(gold) not in choices:
+        return f"({chr(ord('a') + gold)})"
+    return get_text(row, key, numbers=True, booleans=True) or None
 
 
 def _prepared(question: Question, row: dict[str, Any]) -> Question:
@@ -92,7 +107,7 @@ def _sample(item: Any, where: str) -> Rationale:
         raise RowError(f"{where} expects a string or an object")
     try:
         text = get_text(item, "rationale", required=True) or ""
-        answer = get_text(item, "answer", numbers=True)
+        answer = get_text(item, "answer", numbers=True, booleans=True)
         return Rationale(text, answer, get_text(item, "source"), reply="answer" not in item)
     except RowError as error:
         raise RowError(f"{where}: {error}") from None
