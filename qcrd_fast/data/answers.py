@@ -275,7 +275,7 @@ def option_value(index: int, choices: Sequence[str]) -> Value:
     if not choices:
         return Value(letter, letter, letter=index)
     choice, key = choices[index], plain_text(choices[index])
-    if read_choice(choice, choices) != (index, key):
+    if read_choice(choice, choices)[1] != key:
         choice = f"({letter}) {choice}"  # a choice that is called by another's letter
     return Value(key, choice)
 

@@ -39,7 +39,7 @@ _REASON = re.compile(
     re.IGNORECASE,
 )
 _ANOTHER = re.compile(
-    r"(?:and|or|und|oder|et|ou|y|o|e|и|или|,|/|&|、|\u548c|\u6216)\s*[(\[（]?[A-Za-z][)\]）.]?(?![\w'\u2019])", re.IGNORECASE
+    r"(?:(?:and|or|und|oder|et|ou|y|o|e|и|или)(?![\w])|[,/&、\u548c\u6216])\s*[(\[（]?[A-Za-z][)\]）.]?(?![\w'\u2019])", re.IGNORECASE
 )
 _NOT_THAT = "".join(f"(?<!not {article})" for article in ("", "a ", "an ", "the "))
 _LABEL = re.compile(r"(?<!not )[(（]([A-Za-z])[)）]")

@@ -48,9 +48,10 @@ _TEXT = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _DOUBT = re.compile(
-    r"(?<![\w])(?:if|whether|suppose|supposing|assum\w+|maybe|perhaps|might|tempt\w*|first\s+guess|wrong|incorrect|mistaken|previous|"
-    r"initial|other|another|no|not|wenn|ob|vielleicht|falsche?|si|peut-\u00eatre|fausse|quiz\u00e1s?|incorrecta|forse|talvez|errada|"
-    r"если|возможно|неправильный|неверный)(?![\w])|如果|也许|错误|假设",
+    r"(?<![\w])(?:if|whether|suppose|supposing|assum\w+|maybe|perhaps|might|tempt\w*|first\s+guess|wenn|ob|vielleicht|falsche?|si|peut-\u00eatre|fausse|quiz\u00e1s?|incorrecta|forse|talvez|errada|"
+    r"если|возможно)(?![\w])|如果|也许|假设"
+    r"|(?<![\w])(?:no|not|wrong|incorrect|mistaken|previous|initial|other|another|неправильный|неверный|falsche|incorrecta)\s+"
+    r"(?:(?:the|an?|final|correct|right|possible|single)\s+){0,3}$|错误\w{0,2}$|(?:不是|没有)\w{0,2}$",
     re.IGNORECASE,
 )
 _DETERMINER = re.compile(

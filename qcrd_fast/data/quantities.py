@@ -197,6 +197,8 @@ def sole_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
     while body.endswith(")") and body.count(")") > opened:
         body = body[:-1].rstrip()
     before = text[max(0, start - 40) : start]
+    if re.match(r"[-+]\s", body) and before[-1:].isspace() and before.rstrip()[-1:].isalnum() or before.rstrip().endswith(("*", "/", "^", "+", "(-")):
+        return Found(None, "part of an expression without a value", blocks=True)
     if _BOUND_BEFORE.search(before) or before.rstrip().endswith(("\u221a", "\u221a(", "<", ">", "\u2264", "\u2265", "\u00b1")):
         return Found(None, "a bound or a denial, no value", blocks=True)
     found = _number(body, expressions)
@@ -286,9 +288,13 @@ def _judge(number: Number, rest: str, label: bool) -> Found:
         return Found(None, "a question")
     if because := _BECAUSE.search(rest):
         rest = rest[: because.start()]
+    if _SEVERAL.match(rest.lstrip()) and {one_number(other) for other in re.findall(NUMBER, rest)} != {number}:
+        return Found(None, "several values", blocks=True)
     unit = re.split(r"[,;，；(（\u2014]|\s-\s|[.。]\s", rest, maxsplit=1)[0]
     remark = rest[len(unit) :]
     if re.search(r"\d", unit):
+        if {one_number(other) for other in re.findall(NUMBER, rest)} == {number}:
+            return Found(number)  # "5 and 5"
         if _SEVERAL.search(unit):
             return Found(None, "several values", blocks=True)
         return Found(None, "further numbers follow")

@@ -127,7 +127,7 @@ class Reader:
         found = _find(outside, task, choices, self.decimal)
         rationale = self._rationale(parts, _rationale(outside, found))
         if parts.cut:
-            return Reading(parts.thinking, rationale, None, "the reasoning does not end")
+            return Reading(parts.thinking, outside, None, "the reasoning does not end")
         if truncated and found.marker is None:
             return Reading(parts.thinking, rationale, None, "the reply was cut at its maximum length")
         return Reading(parts.thinking, rationale, found.value.text if found.value else None, found.why)
@@ -245,12 +245,14 @@ def read_reply(
 
 def extract_answer(text: str, task: str, choices: Sequence[str] = ()) -> str | None:
     """The answer of a short text, such as a student's output, as it is taught; None where none can be read."""
+    if task == "text" and "\n" in text.strip():
+        return read_reply(text, task, choices).answer
     return DEFAULT.answer(text, task, choices)[0]
 
 
 def is_correct(prediction: str, gold: str, task: str, choices: Sequence[str] = ()) -> bool:
     """Whether generated text answers `gold`. Pass `parse_choices(question)` for choices, so that letters are understood."""
-    said, wanted = (DEFAULT.answer(text, task, choices)[0] for text in (prediction, gold))
+    said, wanted = extract_answer(prediction, task, choices), DEFAULT.answer(gold, task, choices)[0]
     return said is not None and wanted is not None and DEFAULT.same(said, wanted, task, choices)
 
 
@@ -365,6 +367,8 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
         return _Answer(None, f"unsure: {_short(last)}")
     if re.search(r"[?？]\W*$", last):
         return _Answer(None, f"ends in a question: {_short(last)}")
+    if task == "equation" and explicit:
+        return _Answer(None, f"no expression with a value: {_short(last)}")
     if task in ("number", "equation", "math"):
         return _number_in(last, task, decimal)
     if task == "choice":
