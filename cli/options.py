@@ -16,6 +16,8 @@ from click.core import ParameterSource
 
 from qcrd_fast.config import TASKS, TrainConfig
 from qcrd_fast.data.formats.registry import NAMES as FORMATS
+from qcrd_fast.data.quantities import DECIMALS
+from qcrd_fast.data.thinking import THINKING
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils.config_files import read_yaml
 
@@ -185,7 +187,7 @@ format_option = click.option(
 )
 
 
-def reading_options(command: Any) -> Any:
+def input_options(command: Any) -> Any:
     """Decorator: how inputs are read, for the verbs that read samples."""
     for option in (
         click.option("--batch-input", metavar="FILE", help="input of the OpenAI batch whose output is read"),
@@ -208,6 +210,48 @@ bad_row_option = click.option(
     show_default=True,
     help="what to do with an unreadable row",
 )
+
+
+def reading_options(command: Any) -> Any:
+    """The options of `prepare` that say how replies are read and shown."""
+    for option in reversed(
+        (
+            click.option(
+                "--thinking",
+                type=click.Choice(THINKING),
+                default="auto",
+                show_default=True,
+                help="reasoning blocks such as <think>; drop, keep: without or with them; only: they are the rationale; auto: only "
+                "where the reply has no rationale outside of them",
+            ),
+            click.option(
+                "--decimal",
+                type=click.Choice(DECIMALS),
+                default="point",
+                show_default=True,
+                help="how numbers are written: 1,234.5 (point) or 1.234,5 (comma)",
+            ),
+            click.option(
+                "--tolerance",
+                metavar="X",
+                help="numbers that differ by no more are one answer; 0: exact; default: they agree rounded to 2 decimals or more",
+            ),
+            click.option(
+                "--answer-regex",
+                metavar="REGEX",
+                help="a reply's answer: the first group of its last match, or all of that match",
+            ),
+            click.option(
+                "--answer-reader", metavar="MODULE:FUNCTION", help="your (text, task, choices) -> the reply's answer, or None"
+            ),
+            natural("--show", default=0, help="questions to print, with what was read of each sample and why"),
+            click.option("--inspect", metavar="FILE.html", help="the same as a page, of up to 200 questions"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 device_option = click.option("--device", metavar="NAME", default="auto", show_default=True, help=DEVICE_HELP)
 reasoning_option = click.option("--reasoning", is_flag=True, help="answer by reasoning first (`reason: x`)")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qcrd_fast.checkpoint import MANIFEST, STATE, latest_checkpoint, require_whole
 from qcrd_fast.config import TASKS
-from qcrd_fast.data import answers
+from qcrd_fast.data import answers, replies
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.data.splits import label_of, main_task, of_split
@@ -65,7 +65,7 @@ def predict(
         kind = question.task or "text" if task == "mixed" else task
         choices = answers.parse_choices(question_text(question)) if kind == "choice" else ()
         said = output.rpartition("Answer:")[2] if reasoning else output
-        prediction = answers.extract_answer(said, kind, choices)
+        prediction = replies.extract_answer(said, kind, choices)
         gold = label_of(question, None)
         records.append(
             {
@@ -74,7 +74,7 @@ def predict(
                 "gold": gold,
                 "output": output,
                 "prediction": prediction,
-                "correct": bool(gold and prediction and answers.is_correct(prediction, gold, kind, choices)),
+                "correct": bool(gold and prediction and replies.is_correct(prediction, gold, kind, choices)),
             }
         )
     return records

@@ -59,7 +59,7 @@ def test_sampled_rows_are_voted(tmp_path):
     (question,) = load_questions(write(tmp_path / "a.jsonl", SAMPLED)).questions
     assert (question.id, question.gold, question.majority, question.task) == ("q1", "4", "4", "number")
     assert question.votes == {"4": 2, "5": 1}
-    assert [r.text for r in question.positives] == ["two and two", "I count. The answer is 4."]
+    assert [r.text for r in question.positives] == ["two and two", "I count."]
     assert question.negatives == (Rationale("no idea", "5"),)
 
 
@@ -478,9 +478,10 @@ def test_a_published_test_file_has_gold_and_no_samples():
 
 
 @needs_dss
-@pytest.mark.parametrize(("name", "count", "right", "unread"), [("svamp", 800, 593, 34), ("cqa", 9741, 7388, 182)])
+@pytest.mark.parametrize(("name", "count", "right", "unread"), [("svamp", 800, 594, 33), ("cqa", 9741, 7388, 183)])
 def test_palm_rationales(name, count, right, unread):
-    """A quick parse finds svamp 522 right (148 unread): it stops at the first `)`; cqa 7,388 right (182 unread)."""
+    """A quick parse finds svamp 522 right (148 unread): it stops at the first `)`; cqa 7,388 right (182 unread; of the letter
+    of one option with the text of another it takes the letter)."""
     summary = load_questions(DATA / "dss" / name).summary
     assert (summary.questions, summary.answers_dropped) == (count, unread)
     assert summary.with_samples - summary.majority_wrong_against_gold == right

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from qcrd_fast import checkpoint, runview
 from qcrd_fast.config import TASKS, TrainConfig
 from qcrd_fast.data import schema
-from qcrd_fast.data.answers import canonical, extract_answer, guess_task, is_correct, parse_choices, same_answer, surface
+from qcrd_fast.data.answers import canonical, guess_task, parse_choices, same_answer, surface
 from qcrd_fast.data.expressions import evaluate_expression
 from qcrd_fast.data.files import open_rows
 from qcrd_fast.data.load import load_questions, prepare, validate_file
+from qcrd_fast.data.replies import extract_answer, is_correct
 from qcrd_fast.errors import InputError
 from qcrd_fast.ledger import Ledger
 from qcrd_fast.negatives import Asked, LaggedNegatives, _digest

@@ -17,10 +17,11 @@ import pytest
 
 from cli.main import entry
 from qcrd_fast.config import TASKS, TrainConfig
-from qcrd_fast.data.answers import canonical, extract_answer, guess_task, is_correct, parse_choices
+from qcrd_fast.data.answers import canonical, guess_task, parse_choices
 from qcrd_fast.data.expressions import evaluate_expression
 from qcrd_fast.data.jsonl import MAX_ROW_BYTES
 from qcrd_fast.data.load import load_questions
+from qcrd_fast.data.replies import extract_answer, is_correct
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils import memory
 

@@ -12,17 +12,19 @@ import collections
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qcrd_fast.config import TASKS
 from qcrd_fast.data.formats import dss
+from qcrd_fast.data.input_report import InputReport, keys_text, misspelt
 from qcrd_fast.data.pooling import Pool, Record
-from qcrd_fast.data.reading import Reading, keys_text, misspelt
+from qcrd_fast.data.replies import DEFAULT, Reader
 from qcrd_fast.data.scan import Mismatch, Scanner
 from qcrd_fast.data.schema import BadRow, Question
 from qcrd_fast.data.summary import PrepareSummary, Tally
+from qcrd_fast.data.voting import Vote
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.files import require_file, shown
 from qcrd_fast.utils.memory import require_room
@@ -54,6 +56,7 @@ def load_questions(
     config_name: str | None = None,
     mapping: Mapping[str, str] | str | None = None,
     batch_input: str | Path | None = None,
+    reader: Reader = DEFAULT,
 ) -> LoadResult:
     """The questions of one or more inputs, in the order of their first appearance.
 
@@ -63,6 +66,7 @@ def load_questions(
     Step-by-Step folder to read, and filters nothing.
     `split_by="gold"` splits by agreement with the gold answer instead of the majority, and every sampled question must
     have one. `task` overrides the answer type, which is otherwise the row's own, or guessed from the answers of its file.
+    `reader` reads and compares replies and answers.
 
     Raises:
         InputError: an unknown option, a file that cannot be read or is larger than the memory that is free, no question at
@@ -70,7 +74,7 @@ def load_questions(
     """
     for path in _inputs(paths):
         require_room(path)
-    tally, skipped = Tally(split_by), list[BadRow]()
+    tally, skipped = Tally(split_by, reader), list[BadRow]()
     questions = _read(
         _inputs(paths),
         tally,
@@ -85,6 +89,7 @@ def load_questions(
         config_name=config_name,
         mapping=mapping,
         batch_input=batch_input,
+        reader=reader,
     )
     return LoadResult(list(questions), tally.summary, skipped)
 
@@ -99,8 +104,10 @@ def prepare(
         InputError: as `load_questions`; or `output` is a device or pipe.
         RunError: the disk is full; nothing is left behind.
     """
-    tally, skipped = Tally(options.get("split_by", "majority")), list[BadRow]()
-    questions = _read(_inputs(paths), tally, skipped, folder=Path(output).parent, trainable=True, **options)
+    tally = Tally(options.get("split_by", "majority"), options.get("reader", DEFAULT))
+    skipped: list[BadRow] = []
+    questions = _read(_inputs(paths), tally, skipped, folder=Path(output).parent, **options)
+    questions = _trainable(questions, tally, _inputs(paths))
     if not dry_run:
         write_prepared(output, questions)
         return tally.summary, skipped
@@ -109,6 +116,23 @@ def prepare(
     except OSError as error:
         raise RunError(f"cannot keep rows beside {shown(output)}: {error.strerror or error}") from error
     return tally.summary, skipped
+
+
+def _trainable(questions: Iterator[Question], tally: Tally, inputs: list[Path]) -> Iterator[Question]:
+    """The questions as they come. Raises `InputError` after the last where nothing can be learnt from any of them."""
+    yield from questions
+    summary = tally.summary
+    lost = misspelt(summary.keys_not_read) if not summary.samples else []
+    if summary.positives or summary.samples > summary.unreadable or (summary.with_gold and not summary.samples and not lost):
+        return
+    reason = "no question has a sample" + (" (is a key misspelt?)" if lost else " or a gold answer")
+    if summary.samples:
+        reason = f"of {summary.samples:,} samples none has an answer that can be read"
+    if summary.unreadable_examples:
+        first = summary.unreadable_examples[0]
+        reason += f"; the first: {first['text']!r}: {first['why']} (--show N prints more)"
+    told = [f"{', '.join(map(shown, inputs))}: nothing to train on: {reason}", *summary.taken, keys_text(summary.keys_not_read)]
+    raise InputError("; ".join(filter(None, told)))
 
 
 def _inputs(paths: Sequence[str | Path] | str | Path) -> list[Path]:
@@ -131,12 +155,12 @@ def _read(
     mapping: Mapping[str, str] | str | None = None,
     batch_input: str | Path | None = None,
     folder: Path | None = None,
-    trainable: bool = False,
+    reader: Reader = DEFAULT,
+    watch: Callable[[Question, Vote | None], None] | None = None,
 ) -> Iterator[Question]:
-    """The questions of `load_questions`, one at a time, counted in `tally` as they go; rows wait in `folder`, if given. With
-    `trainable`, raises `InputError` at the end where there is nothing to train on."""
+    """The questions of `load_questions`, one at a time, counted in `tally` as they go; rows wait in `folder`, if given."""
     scanner = Scanner(format, split, split or part, config_name, mapping, batch_input)
-    tally.readings = scanner.readings
+    tally.reports = scanner.reports
     for name, value, known in (
         ("split-by", split_by, ("majority", "gold")),
         ("on-bad-row", on_bad_row, ("error", "skip")),
@@ -152,7 +176,7 @@ def _read(
         if len(skipped) < MAX_SKIPPED:
             skipped.append(row)
 
-    with Pool(bad, task, folder) as pool:
+    with Pool(bad, task, folder, reader) as pool:
         for path in inputs:
             pool.begin()
             for row in scanner.scan(path):
@@ -162,29 +186,14 @@ def _read(
                     pool.add(row)
         for question, vote in pool.questions(split_by, seed):
             tally.add(question, vote)
+            if watch:
+                watch(question, vote)
             yield question
     if not tally.summary.questions:
         reason = f"; the first of {tally.skipped} bad rows: {skipped[0]}" if skipped else ""
         raise InputError(f"{', '.join(map(shown, inputs)) or 'no input'}: no questions{reason}")
-    if batch_input is not None and not any(reading.format == "openai-batch" for reading in scanner.readings):
+    if batch_input is not None and not any(report.format == "openai-batch" for report in scanner.reports):
         raise InputError("--batch-input is for the output of a batch, which no input is")
-    if trainable and (why := _untrainable(tally.summary)):
-        raise InputError(
-            "; ".join(
-                filter(None, [f"nothing to train on: {why}", *tally.summary.taken, keys_text(tally.summary.keys_not_read)])
-            )
-        )
-
-
-def _untrainable(summary: PrepareSummary) -> str | None:
-    """Why no method can train on what was read; None where one can."""
-    if summary.positives:
-        return None
-    if summary.answers_dropped:
-        return f"none of {summary.answers_dropped:,} samples has a rationale and an answer that can be read"
-    if misspelt(summary.keys_not_read):
-        return "no question has a sample (is a key misspelt?)"
-    return None if summary.with_gold else "no question has a sample or a gold answer"
 
 
 def iter_records(path: str | Path, format: str = "auto", split: str | None = None) -> Iterator[Record | BadRow]:
@@ -197,10 +206,10 @@ def iter_records(path: str | Path, format: str = "auto", split: str | None = Non
 
 
 def validate_file(
-    path: str | Path, format: str = "auto", *, readings: list[Reading] | None = None, **options: Any
+    path: str | Path, format: str = "auto", *, reports: list[InputReport] | None = None, **options: Any
 ) -> Iterator[BadRow]:
     """Every bad row of a file, or of all the splits of a folder, as it is met. Memory does not grow with the file but for
-    about 300 bytes an id. What the file was taken for is added to `readings`; `options` are those of `Scanner`.
+    about 300 bytes an id. What the file was taken for is added to `reports`; `options` are those of `Scanner`.
 
     Raises:
         InputError: the file cannot be read.
@@ -216,8 +225,8 @@ def validate_file(
         except Mismatch as error:
             yield error.row
         finally:
-            if readings is not None:
-                readings += scanner.readings
+            if reports is not None:
+                reports += scanner.reports
 
 
 def write_prepared(path: str | Path, questions: Iterable[Question]) -> None:

@@ -14,8 +14,8 @@ from qcrd_fast.data.files import is_hub_name, open_rows
 from qcrd_fast.data.formats import batch, dss
 from qcrd_fast.data.formats.fields import ROLES, Parsed, Row, role_of
 from qcrd_fast.data.formats.registry import NAMES, Context, Format, find_format
+from qcrd_fast.data.input_report import InputReport, keys_not_read, keys_text
 from qcrd_fast.data.pooling import Record
-from qcrd_fast.data.reading import Reading, keys_not_read, keys_text
 from qcrd_fast.data.schema import BadRow, Question, RowError, require, text_key
 from qcrd_fast.data.tables import is_dataset_folder
 from qcrd_fast.errors import InputError
@@ -43,7 +43,7 @@ class Scanner:
         if self.format not in NAMES:
             raise InputError(f"--format is one of {', '.join(NAMES)}; got {self.format!r}")
         self.mapping = parse_mapping(self.mapping)
-        self.readings: list[Reading] = []
+        self.reports: list[InputReport] = []
         self._ids: dict[bytes, str] = {}  # id of the question with a text, where rows are told apart by it
         self._batch: Mapping[str, str] | None = None
 
@@ -59,12 +59,12 @@ class Scanner:
         plain_file = self.format in ("auto", "dss") and not is_dataset_folder(path) and not is_hub_name(path)
         files = dss.find_dss(path, self.split or self.part) if plain_file else None
         name = shown(files.rows if files else path)
-        reading = Reading(name)
-        self.readings.append(reading)
+        report = InputReport(name)
+        self.reports.append(report)
         if dss.is_sample_list(path):
             yield BadRow(name, 1, "a list of samples; name its folder or NAME_{split}.json")
             return
-        yield from _Scan(self, path, files, reading).records("dss" if folder else self.format)
+        yield from _Scan(self, path, files, report).records("dss" if folder else self.format)
 
     def batch(self) -> Mapping[str, str] | None:
         """The questions of `--batch-input`, read once."""
@@ -81,8 +81,8 @@ class Scanner:
 class _Scan:
     """The reading of one input."""
 
-    def __init__(self, scanner: Scanner, path: Path, files: dss.DssFiles | None, reading: Reading):
-        self.scanner, self.files, self.reading = scanner, files, reading
+    def __init__(self, scanner: Scanner, path: Path, files: dss.DssFiles | None, report: InputReport):
+        self.scanner, self.files, self.report = scanner, files, report
         self.rows = files.rows if files else path
         self.found: Format | None = None
         self.kind = "question"
@@ -90,7 +90,7 @@ class _Scan:
         self.mapped: set[str] = set()  # keys of --map that were there
 
     def records(self, format: str) -> Iterator[Record | BadRow]:
-        where, files = self.reading.path, self.files
+        where, files = self.report.path, self.files
         samples = dss.iter_samples(files) if files and files.samples else None
         opened = open_rows(self.rows, split=self.scanner.split, part=self.scanner.part, config_name=self.scanner.config_name)
         line, count, unpaired = 1, 0, 0
@@ -98,7 +98,7 @@ class _Scan:
             sample = next(samples, None) if samples else None
             unpaired += sample is None
             count += 1
-            self.reading.file_type, self.reading.rows, self.reading.blank_lines = opened.kind, count, opened.blank_lines
+            self.report.file_type, self.report.rows, self.report.blank_lines = opened.kind, count, opened.blank_lines
             if isinstance(value, BadRow):
                 yield value._replace(path=where, line=line)
                 continue
@@ -112,7 +112,7 @@ class _Scan:
                 yield BadRow(where, line, str(error))
             if isinstance(sample, BadRow):
                 yield sample
-        self.reading.blank_lines = opened.blank_lines
+        self.report.blank_lines = opened.blank_lines
         total = count - unpaired + sum(1 for _ in samples) if samples else count
         if total != count:
             raise Mismatch(BadRow(where, line, f"{count} rows, but {total} samples in {shown(self.rows.parent / 'llm')}"))
@@ -135,13 +135,13 @@ class _Scan:
             self.found = find_format(format, row)
             if self.found is None:
                 raise RowError(_no_question(row))
-            self.reading.format, self.reading.title = self.found.name, self.found.title
+            self.report.format, self.report.title = self.found.name, self.found.title
         asked = self.scanner.batch() if self.found.name == "openai-batch" else None
         try:
             parsed = self.found.read(row, Context(self.rows.stem, self.files, asked))
         except InputError as error:
-            raise InputError(f"{self.reading.path}: {error}") from None
-        self.reading.add_unread(parsed.unread)
+            raise InputError(f"{self.report.path}: {error}") from None
+        self.report.add_unread(parsed.unread)
         return parsed
 
     def _identify(self, parsed: Parsed, line: int) -> Question:
@@ -223,7 +223,7 @@ def _dug(values: dict[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _no_question(row: Row) -> str:
-    reading = Reading("")
-    reading.add_unread(key for key in row.values)
-    keys = keys_text(keys_not_read([reading])) or "the row has no keys"
+    report = InputReport("")
+    report.add_unread(key for key in row.values)
+    keys = keys_text(keys_not_read([report])) or "the row has no keys"
     return f"missing key 'question'; {keys}; --map question=KEY says which it is"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -76,13 +77,18 @@ def check_text(value: Any, key: str) -> str:
     return value
 
 
-def get_text(row: dict[str, Any], key: str, *, required: bool = False, numbers: bool = False) -> str | None:
-    """The string at `key`; None where it is missing or null; with `numbers`, a number counts as its own text."""
+def get_text(
+    row: dict[str, Any], key: str, *, required: bool = False, numbers: bool = False, booleans: bool = False
+) -> str | None:
+    """The string at `key`; None where it is missing or null; with `numbers`, a number counts as its own text, with `booleans` true
+    as yes."""
     value = row.get(key)
     if value is None:
         if required:
             raise RowError(f"missing key {key!r}" if key not in row else f"{key} is null")
         return None
+    if booleans and isinstance(value, bool):
+        value = "yes" if value else "no"
     if numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = repr(value)
     return check_text(value, key)
@@ -90,10 +96,7 @@ def get_text(row: dict[str, Any], key: str, *, required: bool = False, numbers: 
 
 def get_answer(row: dict[str, Any], key: str) -> str | None:
     """An answer: a string, a number as its own text, a boolean as yes or no; None where it is missing, null or empty."""
-    value = row.get(key)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return get_text(row, key, numbers=True) or None
+    return get_text(row, key, numbers=True, booleans=True) or None
 
 
 def get_list(row: dict[str, Any], key: str, parse: Callable[[Any, str], Any]) -> tuple[Any, ...]:
@@ -122,5 +125,19 @@ def question_text(question: Question) -> str:
 
 
 def text_key(question: Question) -> str:
-    """What two spellings of one question have in common."""
-    return unicodedata.normalize("NFC", question_text(question).strip())
+    """What two spellings of one question have in common: NFKC, and every run of white space as one space."""
+    return " ".join(unicodedata.normalize("NFKC", question_text(question)).split())
+
+
+_DROPPED = re.compile(r"['\"\u2018\u2019\u201c\u201d](?!\d)|[.,;:!?](?![.,;:!?]?\d)")
+_BESIDE = re.compile(r"\s*([^\w\s])\s*")
+
+
+def leak_key(question: Question) -> str:
+    """What questions have in common that differ in case, in white space beside signs or in punctuation alone.
+
+    `.,;:!?` and quotes are dropped, but where a digit follows (`2.5`, `.5`, `1,000`); operators, signs and brackets are kept.
+    """
+    text = text_key(question).casefold()
+    text = _DROPPED.sub(lambda sign: "" if sign[0] in "'\"\u2018\u2019\u201c\u201d" else " ", unicodedata.normalize("NFKC", text))
+    return _BESIDE.sub(r"\1", " ".join(text.split()))

@@ -7,11 +7,15 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from qcrd_fast.data.answers import parse_choices, same_answer
+from qcrd_fast.data.answers import parse_choices
 from qcrd_fast.data.formats.golds import GOLD
-from qcrd_fast.data.reading import Reading, keys_not_read
+from qcrd_fast.data.input_report import InputReport, keys_not_read
+from qcrd_fast.data.replies import DEFAULT, Reader
 from qcrd_fast.data.schema import Question
 from qcrd_fast.data.voting import Vote
+
+EXAMPLES = 5  # of unreadable samples
+EXAMPLE_LENGTH = 160  # characters, of their end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,10 @@ class PrepareSummary:
     duplicates: int
     answers_dropped: int
     skipped_rows: int
+    samples: int = 0
+    without_rationale: int = 0
+    unreadable: int = 0
+    unreadable_examples: tuple[dict[str, str], ...] = ()
     format: str = ""  # what the inputs were taken for
     keys_not_read: dict[str, str | None] = dataclasses.field(default_factory=dict)  # each with the nearest that is read
     inputs: tuple[dict[str, Any], ...] = ()
@@ -49,7 +57,9 @@ class PrepareSummary:
             "wrong_by_tie": "of these, the ones that a tie decided",
             "ties": "settled by a seeded hash",
             "duplicates": "same rationale and answer, counted once",
-            "answers_dropped": "samples without a rationale or a readable answer",
+            "answers_dropped": "samples without a readable answer",
+            "without_rationale": "samples that vote, but teach nothing",
+            "unreadable": "the first of them below" if self.unreadable else "samples without a readable answer",
         }
         lines = []
         for name, value in self.to_dict().items():
@@ -58,17 +68,20 @@ class PrepareSummary:
             figure = f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
             note = f"  ({notes[name]})" if name in notes else ""
             lines.append(f"{name.replace('_', ' ') + ':':<30}{figure:>10}{note}")
+        for example in self.unreadable_examples:
+            lines.append(f"  unreadable in {example['id']}: {example['text']!r}: {example['why']}")
         return "\n".join(lines)
 
 
 class Tally:
     """The figures of questions as they go by; `vote` is None where a prepared row was taken as it is."""
 
-    def __init__(self, split_by: str):
-        self.split_by = split_by
+    def __init__(self, split_by: str, reader: Reader = DEFAULT):
+        self.split_by, self.reader = split_by, reader
         self.skipped = 0  # rows set aside, by whoever sets them aside
-        self.readings: list[Reading] = []
+        self.reports: list[InputReport] = []
         self._count: collections.Counter[str] = collections.Counter()
+        self._unreadable: list[dict[str, str]] = []
 
     def add(self, question: Question, vote: Vote | None = None) -> None:
         sampled = bool(question.positives or question.negatives)
@@ -79,7 +92,9 @@ class Tally:
         wrong = (
             question.majority is not None
             and question.gold is not None
-            and not same_answer(question.majority, question.gold, question.task or "text", parse_choices(question.question))
+            and not self.reader.same(
+                question.majority, question.gold, question.task or "text", parse_choices(question.question)
+            )
         )
         self._count.update(
             questions=1,
@@ -96,7 +111,14 @@ class Tally:
             dropped=vote.dropped if vote else 0,
             several=samples > 1,
             worked=sum(rationale.source == GOLD for rationale in rationales),
+            samples=len(vote.readings) if vote else len(question.positives) + len(question.negatives),
+            without=vote.without_rationale if vote else 0,
         )
+        for sample, reading in vote.readings if vote and vote.dropped else ():
+            if reading.answer is None and len(self._unreadable) < EXAMPLES:
+                text = " ".join((sample.text if sample.answer is None else sample.answer).split())
+                short = text if len(text) <= EXAMPLE_LENGTH else "..." + text[3 - EXAMPLE_LENGTH :]
+                self._unreadable.append({"id": question.id, "text": short, "why": reading.why})
 
     @property
     def summary(self) -> PrepareSummary:
@@ -116,18 +138,22 @@ class Tally:
             duplicates=count["duplicates"],
             answers_dropped=count["dropped"],
             skipped_rows=self.skipped,
-            format=", ".join(dict.fromkeys(reading.format for reading in self.readings if reading.format)),
-            keys_not_read=keys_not_read(self.readings),
-            inputs=tuple(reading.to_dict() for reading in self.readings),
-            taken=tuple(reading.text for reading in self.readings),
+            samples=count["samples"],
+            without_rationale=count["without"],
+            unreadable=count["dropped"],
+            unreadable_examples=tuple(self._unreadable),
+            format=", ".join(dict.fromkeys(report.format for report in self.reports if report.format)),
+            keys_not_read=keys_not_read(self.reports),
+            inputs=tuple(report.to_dict() for report in self.reports),
+            taken=tuple(report.text for report in self.reports),
             warnings=tuple(self._warnings()),
         )
 
     def _warnings(self) -> Iterator[str]:
         count = self._count
         if count["worked"]:
-            yield f"{count['worked']:,} positives are the golds' own worked solutions (source {GOLD}): no vote, no negatives"
-        elif count["with_samples"] and not count["several"]:
+            return  # the golds' own solutions, which `inspection` speaks of
+        if count["with_samples"] and not count["several"]:
             yield "no question has more than one sample: there is nothing to vote on, and qcrd has no minority to learn from"
         elif count["questions"] and not count["with_samples"] and not count["dropped"]:
             words = count["gold_words"] / max(count["with_gold"], 1)

@@ -309,7 +309,7 @@ WORKED = {
 def test_a_worked_solution_is_a_positive(shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, output = write(tmp_path / "rows.jsonl", WORKED[shape]), tmp_path / "out.jsonl"
     assert entry(["prepare", str(path), "-o", str(output)]) == 0
-    assert "worked solutions (source gold)" in capsys.readouterr().err
+    assert "own solutions" in capsys.readouterr().err
     for question in load_questions(output).questions:
         (positive,) = question.positives
         gold, texts = TALK[question.question]

@@ -33,7 +33,7 @@ def read(row: Row, asked: str | None = None) -> Parsed:
     question = golds.make_question(row, text, gold_key=gold_key)
     kind = "sampled"
     if found is None:
-        question, found = _worked(row, question, gold_key)
+        question, found = _worked(row, question)
         kind = "sampled" if found else "question"
     return Parsed(question, found, kind, row.unread())
 
@@ -167,20 +167,16 @@ def _numbered(row: Row) -> tuple[Rationale, ...] | None:
     return tuple(read_sample(row.take(key), key, row.parts) for keys in found.values() for key in keys) or None
 
 
-def _worked(row: Row, question: Question, gold_key: str | None) -> tuple[Question, tuple[Rationale, ...]]:
-    """The question, and its worked solution as a rationale: of a key of its own, or before the `####` of the gold."""
+def _worked(row: Row, question: Question) -> tuple[Question, tuple[Rationale, ...]]:
+    """The question, and its worked solution as a rationale; as the gold, from which the vote takes both, if it has a mark."""
     key = row.key("solution")
-    if key is not None:
-        solution, answer = golds.worked(check_text(row.take(key), key))
-        gold = question.gold or answer or golds.boxed(solution)
-        if gold is None and len(solution.split()) < 4:
-            gold, solution = solution.strip(), ""
-        question = dataclasses.replace(question, gold=gold)
-        if solution.strip().strip("$") in ("", gold, f"\\boxed{{{gold}}}"):
-            return question, ()  # an answer alone
-        return question, (Rationale(solution, gold, golds.GOLD, reply=gold is None),)
-    if gold_key and isinstance(row.values[gold_key], str):
-        solution, answer = golds.worked(row.values[gold_key])
-        if answer is not None and solution:
-            return question, (Rationale(solution, question.gold, golds.GOLD),)
-    return question, ()
+    if key is None:
+        return question, ()
+    solution = check_text(row.take(key), key).strip()
+    if question.gold is None:
+        if len(solution.split()) < 4 or "####" in solution or "\\boxed{" in solution:
+            return dataclasses.replace(question, gold=solution), ()
+        return question, (Rationale(solution, None, golds.GOLD, reply=True),)
+    if solution.strip("$") in (question.gold, f"\\boxed{{{question.gold}}}"):
+        return question, ()  # an answer alone
+    return question, (Rationale(solution, question.gold, golds.GOLD),)

@@ -1,4 +1,4 @@
-"""What belongs to a question beside its text: choices in every form, a gold answer in every form, worked solutions."""
+"""What belongs to a question beside its text: choices in every form, a gold answer in every form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from qcrd_fast.data.formats.turns import as_list
 from qcrd_fast.data.schema import Question, RowError, check_text, get_text, with_choices
 
 GOLD = "gold"  # the source of a rationale that is the gold answer's own worked solution
-_MARK = re.compile(r"\s*####[ \t]*")
 _LABEL = re.compile(r"\(?([A-Za-z])[).:]\s*(?=\S)")
 _YES_NO = {True: ("yes", "true"), False: ("no", "false")}
 
@@ -124,8 +123,7 @@ def is_api_choices(value: Any) -> bool:
 
 
 def gold_text(value: Any, key: str, options: tuple[str, ...] = (), labels: tuple[str, ...] = ()) -> str | None:
-    """A gold answer as text: a label or an index (from 0) as the choice's text, a boolean as yes or no, a worked solution
-    as the answer behind its `####`.
+    """A gold answer as text: a label or an index (from 0) as the choice's text, a boolean as yes or no.
 
     Raises:
         RowError: an index beyond the choices, several answers, or a value of another type.
@@ -146,29 +144,8 @@ def gold_text(value: Any, key: str, options: tuple[str, ...] = (), labels: tuple
     text = get_text({key: value}, key, numbers=True) or None
     if text is None:
         return None
-    text = worked(text)[1] or text
     if text.strip() in labels and text not in options:
         return options[labels.index(text.strip())]
     if options and text.strip().isdigit() and text.strip() not in options:
         raise RowError(f"{key} is {text!r}, which is none of the choices and no label; an index is written without quotes")
     return text
-
-
-def worked(text: str) -> tuple[str, str | None]:
-    """(solution, answer) of a worked solution that ends in `#### answer`; the text and None for any other."""
-    marks = list(_MARK.finditer(text))
-    if not marks:
-        return text, None
-    tail = text[marks[-1].end() :].strip()
-    return (text[: marks[-1].start()].strip(), tail) if tail and "\n" not in tail else (text, None)
-
-
-def boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`, with its braces balanced."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for at in range(start + 6, len(text)) if start >= 0 else ():
-        depth += (text[at] == "{") - (text[at] == "}")
-        if depth == 0:
-            return text[start + 7 : at].strip() or None
-    return None

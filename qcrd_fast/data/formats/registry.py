@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from qcrd_fast.data.formats import batch, chat, columns, dss, mentor_kd, native, preference
 from qcrd_fast.data.formats.fields import Parsed, Row
-from qcrd_fast.data.formats.golds import is_api_choices, worked
+from qcrd_fast.data.formats.golds import is_api_choices
 
 
 class Context(NamedTuple):
@@ -45,7 +45,7 @@ def _list_of_samples(row: Row) -> bool:
 def _is_gsm8k(row: Row) -> bool:
     answer = row.values.get("answer")
     sampled = row.has("samples") or row.has("completion") or row.has("rationale") or "positives" in row.values
-    return not sampled and row.has("question") and isinstance(answer, str) and worked(answer)[1] is not None
+    return not sampled and row.has("question") and isinstance(answer, str) and "####" in answer
 
 
 def _is_vllm(row: Row) -> bool:

@@ -16,7 +16,7 @@ _SAMPLE_ROLES = ("samples", "completion", "rationale", "messages", "prediction")
 
 
 @dataclass
-class Reading:
+class InputReport:
     """What one input was taken for, filled in as it is read."""
 
     path: str
@@ -49,11 +49,11 @@ class Reading:
         }
 
 
-def keys_not_read(readings: Iterable[Reading]) -> dict[str, str | None]:
+def keys_not_read(reports: Iterable[InputReport]) -> dict[str, str | None]:
     """{key that was not read: the nearest that is, or None}, most frequent first."""
     counts: collections.Counter[str] = collections.Counter()
-    for reading in readings:
-        counts.update(reading.unread)
+    for report in reports:
+        counts.update(report.unread)
     return {key: nearest(key) for key, _ in counts.most_common()}
 
 
