@@ -59,6 +59,9 @@ _REASONED = re.compile(r"(?<![\w])(?:because|since|weil|denn|car|parce|puisque|p
 _CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")
 
 
+MAX_OWN_ANSWER = 32768  # characters, the last ones, of an answer of its own
+
+
 class Reading(NamedTuple):
     """A reply taken apart. `answer` is None where none can be read as one of the task; `why` says what was read, or why not."""
 
@@ -150,7 +153,7 @@ class Reader:
             if answer is not None:
                 return answer, why
         parts = split_thinking(text)
-        found = _find(parts.outside, task, choices, self.decimal, explicit=True)
+        found = _find(parts.outside[-MAX_OWN_ANSWER:], task, choices, self.decimal, explicit=True)
         if parts.cut:
             return None, "the reasoning does not end"
         return found.value.text if found.value else None, found.why
@@ -245,7 +248,7 @@ def read_reply(
 
 def extract_answer(text: str, task: str, choices: Sequence[str] = ()) -> str | None:
     """The answer of a short text, such as a student's output, as it is taught; None where none can be read."""
-    if task == "text" and "\n" in text.strip():
+    if task == "text" and "\n" in text[-MAX_OWN_ANSWER:].strip():
         return read_reply(text, task, choices).answer
     return DEFAULT.answer(text, task, choices)[0]
 
