@@ -24,13 +24,13 @@ _INLINE = tuple(
 )  # fmt: skip
 _TAIL = re.compile(r"[\s,;，；]+(?:or|and|oder|ou|o|или)?\s*$|\s+(?:or|and)\s*$", re.IGNORECASE)
 _LEAD = re.compile(
-    r"(?:[\s:=*_`\"'\u201c\u300c]+|(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:answer|option|choice|letter|alternative|statement|opci\u00f3n|opzione|op\u00e7\u00e3o|"
+    r"(?:[\s:=*_`\"'\u201c\u300c]+|(?:(?:the|la|le|el|il|die|der|das|a|o|l['\u2019])\s*(?<=[\s'\u2019]))?(?:correct\s+|right\s+|best\s+)?(?:answer|option|choice|letter|alternative|statement|opci\u00f3n|opzione|op\u00e7\u00e3o|"
     r"antwort|m\u00f6glichkeit|r\u00e9ponse|respuesta|risposta|resposta|letra|lettera|lettre|buchstabe|вариант|ответ)(?![\w])(?:\s+is)?|"
     r"选项|選択肢|选择|选|選|that|is|indeed|therefore|(?:the|la|le|el|il|die|der)\s+(?=[(\[]?[A-Za-z][)\]]))",
     re.IGNORECASE,
 )
 _LABELLED = re.compile(
-    r"(?:[(（\[【]\s*([A-Za-z]|\d{1,2})\s*[)）\]】]|([A-Za-z])(?![\w'\u2019])|(\d{1,2})(?![\w.,]?\d|\w))(?P<close>[).:：、．）\]\s*_`,;，。!-]*)"
+    r"(?:[(（\[【]\s*([A-Za-z]|\d{1,2})\s*[)）\]】]|([A-Za-z])(?![A-Za-z0-9_'\u2019\u00c0-\u024f\u0400-\u04ff])|(\d{1,2})(?![\w.,]?\d|\w))(?P<close>[).:：、．）\]\s*_`,;，。!-]*)"
 )
 _REASON = re.compile(
     r"(?:because|since|as|for|due\s+to|given|weil|da|denn|car|parce|puisque|porque|ya\s+que|perch\u00e9|poich\u00e9|pois|потому|так\s+как|поскольку|"
@@ -177,6 +177,8 @@ def _labelled(index: int, rest: str, separated: bool, close: str, keys: list[str
         return (index, keys[index]) if known else (None, None) if keys else (index, None)
     if not separated:
         return None
+    if _DENIED.search(rest) and not (known and after.startswith(keys[index])):
+        return None, None
     if not keys:
         return index, after
     if not known:

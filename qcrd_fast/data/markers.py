@@ -63,7 +63,7 @@ _DETERMINER = re.compile(
     re.IGNORECASE,
 )
 _END = re.compile(r"(?<=[.!?])(?<!approx\.)(?<!\bca\.)(?<!\bRs\.)(?<!\bNo\.)(?<!\bNr\.)(?:[*_`\"'\u201d)\]$]{0,6})(?=\s)|[。！？](?!\d)")
-_SKIP = re.compile(r"(?:\s|[*_`>#:：=]|\\\[|\\\(|\$\$?|\\displaystyle)*")
+_SKIP = re.compile(r"(?:\s|[*_`>#:：=]|(?:\\\[|\$\$)[ \t]{0,9}\n)*")
 _QUESTION = r"(?:Q|Question|Problem|Premise|Exercise|Human|User|Instruction|Frage|Aufgabe|Pregunta|Problema|Domanda|Pergunta|Вопрос|Задача|问题|問題|题目|題目|质问|質問|问|問)"
 _NEXT = re.compile(
     rf"\n[ \t>]{{0,12}}[*_#]{{0,4}}\s?{_QUESTION}\s?\d{{0,4}}\s?[*_]{{0,3}}[:：]|(?<=[.!?])\s+Q:\s|\n#{{2,4}}[ \t]{{0,9}}(?:Instruction|Question|Input)\b", re.IGNORECASE
@@ -119,15 +119,26 @@ def _marker(text: str, match: re.Match[str]) -> Marker:
     before = re.split(r"[.!?。！？;]\s", text[begin:start])[-1]
     skip = _SKIP.match(text, end)
     at = skip.end() if skip else end
-    clause = _clause(text, at)
+    clause = _line(text, at) if _is_list(text, end, at) else _clause(text, at)
     return Marker(start, end, "label" if label else "statement", clause, at + len(clause), bool(_DOUBT.search(before)))
+
+
+def _is_list(text: str, end: int, start: int) -> bool:
+    """Whether a numbered list begins at `start`, and not the answer 1 with a full stop."""
+    if not re.compile(r"1[.)]\s+\S").match(text, start):
+        return False
+    return "\n" in text[end:start] or re.search(r"\s2[.)]\s", text[start : start + MAX_CLAUSE]) is not None
+
+
+def _line(text: str, start: int) -> str:
+    limit = min(len(text), start + MAX_CLAUSE)
+    end = text.find("\n", start, limit)
+    return text[start : limit if end < 0 else end]
 
 
 def _clause(text: str, start: int) -> str:
     """From `start` to the end of the sentence or line."""
-    limit = min(len(text), start + MAX_CLAUSE)
-    line = text.find("\n", start, limit)
-    limit = limit if line < 0 else line
+    limit = start + len(_line(text, start))
     end = _END.search(text, start, min(limit + 1, len(text)))
     return text[start : min(end.end(), limit) if end else limit]
 

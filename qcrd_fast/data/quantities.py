@@ -73,7 +73,7 @@ _MULTIPLIER = re.compile(
 _HALF = re.compile(r"\s+and\s+(?:a|one)\s+(half|quarter|third)(?![\w])", re.IGNORECASE)
 _HALVES = {"half": Fraction(1, 2), "quarter": Fraction(1, 4), "third": Fraction(1, 3)}
 _ATTACHED = re.compile(
-    r"[:\u2236]\s?\d|[\u00b1\u03c0\u221a\u221e\u222a!^]|!\s*[-+*/=]|[xynkKMB\u03c0i](?![\w'])|(?:st|nd|rd|th|er|\u00e8me|-?\u0439|-?\u044f)(?![\w])"
+    r"[:\u2236]\s?\d|[eE][-+]?\d|[\u00b1\u03c0\u221a\u221e\u222a!^]|!\s*[-+*/=]|[xynkKMB\u03c0i](?![\w'])|(?:st|nd|rd|th|er|\u00e8me|-?\u0439|-?\u044f)(?![\w])"
     r"|(?:\s*\*(?=[\w(\\])|\s\*\s|\s*\+|\s*-\s*[a-z](?!\w))|\s*(?:/\s*[\u221a\u03c0(]|[\u221a\u03c0\u00b1\u2264\u2265<>\u2260]|\\[A-Za-z])"
 )
 _UNIT_POWER = re.compile(rf"(?<=[{_LATIN}])(?:\^\(?\s*-?\s*[1-4]\)?|[1-4](?![\w]))")
@@ -115,6 +115,10 @@ _BOUND_BEFORE = re.compile(
     r"(?:(?:a|an|de|el|la|equal\s+to|exactly|only)\s+)?$|(?:\u81f3\u5c11|\u6700\u591a|\u8d85\u8fc7|\u4e0d\u662f)\s*$",
     re.IGNORECASE,
 )
+_STEP = re.compile(
+    r"(?<![\w])(?:steps?|part|case|question|problem|figure|equation|schritt|\u00e9tape|paso|passo|шаг)\s*\d+[.:)]?|\u6b65\u9aa4\s*\d+|\u7b2c\s*\d+\s*\u6b65",
+    re.IGNORECASE,
+)
 _START = re.compile(rf"(?<![{_LATIN}\d.,_])(?:[-+]\s?)?(?:\(\s?){{0,8}}\.?\d")
 _CLOSERS = " \t\n*_`\"'\u201d\u00bb\u300d\u300f\u3011)]}|"
 _ENUMERATION = re.compile(r"\d{1,2}[.)]\s+\S")
@@ -148,7 +152,7 @@ def read_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
     After it may come a unit, a clause with "because", or further remarks behind a comma; `label`: behind a mere `Answer:`, where
     such remarks with digits of their own show that a train of thought begins. With `expressions`, a sum is one quantity.
     """
-    text = plain(visible(text[:MAX_QUANTITY]), decimal)
+    text = plain(visible(text[:MAX_QUANTITY]), decimal).rstrip(" .\n")
     if _ENUMERATION.match(text.lstrip()) and label:
         return Found(None, "a numbered list follows the marker")
     start = 0
@@ -168,7 +172,7 @@ def read_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
         body, opened = body[:-1].rstrip(), opened - 1
     trimmed = body.rstrip("=*/^(-+ ")
     rest = text[start + len(trimmed) :]
-    if rest.strip() in ("-", "+", "*", "/", "^"):
+    if rest.strip() in ("-", "+", "*", "/", "^") and not ("*" in rest and "*" in text[:start]):
         return Found(None, "an expression without its end", blocks=True)
     found = _number(trimmed, expressions)
     if found.number is None:
@@ -179,7 +183,7 @@ def read_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
 
 def sole_quantity(text: str, *, decimal: str = "point", expressions: bool = False) -> Found:
     """The only quantity that stands anywhere in a text; none where there are several."""
-    text = _UNIT_POWER.sub("", plain(visible(text), decimal, groups=False))
+    text = _STEP.sub(" ", _UNIT_POWER.sub("", plain(visible(text), decimal, groups=False))).rstrip(" .\n")
     only: tuple[int, str] | None = None
     position = 0
     while match := _START.search(text, position):

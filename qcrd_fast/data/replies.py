@@ -28,14 +28,14 @@ from qcrd_fast.errors import InputError
 __all__ = ["Choices", "Reader", "Reading", "answer_text", "extract_answer", "is_correct", "parse_choices", "read_reply"]
 
 _DENIAL = re.compile(
-    r"(?<![\w])(?:can(?:no|')t\s+be\s+(?:determined|answered|known|found|calculated|solved|computed)|cannot\s+(?:be\s+)?(?:determine|answer|know|say|tell|"
-    r"find|calculate|solve|compute)\w*|can't\s+(?:determine|answer|say|tell)|(?:is|are)\s+(?:no|not\s+enough)\s+(?:\w+\s+)?(?:answer|solution|information|data)|"
+    r"(?<![\w])(?:cannot|can\s+not|can['\u2019]t|could\s+not|couldn['\u2019]t|no\s+way\s+to|"
+    r"does\s+not\s+exist|depends\s+on|not\s+given|ambiguous|n/a|(?:is|are)\s+(?:no|not\s+enough)\s+(?:\w+\s+)?(?:answer|solution|information|data)|"
     r"no\s+(?:unique\s+|single\s+|definite\s+)?(?:answer|solution)|not\s+(?:enough|sufficient)|insufficient|impossible|undetermined|indeterminate|"
     r"unknown|undefined|not\s+possible|don't\s+know|do\s+not\s+know|unable\s+to|none\s+of\s+the|"
-    r"kann\s+nicht|l\u00e4sst\s+sich\s+nicht|keine\s+(?:antwort|l\u00f6sung)|nicht\s+gen\u00fcgend|unbekannt|unm\u00f6glich|"
-    r"ne\s+peut\s+pas|impossible\s+de|pas\s+de\s+(?:r\u00e9ponse|solution)|pas\s+assez|no\s+se\s+puede|no\s+hay\s+(?:respuesta|soluci\u00f3n)|imposible|"
-    r"non\s+si\s+pu\u00f2|non\s+\u00e8\s+possibile|impossibile|n\u00e3o\s+\u00e9\s+poss\u00edvel|n\u00e3o\s+h\u00e1|imposs\u00edvel|невозможно|нельзя|неизвестно|недостаточно)(?![\w])|"
-    r"\u65e0\u6cd5|\u7121\u6cd5|\u4e0d\u80fd\u786e\u5b9a|\u6ca1\u6709\u7b54\u6848|\u65e0\u89e3|\u4e0d\u662f|\u308f\u304b\u308a\u307e\u305b\u3093|\u6c42\u3081\u3089\u308c|\u3067\u304d\u307e\u305b\u3093|\u4e0d\u660e",
+    r"(?:kann|l\u00e4sst\s+sich|ist|sind)(?![\w])[^.]{0,60}nicht|keine\s+(?:antwort|l\u00f6sung)|nicht\s+gen\u00fcgend|unbekannt|unm\u00f6glich|"
+    r"ne\s+peut|ne\s+permet|on\s+ne\s+sait|impossible\s+de|pas\s+de\s+(?:r\u00e9ponse|solution)|pas\s+assez|no\s+se\s+(?:puede|sabe)|faltan\s+datos|no\s+hay\s+(?:respuesta|soluci\u00f3n)|imposible|"
+    r"non\s+si\s+(?:pu\u00f2|sa)|mancano\s+dati|non\s+\u00e8\s+possibile|impossibile|n\u00e3o\s+\u00e9\s+poss\u00edvel|n\u00e3o\s+h\u00e1|n\u00e3o\s+se\s+(?:pode|sabe)|n\u00e3o\s+d\u00e1|faltam\s+dados|imposs\u00edvel|невозможно|нельзя|неизвестно|недостаточно|не\s+хватает|не\s+может)(?![\w])|"
+    r"\u65e0\u6cd5|\u7121\u6cd5|\u4e0d\u80fd|\u4e0d\u8db3|\u4e0d\u786e\u5b9a|\u6ca1\u6709\u7b54\u6848|\u65e0\u89e3|\u4e0d\u662f|\u308f\u304b\u308a\u307e\u305b\u3093|\u6c42\u3081\u3089\u308c|\u3067\u304d\u307e\u305b\u3093|\u3067\u304d\u306a\u3044|\u308f\u304b\u3089\u306a\u3044|\u5206\u304b\u308a\u307e\u305b\u3093|\u4e0d\u660e",
     re.IGNORECASE,
 )
 _HEDGE = re.compile(r"(?<![\w])(?:maybe|perhaps|possibly|might|could\s+be|not\s+sure|a\s+guess|hmm|or\s+so|vielleicht|peut-\u00eatre|quiz\u00e1s?|forse|talvez|возможно)(?![\w])|\u4e5f\u8bb8", re.IGNORECASE)
@@ -57,6 +57,9 @@ _PROSE_START = re.compile(
 )
 _REASONED = re.compile(r"(?<![\w])(?:because|since|weil|denn|car|parce|puisque|porque|perch\u00e9|poich\u00e9|pois|потому|поскольку)(?![\w])|\u56e0\u4e3a|\u56e0\u70ba", re.IGNORECASE)
 _CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")
+
+
+MAX_OWN_ANSWER = 32768  # characters, the last ones, of an answer of its own
 
 
 class Reading(NamedTuple):
@@ -150,7 +153,7 @@ class Reader:
             if answer is not None:
                 return answer, why
         parts = split_thinking(text)
-        found = _find(parts.outside, task, choices, self.decimal, explicit=True)
+        found = _find(parts.outside[-MAX_OWN_ANSWER:], task, choices, self.decimal, explicit=True)
         if parts.cut:
             return None, "the reasoning does not end"
         return found.value.text if found.value else None, found.why
@@ -245,7 +248,7 @@ def read_reply(
 
 def extract_answer(text: str, task: str, choices: Sequence[str] = ()) -> str | None:
     """The answer of a short text, such as a student's output, as it is taught; None where none can be read."""
-    if task == "text" and "\n" in text.strip():
+    if task == "text" and "\n" in text[-MAX_OWN_ANSWER:].strip():
         return read_reply(text, task, choices).answer
     return DEFAULT.answer(text, task, choices)[0]
 
@@ -289,6 +292,8 @@ def _find(text: str, task: str, choices: Sequence[str], decimal: str, explicit: 
             return _Answer(None, f"{why_not}: {_short(marker.clause)}", marker)
         why = why or f"{why_not}: {_short(marker.clause)}"
     found = _sentences(text, task, choices, decimal, explicit)
+    if markers and markers[-1].doubt and "\n" not in text[markers[-1].start :].strip() and not explicit:
+        return _Answer(None, f"only in doubt: {_short(text[markers[-1].start :])}")
     return found if found.value is not None or not why else _Answer(None, f"{found.why}; {why}")
 
 

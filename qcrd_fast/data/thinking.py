@@ -38,6 +38,8 @@ def split_thinking(text: str) -> Parts:
     An end without a start closes whatever stands before it; a start without an end runs to the end of the text. Of a
     chat transcript, the first turn counts: control tokens go, and so does what follows the next turn's start.
     """
+    if not any(sign in text for sign in ("<", "[", "\u25c1", "analysis")):
+        return Parts("", text.strip(), False)
     thinking: list[str] = []
     outside: list[str] = []
     inside, position = False, 0
