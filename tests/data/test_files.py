@@ -381,8 +381,9 @@ def bomb(path: Path, line: bytes, count: int) -> Path:
 
 @pytest.mark.parametrize("line", [b" ", b"\n", json.dumps(OWN[0]).encode() + b"\n"], ids=["one line", "blank lines", "rows"])
 def test_a_bomb_is_not_read_on(line: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "FREE_BYTES", 8 << 20)
-    path = bomb(tmp_path / "rows.jsonl.gz", line, 64)
+    monkeypatch.setattr(files, "FREE_BYTES", 2 << 20)
+    monkeypatch.setattr(files, "MAX_RATIO", 10)
+    path = bomb(tmp_path / "rows.jsonl.gz", line, 32)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     bad = list(validate_file(path))
     assert "the gzip file expands to more than" in bad[-1].reason and bad[-1].reason.endswith("not read on")
