@@ -92,6 +92,11 @@ ROWS: list[dict[str, Any]] = [
     {"question": "Where?", "choices": ["park", "zoo"], "answer": "zoo", "domain": "d", "split": "train"},
     {"input": "2 + 2?", "chain": "two", "completion": "4", "answer": "4", "initial_correct": True},
     {"premise": "It rains.", "hypothesis": "It is wet.", "label": "entailment"},
+    {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "Two and two: 4."}], "gold": 4},
+    {"instruction": "Add.", "input": "2 + 2", "output": "So it is 4."},
+    {"problem": "2 + 2?", "solution": "Well. \\boxed{4}", "generations": ["It is 4.", {"text": "Or 5.", "answer": 5}]},
+    {"prompt": "2 + 2?", "chosen": "It is 4.", "rejected": [{"from": "gpt", "value": "It is 5."}]},
+    {"question_stem": "Which?", "choices": {"text": ["park", "zoo"], "label": ["A", "B"]}, "answerKey": "B", "answers": ["B"]},
 ]  # fmt: skip
 ODD_BYTES = (b"\n", b"\r\n", b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"[", b"{", b"NaN", b"1e999", b"\\ud800", b"\xef\xbb\xbf",
              b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000)  # fmt: skip
@@ -156,7 +161,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @FUZZ
-@given(content=files, name=st.sampled_from(("rows.jsonl", "rows.json", "x_train.json", "rows.bin")))
+@given(content=files, name=st.sampled_from(("rows.jsonl", "rows.json", "x_train.json", "rows.bin", "rows.csv", "rows.tsv")))
 def test_any_file_is_read_or_its_rows_are_named(folder: Path, content: bytes, name: str) -> None:
     path, output = folder / name, folder / "out.jsonl"
     path.write_bytes(content)

@@ -164,10 +164,13 @@ class _Scan:
         if given or kind == "prepared":
             key_of_id = hashlib.blake2b(question.id.encode(), digest_size=16).digest()
             text = text_digest(question)[:16]
-            first, other = self.ids.setdefault(key_of_id, (line, text))
-            if first != line and other != text:
+            if key_of_id not in self.ids:
+                self.ids[key_of_id] = line, text
+                return question
+            first, other = self.ids[key_of_id]
+            if other != text:
                 raise RowError(f"id {question.id!r} is another question on line {first}")
-            if first != line and kind in ("prepared", "question") and not parsed.by_text:
+            if kind in ("prepared", "question") and not parsed.by_text:
                 raise RowError(f"duplicate id {question.id!r}, first on line {first}")
         return question
 

@@ -14,7 +14,9 @@ def read(row: Row) -> Parsed:
     Raises:
         RowError: it is no conversation of one question and at most one reply.
     """
-    key = row.key("messages") or ""
+    key = row.key("messages")
+    if key is None:
+        raise RowError("missing key 'messages'")
     turns = as_list(row.take(key))
     if not is_turns(turns):
         raise RowError(f"{key} expects a list of messages with role and content (or from and value)")

@@ -42,7 +42,7 @@ def question_text(row: Row) -> tuple[str, Any]:
     """(text, choices that stand in the question's own object, or None)."""
     key = row.key("question") or row.key("messages")
     if key is None:
-        raise RowError("no question")
+        raise RowError("missing key 'question'")
     value, choices = row.take(key), None
     if isinstance(value, dict) and "stem" in value:
         value, choices = value["stem"], value.get("choices")

@@ -69,7 +69,7 @@ _SAMPLE_NAMES = (
     "solution",
     *(name for role in ("completion", "rationale") for name in _PLAIN[role] if len(name) > 5),
 )
-_NUMBERED = re.compile(r"([a-z]+)([0-9]{1,4})")
+_NUMBERED = re.compile(r"([a-z0-9]*[a-z])([0-9]{1,4})")
 _KNOWN = sorted(
     {name for names in ROLES.values() for name in names} | {"positives", "negatives", "majority", "votes", "answerKey"}
 )
