@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from typing import Any
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
@@ -31,7 +32,7 @@ class Data:
     def load(cls, config: TrainConfig) -> Data:
         """Raises `InputError` naming the file for unreadable or empty data."""
 
-        def questions(path: str, **which: str) -> list[Question]:
+        def questions(path: str, **which: Any) -> list[Question]:
             with relieved_by("a part of the rows, such as: shuf -n 100000 FILE"):
                 loaded = load_questions(path, seed=config.seed, on_bad_row=config.on_bad_row, task=config.task, **which)
             for bad in loaded.skipped:

@@ -74,7 +74,7 @@ def test_the_kernels_are_a_leaf() -> None:
 
 def test_every_import_is_a_declared_dependency() -> None:
     known = modules()
-    declared = {"click", "httpx", "numpy", "yaml", "safetensors", "torch", "transformers", "triton"}
+    declared = {"click", "httpx", "jinja2", "numpy", "yaml", "safetensors", "torch", "transformers", "triton"}
     brought_along = {"tokenizers"}  # transformers depends on it
     extras = {"tensorboard", "wandb", "matplotlib", "peft"}
     allowed = {*sys.stdlib_module_names, *PACKAGES, *declared, *brought_along, *extras}

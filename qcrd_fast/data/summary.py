@@ -11,7 +11,6 @@ from qcrd_fast.data.replies import DEFAULT, Reader
 from qcrd_fast.data.schema import Question
 from qcrd_fast.data.voting import Vote
 
-
 EXAMPLES = 5  # of unreadable samples
 EXAMPLE_LENGTH = 160  # characters, of their end
 
@@ -81,7 +80,9 @@ class Tally:
         wrong = (
             question.majority is not None
             and question.gold is not None
-            and not self.reader.same(question.majority, question.gold, question.task or "text", parse_choices(question.question))
+            and not self.reader.same(
+                question.majority, question.gold, question.task or "text", parse_choices(question.question)
+            )
         )
         self._count.update(
             questions=1,

@@ -55,7 +55,7 @@ def _choices(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _gold(row: dict[str, Any], key: str) -> str | None:
-    """The gold answer at `key`; a whole number beside choices is the index of one of them, from 0 on, unless it is one itself."""
+    """The gold answer at `key`; a whole number beside choices is the index of one, from 0 on, unless it is one itself."""
     gold, choices = row.get(key), row.get("choices")
     if type(gold) is int and isinstance(choices, list) and 0 <= gold < len(choices) and str(gold) not in choices:
         return f"({chr(ord('a') + gold)})"
