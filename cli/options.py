@@ -221,8 +221,8 @@ def reading_options(command: Any) -> Any:
                 type=click.Choice(THINKING),
                 default="auto",
                 show_default=True,
-                help="reasoning blocks such as <think>; drop, keep: without or with them; only: they are the rationale; auto: only "
-                "where the reply has no rationale outside of them",
+                help="reasoning blocks such as <think>; drop, keep: without or with them; only: they are the rationale; "
+                "auto: only where the reply has no rationale outside of them",
             ),
             click.option(
                 "--decimal",
@@ -234,7 +234,8 @@ def reading_options(command: Any) -> Any:
             click.option(
                 "--tolerance",
                 metavar="X",
-                help="numbers that differ by no more are one answer; 0: exact; default: they agree rounded to 2 decimals or more",
+                help="numbers that differ by no more are one answer; 0: exact; default: they agree rounded to 2 "
+                "decimals or more",
             ),
             click.option(
                 "--answer-regex",

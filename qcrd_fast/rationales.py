@@ -50,7 +50,7 @@ def judge_rationale(text: str, task: str, gold: str | None, answer: str | None, 
     conclusion = read_reply(text, kind, choices).answer
 
     def ends_in(other: str | None) -> bool:
-        return bool(conclusion and other and same_answer(conclusion, other, kind, choices))
+        return bool(conclusion and other and same_answer(conclusion, other, task, choices))
 
     return {
         "equations": len(holds),

@@ -30,7 +30,8 @@ _WORDS = {
     "ja": "yes", "wahr": "yes", "nein": "no", "falsch": "no", "oui": "yes", "vrai": "yes", "non": "no", "faux": "no",
     "s\u00ed": "yes", "s\u00ec": "yes", "verdadero": "yes", "falso": "no", "vero": "yes", "sim": "yes", "verdadeiro": "yes",
     "n\u00e3o": "no", "да": "yes", "нет": "no", "верно": "yes", "неверно": "no",
-    "\u662f": "yes", "\u662f\u7684": "yes", "\u5bf9": "yes", "\u6b63\u786e": "yes", "\u5426": "no", "\u4e0d\u662f": "no", "\u9519\u8bef": "no",
+    "\u662f": "yes", "\u662f\u7684": "yes", "\u5bf9": "yes", "\u6b63\u786e": "yes", "\u5426": "no", "\u4e0d\u662f": "no",
+    "\u9519\u8bef": "no",
     "\u306f\u3044": "yes", "\u3044\u3044\u3048": "no", "1": "", "0": "",
 }  # fmt: skip
 _OPPOSITE = {"yes": "no", "no": "yes"}
@@ -238,17 +239,26 @@ def _format(value: Fraction) -> str:
 
 def _yes_no(text: str) -> str | None:
     text = text.casefold()
-    if word := _WORDS.get(text.strip(" .,;:!?\"'`*()[]{}。！、")):
-        return word
+    if whole := _WORDS.get(text.strip(" .,;:!?\"'`*()[]{}。！、")):
+        return whole
     start = _FIRST_WORD.match(text)
     head = _WORDS.get(start[1]) if start else None
     found = set()
     for word in _YES_NO.finditer(text):
-        if word[0] == "no" and re.match(r"\s+\w", text[word.end() : word.end() + 3]) and not (start and word.start() == start.start(1)):
+        if (
+            word[0] == "no"
+            and re.match(r"\s+\w", text[word.end() : word.end() + 3])
+            and not (start and word.start() == start.start(1))
+        ):
             continue  # "no evidence"
         denied = _NOT.search(text, max(0, word.start() - 24), word.start())
         found.add(_OPPOSITE[_WORDS[word[0]]] if denied else _WORDS[word[0]])
-    if start and head and start[1] not in ("yes", "no", "true", "false") and not re.match(r"[\s,.;:!。，、]", text[start.end() :]):
+    if (
+        start
+        and head
+        and start[1] not in ("yes", "no", "true", "false")
+        and not re.match(r"[\s,.;:!。，、]", text[start.end() :])
+    ):
         head = None
     if len(found) == 1 and (not head or head in found):
         return found.pop()

@@ -24,35 +24,51 @@ _INLINE = tuple(
 )  # fmt: skip
 _TAIL = re.compile(r"[\s,;，；]+(?:or|and|oder|ou|o|или)?\s*$|\s+(?:or|and)\s*$", re.IGNORECASE)
 _LEAD = re.compile(
-    r"(?:[\s:=*_`\"'\u201c\u300c]+|(?:(?:the|la|le|el|il|die|der|das|a|o|l['\u2019])\s*(?<=[\s'\u2019]))?(?:correct\s+|right\s+|best\s+)?(?:answer|option|choice|letter|alternative|statement|opci\u00f3n|opzione|op\u00e7\u00e3o|"
-    r"antwort|m\u00f6glichkeit|r\u00e9ponse|respuesta|risposta|resposta|letra|lettera|lettre|buchstabe|вариант|ответ)(?![\w])(?:\s+is)?|"
+    r"(?:[\s:=*_`\"'\u201c\u300c]+|(?:(?:the|la|le|el|il|die|der|das|a|o|l['\u2019])\s*(?<=[\s'\u2019]))?(?:correct\s+|"
+    r"right\s+|best\s+)?(?:answer|option|choice|letter|alternative|statement|opci\u00f3n|opzione|op\u00e7\u00e3o|"
+    r"antwort|m\u00f6glichkeit|r\u00e9ponse|respuesta|risposta|resposta|letra|lettera|lettre|buchstabe|вариант|"
+    r"ответ)(?![\w])(?:\s+is)?|"
     r"选项|選択肢|选择|选|選|that|is|indeed|therefore|(?:the|la|le|el|il|die|der)\s+(?=[(\[]?[A-Za-z][)\]]))",
     re.IGNORECASE,
 )
 _LABELLED = re.compile(
-    r"(?:[(（\[【]\s*([A-Za-z]|\d{1,2})\s*[)）\]】]|([A-Za-z])(?![A-Za-z0-9_'\u2019\u00c0-\u024f\u0400-\u04ff])|(\d{1,2})(?![\w.,]?\d|\w))(?P<close>[).:：、．）\]\s*_`,;，。!-]*)"
+    r"(?:[(（\[【]\s*([A-Za-z]|\d{1,2})\s*[)）\]】]|([A-Za-z])(?![A-Za-z0-9_'\u2019\u00c0-\u024f\u0400-\u04ff])|"
+    r"(\d{1,2})(?![\w.,]?\d|\w))(?P<close>[).:：、．）\]\s*_`,;，。!-]*)"
 )
 _REASON = re.compile(
-    r"(?:because|since|as|for|due\s+to|given|weil|da|denn|car|parce|puisque|porque|ya\s+que|perch\u00e9|poich\u00e9|pois|потому|так\s+как|поскольку|"
-    r"is\s+(?:the\s+)?(?:correct|right|best|answer)|ist\s+richtig|est\s+(?:correcte|juste)|es\s+(?:la\s+)?correct[ao]|\u00e8\s+corrett[ao]|\u00e9\s+(?:a\s+)?corret[ao])(?![\w])|"
-    r"\u56e0\u4e3a|\u56e0\u70ba|\u7531\u4e8e|\u3067\u3059|\u3067\u3042\u308b|\u3060|\u304c\u6b63|\u9879|\u9009\u9879|\u6b63\u786e",
+    r"(?:because|since|as|for|due\s+to|given|weil|da|denn|car|parce|puisque|porque|ya\s+que|perch\u00e9|poich\u00e9|pois|"
+    r"потому|так\s+как|поскольку|"
+    r"is\s+(?:the\s+)?(?:correct|right|best|answer)|ist\s+richtig|est\s+(?:correcte|juste)|es\s+(?:la\s+)?correct[ao]|"
+    r"\u00e8\s+corrett[ao]|\u00e9\s+(?:a\s+)?corret[ao])(?![\w])|"
+    r"\u56e0\u4e3a|\u56e0\u70ba|\u7531\u4e8e|\u3067\u3059|\u3067\u3042\u308b|\u3060|\u304c\u6b63|\u9879|\u9009\u9879|"
+    r"\u6b63\u786e",
     re.IGNORECASE,
 )
 _ANOTHER = re.compile(
-    r"(?:(?:and|or|und|oder|et|ou|y|o|e|и|или)(?![\w])|[,/&、\u548c\u6216])\s*[(\[（]?[A-Za-z][)\]）.]?(?![\w'\u2019])", re.IGNORECASE
+    r"(?:(?:and|or|und|oder|et|ou|y|o|e|и|или)(?![\w])|"
+    r"[,/&、\u548c\u6216])\s*[(\[（]?[A-Za-z][)\]）.]?(?![\w'\u2019])",
+    re.IGNORECASE,
 )
 _NOT_THAT = "".join(f"(?<!not {article})" for article in ("", "a ", "an ", "the "))
 _LABEL = re.compile(r"(?<!not )[(（]([A-Za-z])[)）]")
-_DENIED = re.compile(r"(?<![\w])(?:wrong|incorrect|not|false|eliminate[ds]?|rule[ds]?\s+out|falsch|incorrecta?)(?![\w])|不|错", re.IGNORECASE)
+_DENIED = re.compile(
+    r"(?<![\w])(?:wrong|incorrect|not|false|eliminate[ds]?|rule[ds]?\s+out|falsch|incorrecta?)(?![\w])|不|"
+    r"错",
+    re.IGNORECASE,
+)
 _CHOOSE = re.compile(
-    r"(?<![\w])(?:(?:i|we|i'd|i'll)\s+(?:would\s+)?(?:choose|pick|select|chose|picked|selected|go\s+with|opt\s+for)|(?:choose|pick|select|go\s+with)|"
-    r"(?:correct|right|best)\s+(?:answer|option|choice|one)\s+(?:is|would\s+be)|(?:answer|option|choice)\s+(?:is|would\s+be)|it\s+is|"
+    r"(?<![\w])(?:(?:i|we|i'd|i'll)\s+(?:would\s+)?(?:choose|pick|select|chose|picked|selected|go\s+with|opt\s+for)|"
+    r"(?:choose|pick|select|go\s+with)|"
+    r"(?:correct|right|best)\s+(?:answer|option|choice|one)\s+(?:is|would\s+be)|(?:answer|option|choice)\s+(?:is|would\s+be)|"
+    r"it\s+is|"
     r"w\u00e4hle|choisis|elijo|scelgo|escolho|выбираю)\s+(?P<what>[^.;\n]{1,120})",
     re.IGNORECASE,
 )
 _OPTION_IS = re.compile(
-    r"(?:(?:option|choice|answer|alternative|opci\u00f3n|opzione|op\u00e7\u00e3o|вариант)\s+[(\[]?([A-Za-z]|\d)[)\].]?|[(（\[]([A-Za-z]|\d)[)）\]]|(?<![\w'])([B-HJ-Z])|^([A-Z]))\s+"
-    r"(?:is|seems|must\s+be|would\s+be|ist|est|es|\u00e8|\u00e9)\s+(?:the\s+|la\s+|a\s+)?(?:most\s+)?(?:correct|right|best|answer|true|likely|richtig|correct[aeo]|corrett[ao]|corret[ao]|juste)",
+    r"(?:(?:option|choice|answer|alternative|opci\u00f3n|opzione|op\u00e7\u00e3o|вариант)\s+[(\[]?([A-Za-z]|\d)[)\].]?|"
+    r"[(（\[]([A-Za-z]|\d)[)）\]]|(?<![\w'])([B-HJ-Z])|^([A-Z]))\s+"
+    r"(?:is|seems|must\s+be|would\s+be|ist|est|es|\u00e8|\u00e9)\s+(?:the\s+|la\s+|a\s+)?(?:most\s+)?(?:correct|right|best|"
+    r"answer|true|likely|richtig|correct[aeo]|corrett[ao]|corret[ao]|juste)",
     re.IGNORECASE,
 )
 
@@ -89,7 +105,10 @@ def _choices(texts: list[str], digits: bool) -> Choices:
 
 def _are_options(text: str, start: int) -> bool:
     before = text[:start].rstrip()
-    return before.endswith(("?", "？")) or re.search(r"(?:options|choices|following|below|选项)\W{0,4}$", before, re.IGNORECASE) is not None
+    return (
+        before.endswith(("?", "？"))
+        or re.search(r"(?:options|choices|following|below|选项)\W{0,4}$", before, re.IGNORECASE) is not None
+    )
 
 
 def _sequence(text: str, pattern: re.Pattern[str], digits: bool, lines: bool) -> tuple[int, list[str]] | None:
@@ -206,7 +225,5 @@ def choice_in_sentence(sentence: str, choices: Sequence[str]) -> tuple[int | Non
         found = read_choice(match["what"], choices)
         if found[0] is not None:
             return found
-    index, key = read_choice(text, choices)
-    if not choices and index is None:
-        return None, None
-    return index, key
+    found = read_choice(text, choices)
+    return found if choices or found[0] is not None else (None, None)

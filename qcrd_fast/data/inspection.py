@@ -47,8 +47,8 @@ class Inspection:
         found = []
         if self._comma_golds > 0.05 * self._golds and self.reader.decimal == "point":
             found.append(
-                f"{self._comma_golds:,} of {self._golds:,} golds look like 1.234,5; read them with --decimal comma if 3.000 is three "
-                "thousand here"
+                f"{self._comma_golds:,} of {self._golds:,} golds look like 1.234,5; read them with --decimal comma "
+                "if 3.000 is three thousand here"
             )
         if self._solutions and not self._sampled:
             found.append(f"no samples: {self._solutions:,} golds' own solutions are the positives, and there are no negatives")
@@ -101,7 +101,11 @@ class Inspection:
             out += [f"question {record['id']} ({record['task']})", *_indented(record["question"], 2)]
             for number, sample in enumerate(record["samples"], 1):
                 out += [f"  sample {number}: {sample['side']}", *_indented(_short(sample["text"]), 4)]
-                out.append(f"    read: {sample['answer']!r}, from {sample['why']}" if sample["answer"] is not None else f"    unreadable: {sample['why']}")
+                out.append(
+                    f"    read: {sample['answer']!r}, from {sample['why']}"
+                    if sample["answer"] is not None
+                    else f"    unreadable: {sample['why']}"
+                )
                 if sample["rationale"].strip() != sample["text"].strip():
                     out += ["    rationale:", *_indented(_short(sample["rationale"]) or "(none)", 6)]
             votes = ", ".join(f"{answer}: {count}" for answer, count in record["votes"].items())
@@ -109,13 +113,22 @@ class Inspection:
         return "\n".join(_printable(line) for line in out).rstrip()
 
     def write(self, path: str | Path) -> None:
-        """Write the page, whole or not at all. Raises `InputError` for a device or pipe, `RunError` where it cannot be written."""
+        """Write the page, whole or not at all.
+
+        Raises:
+            InputError: `path` is a device or pipe.
+            RunError: it cannot be written.
+        """
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
         path = Path(path)
         require_file(path)
         environment = Environment(
-            loader=PackageLoader("qcrd_fast.data", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+            loader=PackageLoader("qcrd_fast.data", "."),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
         )
         template = environment.get_template("inspection.html.j2")
         records = [_clipped(record) for record in self.records[:PAGE_QUESTIONS]]

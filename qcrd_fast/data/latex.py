@@ -11,7 +11,9 @@ _DEPTH = 40
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])[ \t]*(?:\{|(?P<bare>[^\s{}\\$]))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TOKEN = re.compile(
-    r"\\(?P<command>[A-Za-z]+)\*?[ \t]*|\\(?P<symbol>.)|(?P<open>\{)|(?P<close>\})|(?P<dollars>\$\$?)|(?P<text>[^\\{}$]+)", re.DOTALL
+    r"\\(?P<command>[A-Za-z]+)\*?[ \t]*|\\(?P<symbol>.)|(?P<open>\{)|(?P<close>\})|(?P<dollars>\$\$?)|"
+    r"(?P<text>[^\\{}$]+)",
+    re.DOTALL,
 )
 _DROPPED = {
     "left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr", "bigg", "Bigg", "displaystyle", "textstyle", "limits",

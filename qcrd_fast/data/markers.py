@@ -15,27 +15,37 @@ _M = r"[\s*_`\"'\u201c\u201d]{0,12}"  # Markdown and quotes between a noun and i
 _OF = r"(?:\s+(?:to|for|of)\s+(?:the|this|that|your|our|question|problem)\b[^.\n:?!]{0,80}?)?"
 _ENGLISH = (
     rf"(?:final\s+|correct\s+|right\s+|best\s+|numerical\s+|numeric\s+){{0,3}}(?:answers?|ans)(?:\s+(?:choice|option))?{_OF}"
-    rf"(?:,?\s+(?:then|thus|therefore|hence|here),?)?{_M}(?P<en>(?:is|are|was|will\s+be|would\s+be|should\s+be|must\s+be|equals|becomes|"
+    rf"(?:,?\s+(?:then|thus|therefore|hence|here),?)?{_M}(?P<en>(?:is|are|was|will\s+be|would\s+be|should\s+be|must\s+be|"
+    rf"equals|becomes|"
     rf"comes\s+(?:out\s+)?to|turns\s+out\s+to\s+be)(?![\w])|[:=\uff1a]|\u2014|\u2013|-(?=\s))"
     rf"|(?:correct|right|best)\s+(?:option|choice|statement|alternative|one){_M}(?:(?:is|would\s+be|must\s+be)(?![\w])|[:=])"
     rf"|final\s+(?:result|value){_M}(?:is(?![\w])|[:=])"
 )
 _WHERE = {  # nouns, what may stand between, and the verbs
-    "de": (r"(?:end)?antwort(?:option)?|endergebnis|l\u00f6sung|ergebnis|resultat", r"(?:\s+(?:auf\s+die\s+frage|darauf|darum|daher|somit|also))?",
+    "de": (r"(?:end)?antwort(?:option)?|endergebnis|l\u00f6sung|ergebnis|resultat",
+    r"(?:\s+(?:auf\s+die\s+frage|darauf|darum|daher|somit|also))?",
            r"ist|sind|lautet|betr\u00e4gt|w\u00e4re|hei\u00dft"),
-    "fr": (r"r\u00e9ponse|r\u00e9sultat|solution", r"(?:\s+(?:finale?|correcte?|exacte?|juste|bonne|\u00e0\s+la\s+question|est\s+donc)){0,3}",
+    "fr": (r"r\u00e9ponse|r\u00e9sultat|solution",
+    r"(?:\s+(?:finale?|correcte?|exacte?|juste|bonne|\u00e0\s+la\s+question|est\s+donc)){0,3}",
            r"est|sont|sera|serait|vaut"),
-    "es": (r"respuesta|resultado|soluci\u00f3n", r"(?:\s+(?:final|correcta|a\s+la\s+pregunta|por\s+tanto)){0,3}", r"es|son|ser\u00eda|ser\u00e1"),
-    "it": (r"risposta|risultato|soluzione", r"(?:\s+(?:finale|corretta|giusta|esatta|alla\s+domanda)){0,3}", r"\u00e8|e'|sono|sar\u00e0|sarebbe"),
-    "pt": (r"resposta|resultado|solu\u00e7\u00e3o", r"(?:\s+(?:final|correta|certa|\u00e0\s+pergunta)){0,3}", r"\u00e9|s\u00e3o|ser\u00e1|seria"),
-    "ru": (r"ответ(?:ом)?|результат", r"(?:\s+на\s+(?:этот\s+)?вопрос)?", r"равен|равно|равна|это|есть|является|будет|составляет"),
+    "es": (r"respuesta|resultado|soluci\u00f3n", r"(?:\s+(?:final|correcta|a\s+la\s+pregunta|por\s+tanto)){0,3}",
+    r"es|son|ser\u00eda|ser\u00e1"),
+    "it": (r"risposta|risultato|soluzione", r"(?:\s+(?:finale|corretta|giusta|esatta|alla\s+domanda)){0,3}",
+    r"\u00e8|e'|sono|sar\u00e0|sarebbe"),
+    "pt": (r"resposta|resultado|solu\u00e7\u00e3o", r"(?:\s+(?:final|correta|certa|\u00e0\s+pergunta)){0,3}",
+    r"\u00e9|s\u00e3o|ser\u00e1|seria"),
+    "ru": (r"ответ(?:ом)?|результат", r"(?:\s+на\s+(?:этот\s+)?вопрос)?",
+    r"равен|равно|равна|это|есть|является|будет|составляет"),
 }  # fmt: skip
 _WORDED = "|".join(
-    rf"(?:{nouns})(?![\w]){between}{_M}(?:(?:{verbs})(?![\w])|[:=\uff1a]|\u2014|\u2013|-(?=\s))" for nouns, between, verbs in _WHERE.values()
+    rf"(?:{nouns})(?![\w]){between}{_M}(?:(?:{verbs})(?![\w])|[:=\uff1a]|\u2014|\u2013|"
+    rf"-(?=\s))"
+    for nouns, between, verbs in _WHERE.values()
 )
 _CHINESE = (
     rf"(?:答案|解答|结果|結果)(?:选项|選項)?{_M}(?:(?:因此|所以|也)?(?:应该|應該|应当|应|應|就)?(?:是|为|為|等于|等於|选择|选|選)|[:：=])"
-    rf"|(?:^|(?<=[。，,\s]))答{_M}[:：]|(?:故|应|應|因此|所以)?(?:选择|選擇|选|選)(?:项|項|择)?{_M}[:：]?(?=\s*[(（\[【]?[A-Za-z][^A-Za-z]|\s*[A-Za-z]$)"
+    rf"|(?:^|(?<=[。，,\s]))答{_M}[:：]|(?:故|应|應|因此|所以)?(?:选择|選擇|选|選)(?:项|項|择)?{_M}[:：]?(?=\s*[(（\[【]?[A-Za-z][^A-Za-z]|"
+    rf"\s*[A-Za-z]$)"
     rf"|正确(?:选项|的是|的选项)(?:是|为)?{_M}[:：]?"
 )
 _JAPANESE = rf"(?:答え|解答|回答|正解|正答|答)(?:の選択肢)?{_M}(?:は(?:、|，)?|[:：=])"
@@ -43,12 +53,14 @@ _KOREAN = rf"(?:정답|답){_M}(?:은|는|[:：])"
 _TEXT = re.compile(
     rf"(?<![\w])(?:{_ENGLISH}|{_WORDED})|{_CHINESE}|{_JAPANESE}|{_KOREAN}"
     r"|(?P<hash>(?<![#\S])####(?!#))|<answer>(?P<tag>)"
-    rf"|^[\s#*_>]{{0,12}}(?:the\s+)?(?:final\s+answer|answer|respuesta\s+final|r\u00e9ponse\s+finale|endg\u00fcltige\s+antwort|risposta\s+finale|"
+    rf"|^[\s#*_>]{{0,12}}(?:the\s+)?(?:final\s+answer|answer|respuesta\s+final|r\u00e9ponse\s+finale|"
+    rf"endg\u00fcltige\s+antwort|risposta\s+finale|"
     rf"resposta\s+final|окончательный\s+ответ|最终答案|最終的な答え){_M}(?P<heading>\n)",
     re.IGNORECASE | re.MULTILINE,
 )
 _DOUBT = re.compile(
-    r"(?<![\w])(?:if|whether|suppose|supposing|assum\w+|maybe|perhaps|might|tempt\w*|first\s+guess|wenn|ob|vielleicht|falsche?|si|peut-\u00eatre|fausse|quiz\u00e1s?|incorrecta|forse|talvez|errada|"
+    r"(?<![\w])(?:if|whether|suppose|supposing|assum\w+|maybe|perhaps|might|tempt\w*|first\s+guess|wenn|ob|vielleicht|"
+    r"falsche?|si|peut-\u00eatre|fausse|quiz\u00e1s?|incorrecta|forse|talvez|errada|"
     r"если|возможно)(?![\w])|如果|也许|假设"
     r"|(?<![\w])(?:no|not|wrong|incorrect|mistaken|previous|initial|other|another|неправильный|неверный|falsche|incorrecta)\s+"
     r"(?:(?:the|an?|final|correct|right|possible|single)\s+){0,3}$|错误\w{0,2}$|(?:不是|没有)\w{0,2}$",
@@ -56,17 +68,26 @@ _DOUBT = re.compile(
 )
 _DETERMINER = re.compile(
     r"(?:(?<![\w])(?:and|so|thus|hence|therefore|then|finally|in\s+conclusion|the|my|our|this|your|a|final|correct|right|best|"
-    r"also|daher|somit|deshalb|die|meine|das|der|richtige|korrekte|endg\u00fcltige|beste|donc|ainsi|la|le|ma|bonne|por\s+(?:lo\s+)?tanto|as\u00ed|entonces|el|mi|"
+    r"also|daher|somit|deshalb|die|meine|das|der|richtige|korrekte|endg\u00fcltige|beste|donc|ainsi|la|le|ma|bonne|"
+    r"por\s+(?:lo\s+)?tanto|as\u00ed|entonces|el|mi|"
     r"quindi|perci\u00f2|il|mia|portanto|logo|assim|ent\u00e3o|o|minha|"
     r"итак|значит|таким\s+образом|поэтому|мой|правильный|верный|окончательный|итоговый)[,:]?|"
     r"所以|因此|故|综上|最终|最終的な|最終|正确|正確|的|この問題の|したがって|よって|問題の|は|そのため|,|，|、|\s|[*_#>`(])$",
     re.IGNORECASE,
 )
-_END = re.compile(r"(?<=[.!?])(?<!approx\.)(?<!\bca\.)(?<!\bRs\.)(?<!\bNo\.)(?<!\bNr\.)(?:[*_`\"'\u201d)\]$]{0,6})(?=\s)|[。！？](?!\d)")
+_END = re.compile(
+    r"(?<=[.!?])(?<!approx\.)(?<!\bca\.)(?<!\bRs\.)(?<!\bNo\.)(?<!\bNr\.)(?:[*_`\"'\u201d)\]$]{0,6})(?=\s)|"
+    r"[。！？](?!\d)"
+)
 _SKIP = re.compile(r"(?:\s|[*_`>#:：=]|(?:\\\[|\$\$)[ \t]{0,9}\n)*")
-_QUESTION = r"(?:Q|Question|Problem|Premise|Exercise|Human|User|Instruction|Frage|Aufgabe|Pregunta|Problema|Domanda|Pergunta|Вопрос|Задача|问题|問題|题目|題目|质问|質問|问|問)"
+_QUESTION = (
+    r"(?:Q|Question|Problem|Premise|Exercise|Human|User|Instruction|Frage|Aufgabe|Pregunta|Problema|Domanda|Pergunta|"
+    r"Вопрос|Задача|问题|問題|题目|題目|质问|質問|问|問)"
+)
 _NEXT = re.compile(
-    rf"\n[ \t>]{{0,12}}[*_#]{{0,4}}\s?{_QUESTION}\s?\d{{0,4}}\s?[*_]{{0,3}}[:：]|(?<=[.!?])\s+Q:\s|\n#{{2,4}}[ \t]{{0,9}}(?:Instruction|Question|Input)\b", re.IGNORECASE
+    rf"\n[ \t>]{{0,12}}[*_#]{{0,4}}\s?{_QUESTION}\s?\d{{0,4}}\s?[*_]{{0,3}}[:：]|(?<=[.!?])\s+Q:\s|"
+    rf"\n#{{2,4}}[ \t]{{0,9}}(?:Instruction|Question|Input)\b",
+    re.IGNORECASE,
 )
 
 

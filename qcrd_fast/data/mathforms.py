@@ -19,7 +19,9 @@ TIMEOUT_S = 5.0
 _MATH = re.compile(r"\\[A-Za-z]+|[\^_]|^[\[(][^\[\]()]*,[^\[\]()]*[\])]$|^\{.*\}$|\\\{|√|π|∞|[=<>≤≥]")
 _WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("{", "}"))
 _WHOLE_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|boxed)\{([^{}]*)\}")
-_UNIT = re.compile(r"(?:\\[,;: ]|~|\s)*\\(?:text|mathrm|mbox)\{\s*[A-Za-z .^/%°]+\}(?:\^\{?[23]\}?)?$|(?:\^\{?\\circ\}?|\\degree|°|\\%|%)$")
+_UNIT = re.compile(
+    r"(?:\\[,;: ]|~|\s)*\\(?:text|mathrm|mbox)\{\s*[A-Za-z .^/%°]+\}(?:\^\{?[23]\}?)?$|(?:\^\{?\\circ\}?|\\degree|°|\\%|%)$"
+)
 _PLAIN = re.compile(r"[-+]?\s*[\d.,/()\s*^]+%?|[-+]?\d[\d.,]*\s*[A-Za-z. ]{0,40}")
 _VARIABLE = re.compile(r"^[A-Za-z](?:_\{?\w\}?)?\s*=\s*")
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}(?:[ ,]+[A-Za-z]{2,}){2,}")
@@ -31,7 +33,8 @@ from math_verify import parse, verify
 for line in sys.stdin:
     a, b = json.loads(line)
     try:
-        same = bool(verify(parse("$" + a + "$", parsing_timeout=None), parse("$" + b + "$", parsing_timeout=None), timeout_seconds=None))
+        same = bool(verify(parse("$" + a + "$", parsing_timeout=None), parse("$" + b + "$", parsing_timeout=None),
+        timeout_seconds=None))
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -47,7 +50,9 @@ def looks_like_math(text: str) -> bool:
 
 def looks_like_prose(text: str) -> bool:
     """Whether a text is words, and no formula."""
-    return _PROSE.search(text) is not None or (_MATH.search(text) is None and not re.search(r"\d", text) and " " in text.strip())
+    return _PROSE.search(text) is not None or (
+        _MATH.search(text) is None and not re.search(r"\d", text) and " " in text.strip()
+    )
 
 
 def unwrapped(text: str) -> str:

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from qcrd_fast.data.answers import TaskGuess, canonical, parse_choices
-from qcrd_fast.data.replies import DEFAULT, Reader, answer_text
+from qcrd_fast.data.replies import DEFAULT, Reader, answer_text, is_worked
 from qcrd_fast.data.schema import BadRow, Question, Rationale, RowError, text_key
 from qcrd_fast.data.voting import Vote, vote
 
@@ -135,7 +135,7 @@ def _own_task(question: Question) -> str | None:
 
 def _answer_part(gold: str) -> str:
     """The answer of a gold that is a worked solution, else the gold."""
-    return answer_text(gold) if "####" in gold or "\\boxed" in gold or "\n" in gold.strip() else gold
+    return answer_text(gold) if is_worked(gold) else gold
 
 
 def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tuple[Question, Vote]:
@@ -185,7 +185,9 @@ def _same_gold(a: str, b: str, task: str, choices: Sequence[str], reader: Reader
 def _taught_gold(gold: str, task: str, choices: Sequence[str], reader: Reader) -> str:
     """The gold as it is written, but where only the reader finds the answer in it: then that answer."""
     read, _ = reader.answer(gold, task, choices)
-    if read is None or (task == "text" and "\n" not in gold.strip() and "####" not in gold):
+    if read is None or (task == "text" and not is_worked(gold)):
         return gold
+    if is_worked(gold):
+        return read
     as_written = canonical(gold, task, choices)
     return gold if as_written is not None and as_written == canonical(read, task, choices) else read

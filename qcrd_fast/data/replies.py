@@ -29,22 +29,39 @@ __all__ = ["Choices", "Reader", "Reading", "answer_text", "extract_answer", "is_
 
 _DENIAL = re.compile(
     r"(?<![\w])(?:cannot|can\s+not|can['\u2019]t|could\s+not|couldn['\u2019]t|no\s+way\s+to|"
-    r"does\s+not\s+exist|depends\s+on|not\s+given|ambiguous|n/a|(?:is|are)\s+(?:no|not\s+enough)\s+(?:\w+\s+)?(?:answer|solution|information|data)|"
-    r"no\s+(?:unique\s+|single\s+|definite\s+)?(?:answer|solution)|not\s+(?:enough|sufficient)|insufficient|impossible|undetermined|indeterminate|"
+    r"does\s+not\s+exist|depends\s+on|not\s+given|ambiguous|n/a|(?:is|are)\s+(?:no|not\s+enough)\s+(?:\w+\s+)?(?:answer|"
+    r"solution|information|data)|"
+    r"no\s+(?:unique\s+|single\s+|definite\s+)?(?:answer|solution)|not\s+(?:enough|sufficient)|insufficient|impossible|"
+    r"undetermined|indeterminate|"
     r"unknown|undefined|not\s+possible|don't\s+know|do\s+not\s+know|unable\s+to|none\s+of\s+the|"
-    r"(?:kann|l\u00e4sst\s+sich|ist|sind)(?![\w])[^.]{0,60}nicht|keine\s+(?:antwort|l\u00f6sung)|nicht\s+gen\u00fcgend|unbekannt|unm\u00f6glich|"
-    r"ne\s+peut|ne\s+permet|on\s+ne\s+sait|impossible\s+de|pas\s+de\s+(?:r\u00e9ponse|solution)|pas\s+assez|no\s+se\s+(?:puede|sabe)|faltan\s+datos|no\s+hay\s+(?:respuesta|soluci\u00f3n)|imposible|"
-    r"non\s+si\s+(?:pu\u00f2|sa)|mancano\s+dati|non\s+\u00e8\s+possibile|impossibile|n\u00e3o\s+\u00e9\s+poss\u00edvel|n\u00e3o\s+h\u00e1|n\u00e3o\s+se\s+(?:pode|sabe)|n\u00e3o\s+d\u00e1|faltam\s+dados|imposs\u00edvel|невозможно|нельзя|неизвестно|недостаточно|не\s+хватает|не\s+может)(?![\w])|"
-    r"\u65e0\u6cd5|\u7121\u6cd5|\u4e0d\u80fd|\u4e0d\u8db3|\u4e0d\u786e\u5b9a|\u6ca1\u6709\u7b54\u6848|\u65e0\u89e3|\u4e0d\u662f|\u308f\u304b\u308a\u307e\u305b\u3093|\u6c42\u3081\u3089\u308c|\u3067\u304d\u307e\u305b\u3093|\u3067\u304d\u306a\u3044|\u308f\u304b\u3089\u306a\u3044|\u5206\u304b\u308a\u307e\u305b\u3093|\u4e0d\u660e",
+    r"(?:kann|l\u00e4sst\s+sich|ist|sind)(?![\w])[^.]{0,60}nicht|keine\s+(?:antwort|l\u00f6sung)|nicht\s+gen\u00fcgend|"
+    r"unbekannt|unm\u00f6glich|"
+    r"ne\s+peut|ne\s+permet|on\s+ne\s+sait|impossible\s+de|pas\s+de\s+(?:r\u00e9ponse|solution)|pas\s+assez|"
+    r"no\s+se\s+(?:puede|sabe)|faltan\s+datos|no\s+hay\s+(?:respuesta|soluci\u00f3n)|imposible|"
+    r"non\s+si\s+(?:pu\u00f2|sa)|mancano\s+dati|non\s+\u00e8\s+possibile|impossibile|n\u00e3o\s+\u00e9\s+poss\u00edvel|"
+    r"n\u00e3o\s+h\u00e1|n\u00e3o\s+se\s+(?:pode|sabe)|n\u00e3o\s+d\u00e1|faltam\s+dados|imposs\u00edvel|невозможно|нельзя|"
+    r"неизвестно|недостаточно|не\s+хватает|не\s+может)(?![\w])|"
+    r"\u65e0\u6cd5|\u7121\u6cd5|\u4e0d\u80fd|\u4e0d\u8db3|\u4e0d\u786e\u5b9a|\u6ca1\u6709\u7b54\u6848|\u65e0\u89e3|"
+    r"\u4e0d\u662f|\u308f\u304b\u308a\u307e\u305b\u3093|\u6c42\u3081\u3089\u308c|\u3067\u304d\u307e\u305b\u3093|"
+    r"\u3067\u304d\u306a\u3044|\u308f\u304b\u3089\u306a\u3044|\u5206\u304b\u308a\u307e\u305b\u3093|\u4e0d\u660e",
     re.IGNORECASE,
 )
-_HEDGE = re.compile(r"(?<![\w])(?:maybe|perhaps|possibly|might|could\s+be|not\s+sure|a\s+guess|hmm|or\s+so|vielleicht|peut-\u00eatre|quiz\u00e1s?|forse|talvez|возможно)(?![\w])|\u4e5f\u8bb8", re.IGNORECASE)
+_HEDGE = re.compile(
+    r"(?<![\w])(?:maybe|perhaps|possibly|might|could\s+be|not\s+sure|a\s+guess|hmm|or\s+so|vielleicht|"
+    r"peut-\u00eatre|quiz\u00e1s?|forse|talvez|возможно)(?![\w])|\u4e5f\u8bb8",
+    re.IGNORECASE,
+)
 _VERB = re.compile(
-    r"[=\u2248](?!=)|(?<![\w])(?:is|are|was|were|be|equals?|makes?|made|gives?|gave|leaves?|left\s+with|gets?|got|totals?|total\s+of|totall?ing|"
-    r"ist|sind|ergibt|ergeben|macht|machen|bleiben|bleibt|betr\u00e4gt|insgesamt|gleich|est|sont|fait|font|donne(?:nt)?|reste(?:nt)?|vaut|"
-    r"quedan?|igual\s+a|\u00e8|sono|fanno|d\u00e0|danno|rimangono|restano|rimane|\u00e9|s\u00e3o|d\u00e1|d\u00e3o|faz|fazem|restam|sobram|ficam|"
-    r"(?:es|son|da|dan|fa|hace)(?=\s+[-+$\u20ac]?\d)|равно|равен|равна|равны|будет|составляет|составит|получится|получаем|получим|оста[её]тся|осталось|итого|всего)(?![\w])|"
-    r"\u7b49\u4e8e|\u7b49\u65bc|\u662f|\u4e3a|\u70ba|\u5f97\u5230|\u5f97|\u5171\u6709|\u4e00\u5171|\u603b\u5171|\u5171|\u5269\u4e0b|\u8fd8\u5269|\u5269|\u306f|\u5408\u8a08|\u6b8b\u308a",
+    r"[=\u2248](?!=)|(?<![\w])(?:is|are|was|were|be|equals?|makes?|made|gives?|gave|leaves?|left\s+with|gets?|got|totals?|"
+    r"total\s+of|totall?ing|"
+    r"ist|sind|ergibt|ergeben|macht|machen|bleiben|bleibt|betr\u00e4gt|insgesamt|gleich|est|sont|fait|font|donne(?:nt)?|"
+    r"reste(?:nt)?|vaut|"
+    r"quedan?|igual\s+a|\u00e8|sono|fanno|d\u00e0|danno|rimangono|restano|rimane|\u00e9|s\u00e3o|d\u00e1|d\u00e3o|faz|fazem|"
+    r"restam|sobram|ficam|"
+    r"(?:es|son|da|dan|fa|hace)(?=\s+[-+$\u20ac]?\d)|равно|равен|равна|равны|будет|составляет|составит|получится|получаем|"
+    r"получим|оста[её]тся|осталось|итого|всего)(?![\w])|"
+    r"\u7b49\u4e8e|\u7b49\u65bc|\u662f|\u4e3a|\u70ba|\u5f97\u5230|\u5f97|\u5171\u6709|\u4e00\u5171|\u603b\u5171|\u5171|"
+    r"\u5269\u4e0b|\u8fd8\u5269|\u5269|\u306f|\u5408\u8a08|\u6b8b\u308a",
     re.IGNORECASE,
 )
 _BECAUSE = re.compile(r",?\s+(?:because|since)(?![\w])", re.IGNORECASE)
@@ -52,10 +69,15 @@ _TAGS = re.compile(r"</?(?:answer|solution|response|output|final)\s*>|```\w{0,12
 _BETWEEN_BOXES = re.compile(r"[\s$.]*(?:and|or|,|;|\\text\{\s*(?:and|or)\s*\}|und|oder|et|ou|y|o|e)[\s$]*", re.IGNORECASE)
 _EDGES = " \t\n,，、;:：*_#>(-\u2013\u2014|$"
 _PROSE_START = re.compile(
-    r"\s*(?:correct|right|wrong|incorrect|clear|obvious|not|unknown|based|as\s+follows|below|found|given|because|let|in\s+the|we|i|you|to\s+find)(?![\w])",
+    r"\s*(?:correct|right|wrong|incorrect|clear|obvious|not|unknown|based|as\s+follows|below|found|given|because|let|"
+    r"in\s+the|we|i|you|to\s+find)(?![\w])",
     re.IGNORECASE,
 )
-_REASONED = re.compile(r"(?<![\w])(?:because|since|weil|denn|car|parce|puisque|porque|perch\u00e9|poich\u00e9|pois|потому|поскольку)(?![\w])|\u56e0\u4e3a|\u56e0\u70ba", re.IGNORECASE)
+_REASONED = re.compile(
+    r"(?<![\w])(?:because|since|weil|denn|car|parce|puisque|porque|perch\u00e9|poich\u00e9|pois|потому|"
+    r"поскольку)(?![\w])|\u56e0\u4e3a|\u56e0\u70ba",
+    re.IGNORECASE,
+)
 _CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")
 
 
@@ -160,12 +182,10 @@ class Reader:
 
     def solution(self, gold: str, task: str, choices: Sequence[str] = ()) -> Reading | None:
         """A gold answer that is a worked solution, taken apart; None where it is the answer alone."""
-        if "####" not in gold and "\\boxed" not in gold and "\n" not in gold.strip():
+        if not is_worked(gold):
             return None
-        reading = self.read(gold, task, choices)
-        if reading.answer is None or not reading.rationale.strip():
-            return None
-        return reading._replace(rationale=_CALCULATOR.sub("", reading.rationale))
+        reading = self.read(_CALCULATOR.sub("", gold), task, choices)
+        return reading if reading.answer is not None and reading.rationale.strip() else None
 
     def value(self, answer: str, task: str, choices: Sequence[str] = ()) -> Value | None:
         """The value of an answer that `read`, `sample` or `answer` returned: numbers are in canonical form by then."""
@@ -259,6 +279,11 @@ def is_correct(prediction: str, gold: str, task: str, choices: Sequence[str] = (
     return said is not None and wanted is not None and DEFAULT.same(said, wanted, task, choices)
 
 
+def is_worked(gold: str) -> bool:
+    """Whether a gold answer looks like a worked solution that ends in the answer."""
+    return "####" in gold or "\\boxed" in gold or "\n" in gold.strip()
+
+
 def answer_text(text: str) -> str:
     """The part of a reply, or of a worked solution, that looks like its answer, whatever its task; for guessing the task."""
     text = cut_next_question(split_thinking(text).outside).strip()
@@ -341,7 +366,10 @@ def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) 
 
 
 def _settles(clause: str) -> bool:
-    return _DENIAL.search(clause) is not None or re.match(r"[\W_]*[(\[]?[A-Za-z][)\]]?\s*(?:or|and|/|,|&)\s*[(\[]?[A-Za-z][)\]]?(?!\w)", clause) is not None
+    return (
+        _DENIAL.search(clause) is not None
+        or re.match(r"[\W_]*[(\[]?[A-Za-z][)\]]?\s*(?:or|and|/|,|&)\s*[(\[]?[A-Za-z][)\]]?(?!\w)", clause) is not None
+    )
 
 
 def _inline_math(clause: str) -> str:
@@ -377,13 +405,19 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
     if task in ("number", "equation", "math"):
         return _number_in(last, task, decimal)
     if task == "choice":
-        index, key = choice_in_sentence(last, choices)
+        index, _ = choice_in_sentence(last, choices)
         if not choices and index is None:
             return _Answer(None, f"no option in the last sentence: {_short(last)}")
         value = option_value(index, choices) if index is not None else None
-        return _Answer(value, f"the last sentence: {_short(last)}" if value else f"no option in the last sentence: {_short(last)}")
+        return _Answer(
+            value, f"the last sentence: {_short(last)}" if value else f"no option in the last sentence: {_short(last)}"
+        )
     value = read_value(last, task)
-    first = read_value(found[0].split(",")[0].split(".")[0], task) if len(found) > 1 and re.match(r"\W*(?:yes|no|true|false)\b\s*[,.!:;]", found[0], re.IGNORECASE) else None
+    first = (
+        read_value(found[0].split(",")[0].split(".")[0], task)
+        if len(found) > 1 and re.match(r"\W*(?:yes|no|true|false)\b\s*[,.!:;]", found[0], re.IGNORECASE)
+        else None
+    )
     if value is None or first is None or first.key == value.key:
         value = value or first
         return _Answer(value, f"the last sentence: {_short(last)}" if value else f"neither yes nor no: {_short(last)}")
@@ -400,9 +434,17 @@ def _is_bare(text: str, task: str, choices: Sequence[str]) -> bool:
     """Whether a text of one sentence is an answer and nothing else, so that there is no rationale in it."""
     plain = simplify(text)
     if task in ("number", "equation"):
-        return "=" not in plain and len(plain.split()) <= 4 and sole_quantity(plain, expressions=task == "equation").number is not None
+        return (
+            "=" not in plain
+            and len(plain.split()) <= 4
+            and sole_quantity(plain, expressions=task == "equation").number is not None
+        )
     if task == "choice":
-        return len(plain.split()) <= 1 or re.match(r"\W*(?:[A-Za-z]\b\W|\([A-Za-z]\))", plain) is not None or plain.strip(" .*") in choices
+        return (
+            len(plain.split()) <= 1
+            or re.match(r"\W*(?:[A-Za-z]\b\W|\([A-Za-z]\))", plain) is not None
+            or plain.strip(" .*") in choices
+        )
     if task == "yes-no":
         return len(plain.split()) <= 1
     return task == "math" or len(sentences(text)) == 1
@@ -424,7 +466,9 @@ def _number_in(sentence: str, task: str, decimal: str) -> _Answer:
     if value is None and task == "math" and (spans := re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", sentence)):
         formula = (spans[-1][0] or spans[-1][1]).rpartition("=")[2]
         value = read_value(formula, task, (), decimal) if len(spans) == 1 else None
-    return _Answer(value, f"the last sentence: {_short(sentence)}" if value else f"{found.why or 'no value'}: {_short(sentence)}")
+    return _Answer(
+        value, f"the last sentence: {_short(sentence)}" if value else f"{found.why or 'no value'}: {_short(sentence)}"
+    )
 
 
 def _rationale(text: str, found: _Answer) -> str:
@@ -457,4 +501,3 @@ def _sentence_begin(text: str, start: int) -> int:
     begin = max(text.rfind("\n", 0, start) + 1, 0)
     matches = list(re.finditer(r"[.!?]\s+|[。！？]", text[begin:start]))
     return begin + matches[-1].end() if matches else begin
-

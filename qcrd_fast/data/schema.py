@@ -80,8 +80,10 @@ def check_text(value: Any, key: str) -> str:
 def get_text(
     row: dict[str, Any], key: str, *, required: bool = False, numbers: bool = False, booleans: bool = False
 ) -> str | None:
-    """The string at `key`; None where it is missing or null; with `numbers`, a number counts as its own text, with `booleans` true
-    as yes."""
+    """The string at `key`; None where it is missing or null.
+
+    With `numbers`, a number counts as its own text; with `booleans`, true and false as yes and no.
+    """
     value = row.get(key)
     if value is None:
         if required:
@@ -139,5 +141,7 @@ def leak_key(question: Question) -> str:
     `.,;:!?` and quotes are dropped, but where a digit follows (`2.5`, `.5`, `1,000`); operators, signs and brackets are kept.
     """
     text = text_key(question).casefold()
-    text = _DROPPED.sub(lambda sign: "" if sign[0] in "'\"\u2018\u2019\u201c\u201d" else " ", unicodedata.normalize("NFKC", text))
+    text = _DROPPED.sub(
+        lambda sign: "" if sign[0] in "'\"\u2018\u2019\u201c\u201d" else " ", unicodedata.normalize("NFKC", text)
+    )
     return _BESIDE.sub(r"\1", " ".join(text.split()))
