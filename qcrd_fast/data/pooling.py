@@ -153,7 +153,7 @@ def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tup
     solution = None
     if fields["gold"] is not None:
         solution = reader.solution(fields["gold"], task, choices)
-        fields["gold"] = solution.answer if solution else _taught_gold(fields["gold"], task, choices, reader)
+        fields["gold"] = _taught_gold(fields["gold"], task, choices, reader)
     samples = [sample for record in group for sample in record.samples]
     if split_by == "gold" and samples:
         if fields["gold"] is None:

@@ -262,7 +262,9 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("shape", CHOICES)
-@pytest.mark.parametrize("samples", [None, ["It carries people. The answer is (B).", "One boards it. The answer is train.", "It is hot. The answer is A."]])
+@pytest.mark.parametrize(
+    "samples", [None, ["It carries. The answer is (B).", "One boards it. The answer is train.", "It is hot. The answer is A."]]
+)
 def test_choices_and_their_golds(shape: str, samples: Any, tmp_path: Path) -> None:
     row = CHOICES[shape] | ({"samples": samples} if samples else {})
     (question,) = load_questions(write(tmp_path / "rows.jsonl", [row])).questions
