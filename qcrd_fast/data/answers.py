@@ -22,7 +22,7 @@ __all__ = ["Value", "canonical", "equal", "groups", "guess_task", "parse_choices
 
 MAX_ANSWER = 4096  # characters looked at
 
-_EMPHASIS = re.compile(  # Markdown's, around a whole value
+EMPHASIS = re.compile(  # Markdown's, around a whole value
     r"(?<![^\s(\[{:\"'=$])(\*{1,3}|_{1,3}|`)(?=\S)([^\n]{1,200}?)(?<=\S)\1(?![^\s.,;:!?)\]}\"'])"
 )
 _WORDS = {
@@ -61,7 +61,7 @@ def read_value(answer: str, task: str, choices: Sequence[str] = (), decimal: str
     if task in ("number", "equation"):
         return _numeric(text, task == "equation", decimal)
     if task == "yes-no":
-        word = _yes_no(_EMPHASIS.sub(r"\2", text))
+        word = _yes_no(EMPHASIS.sub(r"\2", text))
         return Value(word, word) if word else None
     if task == "choice":
         return _choice(answer[:MAX_ANSWER].strip(), choices)

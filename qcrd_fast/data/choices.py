@@ -22,13 +22,14 @@ _INLINE = tuple(
         r"(?<![\w'])([A-Z])[:：][ \t]*", r"(?<![\w'])([A-Z])[.．、][ \t]*", r"(?<![\w])[(（](\d)[)）][ \t]*",
     )
 )  # fmt: skip
+_FULL_WIDTH = {code: code - 0xFEE0 for code in (*range(0xFF21, 0xFF3B), *range(0xFF41, 0xFF5B))}  # letters
 _TAIL = re.compile(r"[\s,;，；]+(?:or|and|oder|ou|o|или)?\s*$|\s+(?:or|and)\s*$", re.IGNORECASE)
 _LEAD = re.compile(
     r"(?:[\s:=*_`\"'\u201c\u300c]+|(?:(?:the|la|le|el|il|die|der|das|a|o|l['\u2019])\s*(?<=[\s'\u2019]))?(?:correct\s+|"
     r"right\s+|best\s+)?(?:answer|option|choice|letter|alternative|statement|opci\u00f3n|opzione|op\u00e7\u00e3o|"
     r"antwort|m\u00f6glichkeit|r\u00e9ponse|respuesta|risposta|resposta|letra|lettera|lettre|buchstabe|вариант|"
     r"ответ)(?![\w])(?:\s+is)?|"
-    r"选项|選択肢|选择|选|選|that|is|indeed|therefore|(?:the|la|le|el|il|die|der)\s+(?=[(\[]?[A-Za-z][)\]]))",
+    r"选项|選択肢|选择|选|選|that|is|indeed|therefore|(?:the|la|le|el|il|die|der)\s+(?=[(\[]?[A-Za-z](?![\w'\u2019])))",
     re.IGNORECASE,
 )
 _LABELLED = re.compile(
@@ -144,7 +145,8 @@ def read_choice(text: str, choices: Sequence[str]) -> tuple[int | None, str | No
     Where the options are not known, the index is that of the letter, and the text is what follows it.
     """
     keys = [plain_text(choice) for choice in choices]
-    raw = visible(text).strip()
+    raw = visible(text).translate(_FULL_WIDTH).strip()
+    raw = raw[1:-1] if raw.startswith("[[") and raw.endswith("]]") else raw
     text = simplify(raw).strip()
     for whole in (raw, text):
         if plain_text(whole) in keys:

@@ -83,7 +83,8 @@ _HALVES = {"half": Fraction(1, 2), "quarter": Fraction(1, 4), "third": Fraction(
 _ATTACHED = re.compile(
     r"[:\u2236]\s?\d|[eE][-+]?\d|[\u00b1\u03c0\u221a\u221e\u222a!^]|!\s*[-+*/=]|[xynkKMB\u03c0i](?![\w'])|(?:st|nd|rd|th|er|"
     r"\u00e8me|-?\u0439|-?\u044f)(?![\w])"
-    r"|(?:\s*\*(?=[\w(\\])|\s\*\s|\s*\+|\s*-\s*[a-z](?!\w))|\s*(?:/\s*[\u221a\u03c0(]|[\u221a\u03c0\u00b1\u2264\u2265<>\u2260]|\\[A-Za-z])"
+    r"|\s+or\s+(?:more|less|fewer|greater|so)(?![\w])|"
+    r"(?:\s*\*(?=[\w(\\])|\s\*\s|\s*\+|\s*-\s*[a-z](?!\w))|\s*(?:/\s*[\u221a\u03c0(]|[\u221a\u03c0\u00b1\u2264\u2265<>\u2260]|\\[A-Za-z])"
 )
 _UNIT_POWER = re.compile(rf"(?<=[{_LATIN}])(?:\^\(?\s*-?\s*[1-4]\)?|[1-4](?![\w]))")
 _BECAUSE = re.compile(

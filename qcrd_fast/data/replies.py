@@ -16,8 +16,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from qcrd_fast.data import mathforms
-from qcrd_fast.data.answers import Value, equal, numeric_value, option_value, read_value, surface
-from qcrd_fast.data.choices import Choices, choice_in_sentence, parse_choices
+from qcrd_fast.data.answers import EMPHASIS, Value, equal, numeric_value, option_value, read_value, surface
+from qcrd_fast.data.choices import Choices, choice_in_sentence, parse_choices, plain_text
 from qcrd_fast.data.latex import simplify
 from qcrd_fast.data.markers import Marker, cut_next_question, find_markers, sentence_start, sentences
 from qcrd_fast.data.quantities import DECIMALS, read_quantity, sole_quantity
@@ -394,7 +394,7 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
             return _Answer(value, "the whole text", bare=True)
     if task == "text":
         return _Answer(None, "no answer is announced")
-    if _DENIAL.search(last) and task != "yes-no":
+    if _DENIAL.search(last) and task != "yes-no" and plain_text(last) not in map(plain_text, choices):
         return _Answer(None, f"says that there is none: {_short(last)}")
     if _HEDGE.search(last) and not explicit:
         return _Answer(None, f"unsure: {_short(last)}")
@@ -443,7 +443,7 @@ def _is_bare(text: str, task: str, choices: Sequence[str]) -> bool:
         return (
             len(plain.split()) <= 1
             or re.match(r"\W*(?:[A-Za-z]\b\W|\([A-Za-z]\))", plain) is not None
-            or plain.strip(" .*") in choices
+            or plain_text(plain) in map(plain_text, choices)
         )
     if task == "yes-no":
         return len(plain.split()) <= 1
@@ -452,7 +452,7 @@ def _is_bare(text: str, task: str, choices: Sequence[str]) -> bool:
 
 def _number_in(sentence: str, task: str, decimal: str) -> _Answer:
     """The value that a sentence ends up with: after its last `=` or verb such as "makes", else the only one in it."""
-    text = simplify(sentence)
+    text = EMPHASIS.sub(r"\2", simplify(sentence))
     if because := _BECAUSE.search(text):
         head = text[: because.start()]
         text = head if re.search(r"\d", head) else text

@@ -393,3 +393,32 @@ def test_no_torch_no_numpy():
     modules = "import json, sys, qcrd_fast.data.replies, qcrd_fast.data.inspection"
     code = f"{modules}; print(json.dumps([m for m in ('torch', 'numpy', 'jinja2') if m in sys.modules]))"
     assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Therefore, there are **18** jars.", "18"), ("Also ist die Antwort 18.", "18"), ("答：一共有18个苹果。", "18"),
+        ("3×6=18（个）", "18"),
+        ("$$x = \\frac{36}{2} = 18$$", "18"), ("It is 5 or more.", None), ("The answer is 1/3 or 0.33.", None),
+        ("\\boxed{(1,2)}", None),
+        ("The answer is 18 rather than 9.", None), ("Let the answer be x. Then x = 18.", "18"),
+    ],
+)  # fmt: skip
+def test_more_numbers(text, answer):
+    assert number(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Ｂ",
+        "[[B]]",
+        "La bonne réponse est la B.",
+        "La opción correcta es B.",
+        "L'opzione corretta è B.",
+        "B is the correct answer.",
+    ],
+)
+def test_more_options(text):
+    assert choice(text) == "scissors"
