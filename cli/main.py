@@ -28,11 +28,12 @@ from .options import (
     config_option,
     device_option,
     dry_run_option,
-    format_option,
     given_train_options,
+    input_options,
     json_option,
     natural,
     positive,
+    reading_options,
     reasoning_option,
     task_option,
     train_options,
@@ -102,7 +103,7 @@ def doctor(as_json: bool) -> None:
 @cli.command(cls=Verb)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("--output", "-o", required=True, metavar="FILE", help="prepared JSONL to write")
-@format_option
+@input_options
 @click.option(
     "--split-by",
     type=click.Choice(("majority", "gold")),
@@ -110,24 +111,47 @@ def doctor(as_json: bool) -> None:
     show_default=True,
     help="which answer makes a rationale positive",
 )
-@click.option("--split", metavar="NAME", help="only this split of the input, such as train or test")
 @task_option
 @bad_row_option
 @natural("--seed", default=0, help="seed of ties and splits")
+@reading_options
 @config_option
 @dry_run_option
 @json_option
-def prepare(inputs: tuple[str, ...], output: str, dry_run: bool, as_json: bool, **options: Any) -> None:
+def prepare(
+    inputs: tuple[str, ...], output: str, dry_run: bool, as_json: bool, show: int, inspect: str | None, **options: Any
+) -> None:
     """Turn a teacher's samples into training rows.
 
-    Pools the samples of each question, votes, and splits them into positives and negatives. INPUT is JSONL, a file of
-    Mentor-KD or a folder of Distilling Step-by-Step.
+    Pools the samples of each question, votes, and splits them into positives and negatives. INPUT is JSONL, JSON, CSV, TSV or
+    parquet, also in gzip; a `datasets` folder or OWNER/NAME of the hub; or a folder of Distilling Step-by-Step. Its format is
+    told by its keys and named on the first line.
     """
     from qcrd_fast.data import load
+    from qcrd_fast.data.input_report import keys_text
+    from qcrd_fast.data.inspection import Inspection
+    from qcrd_fast.data.replies import Reader
 
     check_file(output, "--output", inputs)
-    with console.quiet_stdout():
-        summary, skipped = load.prepare(inputs, output, dry_run=dry_run, **options)
+    if inspect is not None:
+        check_file(inspect, "--inspect", (*inputs, output))
+    names = ("thinking", "decimal", "tolerance", "answer_regex", "answer_reader")
+    reader = Reader.from_options(**{name: options.pop(name) for name in names})
+    inspection = Inspection(reader, show=show, page=inspect is not None)
+    try:
+        with console.quiet_stdout():
+            summary, skipped = load.prepare(inputs, output, dry_run=dry_run, reader=reader, watch=inspection.add, **options)
+        for line in summary.taken:
+            click.echo(line, err=as_json)
+    finally:  # also where nothing could be read: then it says why
+        if show and inspection.text:
+            click.echo(inspection.text, err=as_json)
+        if inspect is not None and not dry_run:
+            inspection.write(inspect)
+    if not summary.positives and summary.samples:
+        click.echo("warning: no sample of a majority has a rationale: these rows teach answers, no rationales", err=True)
+    for warning in (*filter(None, [keys_text(summary.keys_not_read)]), *summary.warnings, *inspection.warnings):
+        click.echo(f"warning: {warning}", err=True)
     for row in skipped:
         click.echo(f"set aside {row}", err=True)
     if summary.skipped_rows > len(skipped):
@@ -137,25 +161,29 @@ def prepare(inputs: tuple[str, ...], output: str, dry_run: bool, as_json: bool, 
 
 @cli.command(cls=Verb)
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@format_option
+@input_options
 @config_option
 @click.pass_context
-def validate(ctx: click.Context, files: tuple[str, ...], format: str) -> None:
+def validate(ctx: click.Context, files: tuple[str, ...], **options: Any) -> None:
     """Print every bad row, as FILE:LINE: REASON.
 
-    The exit code is 2 if there is any.
+    What each file was taken for goes to standard error. The exit code is 2 if there is any bad row.
     """
     from qcrd_fast.data import load
+    from qcrd_fast.data.input_report import keys_not_read, keys_text
 
     bad_rows = bad_files = 0
+    reports: list[Any] = []
     for path in files:
         try:
-            for row in load.validate_file(path, format=format):
+            for row in load.validate_file(path, reports=reports, **options):
                 bad_rows += 1
                 click.echo(str(row))
         except InputError as error:  # the file as a whole; the others are still looked at
             bad_files += 1
             click.echo(f"qcrd-fast: {error}", err=True)
+    for line in (*(found.text for found in reports), *filter(None, [keys_text(keys_not_read(reports))])):
+        click.echo(line, err=True)
     click.echo(f"bad rows: {bad_rows}; files read: {len(files) - bad_files} of {len(files)}", err=True)
     ctx.exit(2 if bad_rows or bad_files else 0)
 

@@ -15,6 +15,9 @@ import click
 from click.core import ParameterSource
 
 from qcrd_fast.config import TASKS, TrainConfig
+from qcrd_fast.data.formats.registry import NAMES as FORMATS
+from qcrd_fast.data.quantities import DECIMALS
+from qcrd_fast.data.thinking import THINKING
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils.config_files import read_yaml
 
@@ -29,7 +32,6 @@ METAVARS = {
     "device": "NAME",
     "resume": "auto|DIR",
 }
-FORMATS = ("auto", "native", "mentor-kd", "dss")
 _CONFIG_KEY = "qcrd_fast.config_file"  # where ctx.meta holds what --config said of TrainConfig's fields
 CONFIG_PATH = "qcrd_fast.config_path"  # and where the path of the file
 
@@ -175,7 +177,31 @@ DEVICE_HELP = "auto, cpu, cuda, cuda:N"
 
 natural = partial(click.option, type=click.IntRange(0), metavar="INT", show_default=True)
 positive = partial(click.option, type=click.IntRange(1), metavar="INT", show_default=True)
-format_option = click.option("--format", type=click.Choice(FORMATS), default="auto", show_default=True, help="input format")
+format_option = click.option(
+    "--format",
+    type=click.Choice(FORMATS),
+    metavar="NAME",
+    default="auto",
+    show_default=True,
+    help=f"input format: {', '.join(FORMATS)}",
+)
+
+
+def input_options(command: Any) -> Any:
+    """Decorator: how inputs are read, for the verbs that read samples."""
+    for option in (
+        click.option("--batch-input", metavar="FILE", help="input of the OpenAI batch whose output is read"),
+        click.option(
+            "--map", "mapping", metavar="NAME=KEY,...", help="which key is which, such as question=instruction,gold=answer"
+        ),
+        click.option("--config-name", metavar="NAME", help="configuration of a data set of the hub"),
+        click.option("--split", metavar="NAME", help="only this split of the input, such as train or test"),
+        format_option,
+    ):
+        command = option(command)
+    return command
+
+
 task_option = click.option("--task", type=click.Choice(TASKS), help="answer type; default: guessed from the answers")
 bad_row_option = click.option(
     "--on-bad-row",
@@ -184,6 +210,49 @@ bad_row_option = click.option(
     show_default=True,
     help="what to do with an unreadable row",
 )
+
+
+def reading_options(command: Any) -> Any:
+    """The options of `prepare` that say how replies are read and shown."""
+    for option in reversed(
+        (
+            click.option(
+                "--thinking",
+                type=click.Choice(THINKING),
+                default="auto",
+                show_default=True,
+                help="reasoning blocks such as <think>; drop, keep: without or with them; only: they are the rationale; "
+                "auto: only where the reply has no rationale outside of them",
+            ),
+            click.option(
+                "--decimal",
+                type=click.Choice(DECIMALS),
+                default="point",
+                show_default=True,
+                help="how numbers are written: 1,234.5 (point) or 1.234,5 (comma)",
+            ),
+            click.option(
+                "--tolerance",
+                metavar="X",
+                help="numbers that differ by no more are one answer; 0: exact; default: they agree rounded to 2 "
+                "decimals or more",
+            ),
+            click.option(
+                "--answer-regex",
+                metavar="REGEX",
+                help="a reply's answer: the first group of its last match, or all of that match",
+            ),
+            click.option(
+                "--answer-reader", metavar="MODULE:FUNCTION", help="your (text, task, choices) -> the reply's answer, or None"
+            ),
+            natural("--show", default=0, help="questions to print, with what was read of each sample and why"),
+            click.option("--inspect", metavar="FILE.html", help="the same as a page, of up to 200 questions"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 device_option = click.option("--device", metavar="NAME", default="auto", show_default=True, help=DEVICE_HELP)
 reasoning_option = click.option("--reasoning", is_flag=True, help="answer by reasoning first (`reason: x`)")
 

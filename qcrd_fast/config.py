@@ -27,7 +27,7 @@ SCHEMES = {  # Table 5: (positive selection, negative selection)
 }
 POSITIVE_SELECT = ("min", "max", "mean", "wmean", "sampling")
 NEGATIVE_SELECT = ("max", "max-active", "min", "mean", "wmean", "sampling")
-TASKS = ("number", "equation", "choice", "yes-no", "text")
+TASKS = ("number", "equation", "math", "choice", "yes-no", "text")
 DISCRIMINATOR_LOSSES = ("ratio", "infonce", "bce", "bce-all")
 AUGMENTATIONS = ("mask", "replace", "answer-swap", "sentence-drop")
 IMPLS = ("auto", "triton", "torch", "eager")

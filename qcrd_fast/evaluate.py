@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qcrd_fast.data import answers
+from qcrd_fast.data import answers, replies
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.data.splits import label_of, main_task, of_split
@@ -25,6 +26,8 @@ from qcrd_fast.runs.load import find_model, load_student
 from qcrd_fast.utils.device import Autocast, make_autocast
 from qcrd_fast.utils.files import require_writable, write_lines
 from qcrd_fast.utils.oom import for_answers, relieved_by
+
+log = logging.getLogger(__name__)
 
 
 def predict(
@@ -62,7 +65,7 @@ def predict(
         kind = question.task or "text" if task == "mixed" else task
         choices = answers.parse_choices(question_text(question)) if kind == "choice" else ()
         said = output.rpartition("Answer:")[2] if reasoning else output
-        prediction = answers.extract_answer(said, kind, choices)
+        prediction = replies.extract_answer(said, kind, choices)
         gold = label_of(question, None)
         records.append(
             {
@@ -71,7 +74,7 @@ def predict(
                 "gold": gold,
                 "output": output,
                 "prediction": prediction,
-                "correct": bool(gold and prediction and answers.is_correct(prediction, gold, kind, choices)),
+                "correct": bool(gold and prediction and replies.is_correct(prediction, gold, kind, choices)),
             }
         )
     return records
@@ -141,11 +144,12 @@ def plan_answers(
 
 def _with_answers(data: str, task: str | None, on_bad_row: str) -> tuple[int, list[Question]]:
     """(how many questions a file has, those that can be compared). Raises `InputError` where none can."""
-    loaded = load_questions(data, part="test", on_bad_row=on_bad_row, task=task).questions
-    questions = [q for q in of_split(loaded, "test") if label_of(q, None) is not None]
+    loaded = load_questions(data, part="test", on_bad_row=on_bad_row, task=task)
+    questions = [q for q in of_split(loaded.questions, "test") if label_of(q, None) is not None]
     if not questions:
-        raise InputError(f"{data}: no question has an answer to compare with")
-    return len(loaded), questions
+        raise InputError(f"{data}: no question has an answer to compare with; {loaded.taken_for}")
+    log.info("%s", loaded.taken_for)
+    return len(loaded.questions), questions
 
 
 def _answers_folder(run_or_model: str, data: str, output: str | None) -> Path:

@@ -104,6 +104,7 @@ class Collection:
         loaded = load_questions(
             settings.questions, split=settings.split, part=settings.split, task=settings.task, on_bad_row=settings.on_bad_row
         )
+        log.info("%s", loaded.taken_for)
         for row in loaded.skipped:
             log.warning("set aside %s", row)
         self.questions = loaded.questions

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qcrd_fast.collect.endpoint import Choice
+from qcrd_fast.collect.prompts import read_reply
 from qcrd_fast.data.load import iter_records
-from qcrd_fast.data.schema import BadRow, Question, text_key
+from qcrd_fast.data.schema import BadRow, Question, Rationale, text_key
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils.files import shown
 
@@ -70,15 +71,20 @@ class Replay:
     """
 
     def __init__(self, path: str):
-        self.by_text: dict[str, list[dict[str, Any]]] = {}
+        self.by_text: dict[str, list[Rationale]] = {}
         for record in iter_records(Path(path)):
             if isinstance(record, BadRow):
                 raise InputError(str(record))
-            found = [{"rationale": r.text, "answer": r.answer, "source": r.source} for r in record.samples]
-            self.by_text.setdefault(text_key(record.question), []).extend(found)
+            self.by_text.setdefault(text_key(record.question), []).extend(record.samples)
         if not any(self.by_text.values()):
             raise InputError(f"--teacher replay:{shown(path)}: no samples in this file")
 
     def samples(self, question: Question) -> list[dict[str, Any]]:
         """All of a question's samples. Its id does not matter: another file may use it for another question."""
-        return self.by_text.get(text_key(question)) or []
+        return [self._read(sample, question) for sample in self.by_text.get(text_key(question)) or []]
+
+    @staticmethod
+    def _read(sample: Rationale, question: Question) -> dict[str, Any]:
+        """The sample as it is written; a raw reply is taken apart first."""
+        rationale, answer = read_reply(sample.text, question) if sample.reply else (sample.text, sample.answer)
+        return {"rationale": rationale, "answer": answer, "source": sample.source}

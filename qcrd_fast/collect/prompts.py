@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from qcrd_fast.data.answers import extract_answer, parse_choices
+from qcrd_fast.data import replies
+from qcrd_fast.data.answers import parse_choices
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError
 
@@ -23,6 +23,7 @@ _FORMS = {
     "choice": "Then end with a line `Answer: ` and the letter of the right choice, such as (a).",
     "yes-no": "Then end with a line `Answer: ` and yes or no.",
     "nli": "Then end with a line `Answer: ` and one word: entailment, neutral or contradiction.",
+    "math": "Then end with a line `Answer: ` and the answer alone, in LaTeX within \\boxed{}.",
     "text": "Then end with a line `Answer: ` and the answer alone, as short as possible.",
 }
 TEMPLATES = {name: _FRAME.format(form=form) for name, form in _FORMS.items()} | {
@@ -30,11 +31,6 @@ TEMPLATES = {name: _FRAME.format(form=form) for name, form in _FORMS.items()} | 
     "hypothesis, contradicts it or does neither. " + _FORMS["nli"] + "\n"
 }
 NLI_LABELS = {"entailment", "neutral", "contradiction"}
-
-_ANSWER_LINE = re.compile(r"^[\s*_#>-]*(?:(?:the|my)\s+)?(?:final\s+)?answer[\s*_]*[:=]", re.IGNORECASE | re.MULTILINE)
-_ANSWER_IS = re.compile(r"\b(?:(?:so|thus|hence|therefore),?\s+)?the\s+(?:final\s+|correct\s+)?answer\s+is\b:?", re.IGNORECASE)
-_NEXT_QUESTION = re.compile(r"\n\s*(?:Question|Q|Premise):")
-_THINKING = re.compile(r"\A\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
 
 
 class Reading(NamedTuple):
@@ -88,26 +84,9 @@ def prompt_digest(prompt: str) -> str:
 
 
 def read_reply(text: str, question: Question, *, cut: bool = False) -> Reading:
-    """The rationale and the answer in a reply.
-
-    The rationale ends where the last line `Answer:` or sentence "the answer is" begins, and has no `<think>` block; what the
-    model adds as its next question is left out. Without such a mark the whole reply is the rationale, and the answer is
-    whatever `extract_answer` finds in it, or None where the reply was `cut` at its maximum length.
-    """
-    text = _clean(_THINKING.sub("", text, count=1))
-    text = _NEXT_QUESTION.split(text, maxsplit=1)[0].strip()
-    task, choices = question.task or "text", parse_choices(question.question)
-    mark = _last(_ANSWER_LINE.finditer(text)) or _last(_ANSWER_IS.finditer(text))
-    if mark is None:
-        return Reading(text, None if cut else extract_answer(text, task, choices))
-    return Reading(text[: mark.start()].strip(), extract_answer("Answer: " + text[mark.end() :], task, choices))
-
-
-def _last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
-    found = None
-    for found in matches:  # noqa: B007
-        pass
-    return found
+    """The rationale and the answer in a reply, read as `prepare` reads one; `cut`: it ended at its maximum length."""
+    reading = replies.read_reply(_clean(text), question.task or "text", parse_choices(question.question), truncated=cut)
+    return Reading(reading.rationale, reading.answer)
 
 
 def _clean(text: str) -> str:

@@ -1,131 +1,169 @@
-"""Reading and comparing answers: numbers as numbers, equations by value, letters and yes/no without case.
+"""Answers as values: their canonical form, and when two of them are one.
 
-Everything here is pure text work with bounds on length, digits and exponents: nothing is ever passed to `eval`.
+Everything here is pure text work with bounds on length, digits and exponents: nothing is ever passed to `eval`. Where an answer
+stands in a reply is found in `replies`.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from typing import NamedTuple
 
-from qcrd_fast.data.expressions import NUMBER, OutOfBounds, evaluate_expression, fold, parse_number, visible
+from qcrd_fast.data import mathforms
+from qcrd_fast.data.choices import parse_choices, plain_text, read_choice
+from qcrd_fast.data.expressions import MAX_DIGITS, evaluate_expression, visible
+from qcrd_fast.data.quantities import Number, one_number, plain, read_quantity
+
+__all__ = ["Value", "canonical", "equal", "groups", "guess_task", "parse_choices", "read_value", "same_answer", "surface"]
 
 MAX_ANSWER = 4096  # characters looked at
 
-_ONE_NUMBER = re.compile(rf"([-+]? *{NUMBER})\.?")
-_ONE_FRACTION = re.compile(r"([-+]?) *(?:(\d+) +)?(\d+) */ *(\d+)\.?")
-_RUN = re.compile(r"(?<![\w.,])[-+]?\.?\d[\d.,]*(?:[eE][-+]?\d+)?")  # what looks like a number in running text
-_ARITHMETIC = re.compile(r"[\d\s.,()+\-*/^=]*")
-_MARKER = re.compile(r"(?:\banswers?(?: is| are|\s*:)(?:\s*:)?|####|\\boxed\b)\s*", re.IGNORECASE)
-_LETTER = re.compile(r"\(([A-Za-z])\)[.:]?\s*(.*)|([A-Za-z])(?:[).:]+(?:\s+(.*)|$)|$)", re.DOTALL)
-_LABEL = re.compile(r"(?<!not )\(([a-z])\)", re.IGNORECASE)
-_NOT_THAT = "".join(f"(?<!not {article})" for article in ("", "a ", "an ", "the "))
-_ANOTHER = re.compile(r"(?:and|or|,|/|&)\s*\(?[A-Za-z]\)", re.IGNORECASE)  # behind a letter: several, so none
-_CHOICE_LINE = re.compile(r"^[ \t]*\(?([A-Za-z])[).:][ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
-_WORDS = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+EMPHASIS = re.compile(  # Markdown's, around a whole value
+    r"(?<![^\s(\[{:\"'=$])(\*{1,3}|_{1,3}|`)(?=\S)([^\n]{1,200}?)(?<=\S)\1(?![^\s.,;:!?)\]}\"'])"
+)
+_WORDS = {
+    "yes": "yes", "true": "yes", "no": "no", "false": "no",
+    "ja": "yes", "wahr": "yes", "nein": "no", "falsch": "no", "oui": "yes", "vrai": "yes", "non": "no", "faux": "no",
+    "s\u00ed": "yes", "s\u00ec": "yes", "verdadero": "yes", "falso": "no", "vero": "yes", "sim": "yes", "verdadeiro": "yes",
+    "n\u00e3o": "no", "да": "yes", "нет": "no", "верно": "yes", "неверно": "no",
+    "\u662f": "yes", "\u662f\u7684": "yes", "\u5bf9": "yes", "\u6b63\u786e": "yes", "\u5426": "no", "\u4e0d\u662f": "no",
+    "\u9519\u8bef": "no",
+    "\u306f\u3044": "yes", "\u3044\u3044\u3048": "no", "1": "", "0": "",
+}  # fmt: skip
 _OPPOSITE = {"yes": "no", "no": "yes"}
 _YES_NO = re.compile(r"\b(?:yes|no|true|false)\b")
+_FIRST_WORD = re.compile(r"[\W_]*(?:(?:that\s+)?(?:it\s+is\s+)?)?([^\W\d_]+)")
 _NOT = re.compile(  # before the word
     r"(?:\b(?:not|never)|n['\u2019]t)\s+(?:(?:a|always|necessarily|really|quite|entirely)\s+)?$"
 )
-_EMPHASIS = re.compile(  # Markdown's, around a whole value
-    r"(?<![^\s(\[{:\"'=$])(\*{1,3}|_{1,3}|`)(?=\S)([^\n]{1,200}?)(?<=\S)\1(?![^\s.,;:!?)\]}\"'])"
-)
 _DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2}/\d{1,2}/\d{4}|\d{4}/\d\d?/\d\d?")
+_LETTER = re.compile(r"[(\[（]?[A-Za-z][)\]）]?[.:]?")
 
 
-def canonical(answer: str, task: str, choices: Sequence[str] = ()) -> str | None:
+class Value(NamedTuple):
+    """An answer that could be read: `key` is alike for equal answers, `text` is how it is taught."""
+
+    key: str
+    text: str
+    number: Number | None = None
+    letter: int | None = None  # of an option, where the options are not known
+
+
+def read_value(answer: str, task: str, choices: Sequence[str] = (), decimal: str = "point") -> Value | None:
+    """The value of a text that is an answer, perhaps wrapped in Markdown, LaTeX, units or an option's letter; None for none."""
+    text = visible(answer[:MAX_ANSWER]).strip()
+    if not text:
+        return None
+    if task in ("number", "equation"):
+        return _numeric(text, task == "equation", decimal)
+    if task == "yes-no":
+        word = _yes_no(EMPHASIS.sub(r"\2", text))
+        return Value(word, word) if word else None
+    if task == "choice":
+        return _choice(answer[:MAX_ANSWER].strip(), choices)
+    if task == "math":
+        return _math(text, decimal)
+    return Value(plain_text(text), text.rstrip(".").strip() or text) if plain_text(text) else None
+
+
+def canonical(answer: str, task: str, choices: Sequence[str] = (), decimal: str = "point") -> str | None:
     """The form in which two equal answers are equal strings; None where the answer cannot be read as one of `task`.
 
-    number: its value, `32` for `32.0`, `$32`, `1,000` -> `1000`, `1/2` -> `0.5`; units, currency and `%` are ignored, and
-    a text with several different numbers is none. equation: its value. yes-no: `yes` or `no` (also from true, false; `not`
-    turns it round). Markdown's emphasis is no part of them.
-    choice: the choice's text where known (from `choices` or the answer itself), else its letter. text: without case,
-    invisible characters (joiners, direction marks), outer punctuation and repeated white space, in NFKC.
+    number: its value, `32` for `32.0`, `$32` or `\\frac{64}{2}`, `1,000` -> `1000`, `1/2` -> `0.5`; units, currency and `%` are
+    ignored, and a sum, a range or a text with several numbers is none. equation: its value. math: the value, else LaTeX in one
+    spelling. yes-no: `yes` or `no` (also from true, false; `not` turns it round). choice: the choice's text where known (from
+    `choices` or the answer itself), else its letter. text: without case, invisible characters (joiners, direction marks), outer
+    punctuation and repeated white space, in NFKC.
     """
-    text = _bare(visible(answer[:MAX_ANSWER]).strip(), task, choices)
-    return _read(text, task, choices) if text else None
+    value = read_value(answer, task, choices, decimal)
+    return value.key if value else None
 
 
-def _bare(text: str, task: str, choices: Sequence[str]) -> str:
-    """Without Markdown's emphasis, where it keeps the answer from being read."""
-    if task == "text" or not any(c in text for c in "*_`") or _read(text, task, choices) is not None:
-        return text
-    return _EMPHASIS.sub(r"\2", text)
-
-
-def _read(text: str, task: str, choices: Sequence[str]) -> str | None:
-    if task in ("number", "equation"):
-        return _value_key(text, loose=task == "number")
-    if task == "yes-no":
-        return _yes_no(text)
-    if task == "choice":
-        return _choice(text, choices)
-    return _plain(text)
-
-
-def surface(answer: str, task: str, choices: Sequence[str] = ()) -> str | None:
+def surface(answer: str, task: str, choices: Sequence[str] = (), decimal: str = "point") -> str | None:
     """A readable answer as it is taught: the canonical form of numbers and yes/no, the choice's own text, else as written."""
-    key = canonical(answer, task, choices)
-    if key is None or task in ("number", "yes-no"):
-        return key
-    answer = _bare(answer.strip(), task, choices)
-    if task == "choice":
-        if choices:
-            index, choice = next((i, choice) for i, choice in enumerate(choices) if _plain(choice) == key)
-            if canonical(choice, task, choices) == key:
-                return choice
-            return f"({chr(ord('a') + index)}) {choice}"  # a choice that is called by another's letter
-        match = _LETTER.fullmatch(answer.strip())
-        answer = (match[2] or match[4] or key) if match else answer
-    return answer.strip().rstrip(".").strip() or key
+    value = read_value(answer, task, choices, decimal)
+    return value.text if value else None
 
 
-def same_answer(a: str, b: str, task: str, choices: Sequence[str] = ()) -> bool:
+def same_answer(
+    a: str, b: str, task: str, choices: Sequence[str] = (), *, decimal: str = "point", tolerance: Fraction | None = None
+) -> bool:
     """Whether two answers are one; `(c)` and `(c) train station` are, also where the choices are not known."""
-    key = canonical(a, task, choices)
-    if key is None:
-        return False
-    if key == canonical(b, task, choices):
+    left, right = read_value(a, task, choices, decimal), read_value(b, task, choices, decimal)
+    return left is not None and right is not None and equal(left, right, task, tolerance)
+
+
+def equal(a: Value, b: Value, task: str, tolerance: Fraction | None = None) -> bool:
+    """Whether two values are one answer: see `agree` for numbers."""
+    if a.key == b.key:
         return True
-    return task == "choice" and not choices and _letter(a) is not None and _letter(a) == _letter(b)
+    if a.number is not None and b.number is not None:
+        return agree(a.number, b.number, tolerance)
+    if task == "choice":
+        return a.letter is not None and a.letter == b.letter
+    return task == "math" and a.number is None and b.number is None and mathforms.verified(a.text, b.text)
 
 
-def is_correct(prediction: str, gold: str, task: str, choices: Sequence[str] = ()) -> bool:
-    """Whether generated text answers `gold`. Pass `parse_choices(question)` for choices, so that letters are understood."""
-    answer = extract_answer(prediction, task, choices)
-    return answer is not None and same_answer(answer, gold, task, choices)
+def agree(a: Number, b: Number, tolerance: Fraction | None = None) -> bool:
+    """Whether two numbers are one answer.
 
-
-def extract_answer(text: str, task: str, choices: Sequence[str] = ()) -> str | None:
-    """The answer in generated text, or None.
-
-    What follows the last "answer is", "answer:", "####" or "\\boxed" is read; without such a marker the text as a whole,
-    then, for numbers, its last number. A yes-no answer needs the word: a statement such as "that it is not common" agrees
-    with one wording of the question and denies another.
+    By value; else, without a `tolerance`, where the more precise one, rounded or cut to the decimals of the other, of which
+    there are at least 2, gives it. With a tolerance: where they differ by no more than that.
     """
-    text = text.strip()
-    parts = _MARKER.split(text[-8 * MAX_ANSWER :])
-    if len(parts) > 1:
-        rest = parts[-1].strip().split("\n\n")[0].split("\nQ:")[0]
-        for piece in (rest, rest.split("\n")[0], _sentence(rest)):
-            piece = piece.strip().removeprefix("{").removesuffix("}").lstrip(" :*_`\"'").rstrip(" :*_`\"'.")
-            if task == "text":
-                piece = piece.split("\n")[0]
-            answer = surface(piece, task, choices)
-            if answer is not None:
-                return answer
-        return _edge_number(rest, first=True) if task == "number" else None
-    if task == "text":
-        return surface(text, task) if "\n" not in text else None
-    answer = surface(text, task, choices)
-    if answer is None and task != "equation":
-        answer = surface(_sentence(text, last=True), task, choices)
-    return _edge_number(text) if answer is None and task == "number" else answer
+    if a.value == b.value:
+        return True
+    if tolerance is not None:
+        return abs(a.value - b.value) <= tolerance
+    if a.decimals is not None and (b.decimals is None or b.decimals > a.decimals):
+        a, b = b, a  # b is the coarser
+    if b.decimals is None or b.decimals < 2 or a.decimals == b.decimals:
+        return False
+    scale = 10**b.decimals
+    scaled, coarse = abs(a.value) * scale, abs(b.value) * scale
+    same_sign = (a.value < 0) == (b.value < 0) or not coarse
+    return same_sign and coarse in (int(scaled), int(scaled + Fraction(1, 2)))
+
+
+def groups(values: Sequence[Value], task: str, tolerance: Fraction | None = None) -> list[int]:
+    """For each value the index of the one that leads its group: the most precise member, with which all others are equal.
+
+    Values are compared with leaders alone, so that no chain of near values makes one answer of two. The order of the values
+    does not matter, but for which of several equal ones leads.
+    """
+    first: dict[str, int] = {}
+    for index, value in enumerate(values):
+        if value.key not in first or _precision(value) < _precision(values[first[value.key]]):
+            first[value.key] = index
+    order = sorted(first.values(), key=lambda index: _precision(values[index]))
+    leader: dict[str, int] = {}
+    leaders: list[int] = []
+    for index in order:
+        value = values[index]
+        near = [other for other in leaders if equal(values[other], value, task, tolerance)]
+        if near:
+            near.sort(key=lambda other: _distance(values[other], value))
+            leader[value.key] = near[0]
+        else:
+            leaders.append(index)
+            leader[value.key] = index
+    return [leader[value.key] for value in values]
+
+
+def _precision(value: Value) -> tuple[int, int, str]:
+    if value.number is None:
+        return (0, -len(value.key), value.key)
+    decimals = value.number.decimals
+    return (0, 0, value.key) if decimals is None else (1, -decimals, value.key)
+
+
+def _distance(a: Value, b: Value) -> tuple[Fraction, str]:
+    if a.number is None or b.number is None:
+        return Fraction(0), a.key
+    return abs(a.number.value - b.number.value), a.key
 
 
 class TaskGuess:
@@ -133,31 +171,34 @@ class TaskGuess:
 
     def __init__(self) -> None:
         self.any = False
-        self._counts = dict.fromkeys(("number", "equation", "choice", "yes-no", "text"), 0)
+        self._counts = dict.fromkeys(("number", "equation", "math", "choice", "yes-no", "text"), 0)
 
     def add(self, answer: str) -> None:
         self.any = True
         text = visible(answer[:MAX_ANSWER]).strip()
         if not text:
             return
-        letter = _LETTER.fullmatch(text)
         if _DATE.fullmatch(text):
             kind = "text"
-        elif _number(text) is not None:
+        elif _LETTER.fullmatch(text):
+            kind = "choice"
+        elif one_number(plain(text).strip().rstrip("% ").strip()) is not None:
             kind = "number"
-        elif evaluate_expression(text) is not None:
+        elif evaluate_expression(plain(text).strip().rstrip(".")) is not None:
             kind = "equation"
-        elif text.casefold().strip(".") in _WORDS:
+        elif _WORDS.get(text.casefold().strip(".")):
             kind = "yes-no"
         else:
-            kind = "choice" if letter and not (letter[2] or letter[4]) else "text"
+            kind = "math" if mathforms.looks_like_math(text) else "text"
         self._counts[kind] += 1
 
     @property
     def task(self) -> str:
-        """number, equation, choice (single letters), yes-no or text: whichever at least 95% of the answers can be read as."""
+        """number, equation, math, choice (single letters), yes-no or text: what at least 95% of the answers can be read as."""
         counts, total = dict(self._counts), sum(self._counts.values())
-        if counts["equation"] > 0.05 * total:
+        if counts["math"] > 0.05 * total:
+            counts["math"] += counts["number"] + counts["equation"]
+        elif counts["equation"] > 0.05 * total:
             counts["equation"] += counts["number"]
         return next((task for task, count in counts.items() if total and count >= 0.95 * total), "text")
 
@@ -170,61 +211,20 @@ def guess_task(answers: Iterable[str]) -> str:
     return guess.task
 
 
-def parse_choices(question: str) -> tuple[str, ...]:
-    """The choices of a question that ends in lines `(a) ...`, `(b) ...`; empty where it has none."""
-    found: list[str] = []
-    for letter, text in _CHOICE_LINE.findall(question[-8 * MAX_ANSWER :]):
-        if letter.lower() == chr(ord("a") + len(found)):
-            found.append(text)
-        elif letter.lower() == "a":
-            found = [text]
-    return tuple(found) if len(found) > 1 else ()
-
-
-def _number(text: str) -> Fraction | None:
-    """The value of a text that is one number, mixed number or fraction, with perhaps a currency or `%`."""
-    text = fold(text).strip().rstrip("% ").strip()
-    try:
-        if match := _ONE_NUMBER.fullmatch(text):
-            return parse_number(match[1].replace(" ", ""))
-        if match := _ONE_FRACTION.fullmatch(text):
-            sign, whole, above, below = match.groups()
-            value = parse_number(whole or "0") + parse_number(above) / parse_number(below)
-            return -value if sign == "-" else value
-    except (OutOfBounds, ZeroDivisionError):
-        pass
-    return None
-
-
 @functools.lru_cache(maxsize=8192)
-def _value_key(text: str, loose: bool) -> str | None:
-    value = _value(text, loose)
-    return None if value is None else _format(value)
+def _numeric(text: str, expressions: bool, decimal: str) -> Value | None:
+    found = read_quantity(text, decimal=decimal, expressions=expressions)
+    return numeric_value(found.number, found.text if expressions else "")
 
 
-def _value(text: str, loose: bool) -> Fraction | None:
-    for piece in (text, text.rsplit("=", 1)[-1]):
-        for read in (_number, evaluate_expression):
-            value = read(piece)
-            if value is not None:
-                return value
-    if not loose:
+def numeric_value(number: Number | None, text: str = "") -> Value | None:
+    """A number as an answer; `text` is how it is taught, by default in canonical form."""
+    if number is None:
         return None
-    folded = fold(text)
-    if _ARITHMETIC.fullmatch(folded):  # an expression that has no value, or is out of bounds
+    key = _format(number.value)
+    if sum(c.isdigit() for c in key) > MAX_DIGITS:
         return None
-    values = {_number(run.rstrip(".,")) for run in _RUN.findall(folded)}
-    return values.pop() if len(values) == 1 else None
-
-
-def _edge_number(text: str, first: bool = False) -> str | None:
-    """The last (or first) number written in `text`."""
-    folded = fold(text[:MAX_ANSWER] if first else text[-MAX_ANSWER:])
-    if _ARITHMETIC.fullmatch(folded):
-        return None
-    runs = _RUN.findall(folded)
-    value = _number(runs[0 if first else -1].rstrip(".,")) if runs else None
-    return None if value is None else _format(value)
+    return Value(key, text or key, number)
 
 
 def _format(value: Fraction) -> str:
@@ -239,49 +239,61 @@ def _format(value: Fraction) -> str:
 
 def _yes_no(text: str) -> str | None:
     text = text.casefold()
+    if whole := _WORDS.get(text.strip(" .,;:!?\"'`*()[]{}。！、")):
+        return whole
+    start = _FIRST_WORD.match(text)
+    head = _WORDS.get(start[1]) if start else None
     found = set()
     for word in _YES_NO.finditer(text):
+        if (
+            word[0] == "no"
+            and re.match(r"\s+\w", text[word.end() : word.end() + 3])
+            and not (start and word.start() == start.start(1))
+        ):
+            continue  # "no evidence"
         denied = _NOT.search(text, max(0, word.start() - 24), word.start())
         found.add(_OPPOSITE[_WORDS[word[0]]] if denied else _WORDS[word[0]])
-    if len(found) <= 1:
-        return found.pop() if found else None
-    start = re.match(r"\W*(yes|no|true|false)\b(?!\s+(?:and|or)\b)", text)
-    return _WORDS[start[1]] if start else None
+    if (
+        start
+        and head
+        and start[1] not in ("yes", "no", "true", "false")
+        and not re.match(r"[\s,.;:!。，、]", text[start.end() :])
+    ):
+        head = None
+    if len(found) == 1 and (not head or head in found):
+        return found.pop()
+    if head and start and not re.match(r"\s+(?:and|or)\b", text[start.end() :]):
+        return head
+    return None
 
 
-def _choice(text: str, choices: Sequence[str]) -> str | None:
-    match = _LETTER.fullmatch(text)
-    letter = (match[1] or match[3]).lower() if match else None
-    rest = _plain((match[2] or match[4] or "") if match else text)
-    if match and _ANOTHER.match(match[2] or match[4] or ""):
+def _choice(text: str, choices: Sequence[str]) -> Value | None:
+    index, key = read_choice(text, choices)
+    if choices:
+        return option_value(index, choices) if index is not None and key else None
+    if index is not None and not key:
+        return option_value(index, ())
+    if not key:
         return None
+    rest = re.sub(r"^[(\[（【]?[A-Za-z][)\]）】.:]+\s*", "", text) if index is not None else text
+    return Value(key, rest.strip().rstrip(".").strip() or key, letter=index)
+
+
+def option_value(index: int, choices: Sequence[str]) -> Value:
+    """The option at `index` as an answer: its text, or its letter where the options are not known."""
+    letter = chr(ord("a") + index)
     if not choices:
-        return rest or letter
-    keys = [_plain(choice) for choice in choices]
-    if letter is not None:
-        index = ord(letter) - ord("a")
-        return (keys[index] or None) if index < len(keys) else _plain(text) if _plain(text) in keys else None
-    if rest in keys:
-        return rest
-    letters = {label.lower() for label in _LABEL.findall(text)}
-    if letters:
-        return _choice(letters.pop(), choices) if len(letters) == 1 else None
-    named = {key for key in keys if key and re.search(rf"(?<!\w){_NOT_THAT}{re.escape(key)}(?!\w)", rest)}
-    return named.pop() if len(named) == 1 else None
+        return Value(letter, letter, letter=index)
+    choice, key = choices[index], plain_text(choices[index])
+    if read_choice(choice, choices)[1] != key:
+        choice = f"({letter}) {choice}"  # a choice that is called by another's letter
+    return Value(key, choice)
 
 
-def _letter(answer: str) -> str | None:
-    match = _LETTER.fullmatch(answer.strip())
-    return (match[1] or match[3]).lower() if match else None
-
-
-def _sentence(text: str, last: bool = False) -> str:
-    """The first or the last sentence of `text`."""
-    parts = [part for part in re.split(r"(?<=[.!?])\s+|\n+", text[-MAX_ANSWER:] if last else text[:MAX_ANSWER]) if part]
-    return parts[-1 if last else 0] if parts else ""
-
-
-def _plain(text: str) -> str:
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    text = " ".join(text.split())
-    return text.strip(" .,;:!?\"'`*()[]{}") or text
+def _math(text: str, decimal: str) -> Value | None:
+    found = read_quantity(text, decimal=decimal, expressions=True)
+    bare = mathforms.unwrapped(text)
+    if found.number is not None and mathforms.is_plain_number(bare):
+        return numeric_value(found.number)
+    key = mathforms.normal_form(bare)
+    return Value(key, bare) if key else None

@@ -10,76 +10,19 @@ import collections
 import io
 import itertools
 import json
-import os
-import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qcrd_fast.data.schema import BadRow, RowError
-from qcrd_fast.errors import InputError
 from qcrd_fast.utils.files import shown
 
 MAX_ROW_BYTES = 16 * 1024 * 1024
 _CHUNK = 1024 * 1024
-_BOM, _BOM_FAULT = b"\xef\xbb\xbf", "the file starts with a byte order mark; save it as plain UTF-8"
-_PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz")
-_MAGIC = {
-    b"\x1f\x8b": "a gzip file; decompress it first",
-    b"BZh": "a bzip2 file; decompress it first",
-    b"\xfd7zXZ": "an xz file; decompress it first",
-    b"\x28\xb5\x2f\xfd": "a zstd file; decompress it first",
-    b"PK\x03\x04": "a zip archive (or a torch checkpoint, which is never loaded)",
-    b"PAR1": "a parquet file",
-    b"\x93NUMPY": "a numpy array, which may hold a pickle",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
-    b"\x80\x02": "a pickle, which is never loaded",
-    b"\x80\x03": "a pickle, which is never loaded",
-    b"\x80\x04": "a pickle, which is never loaded",
-    b"\x80\x05": "a pickle, which is never loaded",
-}
 
 
-def iter_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Each row of a JSONL file or of a JSON array as (line, value); the value is a `BadRow` where there is a fault.
-
-    A file is an array where its first character is `[`, unless it is named `.jsonl`. After a fault of syntax an array
-    cannot be read further.
-
-    Raises:
-        InputError: the file cannot be opened.
-    """
-    with _open(path) as file:
-        head = file.peek(16)
-        kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
-        if kind is None and Path(path).suffix in _PICKLED and head.lstrip()[:1] not in (b"{", b"["):
-            kind = "no JSON; a pickle, as its name says, is never loaded"
-        if not head:
-            yield 1, BadRow(shown(path), 1, "the file is empty")
-        elif kind:
-            yield 1, BadRow(shown(path), 1, f"this is {kind}; rows are UTF-8 JSON")
-        elif head.startswith(_BOM) and head[3:].lstrip().startswith(b"["):
-            yield 1, BadRow(shown(path), 1, _BOM_FAULT)
-        elif head.lstrip().startswith(b"[") and Path(path).suffix not in (".jsonl", ".ndjson"):
-            yield from _array_rows(path, file)
-        else:
-            yield from _line_rows(path, file)
-
-
-def _open(path: str | Path) -> io.BufferedReader:
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-            raise InputError(f"{shown(path)}: not a file")
-        return open(path, "rb")
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _line_rows(path: str | Path, file: io.BufferedReader) -> Iterator[tuple[int, Any]]:
+def line_rows(path: str | Path, file: io.BufferedReader, on_blank: Callable[[], None]) -> Iterator[tuple[int, Any]]:
+    """Each line of JSONL as (line, value); the value is a `BadRow` where there is a fault. `on_blank` counts blank lines."""
     for line in itertools.count(1):
         raw = file.readline(MAX_ROW_BYTES + 1)
         if not raw:
@@ -88,7 +31,10 @@ def _line_rows(path: str | Path, file: io.BufferedReader) -> Iterator[tuple[int,
             if len(raw) > MAX_ROW_BYTES:
                 length = len(raw) + _skip_line(file, raw)
                 raise RowError(f"a line of {length:,} bytes; at most {MAX_ROW_BYTES:,} are read")
-            yield line, _parse_line(raw, first=line == 1)
+            if raw.isspace():
+                on_blank()
+                continue
+            yield line, _parse_line(raw)
         except RowError as error:
             yield line, BadRow(shown(path), line, str(error))
 
@@ -103,14 +49,8 @@ def _skip_line(file: BinaryIO, raw: bytes) -> int:
     return length
 
 
-def _parse_line(raw: bytes, first: bool) -> Any:
-    raw = raw.removesuffix(b"\n")
-    if first and raw.startswith(_BOM):
-        raise RowError(_BOM_FAULT)
-    if raw.endswith(b"\r"):
-        raise RowError("the line ends with CRLF; end lines with LF alone")
-    if not raw.strip():
-        raise RowError("blank line")
+def _parse_line(raw: bytes) -> Any:
+    raw = raw.removesuffix(b"\n").removesuffix(b"\r")
     if b"\0" in raw:
         raise RowError(f"a NUL byte at column {raw.index(0) + 1}")
     try:
@@ -207,7 +147,8 @@ class _ArrayText:
             return value
 
 
-def _array_rows(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
+def array_rows(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """Each row of a JSON array as (line, value). After a fault of syntax an array cannot be read further."""
     text = _ArrayText(file)
     try:
         text.peek()
@@ -226,6 +167,3 @@ def _array_rows(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
             text.advance(text.position + 1)
     except RowError as error:
         yield text.line, BadRow(shown(path), text.line, str(error))
-
-
-# Checks of single fields: each raises RowError naming the key.

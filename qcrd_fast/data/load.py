@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qcrd_fast.config import TASKS
-from qcrd_fast.data.formats import dss, mentor_kd
-from qcrd_fast.data.formats.native import native_row
-from qcrd_fast.data.jsonl import iter_rows
+from qcrd_fast.data.formats import dss
+from qcrd_fast.data.input_report import InputReport, keys_text, misspelt
 from qcrd_fast.data.pooling import Pool, Record
-from qcrd_fast.data.schema import BadRow, Question, Rationale, RowError, get_text, require, text_key
+from qcrd_fast.data.replies import DEFAULT, Reader
+from qcrd_fast.data.scan import Mismatch, Scanner
+from qcrd_fast.data.schema import BadRow, Question
 from qcrd_fast.data.summary import PrepareSummary, Tally
+from qcrd_fast.data.voting import Vote
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.files import require_file, shown
 from qcrd_fast.utils.memory import require_room
 
-FORMATS = ("auto", "native", "mentor-kd", "dss")
 MAX_SKIPPED = 10_000  # bad rows that are kept by name; all are counted
 
 
@@ -36,6 +36,11 @@ class LoadResult(NamedTuple):
     questions: list[Question]
     summary: PrepareSummary
     skipped: list[BadRow]
+
+    @property
+    def taken_for(self) -> str:
+        """What the inputs were taken for and which keys were not read, on one line."""
+        return "; ".join([*self.summary.taken, *filter(None, [keys_text(self.summary.keys_not_read)])])
 
 
 def load_questions(
@@ -48,6 +53,10 @@ def load_questions(
     seed: int = 0,
     on_bad_row: str = "error",
     task: str | None = None,
+    config_name: str | None = None,
+    mapping: Mapping[str, str] | str | None = None,
+    batch_input: str | Path | None = None,
+    reader: Reader = DEFAULT,
 ) -> LoadResult:
     """The questions of one or more inputs, in the order of their first appearance.
 
@@ -57,6 +66,7 @@ def load_questions(
     Step-by-Step folder to read, and filters nothing.
     `split_by="gold"` splits by agreement with the gold answer instead of the majority, and every sampled question must
     have one. `task` overrides the answer type, which is otherwise the row's own, or guessed from the answers of its file.
+    `reader` reads and compares replies and answers.
 
     Raises:
         InputError: an unknown option, a file that cannot be read or is larger than the memory that is free, no question at
@@ -64,7 +74,7 @@ def load_questions(
     """
     for path in _inputs(paths):
         require_room(path)
-    tally, skipped = Tally(split_by), list[BadRow]()
+    tally, skipped = Tally(split_by, reader), list[BadRow]()
     questions = _read(
         _inputs(paths),
         tally,
@@ -76,6 +86,10 @@ def load_questions(
         seed=seed,
         on_bad_row=on_bad_row,
         task=task,
+        config_name=config_name,
+        mapping=mapping,
+        batch_input=batch_input,
+        reader=reader,
     )
     return LoadResult(list(questions), tally.summary, skipped)
 
@@ -90,8 +104,10 @@ def prepare(
         InputError: as `load_questions`; or `output` is a device or pipe.
         RunError: the disk is full; nothing is left behind.
     """
-    tally, skipped = Tally(options.get("split_by", "majority")), list[BadRow]()
+    tally = Tally(options.get("split_by", "majority"), options.get("reader", DEFAULT))
+    skipped: list[BadRow] = []
     questions = _read(_inputs(paths), tally, skipped, folder=Path(output).parent, **options)
+    questions = _trainable(questions, tally, _inputs(paths))
     if not dry_run:
         write_prepared(output, questions)
         return tally.summary, skipped
@@ -100,6 +116,23 @@ def prepare(
     except OSError as error:
         raise RunError(f"cannot keep rows beside {shown(output)}: {error.strerror or error}") from error
     return tally.summary, skipped
+
+
+def _trainable(questions: Iterator[Question], tally: Tally, inputs: list[Path]) -> Iterator[Question]:
+    """The questions as they come. Raises `InputError` after the last where nothing can be learnt from any of them."""
+    yield from questions
+    summary = tally.summary
+    lost = misspelt(summary.keys_not_read) if not summary.samples else []
+    if summary.positives or summary.samples > summary.unreadable or (summary.with_gold and not summary.samples and not lost):
+        return
+    reason = "no question has a sample" + (" (is a key misspelt?)" if lost else " or a gold answer")
+    if summary.samples:
+        reason = f"of {summary.samples:,} samples none has an answer that can be read"
+    if summary.unreadable_examples:
+        first = summary.unreadable_examples[0]
+        reason += f"; the first: {first['text']!r}: {first['why']} (--show N prints more)"
+    told = [f"{', '.join(map(shown, inputs))}: nothing to train on: {reason}", *summary.taken, keys_text(summary.keys_not_read)]
+    raise InputError("; ".join(filter(None, told)))
 
 
 def _inputs(paths: Sequence[str | Path] | str | Path) -> list[Path]:
@@ -118,11 +151,17 @@ def _read(
     seed: int = 0,
     on_bad_row: str = "error",
     task: str | None = None,
+    config_name: str | None = None,
+    mapping: Mapping[str, str] | str | None = None,
+    batch_input: str | Path | None = None,
     folder: Path | None = None,
+    reader: Reader = DEFAULT,
+    watch: Callable[[Question, Vote | None], None] | None = None,
 ) -> Iterator[Question]:
     """The questions of `load_questions`, one at a time, counted in `tally` as they go; rows wait in `folder`, if given."""
+    scanner = Scanner(format, split, split or part, config_name, mapping, batch_input)
+    tally.reports = scanner.reports
     for name, value, known in (
-        ("format", format, FORMATS),
         ("split-by", split_by, ("majority", "gold")),
         ("on-bad-row", on_bad_row, ("error", "skip")),
         ("task", task, (None, *TASKS)),
@@ -137,20 +176,24 @@ def _read(
         if len(skipped) < MAX_SKIPPED:
             skipped.append(row)
 
-    with Pool(bad, task, folder) as pool:
+    with Pool(bad, task, folder, reader) as pool:
         for path in inputs:
             pool.begin()
-            for row in _scan(path, format, split or part):
+            for row in scanner.scan(path):
                 if isinstance(row, BadRow):
                     bad(row)
                 elif split is None or row.question.split in (None, split):
                     pool.add(row)
         for question, vote in pool.questions(split_by, seed):
             tally.add(question, vote)
+            if watch:
+                watch(question, vote)
             yield question
     if not tally.summary.questions:
         reason = f"; the first of {tally.skipped} bad rows: {skipped[0]}" if skipped else ""
         raise InputError(f"{', '.join(map(shown, inputs)) or 'no input'}: no questions{reason}")
+    if batch_input is not None and not any(report.format == "openai-batch" for report in scanner.reports):
+        raise InputError("--batch-input is for the output of a batch, which no input is")
 
 
 def iter_records(path: str | Path, format: str = "auto", split: str | None = None) -> Iterator[Record | BadRow]:
@@ -159,25 +202,31 @@ def iter_records(path: str | Path, format: str = "auto", split: str | None = Non
     Raises:
         InputError: the file cannot be read.
     """
-    return _scan(Path(path), format, split)
+    return Scanner(format, split, split).scan(Path(path))
 
 
-def validate_file(path: str | Path, format: str = "auto") -> Iterator[BadRow]:
+def validate_file(
+    path: str | Path, format: str = "auto", *, reports: list[InputReport] | None = None, **options: Any
+) -> Iterator[BadRow]:
     """Every bad row of a file, or of all the splits of a folder, as it is met. Memory does not grow with the file but for
-    about 130 bytes an id.
+    about 300 bytes an id. What the file was taken for is added to `reports`; `options` are those of `Scanner`.
 
     Raises:
         InputError: the file cannot be read.
     """
     path = Path(path)
-    splits: list[str | None] = [None]
-    if os.path.isdir(path):
+    splits: list[str | None] = [options.pop("split", None)]
+    if os.path.isdir(path) and splits == [None]:
         splits = [s for s in dss.SPLITS if (path / f"{path.resolve().name}_{s}.json").is_file()] or [None]
     for split in splits:
+        scanner = Scanner(format, split, split, **options)
         try:
-            yield from (row for row in _scan(path, format, split) if isinstance(row, BadRow))
-        except _Mismatch as error:
+            yield from (row for row in scanner.scan(path) if isinstance(row, BadRow))
+        except Mismatch as error:
             yield error.row
+        finally:
+            if reports is not None:
+                reports += scanner.reports
 
 
 def write_prepared(path: str | Path, questions: Iterable[Question]) -> None:
@@ -205,85 +254,10 @@ def write_prepared(path: str | Path, questions: Iterable[Question]) -> None:
         raise RunError(f"cannot write {shown(path)}: {error.strerror or error}") from error
 
 
-class _Mismatch(InputError):
-    """The samples beside a file are not as many as its rows: which belongs to which is not known, so none can be used."""
-
-    def __init__(self, row: BadRow):
-        super().__init__(str(row))
-        self.row = row
-
-
-def _text_id(question: Question) -> str:
-    return hashlib.sha256(text_key(question).encode()).hexdigest()[:16]
-
-
-def _scan(path: Path, format: str, split: str | None) -> Iterator[Record | BadRow]:
-    """The rows of one input, good and bad, as they are read."""
-    folder = os.path.isdir(path)
-    if folder and format not in ("auto", "dss"):
-        raise InputError(f"{shown(path)}: a folder is read with --format dss or auto, not {format}")
-    files = dss.find_dss(path, split) if format in ("auto", "dss") else None
-    format = "dss" if folder else format
-    rows = files.rows if files else path
-    samples = dss.iter_samples(files) if files and files.samples else None
-    where, line, count, unpaired = shown(rows), 1, 0, 0
-    ids: dict[bytes, int] = {}
-    kind = "question"
-    if dss.is_sample_list(path):
-        yield BadRow(where, 1, "a list of samples; name its folder or NAME_{split}.json")
-        return
-    for line, value in iter_rows(rows):
-        sample = next(samples, None) if samples else None
-        unpaired += sample is None
-        count += 1
-        if isinstance(value, BadRow):
-            yield value._replace(path=where, line=line)
-            continue
-        try:
-            question, found, row_kind = _parse(require(value), format, rows, files)
-            if row_kind == "question" != kind:
-                raise RowError(f"missing key {'samples' if kind == 'sampled' else 'positives'!r}, which the rows above have")
-            kind = row_kind
-            if isinstance(sample, str) and row_kind == "dss":
-                found = (dss.dss_sample(sample, f"{rows.parent.name}/llm"),)
-            given = bool(question.id)
-            question = dataclasses.replace(question, id=question.id or _text_id(question))
-            if given or row_kind == "prepared":
-                key = hashlib.blake2b(question.id.encode(), digest_size=16).digest()
-                if key in ids:
-                    raise RowError(f"duplicate id {question.id!r}, first on line {ids[key]}")
-                ids[key] = line
-            yield Record(question, found, row_kind == "prepared", where, line)
-        except RowError as error:
-            yield BadRow(where, line, str(error))
-        if isinstance(sample, BadRow):
-            yield sample
-    total = count - unpaired + sum(1 for _ in samples) if samples else count
-    if total != count:
-        raise _Mismatch(BadRow(where, line, f"{count} rows, but {total} samples in {shown(rows.parent / 'llm')}"))
-
-
-def _parse(
-    row: dict[str, Any], format: str, path: Path, files: dss.DssFiles | None
-) -> tuple[Question, tuple[Rationale, ...], str]:
-    """(question, samples, kind of row), the kind told by its keys where `format` is auto."""
-    if format == "auto":
-        if "premise" in row or ("input" in row and "label" in row) or ("choices" in row and files and files.samples):
-            format = "dss"
-        else:
-            format = "mentor-kd" if "input" in row and "question" not in row else "native"
-    if format == "dss":
-        return dss.dss_row(row, files.split if files else None), (), "dss"
-    if format == "mentor-kd":
-        get_text(row, "input", required=True)
-        return *mentor_kd.mentor_row(row, path.stem), "mentor-kd"
-    return native_row(row)
-
-
 def to_row(question: Question) -> dict[str, Any]:
     """The row as it is written: keys in the documented order, absent optional ones left out."""
     row = dataclasses.asdict(question)
     row["votes"] = dict(question.votes)
     for side in ("positives", "negatives"):
-        row[side] = [{k: v for k, v in item.items() if v is not None or k == "answer"} for item in row[side]]
+        row[side] = [{k: v for k, v in item.items() if k == "answer" or (v is not None and k != "reply")} for item in row[side]]
     return {k: v for k, v in row.items() if v is not None or k == "majority"}

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from qcrd_fast.data.answers import TaskGuess, canonical, parse_choices, same_answer
+from qcrd_fast.data.answers import TaskGuess, canonical, parse_choices
+from qcrd_fast.data.replies import DEFAULT, Reader, answer_text, is_worked
 from qcrd_fast.data.schema import BadRow, Question, Rationale, RowError, text_key
 from qcrd_fast.data.voting import Vote, vote
 
@@ -39,8 +40,10 @@ class Pool:
     Raises `OSError` where that file cannot be written.
     """
 
-    def __init__(self, bad: Callable[[BadRow], None], task: str | None = None, folder: Path | None = None):
-        self.bad, self.task = bad, task
+    def __init__(
+        self, bad: Callable[[BadRow], None], task: str | None = None, folder: Path | None = None, reader: Reader = DEFAULT
+    ):
+        self.bad, self.task, self.reader = bad, task, reader
         self._spool = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(folder)) if folder else None  # noqa: SIM115
         self._end = 0
         self._rows: dict[str, list[Any]] = {}  # by question id: records, or where they stand in the file
@@ -64,10 +67,10 @@ class Pool:
         question, (golds, said) = record.question, self._guesses[-1]
         task = self.task or _own_task(question)
         if task is None and question.gold:
-            golds.add(question.gold)
+            golds.add(_answer_part(question.gold))
         elif task is None and not golds.any:
             for sample in record.samples:
-                said.add(sample.answer or "")
+                said.add(answer_text(sample.text) if sample.reply else sample.answer or "")
         self.prepared_alone &= record.prepared
         self._paths[-1] = record.path  # of a folder, the file in it
         record = record._replace(question=dataclasses.replace(question, task=task))
@@ -90,7 +93,7 @@ class Pool:
                     place = f"{first.path}:{first.line}"
                     self.bad(BadRow(record.path, record.line, f"id {id!r} is another question at {place}"))
             try:
-                yield _merge(kept, split_by, seed)
+                yield _merge(kept, split_by, seed, self.reader)
             except RowError as error:
                 self.bad(BadRow(first.path, first.line, str(error)))
 
@@ -101,7 +104,7 @@ class Pool:
         question = record.question
         sides = [record.samples] if not record.prepared else [question.positives, question.negatives]
         values = [source, record.line, record.prepared, [getattr(question, name) for name in _FIELDS],
-                  [[(r.text, r.answer, r.source, r.score) for r in side] for side in sides]]  # fmt: skip
+                  [[(r.text, r.answer, r.source, r.score, r.reply) for r in side] for side in sides]]  # fmt: skip
         place = self._end
         self._end += self._spool.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
         return place
@@ -127,10 +130,15 @@ def _own_task(question: Question) -> str | None:
     choices = parse_choices(question.question)
     if question.task or not choices:
         return question.task
-    return "choice" if question.gold is None or canonical(question.gold, "choice", choices) else None
+    return "choice" if question.gold is None or canonical(_answer_part(question.gold), "choice", choices) else None
 
 
-def _merge(group: list[Record], split_by: str, seed: int) -> tuple[Question, Vote]:
+def _answer_part(gold: str) -> str:
+    """The answer of a gold that is a worked solution, else the gold."""
+    return answer_text(gold) if is_worked(gold) else gold
+
+
+def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tuple[Question, Vote]:
     """One question from its rows: the first value of each field, and the vote of all samples."""
     first = group[0].question
     fields: dict[str, Any] = {}
@@ -139,8 +147,13 @@ def _merge(group: list[Record], split_by: str, seed: int) -> tuple[Question, Vot
     task, choices = first.task or "text", parse_choices(first.question)
     for record in group:
         gold = record.question.gold
-        if gold is not None and gold != fields["gold"] and not same_answer(gold, fields["gold"], task, choices):
-            raise RowError(f"gold is {fields['gold']!r}, but {gold!r} at {record.path}:{record.line}")
+        if gold is not None and gold != fields["gold"] and not _same_gold(gold, fields["gold"], task, choices, reader):
+            hint = "; if this is what each sample ends in: --map prediction=answer" if record.samples else ""
+            raise RowError(f"gold is {fields['gold']!r}, but {gold!r} at {record.path}:{record.line}{hint}")
+    solution = None
+    if fields["gold"] is not None:
+        solution = reader.solution(fields["gold"], task, choices)
+        fields["gold"] = _taught_gold(fields["gold"], task, choices, reader)
     samples = [sample for record in group for sample in record.samples]
     if split_by == "gold" and samples:
         if fields["gold"] is None:
@@ -155,6 +168,26 @@ def _merge(group: list[Record], split_by: str, seed: int) -> tuple[Question, Vot
         task=task,
         choices=choices,
         gold=fields["gold"] if split_by == "gold" else None,
+        reader=reader,
     )
+    if solution is not None and not samples:
+        shown = Rationale(solution.rationale, fields["gold"], "gold")
+        result = Vote(fields["gold"], {fields["gold"]: 1}, (shown,), ())
     fields.update(majority=result.majority, votes=result.votes, positives=result.positives, negatives=result.negatives)
     return dataclasses.replace(first, **fields), result
+
+
+def _same_gold(a: str, b: str, task: str, choices: Sequence[str], reader: Reader) -> bool:
+    left, right = reader.answer(a, task, choices)[0], reader.answer(b, task, choices)[0]
+    return left is not None and right is not None and reader.same(left, right, task, choices)
+
+
+def _taught_gold(gold: str, task: str, choices: Sequence[str], reader: Reader) -> str:
+    """The gold as it is written, but where only the reader finds the answer in it: then that answer."""
+    read, _ = reader.answer(gold, task, choices)
+    if read is None or (task == "text" and not is_worked(gold)):
+        return gold
+    if is_worked(gold):
+        return read
+    as_written = canonical(gold, task, choices)
+    return gold if as_written is not None and as_written == canonical(read, task, choices) else read

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from qcrd_fast.data.schema import Question, text_key
+from qcrd_fast.data.schema import Question, leak_key
 
 SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
@@ -25,9 +25,9 @@ def hold_out(questions: Sequence[Question], fraction: float, seed: int = 0) -> t
 
 
 def drop_overlap(train: Sequence[Question], test: Iterable[Question]) -> tuple[list[Question], int]:
-    """`train` without the questions whose text stands in `test`, and how many were dropped."""
-    seen = {text_key(question) for question in test}
-    kept = [question for question in train if text_key(question) not in seen]
+    """`train` without the questions that stand in `test`, also in other punctuation or case, and how many were dropped."""
+    seen = {leak_key(question) for question in test}
+    kept = [question for question in train if leak_key(question) not in seen]
     return kept, len(train) - len(kept)
 
 

@@ -8,8 +8,9 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from qcrd_fast.data.answers import canonical, extract_answer, same_answer, surface
-from qcrd_fast.data.schema import Rationale
+from qcrd_fast.data.answers import groups
+from qcrd_fast.data.replies import DEFAULT, Reader, Reading
+from qcrd_fast.data.schema import CHOSEN, Rationale
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class Vote:
     duplicates: int = 0
     dropped: int = 0
     tied: bool = False
+    readings: tuple[tuple[Rationale, Reading], ...] = ()
+    without_rationale: int = 0
 
 
 def vote(
@@ -33,58 +36,67 @@ def vote(
     task: str = "text",
     choices: Sequence[str] = (),
     gold: str | None = None,
+    reader: Reader = DEFAULT,
 ) -> Vote:
     """The majority answer, the votes of each answer, and the samples on either side.
 
-    - A sample without a rationale or without an answer that can be read as one of `task` does not vote, is on neither
-      side, and is counted in `dropped`. Where that leaves none, the majority is None and both sides are empty.
+    - A sample without an answer that can be read as one of `task` does not vote, is on neither side, and is counted in
+      `dropped`. Where that leaves none, the majority is None and both sides are empty.
+    - A sample without a rationale votes, but is on neither side; it is counted in `without_rationale`.
     - The same rationale with the same answer counts once; the further ones are counted in `duplicates`.
+    - Answers are equal as `answers.groups` says: numbers also where they agree rounded.
     - A tie goes to the answer with the smallest sha256 of (seed, question id, answer): it depends neither on the order of
       the samples nor on chance, and favours no answer. All answers distinct is a tie of all of them. Fewer samples than K
       are no special case: one sample is a majority of one.
     - `votes` and the answers of the returned rationales are spelled one way for each answer: numbers and yes/no in
       canonical form, other answers as most samples write them (the smallest such spelling), so `votes[majority]` holds.
+    - Where samples are of preference pairs, the majority is that of the chosen ones.
     - With `gold` the sides are split by agreement with it instead; the majority stays the vote's.
 
-    Both sides keep the order of the samples.
+    Both sides keep the order of the samples; `readings` holds what was read of each.
     """
+    samples = list(samples)
+    readings = [reader.sample(sample, task, choices) for sample in samples]
+    read = [None if reading.answer is None else reader.value(reading.answer, task, choices) for reading in readings]
+    led = iter(groups([value for value in read if value is not None], task, reader.tolerance))
+    values = [value for value in read if value is not None]
     seen: set[tuple[str, str]] = set()
     kept: list[tuple[str, Rationale]] = []
-    duplicates = dropped = 0
-    for sample in samples:
-        answer = None if sample.answer is None else _read(sample.answer, task, choices)
-        key = None if answer is None else canonical(answer, task, choices)
-        if key is None or not sample.text.strip():
+    duplicates = dropped = without = 0
+    for sample, reading, value in zip(samples, readings, read, strict=True):
+        if value is None:
             dropped += 1
             continue
-        mark = (unicodedata.normalize("NFC", sample.text.strip()), key)
-        if mark in seen:
+        key = values[next(led)].key
+        mark = (unicodedata.normalize("NFC", reading.rationale.strip()), key)
+        if mark[0] and mark in seen:
             duplicates += 1
             continue
         seen.add(mark)
-        kept.append((key, dataclasses.replace(sample, answer=answer)))
+        without += not mark[0]
+        kept.append((key, dataclasses.replace(sample, text=reading.rationale, answer=reading.answer, reply=False)))
+    told = tuple(zip(samples, readings, strict=True))
     if not kept:
-        return Vote(None, {}, (), (), duplicates, dropped)
+        return Vote(None, {}, (), (), duplicates, dropped, readings=told)
 
     counts = collections.Counter(key for key, _ in kept)
-    most = max(counts.values())
-    tied = [key for key, count in counts.items() if count == most]
+    ballot = collections.Counter(key for key, rationale in kept if rationale.source == CHOSEN) or counts
+    most = max(ballot.values())
+    tied = [key for key, count in ballot.items() if count == most]
     winner = min(tied, key=lambda key: _tie_rank(seed, question_id, key))
     spelling = {key: _spelling(rationale.answer or "" for other, rationale in kept if other == key) for key in counts}
-    right = {key: key == winner if gold is None else same_answer(spelling[key], gold, task, choices) for key in counts}
+    right = {key: key == winner if gold is None else reader.same(spelling[key], gold, task, choices) for key in counts}
     return Vote(
         majority=spelling[winner],
         votes={spelling[key]: counts[key] for key in sorted(counts, key=lambda key: (-counts[key], key))},
-        positives=tuple(rationale for key, rationale in kept if right[key]),
-        negatives=tuple(rationale for key, rationale in kept if not right[key]),
+        positives=tuple(rationale for key, rationale in kept if right[key] and rationale.text.strip()),
+        negatives=tuple(rationale for key, rationale in kept if not right[key] and rationale.text.strip()),
         duplicates=duplicates,
         dropped=dropped,
         tied=len(tied) > 1,
+        readings=told,
+        without_rationale=without,
     )
-
-
-def _read(answer: str, task: str, choices: Sequence[str]) -> str | None:
-    return extract_answer(answer, task, choices) or surface(answer, task, choices)
 
 
 def _tie_rank(seed: int, question_id: str, key: str) -> bytes:

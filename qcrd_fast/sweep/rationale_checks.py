@@ -8,8 +8,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from qcrd_fast.data.answers import extract_answer, parse_choices, same_answer
+from qcrd_fast.data.answers import parse_choices, same_answer
 from qcrd_fast.data.expressions import evaluate_expression
+from qcrd_fast.data.replies import read_reply
 
 _TIMES = re.compile(r"(?<=[\d)])[ \t]*[xX×][ \t]*(?=[\d($])")
 _NUMBER = r"-?[ \t]*\$?\d[\d,]*(?:\.\d+)?"
@@ -46,10 +47,10 @@ def judge_rationale(text: str, task: str, gold: str | None, answer: str | None, 
     answers when it is not asked to explain."""
     holds = equations(text)
     kind = "number" if task == "equation" else task
-    conclusion = extract_answer(text, kind, choices)
+    conclusion = read_reply(text, kind, choices).answer
 
     def ends_in(other: str | None) -> bool:
-        return bool(conclusion and other and same_answer(conclusion, other, kind, choices))
+        return bool(conclusion and other and same_answer(conclusion, other, task, choices))
 
     return {
         "equations": len(holds),

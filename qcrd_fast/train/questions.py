@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from typing import Any
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
@@ -32,9 +33,10 @@ class Data:
     def load(cls, config: TrainConfig) -> Data:
         """Raises `InputError` naming the file for unreadable or empty data."""
 
-        def questions(path: str, **which: str) -> list[Question]:
+        def questions(path: str, **which: Any) -> list[Question]:
             with relieved_by("a part of the rows, such as: shuf -n 100000 FILE"):
                 loaded = load_questions(path, seed=config.seed, on_bad_row=config.on_bad_row, task=config.task, **which)
+            log.info("%s", loaded.taken_for)
             for bad in loaded.skipped:
                 log.warning("set aside %s", bad)
             if more := loaded.summary.skipped_rows - len(loaded.skipped):
@@ -72,6 +74,8 @@ class Data:
             missing = [q.id for q in some if label_of(q, None) is None]
             if missing:
                 raise InputError(f"{name}: {len(missing)} questions have no answer, such as {missing[0]}")
+        if config.method == "qcrd" and all(sum(question.votes.values()) < 2 for question in rows):
+            log.warning("--data: no question has more than one sample: there was nothing to vote on, and qcrd has no minority")
         task = config.task or main_task(rows)
         return cls(rows, validation, test, task, dropped, _digest(rows, validation, test))
 

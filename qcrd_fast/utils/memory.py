@@ -36,9 +36,19 @@ def _figure(path: Path, name: str) -> int:
     return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}[name]
 
 
+def _unpacked_bytes(path: Path) -> int:
+    """The size of a file, of a gzip file what it says that it holds (less 4 GiB each that it does not say)."""
+    size = path.stat().st_size
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if size > 18 and file.read(2) == b"\x1f\x8b":
+            file.seek(-4, os.SEEK_END)
+            return max(size, int.from_bytes(file.read(4), "little"))
+    return size
+
+
 def require_room(path: Path) -> None:
     """Raises `InputError` for a file of rows that cannot fit, rather than have the system kill the process for it."""
-    size = path.stat().st_size if path.is_file() else 0
+    size = _unpacked_bytes(path) if path.is_file() else 0
     needed, free = int(ROWS_FACTOR * size), free_bytes()
     if size > free:  # what fits barely is tried
         raise InputError(

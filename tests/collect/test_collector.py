@@ -102,7 +102,7 @@ def test_unreadable_answers_are_kept_and_counted(questions: Path, capsys: pytest
     assert (result["unreadable_answers"], result["without_rationale"]) == (12, 6)
     assert [s["answer"] for s in rows(questions)[0]["samples"]] == [None, None, "2", "2", "2"]
     assert not list(validate_file(questions.with_name("samples.jsonl")))
-    assert load_questions(questions.with_name("samples.jsonl")).summary.answers_dropped == 18
+    assert load_questions(questions.with_name("samples.jsonl")).summary.answers_dropped == 12
 
 
 def test_the_one_model_of_a_server_is_found(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from qcrd_fast.config import TASKS
 from qcrd_fast.data import answers
-from qcrd_fast.data.answers import canonical, extract_answer, guess_task, parse_choices, same_answer, surface
+from qcrd_fast.data.answers import canonical, guess_task, parse_choices, same_answer, surface
 from qcrd_fast.data.expressions import evaluate_expression
+from qcrd_fast.data.replies import extract_answer
 
 
 @pytest.mark.parametrize(

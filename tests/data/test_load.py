@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from qcrd_fast.data import jsonl as rows_module
+from qcrd_fast.data.files import open_rows
 from qcrd_fast.data.load import load_questions, validate_file, write_prepared
 from qcrd_fast.data.schema import Question, Rationale, question_text
 from qcrd_fast.data.splits import drop_overlap, hold_out
@@ -59,7 +60,7 @@ def test_sampled_rows_are_voted(tmp_path):
     (question,) = load_questions(write(tmp_path / "a.jsonl", SAMPLED)).questions
     assert (question.id, question.gold, question.majority, question.task) == ("q1", "4", "4", "number")
     assert question.votes == {"4": 2, "5": 1}
-    assert [r.text for r in question.positives] == ["two and two", "I count. The answer is 4."]
+    assert [r.text for r in question.positives] == ["two and two", "I count."]
     assert question.negatives == (Rationale("no idea", "5"),)
 
 
@@ -326,7 +327,7 @@ NO_SAMPLES = {k: v for k, v in SAMPLED.items() if k != "samples"}
         (GOOD + GOOD + b"\n", 1, "more than one JSON value"),
         (GOOD.replace(b'"4"', b"9" * 5000, 1) + b"\n", 1, "integer string conversion"),
         (b'{"question": "?", "answer": "1", "samples": "none"}\n', 1, "samples expects a list, got a string"),
-        (b'{"question": "?", "samples": [{"rationale": "r"}]}\n', 1, r"samples\[0\]: missing key 'answer'"),
+        (b'{"question": "?", "samples": [{"answer": "1"}]}\n', 1, r"samples\[0\]: missing key 'rationale' \(there: 'answer'\)"),
         (b'{"question": " "}\n', 1, "question is empty"),
         (b'{"question": "?", "task": "essay"}\n', 1, "task is one of"),
     ],
@@ -373,7 +374,8 @@ def test_bad_rows_are_set_aside_and_counted(tmp_path):
     path.write_bytes(b"\n".join([GOOD, b"", b"{", GOOD, GOOD.replace(b"q1", b"q2"), b""]))
     result = load_questions(path, on_bad_row="skip")
     assert [q.id for q in result.questions] == ["q1", "q2"]
-    assert [row.line for row in result.skipped] == [2, 3, 4] and result.summary.skipped_rows == 3
+    assert [row.line for row in result.skipped] == [3] and result.summary.skipped_rows == 1  # the same row again is no fault
+    assert result.summary.duplicates == 3 and result.summary.inputs[0]["blank_lines"] == 1  # nor is a blank line
     path.write_bytes(b"{\n")
     with pytest.raises(InputError, match=r"no questions; the first of 1 bad rows: .*rows\.jsonl:1: "):
         load_questions(path, on_bad_row="skip")
@@ -383,7 +385,7 @@ def test_bad_rows_are_set_aside_and_counted(tmp_path):
     ("content", "found"),
     [
         ('[\n{"input": "?", "answer": "1"},\n{"input": 3}\n]', [(3, "input expects a string")]),
-        ('[{"input": "?", "answer": "1"},\n {"answer": "1", "chain": ""}]', [(2, "missing key 'question'")]),
+        ('[{"input": "?", "answer": "1"},\n {"answer": "1", "chain": ""}]', [(2, "missing key 'input'")]),
         (
             '[{"input": "?", "answer": "1"},\n {"input": "?", "input": "!"}, 7]',
             [(2, "duplicate key"), (2, "expected an object")],
@@ -392,7 +394,7 @@ def test_bad_rows_are_set_aside_and_counted(tmp_path):
         ('[{"input": "?", "answer": "1"},\n{"input"', [(2, "not JSON, or cut")]),
         ('[{"input": "?", "answer": "1"} {}]', [(1, "expected ',' or ']', got '{'")]),
         ("[]", [(1, "the array is empty")]),
-        ("\ufeff[\n{}\n]", [(1, "byte order mark")]),
+        ("\ufeff[\n{}\n]", [(2, "missing key 'question'")]),  # a byte order mark is harmless
         ("[" * 100_000, [(1, "nested too deeply")]),
         ('[{"input": "?", "answer": "1", "initial_correct": 1, "chain": "c"}]', [(1, "initial_correct expects")]),
     ],
@@ -408,7 +410,7 @@ def test_faults_in_an_array_have_the_line_of_the_row(tmp_path, content, found):
 def test_an_array_is_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(rows_module, "_CHUNK", 7)
     path = mentor_kd(tmp_path / "toy_train.json")
-    assert [line for line, _ in rows_module.iter_rows(path)] == [2, 8, 15]
+    assert [line for line, _ in open_rows(path)] == [2, 8, 15]
     monkeypatch.setattr(rows_module, "MAX_ROW_BYTES", 60)
     assert "no complete row within 60 characters" in reasons(path)[0]
 
@@ -476,9 +478,10 @@ def test_a_published_test_file_has_gold_and_no_samples():
 
 
 @needs_dss
-@pytest.mark.parametrize(("name", "count", "right", "unread"), [("svamp", 800, 593, 34), ("cqa", 9741, 7388, 182)])
+@pytest.mark.parametrize(("name", "count", "right", "unread"), [("svamp", 800, 594, 33), ("cqa", 9741, 7388, 183)])
 def test_palm_rationales(name, count, right, unread):
-    """A quick parse finds svamp 522 right (148 unread): it stops at the first `)`; cqa 7,388 right (182 unread)."""
+    """A quick parse finds svamp 522 right (148 unread): it stops at the first `)`; cqa 7,388 right (182 unread; of the letter
+    of one option with the text of another it takes the letter)."""
     summary = load_questions(DATA / "dss" / name).summary
     assert (summary.questions, summary.answers_dropped) == (count, unread)
     assert summary.with_samples - summary.majority_wrong_against_gold == right

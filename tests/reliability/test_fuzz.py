@@ -23,10 +23,12 @@ from qcrd_fast.collect.endpoint import parse_reply
 from qcrd_fast.collect.ledger import Ledger
 from qcrd_fast.collect.prompts import read_reply
 from qcrd_fast.config import TASKS, TrainConfig
-from qcrd_fast.data import jsonl, schema
-from qcrd_fast.data.answers import canonical, extract_answer, guess_task, is_correct, parse_choices, same_answer, surface
+from qcrd_fast.data import schema
+from qcrd_fast.data.answers import canonical, guess_task, parse_choices, same_answer, surface
 from qcrd_fast.data.expressions import evaluate_expression
+from qcrd_fast.data.files import open_rows
 from qcrd_fast.data.load import load_questions, prepare, validate_file
+from qcrd_fast.data.replies import extract_answer, is_correct
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.report import run_view
@@ -91,6 +93,11 @@ ROWS: list[dict[str, Any]] = [
     {"question": "Where?", "choices": ["park", "zoo"], "answer": "zoo", "domain": "d", "split": "train"},
     {"input": "2 + 2?", "chain": "two", "completion": "4", "answer": "4", "initial_correct": True},
     {"premise": "It rains.", "hypothesis": "It is wet.", "label": "entailment"},
+    {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "Two and two: 4."}], "gold": 4},
+    {"instruction": "Add.", "input": "2 + 2", "output": "So it is 4."},
+    {"problem": "2 + 2?", "solution": "Well. \\boxed{4}", "generations": ["It is 4.", {"text": "Or 5.", "answer": 5}]},
+    {"prompt": "2 + 2?", "chosen": "It is 4.", "rejected": [{"from": "gpt", "value": "It is 5."}]},
+    {"question_stem": "Which?", "choices": {"text": ["park", "zoo"], "label": ["A", "B"]}, "answerKey": "B", "answers": ["B"]},
 ]  # fmt: skip
 ODD_BYTES = (b"\n", b"\r\n", b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"[", b"{", b"NaN", b"1e999", b"\\ud800", b"\xef\xbb\xbf",
              b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000)  # fmt: skip
@@ -155,7 +162,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @FUZZ
-@given(content=files, name=st.sampled_from(("rows.jsonl", "rows.json", "x_train.json", "rows.bin")))
+@given(content=files, name=st.sampled_from(("rows.jsonl", "rows.json", "x_train.json", "rows.bin", "rows.csv", "rows.tsv")))
 def test_any_file_is_read_or_its_rows_are_named(folder: Path, content: bytes, name: str) -> None:
     path, output = folder / name, folder / "out.jsonl"
     path.write_bytes(content)
@@ -163,7 +170,7 @@ def test_any_file_is_read_or_its_rows_are_named(folder: Path, content: bytes, na
         bad = list(validate_file(path))
         assert all(row.path == str(path) and row.line >= 1 and row.reason for row in bad)
         assert all("\n" not in str(row) and str(row).isprintable() for row in bad)
-        assert jsonl.iter_rows(path) and len({row.line for row in bad}) <= content.count(b"\n") + 1
+        assert open_rows(path) and len({row.line for row in bad}) <= content.count(b"\n") + 1
         with contextlib.suppress(InputError):
             loaded = load_questions(path, on_bad_row="skip")
             prepare(path, output, on_bad_row="skip")

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qcrd_fast.data.jsonl import iter_rows
+from qcrd_fast.data.files import open_rows
+from qcrd_fast.data.formats.fields import Parsed, Row
 from qcrd_fast.data.schema import BadRow, Question, Rationale, RowError, check_text, get_list, get_text, with_choices
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils.files import shown
@@ -18,6 +19,21 @@ _ROWS_NAME = re.compile(rf"(.+)_({'|'.join(SPLITS)})\.json")
 _COT_NAME = re.compile(rf"({'|'.join(SPLITS)})_CoT_(\d+)\.json")
 _NEXT_QUESTION = re.compile(r"\n[ \t]*\n\s*Q:")
 _ANSWER_IS = re.compile(r"\b(?:So the|The) answer is\b")
+
+
+_OWN = {"id", "premise", "hypothesis", "label", "question", "choices", "answer", "input"}
+
+
+def is_dss(row: Row) -> bool:
+    """Whether a row is one of svamp's or of the entailment sets; cqa's are known by the samples beside their file alone."""
+    values = row.values
+    return "premise" in values or ("input" in values and "label" in values and not row.has("completion"))
+
+
+def read(row: Row, files: DssFiles | None) -> Parsed:
+    """A row of a split's file; its sample stands in another file."""
+    row.read |= _OWN
+    return Parsed(dss_row(row.values, files.split if files else None), kind="dss", unread=row.unread(), by_text=False)
 
 
 def dss_row(row: dict[str, Any], split: str | None) -> Question:
@@ -82,7 +98,7 @@ def is_sample_list(path: Path) -> bool:
 def iter_samples(files: DssFiles) -> Iterator[str | BadRow]:
     """The released completions of a split, in row order."""
     for path in files.samples:
-        for line, text in iter_rows(path):
+        for line, text in open_rows(path):
             if isinstance(text, BadRow):
                 yield text
                 continue

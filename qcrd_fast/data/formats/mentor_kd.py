@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from qcrd_fast.data.formats.fields import Parsed, Row
 from qcrd_fast.data.schema import Question, Rationale, RowError, get_text
+
+_OWN = {"input", "chain", "completion", "answer", "initial_correct"}
+
+
+def is_mentor_kd(row: Row) -> bool:
+    """Whether a row has `input` and another key of Mentor-KD's, and none that another tool's row would have."""
+    return "input" in row.values and bool(row.values.keys() & _OWN - {"input"}) and row.known() <= {*_OWN, "id", "source"}
+
+
+def read(row: Row, name: str) -> Parsed:
+    """A row of the file `name`."""
+    get_text(row.values, "input", required=True)
+    row.read |= _OWN
+    return Parsed(*mentor_row(row.values, name), kind="mentor-kd", unread=row.unread(), by_text=False)
 
 
 def mentor_row(row: dict[str, Any], source: str) -> tuple[Question, tuple[Rationale, ...]]:

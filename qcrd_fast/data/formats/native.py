@@ -7,44 +7,81 @@ import math
 from typing import Any
 
 from qcrd_fast.config import TASKS
+from qcrd_fast.data.formats.fields import Parsed, Row
+from qcrd_fast.data.formats.golds import gold_text, parse_choices_value
+from qcrd_fast.data.formats.samples import read_sample, sample_list
 from qcrd_fast.data.schema import Question, Rationale, RowError, check_text, get_list, get_text, with_choices
 
 _PREPARED_KEYS = ("positives", "negatives", "majority", "votes")
+_SAMPLED_KEYS = {"id", "question", "context", "gold", "answer", "samples", "choices", "task", "domain", "split"}
+_RATIONALE_KEYS = {"text", "answer", "source", "score"}
 
 
-def native_row(row: dict[str, Any]) -> tuple[Question, tuple[Rationale, ...], str]:
-    """(question, samples, "prepared" | "sampled" | "question"). Keys that are not known are let pass.
+def is_native(row: Row) -> bool:
+    """Whether every key with a meaning is one of ours; other rows with a question are read by `columns`."""
+    if row.mapping:
+        return False
+    if "samples" not in row.values and len(row.values.keys() & set(_PREPARED_KEYS)) > 1:
+        return True
+    return "question" in row.values and row.known() <= _SAMPLED_KEYS | {"source"}
+
+
+def native_row(values: dict[str, Any]) -> tuple[Question, tuple[Rationale, ...], str]:
+    """(question, samples, "prepared" | "sampled" | "question") of a row that is known to be ours.
 
     Raises:
         RowError: a missing key, or a value of the wrong type.
     """
-    text = get_text(row, "question", required=True) or ""
+    parsed = read(Row(values))
+    return parsed.question, parsed.samples, parsed.kind
+
+
+def read(row: Row) -> Parsed:
+    """A prepared row, a sampled row, or a question alone.
+
+    Raises:
+        RowError: a missing key, or a value of the wrong type.
+    """
+    values = row.values
+    text = get_text(values, "question", required=True) or ""
     if not text.strip():
         raise RowError("question is empty")
-    if row.get("id") == "":
+    if values.get("id") == "":
         raise RowError("id is empty")
-    task = get_text(row, "task")
+    task = get_text(values, "task")
     if task is not None and task not in TASKS:
         raise RowError(f"task is one of {', '.join(TASKS)}; got {task!r}")
-    prepared = "samples" not in row and any(key in row for key in _PREPARED_KEYS)
-    if row.get("choices") is not None and not prepared:
-        text = with_choices(text, get_list(row, "choices", check_text))
-    gold = get_text(row, "gold", numbers=True) or None
+    prepared = "samples" not in values and any(key in values for key in _PREPARED_KEYS)
+    row.read |= {*_SAMPLED_KEYS, *_PREPARED_KEYS} if prepared else _SAMPLED_KEYS
+    options: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    if values.get("choices") is not None and not prepared:
+        options, labels = parse_choices_value(values["choices"], "choices")
+        text = with_choices(text, options)
+    if prepared:
+        gold = get_text(values, "gold", numbers=True) or None
+    else:
+        gold = next((g for key in ("gold", "answer") if (g := gold_text(values.get(key), key, options, labels))), None)
     question = Question(
-        id=get_text(row, "id", numbers=True) or "",
+        id=get_text(values, "id", numbers=True) or "",
         question=text if prepared else text.strip(),
-        context=get_text(row, "context"),
-        gold=gold if gold is not None or prepared else get_text(row, "answer", numbers=True) or None,
+        context=get_text(values, "context"),
+        gold=gold,
         task=task,
-        domain=get_text(row, "domain"),
-        split=get_text(row, "split"),
+        domain=get_text(values, "domain"),
+        split=get_text(values, "split"),
     )
     if prepared:
-        question = _prepared(question, row)
-        return question, question.positives + question.negatives, "prepared"
-    if "samples" in row:
-        return question, get_list(row, "samples", _sample), "sampled"
-    return question, (), "question"
+        question = _prepared(question, values)
+        for side in ("positives", "negatives"):
+            extra = {key for item in values[side] if isinstance(item, dict) for key in item if key not in _RATIONALE_KEYS}
+            row.parts |= {f"{side}[].{key}" for key in extra}
+        return Parsed(question, question.positives + question.negatives, "prepared", row.unread(), by_text=False)
+    if "samples" in values:
+        items = sample_list(values["samples"], "samples")
+        samples = tuple(read_sample(item, f"samples[{index}]", row.parts) for index, item in enumerate(items))
+        return Parsed(question, samples, "sampled", row.unread(), by_text=False)
+    return Parsed(question, (), "question", row.unread(), by_text=False)
 
 
 def _prepared(question: Question, row: dict[str, Any]) -> Question:
@@ -80,20 +117,5 @@ def _rationale(item: Any, where: str, answer: str | None) -> Rationale:
         if not text.strip():
             raise RowError("text is empty")
         return Rationale(text, get_text(item, "answer", numbers=True), get_text(item, "source"), score)
-    except RowError as error:
-        raise RowError(f"{where}: {error}") from None
-
-
-def _sample(item: Any, where: str) -> Rationale:
-    """A sample; a bare string has no answer of its own and ends in one."""
-    if isinstance(item, str):
-        return Rationale(check_text(item, where), item)
-    if not isinstance(item, dict):
-        raise RowError(f"{where} expects a string or an object")
-    try:
-        if "answer" not in item:
-            raise RowError("missing key 'answer'")
-        text = get_text(item, "rationale", required=True) or ""
-        return Rationale(text, get_text(item, "answer", numbers=True), get_text(item, "source"))
     except RowError as error:
         raise RowError(f"{where}: {error}") from None

@@ -1,0 +1,31 @@
+"""Rows that are a conversation: `messages` as chat APIs have them, and ShareGPT's `conversations`."""
+
+from __future__ import annotations
+
+from qcrd_fast.data.formats import columns, golds
+from qcrd_fast.data.formats.fields import Parsed, Row
+from qcrd_fast.data.formats.turns import as_list, exchange, is_turns
+from qcrd_fast.data.schema import Rationale, RowError
+
+
+def read(row: Row) -> Parsed:
+    """The question of a conversation, and its reply as a sample. Without a reply, samples may stand in other columns.
+
+    Raises:
+        RowError: it is no conversation of one question and at most one reply.
+    """
+    key = row.key("messages")
+    if key is None:
+        raise RowError("missing key 'messages'")
+    turns = as_list(row.take(key))
+    if not is_turns(turns):
+        raise RowError(f"{key} expects a list of messages with role and content (or from and value)")
+    question, reply, system = exchange(turns, key)
+    if question is None:
+        raise RowError(f"{key} has no turn of the user")
+    if reply is None:
+        return columns.read(row, question)
+    if system:
+        row.parts.add(f"{key}[system]")
+    asked = golds.make_question(row, question)
+    return Parsed(asked, (Rationale(reply, None, golds.source(row), reply=True),), unread=row.unread())

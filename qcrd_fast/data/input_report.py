@@ -1,0 +1,75 @@
+"""What an input was taken for: its file type, its format, and the keys that were not read."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from qcrd_fast.data.formats.fields import nearest, plain, role_of
+from qcrd_fast.utils.files import shown
+
+MAX_KEYS = 1000  # different keys that are kept by name
+_SHOWN_KEYS = 20
+_SAMPLE_ROLES = ("samples", "completion", "rationale", "messages", "prediction")
+
+
+@dataclass
+class InputReport:
+    """What one input was taken for, filled in as it is read."""
+
+    path: str
+    file_type: str = ""
+    format: str = ""
+    title: str = ""
+    rows: int = 0
+    blank_lines: int = 0
+    unread: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    def add_unread(self, keys: Iterable[str]) -> None:
+        for key in sorted(keys):
+            if key in self.unread or len(self.unread) < MAX_KEYS:
+                self.unread[key] += 1
+
+    @property
+    def text(self) -> str:
+        """ "took FILE for TYPE, FORMAT: TITLE; N rows"."""
+        name = f"{self.format}: {self.title}" if self.format else "nothing that is read"
+        blank = f", {self.blank_lines:,} blank lines" if self.blank_lines else ""
+        return f"took {self.path} for {', '.join(filter(None, (self.file_type, name)))}; {self.rows:,} rows{blank}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "file_type": self.file_type,
+            "format": self.format,
+            "rows": self.rows,
+            "blank_lines": self.blank_lines,
+        }
+
+
+def keys_not_read(reports: Iterable[InputReport]) -> dict[str, str | None]:
+    """{key that was not read: the nearest that is, or None}, most frequent first."""
+    counts: collections.Counter[str] = collections.Counter()
+    for report in reports:
+        counts.update(report.unread)
+    return {key: nearest(key) for key, _ in counts.most_common()}
+
+
+def keys_text(keys: dict[str, str | None]) -> str:
+    """The keys of `keys_not_read` for a message; empty where there are none."""
+    if not keys:
+        return ""
+    named = [f"{shown(key)[:80]!r}" + (f" (nearest that is read: {near!r})" if near else "") for key, near in keys.items()]
+    more = f", and {len(named) - _SHOWN_KEYS:,} more" if len(named) > _SHOWN_KEYS else ""
+    return f"keys not read: {', '.join(named[:_SHOWN_KEYS])}{more}"
+
+
+def misspelt(keys: dict[str, str | None]) -> list[str]:
+    """Of the keys that were not read, those that look like a key of samples."""
+    return [
+        key
+        for key, near in keys.items()
+        if near and (role_of(near) in _SAMPLE_ROLES or plain(near) in ("positives", "negatives"))
+    ]

@@ -1,0 +1,165 @@
+"""What `prepare --show` prints and `--inspect` writes: each question with its samples, what was read of them and why."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from qcrd_fast.data.choices import parse_choices
+from qcrd_fast.data.replies import Reader
+from qcrd_fast.data.schema import Question, question_text
+from qcrd_fast.data.voting import Vote
+from qcrd_fast.errors import RunError
+from qcrd_fast.utils.files import require_file, shown
+
+PAGE_QUESTIONS = 200
+PAGE_TEXT = 20_000  # characters of a sample on the page
+SHOW_TEXT = 400  # characters of a sample on the terminal
+_COMMA_GOLD = re.compile(r"-?\d{1,3}(?:\.\d{3})*,\d{1,2}|-?\d{1,3}(?:\.\d{3}){2,}|-?[1-9]\d{0,2}\.000")
+
+
+class Inspection:
+    """Questions as they go by, kept as far as they are shown: `show` of them as text, and the first 200 for a `page`."""
+
+    def __init__(self, reader: Reader, *, show: int = 0, page: bool = False):
+        self.reader = reader
+        self.show = show
+        self.limit = max(show, PAGE_QUESTIONS if page else 0)
+        self.records: list[dict[str, Any]] = []
+        self.total = 0
+        self._golds = self._comma_golds = self._solutions = self._sampled = 0
+
+    def add(self, question: Question, vote: Vote | None) -> None:
+        self.total += 1
+        self._sampled += vote is not None and bool(vote.readings)
+        self._solutions += bool(vote) and any(r.source == "gold" for r in question.positives) and not (vote and vote.readings)
+        if question.gold is not None and re.search(r"\d", question.gold):
+            self._golds += 1
+            self._comma_golds += _COMMA_GOLD.fullmatch(question.gold.strip(" $\u20ac%")) is not None
+        if len(self.records) < self.limit:
+            self.records.append(self._record(question, vote))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should look at."""
+        found = []
+        if self._comma_golds > 0.05 * self._golds and self.reader.decimal == "point":
+            found.append(
+                f"{self._comma_golds:,} of {self._golds:,} golds look like 1.234,5; read them with --decimal comma "
+                "if 3.000 is three thousand here"
+            )
+        if self._solutions and not self._sampled:
+            found.append(f"no samples: {self._solutions:,} golds' own solutions are the positives, and there are no negatives")
+        return found
+
+    def _record(self, question: Question, vote: Vote | None) -> dict[str, Any]:
+        task, choices = question.task or "text", parse_choices(question.question)
+        samples = []
+        for sample, reading in vote.readings if vote else ():
+            agrees = reading.answer is not None and question.majority is not None
+            side = "unreadable" if reading.answer is None else "minority"
+            if agrees and self.reader.same(reading.answer or "", question.majority or "", task, choices):
+                side = "majority"
+            samples.append(
+                {
+                    "text": sample.text,
+                    "given": sample.answer,
+                    "reasoning": reading.reasoning,
+                    "rationale": reading.rationale,
+                    "answer": reading.answer,
+                    "why": reading.why,
+                    "side": side,
+                    "source": sample.source,
+                }
+            )
+        if not samples:
+            for side, rationales in (("majority", question.positives), ("minority", question.negatives)):
+                samples += [
+                    {"text": r.text, "given": r.answer, "reasoning": "", "rationale": r.text, "answer": r.answer,
+                     "why": "as prepared" if vote is None else "the gold's own solution", "side": side, "source": r.source}
+                    for r in rationales
+                ]  # fmt: skip
+        both = question.gold is not None and question.majority is not None
+        return {
+            "id": question.id,
+            "question": question_text(question),
+            "task": task,
+            "gold": question.gold,
+            "majority": question.majority,
+            "votes": dict(question.votes),
+            "right": self.reader.same(question.majority or "", question.gold or "", task, choices) if both else None,
+            "samples": samples,
+        }
+
+    @property
+    def text(self) -> str:
+        """The first `show` questions, as lines."""
+        out: list[str] = []
+        for record in self.records[: self.show]:
+            out += [f"question {record['id']} ({record['task']})", *_indented(record["question"], 2)]
+            for number, sample in enumerate(record["samples"], 1):
+                out += [f"  sample {number}: {sample['side']}", *_indented(_short(sample["text"]), 4)]
+                out.append(
+                    f"    read: {sample['answer']!r}, from {sample['why']}"
+                    if sample["answer"] is not None
+                    else f"    unreadable: {sample['why']}"
+                )
+                if sample["rationale"].strip() != sample["text"].strip():
+                    out += ["    rationale:", *_indented(_short(sample["rationale"]) or "(none)", 6)]
+            votes = ", ".join(f"{answer}: {count}" for answer, count in record["votes"].items())
+            out += [f"  vote: {record['majority']!r} ({votes or 'none'}); gold: {record['gold']!r}", ""]
+        return "\n".join(_printable(line) for line in out).rstrip()
+
+    def write(self, path: str | Path) -> None:
+        """Write the page, whole or not at all.
+
+        Raises:
+            InputError: `path` is a device or pipe.
+            RunError: it cannot be written.
+        """
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        path = Path(path)
+        require_file(path)
+        environment = Environment(
+            loader=PackageLoader("qcrd_fast.data", "."),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        template = environment.get_template("inspection.html.j2")
+        records = [_clipped(record) for record in self.records[:PAGE_QUESTIONS]]
+        page = template.render(records=records, total=self.total, warnings=self.warnings)
+        temporary = path.with_name(f".qcrd-{os.getpid()}.html.tmp")
+        try:
+            try:
+                temporary.write_text(page, encoding="utf-8", errors="replace")
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+
+
+def _clipped(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= PAGE_TEXT else value[:PAGE_TEXT] + " [...]"
+    if isinstance(value, dict):
+        return {_clipped(key): _clipped(item) for key, item in value.items()}
+    return [_clipped(item) for item in value] if isinstance(value, list) else value
+
+
+def _short(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= SHOW_TEXT else text[: SHOW_TEXT // 2] + " [...] " + text[-SHOW_TEXT // 2 :]
+
+
+def _indented(text: str, width: int) -> list[str]:
+    return [" " * width + line for line in text.strip().split("\n")]
+
+
+def _printable(line: str) -> str:
+    return "".join(c if c.isprintable() or c == "\u3000" else "?" for c in line.replace("\t", " "))

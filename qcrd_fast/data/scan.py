@@ -1,0 +1,232 @@
+"""The rows of one input, good and bad, as they are read: file type and format recognised, before any pooling or vote."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qcrd_fast.data.files import is_hub_name, open_rows
+from qcrd_fast.data.formats import batch, dss
+from qcrd_fast.data.formats.fields import ROLES, Parsed, Row, role_of
+from qcrd_fast.data.formats.registry import NAMES, Context, Format, find_format
+from qcrd_fast.data.input_report import InputReport, keys_not_read, keys_text
+from qcrd_fast.data.pooling import Record
+from qcrd_fast.data.schema import BadRow, Question, RowError, require, text_key
+from qcrd_fast.data.tables import is_dataset_folder
+from qcrd_fast.errors import InputError
+from qcrd_fast.utils.files import shown
+
+
+@dataclasses.dataclass
+class Scanner:
+    """How inputs are read. One scanner reads all inputs of a command, so that ids are the same in all of them.
+
+    `split` must be there; `part` is what a folder of several splits is read for. `mapping` is role: key, as `--map` says.
+
+    Raises:
+        InputError: an unknown format or role.
+    """
+
+    format: str = "auto"
+    split: str | None = None
+    part: str | None = None
+    config_name: str | None = None
+    mapping: Mapping[str, str] | str | None = None
+    batch_input: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in NAMES:
+            raise InputError(f"--format is one of {', '.join(NAMES)}; got {self.format!r}")
+        self.mapping = parse_mapping(self.mapping)
+        self.reports: list[InputReport] = []
+        self._ids: dict[bytes, str] = {}  # id of the question with a text, where rows are told apart by it
+        self._batch: Mapping[str, str] | None = None
+
+    def scan(self, path: Path) -> Iterator[Record | BadRow]:
+        """The rows of one input with their samples as they are.
+
+        Raises:
+            InputError: the input cannot be read, or is read with an option that is missing.
+        """
+        folder = os.path.isdir(path) and not is_dataset_folder(path)
+        if folder and self.format not in ("auto", "dss"):
+            raise InputError(f"{shown(path)}: a folder is read with --format dss or auto, not {self.format}")
+        plain_file = self.format in ("auto", "dss") and not is_dataset_folder(path) and not is_hub_name(path)
+        files = dss.find_dss(path, self.split or self.part) if plain_file else None
+        name = shown(files.rows if files else path)
+        report = InputReport(name)
+        self.reports.append(report)
+        if dss.is_sample_list(path):
+            yield BadRow(name, 1, "a list of samples; name its folder or NAME_{split}.json")
+            return
+        yield from _Scan(self, path, files, report).records("dss" if folder else self.format)
+
+    def batch(self) -> Mapping[str, str] | None:
+        """The questions of `--batch-input`, read once."""
+        if self.batch_input is not None and self._batch is None:
+            self._batch = batch.questions(self.batch_input)
+        return self._batch
+
+    def question_id(self, question: Question) -> str:
+        """The id that all rows with this question's text have: the first row's own, or one made of the text."""
+        digest = text_digest(question)
+        return self._ids.setdefault(bytes.fromhex(digest), question.id or digest[:16])
+
+
+class _Scan:
+    """The reading of one input."""
+
+    def __init__(self, scanner: Scanner, path: Path, files: dss.DssFiles | None, report: InputReport):
+        self.scanner, self.files, self.report = scanner, files, report
+        self.rows = files.rows if files else path
+        self.found: Format | None = None
+        self.kind = "question"
+        self.ids: dict[bytes, tuple[int, str]] = {}  # where an id was first seen, with what text
+        self.mapped: set[str] = set()  # keys of --map that were there
+
+    def records(self, format: str) -> Iterator[Record | BadRow]:
+        where, files = self.report.path, self.files
+        samples = dss.iter_samples(files) if files and files.samples else None
+        opened = open_rows(self.rows, split=self.scanner.split, part=self.scanner.part, config_name=self.scanner.config_name)
+        line, count, unpaired = 1, 0, 0
+        for line, value in opened:
+            sample = next(samples, None) if samples else None
+            unpaired += sample is None
+            count += 1
+            self.report.file_type, self.report.rows, self.report.blank_lines = opened.kind, count, opened.blank_lines
+            if isinstance(value, BadRow):
+                yield value._replace(path=where, line=line)
+                continue
+            try:
+                parsed = self._parse(require(value), format)
+                if isinstance(sample, str) and parsed.kind == "dss":
+                    parsed = parsed._replace(samples=(dss.dss_sample(sample, f"{self.rows.parent.name}/llm"),))
+                question = self._identify(parsed, line)
+                yield Record(question, parsed.samples, parsed.kind == "prepared", where, line)
+            except RowError as error:
+                yield BadRow(where, line, str(error))
+            if isinstance(sample, BadRow):
+                yield sample
+        self.report.blank_lines = opened.blank_lines
+        total = count - unpaired + sum(1 for _ in samples) if samples else count
+        if total != count:
+            raise Mismatch(BadRow(where, line, f"{count} rows, but {total} samples in {shown(self.rows.parent / 'llm')}"))
+        assert not isinstance(self.scanner.mapping, str)
+        for role, key in (self.scanner.mapping or {}).items():
+            if count and key not in self.mapped:
+                raise InputError(f"{where}: no row has a key {key!r}, which --map {role}={key} names")
+
+    def _parse(self, values: dict[str, Any], format: str) -> Parsed:
+        """What the file's format makes of a row; the first row that a format claims decides which that is."""
+        mapping = self.scanner.mapping
+        assert not isinstance(mapping, str)
+        if mapping:
+            values = _dug(values, mapping)
+            self.mapped |= values.keys() & set(mapping.values())
+        row = Row(values, mapping)
+        if self.found is None:
+            if format == "auto" and self.files and self.files.samples and "choices" in values:
+                format = "dss"
+            self.found = find_format(format, row)
+            if self.found is None:
+                raise RowError(_no_question(row))
+            self.report.format, self.report.title = self.found.name, self.found.title
+        asked = self.scanner.batch() if self.found.name == "openai-batch" else None
+        try:
+            parsed = self.found.read(row, Context(self.rows.stem, self.files, asked))
+        except InputError as error:
+            raise InputError(f"{self.report.path}: {error}") from None
+        self.report.add_unread(parsed.unread)
+        return parsed
+
+    def _identify(self, parsed: Parsed, line: int) -> Question:
+        """The question with its id.
+
+        Raises:
+            RowError: a row without samples after rows with some, or an id that another question has.
+        """
+        question, kind = parsed.question, parsed.kind
+        if kind == "question" != self.kind:
+            key = {"prepared": "'positives'", "sampled": "'samples'"}.get(self.kind, "of a sample")
+            what = f"missing key {key}" if not parsed.by_text else "no sample"
+            raise RowError(f"{what}, which the rows above have")
+        self.kind = "question" if kind == "question" else kind
+        given = bool(question.id)
+        if parsed.by_text:
+            question = dataclasses.replace(question, id=self.scanner.question_id(question))
+        elif not given:
+            question = dataclasses.replace(question, id=text_digest(question)[:16])
+        if given or kind == "prepared":
+            key_of_id = hashlib.blake2b(question.id.encode(), digest_size=16).digest()
+            text = text_digest(question)[:16]
+            if key_of_id not in self.ids:
+                self.ids[key_of_id] = line, text
+                return question
+            first, other = self.ids[key_of_id]
+            if other != text:
+                raise RowError(f"id {question.id!r} is another question on line {first}")
+            if kind in ("prepared", "question") and not parsed.by_text:
+                raise RowError(f"duplicate id {question.id!r}, first on line {first}")
+        return question
+
+
+class Mismatch(InputError):
+    """The samples beside a file are not as many as its rows: which belongs to which is not known, so none can be used."""
+
+    def __init__(self, row: BadRow):
+        super().__init__(str(row))
+        self.row = row
+
+
+def text_digest(question: Question) -> str:
+    """sha256 of what the spellings of one question have in common."""
+    return hashlib.sha256(text_key(question).encode()).hexdigest()
+
+
+def parse_mapping(text: Mapping[str, str] | str | None) -> dict[str, str]:
+    """{role: key} of `question=instruction,samples=generations`; a role may go by any of its names.
+
+    Raises:
+        InputError: an unknown role, a role twice, or no `NAME=KEY`.
+    """
+    if not text:
+        return {}
+    pairs = list(text.items()) if isinstance(text, Mapping) else [tuple(part.partition("=")[::2]) for part in text.split(",")]
+    found: dict[str, str] = {}
+    for name, key in pairs:
+        name, key = name.strip(), key.strip()
+        role = name if name in ROLES else role_of(name)
+        if not key:
+            raise InputError(f"--map expects NAME=KEY,NAME=KEY such as question=instruction,gold=answer; got {name!r}")
+        if role is None:
+            close = difflib.get_close_matches(name, ROLES, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"--map: {name!r} is none of {', '.join(ROLES)}{hint}")
+        if role in found:
+            raise InputError(f"--map: {role} is given twice, as {found[role]!r} and as {key!r}")
+        found[role] = key
+    return found
+
+
+def _dug(values: dict[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
+    """`values` with the inner values that `--map gold=metadata.answer` names."""
+    found = {}
+    for key in mapping.values():
+        inner: Any = values
+        for part in key.split(".") if key not in values and "." in key else ():
+            inner = inner.get(part) if isinstance(inner, dict) else None
+        if inner is not values and inner is not None:
+            found[key] = inner
+    return values | found if found else values
+
+
+def _no_question(row: Row) -> str:
+    report = InputReport("")
+    report.add_unread(key for key in row.values)
+    keys = keys_text(keys_not_read([report])) or "the row has no keys"
+    return f"missing key 'question'; {keys}; --map question=KEY says which it is"

@@ -1,0 +1,83 @@
+"""Reasoning blocks of a reply told apart from what stands outside them: tags, channels and control tokens of chat models."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+THINKING = ("auto", "drop", "keep", "only")  # --thinking
+
+_NAMES = "think|thinking|thought|thoughts|reasoning|reason|reflection|scratchpad|analysis|seed:think|longcot"
+_OPEN = rf"<(?:{_NAMES})(?:\s[^<>\n]{{0,80}})?>|\[think\]|◁think▷|<\|begin_of_thought\|>|<\|(?:start_)?think(?:ing)?\|>"
+_CLOSE = rf"</(?:{_NAMES})\s*>|\[/think\]|◁/think▷|<\|end_of_thought\|>|<\|(?:/|end_)think(?:ing)?\|>"
+_CHANNEL = r"<\|?channel\|?>\s{0,9}(?:analysis|commentary|thought|thinking)\b[^<\n]{0,80}(?:<\|message\|>)?"
+_FINAL = r"<\|?channel\|?>\s{0,9}final\b[^<\n]{0,80}(?:<\|message\|>)?|<channel\|>"
+_TAG = re.compile(
+    rf"(?P<open>{_OPEN}|{_CHANNEL})|(?P<close>{_CLOSE}|{_FINAL})|(?P<turn><\|start\|>\s{{0,9}}assistant)", re.IGNORECASE
+)
+_BARE = re.compile(r"\Aanalysis(?=[A-Z\"'(])")  # a channel whose control tokens were stripped by the decoder
+_BARE_FINAL = "assistantfinal"
+_END = re.compile(r"<\|(?:end|return|call|im_end|eot_id|endoftext|end_of_text|end_of_turn|eot)\|>|</s>|<end_of_turn>|<eos>")
+_TURN = r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:assistant|user|human)\|>|\[INST\]"
+_HEADER = re.compile(rf"\s*(?:{_TURN})?\s*(?:(?:assistant|model)\b\s*)?(?:<\|end_header_id\|>)?", re.IGNORECASE)
+_STOP = re.compile(rf"{_END.pattern}|{_TURN}", re.IGNORECASE)
+_SOLUTION = re.compile(r"<\|(?:begin|end)_of_solution\|>")
+
+
+class Parts(NamedTuple):
+    """`thinking` and `outside` of a reply; `cut`: a block has a start and no end, so the reply never came to its answer."""
+
+    thinking: str
+    outside: str
+    cut: bool
+
+
+def split_thinking(text: str) -> Parts:
+    """A reply's reasoning blocks and the rest.
+
+    An end without a start closes whatever stands before it; a start without an end runs to the end of the text. Of a
+    chat transcript, the first turn counts: control tokens go, and so does what follows the next turn's start.
+    """
+    if not any(sign in text for sign in ("<", "[", "\u25c1", "analysis")):
+        return Parts("", text.strip(), False)
+    thinking: list[str] = []
+    outside: list[str] = []
+    inside, position = False, 0
+    if match := _BARE.match(text):
+        head, final, rest = text[match.end() :].partition(_BARE_FINAL)
+        return Parts(_clean(head), _first_turn(rest) if final else "", not final)
+    for tag in _TAG.finditer(text):
+        piece, position = text[position : tag.start()], tag.end()
+        if inside:
+            thinking.append(piece)
+            inside = tag.lastgroup == "open" or (tag.lastgroup == "turn" and not _END.search(piece))
+        elif tag.lastgroup == "open":
+            outside.append(piece)
+            inside = True
+        elif tag.lastgroup == "close" and not _is_final(tag[0]):
+            thinking += [*outside, piece]
+            outside = []
+        else:
+            outside.append(piece)
+    (thinking if inside else outside).append(text[position:])
+    return Parts(_clean("\n".join(thinking)), _first_turn("".join(outside)), inside)
+
+
+def _is_final(tag: str) -> bool:
+    return "channel" in tag.lower()
+
+
+def _first_turn(text: str) -> str:
+    """`text` up to the control token that ends the turn."""
+    header = _HEADER.match(text)
+    if header and "<" in header[0]:
+        text = text[header.end() :]
+    for stop in _STOP.finditer(text):
+        if text[: stop.start()].strip():
+            text = text[: stop.start()]
+            break
+    return _clean(text)
+
+
+def _clean(text: str) -> str:
+    return _SOLUTION.sub("", _END.sub("", text)).strip()
