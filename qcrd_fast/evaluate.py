@@ -64,8 +64,10 @@ def predict(
         output = student.text(tokens)
         kind = question.task or "text" if task == "mixed" else task
         choices = answers.parse_choices(question_text(question)) if kind == "choice" else ()
-        said = output.rpartition("Answer:")[2] if reasoning else output
-        prediction = replies.extract_answer(said, kind, choices)
+        if reasoning:
+            prediction = replies.read_reply(output, kind, choices).answer
+        else:
+            prediction = replies.extract_answer(output, kind, choices)
         gold = label_of(question, None)
         records.append(
             {

@@ -238,7 +238,7 @@ def _format(value: Fraction) -> str:
 
 
 def _yes_no(text: str) -> str | None:
-    text = text.casefold()
+    text = re.sub(r"(?:\u3067\u3059|\u3067\u3042\u308b|\u3060)[\u3002.]?$", "", text.casefold())
     if whole := _WORDS.get(text.strip(" .,;:!?\"'`*()[]{}。！、")):
         return whole
     start = _FIRST_WORD.match(text)

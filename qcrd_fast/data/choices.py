@@ -22,6 +22,7 @@ _INLINE = tuple(
         r"(?<![\w'])([A-Z])[:：][ \t]*", r"(?<![\w'])([A-Z])[.．、][ \t]*", r"(?<![\w])[(（](\d)[)）][ \t]*",
     )
 )  # fmt: skip
+_CLEAR = 2  # of these styles, the first ones, whose labels stand in brackets, need no question mark before them
 _FULL_WIDTH = {code: code - 0xFEE0 for code in (*range(0xFF21, 0xFF3B), *range(0xFF41, 0xFF5B))}  # letters
 _TAIL = re.compile(r"[\s,;，；]+(?:or|and|oder|ou|o|или)?\s*$|\s+(?:or|and)\s*$", re.IGNORECASE)
 _LEAD = re.compile(
@@ -90,10 +91,10 @@ def parse_choices(question: str) -> Choices:
         found = _sequence(text, pattern, digits, lines=True)
         if found and (not digits or _are_options(text, found[0])):
             return _choices(found[1], digits)
-    for pattern in _INLINE:
+    for rank, pattern in enumerate(_INLINE):
         digits = r"\d" in pattern.pattern
         found = _sequence(text, pattern, digits, lines=False)
-        if found and (not digits or _are_options(text, found[0])):
+        if found and (rank < _CLEAR or _are_options(text, found[0])):
             return _choices(found[1], digits)
     return Choices()
 

@@ -136,7 +136,9 @@ class Inspection:
         temporary = path.with_name(f".qcrd-{os.getpid()}.html.tmp")
         try:
             try:
-                temporary.write_text(page, encoding="utf-8", errors="replace")
+                temporary.unlink(missing_ok=True)
+                with open(temporary, "x", encoding="utf-8", errors="replace") as file:
+                    file.write(page)
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)

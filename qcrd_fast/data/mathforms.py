@@ -29,6 +29,7 @@ _SETS = {r"\{": "{", r"\}": "}"}
 
 _WORKER = """
 import json, sys
+sys.path = [path for path in sys.path if path]
 from math_verify import parse, verify
 for line in sys.stdin:
     a, b = json.loads(line)
@@ -101,6 +102,8 @@ def normal_form(text: str) -> str | None:
     text = re.sub(r"\s+", "", plain(text)).replace("\x01", "{").replace("\x02", "}").rstrip(".,;")
     text = re.sub(r"(?<=[\dA-Za-z)])\*(?=[A-Za-zπ√(])", "", text)
     text = re.sub(r"√\((\w)\)", r"√\1", text)
+    text = re.sub(r"\^\((-?\w+)\)", r"^\1", text)
+    text = re.sub(r"(?<![\w)])\((\d+|[A-Za-z])\)(?=/)|(?<=/)\((\d+|[A-Za-z])\)", lambda match: match[1] or match[2], text)
     return text or None
 
 

@@ -1,0 +1,301 @@
+"""Where the answer of a text stands: behind the last announcement of one, else in its last sentence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from qcrd_fast.data import mathforms
+from qcrd_fast.data.answers import EMPHASIS, Value, numeric_value, option_value, read_value
+from qcrd_fast.data.choices import choice_in_sentence, plain_text
+from qcrd_fast.data.latex import simplify
+from qcrd_fast.data.markers import Marker, cut_next_question, find_markers, sentence_start, sentences
+from qcrd_fast.data.quantities import read_quantity, sole_quantity
+from qcrd_fast.data.thinking import split_thinking
+
+_DENIAL = re.compile(
+    r"(?<![\w])(?:cannot|can\s+not|can['\u2019]t|could\s+not|couldn['\u2019]t|no\s+way\s+to|"
+    r"does\s+not\s+exist|depends\s+on|not\s+given|ambiguous|n/a|(?:is|are)\s+(?:no|not\s+enough)\s+(?:\w+\s+)?(?:answer|"
+    r"solution|information|data)|"
+    r"no\s+(?:unique\s+|single\s+|definite\s+)?(?:answer|solution)|not\s+(?:enough|sufficient)|insufficient|impossible|"
+    r"undetermined|indeterminate|"
+    r"unknown|undefined|not\s+possible|don't\s+know|do\s+not\s+know|unable\s+to|none\s+of\s+the|"
+    r"(?:kann|l\u00e4sst\s+sich|ist|sind)(?![\w])[^.]{0,60}nicht|keine\s+(?:antwort|l\u00f6sung)|nicht\s+gen\u00fcgend|"
+    r"unbekannt|unm\u00f6glich|"
+    r"ne\s+peut|ne\s+permet|on\s+ne\s+sait|impossible\s+de|pas\s+de\s+(?:r\u00e9ponse|solution)|pas\s+assez|"
+    r"no\s+se\s+(?:puede|sabe)|faltan\s+datos|no\s+hay\s+(?:respuesta|soluci\u00f3n)|imposible|"
+    r"non\s+si\s+(?:pu\u00f2|sa)|mancano\s+dati|non\s+\u00e8\s+possibile|impossibile|n\u00e3o\s+\u00e9\s+poss\u00edvel|"
+    r"n\u00e3o\s+h\u00e1|n\u00e3o\s+se\s+(?:pode|sabe)|n\u00e3o\s+d\u00e1|faltam\s+dados|imposs\u00edvel|невозможно|нельзя|"
+    r"неизвестно|недостаточно|не\s+хватает|не\s+может)(?![\w])|"
+    r"\u65e0\u6cd5|\u7121\u6cd5|\u4e0d\u80fd|\u4e0d\u8db3|\u4e0d\u786e\u5b9a|\u6ca1\u6709\u7b54\u6848|\u65e0\u89e3|"
+    r"\u4e0d\u662f|\u308f\u304b\u308a\u307e\u305b\u3093|\u6c42\u3081\u3089\u308c|\u3067\u304d\u307e\u305b\u3093|"
+    r"\u3067\u304d\u306a\u3044|\u308f\u304b\u3089\u306a\u3044|\u5206\u304b\u308a\u307e\u305b\u3093|\u4e0d\u660e",
+    re.IGNORECASE,
+)
+_HEDGE = re.compile(
+    r"(?<![\w])(?:maybe|perhaps|possibly|might|could\s+be|not\s+sure|a\s+guess|hmm|or\s+so|vielleicht|"
+    r"peut-\u00eatre|quiz\u00e1s?|forse|talvez|возможно)(?![\w])|\u4e5f\u8bb8",
+    re.IGNORECASE,
+)
+_VERB = re.compile(
+    r"[=\u2248](?!=)|(?<![\w])(?:is|are|was|were|be|equals?|makes?|made|gives?|gave|leaves?|left\s+with|gets?|got|totals?|"
+    r"total\s+of|totall?ing|"
+    r"ist|sind|ergibt|ergeben|macht|machen|bleiben|bleibt|betr\u00e4gt|insgesamt|gleich|est|sont|fait|font|donne(?:nt)?|"
+    r"reste(?:nt)?|vaut|"
+    r"quedan?|igual\s+a|\u00e8|sono|fanno|d\u00e0|danno|rimangono|restano|rimane|\u00e9|s\u00e3o|d\u00e1|d\u00e3o|faz|fazem|"
+    r"restam|sobram|ficam|"
+    r"(?:es|son|da|dan|fa|hace)(?=\s+[-+$\u20ac]?\d)|равно|равен|равна|равны|будет|составляет|составит|получится|получаем|"
+    r"получим|оста[её]тся|осталось|итого|всего)(?![\w])|"
+    r"\u7b49\u4e8e|\u7b49\u65bc|\u662f|\u4e3a|\u70ba|\u5f97\u5230|\u5f97|\u5171\u6709|\u4e00\u5171|\u603b\u5171|\u5171|"
+    r"\u5269\u4e0b|\u8fd8\u5269|\u5269|\u306f|\u5408\u8a08|\u6b8b\u308a",
+    re.IGNORECASE,
+)
+_BECAUSE = re.compile(r",?\s+(?:because|since)(?![\w])", re.IGNORECASE)
+_TAGS = re.compile(r"</?(?:answer|solution|response|output|final)\s*>|```\w{0,12}", re.IGNORECASE)
+_BETWEEN_BOXES = re.compile(r"[\s$.]*(?:and|or|,|;|\\text\{\s*(?:and|or)\s*\}|und|oder|et|ou|y|o|e)[\s$]*", re.IGNORECASE)
+_EDGES = " \t\n,，、;:：*_#>(-\u2013\u2014|$"
+_PROSE_START = re.compile(
+    r"\s*(?:correct|right|wrong|incorrect|clear|obvious|not|unknown|based|as\s+follows|below|found|given|because|let|"
+    r"in\s+the|we|i|you|to\s+find)(?![\w])",
+    re.IGNORECASE,
+)
+_REASONED = re.compile(
+    r"(?<![\w])(?:because|since|weil|denn|car|parce|puisque|porque|perch\u00e9|poich\u00e9|pois|потому|"
+    r"поскольку)(?![\w])|\u56e0\u4e3a|\u56e0\u70ba",
+    re.IGNORECASE,
+)
+
+
+class Found(NamedTuple):
+    """The answer of a text, or None, and why; the `marker` that announced it."""
+
+    value: Value | None
+    why: str
+    marker: Marker | None = None
+    bare: bool = False  # the text is nothing but the answer
+
+
+def answer_text(text: str) -> str:
+    """The part of a reply, or of a worked solution, that looks like its answer, whatever its task; for guessing the task."""
+    text = cut_next_question(split_thinking(text).outside).strip()
+    for marker in reversed(find_markers(text)):
+        if marker.clause and not marker.doubt:
+            return marker.clause.strip(" .*_`$\n。")
+    last = (sentences(text) or [""])[-1]
+    number = sole_quantity(last.rpartition("=")[2] if "=" in last else last).number
+    return str(number.value) if number else last.strip(" .*_`$\n。")
+
+
+def find_answer(text: str, task: str, choices: Sequence[str], decimal: str, explicit: bool = False) -> Found:
+    """The answer in what stands outside of the reasoning."""
+    if not text.strip():
+        return Found(None, "nothing was said")
+    markers = find_markers(text)
+    why = ""
+    for at in range(len(markers) - 1, -1, -1):
+        marker = markers[at]
+        if marker.doubt:
+            continue
+        if marker.clause is None:
+            return Found(None, "the box does not close", marker)
+        value, why_not, blocks = _in_clause(marker, task, choices, decimal)
+        if value is not None and marker.kind == "box" and _beside_another(text, markers, at):
+            return Found(None, "several boxes", marker)
+        if value is not None:
+            said = text[marker.start : min(marker.stop, marker.start + 120)]
+            return Found(value, " ".join(said.split()), marker)
+        if blocks:
+            return Found(None, f"{why_not}: {_short(marker.clause)}", marker)
+        why = why or f"{why_not}: {_short(marker.clause)}"
+    if task == "text" and markers and not explicit:
+        return Found(None, why or "no answer is announced")
+    found = _sentences(text, task, choices, decimal, explicit)
+    if markers and markers[-1].doubt and "\n" not in text[markers[-1].start :].strip() and not explicit:
+        return Found(None, f"only in doubt: {_short(text[markers[-1].start :])}")
+    return found if found.value is not None or not why else Found(None, f"{found.why}; {why}")
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _beside_another(text: str, markers: list[Marker], at: int) -> bool:
+    before = [marker for marker in markers[:at] if marker.kind == "box"]
+    return bool(before) and _BETWEEN_BOXES.fullmatch(text[before[-1].stop : markers[at].start][:80]) is not None
+
+
+def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) -> tuple[Value | None, str, bool]:
+    """(the value that a marker announces, why there is none, whether that settles that there is none at all)."""
+    clause = (marker.clause or "").strip()
+    whole = marker.kind in ("box", "tag", "hash")
+    if not clause:
+        return None, "nothing follows the marker", whole
+    if whole and marker.kind == "tag" and (inner := find_markers(clause)):
+        return _in_clause(inner[-1], task, choices, decimal)
+    if task in ("number", "equation"):
+        found = read_quantity(clause, decimal=decimal, expressions=task == "equation", label=marker.kind in ("label", "hash"))
+        denied = _DENIAL.search(clause) is not None and found.number is None
+        value = numeric_value(found.number, found.text if task == "equation" else "")
+        return value, found.why, found.blocks or denied or (marker.kind in ("box", "tag"))
+    if re.search(r"[?？]\W*$", clause) and not whole:
+        return None, "a question", False
+    if task == "choice":
+        value = read_value(clause, task, choices)
+        if not choices and value is not None and value.letter is None and not whole and _PROSE_START.match(clause):
+            return None, "no option follows directly", False
+        return value, "no option follows", value is None and (whole or _settles(clause))
+    if task == "yes-no":
+        return read_value(clause, task), "neither yes nor no", whole
+    if task == "math":
+        clause = _inline_math(clause) if not whole else clause
+        value = None if mathforms.looks_like_prose(clause) else read_value(clause, task, (), decimal)
+        return value, "no formula follows directly", whole
+    if not whole and (_PROSE_START.match(clause) or len(clause) > 200):
+        return None, "no answer follows directly", False
+    if marker.kind == "box":
+        clause = simplify(clause)
+    return read_value(_unquoted(clause), task), "no text follows", whole
+
+
+def _settles(clause: str) -> bool:
+    return (
+        _DENIAL.search(clause) is not None
+        or re.match(r"[\W_]*[(\[]?[A-Za-z][)\]]?\s*(?:or|and|/|,|&)\s*[(\[]?[A-Za-z][)\]]?(?!\w)", clause) is not None
+    )
+
+
+def _inline_math(clause: str) -> str:
+    match = re.match(r"[\s:]*(\$\$?|\\\(|\\\[)(.+?)(?:\$\$?|\\\)|\\\])", clause)
+    return match[2] if match else clause
+
+
+def _unquoted(text: str) -> str:
+    return text.strip().strip("*_`").strip().rstrip(".").strip(" *_`\"'\u201c\u201d\u201e\u300c\u300d")
+
+
+def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, explicit: bool) -> Found:
+    """The answer of a text that announces none: the text as a whole, or its last sentence."""
+    found = sentences(_TAGS.sub("", text))
+    if not found:
+        value = read_value(text, task, choices, decimal) if explicit else None
+        return Found(value, "the text" if value else "no words and no numbers", bare=True)
+    last = found[-1]
+    if explicit or len(found) == 1:
+        value = _whole(text if explicit else _TAGS.sub("", text), task, choices, decimal)
+        if value is not None and (explicit or _is_bare(text, task, choices)):
+            return Found(value, "the whole text", bare=True)
+    if task == "text":
+        return Found(None, "no answer is announced")
+    if _DENIAL.search(last) and task != "yes-no" and plain_text(last) not in map(plain_text, choices):
+        return Found(None, f"says that there is none: {_short(last)}")
+    if _HEDGE.search(last) and not explicit:
+        return Found(None, f"unsure: {_short(last)}")
+    if re.search(r"[?？]\W*$", last):
+        return Found(None, f"ends in a question: {_short(last)}")
+    if task == "equation" and explicit:
+        return Found(None, f"no expression with a value: {_short(last)}")
+    if task in ("number", "equation", "math"):
+        return _number_in(last, task, decimal)
+    if task == "choice":
+        index, _ = choice_in_sentence(last, choices)
+        if not choices and index is None:
+            return Found(None, f"no option in the last sentence: {_short(last)}")
+        value = option_value(index, choices) if index is not None else None
+        return Found(
+            value, f"the last sentence: {_short(last)}" if value else f"no option in the last sentence: {_short(last)}"
+        )
+    value = read_value(last, task)
+    first = (
+        read_value(found[0].split(",")[0].split(".")[0], task)
+        if len(found) > 1 and re.match(r"\W*(?:yes|no|true|false)\b\s*[,.!:;]", found[0], re.IGNORECASE)
+        else None
+    )
+    if value is None or first is None or first.key == value.key:
+        value = value or first
+        return Found(value, f"the last sentence: {_short(last)}" if value else f"neither yes nor no: {_short(last)}")
+    return Found(None, "the first and the last sentence differ")
+
+
+def _whole(text: str, task: str, choices: Sequence[str], decimal: str) -> Value | None:
+    if task == "math" and mathforms.looks_like_prose(text):
+        return None
+    return read_value(text, task, choices, decimal)
+
+
+def _is_bare(text: str, task: str, choices: Sequence[str]) -> bool:
+    """Whether a text of one sentence is an answer and nothing else, so that there is no rationale in it."""
+    plain = simplify(text)
+    if task in ("number", "equation"):
+        return (
+            "=" not in plain
+            and len(plain.split()) <= 4
+            and sole_quantity(plain, expressions=task == "equation").number is not None
+        )
+    if task == "choice":
+        return (
+            len(plain.split()) <= 1
+            or re.match(r"\W*(?:[A-Za-z]\b\W|\([A-Za-z]\))", plain) is not None
+            or plain_text(plain) in map(plain_text, choices)
+        )
+    if task == "yes-no":
+        return len(plain.split()) <= 1
+    if task == "math":
+        bare = mathforms.unwrapped(text)
+        return "$" not in bare and (len(bare.split()) <= 1 or not re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", bare))
+    return len(sentences(text)) == 1
+
+
+def _number_in(sentence: str, task: str, decimal: str) -> Found:
+    """The value that a sentence ends up with: after its last `=` or verb such as "makes", else the only one in it."""
+    if task == "math" and (spans := re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", sentence)):
+        formula = (spans[-1][0] or spans[-1][1]).rpartition("=")[2]
+        read = read_value(formula, task, (), decimal) if len(spans) == 1 else None
+        return Found(read, f"the last sentence: {_short(sentence)}" if read else f"several formulas: {_short(sentence)}")
+    if task == "math" and re.search(r"[\[{]|\(\s*-?[\d.]+\s*,", sentence):
+        return Found(None, f"a formula among words: {_short(sentence)}")
+    text = EMPHASIS.sub(r"\2", simplify(sentence))
+    if because := _BECAUSE.search(text):
+        head = text[: because.start()]
+        text = head if re.search(r"\d", head) else text
+    verb = None
+    for verb in _VERB.finditer(text):  # noqa: B007
+        pass
+    found = sole_quantity(text[verb.end() :] if verb else text, decimal=decimal, expressions=task != "number")
+    if verb and found.why == "no number":
+        found = sole_quantity(text, decimal=decimal, expressions=task != "number")
+    value = numeric_value(found.number, found.text if task == "equation" else "")
+    return Found(value, f"the last sentence: {_short(sentence)}" if value else f"{found.why or 'no value'}: {_short(sentence)}")
+
+
+def find_rationale(text: str, found: Found) -> str:
+    """What stands before the announcement of the answer; where nothing does, what stands after it."""
+    marker = found.marker
+    if marker is None:
+        return "" if found.bare else text
+    start = marker.start
+    if marker.kind == "box":
+        inside = [m.start for m in find_markers(text[: marker.stop]) if m.start < start <= m.stop and m.kind != "box"]
+        begin = inside[0] if inside else _sentence_begin(text, start)
+        lead = text[begin:start]
+        if not inside and (re.search(r"[\d=]", lead) or len(lead.split()) >= 6):
+            stop = text.find("\n", marker.stop)
+            sentence = text[begin : marker.start] + (marker.clause or "") + text[marker.stop : stop if stop >= 0 else len(text)]
+            return (text[:begin] + sentence).strip()
+        start = begin
+    start = sentence_start(text, start)
+    before = text[:start].rstrip(_EDGES)
+    if before.strip():
+        return before.strip()
+    after = text[marker.stop :].strip(_EDGES + ".。")
+    if len(after.split()) >= 3:
+        return text[marker.stop :].lstrip(_EDGES + ".。").strip()
+    clause = marker.clause or ""
+    return text.strip() if _REASONED.search(clause) else ""
+
+
+def _sentence_begin(text: str, start: int) -> int:
+    begin = max(text.rfind("\n", 0, start) + 1, 0)
+    matches = list(re.finditer(r"[.!?]\s+|[。！？]", text[begin:start]))
+    return begin + matches[-1].end() if matches else begin
