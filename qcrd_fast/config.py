@@ -83,7 +83,9 @@ class TrainConfig:
         "raw", "raw, chat (the tokenizer's chat template), or a file containing {prompt}", group="Data"
     )
     reasoning_task: bool = option(False, "add a third task: `reason: x` -> rationale, then `Answer: a`", group="Data")
-    max_source_length: int = option(1024, "tokens kept of a question", low=8, group="Data")
+    max_source_length: int = option(
+        1024, "tokens kept of a prompt: the last ones, so that the question stays", low=8, group="Data"
+    )
     max_target_length: int = option(256, "tokens kept of a rationale or label", low=2, group="Data")
 
     # Method

@@ -109,15 +109,21 @@ def evaluate_run(
     loaded, questions = _with_answers(data, task, on_bad_row)
     student, state = load_student(run_or_model, device)
     task = task or state.get("task") or main_task(questions)
-    records = predict(
-        student,
-        questions,
-        task,
-        batch_size=batch_size,
-        max_answer_tokens=max_answer_tokens,
-        reasoning=reasoning,
-        autocast=make_autocast(student.device, None),
-    )
+    with student.measuring() as lengths:
+        records = predict(
+            student,
+            questions,
+            task,
+            batch_size=batch_size,
+            max_answer_tokens=max_answer_tokens,
+            reasoning=reasoning,
+            autocast=make_autocast(student.device, None),
+        )
+    if count := sum(length > student.prompts.max_source_length for length in lengths.prompts):
+        log.warning(
+            "%d of %d questions have a prompt over the %d tokens that the student was trained with: its beginning is cut off",
+            count, len(questions), student.prompts.max_source_length,
+        )  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_lines(folder / PREDICTIONS, records)

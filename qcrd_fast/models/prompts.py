@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qcrd_fast.errors import InputError
 
@@ -42,6 +43,13 @@ class PromptSettings:
         return cls(value, max_source_length, max_target_length)
 
 
+class Lengths(NamedTuple):
+    """Tokens of prompts (without their template) and of targets (with EOS)."""
+
+    prompts: list[int]
+    targets: list[int]
+
+
 class Prompter:
     """A tokenizer and a prompt template: text to tokens, for encoder-decoders (T5) and decoder-only models.
 
@@ -50,7 +58,7 @@ class Prompter:
 
     def __init__(self, tokenizer: Any, prompts: PromptSettings, is_encoder_decoder: bool):
         self.tokenizer, self.prompts, self.is_encoder_decoder = tokenizer, prompts, is_encoder_decoder
-        self.cuts = 0  # texts that lost their end to a maximum length so far
+        self._lengths: Lengths | None = None
         if tokenizer.eos_token_id is None:
             raise InputError("student: the tokenizer has no end-of-sequence token")
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -58,16 +66,19 @@ class Prompter:
             raise InputError("--prompt-template chat: the student has no chat template")
 
     def source_ids(self, prefix: str, question: str) -> TokenIds:
-        """Tokens of a task's input. A question over the maximum length loses its end, never the template.
+        """Tokens of a task's input. A text over the maximum length loses its beginning, which is the context, or else the story
+        before the question; the template, the prefix and the question at its end stay.
 
         Raises `InputError` where a decoder would have nothing to go on from.
         """
         template, limit, tokenizer = self.prompts.template, self.prompts.max_source_length, self.tokenizer
         text = prefix + question.strip()
-        body = self._plain_ids(text)
-        if len(body) > limit:
-            self.cuts += 1
-            text = tokenizer.decode(body[:limit])
+        length = len(self._plain_ids(text))
+        if self._lengths:
+            self._lengths.prompts.append(length)
+        if length > limit:
+            room = max(limit - len(self._plain_ids(prefix)), 1)
+            text = prefix + tokenizer.decode(self._plain_ids(question.strip())[-room:]).lstrip()
         if template == "chat":
             chat = [{"role": "user", "content": text}]
             ids = self._plain_ids(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
@@ -85,8 +96,18 @@ class Prompter:
     def target_ids(self, text: str) -> TokenIds:
         """Tokens of a label or rationale with EOS; a text cut at the maximum length gets no EOS."""
         ids, limit = self._plain_ids(text.strip()), self.prompts.max_target_length
-        self.cuts += len(ids) >= limit
+        if self._lengths:
+            self._lengths.targets.append(len(ids) + 1)
         return [*ids, self.tokenizer.eos_token_id] if len(ids) < limit else ids[:limit]
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[Lengths]:
+        """Inside, the length of every prompt and target is noted, as it is before anything is cut."""
+        before, self._lengths = self._lengths, Lengths([], [])
+        try:
+            yield self._lengths
+        finally:
+            self._lengths = before
 
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()

@@ -78,19 +78,44 @@ def make_examples(questions: Sequence[Question], student: Student, config: Train
     kind = label_kind(config)
     if method_of(config).teaches_rationales and not any(q.positives for q in questions):
         raise InputError(f"--data: no question has a positive rationale, which --method {config.method} needs")
-    examples, cut = [], []
-    with relieved_by("--train-fraction (fewer questions), --num-positives, --max-target-length, --max-source-length"):
+    examples, long_prompts, long_targets = [], [], []
+    limits = config.max_source_length, config.max_target_length
+    with (
+        relieved_by("--train-fraction (fewer questions), --num-positives, --max-target-length, --max-source-length"),
+        student.measuring() as lengths,
+    ):
         for question in questions:
-            before = student.cuts
+            prompts, targets = len(lengths.prompts), len(lengths.targets)
             examples.append(_example(question, label_of(question, kind), student, config))
-            if student.cuts > before:
-                cut.append(question.id)
-    if cut:
+            if any(n > limits[0] for n in lengths.prompts[prompts:]):
+                long_prompts.append(question.id)
+            if any(n > limits[1] for n in lengths.targets[targets:]):
+                long_targets.append(question.id)
+    if long_prompts:
         log.warning(
-            "%d questions have a text over --max-source-length %d or --max-target-length %d tokens, whose end is cut off: %s",
-            len(cut), config.max_source_length, config.max_target_length, ", ".join(cut[:5]) + (", ..." if cut[5:] else ""),
+            "%d of %d questions have a prompt over --max-source-length %d: its beginning is cut off, the question at its end "
+            "stays; 95%% of the prompts have at most %d tokens, --max-source-length %d fits all: %s",
+            len(long_prompts), len(questions), limits[0], _percentile_95(lengths.prompts), max(lengths.prompts),
+            _some(long_prompts),
+        )  # fmt: skip
+    if long_targets:
+        fits, total = max(lengths.targets), sum(lengths.targets)
+        lost = sum(max(n - limits[1], 0) for n in lengths.targets) / total
+        log.warning(
+            "%d of %d questions have a rationale or label over --max-target-length %d, whose end is cut off; 95%% of them "
+            "have at most %d tokens, --max-target-length %d fits all%s: %s",
+            len(long_targets), len(questions), limits[1], _percentile_95(lengths.targets), fits,
+            f" ({lost:.0%} of all their tokens are lost: use it)" if lost > 0.05 else "", _some(long_targets),
         )  # fmt: skip
     return examples
+
+
+def _percentile_95(lengths: Sequence[int]) -> int:
+    return sorted(lengths)[round(0.95 * (len(lengths) - 1))]
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:5]) + (", ..." if ids[5:] else "")
 
 
 def _example(question: Question, label: str | None, student: Student, config: TrainConfig) -> Example:

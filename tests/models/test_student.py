@@ -155,3 +155,17 @@ def test_more_tokens_than_rows_is_refused(llama_folder):
     student.tokenizer.add_tokens(["a-new-word"])
     with pytest.raises(InputError, match=r"tokens but the model only"):
         Student(student.model, student.tokenizer, PromptSettings())
+
+
+@pytest.mark.parametrize("folder", ["t5_folder", "llama_folder"])
+def test_a_long_prompt_loses_its_beginning(folder, request):
+    """The context goes first; the prefix and the question at the end stay."""
+    student = Student.load(str(request.getfixturevalue(folder)), PromptSettings(max_source_length=20))
+    asked = "Ann has 3 apples. How many are left?"
+    with student.measuring() as lengths:
+        long = student.text(student.source_ids(EXPLAIN, "Ben has 5 pens. " * 40 + asked))
+        short = student.text(student.source_ids(EXPLAIN, asked))
+    assert len(student.source_ids(EXPLAIN, "Ben has 5 pens. " * 40 + asked)) <= 22
+    prefix, words = student.text(student.source_ids(EXPLAIN, "7")).split("7")[0].strip(), short.split()
+    assert long.startswith(prefix) and long.split()[-6:] == words[-6:]
+    assert lengths.prompts[0] > 20 >= lengths.prompts[1] and student._lengths is None

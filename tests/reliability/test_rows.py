@@ -206,7 +206,8 @@ class TestTrial15:
         (positive,) = endless.positives
         assert len(positive.tokens) == config.max_target_length and len(short.positives[0].tokens) < 20
         (told,) = [r.getMessage() for r in caplog.records if "cut off" in r.getMessage()]
-        assert told.startswith("1 questions have a text over --max-source-length") and told.endswith(": endless")
+        assert told.startswith("1 of 2 questions have a rationale or label over --max-target-length 256")
+        assert "fits all (100% of all their tokens are lost: use it)" in told and told.endswith(": endless")
 
     def test_a_line_of_50_mb_costs_no_memory(self, tmp_path: Path) -> None:
         path = tmp_path / "rows.jsonl"
