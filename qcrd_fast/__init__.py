@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from qcrd_fast.integrations.collator import RationaleCollator as RationaleCollator
     from qcrd_fast.losses import QCRDLoss as QCRDLoss
     from qcrd_fast.losses import contrastive_loss as contrastive_loss
+    from qcrd_fast.ops.linear_logprob import LogProbOutput as LogProbOutput
     from qcrd_fast.ops.linear_logprob import linear_logprob as linear_logprob
 
 __all__ = [
     "Discriminator",
+    "LogProbOutput",
     "QCRDLoss",
     "RationaleCollator",
     "__version__",
@@ -32,6 +34,7 @@ __all__ = [
 
 _HOME = {
     "Discriminator": "discriminator.model",
+    "LogProbOutput": "ops.linear_logprob",
     "QCRDLoss": "losses",
     "RationaleCollator": "integrations.collator",
     "attach": "integrations.attach",

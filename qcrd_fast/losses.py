@@ -5,8 +5,6 @@ T tokens, R rationales. A batch is a packed list of rationales; each belongs to 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from qcrd_fast.config import IMPLS, NEGATIVE_SELECT, POSITIVE_SELECT, SCHEMES, nearest
 from qcrd_fast.ops import chunked, contrastive, linear_logprob, reference
-from qcrd_fast.ops.checks import require, require_tensors
+from qcrd_fast.ops.checks import is_finite, require, require_constants, require_tensors
 
 
 class ContrastiveOutput(NamedTuple):
@@ -67,11 +65,14 @@ class QCRDLoss(nn.Module):
         self.beta, self.delta, self.scheme = float(beta), float(delta), scheme
         self.scale, self.softcap, self.temperature = scale, softcap, temperature
         self.ignore_index, self.impl, self.seed = ignore_index, impl, seed
-        self._output_bias: Callable[[], Tensor | None] | None = None
+        self._model: tuple[Any, ...] = ()  # whose bias is used; in a tuple, so that it is no submodule
 
     @classmethod
     def for_model(cls, model: Any, beta: float = 0.2, delta: float = 3.0, **settings: Any) -> QCRDLoss:
         """With scale, softcap and bias read off a Hugging Face model, and compared with its own logits on one tiny input.
+
+        A bias is looked up at each call, in whichever module PEFT has active then. A loss for a model with a bias refers to the
+        model, so deep-copy or pickle the two together.
 
         Raises `InputError` if they differ: the architecture computes its logits in another way.
         """
@@ -81,8 +82,7 @@ class QCRDLoss(nn.Module):
         check_head(model, head)
         loss_fn = cls(beta, delta, scale=head.scale, softcap=head.softcap, **settings)
         if head.bias is not None:
-            # Looked up at each call, since the model may be moved, and not registered, since it is the model's.
-            loss_fn._output_bias = lambda: read_head(model).bias
+            loss_fn._model = (model,)
         return loss_fn
 
     def forward(
@@ -111,8 +111,10 @@ class QCRDLoss(nn.Module):
         Raises `ValueError` naming what was expected and what came, `TypeError` for an argument that is no tensor.
         """
         require_tensors(rationale=rationale, question=question, positive=positive)
-        if bias is None and self._output_bias is not None:
-            bias = self._output_bias()
+        if bias is None and self._model:
+            from qcrd_fast.models.lm_head import read_head
+
+            bias = read_head(*self._model).bias
         logprob = linear_logprob.linear_logprob(
             hidden,
             weight,
@@ -259,8 +261,9 @@ def resolve_selects(scheme: str, positive_select: str | None = None, negative_se
 
 
 def check_settings(beta: float, delta: float, impl: str) -> None:
-    require(math.isfinite(beta) and beta >= 0, lambda: f"beta must be finite and at least 0, got {beta}")
-    require(math.isfinite(delta), lambda: f"delta must be finite, got {delta}")
+    require_constants(beta=beta, delta=delta)
+    require(is_finite(beta) and beta >= 0, lambda: f"beta must be finite and at least 0, got {beta}")
+    require(is_finite(delta), lambda: f"delta must be finite, got {delta}")
     _check_choice("impl", impl, IMPLS)
 
 
