@@ -13,6 +13,7 @@ from qcrd_fast.version import __version__
 if TYPE_CHECKING:
     from qcrd_fast.discriminator.model import Discriminator as Discriminator
     from qcrd_fast.integrations.attach import attach as attach
+    from qcrd_fast.integrations.attach import detach as detach
     from qcrd_fast.integrations.batch_loss import score_then_train as score_then_train
     from qcrd_fast.integrations.collator import RationaleCollator as RationaleCollator
     from qcrd_fast.losses import QCRDLoss as QCRDLoss
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "attach",
     "contrastive_loss",
+    "detach",
     "linear_logprob",
     "score_then_train",
 ]
@@ -39,6 +41,7 @@ _HOME = {
     "RationaleCollator": "integrations.collator",
     "attach": "integrations.attach",
     "contrastive_loss": "losses",
+    "detach": "integrations.attach",
     "linear_logprob": "ops.linear_logprob",
     "score_then_train": "integrations.batch_loss",
 }

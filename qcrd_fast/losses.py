@@ -76,8 +76,9 @@ class QCRDLoss(nn.Module):
 
         Raises `InputError` if they differ: the architecture computes its logits in another way.
         """
-        from qcrd_fast.models.lm_head import check_head, read_head
+        from qcrd_fast.models.lm_head import check_head, check_readable, read_head
 
+        check_readable(model)
         head = read_head(model)
         check_head(model, head)
         loss_fn = cls(beta, delta, scale=head.scale, softcap=head.softcap, **settings)
