@@ -105,9 +105,11 @@ class QCRDLoss(nn.Module):
         """hidden [..., H], weight [V, H], target [...] (already shifted), rationale [...]: the rationale a token belongs to,
         contiguous and non-decreasing; question [R], positive [R] bool, quality [R] in [0, 1], or None for weights of 1.
 
-        num_questions: N of Eq. 3, the count over the whole optimizer batch (default: question.max() + 1). question_key, int64
-        by question: what `sampling` is keyed by, with the seed and the iteration (default: the question's index).
-        max_selected_tokens: a bound on the tokens selected, which saves the backward pass a host sync on a GPU.
+        num_questions: N of Eq. 3, the count over the whole optimizer batch (default: question.max() + 1, which counts gaps
+        between the numbers in `question` too). question_key, int64 by question: what `sampling` is keyed by, with the seed and
+        the iteration (default: the question's index). max_selected_tokens: a bound on the tokens selected, which saves the
+        backward pass a host sync on a GPU. A quality that is NaN reaches the loss only where it weighs in: of a rationale that
+        is selected, and under `wmean` of any candidate of its question and kind.
 
         Raises `ValueError` naming what was expected and what came, `TypeError` for an argument that is no tensor.
         """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.integrations.batch_loss import ATTACHED, IGNORE, Batch, Settings, answers_rationales, batch_loss
+from qcrd_fast.integrations.batch_loss import ATTACHED, IGNORE, Batch, RationaleOutput, Settings, answers_rationales, batch_loss
 from qcrd_fast.losses import QCRDLoss
 from qcrd_fast.models.lm_head import check_head, check_readable, read_head, unwrapped
 from qcrd_fast.ops.checks import require
@@ -51,6 +51,20 @@ def attach(
     head, where `config.output_router_logits` adds a router's loss, which would be left out, and where `loss_fn` scales logits
     otherwise than the model does.
     """
+    settings = read_settings(model, loss_fn, alpha_pred, alpha_cl, two_pass)
+    inner: Any = unwrapped(model)
+    if not answers_rationales(inner):
+        inner.forward = _Forward(inner)
+    inner.accepts_loss_kwargs = True  # so that Hugging Face's trainers pass N and do not divide by the accumulation steps
+    setattr(inner, ATTACHED, settings)
+    for wrapper in _peft_wrappers(model):
+        if _refuse_prompt_tuning not in wrapper._forward_pre_hooks.values():
+            wrapper.register_forward_pre_hook(_refuse_prompt_tuning, with_kwargs=True)
+    return model
+
+
+def read_settings(model: Any, loss_fn: QCRDLoss | None, alpha_pred: float, alpha_cl: float, two_pass: bool) -> Settings:
+    """The settings of `attach`, once the model's head was found to be one that the loss can stand in for. Errors as there."""
     for name, value in (("alpha_pred", alpha_pred), ("alpha_cl", alpha_cl)):
         if not (math.isfinite(value) and value >= 0):
             raise InputError(f"{name} must be finite and at least 0, got {value}")
@@ -74,15 +88,8 @@ def attach(
         )
     if loss_fn.ignore_index != IGNORE:
         raise InputError(f"loss_fn.ignore_index must be {IGNORE}, which the collator writes; got {loss_fn.ignore_index}")
-    if not answers_rationales(inner):
-        inner.forward = _Forward(inner)
     accepts = vars(inner).get("accepts_loss_kwargs") if before is None else before.accepts_loss_kwargs
-    inner.accepts_loss_kwargs = True  # so that Hugging Face's trainers pass N and do not divide by the accumulation steps
-    setattr(inner, ATTACHED, Settings(loss_fn, float(alpha_pred), float(alpha_cl), bool(two_pass), lower, accepts))
-    for wrapper in _peft_wrappers(model):
-        if _refuse_prompt_tuning not in wrapper._forward_pre_hooks.values():
-            wrapper.register_forward_pre_hook(_refuse_prompt_tuning, with_kwargs=True)
-    return model
+    return Settings(loss_fn, float(alpha_pred), float(alpha_cl), bool(two_pass), lower, accepts)
 
 
 def detach(model: Model) -> Model:
@@ -138,7 +145,7 @@ class _Forward:
         if args:
             raise ValueError("a batch of rationales is given by keywords: model(**batch)")
         assert rationale is not None
-        return _rationale_forward(model, rationale=rationale, **kwargs)
+        return rationale_forward(model, getattr(model, ATTACHED), rationale=rationale, **kwargs)
 
     def restore(self) -> None:
         """Put back what this replaced."""
@@ -194,8 +201,9 @@ def _refuse_prompt_tuning(module: Any, args: Any, kwargs: dict[str, Any]) -> Non
         )
 
 
-def _rationale_forward(
+def rationale_forward(
     self: Any,
+    settings: Settings,
     *,
     rationale: Tensor,
     target: Tensor,
@@ -214,8 +222,9 @@ def _rationale_forward(
     iteration: int = 0,
     two_pass: bool | None = None,
     labels: Tensor | None = None,
+    hidden: Tensor | None = None,
     **others: Any,
-) -> Any:
+) -> RationaleOutput:
     """`forward` of a batch with `rationale` in it. `labels` was for counting alone; what other arguments wrappers add is
     refused unless it says nothing."""
     unknown = [name for name, value in others.items() if value is not None and name not in ("return_dict", "use_cache")]
@@ -237,7 +246,6 @@ def _rationale_forward(
     )
     require((is_label[1:] >= is_label[:-1]).all(), lambda: "is_label: labels must stand behind all rationales")
     _check_router(self)
-    settings: Settings = getattr(self, ATTACHED)
     if num_questions is None:
         num_questions = question.max() + 1
     with settings.autocast(target.device):
@@ -254,4 +262,5 @@ def _rationale_forward(
             iteration,
             max_selected_tokens,
             settings.two_pass if two_pass is None else two_pass,
+            hidden,
         )

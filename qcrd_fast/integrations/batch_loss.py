@@ -158,8 +158,10 @@ def batch_loss(
     iteration: int,
     max_selected_tokens: int | None,
     two_pass: bool,
+    hidden_BLH: Tensor | None = None,
 ) -> RationaleOutput:
-    """The loss of a batch, inside the forward of `model`: the Hugging Face model itself. [B] tensors as the collator's."""
+    """The loss of a batch, inside the forward of `model`: the Hugging Face model itself. [B] tensors as the collator's.
+    `hidden_BLH`: the hidden states, where the model has run already, for one pass."""
     loss_fn = settings.loss_fn
     R = int((~is_label).sum())
 
@@ -214,18 +216,20 @@ def batch_loss(
         kept_B = kept_B if len(kept_B) else torch.zeros_like(question[:1])
         return total(out, *token_logprobs(model, settings, batch.take(kept_B)), weight_B, kept_B)
     bound = max_selected_tokens if all(SELECTIONS[select].single for select in loss_fn.selects) else None
-    logprob_T, sequence_T = token_logprobs(model, settings, batch, bound)
+    logprob_T, sequence_T = token_logprobs(model, settings, batch, bound, hidden_BLH)
     out, weight_B = select(logprob_T.detach(), sequence_T)
     return total(out, logprob_T, sequence_T, weight_B, ...)
 
 
 @torch.compiler.disable(recursive=False)
-def token_logprobs(model: Any, settings: Settings, batch: Batch, max_rows: int | None = None) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    model: Any, settings: Settings, batch: Batch, max_rows: int | None = None, hidden_BLH: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(log p of each target token [T], its sequence [T]); the head runs as a module, whose weight is then whole.
 
     Which module that is, is looked up at each call: heads are resized and replaced, and PEFT switches and disables them.
     """
-    hidden_BLH = hidden_states(model, batch)
+    hidden_BLH = hidden_states(model, batch) if hidden_BLH is None else hidden_BLH
     scored_BL = batch.target != IGNORE
     options = {"head_bias": read_head(model).bias, "loss_fn": settings.loss_fn, "max_rows": max_rows}
     output = output_layer(model)
@@ -247,7 +251,10 @@ def _head_logprob(
 ) -> Tensor:
     """The head's forward meanwhile: log p of each target [T], without logits."""
     if hasattr(self.weight, "full_tensor"):  # FSDP has made it whole by now
-        raise InputError("the output head is split over ranks by tensor parallelism, which is not supported; leave it whole")
+        raise InputError(
+            "the output head is split over ranks by tensor parallelism, which is not supported, or, in make_compute_loss_func, "
+            "by FSDP: use attach there"
+        )
     own = getattr(self, "bias", None)
     return linear_logprob(
         hidden,

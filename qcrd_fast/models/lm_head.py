@@ -158,9 +158,7 @@ def check_head(model: Any, head: Head) -> torch.dtype | None:
     device = head.weight.device
     ids = torch.randint(0, len(head.weight), (1, 5), generator=torch.Generator().manual_seed(0)).to(device)
     inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    # OPT calls its decoder without the body around it; where both are called, the body ends last.
-    parts = {body(model), model.get_decoder() if hasattr(model, "get_decoder") else body(model)} - {model}
-    handles = [part.register_forward_hook(capture) for part in parts]
+    handles = [part.register_forward_hook(capture) for part in hidden_parts(model)]
     try:
         with evaluating(model):
             expected = outer(input_ids=ids, **inputs).logits.float()
@@ -201,6 +199,12 @@ def body(model: Any) -> Any:
     if found is model or getattr(found, "lm_head", None) is not None or model.config.model_type == "encoder-decoder":
         raise InputError(f"{_name(model)} is not supported: no part of it gives the hidden states that enter its head")
     return found
+
+
+def hidden_parts(model: Any) -> set[Any]:
+    """The modules of which the last to return, in the model's own forward, returns what enters the head: the body, and what it
+    wraps, since OPT calls its decoder without the body around it."""
+    return {body(model), model.get_decoder() if hasattr(model, "get_decoder") else body(model)} - {model}
 
 
 def unwrapped(model: Any) -> Any:

@@ -147,7 +147,7 @@ def test_prompt_tuning_is_refused_in_words(model, tokenizer):
     peft, _ = lora()
     batch = RationaleCollator(tokenizer, model)(ROWS)
     prompted = attach(peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)))
-    with pytest.raises(InputError, match="PROMPT_TUNING: prompt tuning.*not supported"):
+    with pytest.raises(InputError, match=r"PROMPT_TUNING: prompt tuning.*not supported"):
         prompted(**batch)
     with prompted.disable_adapter():
         assert prompted(**batch).loss > 0
@@ -206,7 +206,7 @@ def test_detach_leaves_nothing(model, tokenizer):
         assert {k: v for k, v in vars(model).items() if k not in ("_modules", "training")} == {
             k: v for k, v in before.items() if k not in ("_modules", "training")
         }
-        with pytest.raises(InputError, match="call qcrd_fast.attach"):
+        with pytest.raises(InputError, match=r"call qcrd_fast\.attach"):
             score_then_train(model, batch)
     assert_equations(attach(model), tokenizer)
 

@@ -43,7 +43,7 @@ def build(name, tokenizer):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_collator_shifts_as_the_model_does(name, tokenizer):
-    """The whole input of the decoder is that which the model makes of the labels; targets cut at the maximum length included."""
+    """The whole input of the decoder is that which the model makes of the labels, for targets that were cut too."""
     model = build(name, tokenizer)
     for options in ({}, {"max_target_length": 3}):
         batch = RationaleCollator(tokenizer, model, **options)(ROWS)
