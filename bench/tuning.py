@@ -100,7 +100,7 @@ def backward_ways(case: Case, device: torch.device) -> tuple[dict[str, Callable[
     options, needs = HeadOptions(batch.scale), (True, True, False)
     g_S = torch.rand(len(target_S), device=device)
     coefficients = (g_S, -g_S, None)
-    _, lse_S, _ = linear_logprob.forward(hidden_SH, weight_VH, target_S, None, options, -100, False)
+    lse_S = linear_logprob.forward(hidden_SH, weight_VH, target_S, None, options, -100, False)[1]
     arguments = (hidden_SH, weight_VH, target_S, None, lse_S, coefficients, options, needs)
     operands = (hidden_SH.float(), weight_VH.float(), target_S, None, lse_S)
     truth = chunked.chunked_backward(*operands, coefficients, options, needs)[:2]

@@ -88,13 +88,14 @@ def forward_kernel(
 
 @triton.jit
 def combine_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, plogp_ptr, logprob_ptr, lse_ptr, entropy_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, plogp_ptr, logprob_ptr, lse_ptr, entropy_ptr, rest_ptr,
     T, H, P, scale, inverse_softcap, slope, ignore_index,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WANT_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T rows: all parts of `forward_kernel` [P, T] and the target's own logit, which is one row of the head
-    a token and so cheaper here than a comparison for each logit there -> log p, log-sum-exp, entropy [T] in nats.
+    a token and so cheaper here than a comparison for each logit there -> log p, log-sum-exp, entropy [T] in nats, and with the
+    entropy what rounding left of the log-sum-exp, rest [T].
     """
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_t = rows_t < T
@@ -135,20 +136,21 @@ def combine_kernel(
     tl.store(lse_ptr + rows_t, tl.where(valid_t, lse_t, 0.0), mask=in_t)
     if WANT_ENTROPY:
         tl.store(entropy_ptr + rows_t, tl.where(valid_t, log_sum_t - slope * plogp_t / sum_t, 0.0), mask=in_t)
+        tl.store(rest_ptr + rows_t, log_sum_t - (lse_t - max_t * slope), mask=in_t)
 
 
 @triton.jit
 def da_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, onehot_ptr, prob_ptr, probz_ptr, da_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, onehot_ptr, prob_ptr, problog_ptr, da_ptr,
     S, V, H, first_col, last_col, pitch, scale, inverse_softcap, slope,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr, HAS_PROBZ: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr, HAS_PROBLOG: tl.constexpr,
 ):  # fmt: skip
     """One program: d loss / d a of BLOCK_T rows and BLOCK_V columns of the chunk [first_col, last_col).
 
     hidden [S, H], weight [V, H], bias [V], target, lse [S]; da [S, pitch] in the operands' type. The gradient of a row's logits
-    is onehot [j = target] + p_j (prob + probz z_j); onehot, prob and probz [S] come divided by the temperature.
+    is onehot [j = target] + p_j (prob + problog log p_j); onehot, prob and problog [S] come divided by the temperature.
     """
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     local_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -164,9 +166,10 @@ def da_kernel(
     onehot_t = tl.load(onehot_ptr + rows_t, mask=in_t, other=0.0)
     prob_t = tl.load(prob_ptr + rows_t, mask=in_t, other=0.0)
     p_tv = tl.exp2(u_tv * (slope * LOG2_E) - (lse_t * LOG2_E)[:, None])
-    if HAS_PROBZ:
-        probz_t = tl.load(probz_ptr + rows_t, mask=in_t, other=0.0) * slope
-        da_tv = p_tv * (prob_t[:, None] + tl.where(p_tv > 0, probz_t[:, None] * u_tv, 0.0))
+    if HAS_PROBLOG:
+        problog_t = tl.load(problog_ptr + rows_t, mask=in_t, other=0.0)
+        logp_tv = u_tv * slope - lse_t[:, None]
+        da_tv = p_tv * (prob_t[:, None] + tl.where(p_tv > 0, problog_t[:, None] * logp_tv, 0.0))
     else:
         da_tv = p_tv * prob_t[:, None]
     da_tv += tl.where(cols_v[None, :] == target_t[:, None], onehot_t[:, None], 0.0)
@@ -216,10 +219,11 @@ def forward(
     options: tuple[float, float, float],
     ignore_index: int,
     want_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p, log-sum-exp, entropy or [0]) of each token [T], fp32 nats; 0 where the target is `ignore_index`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log p, log-sum-exp, entropy or [0]) of each token [T], fp32 nats; 0 where the target is `ignore_index`. Then what
+    rounding left of the log-sum-exp [T], or [0] without the entropy."""
     head = operands(hidden_TH, weight_VH, bias_V)
-    return _forward(*head, target_T, options, ignore_index, want_entropy)[:3]
+    return _forward(*head, target_T, options, ignore_index, want_entropy)[:4]
 
 
 def _forward(
@@ -231,11 +235,12 @@ def _forward(
     ignore_index: int,
     want_entropy: bool = False,
     keep: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Kept | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Kept | None]:
     (T, H), V = hidden_TH.shape, len(weight_VH)
-    logprob_T, lse_T, entropy_T = (hidden_TH.new_empty(n, dtype=torch.float32) for n in (T, T, T if want_entropy else 0))
+    E = T if want_entropy else 0
+    logprob_T, lse_T, entropy_T, rest_T = (hidden_TH.new_empty(n, dtype=torch.float32) for n in (T, T, E, E))
     if T == 0:
-        return logprob_T, lse_T, entropy_T, None
+        return logprob_T, lse_T, entropy_T, rest_T, None
     tile = choose_tile(hidden_TH.dtype, T)
     blocks, tiles, parts, part_size = layout(tile, T, V, hidden_TH.device)
     head, flags = (hidden_TH, weight_VH, bias_V, target_T.contiguous()), flags_of(bias_V, options)
@@ -250,11 +255,11 @@ def _forward(
         **flags, **shape_of(tile, V, H), SPECIALIZE=tile.specialize, WANT_ENTROPY=want_entropy, KEEP=keep,
     )  # fmt: skip
     combine_kernel[(triton.cdiv(T, 16),)](
-        *head, *partial_PT, logprob_T, lse_T, entropy_T,
+        *head, *partial_PT, logprob_T, lse_T, entropy_T, rest_T,
         T, H, parts, *numbers(bias_V, options), ignore_index,
         **flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=want_entropy,
     )  # fmt: skip
-    return logprob_T, lse_T, entropy_T, kept
+    return logprob_T, lse_T, entropy_T, rest_T, kept
 
 
 def forward_keeping(
@@ -270,7 +275,7 @@ def forward_keeping(
     whose slope cannot be had from what is kept."""
     if options[1] or len(target_T) * (len(weight_VH) + 15) * hidden_TH.element_size() > kept_bytes:
         return None
-    logprob_T, lse_T, _, kept = _forward(*operands(hidden_TH, weight_VH, bias_V), target_T, options, ignore_index, keep=True)
+    logprob_T, lse_T, *_, kept = _forward(*operands(hidden_TH, weight_VH, bias_V), target_T, options, ignore_index, keep=True)
     return logprob_T, lse_T, kept
 
 
@@ -338,7 +343,7 @@ def backward(
             da_kernel[(triton.cdiv(S, tile.block_t), triton.cdiv(last - first, tile.block_v))](
                 *sources(hidden_SH, weight_VH, tile), bias_V, *rows, da_SC,
                 S, V, H, first, last, C, *numbers(bias_V, options),
-                **flags_of(bias_V, options), **shape_of(tile, V, H), HAS_PROBZ=coefficients[2] is not None,
+                **flags_of(bias_V, options), **shape_of(tile, V, H), HAS_PROBLOG=coefficients[2] is not None,
             )  # fmt: skip
         chunk_SC = da_SC[:, : last - first]
         if dbias_V is not None:

@@ -20,7 +20,11 @@ METHODS = {
     "RationaleCollator": ("__call__",),
     "Discriminator": ("rate", "score"),
 }
-OUTPUTS = (("qcrd_fast.losses", "ContrastiveOutput"), ("qcrd_fast.integrations.batch_loss", "RationaleOutput"))
+OUTPUTS = (
+    ("qcrd_fast.ops.linear_logprob", "LogProbOutput"),
+    ("qcrd_fast.losses", "ContrastiveOutput"),
+    ("qcrd_fast.integrations.batch_loss", "RationaleOutput"),
+)
 TABLES = {  # file: (title, what it says, key columns, shown columns)
     "embedding": (
         "A training step inside a host trainer",
@@ -76,7 +80,7 @@ def api_markdown() -> str:
         "",
     ]
     for name in sorted(qcrd_fast.__all__, key=str.lower):
-        if name.startswith("__"):
+        if name.startswith("__") or name in dict(OUTPUTS).values():
             continue
         item = getattr(qcrd_fast, name)
         lines += entry(f"## `{name}`", name, item.__init__ if inspect.isclass(item) else item, inspect.getdoc(item))

@@ -13,30 +13,39 @@ from qcrd_fast.version import __version__
 if TYPE_CHECKING:
     from qcrd_fast.discriminator.model import Discriminator as Discriminator
     from qcrd_fast.integrations.attach import attach as attach
+    from qcrd_fast.integrations.attach import detach as detach
     from qcrd_fast.integrations.batch_loss import score_then_train as score_then_train
     from qcrd_fast.integrations.collator import RationaleCollator as RationaleCollator
+    from qcrd_fast.integrations.compute_loss import make_compute_loss_func as make_compute_loss_func
     from qcrd_fast.losses import QCRDLoss as QCRDLoss
     from qcrd_fast.losses import contrastive_loss as contrastive_loss
+    from qcrd_fast.ops.linear_logprob import LogProbOutput as LogProbOutput
     from qcrd_fast.ops.linear_logprob import linear_logprob as linear_logprob
 
 __all__ = [
     "Discriminator",
+    "LogProbOutput",
     "QCRDLoss",
     "RationaleCollator",
     "__version__",
     "attach",
     "contrastive_loss",
+    "detach",
     "linear_logprob",
+    "make_compute_loss_func",
     "score_then_train",
 ]
 
 _HOME = {
     "Discriminator": "discriminator.model",
+    "LogProbOutput": "ops.linear_logprob",
     "QCRDLoss": "losses",
     "RationaleCollator": "integrations.collator",
     "attach": "integrations.attach",
     "contrastive_loss": "losses",
+    "detach": "integrations.attach",
     "linear_logprob": "ops.linear_logprob",
+    "make_compute_loss_func": "integrations.compute_loss",
     "score_then_train": "integrations.batch_loss",
 }
 

@@ -5,8 +5,6 @@ T tokens, R rationales. A batch is a packed list of rationales; each belongs to 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from qcrd_fast.config import IMPLS, NEGATIVE_SELECT, POSITIVE_SELECT, SCHEMES, nearest
 from qcrd_fast.ops import chunked, contrastive, linear_logprob, reference
-from qcrd_fast.ops.checks import require, require_tensors
+from qcrd_fast.ops.checks import is_finite, require, require_constants, require_tensors
 
 
 class ContrastiveOutput(NamedTuple):
@@ -67,22 +65,25 @@ class QCRDLoss(nn.Module):
         self.beta, self.delta, self.scheme = float(beta), float(delta), scheme
         self.scale, self.softcap, self.temperature = scale, softcap, temperature
         self.ignore_index, self.impl, self.seed = ignore_index, impl, seed
-        self._output_bias: Callable[[], Tensor | None] | None = None
+        self._model: tuple[Any, ...] = ()  # whose bias is used; in a tuple, so that it is no submodule
 
     @classmethod
     def for_model(cls, model: Any, beta: float = 0.2, delta: float = 3.0, **settings: Any) -> QCRDLoss:
         """With scale, softcap and bias read off a Hugging Face model, and compared with its own logits on one tiny input.
 
+        A bias is looked up at each call, in whichever module PEFT has active then. A loss for a model with a bias refers to the
+        model, so deep-copy or pickle the two together.
+
         Raises `InputError` if they differ: the architecture computes its logits in another way.
         """
-        from qcrd_fast.models.lm_head import check_head, read_head
+        from qcrd_fast.models.lm_head import check_head, check_readable, read_head
 
+        check_readable(model)
         head = read_head(model)
         check_head(model, head)
         loss_fn = cls(beta, delta, scale=head.scale, softcap=head.softcap, **settings)
         if head.bias is not None:
-            # Looked up at each call, since the model may be moved, and not registered, since it is the model's.
-            loss_fn._output_bias = lambda: read_head(model).bias
+            loss_fn._model = (model,)
         return loss_fn
 
     def forward(
@@ -104,15 +105,19 @@ class QCRDLoss(nn.Module):
         """hidden [..., H], weight [V, H], target [...] (already shifted), rationale [...]: the rationale a token belongs to,
         contiguous and non-decreasing; question [R], positive [R] bool, quality [R] in [0, 1], or None for weights of 1.
 
-        num_questions: N of Eq. 3, the count over the whole optimizer batch (default: question.max() + 1). question_key, int64
-        by question: what `sampling` is keyed by, with the seed and the iteration (default: the question's index).
-        max_selected_tokens: a bound on the tokens selected, which saves the backward pass a host sync on a GPU.
+        num_questions: N of Eq. 3, the count over the whole optimizer batch (default: question.max() + 1, which counts gaps
+        between the numbers in `question` too). question_key, int64 by question: what `sampling` is keyed by, with the seed and
+        the iteration (default: the question's index). max_selected_tokens: a bound on the tokens selected, which saves the
+        backward pass a host sync on a GPU. A quality that is NaN reaches the loss only where it weighs in: of a rationale that
+        is selected, and under `wmean` of any candidate of its question and kind.
 
         Raises `ValueError` naming what was expected and what came, `TypeError` for an argument that is no tensor.
         """
         require_tensors(rationale=rationale, question=question, positive=positive)
-        if bias is None and self._output_bias is not None:
-            bias = self._output_bias()
+        if bias is None and self._model:
+            from qcrd_fast.models.lm_head import read_head
+
+            bias = read_head(*self._model).bias
         logprob = linear_logprob.linear_logprob(
             hidden,
             weight,
@@ -259,8 +264,9 @@ def resolve_selects(scheme: str, positive_select: str | None = None, negative_se
 
 
 def check_settings(beta: float, delta: float, impl: str) -> None:
-    require(math.isfinite(beta) and beta >= 0, lambda: f"beta must be finite and at least 0, got {beta}")
-    require(math.isfinite(delta), lambda: f"delta must be finite, got {delta}")
+    require_constants(beta=beta, delta=delta)
+    require(is_finite(beta) and beta >= 0, lambda: f"beta must be finite and at least 0, got {beta}")
+    require(is_finite(delta), lambda: f"delta must be finite, got {delta}")
     _check_choice("impl", impl, IMPLS)
 
 

@@ -54,7 +54,8 @@ def test_every_public_name_has_its_entry():
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     names = {name for name in qcrd_fast.__all__ if not name.startswith("_")}
     assert names == {
-        "Discriminator", "QCRDLoss", "RationaleCollator", "attach", "contrastive_loss", "linear_logprob", "score_then_train",
+        "Discriminator", "LogProbOutput", "QCRDLoss", "RationaleCollator", "attach", "contrastive_loss", "detach",
+        "linear_logprob", "make_compute_loss_func", "score_then_train",
     }  # fmt: skip
     assert all(f"## `{name}`\n" in page for name in names)
     for name in names:

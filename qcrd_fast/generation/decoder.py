@@ -58,7 +58,7 @@ class Decoder:
             self.memory: Any = EncoderDecoderCache(self.cache, DynamicCache())
             self.memory.is_updated = dict.fromkeys(range(len(self.cross.buffers)), True)
             self.cross_mask = torch.zeros(rows, prompt, dtype=torch.bool, device=student.device)
-            self.start: int = config.decoder_start_token_id
+            self.start: int = student.start_id
             self.biased = [m for m in self.body.modules() if getattr(m, "has_relative_attention_bias", False)]
             self.tables = [torch.empty(0)] * len(self.biased)
             self.refresh()
@@ -94,7 +94,7 @@ class Decoder:
             return states_of(own), states_of(cross)
         states_BLH = self.student.model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
         self.body(
-            input_ids=torch.full_like(ids_BL[:, :1], self.student.model.config.decoder_start_token_id),
+            input_ids=torch.full_like(ids_BL[:, :1], self.student.start_id),
             encoder_hidden_states=states_BLH,
             encoder_attention_mask=mask_BL,
             use_cache=True,
@@ -231,6 +231,6 @@ def _own_logits(student: Student, source: TokenIds, reply: TokenIds) -> Tensor:
     model, device = student.model, student.device
     ids_1L = torch.tensor([source], device=device)
     if student.is_encoder_decoder:
-        fed = torch.tensor([[model.config.decoder_start_token_id, *reply]], device=device)
+        fed = torch.tensor([[student.start_id, *reply]], device=device)
         return model(input_ids=ids_1L, decoder_input_ids=fed).logits[0].float()
     return model(input_ids=torch.tensor([source + reply], device=device)).logits[0, len(source) - 1 :].float()

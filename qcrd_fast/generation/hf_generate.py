@@ -74,7 +74,7 @@ class GenerateSampler:
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=eos,
             pad_token_id=student.pad_id,
-            decoder_start_token_id=model.config.decoder_start_token_id if student.is_encoder_decoder else None,
+            decoder_start_token_id=student.start_id if student.is_encoder_decoder else None,
         )
         order = sorted(range(len(sources)), key=lambda i: (len(sources[i]), i))
         with evaluating(model), contextlib.ExitStack() as stack:

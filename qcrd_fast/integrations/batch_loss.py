@@ -8,7 +8,9 @@ Shapes: S sources, B sequences (R rationales, then the labels), L padded length,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,11 +20,13 @@ from transformers.utils import ModelOutput
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.losses import ContrastiveOutput, QCRDLoss, contrastive_loss, weighted_rationale_loss
-from qcrd_fast.models.lm_head import body, evaluating, output_layer, read_head, unwrapped
+from qcrd_fast.models.lm_head import body, evaluating, output_layer, plain_layer, read_head, unwrapped
+from qcrd_fast.ops.linear_logprob import linear_logprob
 from qcrd_fast.ops.selection import SELECTIONS
 
 eagerly = torch.compiler.disable  # where sizes depend on data; what compiles well is the model between such steps
 ATTACHED = "_qcrd_fast"  # the attribute of a model that was attached to
+ANSWERS = "answers_rationales"  # the attribute of a forward that answers batches of rationales
 IGNORE = -100  # a target that is not scored
 
 
@@ -46,6 +50,14 @@ class RationaleOutput(ModelOutput):
     active_R: Tensor | None = None
     weight_R: Tensor | None = None
 
+    def __getitem__(self, name: Any) -> Any:
+        if name == "logits":  # what label smoothing, and metrics of a next-token loss, ask for
+            raise InputError(
+                "a batch of rationales has a loss but no logits: label smoothing (label_smoothing_factor) is not supported, "
+                "nor are metrics of the logits"
+            )
+        return super().__getitem__(name)
+
 
 def score_then_train(
     model: Any,
@@ -68,8 +80,13 @@ def score_then_train(
 
     Raises `InputError` for a model that `attach` was not called on, and `ValueError` for a batch that is not as the collator's.
     """
-    if not hasattr(unwrapped(model), ATTACHED):
-        raise InputError(f"{type(unwrapped(model)).__name__}: call qcrd_fast.attach(model) once before score_then_train")
+    inner = unwrapped(model)
+    if not hasattr(inner, ATTACHED):
+        raise InputError(f"{type(inner).__name__}: call qcrd_fast.attach(model) once before score_then_train")
+    if not answers_rationales(inner):
+        raise InputError(
+            f"{type(inner).__name__}: something replaced the model's forward after attach (Liger kernels do); call attach again"
+        )
     given = {"num_questions": num_questions, "quality": quality}
     batch = {**batch, **{name: value for name, value in given.items() if value is not None}}
     return model(**batch, two_pass=True, iteration=iteration)
@@ -81,6 +98,19 @@ class Settings:
     alpha_pred: float
     alpha_cl: float
     two_pass: bool
+    lower: torch.dtype | None = None  # what the model's own forward autocasts to by itself
+    accepts_loss_kwargs: bool | None = None  # the model's attribute of this name before
+
+    def autocast(self, device: torch.device) -> Any:
+        return contextlib.nullcontext() if self.lower is None else torch.autocast(device.type, dtype=self.lower)
+
+
+def answers_rationales(model: Any) -> bool:
+    """Whether the forward that `attach` gave the model is its forward still, by itself or inside of wrappers (Accelerate's)."""
+    forward = vars(model).get("forward")
+    while forward is not None and not hasattr(forward, ANSWERS):
+        forward = getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)
+    return forward is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +158,10 @@ def batch_loss(
     iteration: int,
     max_selected_tokens: int | None,
     two_pass: bool,
+    hidden_BLH: Tensor | None = None,
 ) -> RationaleOutput:
-    """The loss of a batch, inside the forward of `model`: the Hugging Face model itself. [B] tensors as the collator's."""
+    """The loss of a batch, inside the forward of `model`: the Hugging Face model itself. [B] tensors as the collator's.
+    `hidden_BLH`: the hidden states, where the model has run already, for one pass."""
     loss_fn = settings.loss_fn
     R = int((~is_label).sum())
 
@@ -184,19 +216,57 @@ def batch_loss(
         kept_B = kept_B if len(kept_B) else torch.zeros_like(question[:1])
         return total(out, *token_logprobs(model, settings, batch.take(kept_B)), weight_B, kept_B)
     bound = max_selected_tokens if all(SELECTIONS[select].single for select in loss_fn.selects) else None
-    logprob_T, sequence_T = token_logprobs(model, settings, batch, bound)
+    logprob_T, sequence_T = token_logprobs(model, settings, batch, bound, hidden_BLH)
     out, weight_B = select(logprob_T.detach(), sequence_T)
     return total(out, logprob_T, sequence_T, weight_B, ...)
 
 
 @torch.compiler.disable(recursive=False)
-def token_logprobs(model: Any, settings: Settings, batch: Batch, max_rows: int | None = None) -> tuple[Tensor, Tensor]:
-    """(log p of each target token [T], its sequence [T]); the head runs as a module, whose weight is then whole."""
-    hidden_BLH = hidden_states(model, batch)
+def token_logprobs(
+    model: Any, settings: Settings, batch: Batch, max_rows: int | None = None, hidden_BLH: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(log p of each target token [T], its sequence [T]); the head runs as a module, whose weight is then whole.
+
+    Which module that is, is looked up at each call: heads are resized and replaced, and PEFT switches and disables them.
+    """
+    hidden_BLH = hidden_states(model, batch) if hidden_BLH is None else hidden_BLH
     scored_BL = batch.target != IGNORE
-    options = {"bias": read_head(model).bias, "loss_fn": settings.loss_fn, "max_rows": max_rows}
-    logprob_T = output_layer(model)(hidden_BLH[scored_BL], logprob_target=batch.target[scored_BL], **options)
+    options = {"head_bias": read_head(model).bias, "loss_fn": settings.loss_fn, "max_rows": max_rows}
+    output = output_layer(model)
+    layer = plain_layer(output)
+    own = vars(layer).get("forward")
+    layer.forward = types.MethodType(_head_logprob, layer)
+    try:
+        logprob_T = output(hidden_BLH[scored_BL], logprob_target=batch.target[scored_BL], **options)
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
     return logprob_T, scored_BL.nonzero()[:, 0]
+
+
+def _head_logprob(
+    self: Any, hidden: Tensor, *, logprob_target: Tensor, head_bias: Tensor | None, loss_fn: QCRDLoss, max_rows: int | None
+) -> Tensor:
+    """The head's forward meanwhile: log p of each target [T], without logits."""
+    if hasattr(self.weight, "full_tensor"):  # FSDP has made it whole by now
+        raise InputError(
+            "the output head is split over ranks by tensor parallelism, which is not supported, or, in make_compute_loss_func, "
+            "by FSDP: use attach there"
+        )
+    own = getattr(self, "bias", None)
+    return linear_logprob(
+        hidden,
+        self.weight,
+        logprob_target,
+        bias=head_bias if own is None else own,
+        scale=loss_fn.scale,
+        softcap=loss_fn.softcap,
+        temperature=loss_fn.temperature,
+        impl=loss_fn.impl,
+        max_rows=max_rows,
+    )
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor
 from qcrd_fast.data.formats.native import native_row
 from qcrd_fast.data.schema import Question, Rationale, RowError, question_key, question_text
 from qcrd_fast.errors import InputError
+from qcrd_fast.models.decoder_start import Start, decoder_start
+from qcrd_fast.models.lm_head import unwrapped
 from qcrd_fast.models.padding import pad_right
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, Prompter, PromptSettings, TokenIds
 
@@ -47,7 +49,8 @@ class RationaleCollator:
     | `max_selected_tokens` | int | a bound on the tokens that get gradient where one rationale of each kind is selected |
 
     tokenizer: a Hugging Face tokenizer with EOS. model: its model, read for the next two and not kept.
-    is_encoder_decoder, decoder_start_token_id: in place of a model (default of the second: the pad token, as in T5).
+    is_encoder_decoder, decoder_start_token_id: in place of a model (default of the second: the pad token, as in T5). A model's
+    own shift is asked what comes before a target (T5Gemma: BOS; mBART: the target's last token), unless it is given here.
     label: what the label task teaches: `auto` (gold where known, else majority), `gold`, `majority`, or `none` for no labels.
     quality: None for weights of 1; `"score"` for the rows' own scores; or a function of [(question, rationale), ...] to scores
     [R] in [0, 1], such as `discriminator.score`. num_positives: at most so many positives of a question.
@@ -70,7 +73,7 @@ class RationaleCollator:
         max_source_length: int = 1024,
         max_target_length: int = 256,
     ):
-        config = getattr(model, "config", None)
+        config = None if model is None else unwrapped(model).config
         if is_encoder_decoder is None:
             if config is None:
                 raise InputError("RationaleCollator needs the model, or is_encoder_decoder=True (T5) or False (decoder-only)")
@@ -92,10 +95,10 @@ class RationaleCollator:
             raise InputError(f"tokenizer must be a Hugging Face tokenizer, got {tokenizer!r}")
         settings = PromptSettings.from_option(prompt_template, max_source_length, max_target_length)
         self.prompter = Prompter(tokenizer, settings, is_encoder_decoder)
-        start = (
-            decoder_start_token_id if decoder_start_token_id is not None else getattr(config, "decoder_start_token_id", None)
-        )
-        self.start_id = self.prompter.pad_id if start is None else int(start)
+        start: Start | None = decoder_start_token_id
+        if start is None and model is not None and is_encoder_decoder:
+            start = decoder_start(model)
+        self.start: Start = self.prompter.pad_id if start is None else start  # "last": each target's last token
         self.label, self.quality, self.num_positives = label, quality, num_positives
 
     def __call__(self, rows: Sequence[Mapping[str, Any] | Question]) -> dict[str, Any]:
@@ -163,7 +166,7 @@ class RationaleCollator:
         return torch.tensor([r.score for _, r in rationales])
 
     def _pad(self, prompts: list[TokenIds], targets: list[TokenIds]) -> dict[str, Tensor]:
-        pad, start = self.prompter.pad_id, self.start_id
+        pad = self.prompter.pad_id
         if not self.prompter.is_encoder_decoder:
             inputs = [p + t[:-1] for p, t in zip(prompts, targets, strict=True)]
             # The prompt's last token predicts the target's first.
@@ -177,9 +180,12 @@ class RationaleCollator:
             "input_ids": input_ids,
             "attention_mask": mask,
             "source": source,
-            "decoder_input_ids": pad_right([[start, *t[:-1]] for t in targets], pad)[0],
+            "decoder_input_ids": pad_right([[self._start(t), *t[:-1]] for t in targets], pad)[0],
             "target": pad_right([t or [IGNORE] for t in targets], IGNORE)[0],
         }
+
+    def _start(self, target: TokenIds) -> int:
+        return self.start if isinstance(self.start, int) else (target or [self.prompter.pad_id])[-1]
 
 
 def _question(row: Mapping[str, Any] | Question) -> Question:

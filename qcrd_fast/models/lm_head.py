@@ -43,10 +43,12 @@ class Head:
 def read_head(model: Any) -> Head:
     """The head of a Hugging Face language model. Cheap: looks at the configuration and the output embedding.
 
-    Raises `InputError` where there is no output embedding, or where it has an adapter (LoRA) of its own.
+    Of a head inside PEFT it is the weight and bias of the layer that answers as things stand (`plain_layer`).
+
+    Raises `InputError` where there is no output embedding, or where it has an active adapter (LoRA) of its own.
     """
     model = unwrapped(model)
-    output, config = output_layer(model), model.config
+    output, config = plain_layer(output_layer(model)), model.config
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     kind = str(config.model_type)
     scale = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere
@@ -55,7 +57,7 @@ def read_head(model: Any) -> Head:
     scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
     if getattr(config, "scale_decoder_outputs", kind in T5_LIKE and config.tie_word_embeddings):
         scale *= config.d_model**-0.5
-    bias = output.bias if getattr(output, "bias", None) is not None else None
+    bias = getattr(output, "bias", None)
     final_bias = getattr(model, "final_logits_bias", None)  # BART: a buffer [1, V]
     if bias is None and final_bias is not None:
         bias = final_bias[0]
@@ -63,54 +65,116 @@ def read_head(model: Any) -> Head:
 
 
 def output_layer(model: Any) -> Any:
-    """The module that holds the head's weight; of one that PEFT trains in full (`modules_to_save`), the trained copy.
-
-    Raises `InputError` as `read_head` does.
-    """
+    """The module that the model calls for its logits, in whatever PEFT and FSDP1 wrapped it."""
     model = unwrapped(model)
     output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if hasattr(output, "modules_to_save"):
-        output = output.modules_to_save[output.active_adapter]
-    if hasattr(output, "base_layer") or hasattr(output, "token_adapter"):
-        raise InputError(
-            f"{type(model).__name__}: the output head has an adapter of its own ({type(output).__module__}), which the loss "
-            "would leave out; take it out of target_modules, train it in full with modules_to_save, or merge the adapter first"
-        )
-    if getattr(output, "weight", None) is None:
+    if not isinstance(output, torch.nn.Module):
         raise InputError(
             f"{type(model).__name__} has no output embedding: expected a causal or sequence-to-sequence language model"
         )
     return output
 
 
+def plain_layer(output: Any) -> Any:
+    """The layer with a weight that computes the logits of an output layer as things stand. PEFT is asked: of `modules_to_save`
+    it is the active adapter's copy or the original; of a head with LoRA that is disabled, merged or not active, the base layer.
+
+    Raises `InputError` where an active adapter adds to the logits, or where there is no weight.
+    """
+    while True:
+        inside = output._modules
+        if wrapped := inside.get("_fsdp_wrapped_module") or inside.get("_checkpoint_wrapped_module"):
+            output = wrapped
+        elif "modules_to_save" in inside:
+            active = _active_adapters(output)
+            original = output.disable_adapters or not active or any(name not in output.modules_to_save for name in active)
+            output = output.original_module if original else output.modules_to_save[active[0]]
+        elif "token_adapter" in inside:
+            output = output.token_adapter
+        elif "base_layer" in inside:
+            here = getattr(output, "_get_available_adapters", lambda output=output: _active_adapters(output))()
+            if not (output.disable_adapters or output.merged) and any(name in here for name in _active_adapters(output)):
+                raise InputError(
+                    f"the output head has an adapter of its own ({type(output).__module__}), which the loss would leave out; "
+                    "take it out of target_modules, train it in full with modules_to_save, or merge the adapter first"
+                )
+            output = output.base_layer
+        else:
+            break
+    if getattr(output, "weight", None) is None:
+        raise InputError(f"the output head ({type(output).__name__}) has no weight of its own")
+    return output
+
+
+def _active_adapters(layer: Any) -> list[str]:
+    active = layer.active_adapter
+    return [active] if isinstance(active, str) else list(active)
+
+
+def check_readable(model: Any) -> None:
+    """Raises `InputError`, on every rank alike, where the head cannot be read: its weight is not there or is a part of it."""
+    name = type(unwrapped(model)).__name__
+    if any("_fsdp_wrapped_module" in module._modules for module in model.modules()):
+        raise InputError(f"{name} is sharded by FullyShardedDataParallel (FSDP1): call this before wrapping it")
+    weight = read_head(model).weight
+    if weight.is_meta:
+        raise InputError(
+            f"{name}: the output head is on the meta device; call this after the weights are there (from_pretrained, or "
+            "to_empty and initialising), and keep the head out of offloading (device_map)"
+        )
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise InputError(
+            f"{name}: the output head's weight is {list(weight.shape)}, as ZeRO-3 and FSDP1 leave it between calls; call this "
+            "before the model is sharded"
+        )
+    fsdp2 = any(hasattr(module, "set_reshard_after_forward") for module in model.modules())
+    if hasattr(weight, "full_tensor") and not fsdp2:
+        raise InputError(
+            f"{name}: the output head is split over ranks by tensor parallelism, which is not supported; leave it out of the "
+            "plan (tp_plan, parallelize_module)"
+        )
+
+
 @torch.no_grad()
-def check_head(model: Any, head: Head) -> None:
-    """Compares the head's logits with the model's own on a few random tokens.
+def check_head(model: Any, head: Head) -> torch.dtype | None:
+    """Compares the head's logits with the model's own on a few random tokens. Returns the type that the model's forward
+    autocasts to by itself (Accelerate's mixed precision), or None.
 
     Raises `InputError` if they differ: this architecture computes its logits in a way that `Head` cannot express.
     """
+    check_readable(model)
     outer, model = model, unwrapped(model)
     while hasattr(outer, "_orig_mod"):  # what only shards or adapts the model is kept; nothing is compiled for this
         outer = outer._orig_mod
     head = dataclasses.replace(head, weight=_whole(head.weight), bias=None if head.bias is None else _whole(head.bias))
     hidden: list[Tensor] = []
+    lower: torch.dtype | None = None
 
     def capture(module: Any, inputs: Any, output: Any) -> None:
+        nonlocal lower
         hidden.append(output[0] if isinstance(output, (tuple, list)) else output.last_hidden_state)
+        lower = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
     device = head.weight.device
     ids = torch.randint(0, len(head.weight), (1, 5), generator=torch.Generator().manual_seed(0)).to(device)
     inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    handle = body(model).register_forward_hook(capture)
+    handles = [part.register_forward_hook(capture) for part in hidden_parts(model)]
     try:
         with evaluating(model):
             expected = outer(input_ids=ids, **inputs).logits.float()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if not hidden or hidden[-1].shape[-1] != head.weight.shape[1]:
         raise InputError(f"{_name(model)} is not supported: its last hidden states could not be read")
-    actual = head.logits(hidden[-1].to(head.weight.dtype)).float()
-    exact = {head.weight.dtype, hidden[-1].dtype} <= {torch.float32, torch.float64}
+    if expected.shape[-1] > len(head.weight):
+        raise InputError(
+            f"{_name(model)}: the output head holds {len(head.weight)} rows of {expected.shape[-1]} logits; a vocabulary split "
+            "by tensor parallelism is not supported"
+        )
+    with torch.autocast(device.type, dtype=lower, enabled=lower is not None):
+        actual = head.logits(hidden[-1].to(head.weight.dtype)).float()
+    exact = lower is None and {head.weight.dtype, hidden[-1].dtype} <= {torch.float32, torch.float64}
     tolerance = 1e-4 if exact else 3e-2
     error = (actual - expected).norm() / expected.norm().clamp(min=1e-12) if actual.shape == expected.shape else torch.inf
     if not error <= tolerance:
@@ -119,11 +183,28 @@ def check_head(model: Any, head: Head) -> None:
             f"softcap * tanh((scale * h W^T + bias) / softcap) with scale {head.scale:g} and softcap {head.softcap} "
             f"(relative difference {float(error):.2g}, expected at most {tolerance:g})"
         )
+    return None if torch.is_autocast_enabled(device.type) else lower
 
 
 def body(model: Any) -> Any:
-    """The module whose output is the hidden states that enter the head: the decoder, or the model without its head."""
-    return model.get_decoder() if model.config.is_encoder_decoder else model.base_model
+    """The module whose output is the hidden states that enter the head: the decoder, or the model without its head.
+
+    Raises `InputError` for a model of whole models (`EncoderDecoderModel`), whose decoder has the head inside.
+    """
+    found = model.base_model
+    if model.config.is_encoder_decoder:
+        found = model.get_decoder()
+    elif found is model:  # Llama 4's text model names an attribute as its base that it has not
+        found = getattr(model, "model", model)
+    if found is model or getattr(found, "lm_head", None) is not None or model.config.model_type == "encoder-decoder":
+        raise InputError(f"{_name(model)} is not supported: no part of it gives the hidden states that enter its head")
+    return found
+
+
+def hidden_parts(model: Any) -> set[Any]:
+    """The modules of which the last to return, in the model's own forward, returns what enters the head: the body, and what it
+    wraps, since OPT calls its decoder without the body around it."""
+    return {body(model), model.get_decoder() if hasattr(model, "get_decoder") else body(model)} - {model}
 
 
 def unwrapped(model: Any) -> Any:

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qcrd_fast.errors import InputError
+from qcrd_fast.models.lm_head import body
 from qcrd_fast.models.prefix_packing import Layout, block_mask, dense_mask
 
 log = logging.getLogger(__name__)
@@ -81,15 +82,16 @@ def find_mode(model: Any, hidden: Hidden) -> str | None:
 def check_causal(model: Any) -> None:
     """Raises `InputError` if a token's hidden state depends on what comes after it, so that targets would be given away."""
     device, training = model.device, model.training
-    ids = torch.arange(6, device=device).expand(2, 6).clone()
-    ids[1, -1] = 0
+    rows, pad = model.get_input_embeddings().weight.shape[0], getattr(model.config, "pad_token_id", None) or 0
+    ids = (torch.arange(1, 7, device=device) + pad).remainder(rows).expand(2, 6).clone()  # T5Gemma masks padding by its id
+    ids[1, -1] = ids[1, 0]
     try:
         model.eval()
         if model.config.is_encoder_decoder:
             states = model.get_encoder()(input_ids=ids[:1].expand(2, -1)).last_hidden_state
             hidden = model.get_decoder()(input_ids=ids, encoder_hidden_states=states, use_cache=False).last_hidden_state
         else:
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state
     finally:
         model.train(training)
     apart = float((hidden[0, :-1] - hidden[1, :-1]).norm() / hidden[0, :-1].norm().clamp(min=1e-12))

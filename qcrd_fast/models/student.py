@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.models import prefix_packing
-from qcrd_fast.models.lm_head import Head, check_head, read_head
+from qcrd_fast.models.decoder_start import decoder_start
+from qcrd_fast.models.lm_head import Head, body, check_head, read_head
 from qcrd_fast.models.loading import load_pretrained
 from qcrd_fast.models.packed_attention import attention_inputs, check_causal, find_mode
 from qcrd_fast.models.padding import pad_right
@@ -55,11 +56,17 @@ class Student(Prompter):
             raise InputError(
                 f"student: the tokenizer has {max(len(tokenizer), highest + 1)} tokens but the model only {rows} rows"
             )
-        start = getattr(model.config, "decoder_start_token_id", None)
-        if self.is_encoder_decoder and not (isinstance(start, int) and 0 <= start < rows):
-            raise InputError(f"student: decoder_start_token_id is {start} in config.json, but the model has {rows} rows")
+        self.start_id = self._start(rows) if self.is_encoder_decoder else -1  # the decoder's first input
         check_head(model, self.head)
         check_causal(model)
+
+    def _start(self, rows: int) -> int:
+        """The token that the model itself starts a decoder with; where that is a target's last one, EOS, which ends targets."""
+        start = decoder_start(self.model)
+        start = self.tokenizer.eos_token_id if start == "last" else start
+        if not (isinstance(start, int) and 0 <= start < rows):
+            raise InputError(f"student: decoder_start_token_id is {start} in config.json, but the model has {rows} rows")
+        return start
 
     @classmethod
     def load(cls, name_or_path: str, prompts: PromptSettings, device: torch.device | str = "cpu") -> Student:
@@ -176,11 +183,11 @@ class Student(Prompter):
     ) -> tuple[Tensor, Layout]:
         """Hidden states [B, L, H] of a padded batch of rows."""
         prompts = None if self.is_encoder_decoder else encoded
-        start = [self.model.config.decoder_start_token_id] if self.is_encoder_decoder else []
+        start = [self.start_id] if self.is_encoder_decoder else []
         layout = lay_out(rows, targets, prompts, start, self.pad_id, self.device, prefix_packing.BLOCK if mode == "flex" else 1)
         inputs = attention_inputs(self.model, layout, mode)
         if not self.is_encoder_decoder:
-            return self.model.base_model(input_ids=layout.ids_BL, use_cache=False, **inputs).last_hidden_state, layout
+            return body(self.model)(input_ids=layout.ids_BL, use_cache=False, **inputs).last_hidden_state, layout
         states_QLH, mask_QL = encoded
         index = self._tensor(layout.sources)
         output = self.model.get_decoder()(

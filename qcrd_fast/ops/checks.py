@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
-from qcrd_fast.ops.reference import HeadOptions
+from qcrd_fast.ops.reference import HeadOptions, accumulation_dtype
+
+INFINITY = float("inf")
 
 
 def check_head(
@@ -19,14 +21,18 @@ def check_head(
     bias: Tensor | None,
     scale: float,
     softcap: float | None,
-    temperature: float,
+    temperature: float | Tensor,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, HeadOptions]:
-    """(hidden [T, H] in the type it is multiplied in, target [T] int64, options). `ValueError` for what does not fit."""
+    """(hidden [T, H] in the type it is multiplied in, target [T] int64, options). `ValueError` for what does not fit.
+
+    A temperature for each token becomes [T, 1] in the options.
+    """
     require_tensors(hidden=hidden, weight=weight, target=target, **({} if bias is None else {"bias": bias}))
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None:
-            require_whole(name, x)
+            require_whole(name, x, hidden.device)
+    require_constants(scale=scale, softcap=softcap, temperature=temperature)
     H, V = hidden.shape[-1], weight.shape[0]
     require(hidden.is_floating_point(), lambda: f"hidden must be floating point, got {hidden.dtype}")
     require(weight.is_floating_point(), lambda: f"weight must be floating point, got {weight.dtype}")
@@ -47,9 +53,8 @@ def check_head(
         all(x is None or x.device == hidden.device for x in (weight, target, bias)),
         lambda: f"weight, target and bias must be on {hidden.device} with hidden",
     )
-    require(math.isfinite(scale), lambda: f"scale must be finite, got {scale}")
-    require(0 < temperature < math.inf, lambda: f"temperature must be above 0 and finite, got {temperature}")
-    require(softcap is None or 0 < softcap < math.inf, lambda: f"softcap must be above 0 and finite, or None, got {softcap}")
+    require(is_finite(scale), lambda: f"scale must be finite, got {scale}")
+    require(softcap is None or 0 < softcap < INFINITY, lambda: f"softcap must be above 0 and finite, or None, got {softcap}")
     hidden_TH, target_T = hidden.reshape(-1, H), target.reshape(-1).long()
     require(
         ((target_T == ignore_index) | ((target_T >= 0) & (target_T < V))).all(),
@@ -57,7 +62,45 @@ def check_head(
             f"target must lie in [0, {V}) or be ignore_index {ignore_index}, got {int(target.min())} to {int(target.max())}"
         ),
     )
-    return hidden_TH.to(product_type(hidden)), target_T, HeadOptions(float(scale), float(softcap or 0), float(temperature))
+    operand_TH = hidden_TH.to(product_type(hidden))
+    return operand_TH, target_T, HeadOptions(float(scale), float(softcap or 0), _temperature(temperature, target, operand_TH))
+
+
+def _temperature(temperature: float | Tensor, target: Tensor, hidden_TH: Tensor) -> float | Tensor:
+    """A number, or the temperature of each token [T, 1] in the type of the logits."""
+    if not isinstance(temperature, Tensor) or temperature.dim() == 0:
+        require(0 < temperature < INFINITY, lambda: f"temperature must be above 0 and finite, got {temperature}")
+        return float(temperature)
+    require(
+        temperature.shape == target.shape and temperature.device == target.device,
+        lambda: f"temperature must be a number or {list(target.shape)} to match target, got {list(temperature.shape)}",
+    )
+    require(
+        ((temperature > 0) & temperature.isfinite()).all(),
+        lambda: f"temperature must be above 0 and finite, got {float(temperature.min()):g} to {float(temperature.max()):g}",
+    )
+    return temperature.reshape(-1, 1).to(accumulation_dtype(hidden_TH.dtype))
+
+
+def is_finite(x: float) -> bool:
+    """`math.isfinite` of a number, which torch.compile can trace where the number is dynamic."""
+    return -INFINITY < x < INFINITY
+
+
+def require_constants(**arguments: object) -> None:
+    """`ValueError` naming the first argument that requires a gradient, which it would not get."""
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) and x.requires_grad:
+            raise ValueError(f"{name} must be a constant: it requires grad, but no gradient for it is computed; detach it")
+
+
+def require_no_tangent(*arguments: Tensor | None) -> None:
+    """`ValueError` under forward-mode AD, whose tangents would come out as 0."""
+    if torch.compiler.is_compiling():
+        return
+    for x in arguments:
+        if x is not None and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError("forward-mode AD is not supported: use reverse mode (backward), or impl='eager'")
 
 
 def product_type(hidden: Tensor) -> torch.dtype:
@@ -66,15 +109,17 @@ def product_type(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
 
 
-def require_whole(name: str, x: Tensor) -> None:
-    """`ValueError` for a shard (FSDP2's DTensor), and for the empty tensor that FSDP and ZeRO-3 leave outside of a forward."""
-    if hasattr(x, "full_tensor") or x.numel() == 0:
-        kind = (
-            "a DTensor, one rank's shard" if hasattr(x, "full_tensor") else "empty, as FSDP and ZeRO-3 leave it between calls"
-        )
-        raise ValueError(
-            f"{name} is {kind}; it is whole only inside the model's own forward, where qcrd_fast.attach runs the loss"
-        )
+def require_whole(name: str, x: Tensor, device: torch.device) -> None:
+    """`ValueError` for a shard (a DTensor), and for what FSDP, ZeRO-3 and offloading leave of a weight between forwards."""
+    if hasattr(x, "full_tensor"):
+        kind = "a DTensor, one rank's shard (FSDP2, or tensor parallelism, which is not supported for the head)"
+    elif x.numel() == 0:
+        kind = "empty, as FSDP and ZeRO-3 leave it between calls"
+    elif x.is_meta and device.type != "meta":
+        kind = "on the meta device, as offloading leaves it between calls"
+    else:
+        return
+    raise ValueError(f"{name} is {kind}; it is whole only inside the model's own forward, where qcrd_fast.attach runs the loss")
 
 
 def require_tensors(**arguments: object) -> None:

@@ -27,14 +27,19 @@ def chunked_forward(
     options: HeadOptions,
     ignore_index: int,
     want_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `linear_logprob_eager`, one chunk of the vocabulary at a time with an online log-sum-exp. Entropy [0] if unwanted."""
+    want_sum_p2: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `linear_logprob_eager`, one chunk of the vocabulary at a time with an online log-sum-exp. What is unwanted is [0].
+
+    The last one, [T] with the entropy: what rounding left of the log-sum-exp, which the entropy's gradient needs.
+    """
     dtype = accumulation_dtype(hidden_TH.dtype)
     (T, _), V = hidden_TH.shape, len(weight_VH)
     # The smallest finite number, not -inf, so that a chunk of logits that are all -inf (masked by the bias) gives no NaN.
     max_T = torch.full((T,), torch.finfo(dtype).min, dtype=dtype, device=hidden_TH.device)
     sum_T, picked_T = torch.zeros_like(max_T), torch.zeros_like(max_T)
     plogp_T = torch.zeros_like(max_T) if want_entropy else max_T.new_empty(0)  # sum of e log e, e = exp(logit - max)
+    sum_e2_T = torch.zeros_like(max_T) if want_sum_p2 else max_T.new_empty(0)
     compute_dtype, hidden_TH = hidden_TH.dtype, operand(hidden_TH)
     for start, stop in chunks(V, T):
         weight_CH = operand(weight_VH[start:stop].to(compute_dtype))
@@ -48,13 +53,20 @@ def chunked_forward(
         if want_entropy:
             plogp_T = decay_T * (plogp_T + shift_T.where(sum_T > 0, 0) * sum_T) - torch.special.entr(exp_TC).sum(1)
         sum_T = sum_T * decay_T + exp_TC.sum(1)
+        if want_sum_p2:
+            sum_e2_T = sum_e2_T * decay_T.square() + exp_TC.square_().sum(1)
         max_T = new_max_T
     valid_T = target_T != ignore_index
     log_sum_T = sum_T.log()
     lse_T = max_T + log_sum_T
     logprob_T = (picked_T - lse_T).clamp(max=0)  # rounding can leave it a little above 0
-    entropy_T = (log_sum_T - plogp_T / sum_T).where(valid_T, 0) if want_entropy else plogp_T
-    return logprob_T.where(valid_T, 0), lse_T.where(valid_T, 0), entropy_T
+    entropy_T = rest_T = plogp_T
+    if want_entropy:
+        entropy_T = (log_sum_T - plogp_T / sum_T).where(valid_T, 0)
+        rest_T = log_sum_T - (lse_T - max_T)
+    sum_p2_T = (sum_e2_T / sum_T.square()).where(valid_T, 0) if want_sum_p2 else sum_e2_T
+    top_T = (picked_T >= max_T) & valid_T
+    return logprob_T.where(valid_T, 0), lse_T.where(valid_T, 0), entropy_T, top_T, sum_p2_T, rest_T.clone()
 
 
 def chunked_backward(
@@ -70,12 +82,12 @@ def chunked_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dHidden [S, H] fp32, dWeight [V, H], dBias [V]) of the rows given; None where `needs` says no.
 
-    `coefficients` (onehot_S, prob_S, probz_S) make the gradient of a row's logits z:
-    onehot * [j = target] + p_j * (prob + probz * z_j), which covers log p, log-sum-exp and entropy.
+    `coefficients` (onehot_S, prob_S, problog_S) make the gradient of a row's logits z:
+    onehot * [j = target] + p_j * (prob + problog * log p_j), which covers log p, log-sum-exp and entropy.
     `kept_SV`: the logits, where a forward pass without a softcap kept them; they are overwritten.
     """
     dtype = accumulation_dtype(hidden_SH.dtype)
-    onehot_S, prob_S, probz_S = coefficients
+    onehot_S, prob_S, problog_S = coefficients
     need_hidden, need_weight, need_bias = needs
     (S, H), V = hidden_SH.shape, len(weight_VH)
     dhidden_SH = hidden_SH.new_zeros((S, H), dtype=dtype) if need_hidden else None
@@ -88,14 +100,15 @@ def chunked_backward(
         logits_SC, slope_SC = kept_SV, None
         if logits_SC is None:
             logits_SC, slope_SC = chunk_logits(hidden_SH, weight_CH, bias_C, options, want_slope=True)
-        if probz_S is None:
-            dz_SC = logits_SC.sub_(lse_S[:, None]).exp_().mul_(prob_S[:, None])
+        logp_SC = logits_SC.sub_(lse_S[:, None])
+        if problog_S is None:
+            dz_SC = logp_SC.exp_().mul_(prob_S[:, None])
         else:
-            p_SC = (logits_SC - lse_S[:, None]).exp_()
-            dz_SC = p_SC * (prob_S[:, None] + probz_S[:, None] * logits_SC.masked_fill_(p_SC == 0, 0))
+            p_SC = logp_SC.exp()
+            dz_SC = p_SC * (prob_S[:, None] + problog_S[:, None] * logp_SC.masked_fill_(p_SC == 0, 0))
         local_S, hit_S = local_target(target_S, start, stop)
         dz_SC.scatter_add_(1, local_S[:, None], onehot_S.where(hit_S, 0)[:, None])
-        if slope_SC is not None or options.temperature != 1:
+        if slope_SC is not None or tempered(options):
             dz_SC *= 1 / options.temperature if slope_SC is None else slope_SC
         if dbias_V is not None:
             dbias_V[start:stop] = dz_SC.sum(0)
@@ -123,9 +136,14 @@ def chunk_logits(
         if want_slope:
             slope_TC = (1 - logits_TC.square()) / options.temperature
         logits_TC *= options.softcap
-    if options.temperature != 1:
+    if tempered(options):
         logits_TC /= options.temperature
     return logits_TC, slope_TC
+
+
+def tempered(options: HeadOptions) -> bool:
+    """Whether logits are divided by a temperature: a number, or one for each token [T, 1]."""
+    return isinstance(options.temperature, Tensor) or options.temperature != 1
 
 
 def chunks(V: int, T: int) -> list[tuple[int, int]]:
@@ -194,7 +212,7 @@ def contrastive_torch(
     first_R = torch.full_like(best_R, R, dtype=torch.int64)
     top_R = candidate_R & (rank_R == best_R[group_R])
     first_R = first_R.scatter_reduce(0, group_R, index_R.where(top_R, R), "amin")
-    chosen_R = s_R * (first_R[group_R] == index_R)
+    chosen_R = s_R.where(first_R[group_R] == index_R, 0)  # a quality that is not selected adds nothing, not even a NaN
 
     # Means over all candidates, weighted or not.
     zeros = torch.zeros(2 * R, dtype=torch.float64, device=nll_R.device)

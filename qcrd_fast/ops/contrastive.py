@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qcrd_fast.ops import chunked, reference, selection
+from qcrd_fast.ops.checks import require_no_tangent
 from qcrd_fast.ops.dispatch import choose_impl
 from qcrd_fast.ops.reference import Contrast
 
@@ -32,6 +33,7 @@ def contrastive(
     segments = (logprob_T, rationale_T, valid_T, question_R, positive_R, quality_R)
     if chosen == "eager":
         return reference.contrastive_eager(*segments, key_R, selects, delta, num_questions, seed, iteration)
+    require_no_tangent(logprob_T)
     score_R = None
     if any(selection.SELECTIONS[select].random for select in selects):
         score_R = selection.sampling_scores(seed, key_R, iteration, question_R, positive_R)

@@ -5,6 +5,8 @@ Shape suffixes as in `reference`.
 
 from __future__ import annotations
 
+import itertools
+from collections import namedtuple
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +14,60 @@ import torch
 from torch import Tensor
 
 from qcrd_fast.ops import chunked, reference
-from qcrd_fast.ops.checks import check_head, require
+from qcrd_fast.ops.checks import check_head, require, require_no_tangent
 from qcrd_fast.ops.dispatch import choose_impl
 from qcrd_fast.ops.reference import HeadOptions
+
+
+class LogProbOutput(tuple[Tensor, ...]):
+    """What `linear_logprob` returns where an extra was asked for: a named tuple of log p and those extras, in this order.
+
+        out = linear_logprob(hidden, weight, target, return_lse=True, return_entropy=True)
+        out.logprob, out.lse, out.entropy
+        logprob, lse, entropy = out
+
+    An extra that was not asked for is None and takes no place in the tuple. All have the shape of the targets, and are 0 where
+    ignored.
+    """
+
+    __slots__ = ()
+    _fields: tuple[str, ...] = ("logprob", "lse", "entropy", "is_top1", "sum_p2")
+    logprob: Tensor  # log p of each target [nats], differentiable
+    lse: Tensor | None = None  # log-sum-exp of the logits [nats], differentiable
+    entropy: Tensor | None = None  # of p [nats], differentiable
+    is_top1: Tensor | None = None  # bool: no logit is above the target's
+    sum_p2: Tensor | None = None  # sum of p^2 over the vocabulary, detached
+
+    def __new__(
+        cls,
+        logprob: Tensor,
+        lse: Tensor | None = None,
+        entropy: Tensor | None = None,
+        is_top1: Tensor | None = None,
+        sum_p2: Tensor | None = None,
+    ) -> LogProbOutput:
+        values = (logprob, lse, entropy, is_top1, sum_p2)
+        given = [(name, x) for name, x in zip(LogProbOutput._fields, values, strict=True) if x is not None]
+        return _named_output(tuple(name for name, _ in given), [x for _, x in given])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _named_output, (self._fields, tuple(self))
+
+
+EXTRAS = LogProbOutput._fields[1:]
+_OUTPUTS = {
+    names: type(
+        "LogProbOutput",
+        (namedtuple("LogProbOutput", names), LogProbOutput),
+        {"__slots__": (), "__doc__": LogProbOutput.__doc__},
+    )
+    for n in range(len(EXTRAS) + 1)
+    for names in (("logprob", *extras) for extras in itertools.combinations(EXTRAS, n))
+}  # made here, since neither torch.compile nor pickle can make a class
+
+
+def _named_output(names: tuple[str, ...], values: Sequence[Tensor]) -> LogProbOutput:
+    return _OUTPUTS[names](*values)
 
 
 def linear_logprob(
@@ -25,23 +78,31 @@ def linear_logprob(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     return_lse: bool = False,
     return_entropy: bool = False,
+    return_top1: bool = False,
+    return_sum_p2: bool = False,
     impl: str = "auto",
     max_rows: int | None = None,
 ) -> Any:
     """log p(target) in nats [...], fp32 (float64 for float64 operands), never above 0; 0 and no gradient where ignored.
 
     hidden [..., H]; weight [V, H]; target [...] int64, already shifted; bias [V].
-    logits = softcap * tanh(a / softcap) / temperature, a = scale * hidden weight^T + bias.
+    logits = softcap * tanh(a / softcap) / temperature, a = scale * hidden weight^T + bias; temperature: a number, or one for
+    each token [...].
 
-    With `return_lse` / `return_entropy` a tuple: log p, then log-sum-exp, then entropy, in nats and differentiable too.
+    With any `return_...` a `LogProbOutput`: log p, and from the same pass the log-sum-exp and the entropy, in nats and
+    differentiable too, whether the target has the largest logit, and the sum of p^2, both without gradient. The last two and a
+    temperature for each token are not in the kernels: `triton` computes such a call as `torch` does, a chunk at a time.
+
     The product is taken in hidden's type (under autocast, autocast's) and accumulated in fp32. The backward pass visits only
-    rows whose gradient is not 0; `max_rows`, a bound on their number, saves it one host sync on a GPU.
+    rows whose gradient is not 0; `max_rows`, a bound on their number, saves it one host sync on a GPU; a bound that is
+    exceeded raises in backward (on a GPU, asserts).
 
-    Raises `ValueError` naming what was expected and what came, `TypeError` for an argument that is no tensor.
+    Raises `ValueError` naming what was expected and what came, also under forward-mode AD and for a scale, softcap or
+    temperature that requires grad; `TypeError` for an argument that is no tensor.
     """
     require(max_rows is None or max_rows >= 0, lambda: f"max_rows must be at least 0 or None, got {max_rows}")
     hidden_TH, target_T, options = check_head(hidden, weight, target, bias, scale, softcap, temperature, ignore_index)
@@ -50,11 +111,18 @@ def linear_logprob(
         if chosen == "eager":
             out = reference.linear_logprob_eager(hidden_TH, weight, target_T, bias, options, ignore_index)
         else:
-            head = (hidden_TH, weight, target_T, bias, *options)
-            out = _linear_logprob(*head, ignore_index, return_entropy, chosen == "triton", max_rows)
-    logprob, lse, entropy = (x.reshape(target.shape) if x.numel() == target.numel() else x for x in out)
-    extras = (lse,) * return_lse + (entropy,) * return_entropy
-    return (logprob, *extras) if extras else logprob
+            require_no_tangent(hidden, weight, bias)
+            scale, softcap, temperature = options
+            each_T1 = temperature if isinstance(temperature, Tensor) else None
+            triton = chosen == "triton" and each_T1 is None and not (return_top1 or return_sum_p2)
+            numbers = (scale, softcap, temperature if each_T1 is None else 1.0, each_T1)
+            head = (hidden_TH, weight, target_T, bias, *numbers)
+            out = _linear_logprob(*head, ignore_index, return_entropy, return_sum_p2, triton, max_rows)
+    wanted = (True, return_lse, return_entropy, return_top1, return_sum_p2)
+    values = [x.reshape(target.shape) for x, want in zip(out[:5], wanted, strict=True) if want]
+    if len(values) == 1:
+        return values[0]
+    return _named_output(tuple(itertools.compress(("logprob", *EXTRAS), wanted)), values)
 
 
 @torch.library.custom_op("qcrd_fast::linear_logprob", mutates_args=())
@@ -66,25 +134,36 @@ def _linear_logprob(
     scale: float,
     softcap: float,
     temperature: float,
+    temperature_T1: Tensor | None,
     ignore_index: int,
     want_entropy: bool,
+    want_sum_p2: bool,
     triton: bool,
     max_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p, log-sum-exp, entropy or [0])."""
-    options = HeadOptions(scale, softcap, temperature)
-    twin: Any = chunked.chunked_forward
-    if triton:
-        from csrc_triton.linear_logprob import forward as twin  # type: ignore[no-redef]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(log p, log-sum-exp, entropy or [0], is top 1 ([0] by triton), sum p^2 or [0], rest as `chunked_forward` gives it)."""
+    options = HeadOptions(scale, softcap, temperature if temperature_T1 is None else temperature_T1)
+    arguments = (hidden_TH, weight_VH, target_T, bias_V, options, ignore_index, want_entropy)
     with torch.autocast(hidden_TH.device.type, enabled=False), torch.cuda.device_of(hidden_TH):
-        return twin(hidden_TH, weight_VH, target_T, bias_V, options, ignore_index, want_entropy)
+        if triton:
+            from csrc_triton.linear_logprob import forward
+
+            logprob_T, lse_T, entropy_T, rest_T = forward(*arguments)
+            return logprob_T, lse_T, entropy_T, target_T.new_empty(0, dtype=torch.bool), lse_T.new_empty(0), rest_T
+        return chunked.chunked_forward(*arguments, want_sum_p2)
 
 
 @_linear_logprob.register_fake
-def _(hidden_TH: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, want_entropy, _triton, _max_rows = rest
-    out_T = hidden_TH.new_empty(hidden_TH.shape[0], dtype=reference.accumulation_dtype(hidden_TH.dtype))
-    return out_T, torch.empty_like(out_T), torch.empty_like(out_T) if want_entropy else out_T.new_empty(0)
+def _(hidden_TH: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, want_entropy, want_sum_p2, triton, _max_rows = rest
+    T = hidden_TH.shape[0]
+
+    def out(want: bool, dtype: torch.dtype) -> Tensor:
+        return hidden_TH.new_empty(T if want else 0, dtype=dtype)
+
+    dtype = reference.accumulation_dtype(hidden_TH.dtype)
+    wants = (True, True, want_entropy, not triton, want_sum_p2, want_entropy)
+    return tuple(out(want, torch.bool if i == 3 else dtype) for i, want in enumerate(wants))
 
 
 @torch.library.custom_op("qcrd_fast::linear_logprob_backward", mutates_args=())
@@ -96,29 +175,30 @@ def _linear_logprob_backward(
     lse_T: Tensor,
     onehot_T: Tensor,
     prob_T: Tensor,
-    probz_T: Tensor | None,
+    problog_T: Tensor | None,
     scale: float,
     softcap: float,
     temperature: float,
+    temperature_T1: Tensor | None,
     triton: bool,
     max_rows: int | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dHidden, dWeight, dBias), each [0] where not needed; the three coefficients are those of `chunked_backward`."""
-    options = HeadOptions(scale, softcap, temperature)
     twin: Any = chunked.chunked_backward
     if triton:
         from csrc_triton.linear_logprob import backward as twin  # type: ignore[no-redef]
     T = len(target_T)
     wanted_T = (onehot_T != 0) | (prob_T != 0)
-    if probz_T is not None:
-        wanted_T = wanted_T | (probz_T != 0)
+    if problog_T is not None:
+        wanted_T = wanted_T | (problog_T != 0)
     rows_S, real_S = compact(wanted_T, max_rows)
 
     def take(x_T: Tensor) -> Tensor:
         return x_T[rows_S] if real_S is None else x_T[rows_S].where(real_S, 0)
 
-    coefficients = (take(onehot_T), take(prob_T), None if probz_T is None else take(probz_T))
+    options = HeadOptions(scale, softcap, temperature if temperature_T1 is None else temperature_T1[rows_S])
+    coefficients = (take(onehot_T), take(prob_T), None if problog_T is None else take(problog_T))
     with torch.autocast(hidden_TH.device.type, enabled=False), torch.cuda.device_of(hidden_TH):
         dhidden_SH, dweight_VH, dbias_V = twin(
             hidden_TH[rows_S], weight_VH, target_T[rows_S], bias_V, lse_T[rows_S], coefficients, options, tuple(needs)
@@ -152,41 +232,48 @@ def compact(wanted_T: Tensor, max_rows: int | None) -> tuple[Tensor, Tensor | No
     T = len(wanted_T)
     S = min(max_rows, T)
     count = wanted_T.sum()
-    require(count <= S, lambda: f"max_selected_tokens is {max_rows}, but {int(count)} tokens have a gradient")
+    require(
+        count <= S,
+        lambda: f"max_selected_tokens is {max_rows} (linear_logprob: max_rows), but {int(count)} tokens have a gradient",
+    )
     slot_T = torch.where(wanted_T, wanted_T.cumsum(0) - 1, S).clamp(max=S)
     index_T = torch.arange(T, device=wanted_T.device)
     rows_S = torch.zeros(S + 1, dtype=torch.int64, device=wanted_T.device).scatter(0, slot_T, index_T)[:S]
     return rows_S, torch.arange(S, device=wanted_T.device) < count
 
 
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden_TH, weight_VH, target_T, bias_V, scale, softcap, temperature, ignore_index, _, triton, max_rows = inputs
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *head, scale, softcap, temperature, temperature_T1, ignore_index, _entropy, _sum_p2, triton, max_rows = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_TH, weight_VH, target_T, bias_V, output[1], output[2])
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(*head, output[1], output[2], output[5], temperature_T1)
     ctx.settings = (scale, softcap, temperature, triton, max_rows)
     ctx.ignore_index = ignore_index
 
 
-def _linear_backward(ctx: Any, dlogprob_T: Tensor | None, dlse_T: Tensor | None, dentropy_T: Tensor | None) -> tuple[Any, ...]:
-    hidden_TH, weight_VH, target_T, bias_V, lse_T, entropy_T = ctx.saved_tensors
+def _linear_backward(
+    ctx: Any, dlogprob_T: Tensor | None, dlse_T: Tensor | None, dentropy_T: Tensor | None, *_: None
+) -> tuple[Any, ...]:
+    hidden_TH, weight_VH, target_T, bias_V, lse_T, entropy_T, rest_T, temperature_T1 = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     # With z a row's logits and H its entropy: d log p_t / dz_j = [j = t] - p_j; d lse / dz_j = p_j;
-    # d H / dz_j = -p_j (z_j - lse + H).
+    # d H / dz_j = -p_j (log p_j + H), and log p_j = z_j - lse - rest: near p_j = 1 the rounding of a large lse is all there is.
     zero_T = torch.zeros_like(lse_T)
     onehot_T = zero_T if dlogprob_T is None else dlogprob_T
     prob_T = -onehot_T if dlse_T is None else dlse_T - onehot_T
-    probz_T = None
+    problog_T = None
     if dentropy_T is not None and len(entropy_T) == len(lse_T):
-        prob_T = prob_T + dentropy_T * (lse_T - entropy_T)
-        probz_T = -dentropy_T
+        prob_T = prob_T - dentropy_T * (entropy_T - rest_T)
+        problog_T = -dentropy_T
     valid_T = target_T != ctx.ignore_index
     onehot_T, prob_T = onehot_T.where(valid_T, 0), prob_T.where(valid_T, 0)
-    probz_T = None if probz_T is None else probz_T.where(valid_T, 0)
+    problog_T = None if problog_T is None else problog_T.where(valid_T, 0)
     scale, softcap, temperature, triton, max_rows = ctx.settings
     head = (hidden_TH, weight_VH, target_T, bias_V, lse_T)
-    grads = _linear_logprob_backward(*head, onehot_T, prob_T, probz_T, scale, softcap, temperature, triton, max_rows, needs)
+    numbers = (scale, softcap, temperature, temperature_T1)
+    grads = _linear_logprob_backward(*head, onehot_T, prob_T, problog_T, *numbers, triton, max_rows, needs)
     dhidden, dweight, dbias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return dhidden, dweight, None, dbias, *[None] * 7
+    return dhidden, dweight, None, dbias, *[None] * 9
 
 
 _linear_logprob.register_autograd(_linear_backward, setup_context=_save_linear)

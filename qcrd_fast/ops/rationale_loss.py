@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qcrd_fast.ops import chunked, reference
-from qcrd_fast.ops.checks import check_head, require, require_tensors
+from qcrd_fast.ops.checks import check_head, require, require_no_tangent, require_tensors
 from qcrd_fast.ops.chunked import backward_kept, forward_keeping
 from qcrd_fast.ops.dispatch import choose_impl
 from qcrd_fast.ops.linear_logprob import empty_gradient, linear_logprob
@@ -35,7 +35,7 @@ def linear_rationale_loss(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     impl: str = "auto",
     return_logprob: bool = False,
@@ -69,15 +69,17 @@ def linear_rationale_loss(
     chosen = choose_impl(impl, hidden.device, hidden_TH.dtype)[0]
     margin, weight_R = None if delta is None else float(delta), rationale_weight.detach()
     with torch.autocast(hidden.device.type, enabled=False):
-        if chosen == "eager" or hidden_TH.dtype == torch.float16:  # whose small gradients need the loss's scale before rounding
+        # fp16: its small gradients need the loss's scale before rounding
+        if chosen == "eager" or hidden_TH.dtype == torch.float16 or isinstance(options.temperature, Tensor):
             logprob_T = linear_logprob(
-                hidden_TH, weight, target_T, bias=bias, scale=scale, softcap=softcap, temperature=temperature,
-                ignore_index=ignore_index, impl=impl,
+                hidden_TH, weight, target_T, bias=bias, scale=scale, softcap=softcap, impl=impl, ignore_index=ignore_index,
+                temperature=options.temperature[:, 0] if isinstance(options.temperature, Tensor) else options.temperature,
             )  # fmt: skip
             valid_T = target_T != ignore_index
             nll_R, _ = chunked.rationale_mean(logprob_T, rationale_T, valid_T, len(positive))
             loss = loss_terms(nll_R, positive, weight_R.to(nll_R.dtype), beta, margin)[0]
             return (loss, nll_R.detach(), logprob_T.detach())[: 2 + return_logprob]
+        require_no_tangent(hidden, weight, bias)
         needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
         head = (hidden_TH, weight, target_T, bias)
         arguments = (rationale_T, positive, weight_R, float(beta), margin, *options, ignore_index, chosen == "triton", needs)

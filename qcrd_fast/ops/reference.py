@@ -5,7 +5,7 @@ Shape suffixes: T tokens, H hidden, V vocabulary, R rationales. Equation numbers
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class HeadOptions(NamedTuple):
 
     scale: float = 1.0
     softcap: float = 0.0  # 0: none
-    temperature: float = 1.0
+    temperature: Any = 1.0  # a number; for eager and chunks also one for each token, a tensor [T, 1]
 
 
 class Contrast(NamedTuple):
@@ -37,8 +37,9 @@ class Contrast(NamedTuple):
 
 def linear_logprob_eager(
     hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, bias_V: Tensor | None, options: HeadOptions, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p of the target, log-sum-exp, entropy), each [T] in nats and 0 where ignored. Differentiated by autograd.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(log p of the target, log-sum-exp, entropy, whether the target's logit is the largest, sum of p^2), each [T]: the first
+    three in nats and differentiated by autograd, all 0 where ignored.
 
     Operands are rounded to `hidden`'s type and multiplied in fp32 (float64 stays float64).
     """
@@ -55,11 +56,14 @@ def linear_logprob_eager(
     picked_T = logprob_TV.gather(1, target_T.where(valid_T, 0)[:, None])[:, 0]
     prob_TV = logprob_TV.exp()
     entropy_T = -(prob_TV * logprob_TV.masked_fill(prob_TV == 0, 0)).sum(1)
+    top_T = logits_TV.gather(1, target_T.where(valid_T, 0)[:, None])[:, 0] >= logits_TV.amax(1)
     zero = picked_T.new_zeros(())
     return (
         torch.where(valid_T, picked_T, zero),
         torch.where(valid_T, torch.logsumexp(logits_TV, dim=1), zero),
         torch.where(valid_T, entropy_T, zero),
+        top_T & valid_T,
+        torch.where(valid_T, prob_TV.detach().square().sum(1), zero),
     )
 
 

@@ -45,8 +45,18 @@ def sampling_score(seed: int, key: int, iteration: int, is_positive: bool, rank:
     return state >> 40
 
 
+def signed(x: int) -> int:
+    """The int64 with the lowest 64 bits of `x`."""
+    return x if -(2**63) <= x < 2**63 else (x + 2**63) % 2**64 - 2**63
+
+
 def sampling_scores(seed: int, key_R: Tensor, iteration: int, question_R: Tensor, positive_R: Tensor) -> Tensor:
     """`sampling_score` of every rationale, fp32 [R]. Its rank is that among its question's rationales of the same class."""
+    return _sampling_scores(signed(seed), key_R, signed(iteration), question_R, positive_R)
+
+
+@torch.library.custom_op("qcrd_fast::sampling_scores", mutates_args=())  # int64 that wraps around is nothing for a compiler
+def _sampling_scores(seed: int, key_R: Tensor, iteration: int, question_R: Tensor, positive_R: Tensor) -> Tensor:
     R = len(question_R)
     group_R = 2 * question_R + ~positive_R
     order_R = torch.argsort(group_R, stable=True)
@@ -54,16 +64,18 @@ def sampling_scores(seed: int, key_R: Tensor, iteration: int, question_R: Tensor
     rank_R = torch.empty_like(order_R)
     rank_R[order_R] = torch.arange(R, device=order_R.device) - torch.searchsorted(sorted_R, sorted_R)
 
-    def signed(x: int) -> int:
-        return (x + 2**63) % 2**64 - 2**63
-
     def shifted(x_R: Tensor, bits: int) -> Tensor:  # a logical shift; int64's is arithmetic
         return (x_R >> bits) & (2 ** (64 - bits) - 1)
 
     state_R = torch.zeros_like(key_R)
-    for word in (signed(seed), signed(iteration), key_R, 2 * rank_R + ~positive_R):
+    for word in (seed, iteration, key_R, 2 * rank_R + ~positive_R):
         state_R = (state_R ^ word) + signed(GOLDEN)
         state_R = (state_R ^ shifted(state_R, 30)) * signed(MIX_1)
         state_R = (state_R ^ shifted(state_R, 27)) * signed(MIX_2)
         state_R = state_R ^ shifted(state_R, 31)
     return shifted(state_R, 40).float()
+
+
+@_sampling_scores.register_fake
+def _(seed: int, key_R: Tensor, iteration: int, question_R: Tensor, positive_R: Tensor) -> Tensor:
+    return key_R.new_empty(question_R.shape, dtype=torch.float32)

@@ -331,7 +331,7 @@ class _Fake:
             if found:
                 grads = chunked.backward_kept(found[2], *operands, found[1], dlogprob_T, options, needs)
             else:
-                _, lse_T, _ = chunked.chunked_forward(*operands, options, -100, False)
+                lse_T = chunked.chunked_forward(*operands, options, -100, False)[1]
                 coefficients = (dlogprob_T, -dlogprob_T, None)
                 grads = chunked.chunked_backward(*operands, lse_T, coefficients, options, needs)
             return ledger.peak - sum(x.nbytes for x in grads if x is not None)

@@ -115,6 +115,23 @@ def test_a_model_without_output_embedding_is_refused():
         read_head(build("llama").model)
 
 
+def test_the_loss_needs_torch_alone():
+    """What belongs to trainers, models and the command line may be missing."""
+    code = """
+import sys
+for name in ("transformers", "safetensors", "tokenizers", "click", "numpy", "yaml", "jinja2", "peft", "accelerate", "datasets"):
+    sys.modules[name] = None
+import torch
+from qcrd_fast import LogProbOutput, QCRDLoss, contrastive_loss, linear_logprob
+hidden = torch.randn(3, 4, requires_grad=True)
+batch = (torch.tensor([0, 0, 1]), torch.tensor([0, 0]), torch.tensor([True, False]))
+QCRDLoss()(hidden, torch.randn(5, 4), torch.tensor([0, 1, 2]), *batch).loss.backward()
+assert hidden.grad.abs().sum() > 0
+assert not [name for name, module in sys.modules.items() if name.startswith("qcrd_fast.models") and module]
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
 def test_import_is_light():
     """The command line takes its lock before torch is imported."""
     code = "import sys, qcrd_fast; assert 'torch' not in sys.modules and qcrd_fast.version.__version__; qcrd_fast.QCRDLoss"

@@ -23,6 +23,7 @@ from qcrd_fast.ops.linear_sample import linear_sample
 from qcrd_fast.ops.reference import HeadOptions
 from tests.support.audits import audited, audited_training
 from tests.support.loss_oracle import BETA, DELTA, Batch, dense_logprob, error, expected_terms, random_batch
+from tests.support.nan_qualities import CASES, expected
 from tests.support.rationale_losses import both
 
 torch.set_num_threads(1)
@@ -172,6 +173,21 @@ def test_nan_no_candidates_and_nothing_at_all():
         out = contrastive_loss(logprob, torch.arange(R), torch.arange(R), torch.zeros(R).bool(), impl="triton", delta=1.0)
         out.loss.backward()
         assert out.loss == 0 and not out.selected_R.any()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_nan_qualities(scheme):
+    """What is not selected adds nothing, and a NaN that is selected reaches the loss, as in the other implementations."""
+    for case in CASES:
+        for got, want in zip(case.run(scheme, "triton"), expected(case, scheme), strict=True):
+            torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_what_the_kernels_do_not_compute_comes_from_the_chunks():
+    batch, each = random_batch().to(torch.float32), torch.linspace(0.5, 2, len(random_batch().target))
+    for options in (dict(return_top1=True, return_sum_p2=True, return_lse=True), dict(return_entropy=True, temperature=each)):
+        a, b = (linear_logprob(batch.hidden, batch.weight, batch.target, impl=i, **options) for i in ("triton", "torch"))
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_the_bound_on_selected_tokens_and_determinism():

@@ -80,10 +80,10 @@ def linear_cases(capability, dtype, rows=4096, tile=None, **flags):
     blocks = dict(BLOCK_T=tile.block_t, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h)
     plain = dict(HAS_BIAS=False, HAS_SCALE=False, HAS_SOFTCAP=False, EVEN_H=True, EVEN_V=True)
     plain |= dict(DESCRIPTORS=False, SPECIALIZE=False, KEEP=False)
-    for kernel, extra in ((linear_logprob.forward_kernel, "WANT_ENTROPY"), (linear_logprob.da_kernel, "HAS_PROBZ")):
+    for kernel, extra in ((linear_logprob.forward_kernel, "WANT_ENTROPY"), (linear_logprob.da_kernel, "HAS_PROBLOG")):
         constants = {**blocks, **plain, extra: False, **{k: v for k, v in flags.items() if k in (*plain, extra, "T", "S")}}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        absent = {"bias_ptr": not constants["HAS_BIAS"], "probz_ptr": not constants.get("HAS_PROBZ")}
+        absent = {"bias_ptr": not constants["HAS_BIAS"], "problog_ptr": not constants.get("HAS_PROBLOG")}
         absent |= {"kept_ptr": not constants.get("KEEP"), "kept_max_ptr": not constants.get("KEEP")}
         constants.update({name: None for name, gone in absent.items() if gone and name in kernel.arg_names})
         result = compile_kernel(kernel, capability, dtype, constants, tile.num_warps, tile.num_stages)
@@ -147,7 +147,7 @@ def cases(capability):
     if capability == 90:
         yield from linear_cases(capability, "bf16", HAS_SOFTCAP=True)  # Gemma
         yield from linear_cases(capability, "bf16", rows=32)
-        yield from linear_cases(capability, "bf16", WANT_ENTROPY=True, HAS_PROBZ=True)
+        yield from linear_cases(capability, "bf16", WANT_ENTROPY=True, HAS_PROBLOG=True)
         yield from linear_cases(capability, "fp16", rows=1, T=1, S=1)  # Triton turns an argument of 1 into a constant
         yield from small_cases(capability)
     if capability in (80, 90, 120):
