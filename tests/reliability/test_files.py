@@ -113,7 +113,7 @@ class TestTrial22:
         assert entry(["validate", str(path)]) == 2
         said = capsys.readouterr().out
         assert said.startswith(f"{path}:1: this is ") and ("pickle" in said or "never loaded" in said)
-        assert said.endswith("rows are UTF-8 JSON\n") and said.count("\n") == 1
+        assert said.endswith("rows are UTF-8 JSON, CSV, TSV or parquet\n") and said.count("\n") == 1
         for verb in (
             ["prepare", "--output", str(tmp_path / "out")],
             ["collect", "--output", str(tmp_path / "out"), "--teacher"],
