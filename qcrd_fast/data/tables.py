@@ -54,7 +54,7 @@ def csv_rows(
             cells = next(reader, None)
             if cells is None:
                 break
-            if not cells:
+            if not cells or (header is not None and not any(map(str.strip, cells))):
                 on_blank()
             elif header is None:
                 header = _header(cells)
