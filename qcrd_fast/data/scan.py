@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,14 +13,18 @@ from typing import Any
 
 from qcrd_fast.data.files import is_hub_name, open_rows
 from qcrd_fast.data.formats import batch, dss
-from qcrd_fast.data.formats.fields import ROLES, Parsed, Row, role_of
+from qcrd_fast.data.formats.fields import ROLES, Parsed, Row, nearest, role_of
+from qcrd_fast.data.formats.golds import GOLD
 from qcrd_fast.data.formats.registry import NAMES, Context, Format, find_format
-from qcrd_fast.data.input_report import InputReport, keys_not_read, keys_text
+from qcrd_fast.data.input_report import SAMPLE_ROLES, InputReport, keys_not_read, keys_text, misspelt
 from qcrd_fast.data.pooling import Record
 from qcrd_fast.data.schema import BadRow, Question, RowError, require, text_key
 from qcrd_fast.data.tables import is_dataset_folder
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils.files import shown
+
+AHEAD_ROWS = 64  # whose keys tell what a file is
+AHEAD_CHARACTERS = 1024 * 1024
 
 
 @dataclasses.dataclass
@@ -93,8 +98,10 @@ class _Scan:
         where, files = self.report.path, self.files
         samples = dss.iter_samples(files) if files and files.samples else None
         opened = open_rows(self.rows, split=self.scanner.split, part=self.scanner.part, config_name=self.scanner.config_name)
+        head = list(_ahead(iter(opened)))
+        self._decide([value for _, value in head if isinstance(value, dict)], format)
         line, count, unpaired = 1, 0, 0
-        for line, value in opened:
+        for line, value in itertools.chain(head, opened):
             sample = next(samples, None) if samples else None
             unpaired += sample is None
             count += 1
@@ -113,6 +120,8 @@ class _Scan:
             if isinstance(sample, BadRow):
                 yield sample
         self.report.blank_lines = opened.blank_lines
+        if self.kind != "sampled":
+            self.report.without_sample = 0
         total = count - unpaired + sum(1 for _ in samples) if samples else count
         if total != count:
             raise Mismatch(BadRow(where, line, f"{count} rows, but {total} samples in {shown(self.rows.parent / 'llm')}"))
@@ -121,27 +130,61 @@ class _Scan:
             if count and key not in self.mapped:
                 raise InputError(f"{where}: no row has a key {key!r}, which --map {role}={key} names")
 
-    def _parse(self, values: dict[str, Any], format: str) -> Parsed:
-        """What the file's format makes of a row; the first row that a format claims decides which that is."""
+    def _decide(self, rows: list[dict[str, Any]], format: str) -> None:
+        """Find the format that the first rows have: that of the first, but where it has no sample, that of all their keys."""
+        if not rows:
+            return
+        union: dict[str, Any] = {}
+        for values in rows:
+            union |= {key: value for key, value in values.items() if union.get(key) in (None, "")}
+        if format == "auto" and self.files and self.files.samples and "choices" in union:
+            format = "dss"
+        first, every = self._row(rows[0]), self._row(union)
+        found = find_format(format, first)
+        if format == "auto" and (found is None or not self._has_samples(found, first)):
+            found = find_format(format, every) or found
+        self._take(found)
+
+    def _has_samples(self, found: Format, row: Row) -> bool:
+        """Whether a row has samples as this format reads it, or is of a format whose samples do not stand in its rows."""
+        if found.name in ("openai-batch", "openai-batch-input", "dss"):
+            return True
+        try:
+            parsed = found.read(row, Context(self.rows.stem, self.files, None))
+        except RowError:
+            return False
+        return parsed.kind == "prepared" or any(sample.source != GOLD for sample in parsed.samples)
+
+    def _take(self, found: Format | None) -> None:
+        if found:
+            self.found = found
+            self.report.format, self.report.title = found.name, found.title
+
+    def _row(self, values: dict[str, Any]) -> Row:
         mapping = self.scanner.mapping
         assert not isinstance(mapping, str)
-        if mapping:
-            values = _dug(values, mapping)
-            self.mapped |= values.keys() & set(mapping.values())
-        row = Row(values, mapping)
+        return Row(_dug(values, mapping) if mapping else values, mapping)
+
+    def _parse(self, values: dict[str, Any], format: str) -> Parsed:
+        """What the file's format makes of a row; where its first rows did not tell, the first that a format claims does."""
+        row = self._row(values)
+        self.mapped |= row.values.keys() & set(row.mapping.values())
         if self.found is None:
-            if format == "auto" and self.files and self.files.samples and "choices" in values:
-                format = "dss"
-            self.found = find_format(format, row)
-            if self.found is None:
-                raise RowError(_no_question(row))
-            self.report.format, self.report.title = self.found.name, self.found.title
+            self._take(find_format(format, row))
+        if self.found is None:
+            raise RowError(_no_question(row))
         asked = self.scanner.batch() if self.found.name == "openai-batch" else None
         try:
             parsed = self.found.read(row, Context(self.rows.stem, self.files, asked))
         except InputError as error:
             raise InputError(f"{self.report.path}: {error}") from None
         self.report.add_unread(parsed.unread)
+        if not parsed.samples and parsed.kind not in ("prepared", "dss") and not row.mapping.keys() & set(SAMPLE_ROLES):
+            lost = sorted(key for key in parsed.unread if role_of(key) in SAMPLE_ROLES)
+            if lost:
+                taken = f"the file was taken for {self.found.name!r} by its first rows, which have none"
+                role = role_of(lost[0])
+                raise RowError(f"{lost[0]!r} looks like a sample, but {taken}; --map {role}={lost[0]} reads it")
         return parsed
 
     def _identify(self, parsed: Parsed, line: int) -> Question:
@@ -151,11 +194,14 @@ class _Scan:
             RowError: a row without samples after rows with some, or an id that another question has.
         """
         question, kind = parsed.question, parsed.kind
-        if kind == "question" != self.kind:
+        if kind == "question":
+            self.report.without_sample += 1
+        among_samples = parsed.by_text and self.kind == "sampled" and not misspelt({key: nearest(key) for key in parsed.unread})
+        if kind == "question" != self.kind and not among_samples:
             key = {"prepared": "'positives'", "sampled": "'samples'"}.get(self.kind, "of a sample")
             what = f"missing key {key}" if not parsed.by_text else "no sample"
             raise RowError(f"{what}, which the rows above have")
-        self.kind = "question" if kind == "question" else kind
+        self.kind = self.kind if kind == "question" else kind
         given = bool(question.id)
         if parsed.by_text:
             question = dataclasses.replace(question, id=self.scanner.question_id(question))
@@ -173,6 +219,24 @@ class _Scan:
             if kind in ("prepared", "question") and not parsed.by_text:
                 raise RowError(f"duplicate id {question.id!r}, first on line {first}")
         return question
+
+
+def _ahead(rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """The first rows, as many as tell what a file is, and no more than a bounded number of characters."""
+    room = AHEAD_CHARACTERS
+    for row in itertools.islice(rows, AHEAD_ROWS):
+        yield row
+        room -= _size(row[1])
+        if room < 0:
+            return
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    return len(value) if isinstance(value, str) else 8
 
 
 class Mismatch(InputError):

@@ -175,8 +175,9 @@ def test_values_of_parquet_are_those_of_json(tmp_path: Path) -> None:
         {"question": "2 + 2?", "gold": decimal.Decimal("4.00"), "response": None, "when": None, "task": None},
     ]
     path = write_parquet(tmp_path / "rows.parquet", rows)
-    result = load_questions(path, on_bad_row="skip")
-    assert result.questions[0].gold == "2.00" and "no sample, which the rows above have" in result.skipped[0].reason
+    result = load_questions(path)
+    assert [q.gold for q in result.questions] == ["2.00", "4.00"] and result.summary.with_samples == 1
+    assert result.summary.warnings[0].endswith("1 of 2 rows have no sample; their questions count")
     rows = [{"question": "1?", "gold": 2.0}, {"question": "2?", "gold": float("nan")}, {"question": b"\xff", "gold": 1.0}]
     path = write_parquet(tmp_path / "nan.parquet", rows[:2])
     assert [q.gold for q in load_questions(path).questions] == ["2.0", None]
@@ -412,3 +413,37 @@ def test_a_gzip_that_does_not_fit_is_refused_before_it_is_read(tmp_path: Path, m
     monkeypatch.setattr(memory, "free_bytes", functools.partial(int, 10))
     with pytest.raises(InputError, match="GB are free"):
         load_questions(path)
+
+
+@pytest.mark.parametrize("key", ["response", "generations", "explanation", "predicted_answer"])
+def test_an_empty_first_cell_does_not_hide_a_column(key: str, tmp_path: Path) -> None:
+    def cell(text: str) -> str | list[str]:
+        return [f"So {text}. Answer: {text}"] if key == "generations" else text if "answer" in key else f"So. Answer: {text}"
+
+    rows = [{"question": "5 + 5?", "answer": "10", key: cell("10")}]
+    rows += [{"question": "1 + 1?", "answer": "2", key: cell(text)} for text in ("2", "3")]
+    rows[0][key] = ""
+    if key != "generations":
+        path = tmp_path / "rows.csv"
+        path.write_text("\n".join(",".join(map(str, line)) for line in [rows[0], *map(dict.values, rows)]))
+        assert load_questions(path).summary.samples == 2
+    rows[0][key] = None  # type: ignore[assignment]
+    result = load_questions(write_parquet(tmp_path / "rows.parquet", rows))
+    assert (len(result.questions), result.summary.samples) == (2, 2)
+    assert "1 of 3 rows have no sample" in result.summary.warnings[0]
+
+
+def test_a_sample_far_below_rows_without_is_not_lost(tmp_path: Path) -> None:
+    rows = [f'{{"question": "{i} + 1?", "answer": "{i + 1}"}}' for i in range(70)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*rows, '{"question": "1 + 1?", "answer": "2", "response": "It is 2."}']))
+    with pytest.raises(InputError, match=r"rows\.jsonl:71: 'response' looks like a sample, but the file was taken for 'native'"):
+        load_questions(path)
+    assert load_questions(path, mapping="completion=response").summary.samples == 1
+
+
+def test_rows_of_empty_cells_are_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('question,answer,response\n1 + 1?,2,It is 2.\n,,\n1 + 1?,2,It is 3.\n" ",,\n')
+    result = load_questions(path)
+    assert result.summary.samples == 2 and result.summary.inputs[0]["blank_lines"] == 2

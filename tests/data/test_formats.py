@@ -608,3 +608,30 @@ def test_the_documented_example_is_read_as_it_says(name: str, example: str, tmp_
     result = load_questions(path, batch_input=requests if name == "openai-batch" else None)
     assert result.summary.format == name and result.summary.questions == 1
     assert set(result.summary.keys_not_read) <= {"model_name"}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_row_without_a_sample_is_a_question_wherever_it_stands(place: int, tmp_path: Path) -> None:
+    rows = [{"question": "1 + 1?", "answer": "2", "response": f"So. Answer: {x}"} for x in (2, 3)]
+    rows.insert(place, {"question": "2 + 2?", "answer": "4", "response": None})  # type: ignore[dict-item]
+    result = load_questions(write(tmp_path / "rows.jsonl", rows))
+    assert {q.question: len(q.votes) for q in result.questions} == {"1 + 1?": 2, "2 + 2?": 0}
+    assert "1 of 3 rows have no sample" in result.summary.warnings[0]
+
+
+def test_a_misspelt_key_among_samples_is_refused(tmp_path: Path) -> None:
+    rows = [{"question": "1 + 1?", "response": "It is 2."}, {"question": "1 + 1?", "respones": "It is 3."}]
+    with pytest.raises(InputError, match=":2: no sample, which the rows above have"):
+        load_questions(write(tmp_path / "rows.jsonl", rows))
+
+
+def test_a_completion_without_a_chain_is_a_sample(tmp_path: Path) -> None:
+    rows = [{"input": "1 + 1?", "completion": f"So it is {x}.", "answer": "2"} for x in (2, 3)]
+    result = load_questions(write(tmp_path / "rows.jsonl", rows))
+    assert (result.summary.format, result.questions[0].votes) == ("sample-rows", {"2": 1, "3": 1})
+
+
+def test_samples_that_only_vote_are_samples(tmp_path: Path) -> None:
+    rows = [{"question": "1 + 1?", "gold": "2", "prediction": x} for x in ("2", "3", "2")]
+    warnings = load_questions(write(tmp_path / "rows.jsonl", rows)).summary.warnings
+    assert not any("no question has a sample" in warning for warning in warnings)
