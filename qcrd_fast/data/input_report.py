@@ -26,6 +26,7 @@ class InputReport:
     rows: int = 0
     blank_lines: int = 0
     without_sample: int = 0  # rows, of a file in which others have one
+    repeated_ids: int = 0  # rows of another tool with the id of another question
     unread: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def add_unread(self, keys: Iterable[str]) -> None:
@@ -46,6 +47,10 @@ class InputReport:
         found = []
         if self.without_sample:
             found.append(f"{self.path}: {self.without_sample:,} of {self.rows:,} rows have no sample; their questions count")
+        if self.repeated_ids:
+            found.append(
+                f"{self.path}: {self.repeated_ids:,} rows have the id of another question; samples were pooled by question"
+            )
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -189,6 +189,8 @@ def _read(
             if watch:
                 watch(question, vote)
             yield question
+    if pool.renamed:
+        tally.notes.append(f"{pool.renamed:,} questions have the id of another question in another file; they got new ids")
     if not tally.summary.questions:
         reason = f"; the first of {tally.skipped} bad rows: {skipped[0]}" if skipped else ""
         raise InputError(f"{', '.join(map(shown, inputs)) or 'no input'}: no questions{reason}")

@@ -7,6 +7,7 @@ and not with their length.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ class Record(NamedTuple):
     prepared: bool
     path: str
     line: int
+    own: bool = False  # a row of the project's with an id: no other id of such a row means this question
 
 
 class Pool:
@@ -46,9 +48,11 @@ class Pool:
         self.bad, self.task, self.reader = bad, task, reader
         self._spool = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(folder)) if folder else None  # noqa: SIM115
         self._end = 0
-        self._rows: dict[str, list[Any]] = {}  # by question id: records, or where they stand in the file
+        self._rows: dict[str, list[Any]] = {}  # by id, after NUL where text tells: records, or their place
         self._guesses: list[tuple[TaskGuess, TaskGuess]] = []  # by input: of gold answers, of samples
         self._paths: list[str] = []
+        self._own: set[str] = set()  # ids of our rows, where other rows have to be told from them
+        self.renamed = 0  # questions of other tools with the id of another question of ours
         self.prepared_alone = True  # one input, all of its rows prepared
 
     def __enter__(self) -> Pool:
@@ -74,17 +78,23 @@ class Pool:
         self.prepared_alone &= record.prepared
         self._paths[-1] = record.path  # of a folder, the file in it
         record = record._replace(question=dataclasses.replace(question, task=task))
-        self._rows.setdefault(question.id, []).append(self._put(record))
+        self._rows.setdefault(question.id if record.own else f"\0{question.id}", []).append(self._put(record))
 
     def questions(self, split_by: str, seed: int) -> Iterator[tuple[Question, Vote | None]]:
         """The questions in the order of their first rows; each row is given away once."""
         as_they_are = self.prepared_alone and len(self._paths) == 1 and split_by == "majority"
+        self._join()
         for id in list(self._rows):
             group = [self._get(place) for place in self._rows.pop(id)]
             if as_they_are:
                 yield from ((record.question, None) for record in group)
                 continue
             first, *others = group
+            if not id.startswith("\0") or id[1:] in self._own:
+                if id.startswith("\0"):  # the id of another tool, which one of our rows has for another question
+                    id = hashlib.sha256(text_key(first.question).encode()).hexdigest()[:16]
+                    self.renamed += 1
+                first = first._replace(question=dataclasses.replace(first.question, id=id))
             kept = [first]
             for record in others:
                 if text_key(first.question) == text_key(record.question):
@@ -96,6 +106,30 @@ class Pool:
                 yield _merge(kept, split_by, seed, self.reader)
             except RowError as error:
                 self.bad(BadRow(first.path, first.line, str(error)))
+
+    def _join(self) -> None:
+        """Bring rows that their text tells together with the rows of ours that have an id for the same question."""
+        told = [key for key in self._rows if key.startswith("\0")]
+        self._own = {key for key in self._rows if not key.startswith("\0")} if told else set()
+        if not self._own:
+            return
+        ids: dict[bytes, list[str]] = {}
+        for id in self._rows:
+            if id in self._own:
+                ids.setdefault(_digest(self._get(self._rows[id][0])), []).append(id)
+        for key in told:
+            first = self._get(self._rows[key][0])
+            same = ids.get(_digest(first), [])
+            if len(same) == 1:
+                self._rows[same[0]] += self._rows.pop(key)
+                self._rows[same[0]].sort(key=_order)
+            elif same:
+                named = " and ".join(map(repr, same[:2]))
+                self.bad(
+                    BadRow(first.path, first.line, f"this question has the ids {named}; give the row the one that is meant")
+                )
+                del self._rows[key]
+        self._rows = dict(sorted(self._rows.items(), key=lambda item: _order(item[1][0])))
 
     def _put(self, record: Record) -> Any:
         source = len(self._paths) - 1
@@ -123,6 +157,15 @@ class Pool:
             task = golds.task if golds.any else said.task
             record = record._replace(question=dataclasses.replace(record.question, task=task))
         return record
+
+
+def _digest(record: Record) -> bytes:
+    return hashlib.blake2b(text_key(record.question).encode(), digest_size=16).digest()
+
+
+def _order(place: Any) -> Any:
+    """What sorts places by the rows' order."""
+    return place if isinstance(place, int) else (place[0], place[1].line)
 
 
 def _own_task(question: Question) -> str | None:

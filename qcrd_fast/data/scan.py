@@ -50,6 +50,7 @@ class Scanner:
         self.mapping = parse_mapping(self.mapping)
         self.reports: list[InputReport] = []
         self._ids: dict[bytes, str] = {}  # id of the question with a text, where rows are told apart by it
+        self._owners: dict[bytes, bytes] = {}  # the text that an id of another tool was first seen with
         self._batch: Mapping[str, str] | None = None
 
     def scan(self, path: Path) -> Iterator[Record | BadRow]:
@@ -77,10 +78,15 @@ class Scanner:
             self._batch = batch.questions(self.batch_input)
         return self._batch
 
-    def question_id(self, question: Question) -> str:
-        """The id that all rows with this question's text have: the first row's own, or one made of the text."""
+    def question_id(self, question: Question) -> tuple[str, bool]:
+        """(the id that all rows with this question's text have, whether this row's own id is another question's).
+
+        It is the first row's own, or one made of the text, also where another question has that id.
+        """
         digest = text_digest(question)
-        return self._ids.setdefault(bytes.fromhex(digest), question.id or digest[:16])
+        text = bytes.fromhex(digest)[:16]
+        owner = self._owners.setdefault(_short(question.id), text) if question.id else text
+        return self._ids.setdefault(text, (question.id if owner == text else "") or digest[:16]), owner != text
 
 
 class _Scan:
@@ -114,7 +120,8 @@ class _Scan:
                 if isinstance(sample, str) and parsed.kind == "dss":
                     parsed = parsed._replace(samples=(dss.dss_sample(sample, f"{self.rows.parent.name}/llm"),))
                 question = self._identify(parsed, line)
-                yield Record(question, parsed.samples, parsed.kind == "prepared", where, line)
+                own = bool(parsed.question.id) and not parsed.by_text
+                yield Record(question, parsed.samples, parsed.kind == "prepared", where, line, own)
             except RowError as error:
                 yield BadRow(where, line, str(error))
             if isinstance(sample, BadRow):
@@ -202,13 +209,13 @@ class _Scan:
             what = f"missing key {key}" if not parsed.by_text else "no sample"
             raise RowError(f"{what}, which the rows above have")
         self.kind = self.kind if kind == "question" else kind
-        given = bool(question.id)
-        if parsed.by_text:
-            question = dataclasses.replace(question, id=self.scanner.question_id(question))
-        elif not given:
-            question = dataclasses.replace(question, id=text_digest(question)[:16])
+        given = bool(question.id) and not parsed.by_text
+        if not given:
+            id, taken = self.scanner.question_id(question)
+            self.report.repeated_ids += taken
+            question = dataclasses.replace(question, id=id)
         if given or kind == "prepared":
-            key_of_id = hashlib.blake2b(question.id.encode(), digest_size=16).digest()
+            key_of_id = _short(question.id)
             text = text_digest(question)[:16]
             if key_of_id not in self.ids:
                 self.ids[key_of_id] = line, text
@@ -216,7 +223,7 @@ class _Scan:
             first, other = self.ids[key_of_id]
             if other != text:
                 raise RowError(f"id {question.id!r} is another question on line {first}")
-            if kind in ("prepared", "question") and not parsed.by_text:
+            if kind in ("prepared", "question"):
                 raise RowError(f"duplicate id {question.id!r}, first on line {first}")
         return question
 
@@ -245,6 +252,10 @@ class Mismatch(InputError):
     def __init__(self, row: BadRow):
         super().__init__(str(row))
         self.row = row
+
+
+def _short(id: str) -> bytes:
+    return hashlib.blake2b(id.encode(), digest_size=16).digest()
 
 
 def text_digest(question: Question) -> str:

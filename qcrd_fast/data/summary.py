@@ -80,6 +80,7 @@ class Tally:
         self.split_by, self.reader = split_by, reader
         self.skipped = 0  # rows set aside, by whoever sets them aside
         self.reports: list[InputReport] = []
+        self.notes: list[str] = []  # warnings of whoever reads
         self._count: collections.Counter[str] = collections.Counter()
         self._unreadable: list[dict[str, str]] = []
 
@@ -153,6 +154,7 @@ class Tally:
         count = self._count
         for report in self.reports:
             yield from report.warnings
+        yield from self.notes
         if count["worked"]:
             return  # the golds' own solutions, which `inspection` speaks of
         if count["with_samples"] and not count["several"]:

@@ -437,7 +437,9 @@ def test_a_sample_far_below_rows_without_is_not_lost(tmp_path: Path) -> None:
     rows = [f'{{"question": "{i} + 1?", "answer": "{i + 1}"}}' for i in range(70)]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([*rows, '{"question": "1 + 1?", "answer": "2", "response": "It is 2."}']))
-    with pytest.raises(InputError, match=r"rows\.jsonl:71: 'response' looks like a sample, but the file was taken for 'native'"):
+    with pytest.raises(
+        InputError, match=r"rows\.jsonl:71: 'response' looks like a sample, but the file was taken for 'native'"
+    ):
         load_questions(path)
     assert load_questions(path, mapping="completion=response").summary.samples == 1
 

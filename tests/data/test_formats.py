@@ -635,3 +635,41 @@ def test_samples_that_only_vote_are_samples(tmp_path: Path) -> None:
     rows = [{"question": "1 + 1?", "gold": "2", "prediction": x} for x in ("2", "3", "2")]
     warnings = load_questions(write(tmp_path / "rows.jsonl", rows)).summary.warnings
     assert not any("no question has a sample" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("other", ["gold", "sample", "native"])
+def test_rows_with_an_id_and_rows_of_another_tool_are_pooled_by_text(other: str, swapped: bool, tmp_path: Path) -> None:
+    own = {"id": "q1", "question": "1 + 1?", "samples": ["So. Answer: 2", "Or so. Answer: 2"]}
+    rows = {
+        "gold": {"problem_id": "p-7", "problem": "1 + 1?", "final_answer": "2", "solution": ""},
+        "sample": {"id": "zz", "instruction": "1  + 1?", "output": "So. Answer: 3"},
+        "native": {"question": "1 + 1?", "answer": "2"},
+    }
+    paths = [write(tmp_path / "a.jsonl", [own]), write(tmp_path / "b.jsonl", [rows[other]])]
+    (question,) = load_questions(paths[::-1] if swapped else paths).questions
+    assert question.id == "q1" and question.votes == ({"2": 2, "3": 1} if other == "sample" else {"2": 2})
+    assert question.gold == (None if other == "sample" else "2")
+
+
+def test_different_ids_of_our_rows_stay_apart(tmp_path: Path) -> None:
+    rows = [{"id": id, "question": "1 + 1?", "samples": ["So. Answer: 2"]} for id in ("a", "b")]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert [q.id for q in load_questions(path).questions] == ["a", "b"]
+    other = write(tmp_path / "other.jsonl", [{"instruction": "1 + 1?", "output": "So. Answer: 3"}])
+    with pytest.raises(InputError, match=r"other\.jsonl:1: this question has the ids 'a' and 'b'"):
+        load_questions([path, other])
+
+
+def test_ids_that_number_the_samples_are_no_ids_of_questions(tmp_path: Path) -> None:
+    rows = [{"id": n, "question": q, "response": f"So. Answer: {n}"} for q in ("1 + 1?", "2 + 2?") for n in range(2)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    result = load_questions(path)
+    assert [(q.question, dict(q.votes)) for q in result.questions] == [(q, {"0": 1, "1": 1}) for q in ("1 + 1?", "2 + 2?")]
+    assert len({q.id for q in result.questions}) == 2 and "2 rows have the id of another question" in result.summary.warnings[0]
+    again = write(tmp_path / "again.jsonl", [{"id": "0", "question": "3 + 3?", "response": "So. Answer: 6"}])
+    assert len({q.id for q in load_questions([path, again]).questions}) == 3
+    ours = write(tmp_path / "ours.jsonl", [{"id": "0", "question": "9 + 9?", "samples": ["So. Answer: 18"]}])
+    result = load_questions([path, ours])
+    assert len({q.id for q in result.questions}) == 3 and result.questions[-1].id == "0"
+    assert "1 questions have the id of another question in another file" in " ".join(result.summary.warnings)
