@@ -64,17 +64,17 @@ class Pool:
 
     def begin(self) -> None:
         """The rows that follow are of another input."""
-        self._guesses.append((TaskGuess(), TaskGuess()))
+        self._guesses.append((TaskGuess(self.reader.decimal), TaskGuess(self.reader.decimal)))
         self._paths.append("")
 
     def add(self, record: Record) -> None:
         question, (golds, said) = record.question, self._guesses[-1]
-        task = self.task or _own_task(question)
+        task, decimal = self.task or _own_task(question), self.reader.decimal
         if task is None and question.gold:
-            golds.add(_answer_part(question.gold))
+            golds.add(_answer_part(question.gold, decimal))
         elif task is None and not golds.any:
             for sample in record.samples:
-                said.add(answer_text(sample.text) if sample.reply else sample.answer or "")
+                said.add(answer_text(sample.text, decimal) if sample.reply else sample.answer or "")
         self.prepared_alone &= record.prepared
         self._paths[-1] = record.path  # of a folder, the file in it
         record = record._replace(question=dataclasses.replace(question, task=task))
@@ -176,9 +176,9 @@ def _own_task(question: Question) -> str | None:
     return "choice" if question.gold is None or canonical(_answer_part(question.gold), "choice", choices) else None
 
 
-def _answer_part(gold: str) -> str:
+def _answer_part(gold: str, decimal: str = "point") -> str:
     """The answer of a gold that is a worked solution, else the gold."""
-    return answer_text(gold) if is_worked(gold) else gold
+    return answer_text(gold, decimal) if is_worked(gold) else gold
 
 
 def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tuple[Question, Vote]:
@@ -192,6 +192,8 @@ def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tup
         gold = record.question.gold
         if gold is not None and gold != fields["gold"] and not _same_gold(gold, fields["gold"], task, choices, reader):
             hint = "; if this is what each sample ends in: --map prediction=answer" if record.samples else ""
+            if is_worked(gold) and not record.samples:
+                hint = "; if these are samples: --map completion=KEY"
             raise RowError(f"gold is {fields['gold']!r}, but {gold!r} at {record.path}:{record.line}{hint}")
     solution = None
     if fields["gold"] is not None:
@@ -214,8 +216,11 @@ def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tup
         reader=reader,
     )
     if solution is not None and not samples:
-        shown = Rationale(solution.rationale, fields["gold"], "gold")
-        result = Vote(fields["gold"], {fields["gold"]: 1}, (shown,), ())
+        golds = [record.question.gold for record in group if record.question.gold is not None]
+        solutions = [found for gold in golds if (found := reader.solution(gold, task, choices))]  # all of one answer, as above
+        texts = tuple(dict.fromkeys(found.rationale for found in solutions))
+        shown = tuple(Rationale(text, fields["gold"], "gold") for text in texts)
+        result = Vote(fields["gold"], {fields["gold"]: len(shown)}, shown, ())
     fields.update(majority=result.majority, votes=result.votes, positives=result.positives, negatives=result.negatives)
     return dataclasses.replace(first, **fields), result
 
