@@ -27,6 +27,7 @@ class InputReport:
     blank_lines: int = 0
     without_sample: int = 0  # rows, of a file in which others have one
     repeated_ids: int = 0  # rows of another tool with the id of another question
+    other_system: int = 0  # rows whose question another row asks under another system prompt
     unread: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def add_unread(self, keys: Iterable[str]) -> None:
@@ -51,6 +52,8 @@ class InputReport:
             found.append(
                 f"{self.path}: {self.repeated_ids:,} rows have the id of another question; samples were pooled by question"
             )
+        if self.other_system:
+            found.append(f"{self.path}: {self.other_system:,} rows were pooled with a question under another system prompt")
         return found
 
     def to_dict(self) -> dict[str, Any]:

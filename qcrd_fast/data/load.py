@@ -189,6 +189,7 @@ def _read(
             if watch:
                 watch(question, vote)
             yield question
+    tally.notes += scanner.warnings
     if pool.renamed:
         tally.notes.append(f"{pool.renamed:,} questions have the id of another question in another file; they got new ids")
     if not tally.summary.questions:

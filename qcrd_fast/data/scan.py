@@ -7,15 +7,16 @@ import difflib
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qcrd_fast.data.files import is_hub_name, open_rows
 from qcrd_fast.data.formats import batch, dss
-from qcrd_fast.data.formats.fields import ROLES, Parsed, Row, nearest, role_of
+from qcrd_fast.data.formats.fields import ROLES, Parsed, Row, nearest, plain, role_of
 from qcrd_fast.data.formats.golds import GOLD
 from qcrd_fast.data.formats.registry import NAMES, Context, Format, find_format
+from qcrd_fast.data.formats.turns import as_list
 from qcrd_fast.data.input_report import SAMPLE_ROLES, InputReport, keys_not_read, keys_text, misspelt
 from qcrd_fast.data.pooling import Record
 from qcrd_fast.data.schema import BadRow, Question, RowError, require, text_key
@@ -25,6 +26,10 @@ from qcrd_fast.utils.files import shown
 
 AHEAD_ROWS = 64  # whose keys tell what a file is
 AHEAD_CHARACTERS = 1024 * 1024
+_BESIDE = {
+    *("context", "contexts", "passages", "facts", "fact", "document", "documents", "paragraph", "paragraphs", "story", "table"),
+    *("premise", "background", "evidence", "support", "supportingfacts", "articles"),
+}  # plain names of what a question may be about; those in `fields.ROLES` come on top
 
 
 @dataclasses.dataclass
@@ -50,8 +55,10 @@ class Scanner:
         self.mapping = parse_mapping(self.mapping)
         self.reports: list[InputReport] = []
         self._ids: dict[bytes, str] = {}  # id of the question with a text, where rows are told apart by it
+        self.beside: dict[bytes, tuple[str, bytes]] = {}  # where a key beside a question was first seen, with what value
         self._owners: dict[bytes, bytes] = {}  # the text that an id of another tool was first seen with
         self._batch: Mapping[str, str] | None = None
+        self._answered: set[str] = set()  # requests of the batch that have a line of output
 
     def scan(self, path: Path) -> Iterator[Record | BadRow]:
         """The rows of one input with their samples as they are.
@@ -78,6 +85,19 @@ class Scanner:
             self._batch = batch.questions(self.batch_input)
         return self._batch
 
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know of all inputs together."""
+        missing = [identity for identity in self._batch or () if identity not in self._answered]
+        if not missing:
+            return []
+        named = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        return [f"{len(missing):,} of {len(self._batch or ()):,} requests of --batch-input have no line of output: {named}"]
+
+    def answered(self, identity: Any) -> None:
+        """Count a request of the batch as one with a line of output."""
+        self._answered.add(str(identity))
+
     def question_id(self, question: Question) -> tuple[str, bool]:
         """(the id that all rows with this question's text have, whether this row's own id is another question's).
 
@@ -99,6 +119,7 @@ class _Scan:
         self.kind = "question"
         self.ids: dict[bytes, tuple[int, str]] = {}  # where an id was first seen, with what text
         self.mapped: set[str] = set()  # keys of --map that were there
+        self.beside: dict[str, Any] = {}  # what looks like a part of the last row's question and was not read
 
     def records(self, format: str) -> Iterator[Record | BadRow]:
         where, files = self.report.path, self.files
@@ -170,7 +191,12 @@ class _Scan:
     def _row(self, values: dict[str, Any]) -> Row:
         mapping = self.scanner.mapping
         assert not isinstance(mapping, str)
-        return Row(_dug(values, mapping) if mapping else values, mapping)
+        values = _dug(values, mapping) if mapping else values
+        for key, value in values.items():
+            is_context = isinstance(value, list) and (mapping.get("context") == key or role_of(key) == "context")
+            if is_context and value and all(isinstance(item, str) for item in value):
+                values = values | {key: "\n".join(value)}
+        return Row(values, mapping)
 
     def _parse(self, values: dict[str, Any], format: str) -> Parsed:
         """What the file's format makes of a row; where its first rows did not tell, the first that a format claims does."""
@@ -181,11 +207,14 @@ class _Scan:
         if self.found is None:
             raise RowError(_no_question(row))
         asked = self.scanner.batch() if self.found.name == "openai-batch" else None
+        if asked is not None:
+            self.scanner.answered(row.values.get("custom_id"))
         try:
             parsed = self.found.read(row, Context(self.rows.stem, self.files, asked))
         except InputError as error:
             raise InputError(f"{self.report.path}: {error}") from None
         self.report.add_unread(parsed.unread)
+        self.beside = {} if {"question", "context"} & row.mapping.keys() else _beside(row, parsed.unread)
         if not parsed.samples and parsed.kind not in ("prepared", "dss") and not row.mapping.keys() & set(SAMPLE_ROLES):
             lost = sorted(key for key in parsed.unread if role_of(key) in SAMPLE_ROLES)
             if lost:
@@ -193,6 +222,25 @@ class _Scan:
                 role = role_of(lost[0])
                 raise RowError(f"{lost[0]!r} looks like a sample, but {taken}; --map {role}={lost[0]} reads it")
         return parsed
+
+    def _compare(self, question: Question, line: int) -> None:
+        """Raises `RowError` where rows of one question differ in what stands beside it and looks like a part of it."""
+        if not self.beside:
+            return
+        text = text_digest(question)
+        for key, value in self.beside.items():
+            digest = hashlib.blake2b(f"{value!r}".encode("utf-8", "replace"), digest_size=8).digest()
+            first, other = self.scanner.beside.setdefault(_short(f"{text} {key}"), (f"{self.report.path}:{line}", digest))
+            if other == digest:
+                continue
+            if key.endswith("[system]"):
+                self.report.other_system += 1
+                continue
+            role = "question" if role_of(key) == "question" and plain(key) not in ("input", "inputs") else "context"
+            raise RowError(
+                f"the same question as at {first}, but another {key!r}, which is not read: if this is a part of the "
+                f"question, --map {role}={key}; if not, --map question=KEY names the key that has it all"
+            )
 
     def _identify(self, parsed: Parsed, line: int) -> Question:
         """The question with its id.
@@ -213,6 +261,7 @@ class _Scan:
         if not given:
             id, taken = self.scanner.question_id(question)
             self.report.repeated_ids += taken
+            self._compare(question, line)
             question = dataclasses.replace(question, id=id)
         if given or kind == "prepared":
             key_of_id = _short(question.id)
@@ -286,6 +335,22 @@ def parse_mapping(text: Mapping[str, str] | str | None) -> dict[str, str]:
             raise InputError(f"--map: {role} is given twice, as {found[role]!r} and as {key!r}")
         found[role] = key
     return found
+
+
+def _beside(row: Row, unread: Iterable[str]) -> dict[str, Any]:
+    """Of what a row's format did not read, that which looks like a part of the question, by its key."""
+    found: dict[str, Any] = {}
+    for key in sorted(unread):
+        name, bracket, part = key.partition("[")
+        if part == "system]" and name in row.values:
+            found[key] = [turn for turn in as_list(row.values[name]) if isinstance(turn, dict) and _speaks(turn) == "system"]
+        elif not bracket and (role_of(key) in ("question", "context") or plain(key) in _BESIDE):
+            found[key] = row.values.get(key)
+    return found
+
+
+def _speaks(turn: dict[str, Any]) -> Any:
+    return turn.get("role", turn.get("from"))
 
 
 def _dug(values: dict[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:

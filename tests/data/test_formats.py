@@ -13,6 +13,7 @@ from cli.main import entry
 from qcrd_fast.data.formats.fields import ROLES
 from qcrd_fast.data.formats.registry import FORMATS
 from qcrd_fast.data.load import load_questions, prepare, validate_file
+from qcrd_fast.data.replies import Reader
 from qcrd_fast.errors import InputError
 
 TALK = {  # question: (gold, its samples)
@@ -673,3 +674,72 @@ def test_ids_that_number_the_samples_are_no_ids_of_questions(tmp_path: Path) -> 
     result = load_questions([path, ours])
     assert len({q.id for q in result.questions}) == 3 and result.questions[-1].id == "0"
     assert "1 questions have the id of another question in another file" in " ".join(result.summary.warnings)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"), [("facts", ["Ida has 3.", "Bo has 5."]), ("input", ["3", "5"]), ("prompt_id_problem", None)]
+)
+def test_what_stands_beside_a_question_is_not_lost(key: str, values: list[str] | None, tmp_path: Path) -> None:
+    if values is None:
+        key, values = "problem", ["3 + 0?", "5 + 0?"]
+    rows = [
+        {"question": "How many?", key: value, "response": f"So. Answer: {n}"} for n, value in zip("35", values, strict=True)
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    role = "question" if key == "problem" else "context"
+    with pytest.raises(InputError, match=rf":2: the same question as at .*:1, but another '{key}'.*--map {role}={key}"):
+        load_questions(path)
+    assert len(load_questions(path, mapping=f"{role}={key}").questions) == 2
+    assert len(load_questions(path, mapping="question=question").questions) == 1
+    assert len(load_questions(write(tmp_path / "same.jsonl", [rows[0], {**rows[1], key: values[0]}])).questions) == 1
+
+
+def test_a_list_of_contexts_is_one_context(tmp_path: Path) -> None:
+    rows = [
+        {"question": "How many?", "context": ["Look.", text], "response": "So. Answer: 3"} for text in ("Ida: 3.", "Bo: 3.")
+    ]
+    questions = load_questions(write(tmp_path / "rows.jsonl", rows)).questions
+    assert [q.context for q in questions] == ["Look.\nIda: 3.", "Look.\nBo: 3."]
+
+
+def test_another_system_prompt_is_told(tmp_path: Path) -> None:
+    def row(system: str, n: int) -> dict[str, Any]:
+        turns = [("system", system), ("user", "How many?"), ("assistant", f"So. Answer: {n}")]
+        return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+    result = load_questions(write(tmp_path / "rows.jsonl", [row("Ida has 3.", 3), row("Bo has 5.", 5)]))
+    assert "1 rows were pooled with a question under another system prompt" in " ".join(result.summary.warnings)
+    result = load_questions(write(tmp_path / "rows.jsonl", [row("Think.", 3), row("Think.", 5)]))
+    assert "system" not in " ".join(result.summary.warnings)
+
+
+def test_a_decimal_comma_is_a_number(tmp_path: Path) -> None:
+    comma = Reader.from_options(decimal="comma")
+    rows = [{"question": "5 / 2?", "answer": "2,5", "samples": ["Also 2,5.", "Antwort: 2,50", "Antwort: 3"]}]
+    (question,) = load_questions(write(tmp_path / "rows.jsonl", rows), reader=comma).questions
+    assert question.task == "number" and sorted(question.votes.values()) == [1, 2]
+    del rows[0]["answer"]
+    (question,) = load_questions(write(tmp_path / "rows.jsonl", rows), reader=comma).questions
+    assert question.task == "number" and sorted(question.votes.values()) == [1, 2]
+
+
+def test_two_worked_solutions_of_a_question(tmp_path: Path) -> None:
+    rows = [{"question": "3 * 6?", "answer": f"{text}\n#### {n}"} for text, n in (("3 * 6 = 18", 18), ("6 + 6 + 6 = 18", 18))]
+    path = write(tmp_path / "rows.jsonl", [*rows, rows[0]])
+    (question,) = load_questions(path).questions
+    assert [p.text for p in question.positives] == ["3 * 6 = 18", "6 + 6 + 6 = 18"] and question.votes == {"18": 2}
+    rows[1]["answer"] = "3 + 6 = 9\n#### 9"
+    with pytest.raises(InputError, match="if these are samples: --map completion=KEY"):
+        load_questions(write(tmp_path / "rows.jsonl", rows))
+    assert load_questions(path, mapping="completion=answer").summary.negatives == 1
+
+
+def test_requests_of_a_batch_without_output_are_told(tmp_path: Path) -> None:
+    def asked(identity: str) -> dict[str, Any]:
+        return {"custom_id": identity, "body": {"messages": [{"role": "user", "content": f"What is {identity}?"}]}}
+
+    said = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "So. Answer: 3"}}]}
+    output = write(tmp_path / "out.jsonl", [{"custom_id": "a", "response": {"status_code": 200, "body": said}}])
+    requests = write(tmp_path / "in.jsonl", [asked("a"), asked("b"), asked("c")])
+    summary = load_questions(output, batch_input=requests).summary
+    assert summary.warnings[0] == "2 of 3 requests of --batch-input have no line of output: 'b', 'c'"
