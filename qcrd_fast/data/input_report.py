@@ -26,6 +26,7 @@ class InputReport:
     rows: int = 0
     blank_lines: int = 0
     without_sample: int = 0  # rows, of a file in which others have one
+    has_split: bool = False  # it is the split of a data set
     repeated_ids: int = 0  # rows of another tool with the id of another question
     other_system: int = 0  # rows whose question another row asks under another system prompt
     unread: collections.Counter[str] = field(default_factory=collections.Counter)

@@ -132,6 +132,7 @@ class _Scan:
             sample = next(samples, None) if samples else None
             unpaired += sample is None
             count += 1
+            self.report.has_split = bool(files or opened.split)
             self.report.file_type, self.report.rows, self.report.blank_lines = opened.kind, count, opened.blank_lines
             if isinstance(value, BadRow):
                 yield value._replace(path=where, line=line)
@@ -169,9 +170,21 @@ class _Scan:
             format = "dss"
         first, every = self._row(rows[0]), self._row(union)
         found = find_format(format, first)
+        if found and self.scanner.format != "auto" and found.name not in ("native", "dss"):
+            self._check_claim(found, every)
         if format == "auto" and (found is None or not self._has_samples(found, first)):
             found = find_format(format, every) or found
         self._take(found)
+
+    def _check_claim(self, forced: Format, row: Row) -> None:
+        """Raises `InputError` where the format that `--format` names is not that of the rows."""
+        usual = find_format("auto", row)
+        other = forced.name in ("questions", "multiple-choice", "worked") and usual and self._has_samples(usual, row)
+        if forced.claims(row) and (not other or usual is forced):
+            return
+        keys = ", ".join(f"{shown(key)[:80]!r}" for key in list(row.values)[:20])
+        hint = f"; they look like {usual.name!r} ({usual.title})" if usual else ""
+        raise InputError(f"{self.report.path}: --format {forced.name} is for {forced.title}, but its rows have {keys}{hint}")
 
     def _has_samples(self, found: Format, row: Row) -> bool:
         """Whether a row has samples as this format reads it, or is of a format whose samples do not stand in its rows."""
@@ -191,7 +204,8 @@ class _Scan:
     def _row(self, values: dict[str, Any]) -> Row:
         mapping = self.scanner.mapping
         assert not isinstance(mapping, str)
-        values = _dug(values, mapping) if mapping else values
+        mapping = mapping or {}
+        values = _dug(values, mapping)
         for key, value in values.items():
             is_context = isinstance(value, list) and (mapping.get("context") == key or role_of(key) == "context")
             if is_context and value and all(isinstance(item, str) for item in value):
@@ -213,6 +227,10 @@ class _Scan:
             parsed = self.found.read(row, Context(self.rows.stem, self.files, asked))
         except InputError as error:
             raise InputError(f"{self.report.path}: {error}") from None
+        except RowError as error:
+            if str(error).startswith("missing key 'question'") and not row.has("question") and "positives" not in row.values:
+                raise RowError(_no_question(row)) from None
+            raise
         self.report.add_unread(parsed.unread)
         self.beside = {} if {"question", "context"} & row.mapping.keys() else _beside(row, parsed.unread)
         if not parsed.samples and parsed.kind not in ("prepared", "dss") and not row.mapping.keys() & set(SAMPLE_ROLES):
@@ -369,4 +387,11 @@ def _no_question(row: Row) -> str:
     report = InputReport("")
     report.add_unread(key for key in row.values)
     keys = keys_text(keys_not_read([report])) or "the row has no keys"
+    if (named := row.mapping.get("question")) and named not in row.values:
+        return f"missing key 'question': --map question={named}, but there is no {named!r}; {keys}"
+    for key, value in row.values.items():
+        rows = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+        if rows and key.isidentifier() and role_of(key) is None and "positives" not in row.values:
+            keys += f"; if the rows stand in it: jq -c '.{key}[]' FILE > ROWS.jsonl"
+            break
     return f"missing key 'question'; {keys}; --map question=KEY says which it is"

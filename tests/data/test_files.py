@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -333,7 +334,8 @@ def hub() -> Iterator[str]:
 
 def _prepare(folder: Path, endpoint: str, *args: str) -> subprocess.CompletedProcess[str]:
     code = "import sys; from cli.main import entry; sys.exit(entry(sys.argv[1:]))"
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
+    offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    environment = {k: v for k, v in os.environ.items() if k not in offline and not k.lower().endswith("_proxy")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-c", code, "prepare", *args, "-o", "out.jsonl"]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
@@ -449,3 +451,57 @@ def test_rows_of_empty_cells_are_blank_lines(tmp_path: Path) -> None:
     path.write_text('question,answer,response\n1 + 1?,2,It is 2.\n,,\n1 + 1?,2,It is 3.\n" ",,\n')
     result = load_questions(path)
     assert result.summary.samples == 2 and result.summary.inputs[0]["blank_lines"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "hint"),
+    [
+        ("a.json", '{ "data": [\n{"question": "1?"}\n]}', r"jq -c '\.data\[\]' FILE"),
+        ("a.json", '{\n "rows": [\n  {"question": "1?"}\n]}', r"jq -c '\.rows\[\]' FILE"),
+        ("a.json", '{"data": [{"question": "1?"}]}', r"jq -c '\.data\[\]' FILE"),
+        ("a.jsonl", '{\n  "question": "1?"\n}\n', r"pretty-printed.*jq -c \. FILE"),
+        ("a.jsonl", '[\n  {\n  "question": "1?"\n}\n]\n', "a JSON array over several lines"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_inside_another_layout_are_told(name: str, text: str, hint: str, packed: bool, tmp_path: Path) -> None:
+    path = tmp_path / (name + ".gz" * packed)
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    with pytest.raises(InputError, match=hint):
+        load_questions(path)
+
+
+def test_a_split_that_cannot_hold_is_refused(tmp_path: Path) -> None:
+    path, plain = tmp_path / "rows.jsonl", tmp_path / "plain.jsonl"
+    path.write_text('{"question": "1 + 1?", "gold": "2", "split": "train"}\n{"question": "2?", "gold": "2", "split": "test"}')
+    plain.write_text('{"question": "1 + 1?", "gold": "2"}')
+    prepare(path, tmp_path / "out.jsonl", split="test")
+    with pytest.raises(InputError, match=r"no questions of --split trian \(there: train, test\)"):
+        prepare(path, tmp_path / "out.jsonl", split="trian")
+    with pytest.raises(InputError, match="no questions of --split test: neither a file nor a row has a split"):
+        prepare(plain, tmp_path / "out.jsonl", split="test")
+
+
+def test_a_split_of_a_saved_dataset(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"question": "1 + 1?", "gold": "2"}])})
+    saved.save_to_disk(tmp_path / "saved")
+    saved["train"].save_to_disk(tmp_path / "alone")
+    prepare(tmp_path / "saved" / "train", tmp_path / "out.jsonl", split="train")
+    for path in (tmp_path / "saved" / "train", tmp_path / "alone"):
+        with pytest.raises(InputError, match="--split test"):
+            prepare(path, tmp_path / "out.jsonl", split="test")
+
+
+def test_a_folder_that_is_no_data_set_asks_for_the_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="name the file"):
+        load_questions(tmp_path / "folder")
+
+
+def test_without_the_network_a_hub_name_fails_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    begun = time.monotonic()
+    done = _prepare(tmp_path, "https://nowhere.invalid", "someone/sums")
+    assert done.returncode == 2 and "someone/sums: no such file here" in done.stderr and "etry" not in done.stderr
+    assert time.monotonic() - begun < 60

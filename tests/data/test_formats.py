@@ -743,3 +743,25 @@ def test_requests_of_a_batch_without_output_are_told(tmp_path: Path) -> None:
     requests = write(tmp_path / "in.jsonl", [asked("a"), asked("b"), asked("c")])
     summary = load_questions(output, batch_input=requests).summary
     assert summary.warnings[0] == "2 of 3 requests of --batch-input have no line of output: 'b', 'c'"
+
+
+def test_a_forced_format_is_checked(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", a_row_each(lambda q, g, x: {"instruction": q, "input": "", "output": said(x)}))
+    assert load_questions(path, format="sample-rows").summary.samples == 6
+    for name in ("mentor-kd", "preference", "questions", "gsm8k"):
+        with pytest.raises(
+            InputError, match=f"--format {name} is for .* its rows have 'instruction', 'input', 'output'; .*'alpaca'"
+        ):
+            load_questions(path, format=name)
+
+
+def test_messages_name_what_is_there(tmp_path: Path) -> None:
+    rows = [{"question": "1 + 1?", "samples": ["So. Answer: 2"]}, {"Qestion": "1 + 1?", "Sampels": ["So. Answer: 3"]}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError, match=r":2: missing key 'question'; .*'Sampels' \(nearest that is read: 'samples'\)"):
+        load_questions(path)
+    with pytest.raises(InputError, match="--map question=nowhere, but there is no 'nowhere'"):
+        load_questions(path, mapping="question=nowhere")
+    requests = write(tmp_path / "in.jsonl", [{"custom_id": "a", "body": {"prompt": "1 + 1?"}}])
+    with pytest.raises(InputError, match=r"which no input is: took .*rows\.jsonl for JSONL, native"):
+        load_questions(write(tmp_path / "rows.jsonl", rows[:1]), batch_input=requests)
