@@ -167,9 +167,10 @@ def _distance(a: Value, b: Value) -> tuple[Fraction, str]:
 
 
 class TaskGuess:
-    """Which task the answers shown so far are of."""
+    """Which task the answers shown so far are of. `decimal`: how their numbers are written, as `--decimal` says."""
 
-    def __init__(self) -> None:
+    def __init__(self, decimal: str = "point") -> None:
+        self.decimal = decimal
         self.any = False
         self._counts = dict.fromkeys(("number", "equation", "math", "choice", "yes-no", "text"), 0)
 
@@ -182,9 +183,9 @@ class TaskGuess:
             kind = "text"
         elif _LETTER.fullmatch(text):
             kind = "choice"
-        elif one_number(plain(text).strip().rstrip("% ").strip()) is not None:
+        elif one_number(plain(text, self.decimal).strip().rstrip("% ").strip()) is not None:
             kind = "number"
-        elif evaluate_expression(plain(text).strip().rstrip(".")) is not None:
+        elif evaluate_expression(plain(text, self.decimal).strip().rstrip(".")) is not None:
             kind = "equation"
         elif _WORDS.get(text.casefold().strip(".")):
             kind = "yes-no"

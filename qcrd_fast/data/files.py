@@ -41,7 +41,8 @@ _MAGIC = {
     b"\x80\x04": "a pickle, which is never loaded",
     b"\x80\x05": "a pickle, which is never loaded",
 }
-_SPREAD_OBJECT = re.compile(rb"\s*\{\s*\n")
+_PEEK = 4096
+_INNER_LIST = re.compile(rb'\s*\{\s*"([A-Za-z_]\w*)"\s*:\s*\[\s*\{')
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _FILE_NAME = re.compile(r"\.(jsonl?|ndjson|csv|tsv|tab|txt|parquet|arrow|gz|bz2|xz|zst|zip)$", re.IGNORECASE)
 
@@ -54,6 +55,7 @@ class Rows:
 
     def __init__(self, kind: str = "") -> None:
         self.kind = kind  # the file type, for people
+        self.split = ""  # of a data set: the split that is read
         self.blank_lines = 0
         self.pairs: Iterator[tuple[int, Any]] = iter(())
 
@@ -93,6 +95,7 @@ def _dataset(path: str | Path, split: str | None, part: str | None, config_name:
     dataset, chosen, others = tables.load_dataset(path, split, part, config_name, folder=folder)
     rows = Rows("`datasets` folder" if folder else "data set of the hub")
     if chosen:
+        rows.split = chosen
         rows.kind += f", split {chosen}" + (f" (not read: {', '.join(others)})" if others else "")
     rows.pairs = tables.dataset_rows(path, dataset)
     return rows
@@ -137,17 +140,35 @@ def _start(path: Path, file: io.BufferedReader, rows: Rows, packed: str) -> Iter
             yield from jsonl.array_rows(path, file)
         else:
             rows.kind = f"{packed}JSONL"
-            if suffix == ".json" and _SPREAD_OBJECT.match(file.peek(16)):
-                reason = "a JSON object over several lines; rows are one object a line, or an array of objects"
-                yield 1, BadRow(shown(path), 1, f"{reason} (such as: jq -c '.data[]' FILE > FILE.jsonl)")
+            if reason := _spread(file.peek(_PEEK)):
+                yield 1, BadRow(shown(path), 1, reason)
                 return
             yield from jsonl.line_rows(path, file, rows.blank)
+
+
+def _spread(head: bytes) -> str | None:
+    """What is wrong with a file whose first line is the beginning of JSON that goes on below it."""
+    first, newline, rest = head.lstrip().partition(b"\n")
+    if not newline or first[:1] not in (b"{", b"[") or first.rstrip()[-1:] not in (b"{", b"[", b","):
+        return None
+    if first.strip() == b"{" and rest.lstrip()[:1] not in (b'"', b"}"):
+        return None
+    if first.startswith(b"["):
+        return "a JSON array over several lines, which a file called .json may hold; rows of JSONL are one object a line"
+    inner = _INNER_LIST.match(head)
+    how = f"jq -c '.{inner[1].decode()}[]'" if inner else "jq -c ."
+    return (
+        "a JSON object over several lines (pretty-printed); rows are one object a line, or an array of objects "
+        f"(such as: {how} FILE > ROWS.jsonl)"
+    )
 
 
 def _open(path: Path) -> io.BufferedReader:
     try:
         mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        if stat.S_ISDIR(mode):
+            raise InputError(f"{shown(path)}: not a file, nor a folder that `datasets` saved; name the file in it")
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
             raise InputError(f"{shown(path)}: not a file")
         return open(path, "rb")
     except (OSError, ValueError) as error:

@@ -76,15 +76,15 @@ class Found(NamedTuple):
     bare: bool = False  # the text is nothing but the answer
 
 
-def answer_text(text: str) -> str:
+def answer_text(text: str, decimal: str = "point") -> str:
     """The part of a reply, or of a worked solution, that looks like its answer, whatever its task; for guessing the task."""
     text = cut_next_question(split_thinking(text).outside).strip()
     for marker in reversed(find_markers(text)):
         if marker.clause and not marker.doubt:
             return marker.clause.strip(" .*_`$\n。")
     last = (sentences(text) or [""])[-1]
-    number = sole_quantity(last.rpartition("=")[2] if "=" in last else last).number
-    return str(number.value) if number else last.strip(" .*_`$\n。")
+    number = sole_quantity(last.rpartition("=")[2] if "=" in last else last, decimal=decimal).number
+    return str(number.value).replace(".", "," if decimal == "comma" else ".") if number else last.strip(" .*_`$\n。")
 
 
 def find_answer(text: str, task: str, choices: Sequence[str], decimal: str, explicit: bool = False) -> Found:

@@ -12,7 +12,7 @@ from qcrd_fast.utils.files import shown
 
 MAX_KEYS = 1000  # different keys that are kept by name
 _SHOWN_KEYS = 20
-_SAMPLE_ROLES = ("samples", "completion", "rationale", "messages", "prediction")
+SAMPLE_ROLES = ("samples", "completion", "rationale", "messages", "prediction")
 
 
 @dataclass
@@ -25,6 +25,10 @@ class InputReport:
     title: str = ""
     rows: int = 0
     blank_lines: int = 0
+    without_sample: int = 0  # rows, of a file in which others have one
+    has_split: bool = False  # it is the split of a data set
+    repeated_ids: int = 0  # rows of another tool with the id of another question
+    other_system: int = 0  # rows whose question another row asks under another system prompt
     unread: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def add_unread(self, keys: Iterable[str]) -> None:
@@ -38,6 +42,20 @@ class InputReport:
         name = f"{self.format}: {self.title}" if self.format else "nothing that is read"
         blank = f", {self.blank_lines:,} blank lines" if self.blank_lines else ""
         return f"took {self.path} for {', '.join(filter(None, (self.file_type, name)))}; {self.rows:,} rows{blank}"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know of this input."""
+        found = []
+        if self.without_sample:
+            found.append(f"{self.path}: {self.without_sample:,} of {self.rows:,} rows have no sample; their questions count")
+        if self.repeated_ids:
+            found.append(
+                f"{self.path}: {self.repeated_ids:,} rows have the id of another question; samples were pooled by question"
+            )
+        if self.other_system:
+            found.append(f"{self.path}: {self.other_system:,} rows were pooled with a question under another system prompt")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -71,5 +89,5 @@ def misspelt(keys: dict[str, str | None]) -> list[str]:
     return [
         key
         for key, near in keys.items()
-        if near and (role_of(near) in _SAMPLE_ROLES or plain(near) in ("positives", "negatives"))
+        if near and (role_of(near) in SAMPLE_ROLES or plain(near) in ("positives", "negatives"))
     ]

@@ -29,6 +29,7 @@ from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.files import require_file, shown
 from qcrd_fast.utils.memory import require_room
 
+MAX_SPLITS = 20  # names of splits that a message lists
 MAX_SKIPPED = 10_000  # bad rows that are kept by name; all are counted
 
 
@@ -106,7 +107,7 @@ def prepare(
     """
     tally = Tally(options.get("split_by", "majority"), options.get("reader", DEFAULT))
     skipped: list[BadRow] = []
-    questions = _read(_inputs(paths), tally, skipped, folder=Path(output).parent, **options)
+    questions = _read(_inputs(paths), tally, skipped, folder=Path(output).parent, must_split=True, **options)
     questions = _trainable(questions, tally, _inputs(paths))
     if not dry_run:
         write_prepared(output, questions)
@@ -155,6 +156,7 @@ def _read(
     mapping: Mapping[str, str] | str | None = None,
     batch_input: str | Path | None = None,
     folder: Path | None = None,
+    must_split: bool = False,
     reader: Reader = DEFAULT,
     watch: Callable[[Question, Vote | None], None] | None = None,
 ) -> Iterator[Question]:
@@ -176,24 +178,35 @@ def _read(
         if len(skipped) < MAX_SKIPPED:
             skipped.append(row)
 
+    splits: dict[str, None] = {}
     with Pool(bad, task, folder, reader) as pool:
         for path in inputs:
             pool.begin()
             for row in scanner.scan(path):
                 if isinstance(row, BadRow):
                     bad(row)
-                elif split is None or row.question.split in (None, split):
+                    continue
+                if split is not None and row.question.split is not None and len(splits) < MAX_SPLITS:
+                    splits.setdefault(row.question.split)
+                if split is None or row.question.split in (None, split):
                     pool.add(row)
+        if split is not None and split not in splits and not any(report.has_split for report in scanner.reports):
+            there = f" (there: {', '.join(splits)})" if splits else ": neither a file nor a row has a split"
+            if splits or must_split:
+                raise InputError(f"{', '.join(map(shown, inputs))}: no questions of --split {split}{there}")
         for question, vote in pool.questions(split_by, seed):
             tally.add(question, vote)
             if watch:
                 watch(question, vote)
             yield question
+    tally.notes += scanner.warnings
+    if pool.renamed:
+        tally.notes.append(f"{pool.renamed:,} questions have the id of another question in another file; they got new ids")
     if not tally.summary.questions:
         reason = f"; the first of {tally.skipped} bad rows: {skipped[0]}" if skipped else ""
         raise InputError(f"{', '.join(map(shown, inputs)) or 'no input'}: no questions{reason}")
     if batch_input is not None and not any(report.format == "openai-batch" for report in scanner.reports):
-        raise InputError("--batch-input is for the output of a batch, which no input is")
+        raise InputError(f"--batch-input is for the output of a batch, which no input is: {'; '.join(tally.summary.taken)}")
 
 
 def iter_records(path: str | Path, format: str = "auto", split: str | None = None) -> Iterator[Record | BadRow]:

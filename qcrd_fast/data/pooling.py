@@ -7,6 +7,7 @@ and not with their length.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ class Record(NamedTuple):
     prepared: bool
     path: str
     line: int
+    own: bool = False  # a row of the project's with an id: no other id of such a row means this question
 
 
 class Pool:
@@ -46,9 +48,11 @@ class Pool:
         self.bad, self.task, self.reader = bad, task, reader
         self._spool = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(folder)) if folder else None  # noqa: SIM115
         self._end = 0
-        self._rows: dict[str, list[Any]] = {}  # by question id: records, or where they stand in the file
+        self._rows: dict[str, list[Any]] = {}  # by id, after NUL where text tells: records, or their place
         self._guesses: list[tuple[TaskGuess, TaskGuess]] = []  # by input: of gold answers, of samples
         self._paths: list[str] = []
+        self._own: set[str] = set()  # ids of our rows, where other rows have to be told from them
+        self.renamed = 0  # questions of other tools with the id of another question of ours
         self.prepared_alone = True  # one input, all of its rows prepared
 
     def __enter__(self) -> Pool:
@@ -60,31 +64,37 @@ class Pool:
 
     def begin(self) -> None:
         """The rows that follow are of another input."""
-        self._guesses.append((TaskGuess(), TaskGuess()))
+        self._guesses.append((TaskGuess(self.reader.decimal), TaskGuess(self.reader.decimal)))
         self._paths.append("")
 
     def add(self, record: Record) -> None:
         question, (golds, said) = record.question, self._guesses[-1]
-        task = self.task or _own_task(question)
+        task, decimal = self.task or _own_task(question), self.reader.decimal
         if task is None and question.gold:
-            golds.add(_answer_part(question.gold))
+            golds.add(_answer_part(question.gold, decimal))
         elif task is None and not golds.any:
             for sample in record.samples:
-                said.add(answer_text(sample.text) if sample.reply else sample.answer or "")
+                said.add(answer_text(sample.text, decimal) if sample.reply else sample.answer or "")
         self.prepared_alone &= record.prepared
         self._paths[-1] = record.path  # of a folder, the file in it
         record = record._replace(question=dataclasses.replace(question, task=task))
-        self._rows.setdefault(question.id, []).append(self._put(record))
+        self._rows.setdefault(question.id if record.own else f"\0{question.id}", []).append(self._put(record))
 
     def questions(self, split_by: str, seed: int) -> Iterator[tuple[Question, Vote | None]]:
         """The questions in the order of their first rows; each row is given away once."""
         as_they_are = self.prepared_alone and len(self._paths) == 1 and split_by == "majority"
+        self._join()
         for id in list(self._rows):
             group = [self._get(place) for place in self._rows.pop(id)]
             if as_they_are:
                 yield from ((record.question, None) for record in group)
                 continue
             first, *others = group
+            if not id.startswith("\0") or id[1:] in self._own:
+                if id.startswith("\0"):  # the id of another tool, which one of our rows has for another question
+                    id = hashlib.sha256(text_key(first.question).encode()).hexdigest()[:16]
+                    self.renamed += 1
+                first = first._replace(question=dataclasses.replace(first.question, id=id))
             kept = [first]
             for record in others:
                 if text_key(first.question) == text_key(record.question):
@@ -96,6 +106,30 @@ class Pool:
                 yield _merge(kept, split_by, seed, self.reader)
             except RowError as error:
                 self.bad(BadRow(first.path, first.line, str(error)))
+
+    def _join(self) -> None:
+        """Bring rows that their text tells together with the rows of ours that have an id for the same question."""
+        told = [key for key in self._rows if key.startswith("\0")]
+        self._own = {key for key in self._rows if not key.startswith("\0")} if told else set()
+        if not self._own:
+            return
+        ids: dict[bytes, list[str]] = {}
+        for id in self._rows:
+            if id in self._own:
+                ids.setdefault(_digest(self._get(self._rows[id][0])), []).append(id)
+        for key in told:
+            first = self._get(self._rows[key][0])
+            same = ids.get(_digest(first), [])
+            if len(same) == 1:
+                self._rows[same[0]] += self._rows.pop(key)
+                self._rows[same[0]].sort(key=_order)
+            elif same:
+                named = " and ".join(map(repr, same[:2]))
+                self.bad(
+                    BadRow(first.path, first.line, f"this question has the ids {named}; give the row the one that is meant")
+                )
+                del self._rows[key]
+        self._rows = dict(sorted(self._rows.items(), key=lambda item: _order(item[1][0])))
 
     def _put(self, record: Record) -> Any:
         source = len(self._paths) - 1
@@ -125,6 +159,15 @@ class Pool:
         return record
 
 
+def _digest(record: Record) -> bytes:
+    return hashlib.blake2b(text_key(record.question).encode(), digest_size=16).digest()
+
+
+def _order(place: Any) -> Any:
+    """What sorts places by the rows' order."""
+    return place if isinstance(place, int) else (place[0], place[1].line)
+
+
 def _own_task(question: Question) -> str | None:
     """The row's own task, or choice where the question lists choices; None: what the answers of its file look like."""
     choices = parse_choices(question.question)
@@ -133,9 +176,9 @@ def _own_task(question: Question) -> str | None:
     return "choice" if question.gold is None or canonical(_answer_part(question.gold), "choice", choices) else None
 
 
-def _answer_part(gold: str) -> str:
+def _answer_part(gold: str, decimal: str = "point") -> str:
     """The answer of a gold that is a worked solution, else the gold."""
-    return answer_text(gold) if is_worked(gold) else gold
+    return answer_text(gold, decimal) if is_worked(gold) else gold
 
 
 def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tuple[Question, Vote]:
@@ -149,6 +192,8 @@ def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tup
         gold = record.question.gold
         if gold is not None and gold != fields["gold"] and not _same_gold(gold, fields["gold"], task, choices, reader):
             hint = "; if this is what each sample ends in: --map prediction=answer" if record.samples else ""
+            if is_worked(gold) and not record.samples:
+                hint = "; if these are samples: --map completion=KEY"
             raise RowError(f"gold is {fields['gold']!r}, but {gold!r} at {record.path}:{record.line}{hint}")
     solution = None
     if fields["gold"] is not None:
@@ -171,8 +216,11 @@ def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tup
         reader=reader,
     )
     if solution is not None and not samples:
-        shown = Rationale(solution.rationale, fields["gold"], "gold")
-        result = Vote(fields["gold"], {fields["gold"]: 1}, (shown,), ())
+        golds = [record.question.gold for record in group if record.question.gold is not None]
+        solutions = [found for gold in golds if (found := reader.solution(gold, task, choices))]  # all of one answer, as above
+        texts = tuple(dict.fromkeys(found.rationale for found in solutions))
+        shown = tuple(Rationale(text, fields["gold"], "gold") for text in texts)
+        result = Vote(fields["gold"], {fields["gold"]: len(shown)}, shown, ())
     fields.update(majority=result.majority, votes=result.votes, positives=result.positives, negatives=result.negatives)
     return dataclasses.replace(first, **fields), result
 

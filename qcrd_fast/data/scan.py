@@ -5,21 +5,31 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qcrd_fast.data.files import is_hub_name, open_rows
 from qcrd_fast.data.formats import batch, dss
-from qcrd_fast.data.formats.fields import ROLES, Parsed, Row, role_of
+from qcrd_fast.data.formats.fields import ROLES, Parsed, Row, nearest, plain, role_of
+from qcrd_fast.data.formats.golds import GOLD
 from qcrd_fast.data.formats.registry import NAMES, Context, Format, find_format
-from qcrd_fast.data.input_report import InputReport, keys_not_read, keys_text
+from qcrd_fast.data.formats.turns import as_list
+from qcrd_fast.data.input_report import SAMPLE_ROLES, InputReport, keys_not_read, keys_text, misspelt
 from qcrd_fast.data.pooling import Record
 from qcrd_fast.data.schema import BadRow, Question, RowError, require, text_key
 from qcrd_fast.data.tables import is_dataset_folder
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils.files import shown
+
+AHEAD_ROWS = 64  # whose keys tell what a file is
+AHEAD_CHARACTERS = 1024 * 1024
+_BESIDE = {
+    *("context", "contexts", "passages", "facts", "fact", "document", "documents", "paragraph", "paragraphs", "story", "table"),
+    *("premise", "background", "evidence", "support", "supportingfacts", "articles"),
+}  # plain names of what a question may be about; those in `fields.ROLES` come on top
 
 
 @dataclasses.dataclass
@@ -45,7 +55,10 @@ class Scanner:
         self.mapping = parse_mapping(self.mapping)
         self.reports: list[InputReport] = []
         self._ids: dict[bytes, str] = {}  # id of the question with a text, where rows are told apart by it
+        self.beside: dict[bytes, tuple[str, bytes]] = {}  # where a key beside a question was first seen, with what value
+        self._owners: dict[bytes, bytes] = {}  # the text that an id of another tool was first seen with
         self._batch: Mapping[str, str] | None = None
+        self._answered: set[str] = set()  # requests of the batch that have a line of output
 
     def scan(self, path: Path) -> Iterator[Record | BadRow]:
         """The rows of one input with their samples as they are.
@@ -72,10 +85,28 @@ class Scanner:
             self._batch = batch.questions(self.batch_input)
         return self._batch
 
-    def question_id(self, question: Question) -> str:
-        """The id that all rows with this question's text have: the first row's own, or one made of the text."""
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know of all inputs together."""
+        missing = [identity for identity in self._batch or () if identity not in self._answered]
+        if not missing:
+            return []
+        named = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        return [f"{len(missing):,} of {len(self._batch or ()):,} requests of --batch-input have no line of output: {named}"]
+
+    def answered(self, identity: Any) -> None:
+        """Count a request of the batch as one with a line of output."""
+        self._answered.add(str(identity))
+
+    def question_id(self, question: Question) -> tuple[str, bool]:
+        """(the id that all rows with this question's text have, whether this row's own id is another question's).
+
+        It is the first row's own, or one made of the text, also where another question has that id.
+        """
         digest = text_digest(question)
-        return self._ids.setdefault(bytes.fromhex(digest), question.id or digest[:16])
+        text = bytes.fromhex(digest)[:16]
+        owner = self._owners.setdefault(_short(question.id), text) if question.id else text
+        return self._ids.setdefault(text, (question.id if owner == text else "") or digest[:16]), owner != text
 
 
 class _Scan:
@@ -88,16 +119,20 @@ class _Scan:
         self.kind = "question"
         self.ids: dict[bytes, tuple[int, str]] = {}  # where an id was first seen, with what text
         self.mapped: set[str] = set()  # keys of --map that were there
+        self.beside: dict[str, Any] = {}  # what looks like a part of the last row's question and was not read
 
     def records(self, format: str) -> Iterator[Record | BadRow]:
         where, files = self.report.path, self.files
         samples = dss.iter_samples(files) if files and files.samples else None
         opened = open_rows(self.rows, split=self.scanner.split, part=self.scanner.part, config_name=self.scanner.config_name)
+        head = list(_ahead(iter(opened)))
+        self._decide([value for _, value in head if isinstance(value, dict)], format)
         line, count, unpaired = 1, 0, 0
-        for line, value in opened:
+        for line, value in itertools.chain(head, opened):
             sample = next(samples, None) if samples else None
             unpaired += sample is None
             count += 1
+            self.report.has_split = bool(files or opened.split)
             self.report.file_type, self.report.rows, self.report.blank_lines = opened.kind, count, opened.blank_lines
             if isinstance(value, BadRow):
                 yield value._replace(path=where, line=line)
@@ -107,12 +142,15 @@ class _Scan:
                 if isinstance(sample, str) and parsed.kind == "dss":
                     parsed = parsed._replace(samples=(dss.dss_sample(sample, f"{self.rows.parent.name}/llm"),))
                 question = self._identify(parsed, line)
-                yield Record(question, parsed.samples, parsed.kind == "prepared", where, line)
+                own = bool(parsed.question.id) and not parsed.by_text
+                yield Record(question, parsed.samples, parsed.kind == "prepared", where, line, own)
             except RowError as error:
                 yield BadRow(where, line, str(error))
             if isinstance(sample, BadRow):
                 yield sample
         self.report.blank_lines = opened.blank_lines
+        if self.kind != "sampled":
+            self.report.without_sample = 0
         total = count - unpaired + sum(1 for _ in samples) if samples else count
         if total != count:
             raise Mismatch(BadRow(where, line, f"{count} rows, but {total} samples in {shown(self.rows.parent / 'llm')}"))
@@ -121,28 +159,106 @@ class _Scan:
             if count and key not in self.mapped:
                 raise InputError(f"{where}: no row has a key {key!r}, which --map {role}={key} names")
 
-    def _parse(self, values: dict[str, Any], format: str) -> Parsed:
-        """What the file's format makes of a row; the first row that a format claims decides which that is."""
+    def _decide(self, rows: list[dict[str, Any]], format: str) -> None:
+        """Find the format that the first rows have: that of the first, but where it has no sample, that of all their keys."""
+        if not rows:
+            return
+        union: dict[str, Any] = {}
+        for values in rows:
+            union |= {key: value for key, value in values.items() if union.get(key) in (None, "")}
+        if format == "auto" and self.files and self.files.samples and "choices" in union:
+            format = "dss"
+        first, every = self._row(rows[0]), self._row(union)
+        found = find_format(format, first)
+        if found and self.scanner.format != "auto" and found.name not in ("native", "dss"):
+            self._check_claim(found, every)
+        if format == "auto" and (found is None or not self._has_samples(found, first)):
+            found = find_format(format, every) or found
+        self._take(found)
+
+    def _check_claim(self, forced: Format, row: Row) -> None:
+        """Raises `InputError` where the format that `--format` names is not that of the rows."""
+        usual = find_format("auto", row)
+        other = forced.name in ("questions", "multiple-choice", "worked") and usual and self._has_samples(usual, row)
+        if forced.claims(row) and (not other or usual is forced):
+            return
+        keys = ", ".join(f"{shown(key)[:80]!r}" for key in list(row.values)[:20])
+        hint = f"; they look like {usual.name!r} ({usual.title})" if usual else ""
+        raise InputError(f"{self.report.path}: --format {forced.name} is for {forced.title}, but its rows have {keys}{hint}")
+
+    def _has_samples(self, found: Format, row: Row) -> bool:
+        """Whether a row has samples as this format reads it, or is of a format whose samples do not stand in its rows."""
+        if found.name in ("openai-batch", "openai-batch-input", "dss"):
+            return True
+        try:
+            parsed = found.read(row, Context(self.rows.stem, self.files, None))
+        except RowError:
+            return False
+        return parsed.kind == "prepared" or any(sample.source != GOLD for sample in parsed.samples)
+
+    def _take(self, found: Format | None) -> None:
+        if found:
+            self.found = found
+            self.report.format, self.report.title = found.name, found.title
+
+    def _row(self, values: dict[str, Any]) -> Row:
         mapping = self.scanner.mapping
         assert not isinstance(mapping, str)
-        if mapping:
-            values = _dug(values, mapping)
-            self.mapped |= values.keys() & set(mapping.values())
-        row = Row(values, mapping)
+        mapping = mapping or {}
+        values = _dug(values, mapping)
+        for key, value in values.items():
+            is_context = isinstance(value, list) and (mapping.get("context") == key or role_of(key) == "context")
+            if is_context and value and all(isinstance(item, str) for item in value):
+                values = values | {key: "\n".join(value)}
+        return Row(values, mapping)
+
+    def _parse(self, values: dict[str, Any], format: str) -> Parsed:
+        """What the file's format makes of a row; where its first rows did not tell, the first that a format claims does."""
+        row = self._row(values)
+        self.mapped |= row.values.keys() & set(row.mapping.values())
         if self.found is None:
-            if format == "auto" and self.files and self.files.samples and "choices" in values:
-                format = "dss"
-            self.found = find_format(format, row)
-            if self.found is None:
-                raise RowError(_no_question(row))
-            self.report.format, self.report.title = self.found.name, self.found.title
+            self._take(find_format(format, row))
+        if self.found is None:
+            raise RowError(_no_question(row))
         asked = self.scanner.batch() if self.found.name == "openai-batch" else None
+        if asked is not None:
+            self.scanner.answered(row.values.get("custom_id"))
         try:
             parsed = self.found.read(row, Context(self.rows.stem, self.files, asked))
         except InputError as error:
             raise InputError(f"{self.report.path}: {error}") from None
+        except RowError as error:
+            if str(error).startswith("missing key 'question'") and not row.has("question") and "positives" not in row.values:
+                raise RowError(_no_question(row)) from None
+            raise
         self.report.add_unread(parsed.unread)
+        self.beside = {} if {"question", "context"} & row.mapping.keys() else _beside(row, parsed.unread)
+        if not parsed.samples and parsed.kind not in ("prepared", "dss") and not row.mapping.keys() & set(SAMPLE_ROLES):
+            lost = sorted(key for key in parsed.unread if role_of(key) in SAMPLE_ROLES)
+            if lost:
+                taken = f"the file was taken for {self.found.name!r} by its first rows, which have none"
+                role = role_of(lost[0])
+                raise RowError(f"{lost[0]!r} looks like a sample, but {taken}; --map {role}={lost[0]} reads it")
         return parsed
+
+    def _compare(self, question: Question, line: int) -> None:
+        """Raises `RowError` where rows of one question differ in what stands beside it and looks like a part of it."""
+        if not self.beside:
+            return
+        text = text_digest(question)
+        for key, value in self.beside.items():
+            digest = hashlib.blake2b(f"{value!r}".encode("utf-8", "replace"), digest_size=8).digest()
+            first, other = self.scanner.beside.setdefault(_short(f"{text} {key}"), (f"{self.report.path}:{line}", digest))
+            if other == digest:
+                continue
+            if key.endswith("[system]"):
+                self.report.other_system += 1
+                continue
+            role = "question" if role_of(key) == "question" and plain(key) not in ("input", "inputs") else "context"
+            raise RowError(
+                f"the same question as at {first}, but another {key!r}, which is not read: if this is a part of the "
+                f"question, --map {role}={key}; if not, --map question=KEY names the key that has it all"
+            )
 
     def _identify(self, parsed: Parsed, line: int) -> Question:
         """The question with its id.
@@ -151,18 +267,22 @@ class _Scan:
             RowError: a row without samples after rows with some, or an id that another question has.
         """
         question, kind = parsed.question, parsed.kind
-        if kind == "question" != self.kind:
+        if kind == "question":
+            self.report.without_sample += 1
+        among_samples = parsed.by_text and self.kind == "sampled" and not misspelt({key: nearest(key) for key in parsed.unread})
+        if kind == "question" != self.kind and not among_samples:
             key = {"prepared": "'positives'", "sampled": "'samples'"}.get(self.kind, "of a sample")
             what = f"missing key {key}" if not parsed.by_text else "no sample"
             raise RowError(f"{what}, which the rows above have")
-        self.kind = "question" if kind == "question" else kind
-        given = bool(question.id)
-        if parsed.by_text:
-            question = dataclasses.replace(question, id=self.scanner.question_id(question))
-        elif not given:
-            question = dataclasses.replace(question, id=text_digest(question)[:16])
+        self.kind = self.kind if kind == "question" else kind
+        given = bool(question.id) and not parsed.by_text
+        if not given:
+            id, taken = self.scanner.question_id(question)
+            self.report.repeated_ids += taken
+            self._compare(question, line)
+            question = dataclasses.replace(question, id=id)
         if given or kind == "prepared":
-            key_of_id = hashlib.blake2b(question.id.encode(), digest_size=16).digest()
+            key_of_id = _short(question.id)
             text = text_digest(question)[:16]
             if key_of_id not in self.ids:
                 self.ids[key_of_id] = line, text
@@ -170,9 +290,27 @@ class _Scan:
             first, other = self.ids[key_of_id]
             if other != text:
                 raise RowError(f"id {question.id!r} is another question on line {first}")
-            if kind in ("prepared", "question") and not parsed.by_text:
+            if kind in ("prepared", "question"):
                 raise RowError(f"duplicate id {question.id!r}, first on line {first}")
         return question
+
+
+def _ahead(rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """The first rows, as many as tell what a file is, and no more than a bounded number of characters."""
+    room = AHEAD_CHARACTERS
+    for row in itertools.islice(rows, AHEAD_ROWS):
+        yield row
+        room -= _size(row[1])
+        if room < 0:
+            return
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    return len(value) if isinstance(value, str) else 8
 
 
 class Mismatch(InputError):
@@ -181,6 +319,10 @@ class Mismatch(InputError):
     def __init__(self, row: BadRow):
         super().__init__(str(row))
         self.row = row
+
+
+def _short(id: str) -> bytes:
+    return hashlib.blake2b(id.encode(), digest_size=16).digest()
 
 
 def text_digest(question: Question) -> str:
@@ -213,6 +355,22 @@ def parse_mapping(text: Mapping[str, str] | str | None) -> dict[str, str]:
     return found
 
 
+def _beside(row: Row, unread: Iterable[str]) -> dict[str, Any]:
+    """Of what a row's format did not read, that which looks like a part of the question, by its key."""
+    found: dict[str, Any] = {}
+    for key in sorted(unread):
+        name, bracket, part = key.partition("[")
+        if part == "system]" and name in row.values:
+            found[key] = [turn for turn in as_list(row.values[name]) if isinstance(turn, dict) and _speaks(turn) == "system"]
+        elif not bracket and (role_of(key) in ("question", "context") or plain(key) in _BESIDE):
+            found[key] = row.values.get(key)
+    return found
+
+
+def _speaks(turn: dict[str, Any]) -> Any:
+    return turn.get("role", turn.get("from"))
+
+
 def _dug(values: dict[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
     """`values` with the inner values that `--map gold=metadata.answer` names."""
     found = {}
@@ -229,4 +387,11 @@ def _no_question(row: Row) -> str:
     report = InputReport("")
     report.add_unread(key for key in row.values)
     keys = keys_text(keys_not_read([report])) or "the row has no keys"
+    if (named := row.mapping.get("question")) and named not in row.values:
+        return f"missing key 'question': --map question={named}, but there is no {named!r}; {keys}"
+    for key, value in row.values.items():
+        rows = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+        if rows and key.isidentifier() and role_of(key) is None and "positives" not in row.values:
+            keys += f"; if the rows stand in it: jq -c '.{key}[]' FILE > ROWS.jsonl"
+            break
     return f"missing key 'question'; {keys}; --map question=KEY says which it is"

@@ -80,6 +80,7 @@ class Tally:
         self.split_by, self.reader = split_by, reader
         self.skipped = 0  # rows set aside, by whoever sets them aside
         self.reports: list[InputReport] = []
+        self.notes: list[str] = []  # warnings of whoever reads
         self._count: collections.Counter[str] = collections.Counter()
         self._unreadable: list[dict[str, str]] = []
 
@@ -151,11 +152,14 @@ class Tally:
 
     def _warnings(self) -> Iterator[str]:
         count = self._count
+        for report in self.reports:
+            yield from report.warnings
+        yield from self.notes
         if count["worked"]:
             return  # the golds' own solutions, which `inspection` speaks of
         if count["with_samples"] and not count["several"]:
             yield "no question has more than one sample: there is nothing to vote on, and qcrd has no minority to learn from"
-        elif count["questions"] and not count["with_samples"] and not count["dropped"]:
+        elif count["questions"] and not count["samples"] and not count["with_samples"] and not count["dropped"]:
             words = count["gold_words"] / max(count["with_gold"], 1)
             hint = f"; golds have {words:.0f} words: if they are worked solutions, --map solution=KEY" if words > 8 else ""
             yield f"no question has a sample: these rows serve eval, collect and --method finetune{hint}"

@@ -12,7 +12,10 @@ import importlib
 import io
 import math
 import os
+import socket
 import sys
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +57,7 @@ def csv_rows(
             cells = next(reader, None)
             if cells is None:
                 break
-            if not cells:
+            if not cells or (header is not None and not any(map(str.strip, cells))):
                 on_blank()
             elif header is None:
                 header = _header(cells)
@@ -192,6 +195,8 @@ def load_dataset(
     Raises:
         InputError: `datasets` is not installed, the data set is not readable, or has no such split.
     """
+    if not folder and not _is_online():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # from the cache or not at all, without its retries
     datasets = _library("datasets", path)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -202,9 +207,22 @@ def load_dataset(
         what = "not readable as a `datasets` folder" if folder else "no such file here, and not readable from the hub"
         raise InputError(f"{shown(path)}: {what}: {_first_line(error)}") from error
     if not isinstance(found, dict):
-        return found, "", []
+        own = str(getattr(found, "split", None) or "")
+        names = {own, os.path.basename(os.path.abspath(path))} if folder else {own}
+        return found, split if split and split in names else "", []
     chosen = _split(list(found), split, part, path)
     return found[chosen], chosen, [name for name in found if name != chosen]
+
+
+def _is_online() -> bool:
+    """Whether the host of the hub has an address, or a proxy will know it."""
+    if urllib.request.getproxies().keys() & {"http", "https", "all"}:
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except OSError:
+        return False
 
 
 def _split(names: list[str], split: str | None, part: str | None, path: str | Path) -> str:

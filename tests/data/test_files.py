@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,8 +176,9 @@ def test_values_of_parquet_are_those_of_json(tmp_path: Path) -> None:
         {"question": "2 + 2?", "gold": decimal.Decimal("4.00"), "response": None, "when": None, "task": None},
     ]
     path = write_parquet(tmp_path / "rows.parquet", rows)
-    result = load_questions(path, on_bad_row="skip")
-    assert result.questions[0].gold == "2.00" and "no sample, which the rows above have" in result.skipped[0].reason
+    result = load_questions(path)
+    assert [q.gold for q in result.questions] == ["2.00", "4.00"] and result.summary.with_samples == 1
+    assert result.summary.warnings[0].endswith("1 of 2 rows have no sample; their questions count")
     rows = [{"question": "1?", "gold": 2.0}, {"question": "2?", "gold": float("nan")}, {"question": b"\xff", "gold": 1.0}]
     path = write_parquet(tmp_path / "nan.parquet", rows[:2])
     assert [q.gold for q in load_questions(path).questions] == ["2.0", None]
@@ -332,7 +334,8 @@ def hub() -> Iterator[str]:
 
 def _prepare(folder: Path, endpoint: str, *args: str) -> subprocess.CompletedProcess[str]:
     code = "import sys; from cli.main import entry; sys.exit(entry(sys.argv[1:]))"
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
+    offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    environment = {k: v for k, v in os.environ.items() if k not in offline and not k.lower().endswith("_proxy")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-c", code, "prepare", *args, "-o", "out.jsonl"]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
@@ -412,3 +415,93 @@ def test_a_gzip_that_does_not_fit_is_refused_before_it_is_read(tmp_path: Path, m
     monkeypatch.setattr(memory, "free_bytes", functools.partial(int, 10))
     with pytest.raises(InputError, match="GB are free"):
         load_questions(path)
+
+
+@pytest.mark.parametrize("key", ["response", "generations", "explanation", "predicted_answer"])
+def test_an_empty_first_cell_does_not_hide_a_column(key: str, tmp_path: Path) -> None:
+    def cell(text: str) -> str | list[str]:
+        return [f"So {text}. Answer: {text}"] if key == "generations" else text if "answer" in key else f"So. Answer: {text}"
+
+    rows = [{"question": "5 + 5?", "answer": "10", key: cell("10")}]
+    rows += [{"question": "1 + 1?", "answer": "2", key: cell(text)} for text in ("2", "3")]
+    rows[0][key] = ""
+    if key != "generations":
+        path = tmp_path / "rows.csv"
+        path.write_text("\n".join(",".join(map(str, line)) for line in [rows[0], *map(dict.values, rows)]))
+        assert load_questions(path).summary.samples == 2
+    rows[0][key] = None  # type: ignore[assignment]
+    result = load_questions(write_parquet(tmp_path / "rows.parquet", rows))
+    assert (len(result.questions), result.summary.samples) == (2, 2)
+    assert "1 of 3 rows have no sample" in result.summary.warnings[0]
+
+
+def test_a_sample_far_below_rows_without_is_not_lost(tmp_path: Path) -> None:
+    rows = [f'{{"question": "{i} + 1?", "answer": "{i + 1}"}}' for i in range(70)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*rows, '{"question": "1 + 1?", "answer": "2", "response": "It is 2."}']))
+    with pytest.raises(
+        InputError, match=r"rows\.jsonl:71: 'response' looks like a sample, but the file was taken for 'native'"
+    ):
+        load_questions(path)
+    assert load_questions(path, mapping="completion=response").summary.samples == 1
+
+
+def test_rows_of_empty_cells_are_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('question,answer,response\n1 + 1?,2,It is 2.\n,,\n1 + 1?,2,It is 3.\n" ",,\n')
+    result = load_questions(path)
+    assert result.summary.samples == 2 and result.summary.inputs[0]["blank_lines"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "hint"),
+    [
+        ("a.json", '{ "data": [\n{"question": "1?"}\n]}', r"jq -c '\.data\[\]' FILE"),
+        ("a.json", '{\n "rows": [\n  {"question": "1?"}\n]}', r"jq -c '\.rows\[\]' FILE"),
+        ("a.json", '{"data": [{"question": "1?"}]}', r"jq -c '\.data\[\]' FILE"),
+        ("a.jsonl", '{\n  "question": "1?"\n}\n', r"pretty-printed.*jq -c \. FILE"),
+        ("a.jsonl", '[\n  {\n  "question": "1?"\n}\n]\n', "a JSON array over several lines"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_inside_another_layout_are_told(name: str, text: str, hint: str, packed: bool, tmp_path: Path) -> None:
+    path = tmp_path / (name + ".gz" * packed)
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    with pytest.raises(InputError, match=hint):
+        load_questions(path)
+
+
+def test_a_split_that_cannot_hold_is_refused(tmp_path: Path) -> None:
+    path, plain = tmp_path / "rows.jsonl", tmp_path / "plain.jsonl"
+    path.write_text('{"question": "1 + 1?", "gold": "2", "split": "train"}\n{"question": "2?", "gold": "2", "split": "test"}')
+    plain.write_text('{"question": "1 + 1?", "gold": "2"}')
+    prepare(path, tmp_path / "out.jsonl", split="test")
+    with pytest.raises(InputError, match=r"no questions of --split trian \(there: train, test\)"):
+        prepare(path, tmp_path / "out.jsonl", split="trian")
+    with pytest.raises(InputError, match="no questions of --split test: neither a file nor a row has a split"):
+        prepare(plain, tmp_path / "out.jsonl", split="test")
+
+
+def test_a_split_of_a_saved_dataset(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"question": "1 + 1?", "gold": "2"}])})
+    saved.save_to_disk(tmp_path / "saved")
+    saved["train"].save_to_disk(tmp_path / "alone")
+    prepare(tmp_path / "saved" / "train", tmp_path / "out.jsonl", split="train")
+    for path in (tmp_path / "saved" / "train", tmp_path / "alone"):
+        with pytest.raises(InputError, match="--split test"):
+            prepare(path, tmp_path / "out.jsonl", split="test")
+
+
+def test_a_folder_that_is_no_data_set_asks_for_the_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="name the file"):
+        load_questions(tmp_path / "folder")
+
+
+def test_without_the_network_a_hub_name_fails_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    begun = time.monotonic()
+    done = _prepare(tmp_path, "https://nowhere.invalid", "someone/sums")
+    assert done.returncode == 2 and "someone/sums: no such file here" in done.stderr and "etry" not in done.stderr
+    assert time.monotonic() - begun < 60

@@ -13,6 +13,7 @@ from cli.main import entry
 from qcrd_fast.data.formats.fields import ROLES
 from qcrd_fast.data.formats.registry import FORMATS
 from qcrd_fast.data.load import load_questions, prepare, validate_file
+from qcrd_fast.data.replies import Reader
 from qcrd_fast.errors import InputError
 
 TALK = {  # question: (gold, its samples)
@@ -608,3 +609,159 @@ def test_the_documented_example_is_read_as_it_says(name: str, example: str, tmp_
     result = load_questions(path, batch_input=requests if name == "openai-batch" else None)
     assert result.summary.format == name and result.summary.questions == 1
     assert set(result.summary.keys_not_read) <= {"model_name"}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_row_without_a_sample_is_a_question_wherever_it_stands(place: int, tmp_path: Path) -> None:
+    rows = [{"question": "1 + 1?", "answer": "2", "response": f"So. Answer: {x}"} for x in (2, 3)]
+    rows.insert(place, {"question": "2 + 2?", "answer": "4", "response": None})  # type: ignore[dict-item]
+    result = load_questions(write(tmp_path / "rows.jsonl", rows))
+    assert {q.question: len(q.votes) for q in result.questions} == {"1 + 1?": 2, "2 + 2?": 0}
+    assert "1 of 3 rows have no sample" in result.summary.warnings[0]
+
+
+def test_a_misspelt_key_among_samples_is_refused(tmp_path: Path) -> None:
+    rows = [{"question": "1 + 1?", "response": "It is 2."}, {"question": "1 + 1?", "respones": "It is 3."}]
+    with pytest.raises(InputError, match=":2: no sample, which the rows above have"):
+        load_questions(write(tmp_path / "rows.jsonl", rows))
+
+
+def test_a_completion_without_a_chain_is_a_sample(tmp_path: Path) -> None:
+    rows = [{"input": "1 + 1?", "completion": f"So it is {x}.", "answer": "2"} for x in (2, 3)]
+    result = load_questions(write(tmp_path / "rows.jsonl", rows))
+    assert (result.summary.format, result.questions[0].votes) == ("sample-rows", {"2": 1, "3": 1})
+
+
+def test_samples_that_only_vote_are_samples(tmp_path: Path) -> None:
+    rows = [{"question": "1 + 1?", "gold": "2", "prediction": x} for x in ("2", "3", "2")]
+    warnings = load_questions(write(tmp_path / "rows.jsonl", rows)).summary.warnings
+    assert not any("no question has a sample" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("other", ["gold", "sample", "native"])
+def test_rows_with_an_id_and_rows_of_another_tool_are_pooled_by_text(other: str, swapped: bool, tmp_path: Path) -> None:
+    own = {"id": "q1", "question": "1 + 1?", "samples": ["So. Answer: 2", "Or so. Answer: 2"]}
+    rows = {
+        "gold": {"problem_id": "p-7", "problem": "1 + 1?", "final_answer": "2", "solution": ""},
+        "sample": {"id": "zz", "instruction": "1  + 1?", "output": "So. Answer: 3"},
+        "native": {"question": "1 + 1?", "answer": "2"},
+    }
+    paths = [write(tmp_path / "a.jsonl", [own]), write(tmp_path / "b.jsonl", [rows[other]])]
+    (question,) = load_questions(paths[::-1] if swapped else paths).questions
+    assert question.id == "q1" and question.votes == ({"2": 2, "3": 1} if other == "sample" else {"2": 2})
+    assert question.gold == (None if other == "sample" else "2")
+
+
+def test_different_ids_of_our_rows_stay_apart(tmp_path: Path) -> None:
+    rows = [{"id": id, "question": "1 + 1?", "samples": ["So. Answer: 2"]} for id in ("a", "b")]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert [q.id for q in load_questions(path).questions] == ["a", "b"]
+    other = write(tmp_path / "other.jsonl", [{"instruction": "1 + 1?", "output": "So. Answer: 3"}])
+    with pytest.raises(InputError, match=r"other\.jsonl:1: this question has the ids 'a' and 'b'"):
+        load_questions([path, other])
+
+
+def test_ids_that_number_the_samples_are_no_ids_of_questions(tmp_path: Path) -> None:
+    rows = [{"id": n, "question": q, "response": f"So. Answer: {n}"} for q in ("1 + 1?", "2 + 2?") for n in range(2)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    result = load_questions(path)
+    assert [(q.question, dict(q.votes)) for q in result.questions] == [(q, {"0": 1, "1": 1}) for q in ("1 + 1?", "2 + 2?")]
+    assert len({q.id for q in result.questions}) == 2 and "2 rows have the id of another question" in result.summary.warnings[0]
+    again = write(tmp_path / "again.jsonl", [{"id": "0", "question": "3 + 3?", "response": "So. Answer: 6"}])
+    assert len({q.id for q in load_questions([path, again]).questions}) == 3
+    ours = write(tmp_path / "ours.jsonl", [{"id": "0", "question": "9 + 9?", "samples": ["So. Answer: 18"]}])
+    result = load_questions([path, ours])
+    assert len({q.id for q in result.questions}) == 3 and result.questions[-1].id == "0"
+    assert "1 questions have the id of another question in another file" in " ".join(result.summary.warnings)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"), [("facts", ["Ida has 3.", "Bo has 5."]), ("input", ["3", "5"]), ("prompt_id_problem", None)]
+)
+def test_what_stands_beside_a_question_is_not_lost(key: str, values: list[str] | None, tmp_path: Path) -> None:
+    if values is None:
+        key, values = "problem", ["3 + 0?", "5 + 0?"]
+    rows = [
+        {"question": "How many?", key: value, "response": f"So. Answer: {n}"} for n, value in zip("35", values, strict=True)
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    role = "question" if key == "problem" else "context"
+    with pytest.raises(InputError, match=rf":2: the same question as at .*:1, but another '{key}'.*--map {role}={key}"):
+        load_questions(path)
+    assert len(load_questions(path, mapping=f"{role}={key}").questions) == 2
+    assert len(load_questions(path, mapping="question=question").questions) == 1
+    assert len(load_questions(write(tmp_path / "same.jsonl", [rows[0], {**rows[1], key: values[0]}])).questions) == 1
+
+
+def test_a_list_of_contexts_is_one_context(tmp_path: Path) -> None:
+    rows = [
+        {"question": "How many?", "context": ["Look.", text], "response": "So. Answer: 3"} for text in ("Ida: 3.", "Bo: 3.")
+    ]
+    questions = load_questions(write(tmp_path / "rows.jsonl", rows)).questions
+    assert [q.context for q in questions] == ["Look.\nIda: 3.", "Look.\nBo: 3."]
+
+
+def test_another_system_prompt_is_told(tmp_path: Path) -> None:
+    def row(system: str, n: int) -> dict[str, Any]:
+        turns = [("system", system), ("user", "How many?"), ("assistant", f"So. Answer: {n}")]
+        return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+    result = load_questions(write(tmp_path / "rows.jsonl", [row("Ida has 3.", 3), row("Bo has 5.", 5)]))
+    assert "1 rows were pooled with a question under another system prompt" in " ".join(result.summary.warnings)
+    result = load_questions(write(tmp_path / "rows.jsonl", [row("Think.", 3), row("Think.", 5)]))
+    assert "system" not in " ".join(result.summary.warnings)
+
+
+def test_a_decimal_comma_is_a_number(tmp_path: Path) -> None:
+    comma = Reader.from_options(decimal="comma")
+    rows = [{"question": "5 / 2?", "answer": "2,5", "samples": ["Also 2,5.", "Antwort: 2,50", "Antwort: 3"]}]
+    (question,) = load_questions(write(tmp_path / "rows.jsonl", rows), reader=comma).questions
+    assert question.task == "number" and sorted(question.votes.values()) == [1, 2]
+    del rows[0]["answer"]
+    (question,) = load_questions(write(tmp_path / "rows.jsonl", rows), reader=comma).questions
+    assert question.task == "number" and sorted(question.votes.values()) == [1, 2]
+
+
+def test_two_worked_solutions_of_a_question(tmp_path: Path) -> None:
+    rows = [{"question": "3 * 6?", "answer": f"{text}\n#### {n}"} for text, n in (("3 * 6 = 18", 18), ("6 + 6 + 6 = 18", 18))]
+    path = write(tmp_path / "rows.jsonl", [*rows, rows[0]])
+    (question,) = load_questions(path).questions
+    assert [p.text for p in question.positives] == ["3 * 6 = 18", "6 + 6 + 6 = 18"] and question.votes == {"18": 2}
+    rows[1]["answer"] = "3 + 6 = 9\n#### 9"
+    with pytest.raises(InputError, match="if these are samples: --map completion=KEY"):
+        load_questions(write(tmp_path / "rows.jsonl", rows))
+    assert load_questions(path, mapping="completion=answer").summary.negatives == 1
+
+
+def test_requests_of_a_batch_without_output_are_told(tmp_path: Path) -> None:
+    def asked(identity: str) -> dict[str, Any]:
+        return {"custom_id": identity, "body": {"messages": [{"role": "user", "content": f"What is {identity}?"}]}}
+
+    said = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "So. Answer: 3"}}]}
+    output = write(tmp_path / "out.jsonl", [{"custom_id": "a", "response": {"status_code": 200, "body": said}}])
+    requests = write(tmp_path / "in.jsonl", [asked("a"), asked("b"), asked("c")])
+    summary = load_questions(output, batch_input=requests).summary
+    assert summary.warnings[0] == "2 of 3 requests of --batch-input have no line of output: 'b', 'c'"
+
+
+def test_a_forced_format_is_checked(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", a_row_each(lambda q, g, x: {"instruction": q, "input": "", "output": said(x)}))
+    assert load_questions(path, format="sample-rows").summary.samples == 6
+    for name in ("mentor-kd", "preference", "questions", "gsm8k"):
+        with pytest.raises(
+            InputError, match=f"--format {name} is for .* its rows have 'instruction', 'input', 'output'; .*'alpaca'"
+        ):
+            load_questions(path, format=name)
+
+
+def test_messages_name_what_is_there(tmp_path: Path) -> None:
+    rows = [{"question": "1 + 1?", "samples": ["So. Answer: 2"]}, {"Qestion": "1 + 1?", "Sampels": ["So. Answer: 3"]}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError, match=r":2: missing key 'question'; .*'Sampels' \(nearest that is read: 'samples'\)"):
+        load_questions(path)
+    with pytest.raises(InputError, match="--map question=nowhere, but there is no 'nowhere'"):
+        load_questions(path, mapping="question=nowhere")
+    requests = write(tmp_path / "in.jsonl", [{"custom_id": "a", "body": {"prompt": "1 + 1?"}}])
+    with pytest.raises(InputError, match=r"which no input is: took .*rows\.jsonl for JSONL, native"):
+        load_questions(write(tmp_path / "rows.jsonl", rows[:1]), batch_input=requests)

@@ -80,7 +80,10 @@ def find_dss(path: Path, split: str | None) -> DssFiles | None:
         rows = path / f"{path.resolve().name}_{split or 'train'}.json"
         if not rows.is_file():
             found = sorted(file.name for file in path.glob("*.json"))
-            raise InputError(f"{shown(path)}: no {shown(rows.name)} in this folder (there: {', '.join(found) or 'no .json'})")
+            there = ", ".join(found) or "no .json"
+            raise InputError(
+                f"{shown(path)}: no {shown(rows.name)} in this folder (there: {there}); of other rows, name the file"
+            )
     else:
         rows = path
     match = _ROWS_NAME.fullmatch(rows.name)

@@ -11,8 +11,13 @@ _OWN = {"input", "chain", "completion", "answer", "initial_correct"}
 
 
 def is_mentor_kd(row: Row) -> bool:
-    """Whether a row has `input` and another key of Mentor-KD's, and none that another tool's row would have."""
-    return "input" in row.values and bool(row.values.keys() & _OWN - {"input"}) and row.known() <= {*_OWN, "id", "source"}
+    """Whether a row has `input` and another key of Mentor-KD's, and none that another tool's row would have.
+
+    A `completion` is the answer of a `chain`; alone it is another tool's sample.
+    """
+    keys = row.values.keys()
+    chained = "chain" in keys or "completion" not in keys
+    return "input" in keys and bool(keys & _OWN - {"input"}) and chained and row.known() <= {*_OWN, "id", "source"}
 
 
 def read(row: Row, name: str) -> Parsed:
