@@ -14,8 +14,9 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from qcrd_fast.data import mathforms
-from qcrd_fast.data.choices import parse_choices, plain_text, read_choice
+from qcrd_fast.data.choices import parse_choices, plain_text
 from qcrd_fast.data.expressions import MAX_DIGITS, evaluate_expression, visible
+from qcrd_fast.data.options import read_choice
 from qcrd_fast.data.quantities import Number, one_number, plain, read_quantity
 
 __all__ = ["Value", "canonical", "equal", "groups", "guess_task", "parse_choices", "read_value", "same_answer", "surface"]

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from qcrd_fast.data import mathforms
 from qcrd_fast.data.answers import EMPHASIS, Value, numeric_value, option_value, read_value
-from qcrd_fast.data.choices import choice_in_sentence, plain_text
+from qcrd_fast.data.choices import plain_text
 from qcrd_fast.data.latex import simplify
 from qcrd_fast.data.markers import Marker, cut_next_question, find_markers, sentence_start, sentences
+from qcrd_fast.data.options import choice_in_list, choice_in_sentence, is_denied, is_denied_announcement, says_options
 from qcrd_fast.data.quantities import read_quantity, sole_quantity
 from qcrd_fast.data.thinking import split_thinking
 
@@ -67,6 +68,12 @@ _REASONED = re.compile(
 )
 
 
+_LETTER = re.compile(r"\W*[A-Za-z]\W*")
+_HEADED = re.compile(r"\W*[A-Za-z](?:[.):\]]|\W*$)")
+_SAID = re.compile(r"[ \t]*[^\n.!?]{1,200}")
+_NEXT_LETTER = re.compile(r"[ \t.,;]*\n[ \t]*([(\[]?[A-Za-z][)\]]?)[ \t.]*(?=\n|\Z)")
+
+
 class Found(NamedTuple):
     """The answer of a text, or None, and why; the `marker` that announced it."""
 
@@ -99,6 +106,10 @@ def find_answer(text: str, task: str, choices: Sequence[str], decimal: str, expl
             continue
         if marker.clause is None:
             return Found(None, "the box does not close", marker)
+        if task == "choice":
+            marker = _with_option(text, marker, choices)
+            if is_denied_announcement(text[max(0, marker.start - 60) : marker.start]):
+                return Found(None, f"only in doubt: {_short(text[marker.start : marker.stop])}", marker)
         value, why_not, blocks = _in_clause(marker, task, choices, decimal)
         if value is not None and marker.kind == "box" and _beside_another(text, markers, at):
             return Found(None, "several boxes", marker)
@@ -145,7 +156,7 @@ def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) 
         value = read_value(clause, task, choices)
         if not choices and value is not None and value.letter is None and not whole and _PROSE_START.match(clause):
             return None, "no option follows directly", False
-        return value, "no option follows", value is None and (whole or _settles(clause))
+        return value, "no option follows", value is None and (whole or _settles(clause) or says_options(clause, choices))
     if task == "yes-no":
         return read_value(clause, task), "neither yes nor no", whole
     if task == "math":
@@ -157,6 +168,18 @@ def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) 
     if marker.kind == "box":
         clause = simplify(clause)
     return read_value(_unquoted(clause), task), "no text follows", whole
+
+
+def _with_option(text: str, marker: Marker, choices: Sequence[str]) -> Marker:
+    """A marker of a lone letter, with the option's text or the further letter that stands behind it."""
+    clause = marker.clause or ""
+    if marker.kind in ("box", "tag") or not _LETTER.fullmatch(clause):
+        return marker
+    if (said := _SAID.match(text, marker.stop)) and plain_text(said[0]) in map(plain_text, choices):
+        return marker._replace(clause=f"{clause} {said[0]}")
+    if letter := _NEXT_LETTER.match(text, marker.stop):
+        return marker._replace(clause=f"{clause}; {letter[1]}")
+    return marker
 
 
 def _settles(clause: str) -> bool:
@@ -181,6 +204,8 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
     if not found:
         value = read_value(text, task, choices, decimal) if explicit else None
         return Found(value, "the text" if value else "no words and no numbers", bare=True)
+    if task == "choice":
+        return _option_in(text, found, choices, explicit)
     last = found[-1]
     if explicit or len(found) == 1:
         value = _whole(text if explicit else _TAGS.sub("", text), task, choices, decimal)
@@ -188,7 +213,7 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
             return Found(value, "the whole text", bare=True)
     if task == "text":
         return Found(None, "no answer is announced")
-    if _DENIAL.search(last) and task != "yes-no" and plain_text(last) not in map(plain_text, choices):
+    if _DENIAL.search(last) and task != "yes-no":
         return Found(None, f"says that there is none: {_short(last)}")
     if _HEDGE.search(last) and not explicit:
         return Found(None, f"unsure: {_short(last)}")
@@ -198,14 +223,6 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
         return Found(None, f"no expression with a value: {_short(last)}")
     if task in ("number", "equation", "math"):
         return _number_in(last, task, decimal)
-    if task == "choice":
-        index, _ = choice_in_sentence(last, choices)
-        if not choices and index is None:
-            return Found(None, f"no option in the last sentence: {_short(last)}")
-        value = option_value(index, choices) if index is not None else None
-        return Found(
-            value, f"the last sentence: {_short(last)}" if value else f"no option in the last sentence: {_short(last)}"
-        )
     value = read_value(last, task)
     first = (
         read_value(found[0].split(",")[0].split(".")[0], task)
@@ -216,6 +233,41 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
         value = value or first
         return Found(value, f"the last sentence: {_short(last)}" if value else f"neither yes nor no: {_short(last)}")
     return Found(None, "the first and the last sentence differ")
+
+
+def _option_in(text: str, found: list[str], choices: Sequence[str], explicit: bool) -> Found:
+    """The option of a text that announces none: the one that it consists of, or that its last sentence settles on."""
+    last = found[-1]
+    listed, (index, _) = choice_in_list(found, choices)
+    if listed:
+        value = option_value(index, choices) if index is not None else None
+        return Found(value, "the only one found right" if value else "a list of the options")
+    if explicit or len(found) == 1:
+        whole = text if explicit else _TAGS.sub("", text)
+        value = read_value(whole, "choice", choices)
+        if value and (
+            explicit or (_is_bare(text, "choice", choices) and (choices or value.letter is not None or _word(whole)))
+        ):
+            return Found(value, "the whole text", bare=True)
+    if _DENIAL.search(last) and plain_text(last) not in map(plain_text, choices):
+        return Found(None, f"says that there is none: {_short(last)}")
+    if _HEDGE.search(last) and not explicit:
+        return Found(None, f"unsure: {_short(last)}")
+    if re.search(r"[?？]\W*$", last):
+        return Found(None, f"ends in a question: {_short(last)}")
+    if len(found) > 1 and _LETTER.fullmatch(found[-2]) and f"{found[-2]} {last}" in text:
+        last = f"{found[-2]} {last}"
+    index, _ = choice_in_sentence(last, choices)
+    if len(found) > 1 and index is not None and (first := _HEADED.match(found[0])):
+        begun = read_value(found[0], "choice", choices)
+        if begun and begun.key != option_value(index, choices).key and not is_denied(found[0][first.end() :], choices):
+            return Found(None, "the first and the last sentence differ")
+    value = option_value(index, choices) if index is not None else None
+    return Found(value, f"the last sentence: {_short(last)}" if value else f"no option in the last sentence: {_short(last)}")
+
+
+def _word(text: str) -> bool:
+    return len(text.split()) == 1
 
 
 def _whole(text: str, task: str, choices: Sequence[str], decimal: str) -> Value | None:
