@@ -117,8 +117,8 @@ def find_answer(text: str, task: str, choices: Sequence[str], decimal: str, expl
             said = text[marker.start : min(marker.stop, marker.start + 120)]
             return Found(value, " ".join(said.split()), marker)
         if blocks:
-            return Found(None, f"{why_not}: {_short(marker.clause)}", marker)
-        why = why or f"{why_not}: {_short(marker.clause)}"
+            return Found(None, f"{why_not}: {_short(marker.clause or '')}", marker)
+        why = why or f"{why_not}: {_short(marker.clause or '')}"
     if task == "text" and markers and not explicit:
         return Found(None, why or "no answer is announced")
     found = _sentences(text, task, choices, decimal, explicit)
