@@ -68,6 +68,28 @@ _REASONED = re.compile(
 )
 
 
+_NO_TEXT = re.compile(  # what follows an announcement, where it is a remark and no answer
+    r"\W*(?:(?:not|that|unclear|easy|hard|simple|obvious|difficult|debatable|uncertain|yet\s+to|still|at\s+(?:least|most)|"
+    r"more\s+than|less\s+than|nicht|unklar|einfach|pas|inconnue?|simple|no|desconocid[ao]|f\u00e1cil|dif\u00edcil|non|ignot[ao]|"
+    r"semplice|n\u00e3o|desconhecid[ao]|не|неясно)(?![\w])|不|未知)",
+    re.IGNORECASE,
+)
+_WHY = re.compile(
+    r",?\s+(?:because|since|as\s+(?:it|he|she|they|the)|weil|denn|parce\s+qu|puisqu|porque|ya\s+que|perch\u00e9|poich\u00e9|"
+    r"pois|потому|так\s+как|поскольку)(?![\w](?<!qu\w))|,\s+(?:car|da|for|as|not|nicht|pas|no|non|n\u00e3o)\s|,\s+а?\s*не\s|"
+    r"[,\uff0c]?\s*(?:\u56e0\u4e3a|\u56e0\u70ba|\u800c\u4e0d\u662f)|[,\uff0c]\s*\u4e0d\u662f",
+    re.IGNORECASE,
+)
+_INITIAL = re.compile(
+    r"(?:(?<![^\W\d_])[A-Z]|(?<![\w])(?:Dr|Mr|Mrs|Ms|St|Prof|Sr|Mt|Gen|Lt|Col|Capt|Sgt|Rev|Hon|Ste|Mme|Mlle))\.$"
+)
+_NAME = re.compile(r"[ \t]+[^\s.!?][^\n.!?]{0,200}[.!?]?")
+_COPULA = re.compile(r"(?<=[\u3040-\u9fff\u300d\u300f])(?:\u3067\u3059|\u3067\u3042\u308b)$")
+_AFTER_FORMULA = re.compile(
+    r"[\s.,;:!*_%\u00b0]*$|,?\s*(?:because|since|as|for|where|when)(?![\w])|\s*\(|\s*\\|"
+    r"\s+(?!or\b|and\b|million|billion|trillion|thousand|hundred|dozen|to\b|times|more\b|less\b|percent)[a-z/]+(?:\s+[a-z]+)?[.\s]*$",
+    re.IGNORECASE,
+)
 _LETTER = re.compile(r"\W*[A-Za-z]\W*")
 _HEADED = re.compile(r"\W*[A-Za-z](?:[.):\]]|\W*$)")
 _SAID = re.compile(r"[ \t]*[^\n.!?]{1,200}")
@@ -110,6 +132,8 @@ def find_answer(text: str, task: str, choices: Sequence[str], decimal: str, expl
             marker = _with_option(text, marker, choices)
             if is_denied_announcement(text[max(0, marker.start - 60) : marker.start]):
                 return Found(None, f"only in doubt: {_short(text[marker.start : marker.stop])}", marker)
+        if task == "text":
+            marker = _with_initials(text, marker)
         value, why_not, blocks = _in_clause(marker, task, choices, decimal)
         if value is not None and marker.kind == "box" and _beside_another(text, markers, at):
             return Found(None, "several boxes", marker)
@@ -160,14 +184,39 @@ def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) 
     if task == "yes-no":
         return read_value(clause, task), "neither yes nor no", whole
     if task == "math":
-        clause = _inline_math(clause) if not whole else clause
-        value = None if mathforms.looks_like_prose(clause) else read_value(clause, task, (), decimal)
-        return value, "no formula follows directly", whole
-    if not whole and (_PROSE_START.match(clause) or len(clause) > 200):
-        return None, "no answer follows directly", False
+        formula = clause if whole else _formula(clause)
+        value = None if formula is None or mathforms.looks_like_prose(formula) else read_value(formula, task, (), decimal)
+        return value, "no formula follows directly", whole or formula is None
     if marker.kind == "box":
         clause = simplify(clause)
+    if whole:
+        return read_value(_unquoted(clause), task), "no text follows", True
+    clause = _reasonless(clause)
+    if _NO_TEXT.match(clause) or _DENIAL.search(clause):
+        return None, "no answer follows directly", True
+    if _PROSE_START.match(clause) or len(clause) > 200:
+        return None, "no answer follows directly", False
     return read_value(_unquoted(clause), task), "no text follows", whole
+
+
+def _reasonless(clause: str) -> str:
+    """A clause without a reason behind it, and without what it is told from: "Paris, not Rome"."""
+    cut = _WHY.search(clause)
+    return clause[: cut.start()] if cut and clause[: cut.start()].strip() else clause
+
+
+def _with_initials(text: str, marker: Marker) -> Marker:
+    """A marker with the rest of a name that a full stop cuts: "Dr. Smith", "U.S. Army"."""
+    clause, stop = marker.clause or "", marker.stop
+    if marker.kind in ("box", "tag", "hash"):
+        return marker
+    if clause.lstrip().startswith(("- ", "* ", "\u2022 ")) and re.match(r"\s*\n[ \t]*[-*\u2022][ \t]", text[stop : stop + 80]):
+        return marker._replace(clause="")  # a list
+    for _ in range(4):
+        if not _INITIAL.search(clause) or not (said := _NAME.match(text, stop)):
+            break
+        clause, stop = clause + said[0], said.end()
+    return marker._replace(clause=clause, stop=stop)
 
 
 def _with_option(text: str, marker: Marker, choices: Sequence[str]) -> Marker:
@@ -189,13 +238,21 @@ def _settles(clause: str) -> bool:
     )
 
 
-def _inline_math(clause: str) -> str:
-    match = re.match(r"[\s:]*(\$\$?|\\\(|\\\[)(.+?)(?:\$\$?|\\\)|\\\])", clause)
-    return match[2] if match else clause
+def _formula(clause: str) -> str | None:
+    """The formula that a clause consists of, but for a unit and a reason; None where it says more than that."""
+    match = re.match(
+        r"[\s:]*(?:(?:simply|just|exactly|therefore|equal\s+to|the\s+\w+)\s+)?(\$\$?|\\\(|\\\[)(.+?)(?:\$\$?|\\\)|\\\])", clause
+    )
+    if match:
+        return match[2] if _AFTER_FORMULA.match(clause, match.end()) else None
+    if _NO_TEXT.match(clause) or _DENIAL.search(clause) or re.search(r"[^\W\d_]{2,}\s+\$", clause):
+        return None
+    return _reasonless(clause)
 
 
 def _unquoted(text: str) -> str:
-    return text.strip().strip("*_`").strip().rstrip(".").strip(" *_`\"'\u201c\u201d\u201e\u300c\u300d")
+    text = _COPULA.sub("", text.strip().strip("*_`").strip().rstrip(".。")).rstrip("。")
+    return re.sub(r"^[-\u2022]\s+", "", text).strip(" *_`\"'\u201c\u201d\u201e\u300c\u300d\u300e\u300f")
 
 
 def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, explicit: bool) -> Found:
@@ -207,6 +264,8 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
     if task == "choice":
         return _option_in(text, found, choices, explicit)
     last = found[-1]
+    if task == "text" and not explicit and len(last.split()) > 1 and _DENIAL.search(last):
+        return Found(None, f"says that there is none: {_short(last)}")
     if explicit or len(found) == 1:
         value = _whole(text if explicit else _TAGS.sub("", text), task, choices, decimal)
         if value is not None and (explicit or _is_bare(text, task, choices)):

@@ -452,3 +452,23 @@ def test_tags_fences_and_tokens(text):
 
 def test_a_fence_of_reasoning_without_its_end_is_cut():
     assert number("```think\nthe answer is 9") is None and number("```python\nprint(14)\n```\nIt is 14.") == "14"
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "answer"),
+    [
+        ("math", "The answer is $7$ or $8$.", None), ("math", "The answer is $7$ thousand.", None),
+        ("math", "The answer is not $7$.", None), ("math", "The answer is at most $7$.", None),
+        ("math", "So $y = 7$.", "7"), ("math", "The answer is $\\sqrt{7}$ because of that.", "\\sqrt{7}"),
+        ("math", "The answer is unknown.", None), ("math", "The answer is $7$ cm.", "7"),
+        ("text", "The answer is not Oslo.", None), ("text", "It cannot be determined.", None),
+        ("text", "The answer is Oslo because it is cold.", "Oslo"),
+        ("text", "La réponse est Oslo parce que c'est froid.", "Oslo"),
+        ("text", "The answer is Mr. Brown.", "Mr. Brown"), ("text", "The answer is A. B. Cole.", "A. B. Cole"),
+        ("text", "答案是「東京」。", "東京"), ("text", "答えは東京です。", "東京"),
+        ("text", "The answer is hard to say.", None),
+        ("text", "The answer is Oslo, not Bergen.", "Oslo"), ("text", "Answer:\n- Oslo\n- Bergen", None),
+    ],
+)  # fmt: skip
+def test_formulas_and_texts_among_words(task, text, answer):
+    assert read_reply(text, task).answer == answer
