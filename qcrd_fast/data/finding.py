@@ -62,7 +62,7 @@ _PROSE_START = re.compile(
     re.IGNORECASE,
 )
 _REASONED = re.compile(
-    r"(?<![\w])(?:because|since|weil|denn|car|parce|puisque|porque|perch\u00e9|poich\u00e9|pois|потому|"
+    r",\s+(?:as|for|da)(?![\w])|(?<![\w])(?:because|since|weil|denn|car|parce|puisque|porque|perch\u00e9|poich\u00e9|pois|потому|"
     r"поскольку)(?![\w])|\u56e0\u4e3a|\u56e0\u70ba",
     re.IGNORECASE,
 )
@@ -88,6 +88,29 @@ _COPULA = re.compile(r"(?<=[\u3040-\u9fff\u300d\u300f])(?:\u3067\u3059|\u3067\u3
 _AFTER_FORMULA = re.compile(
     r"[\s.,;:!*_%\u00b0]*$|,?\s*(?:because|since|as|for|where|when)(?![\w])|\s*\(|\s*\\|"
     r"\s+(?!or\b|and\b|million|billion|trillion|thousand|hundred|dozen|to\b|times|more\b|less\b|percent)[a-z/]+(?:\s+[a-z]+)?[.\s]*$",
+    re.IGNORECASE,
+)
+_SO = re.compile(
+    r"\W*(?:so|thus|therefore|hence|finally|also|daher|somit|deshalb|donc|ainsi|por\s+(?:lo\s+)?tanto|as\u00ed|quindi|perci\u00f2|"
+    r"portanto|logo|assim|итак|значит|поэтому|因此|所以|よって|したがって)(?![A-Za-z])",
+    re.IGNORECASE,
+)
+_LEADS_UP = re.compile(  # from a sentence's beginning to an announcement
+    r"\W*(?:(?:so|thus|therefore|hence|finally|then|and|in\s+conclusion|also|daher|donc)\W+)*(?:(?:i|we|this|that|which|it|one|you)\s+"
+    r"(?:\w+\s+){0,3}?(?:concludes?|say|see|means?|know|find|follows?|shows?|gives?|tells?|implies)(?:\s+us)?(?:\s+that)?|"
+    r"(?:daher|somit|also|folglich|deshalb|damit)\s+(?:ist|lautet)|(?:on\s+(?:en\s+)?conclut|cela\s+signifie)\s+que)\W*",
+    re.IGNORECASE,
+)
+_CLOSING = re.compile(
+    r"\W*(?:(?:so|thus|therefore|hence|also|daher|donc|ainsi|entonces|quindi|portanto|значит)\W+)?(?:(?:(?:i|we)\s+(?:would\s+)?"
+    r"(?:choose|pick|select|go\s+with)\s+|(?:it\s+is|it's|it\s+must\s+be)\s+)?(?:(?:the\s+)?(?:option|choice|answer)\s+)?"
+    r"[(\[]?[A-Za-z][)\]]?(?:\s+(?:is|ist|est|es|\u00e8|\u00e9)\s+(?:the\s+|la\s+)?(?:correct[aeo]?|right|best|richtig|corrett[ao]|"
+    r"corret[ao])(?:\s+(?:answer|option|choice))?)?|yes|no|true|false|ja|nein|oui|non|s\u00ed|s\u00ec|sim|n\u00e3o|да|нет|"
+    r"是的?|否|はい|いいえ)\W*",
+    re.IGNORECASE,
+)
+_SAYS = re.compile(
+    r"(?:[^\W\d_]+,?\s+){0,3}(?:answer|antwort|ergebnis|r\u00e9ponse|respuesta|risposta|resposta|ответ)(?![\w])|\W*(?:答案|答え)",
     re.IGNORECASE,
 )
 _LETTER = re.compile(r"\W*[A-Za-z]\W*")
@@ -384,26 +407,37 @@ def find_rationale(text: str, found: Found) -> str:
     """What stands before the announcement of the answer; where nothing does, what stands after it."""
     marker = found.marker
     if marker is None:
-        return "" if found.bare else text
+        return "" if found.bare else _without_closing(text) if found.value else text
     start = marker.start
     if marker.kind == "box":
         inside = [m.start for m in find_markers(text[: marker.stop]) if m.start < start <= m.stop and m.kind != "box"]
         begin = inside[0] if inside else _sentence_begin(text, start)
         lead = text[begin:start]
-        if not inside and (re.search(r"[\d=]", lead) or len(lead.split()) >= 6):
+        if not inside and (re.search(r"[\d=]", lead) or (len(lead.split()) >= 6 and not _SO.match(lead))):
             stop = text.find("\n", marker.stop)
             sentence = text[begin : marker.start] + (marker.clause or "") + text[marker.stop : stop if stop >= 0 else len(text)]
             return (text[:begin] + sentence).strip()
         start = begin
     start = sentence_start(text, start)
+    begin = _sentence_begin(text, start)
+    start = begin if _LEADS_UP.fullmatch(text, begin, start) else start
     before = text[:start].rstrip(_EDGES)
     if before.strip():
         return before.strip()
     after = text[marker.stop :].strip(_EDGES + ".。")
-    if len(after.split()) >= 3:
+    if len(after.split()) >= 3 or re.search(r"\d\s*[-+*/=\u00d7\u00f7]\s*\d", after):
         return text[marker.stop :].lstrip(_EDGES + ".。").strip()
     clause = marker.clause or ""
     return text.strip() if _REASONED.search(clause) else ""
+
+
+def _without_closing(text: str) -> str:
+    """A text without its last sentence, where that says the answer and nothing else."""
+    last = (sentences(text) or [""])[-1]
+    at = text.rfind(last)
+    if last and at > 0 and text[:at].strip() and (_CLOSING.fullmatch(last) or (_SAYS.match(last) and len(last.split()) <= 8)):
+        return text[:at].strip()
+    return text
 
 
 def _sentence_begin(text: str, start: int) -> int:

@@ -472,3 +472,25 @@ def test_a_fence_of_reasoning_without_its_end_is_cut():
 )  # fmt: skip
 def test_formulas_and_texts_among_words(task, text, answer):
     assert read_reply(text, task).answer == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "rationale"),
+    [
+        ("2 * 7 = 14. We conclude that the answer is 14.", "2 * 7 = 14."),
+        ("2 * 7 = 14. Somit ist die Antwort 14.", "2 * 7 = 14."),
+        ("The answer is 14, as each bag has 7.", "The answer is 14, as each bag has 7."), ("Answer: 14\n2*7=14", "2*7=14"),
+        ("2 * 7 = 14. So the number of all bags is \\boxed{14}.", "2 * 7 = 14."),
+        ('{"rationale": "2*7", "answer": 14}', "2*7"),
+        ("2 * 7 = 14. La réponse est donc 14.", "2 * 7 = 14."),
+        ('```json\n{"answer": "14", "steps": ["a", "b"]}\n```', "a\nb"),
+    ],
+)  # fmt: skip
+def test_the_rationale_is_cut_at_whole_sentences(text, rationale):
+    reading = read_reply(text, "number")
+    assert (reading.answer, reading.rationale) == ("14", rationale)
+
+
+def test_a_closing_option_is_no_rationale():
+    assert read_reply("Blades cut. Option B is correct.", "choice", OPTIONS).rationale == "Blades cut."
+    assert read_reply("Fish swim. Yes.", "yes-no").rationale == "Fish swim."
