@@ -14,8 +14,9 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from qcrd_fast.data import mathforms
-from qcrd_fast.data.choices import parse_choices, plain_text, read_choice
+from qcrd_fast.data.choices import parse_choices, plain_text
 from qcrd_fast.data.expressions import MAX_DIGITS, evaluate_expression, visible
+from qcrd_fast.data.options import read_choice
 from qcrd_fast.data.quantities import Number, one_number, plain, read_quantity
 
 __all__ = ["Value", "canonical", "equal", "groups", "guess_task", "parse_choices", "read_value", "same_answer", "surface"]
@@ -31,15 +32,53 @@ _WORDS = {
     "s\u00ed": "yes", "s\u00ec": "yes", "verdadero": "yes", "falso": "no", "vero": "yes", "sim": "yes", "verdadeiro": "yes",
     "n\u00e3o": "no", "да": "yes", "нет": "no", "верно": "yes", "неверно": "no",
     "\u662f": "yes", "\u662f\u7684": "yes", "\u5bf9": "yes", "\u6b63\u786e": "yes", "\u5426": "no", "\u4e0d\u662f": "no",
-    "\u9519\u8bef": "no",
+    "\u9519\u8bef": "no", "\u4e0d\u5bf9": "no", "\u4e0d\u6b63\u786e": "no",
     "\u306f\u3044": "yes", "\u3044\u3044\u3048": "no", "1": "", "0": "",
 }  # fmt: skip
+_ENGLISH = ("yes", "no", "true", "false")
 _OPPOSITE = {"yes": "no", "no": "yes"}
 _YES_NO = re.compile(r"\b(?:yes|no|true|false)\b")
-_FIRST_WORD = re.compile(r"[\W_]*(?:(?:that\s+)?(?:it\s+is\s+)?)?([^\W\d_]+)")
+_STANDING = re.compile(  # a word of answer by itself, and no determiner or negation
+    rf"(?<![\w'\u2019])(?:{'|'.join(word for word in _WORDS if word.isalpha())})(?![\w'\u2019])(?="
+    r"\W*$|\s*[.,;:!?()\u2014\u2013\"\u201d\u00bb]|"
+    r"\s+(?:and|or|but|for|if|in|when|und|oder|aber|f\u00fcr|wenn|et|ou|mais|pour|si|y|o|pero|para|e|ma|per|se|mas|и|или|но|"
+    r"для|если)(?![\w]))"
+)
+_BOTH = re.compile(r"(?:\u662f|\u5bf9)(?:\u4e5f|\u548c|\u6216|\u8fd8\u662f)|\u306f\u3044(?:\u3068|\u3067\u3082|\u304b)")
+_FIRST_WORD = re.compile(
+    r"[\W_]*(?:(?:that\s+)?(?:it\s+is\s+)?)?(?:(?:(?:most|very|quite)\s+)?(?:probably|likely|definitely|certainly)\s+)?"
+    r"([^\W\d_]+)"
+)
+_FOLLOWS = re.compile(  # the first word, where it is the answer
+    r"\W*$|\s*[,.;:!?()\u2014\u2013\u3002\uff0c\u3001\uff01\"\u201d\u300d]|\s*-\s|\s+(?:because|since|as|it|he|she|they|you|we|i|this|"
+    r"that|there|these|those|the|a|an|not|in|to|for|weil|denn|da|parce|car|puisque|porque|ya\s+que|pues|perch\u00e9|poich\u00e9|"
+    r"pois|потому|так\s+как|поскольку)(?![\w])"
+)
+_CONDITION = re.compile(
+    r"[\s,;:(]*(?:if|unless|only\s+if|provided|depending|as\s+long\s+as|when|maybe|perhaps|in\s+(?:some|certain|most|many)|"
+    r"wenn|falls|sofern|vielleicht|si|peut-\u00eatre|quiz\u00e1s?|tal\s+vez|a\s+veces|se|forse|talvez|если|возможно|"
+    r"при\s+условии)(?![\w])|[\s，、]*(?:\u5982\u679c|\u4e5f\u8bb8)"
+)
+_MAIN_CLAUSE = re.compile(r"[\s,;:(\u2013\u2014-]*[^,.;\n]{1,120},\s+(?!otherwise|else)[^\W\d_]+\s+[^\W\d_]+")
+_UNSURE = re.compile(
+    r"(?<![\w])(?:if|unless|whether|maybe|perhaps|possibly|may|might|could|would|sometimes|partly|partially|half|hardly|"
+    r"barely|scarcely|depends|depending|in\s+(?:some|certain)|not\s+(?:sure|certain|clear|known)|unclear|neither|"
+    r"(?:not|n['\u2019]t|cannot)\s+(?:\w+\s+)?(?:say|answer|claim|call|tell|conclude|know))(?![\w])|n['\u2019]t\s+(?:say|answer|tell)"
+)
 _NOT = re.compile(  # before the word
     r"(?:\b(?:not|never)|n['\u2019]t)\s+(?:(?:a|always|necessarily|really|quite|entirely)\s+)?$"
 )
+_NOT_THIS = re.compile(  # before the word, in other languages
+    r"(?<![\w])(?:nicht|pas|no\s+es|no|non\s+\u00e8|n\u00e3o\s+\u00e9|не|n['\u2019]est)\s+(?:\w+\s+)?$"
+)
+_IDIOM = re.compile(r"(?<![\w])no\s+(?:doubt|question)(?![\w])(?:\s+about\s+(?:it|that))?[,.:;!]?")
+_CHOICE_OF_TWO = re.compile(
+    r"\W*(?:true\s+or\s+false|yes\s+or\s+no|yes/no|true/false|ja\s+oder\s+nein|wahr\s+oder\s+falsch|oui\s+ou\s+non|"
+    r"vrai\s+ou\s+faux|s\u00ed\s+o\s+no|verdadero\s+o\s+falso|s\u00ec\s+o\s+no|vero\s+o\s+falso|sim\s+ou\s+n\u00e3o|"
+    r"verdadeiro\s+ou\s+falso|да\s+или\s+нет|верно\s+или\s+неверно|是或否|对或错)\W{0,3}[:\uff1a?]\s*"
+)
+_COPULA = re.compile(r"(?:\u3067\u3059|\u3067\u3042\u308b|\u3060)[\u3002.]?$")
+_QUOTES = " .,;:!?\"'`*()[]{}\u3002\uff01\u3001\uff0c\u300c\u300d\u300e\u300f\u201c\u201d\u201e\u00ab\u00bb"
 _DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2}/\d{1,2}/\d{4}|\d{4}/\d\d?/\d\d?")
 _LETTER = re.compile(r"[(\[（]?[A-Za-z][)\]）]?[.:]?")
 
@@ -239,33 +278,44 @@ def _format(value: Fraction) -> str:
 
 
 def _yes_no(text: str) -> str | None:
-    text = re.sub(r"(?:\u3067\u3059|\u3067\u3042\u308b|\u3060)[\u3002.]?$", "", text.casefold())
-    if whole := _WORDS.get(text.strip(" .,;:!?\"'`*()[]{}。！、")):
+    text = _COPULA.sub("", text.casefold())
+    text = _IDIOM.sub("", _CHOICE_OF_TWO.sub("", text, count=1))
+    if whole := _WORDS.get(text.strip(_QUOTES)):
         return whole
+    said = {_polarity(text, match) for match in _STANDING.finditer(text)}
+    if len(said) > 1 or None in said or _BOTH.search(text):
+        return None
     start = _FIRST_WORD.match(text)
     head = _WORDS.get(start[1]) if start else None
+    if start and head:
+        rest = text[start.end() :]
+        if _CONDITION.match(rest) and not _MAIN_CLAUSE.match(rest):
+            return None
+        if not _FOLLOWS.match(rest) or (start[1] in _ENGLISH and re.match(r"\s+(?:and|or)\b", rest)):
+            head = None  # "no evidence"
+        elif start[1] not in _ENGLISH and not re.match(r"[\s,.;:!。，、]|$", rest):
+            head = None
     found = set()
     for word in _YES_NO.finditer(text):
         if (
             word[0] == "no"
             and re.match(r"\s+\w", text[word.end() : word.end() + 3])
-            and not (start and word.start() == start.start(1))
+            and not (head and start and word.start() == start.start(1))
         ):
             continue  # "no evidence"
-        denied = _NOT.search(text, max(0, word.start() - 24), word.start())
-        found.add(_OPPOSITE[_WORDS[word[0]]] if denied else _WORDS[word[0]])
-    if (
-        start
-        and head
-        and start[1] not in ("yes", "no", "true", "false")
-        and not re.match(r"[\s,.;:!。，、]", text[start.end() :])
-    ):
-        head = None
-    if len(found) == 1 and (not head or head in found):
-        return found.pop()
-    if head and start and not re.match(r"\s+(?:and|or)\b", text[start.end() :]):
-        return head
-    return None
+        found.add(_polarity(text, word))
+    if head:
+        return head if not said - {head} and not re.search(r"(?<![\w])it\s+depends", text) else None
+    return found.pop() if len(found) == 1 and not _UNSURE.search(text) else None
+
+
+def _polarity(text: str, word: re.Match[str]) -> str | None:
+    """What a word of answer says in its place; None where it is negated in another language."""
+    before = text[max(0, word.start() - 24) : word.start()]
+    said = _WORDS[word[0]]
+    if _NOT.search(before):
+        return _OPPOSITE[said]
+    return None if _NOT_THIS.search(before) else said
 
 
 def _choice(text: str, choices: Sequence[str]) -> Value | None:

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from qcrd_fast.data import mathforms
 from qcrd_fast.data.answers import EMPHASIS, Value, numeric_value, option_value, read_value
-from qcrd_fast.data.choices import choice_in_sentence, plain_text
+from qcrd_fast.data.choices import plain_text
 from qcrd_fast.data.latex import simplify
 from qcrd_fast.data.markers import Marker, cut_next_question, find_markers, sentence_start, sentences
+from qcrd_fast.data.options import choice_in_list, choice_in_sentence, is_denied, is_denied_announcement, says_options
 from qcrd_fast.data.quantities import read_quantity, sole_quantity
 from qcrd_fast.data.thinking import split_thinking
 
@@ -61,10 +62,61 @@ _PROSE_START = re.compile(
     re.IGNORECASE,
 )
 _REASONED = re.compile(
-    r"(?<![\w])(?:because|since|weil|denn|car|parce|puisque|porque|perch\u00e9|poich\u00e9|pois|потому|"
+    r",\s+(?:as|for|da)(?![\w])|(?<![\w])(?:because|since|weil|denn|car|parce|puisque|porque|perch\u00e9|poich\u00e9|pois|потому|"
     r"поскольку)(?![\w])|\u56e0\u4e3a|\u56e0\u70ba",
     re.IGNORECASE,
 )
+
+
+_NO_TEXT = re.compile(  # what follows an announcement, where it is a remark and no answer
+    r"\W*(?:(?:not|that|unclear|easy|hard|simple|obvious|difficult|debatable|uncertain|yet\s+to|still|at\s+(?:least|most)|"
+    r"more\s+than|less\s+than|nicht|unklar|einfach|pas|inconnue?|simple|no|desconocid[ao]|f\u00e1cil|dif\u00edcil|non|ignot[ao]|"
+    r"semplice|n\u00e3o|desconhecid[ao]|не|неясно)(?![\w])|不|未知)",
+    re.IGNORECASE,
+)
+_WHY = re.compile(
+    r",?\s+(?:because|since|as\s+(?:it|he|she|they|the)|weil|denn|parce\s+qu|puisqu|porque|ya\s+que|perch\u00e9|poich\u00e9|"
+    r"pois|потому|так\s+как|поскольку)(?![\w](?<!qu\w))|,\s+(?:car|da|for|as|not|nicht|pas|no|non|n\u00e3o)\s|,\s+а?\s*не\s|"
+    r"[,\uff0c]?\s*(?:\u56e0\u4e3a|\u56e0\u70ba|\u800c\u4e0d\u662f)|[,\uff0c]\s*\u4e0d\u662f",
+    re.IGNORECASE,
+)
+_INITIAL = re.compile(
+    r"(?:(?<![^\W\d_])[A-Z]|(?<![\w])(?:Dr|Mr|Mrs|Ms|St|Prof|Sr|Mt|Gen|Lt|Col|Capt|Sgt|Rev|Hon|Ste|Mme|Mlle))\.$"
+)
+_NAME = re.compile(r"[ \t]+[^\s.!?][^\n.!?]{0,200}[.!?]?")
+_COPULA = re.compile(r"(?<=[\u3040-\u9fff\u300d\u300f])(?:\u3067\u3059|\u3067\u3042\u308b)$")
+_AFTER_FORMULA = re.compile(
+    r"[\s.,;:!*_%\u00b0]*$|,?\s*(?:because|since|as|for|where|when)(?![\w])|\s*\(|\s*\\|"
+    r"\s+(?!or\b|and\b|million|billion|trillion|thousand|hundred|dozen|to\b|times|more\b|less\b|percent)[a-z/]+(?:\s+[a-z]+)?[.\s]*$",
+    re.IGNORECASE,
+)
+_SO = re.compile(
+    r"\W*(?:so|thus|therefore|hence|finally|also|daher|somit|deshalb|donc|ainsi|por\s+(?:lo\s+)?tanto|as\u00ed|quindi|perci\u00f2|"
+    r"portanto|logo|assim|итак|значит|поэтому|因此|所以|よって|したがって)(?![A-Za-z])",
+    re.IGNORECASE,
+)
+_LEADS_UP = re.compile(  # from a sentence's beginning to an announcement
+    r"\W*(?:(?:so|thus|therefore|hence|finally|then|and|in\s+conclusion|also|daher|donc)\W+)*(?:(?:i|we|this|that|which|it|one|you)\s+"
+    r"(?:\w+\s+){0,3}?(?:concludes?|say|see|means?|know|find|follows?|shows?|gives?|tells?|implies)(?:\s+us)?(?:\s+that)?|"
+    r"(?:daher|somit|also|folglich|deshalb|damit)\s+(?:ist|lautet)|(?:on\s+(?:en\s+)?conclut|cela\s+signifie)\s+que)\W*",
+    re.IGNORECASE,
+)
+_CLOSING = re.compile(
+    r"\W*(?:(?:so|thus|therefore|hence|also|daher|donc|ainsi|entonces|quindi|portanto|значит)\W+)?(?:(?:(?:i|we)\s+(?:would\s+)?"
+    r"(?:choose|pick|select|go\s+with)\s+|(?:it\s+is|it's|it\s+must\s+be)\s+)?(?:(?:the\s+)?(?:option|choice|answer)\s+)?"
+    r"[(\[]?[A-Za-z][)\]]?(?:\s+(?:is|ist|est|es|\u00e8|\u00e9)\s+(?:the\s+|la\s+)?(?:correct[aeo]?|right|best|richtig|corrett[ao]|"
+    r"corret[ao])(?:\s+(?:answer|option|choice))?)?|yes|no|true|false|ja|nein|oui|non|s\u00ed|s\u00ec|sim|n\u00e3o|да|нет|"
+    r"是的?|否|はい|いいえ)\W*",
+    re.IGNORECASE,
+)
+_SAYS = re.compile(
+    r"(?:[^\W\d_]+,?\s+){0,3}(?:answer|antwort|ergebnis|r\u00e9ponse|respuesta|risposta|resposta|ответ)(?![\w])|\W*(?:答案|答え)",
+    re.IGNORECASE,
+)
+_LETTER = re.compile(r"\W*[A-Za-z]\W*")
+_HEADED = re.compile(r"\W*[A-Za-z](?:[.):\]]|\W*$)")
+_SAID = re.compile(r"[ \t]*[^\n.!?]{1,200}")
+_NEXT_LETTER = re.compile(r"[ \t.,;]*\n[ \t]*([(\[]?[A-Za-z][)\]]?)[ \t.]*(?=\n|\Z)")
 
 
 class Found(NamedTuple):
@@ -99,6 +151,12 @@ def find_answer(text: str, task: str, choices: Sequence[str], decimal: str, expl
             continue
         if marker.clause is None:
             return Found(None, "the box does not close", marker)
+        if task == "choice":
+            marker = _with_option(text, marker, choices)
+            if is_denied_announcement(text[max(0, marker.start - 60) : marker.start]):
+                return Found(None, f"only in doubt: {_short(text[marker.start : marker.stop])}", marker)
+        if task == "text":
+            marker = _with_initials(text, marker)
         value, why_not, blocks = _in_clause(marker, task, choices, decimal)
         if value is not None and marker.kind == "box" and _beside_another(text, markers, at):
             return Found(None, "several boxes", marker)
@@ -106,8 +164,8 @@ def find_answer(text: str, task: str, choices: Sequence[str], decimal: str, expl
             said = text[marker.start : min(marker.stop, marker.start + 120)]
             return Found(value, " ".join(said.split()), marker)
         if blocks:
-            return Found(None, f"{why_not}: {_short(marker.clause)}", marker)
-        why = why or f"{why_not}: {_short(marker.clause)}"
+            return Found(None, f"{why_not}: {_short(marker.clause or '')}", marker)
+        why = why or f"{why_not}: {_short(marker.clause or '')}"
     if task == "text" and markers and not explicit:
         return Found(None, why or "no answer is announced")
     found = _sentences(text, task, choices, decimal, explicit)
@@ -145,18 +203,55 @@ def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) 
         value = read_value(clause, task, choices)
         if not choices and value is not None and value.letter is None and not whole and _PROSE_START.match(clause):
             return None, "no option follows directly", False
-        return value, "no option follows", value is None and (whole or _settles(clause))
+        return value, "no option follows", value is None and (whole or _settles(clause) or says_options(clause, choices))
     if task == "yes-no":
         return read_value(clause, task), "neither yes nor no", whole
     if task == "math":
-        clause = _inline_math(clause) if not whole else clause
-        value = None if mathforms.looks_like_prose(clause) else read_value(clause, task, (), decimal)
-        return value, "no formula follows directly", whole
-    if not whole and (_PROSE_START.match(clause) or len(clause) > 200):
-        return None, "no answer follows directly", False
+        formula = clause if whole else _formula(clause)
+        value = None if formula is None or mathforms.looks_like_prose(formula) else read_value(formula, task, (), decimal)
+        return value, "no formula follows directly", whole or formula is None
     if marker.kind == "box":
         clause = simplify(clause)
+    if whole:
+        return read_value(_unquoted(clause), task), "no text follows", True
+    clause = _reasonless(clause)
+    if _NO_TEXT.match(clause) or _DENIAL.search(clause):
+        return None, "no answer follows directly", True
+    if _PROSE_START.match(clause) or len(clause) > 200:
+        return None, "no answer follows directly", False
     return read_value(_unquoted(clause), task), "no text follows", whole
+
+
+def _reasonless(clause: str) -> str:
+    """A clause without a reason behind it, and without what it is told from: "Paris, not Rome"."""
+    cut = _WHY.search(clause)
+    return clause[: cut.start()] if cut and clause[: cut.start()].strip() else clause
+
+
+def _with_initials(text: str, marker: Marker) -> Marker:
+    """A marker with the rest of a name that a full stop cuts: "Dr. Smith", "U.S. Army"."""
+    clause, stop = marker.clause or "", marker.stop
+    if marker.kind in ("box", "tag", "hash"):
+        return marker
+    if clause.lstrip().startswith(("- ", "* ", "\u2022 ")) and re.match(r"\s*\n[ \t]*[-*\u2022][ \t]", text[stop : stop + 80]):
+        return marker._replace(clause="")  # a list
+    for _ in range(4):
+        if not _INITIAL.search(clause) or not (said := _NAME.match(text, stop)):
+            break
+        clause, stop = clause + said[0], said.end()
+    return marker._replace(clause=clause, stop=stop)
+
+
+def _with_option(text: str, marker: Marker, choices: Sequence[str]) -> Marker:
+    """A marker of a lone letter, with the option's text or the further letter that stands behind it."""
+    clause = marker.clause or ""
+    if marker.kind in ("box", "tag") or not _LETTER.fullmatch(clause):
+        return marker
+    if (said := _SAID.match(text, marker.stop)) and plain_text(said[0]) in map(plain_text, choices):
+        return marker._replace(clause=f"{clause} {said[0]}")
+    if letter := _NEXT_LETTER.match(text, marker.stop):
+        return marker._replace(clause=f"{clause}; {letter[1]}")
+    return marker
 
 
 def _settles(clause: str) -> bool:
@@ -166,13 +261,21 @@ def _settles(clause: str) -> bool:
     )
 
 
-def _inline_math(clause: str) -> str:
-    match = re.match(r"[\s:]*(\$\$?|\\\(|\\\[)(.+?)(?:\$\$?|\\\)|\\\])", clause)
-    return match[2] if match else clause
+def _formula(clause: str) -> str | None:
+    """The formula that a clause consists of, but for a unit and a reason; None where it says more than that."""
+    match = re.match(
+        r"[\s:]*(?:(?:simply|just|exactly|therefore|equal\s+to|the\s+\w+)\s+)?(\$\$?|\\\(|\\\[)(.+?)(?:\$\$?|\\\)|\\\])", clause
+    )
+    if match:
+        return match[2] if _AFTER_FORMULA.match(clause, match.end()) else None
+    if _NO_TEXT.match(clause) or _DENIAL.search(clause) or re.search(r"[^\W\d_]{2,}\s+\$", clause):
+        return None
+    return _reasonless(clause)
 
 
 def _unquoted(text: str) -> str:
-    return text.strip().strip("*_`").strip().rstrip(".").strip(" *_`\"'\u201c\u201d\u201e\u300c\u300d")
+    text = _COPULA.sub("", text.strip().strip("*_`").strip().rstrip(".。")).rstrip("。")
+    return re.sub(r"^[-\u2022]\s+", "", text).strip(" *_`\"'\u201c\u201d\u201e\u300c\u300d\u300e\u300f")
 
 
 def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, explicit: bool) -> Found:
@@ -181,14 +284,18 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
     if not found:
         value = read_value(text, task, choices, decimal) if explicit else None
         return Found(value, "the text" if value else "no words and no numbers", bare=True)
+    if task == "choice":
+        return _option_in(text, found, choices, explicit)
     last = found[-1]
+    if task == "text" and not explicit and len(last.split()) > 1 and _DENIAL.search(last):
+        return Found(None, f"says that there is none: {_short(last)}")
     if explicit or len(found) == 1:
         value = _whole(text if explicit else _TAGS.sub("", text), task, choices, decimal)
         if value is not None and (explicit or _is_bare(text, task, choices)):
             return Found(value, "the whole text", bare=True)
     if task == "text":
         return Found(None, "no answer is announced")
-    if _DENIAL.search(last) and task != "yes-no" and plain_text(last) not in map(plain_text, choices):
+    if _DENIAL.search(last) and task != "yes-no":
         return Found(None, f"says that there is none: {_short(last)}")
     if _HEDGE.search(last) and not explicit:
         return Found(None, f"unsure: {_short(last)}")
@@ -198,14 +305,6 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
         return Found(None, f"no expression with a value: {_short(last)}")
     if task in ("number", "equation", "math"):
         return _number_in(last, task, decimal)
-    if task == "choice":
-        index, _ = choice_in_sentence(last, choices)
-        if not choices and index is None:
-            return Found(None, f"no option in the last sentence: {_short(last)}")
-        value = option_value(index, choices) if index is not None else None
-        return Found(
-            value, f"the last sentence: {_short(last)}" if value else f"no option in the last sentence: {_short(last)}"
-        )
     value = read_value(last, task)
     first = (
         read_value(found[0].split(",")[0].split(".")[0], task)
@@ -216,6 +315,41 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
         value = value or first
         return Found(value, f"the last sentence: {_short(last)}" if value else f"neither yes nor no: {_short(last)}")
     return Found(None, "the first and the last sentence differ")
+
+
+def _option_in(text: str, found: list[str], choices: Sequence[str], explicit: bool) -> Found:
+    """The option of a text that announces none: the one that it consists of, or that its last sentence settles on."""
+    last = found[-1]
+    listed, (index, _) = choice_in_list(found, choices)
+    if listed:
+        value = option_value(index, choices) if index is not None else None
+        return Found(value, "the only one found right" if value else "a list of the options")
+    if explicit or len(found) == 1:
+        whole = text if explicit else _TAGS.sub("", text)
+        value = read_value(whole, "choice", choices)
+        if value and (
+            explicit or (_is_bare(text, "choice", choices) and (choices or value.letter is not None or _word(whole)))
+        ):
+            return Found(value, "the whole text", bare=True)
+    if _DENIAL.search(last) and plain_text(last) not in map(plain_text, choices):
+        return Found(None, f"says that there is none: {_short(last)}")
+    if _HEDGE.search(last) and not explicit:
+        return Found(None, f"unsure: {_short(last)}")
+    if re.search(r"[?？]\W*$", last):
+        return Found(None, f"ends in a question: {_short(last)}")
+    if len(found) > 1 and _LETTER.fullmatch(found[-2]) and f"{found[-2]} {last}" in text:
+        last = f"{found[-2]} {last}"
+    index, _ = choice_in_sentence(last, choices)
+    if len(found) > 1 and index is not None and (first := _HEADED.match(found[0])):
+        begun = read_value(found[0], "choice", choices)
+        if begun and begun.key != option_value(index, choices).key and not is_denied(found[0][first.end() :], choices):
+            return Found(None, "the first and the last sentence differ")
+    value = option_value(index, choices) if index is not None else None
+    return Found(value, f"the last sentence: {_short(last)}" if value else f"no option in the last sentence: {_short(last)}")
+
+
+def _word(text: str) -> bool:
+    return len(text.split()) == 1
 
 
 def _whole(text: str, task: str, choices: Sequence[str], decimal: str) -> Value | None:
@@ -273,26 +407,37 @@ def find_rationale(text: str, found: Found) -> str:
     """What stands before the announcement of the answer; where nothing does, what stands after it."""
     marker = found.marker
     if marker is None:
-        return "" if found.bare else text
+        return "" if found.bare else _without_closing(text) if found.value else text
     start = marker.start
     if marker.kind == "box":
         inside = [m.start for m in find_markers(text[: marker.stop]) if m.start < start <= m.stop and m.kind != "box"]
         begin = inside[0] if inside else _sentence_begin(text, start)
         lead = text[begin:start]
-        if not inside and (re.search(r"[\d=]", lead) or len(lead.split()) >= 6):
+        if not inside and (re.search(r"[\d=]", lead) or (len(lead.split()) >= 6 and not _SO.match(lead))):
             stop = text.find("\n", marker.stop)
             sentence = text[begin : marker.start] + (marker.clause or "") + text[marker.stop : stop if stop >= 0 else len(text)]
             return (text[:begin] + sentence).strip()
         start = begin
     start = sentence_start(text, start)
+    begin = _sentence_begin(text, start)
+    start = begin if _LEADS_UP.fullmatch(text, begin, start) else start
     before = text[:start].rstrip(_EDGES)
     if before.strip():
         return before.strip()
     after = text[marker.stop :].strip(_EDGES + ".。")
-    if len(after.split()) >= 3:
+    if len(after.split()) >= 3 or re.search(r"\d\s*[-+*/=\u00d7\u00f7]\s*\d", after):
         return text[marker.stop :].lstrip(_EDGES + ".。").strip()
     clause = marker.clause or ""
     return text.strip() if _REASONED.search(clause) else ""
+
+
+def _without_closing(text: str) -> str:
+    """A text without its last sentence, where that says the answer and nothing else."""
+    last = (sentences(text) or [""])[-1]
+    at = text.rfind(last)
+    if last and at > 0 and text[:at].strip() and (_CLOSING.fullmatch(last) or (_SAYS.match(last) and len(last.split()) <= 8)):
+        return text[:at].strip()
+    return text
 
 
 def _sentence_begin(text: str, start: int) -> int:

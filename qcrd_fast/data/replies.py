@@ -10,6 +10,7 @@ wrong reading teaches a wrong rationale.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -27,6 +28,19 @@ from qcrd_fast.errors import InputError
 __all__ = ["Choices", "Reader", "Reading", "answer_text", "extract_answer", "is_correct", "parse_choices", "read_reply"]
 
 _CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")
+_JSON_FENCE = re.compile(r"\A```(?:json)?[ \t]*\n|\n[ \t]*```\s*\Z", re.IGNORECASE)
+_ANSWER_KEYS = ("final_answer", "answer")
+_REASON_KEYS = (
+    "reasoning",
+    "rationale",
+    "explanation",
+    "thought",
+    "thoughts",
+    "steps",
+    "solution",
+    "chain_of_thought",
+    "reason",
+)
 MAX_OWN_ANSWER = 32768  # characters, the last ones, of an answer of its own
 
 
@@ -88,6 +102,9 @@ class Reader:
         if self.pattern or self.function:
             answer, why = self._custom(outside, task, choices)
             return Reading(parts.thinking, self._rationale(parts, outside), answer, why)
+        if (parsed := _from_json(outside)) and not parts.cut:
+            answer, why = self.answer(parsed[1], task, choices)
+            return Reading(parts.thinking, self._rationale(parts, parsed[0]), answer, why)
         found = find_answer(outside, task, choices, self.decimal)
         rationale = self._rationale(parts, find_rationale(outside, found))
         if parts.cut:
@@ -166,6 +183,28 @@ class Reader:
 
 
 DEFAULT = Reader()
+
+
+def _from_json(text: str) -> tuple[str, str] | None:
+    """(rationale, answer) of a reply that is a JSON object with an answer, perhaps in a code fence; None for any other."""
+    text = _JSON_FENCE.sub("", text).strip() if text.startswith("```") else text
+    if not (text.startswith("{") and text.endswith("}")) or len(text) > MAX_OWN_ANSWER:
+        return None
+    try:
+        said = json.loads(text, parse_float=str, parse_int=str)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(said, dict):
+        return None
+    values = {str(key).casefold().replace(" ", "_"): value for key, value in said.items()}
+    answer = next((values[key] for key in _ANSWER_KEYS if key in values), None)
+    if not isinstance(answer, (str, bool)):
+        return None
+    why = next((values[key] for key in _REASON_KEYS if isinstance(values.get(key), (str, list))), "")
+    steps = why if isinstance(why, list) else [why]
+    return "\n".join(step for step in steps if isinstance(step, str)).strip(), answer if isinstance(answer, str) else str(
+        answer
+    ).lower()
 
 
 def _load(name: str) -> Callable[[str, str, Sequence[str]], str | None]:

@@ -86,7 +86,8 @@ def test_thinking_is_the_rationale_where_there_is_no_other():
         "\\boxed{14}", "so $\\boxed{\\text{14}}$.", "\\boxed{3} no, \\boxed{14}", "#### 14", "2*7\n#### 14 bags",
         "**Final Answer:** 14",
         "**Final Answer**\n\n14", "### Final Answer\n$14$", "Final Answer: The final answer is $14$. I hope it is correct.",
-        "The answer is 14.", "The answer is: 14", "So the final answer is therefore 14 bags.", "Answer: 14", "*Answer*: **14**",
+        "The answer is 14.", "The answer is: 14", "So the final answer is therefore 14 bags.", "Answer: 14",
+        "*Answer*: **14**",
         "> Answer: 14", "Answer - 14", "The answer to the question is 14.", "The answer should be 14 because 2 * 7 = 14.",
         "The answer is 14, since each of the 2 bags has 7.", "The answer is 14 (2 * 7).",
         "The answer is 14. This answer is right since 2 and 7.",
@@ -94,7 +95,8 @@ def test_thinking_is_the_rationale_where_there_is_no_other():
         "La réponse est 14.",
         "La réponse finale est : 14", "Réponse : 14", "La respuesta es 14.", "La respuesta correcta es 14 bolsas.",
         "Respuesta final: 14",
-        "La risposta è 14.", "Risposta: 14", "A resposta é 14.", "Resposta final: 14", "Ответ: 14", "Правильный ответ — 14.",
+        "La risposta è 14.", "Risposta: 14", "A resposta é 14.", "Resposta final: 14", "Ответ: 14",
+        "Правильный ответ — 14.",
         "Ответ равен 14.",
         "答案是14。", "最终答案为：14个", "答：14", "答えは14個です。", "答え：14",
         "正解は14です。", '{"answer": 14}', '{"answer": "14"}',
@@ -126,7 +128,8 @@ def test_the_answer_is_found(text):
         "The answer is the 5th.",
         "3 + 4", "There are 2 bags with 7.", "Maybe there are 14.", "Answer:\n1. Add 3.\n2. Take 4 from 9.",
         "The wrong answer is 9.",
-        "#### Step 2", "Die Antwort ist 5 oder 6.", "La réponse est 5 ou 6.", "La respuesta es 5 o 6.", "La risposta è 5 o 6.",
+        "#### Step 2", "Die Antwort ist 5 oder 6.", "La réponse est 5 ou 6.", "La respuesta es 5 o 6.",
+        "La risposta è 5 o 6.",
         "A resposta é 5 ou 6.", "Ответ: 5 или 6", "答案是5或6。",
         "答えは5または6です。", "答案不是5。", "无法确定，只有2个条件。",
         "Das lässt sich aus den 2 Angaben nicht sagen.", "No se puede saber con 2 datos.",
@@ -152,10 +155,12 @@ def test_a_cut_reply_needs_an_announced_answer():
         ("3\\frac{1}{2}", "3.5"),
         ("2{,}250", "2250"), ("2\\,250", "2250"), ("2\\;250", "2250"), ("2\u2009250", "2250"), ("2\u202f250", "2250"),
         ("2,250", "2250"),
-        ("2'250", "2250"), ("2 \\times 10^5", "200000"), ("2 \\cdot 10^{5}", "200000"), ("2e5", "200000"), ("10^{-3}", "0.001"),
+        ("2'250", "2250"), ("2 \\times 10^5", "200000"), ("2 \\cdot 10^{5}", "200000"), ("2e5", "200000"),
+        ("10^{-3}", "0.001"),
         ("3 1/2", "3.5"), ("3½", "3.5"), ("½", "0.5"), ("25\\%", "25"), ("25 percent", "25"), ("\\$18.50", "18.5"),
         ("€18", "18"),
-        ("USD 18", "18"), ("18 dollars", "18"), ("３２", "32"), ("٣٢", "32"), ("-3", "-3"), ("−3", "-3"), ("negative 3", "-3"),
+        ("USD 18", "18"), ("18 dollars", "18"), ("３２", "32"), ("٣٢", "32"), ("-3", "-3"), ("−3", "-3"),
+        ("negative 3", "-3"),
         ("minus 3", "-3"), ("2.5 million", "2500000"), ("3 thousand", "3000"), ("3万", "30000"), ("1.2亿", "120000000"),
         ("2 Mio.", "2000000"),
         ("90^\\circ", "90"), ("18 \\text{ cm}^2", "18"), ("18 km/h", "18"), ("x = 18", "18"), ("2 * 9 = 18", "18"),
@@ -186,7 +191,8 @@ def test_decimal_commas(written, value):
         "scissors", "Scissors.",
         "\\boxed{B}", "\\boxed{\\text{(B)}}", "\\boxed{\\textbf{B}}", "\\boxed{\\text{scissors}}", "The answer is B.",
         "The answer is (B) because it cuts.",
-        "The correct option is B.", "Option B is correct.", "So I choose (B).", "The answer is option B.", "Answer: **(B)**",
+        "The correct option is B.", "Option B is correct.", "So I choose (B).", "The answer is option B.",
+        "Answer: **(B)**",
         "The answer is scissors.", "The answer is the scissors.", "（B）",
         "【B】", "答案是B。", "故选B。", "正确答案是（B）", "答えはBです。",
         "Die Antwort ist B.",
@@ -422,3 +428,69 @@ def test_more_numbers(text, answer):
 )
 def test_more_options(text):
     assert choice(text) == "scissors"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```think\nthe answer is 9\n```\nIt is 14.", "```reasoning\n9\n```\n\\boxed{14}",
+        "&lt;think&gt;so 9&lt;/think&gt;\n14",
+        "<cot>the answer is 9</cot>\nThe answer is 14.", "<Thinking>9</Thinking><Answer>14</Answer>", "<ANSWER>14</ANSWER>",
+        "<final_answer>14</final_answer>", "<b>14</b>", "<p>The answer is <strong>14</strong>.</p>",
+        "It is <span>14</span>.<br/>",
+        "<s>14</s>", "<pad><pad> 14</s>", "<bos>The answer is 14.<eos>",
+        "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\nIt is 14.<|eot_id|>",
+        "<|im_start|>assistant\n14<|im_end|>",
+        "<|im_end|>\n<|im_start|>assistant\n14<|im_end|>",
+        "<|START_THINKING|>9<|END_THINKING|><|START_RESPONSE|>14<|END_RESPONSE|>",
+        "<think>9</think><|im_end|>\n<|im_start|>assistant\n14", "<div>2 * 7 = 14</div>",
+    ],
+)  # fmt: skip
+def test_tags_fences_and_tokens(text):
+    assert number(text) == "14"
+
+
+def test_a_fence_of_reasoning_without_its_end_is_cut():
+    assert number("```think\nthe answer is 9") is None and number("```python\nprint(14)\n```\nIt is 14.") == "14"
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "answer"),
+    [
+        ("math", "The answer is $7$ or $8$.", None), ("math", "The answer is $7$ thousand.", None),
+        ("math", "The answer is not $7$.", None), ("math", "The answer is at most $7$.", None),
+        ("math", "So $y = 7$.", "7"), ("math", "The answer is $\\sqrt{7}$ because of that.", "\\sqrt{7}"),
+        ("math", "The answer is unknown.", None), ("math", "The answer is $7$ cm.", "7"),
+        ("text", "The answer is not Oslo.", None), ("text", "It cannot be determined.", None),
+        ("text", "The answer is Oslo because it is cold.", "Oslo"),
+        ("text", "La réponse est Oslo parce que c'est froid.", "Oslo"),
+        ("text", "The answer is Mr. Brown.", "Mr. Brown"), ("text", "The answer is A. B. Cole.", "A. B. Cole"),
+        ("text", "答案是「東京」。", "東京"), ("text", "答えは東京です。", "東京"),
+        ("text", "The answer is hard to say.", None),
+        ("text", "The answer is Oslo, not Bergen.", "Oslo"), ("text", "Answer:\n- Oslo\n- Bergen", None),
+    ],
+)  # fmt: skip
+def test_formulas_and_texts_among_words(task, text, answer):
+    assert read_reply(text, task).answer == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "rationale"),
+    [
+        ("2 * 7 = 14. We conclude that the answer is 14.", "2 * 7 = 14."),
+        ("2 * 7 = 14. Somit ist die Antwort 14.", "2 * 7 = 14."),
+        ("The answer is 14, as each bag has 7.", "The answer is 14, as each bag has 7."), ("Answer: 14\n2*7=14", "2*7=14"),
+        ("2 * 7 = 14. So the number of all bags is \\boxed{14}.", "2 * 7 = 14."),
+        ('{"rationale": "2*7", "answer": 14}', "2*7"),
+        ("2 * 7 = 14. La réponse est donc 14.", "2 * 7 = 14."),
+        ('```json\n{"answer": "14", "steps": ["a", "b"]}\n```', "a\nb"),
+    ],
+)  # fmt: skip
+def test_the_rationale_is_cut_at_whole_sentences(text, rationale):
+    reading = read_reply(text, "number")
+    assert (reading.answer, reading.rationale) == ("14", rationale)
+
+
+def test_a_closing_option_is_no_rationale():
+    assert read_reply("Blades cut. Option B is correct.", "choice", OPTIONS).rationale == "Blades cut."
+    assert read_reply("Fish swim. Yes.", "yes-no").rationale == "Fish swim."
