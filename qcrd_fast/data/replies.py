@@ -92,14 +92,14 @@ class Reader:
         rationale = self._rationale(parts, find_rationale(outside, found))
         if parts.cut:
             return Reading(parts.thinking, outside, None, "the reasoning does not end")
-        if truncated and found.marker is None:
+        if truncated and (found.marker is None or re.fullmatch(r"\D*\d(?:[\d.,/]*\d)?", outside[found.marker.end :].strip())):
             return Reading(parts.thinking, rationale, None, "the reply was cut at its maximum length")
         return Reading(parts.thinking, rationale, found.value.text if found.value else None, found.why)
 
     def sample(self, sample: Rationale, task: str, choices: Sequence[str] = ()) -> Reading:
         """A sample's rationale and answer: of a raw reply both are read from its text; else its answer is read by itself."""
         if sample.reply:
-            return self.read(sample.text, task, choices)
+            return self.read(sample.text, task, choices, truncated=sample.truncated)
         parts = split_thinking(sample.text)
         rationale = self._rationale(parts, parts.outside).strip()
         if sample.answer is None:
