@@ -131,6 +131,12 @@ def test_of_a_cut_reply_only_an_announced_answer_counts(shape: str, tmp_path: Pa
     assert not {"finish_reason", "finish_reasons", "truncated"} & summary.keys_not_read.keys()
 
 
+def test_a_reply_that_was_cut_before_it_said_anything_is_unreadable(tmp_path: Path) -> None:
+    for said in ({"content": None}, {"message": {"role": "assistant", "content": None}}):
+        result = load(tmp_path, {"question": JARS, "samples": [{**said, "finish_reason": "length"}, RIGHT]})
+        assert result.summary.unreadable == 1 and result.questions[0].votes == {"18": 1}
+
+
 def test_a_cut_batch_reply(tmp_path: Path) -> None:
     asked = write(tmp_path / "in.jsonl", [{"custom_id": "a", "body": {"messages": [{"role": "user", "content": JARS}]}}])
     choices = [{"message": {"content": text}, "finish_reason": why} for text, why in ((RIGHT, "stop"), (CUT, "length"))]

@@ -22,6 +22,7 @@ _KNOWN = {plain(name): name for name in (*_TEXTS, *_THOUGHTS, *_ANSWERS, *_OTHER
 _OWN = {"rationale", "answer", "source", "text", "cut"}
 _REASONING = frozenset(map(plain, ("reasoning", "reasoning_content", "thinking", "thought", "thoughts")))
 _FLAGS = {plain(name): name for name in (*_STOPS, *_CUTS)}
+_SAID = frozenset(map(plain, (*_TEXTS, *_THOUGHTS, *_ANSWERS)))
 _LENGTH = ("length", "maxtokens", "maxlength", "maxoutputtokens", "maxcompletiontokens", "modellength")
 _SHORT = 3  # words of an answer that is no reply
 
@@ -71,8 +72,11 @@ def read_sample(item: Any, where: str, unread: set[str]) -> Rationale:
         return Rationale(reply, reply=True, truncated=is_cut(item[-1]))
     if not isinstance(item, dict):
         raise RowError(f"{where} expects a string or an object")
+    message = item["message"] if isinstance(item.get("message"), dict) else item
+    if is_cut(item) and not any(isinstance(value, str) and value for key, value in message.items() if plain(key) in _SAID):
+        return Rationale("", reply=True, truncated=True)  # cut before it said anything
     try:
-        if isinstance(item.get("message"), dict):  # a choice of a chat API
+        if message is not item:  # a choice of a chat API
             return Rationale(reply_text(item["message"]), reply=True, truncated=is_cut(item))
         return dataclasses.replace(_object(item, where, unread), truncated=is_cut(item))
     except RowError as error:
