@@ -27,6 +27,7 @@ from qcrd_fast.errors import InputError
 __all__ = ["Choices", "Reader", "Reading", "answer_text", "extract_answer", "is_correct", "parse_choices", "read_reply"]
 
 _CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")
+_OPEN_NUMBER = re.compile(r"\D*\d(?:[\d.,/]*\d)?")
 MAX_OWN_ANSWER = 32768  # characters, the last ones, of an answer of its own
 
 
@@ -92,8 +93,11 @@ class Reader:
         rationale = self._rationale(parts, find_rationale(outside, found))
         if parts.cut:
             return Reading(parts.thinking, outside, None, "the reasoning does not end")
-        if truncated and (found.marker is None or re.fullmatch(r"\D*\d(?:[\d.,/]*\d)?", outside[found.marker.end :].strip())):
-            return Reading(parts.thinking, rationale, None, "the reply was cut at its maximum length")
+        if truncated:  # "the answer is 1" may be the beginning of 18
+            marker = found.marker
+            open_end = marker and marker.kind == "statement" and _OPEN_NUMBER.fullmatch(outside[marker.end :].strip())
+            if marker is None or open_end:
+                return Reading(parts.thinking, rationale, None, "the reply was cut at its maximum length")
         return Reading(parts.thinking, rationale, found.value.text if found.value else None, found.why)
 
     def sample(self, sample: Rationale, task: str, choices: Sequence[str] = ()) -> Reading:

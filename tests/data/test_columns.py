@@ -148,6 +148,7 @@ def test_an_answer_at_which_a_reply_was_cut_may_not_be_whole(tmp_path: Path) -> 
     for text, read in (
         ("Six thrice, so the answer is 1", 0),
         ("So the answer is 18 because six jar", 1),
+        ("Well.\nAnswer: 18", 1),
         (r"So \boxed{18}", 1),
     ):
         row = {"prompt": JARS, "outputs": [{"text": RIGHT}, {"text": text, "finish_reason": "length"}]}
