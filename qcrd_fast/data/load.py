@@ -272,5 +272,8 @@ def to_row(question: Question) -> dict[str, Any]:
     row = dataclasses.asdict(question)
     row["votes"] = dict(question.votes)
     for side in ("positives", "negatives"):
-        row[side] = [{k: v for k, v in item.items() if k == "answer" or (v is not None and k != "reply")} for item in row[side]]
+        row[side] = [
+            {k: v for k, v in item.items() if k == "answer" or (v is not None and k not in ("reply", "truncated"))}
+            for item in row[side]
+        ]
     return {k: v for k, v in row.items() if v is not None or k == "majority"}

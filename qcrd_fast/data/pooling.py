@@ -138,7 +138,7 @@ class Pool:
         question = record.question
         sides = [record.samples] if not record.prepared else [question.positives, question.negatives]
         values = [source, record.line, record.prepared, [getattr(question, name) for name in _FIELDS],
-                  [[(r.text, r.answer, r.source, r.score, r.reply) for r in side] for side in sides]]  # fmt: skip
+                  [[(r.text, r.answer, r.source, r.score, r.reply, r.truncated) for r in side] for side in sides]]  # fmt: skip
         place = self._end
         self._end += self._spool.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
         return place

@@ -41,6 +41,7 @@ _REASON_KEYS = (
     "chain_of_thought",
     "reason",
 )
+_OPEN_NUMBER = re.compile(r"\D*\d(?:[\d.,/]*\d)?")
 MAX_OWN_ANSWER = 32768  # characters, the last ones, of an answer of its own
 
 
@@ -109,14 +110,17 @@ class Reader:
         rationale = self._rationale(parts, find_rationale(outside, found))
         if parts.cut:
             return Reading(parts.thinking, outside, None, "the reasoning does not end")
-        if truncated and found.marker is None:
-            return Reading(parts.thinking, rationale, None, "the reply was cut at its maximum length")
+        if truncated:  # "the answer is 1" may be the beginning of 18
+            marker = found.marker
+            open_end = marker and marker.kind == "statement" and _OPEN_NUMBER.fullmatch(outside[marker.end :].strip())
+            if marker is None or open_end:
+                return Reading(parts.thinking, rationale, None, "the reply was cut at its maximum length")
         return Reading(parts.thinking, rationale, found.value.text if found.value else None, found.why)
 
     def sample(self, sample: Rationale, task: str, choices: Sequence[str] = ()) -> Reading:
         """A sample's rationale and answer: of a raw reply both are read from its text; else its answer is read by itself."""
         if sample.reply:
-            return self.read(sample.text, task, choices)
+            return self.read(sample.text, task, choices, truncated=sample.truncated)
         parts = split_thinking(sample.text)
         rationale = self._rationale(parts, parts.outside).strip()
         if sample.answer is None:

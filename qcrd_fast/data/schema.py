@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 CHOSEN = "chosen"  # the source of the better reply of a preference pair, whose answer counts as the majority
+REJECTED = "rejected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class Rationale:
     """One rationale, with the answer it ends in, who said it and the discriminator's score.
 
     `reply`: `text` is a raw reply from which reasoning, rationale and answer are still to be read; never written to a file.
+    `truncated`: the reply was cut at its maximum length, so only an announced answer counts; never written either.
     """
 
     text: str
@@ -24,6 +26,7 @@ class Rationale:
     source: str | None = None
     score: float | None = None
     reply: bool = False
+    truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +119,40 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def with_choices(question: str, choices: tuple[str, ...]) -> str:
-    """The question followed by `Answer Choices:` and a line `(a) ...` for each choice."""
-    lines = [f"({chr(ord('a') + index)}) {choice}" for index, choice in enumerate(choices)]
+MISSING = frozenset({"NaN", "nan", "None", "null", "NULL", "N/A", "<NA>"})  # as tables write that there is no value
+MAX_CHOICES = 26
+NO_CHOICE = "(no option)"  # at a label that a question skips
+_FAR = 10  # the last label, as a number, up to which skipped ones are filled in
+
+
+def with_choices(question: str, choices: tuple[str, ...], labels: Sequence[str] = ()) -> str:
+    """The question followed by `Answer Choices:` and a line `(a) ...` for each choice.
+
+    With `labels` that are letters or numbers from 1, each choice keeps its own, so that a reply's "(C)" is that one;
+    labels that are skipped have a line without an option.
+
+    Raises:
+        RowError: more choices than letters.
+    """
+    if len(choices) > MAX_CHOICES:
+        raise RowError(f"{len(choices)} choices; at most {MAX_CHOICES} are read, as each has a letter")
+    places = {_place(label): choice for label, choice in zip(labels, choices, strict=True)} if labels else {}
+    digits = bool(labels) and labels[0].isdigit()
+    same_kind = all(label.isdigit() == digits for label in labels)
+    if not same_kind or len(places) < len(choices) or not 0 <= min(places) <= max(places) < max(_FAR, len(choices)):
+        places, digits = dict(enumerate(choices)), False
+    lines = [
+        f"({place + 1 if digits else chr(ord('a') + place)}) {places.get(place, NO_CHOICE)}"
+        for place in range(max(places, default=-1) + 1)
+    ]
     return "\n".join([question.rstrip(), "Answer Choices:", *lines])
+
+
+def _place(label: str) -> int:
+    """Where in A, B, C, ... or 1, 2, 3, ... a label stands, from 0; -1 for another."""
+    if label.isascii() and label.isdigit() and len(label) < 4:
+        return int(label) - 1
+    return ord(label.casefold()) - ord("a") if len(label) == 1 and label.isascii() and label.isalpha() else -1
 
 
 def question_text(question: Question) -> str:

@@ -12,6 +12,7 @@ import importlib
 import io
 import math
 import os
+import re
 import socket
 import sys
 import urllib.parse
@@ -21,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from qcrd_fast.data.jsonl import MAX_ROW_BYTES
-from qcrd_fast.data.schema import BadRow, RowError
+from qcrd_fast.data.schema import MISSING, BadRow, RowError
 from qcrd_fast.data.splits import SPLITS
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils.files import shown
 from qcrd_fast.utils.memory import free_bytes
 
 BATCH_ROWS = 64  # of a parquet file or a dataset that are converted at a time
+_OPTION = re.compile(r"(?:(?:option|choice|answer|opt)?[ _-]?[a-j]|(?:option|choice|opt)[ _-]?\d{1,2})", re.IGNORECASE)
 _DELIMITERS = ",;\t|"
 
 
@@ -125,7 +127,14 @@ def _header(cells: list[str]) -> list[str]:
 def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any]:
     if len(cells) != len(header):
         raise RowError(f"{len(cells)} cells, but the header has {len(header)}")
-    return {name: _utf8(cell) for name, cell in zip(header, cells, strict=True) if name and cell.strip()}
+    return {name: _utf8(cell) for name, cell in zip(header, cells, strict=True) if name and not _is_missing(name, cell)}
+
+
+def _is_missing(name: str, value: Any) -> bool:
+    """Whether a cell has no value: it is blank, or says so, which in a column of options is an option."""
+    if not isinstance(value, str):
+        return value is None
+    return not value.strip() or (value.strip() in MISSING and not _OPTION.fullmatch(name))
 
 
 def _utf8(cell: str) -> str:
@@ -166,7 +175,7 @@ def _arrow_rows(path: str | Path, batch: Any, lines: Iterator[int]) -> Iterator[
             continue
         for row in part.to_pylist():
             # a column is there for every row; a null means that this row lacks the key
-            yield next(lines), {k: w for k, v in row.items() if (w := _plain(v)) is not None or k == "majority"}
+            yield next(lines), {k: w for k, v in row.items() if not _is_missing(k, w := _plain(v)) or k == "majority"}
 
 
 def _plain(value: Any) -> Any:

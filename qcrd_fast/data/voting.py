@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from qcrd_fast.data.answers import groups
 from qcrd_fast.data.replies import DEFAULT, Reader, Reading
-from qcrd_fast.data.schema import CHOSEN, Rationale
+from qcrd_fast.data.schema import CHOSEN, REJECTED, Rationale
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,7 +50,8 @@ def vote(
       are no special case: one sample is a majority of one.
     - `votes` and the answers of the returned rationales are spelled one way for each answer: numbers and yes/no in
       canonical form, other answers as most samples write them (the smallest such spelling), so `votes[majority]` holds.
-    - Where samples are of preference pairs, the majority is that of the chosen ones.
+    - Where samples are of preference pairs, the majority is that of the chosen ones; where none of these is readable, no
+      rejected reply takes their place: the majority is None, and both sides are empty but for `gold`.
     - With `gold` the sides are split by agreement with it instead; the majority stays the vote's.
 
     Both sides keep the order of the samples; `readings` holds what was read of each.
@@ -74,20 +75,28 @@ def vote(
             continue
         seen.add(mark)
         without += not mark[0]
-        kept.append((key, dataclasses.replace(sample, text=reading.rationale, answer=reading.answer, reply=False)))
+        kept.append(
+            (key, dataclasses.replace(sample, text=reading.rationale, answer=reading.answer, reply=False, truncated=False))
+        )
     told = tuple(zip(samples, readings, strict=True))
     if not kept:
         return Vote(None, {}, (), (), duplicates, dropped, readings=told)
 
     counts = collections.Counter(key for key, _ in kept)
-    ballot = collections.Counter(key for key, rationale in kept if rationale.source == CHOSEN) or counts
-    most = max(ballot.values())
+    ballot = collections.Counter(key for key, rationale in kept if rationale.source == CHOSEN)
+    if not ballot and any(sample.source == CHOSEN for sample in samples):
+        ballot = collections.Counter(key for key, rationale in kept if rationale.source != REJECTED)
+    elif not ballot:
+        ballot = counts
+    if not ballot and gold is None:
+        return Vote(None, {}, (), (), duplicates, dropped + len(kept), readings=told)  # a pair without its better half
+    most = max(ballot.values(), default=0)
     tied = [key for key, count in ballot.items() if count == most]
-    winner = min(tied, key=lambda key: _tie_rank(seed, question_id, key))
+    winner = min(tied, key=lambda key: _tie_rank(seed, question_id, key), default=None)
     spelling = {key: _spelling(rationale.answer or "" for other, rationale in kept if other == key) for key in counts}
     right = {key: key == winner if gold is None else reader.same(spelling[key], gold, task, choices) for key in counts}
     return Vote(
-        majority=spelling[winner],
+        majority=None if winner is None else spelling[winner],
         votes={spelling[key]: counts[key] for key in sorted(counts, key=lambda key: (-counts[key], key))},
         positives=tuple(rationale for key, rationale in kept if right[key] and rationale.text.strip()),
         negatives=tuple(rationale for key, rationale in kept if not right[key] and rationale.text.strip()),

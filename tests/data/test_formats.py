@@ -269,7 +269,9 @@ CHOICES: dict[str, dict[str, Any]] = {
 def test_choices_and_their_golds(shape: str, samples: Any, tmp_path: Path) -> None:
     row = CHOICES[shape] | ({"samples": samples} if samples else {})
     (question,) = load_questions(write(tmp_path / "rows.jsonl", [row])).questions
-    assert question.question.endswith("Answer Choices:\n(a) oven\n(b) train\n(c) pillow") and question.task == "choice"
+    labels = "123" if "numbers" in shape else "abc"
+    lines = [f"({label}) {text}" for label, text in zip(labels, TRAIN["text"], strict=True)]
+    assert question.question.endswith("\n".join(["Answer Choices:", *lines])) and question.task == "choice"
     assert question.gold in ("train", "B")
     if samples:
         assert question.majority == "train" and len(question.positives) == 2 and len(question.negatives) == 1

@@ -107,9 +107,10 @@ def _replies(body: Mapping[str, Any], unread: set[str]) -> tuple[Rationale, ...]
     model = body.get("model") if isinstance(body.get("model"), str) else None
     if isinstance(body.get("choices"), list):
         found = [read_sample(choice, f"choices[{index}]", unread) for index, choice in enumerate(body["choices"])]
-        return tuple(Rationale(sample.text, None, model, reply=True) for sample in found)
+        return tuple(Rationale(sample.text, None, model, reply=True, truncated=sample.truncated) for sample in found)
     if isinstance(body.get("output"), list):  # of the responses endpoint: reasoning, tool calls and messages
         parts = [part for item in body["output"] if isinstance(item, dict) for part in item.get("content") or ()]
         said = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
-        return (Rationale(check_text("".join(said), "output"), None, model, reply=True),)
+        text = check_text("".join(said), "output")
+        return (Rationale(text, None, model, reply=True, truncated=body.get("status") == "incomplete"),)
     raise RowError("the body of the response has no choices")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qcrd_fast.data.formats import columns, golds
 from qcrd_fast.data.formats.fields import Parsed, Row
+from qcrd_fast.data.formats.samples import is_cut, row_is_cut
 from qcrd_fast.data.formats.turns import as_list, exchange, is_turns
 from qcrd_fast.data.schema import Rationale, RowError
 
@@ -28,4 +29,5 @@ def read(row: Row) -> Parsed:
     if system:
         row.parts.add(f"{key}[system]")
     asked = golds.make_question(row, question)
-    return Parsed(asked, (Rationale(reply, None, golds.source(row), reply=True),), unread=row.unread())
+    cut = is_cut(turns[-1]) or row_is_cut(row)
+    return Parsed(asked, (Rationale(reply, None, golds.source(row), reply=True, truncated=cut),), unread=row.unread())

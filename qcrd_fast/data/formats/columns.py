@@ -7,14 +7,27 @@ these.
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
+from qcrd_fast.data.answers import canonical
 from qcrd_fast.data.formats import golds
 from qcrd_fast.data.formats.fields import EXPLICIT_GOLDS, ROLES, Parsed, Row, plain
-from qcrd_fast.data.formats.samples import read_sample, sample_list, with_thinking
-from qcrd_fast.data.formats.turns import exchange, has_question, is_turns, reply_text
+from qcrd_fast.data.formats.samples import (
+    is_cut,
+    is_reasoning,
+    read_sample,
+    row_is_cut,
+    sample_list,
+    with_reasoning,
+    with_thinking,
+)
+from qcrd_fast.data.formats.turns import exchange, has_question, is_turns, reply_text, unwrap_template
+from qcrd_fast.data.replies import DEFAULT, parse_choices
 from qcrd_fast.data.schema import Question, Rationale, RowError, check_text, get_answer
 
+_CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")
+_CONTRARY = " (where it ends in another answer than the gold)"
 _TEXTS = ("completion", "rationale")
 _EXPLICIT = {plain(name) for name in ROLES["gold"][:EXPLICIT_GOLDS]}
 
@@ -34,7 +47,7 @@ def read(row: Row, asked: str | None = None) -> Parsed:
     kind = "sampled"
     if found is None:
         question, found = _worked(row, question)
-        kind = "sampled" if found else "question"
+        kind = "sampled" if found or any(part.endswith(_CONTRARY) for part in row.parts) else "question"
     return Parsed(question, found, kind, row.unread())
 
 
@@ -53,7 +66,9 @@ def question_text(row: Row) -> tuple[str, Any]:
         if system:
             row.parts.add(f"{key}[system]")
         return said, choices
-    text = check_text(value, key)
+    text, system = unwrap_template(check_text(value, key), key)
+    if system:
+        row.parts.add(f"{key}[system]")
     other = row.values.get("input", row.values.get("Input"))
     if plain(key) == "instruction" and "question" not in row.mapping and isinstance(other, str):
         row.read |= {"input", "Input"} & row.values.keys()
@@ -69,16 +84,20 @@ def _with_choices(row: Row, choices: Any) -> Row:
 
 def _golds(row: Row) -> tuple[str | None, str | None]:
     """(key of the gold, key of the sample's own answer or None) where both may be called an answer."""
-    keys = row.keys("gold")
+    keys = golds.gold_keys(row)
     if not keys or "gold" in row.mapping or "prediction" in row.mapping:
         return next(iter(keys), None), None
     own = {plain(key): key for key in keys}
-    if isinstance(row.values[keys[0]], bool) and own.get("label") == keys[0] and row.has("completion"):
-        raise RowError("label may be of the reply or a gold answer; if the latter: --map gold=label")
     explicit = next((key for key in keys if plain(key) in _EXPLICIT), None)
     sampled = any(row.has(role) for role in (*_TEXTS, "samples"))
     if sampled and explicit and "answer" in own and not row.has("prediction"):
         return explicit, own["answer"]
+    if not any(row.has(role) for role in ("samples", "completion", "prediction")) and any(
+        map(is_reasoning, row.keys("rationale"))
+    ):
+        reply = next((own[name] for name in ("answer", "finalanswer") if name in own), None)
+        if reply is not None:  # beside reasoning alone, the answer is what was replied
+            return next((key for key in keys if key != reply), None), reply
     if not explicit and {"answer", "finalanswer"} <= own.keys() and row.values[own["answer"]] != row.values[own["finalanswer"]]:
         raise row.refuse("the gold answer", (own["answer"], own["finalanswer"]), "gold")
     return keys[0], None
@@ -102,6 +121,9 @@ def _samples(row: Row, answer_key: str | None) -> tuple[Rationale, ...] | None:
         return _listed(row, lists[0])
     texts = {role: row.keys(role) for role in _TEXTS}
     texts["completion"] += by_role["samples"]  # one sample under a name of many
+    if texts["completion"] and "rationale" not in row.mapping:  # a rationale or explanation beside a reply is the gold's
+        texts["rationale"] = [key for key in texts["rationale"] if is_reasoning(key)]
+    texts["completion"] = _without_template(row, texts["completion"])
     for role, keys in texts.items():
         if len({str(row.values[key]) for key in keys}) > 1:
             raise row.refuse("the sample", keys, role)
@@ -112,14 +134,29 @@ def _samples(row: Row, answer_key: str | None) -> tuple[Rationale, ...] | None:
         return _numbered(row)
     if answer and isinstance(row.values[answer], list | dict):
         raise RowError(f"{answer} is a list, but there are no samples; if these are the choices: --map choices={answer}")
-    reply = _reply(row, completion) if completion else ""
+    reply = _reply(row, completion) if completion else None
     thinking = check_text(row.take(rationale), rationale) if rationale else ""
-    who = golds.source(row)
+    whole = row.values[completion] if completion else None
+    who, cut = golds.source(row), row_is_cut(row) or (isinstance(whole, dict) and is_cut(whole))
+    row.read |= {answer} if answer else set()
+    if rationale and is_reasoning(rationale) and "rationale" not in row.mapping:
+        return (dataclasses.replace(with_reasoning(thinking, reply, row.values, answer, who), truncated=cut),)
     if answer is None:
-        text = with_thinking(thinking, reply) if completion else thinking
-        return (Rationale(text, None, who, reply=True),)
-    row.read.add(answer)
-    return (Rationale(thinking or reply, get_answer(row.values, answer), who),)
+        text = with_thinking(thinking, reply or "") if completion else thinking
+        return (Rationale(text, None, who, reply=True, truncated=cut),)
+    return (Rationale(thinking or reply or "", get_answer(row.values, answer), who, truncated=cut),)
+
+
+def _without_template(row: Row, keys: list[str]) -> list[str]:
+    """Without `text` where it is the whole prompt with another column's reply in it, as in Alpaca."""
+    whole = next((key for key in keys if plain(key) == "text"), None)
+    others = [key for key in keys if key != whole and isinstance(row.values[key], str)]
+    if whole is None or not isinstance(row.values[whole], str) or not others:
+        return keys
+    if not all(row.values[key].strip() in row.values[whole] for key in others):
+        return keys
+    row.read.add(whole)
+    return [key for key in keys if key != whole]
 
 
 def _is_json(value: Any) -> bool:
@@ -148,8 +185,14 @@ def _reply(row: Row, key: str) -> str:
 
 
 def _listed(row: Row, key: str) -> tuple[Rationale, ...]:
-    items = sample_list(row.take(key), key)
-    found = [read_sample(item, f"{key}[{index}]", row.parts) for index, item in enumerate(items) if item is not None]
+    items = []
+    for item in sample_list(row.take(key), key):
+        items += item if isinstance(item, list) and not is_turns(item) else [item]
+    found = [
+        _cut_by_column(read_sample(item, f"{key}[{index}]", row.parts), row, index)
+        for index, item in enumerate(items)
+        if item is not None
+    ]
     answers = row.key("prediction")
     if answers and isinstance(row.values[answers], list) and len(found) == len(items):
         if len(row.values[answers]) != len(items):
@@ -159,12 +202,26 @@ def _listed(row: Row, key: str) -> tuple[Rationale, ...]:
     return tuple(found)
 
 
+def _cut_by_column(sample: Rationale, row: Row, index: int) -> Rationale:
+    return dataclasses.replace(sample, truncated=sample.truncated or row_is_cut(row, index))
+
+
 def _numbered(row: Row) -> tuple[Rationale, ...] | None:
     """Samples in columns of their own, such as response_1, response_2; None where there are none."""
     found = row.numbered()
     if len(found) > 1:
         raise row.refuse("the samples", [keys[0] for keys in found.values()], "samples")
-    return tuple(read_sample(row.take(key), key, row.parts) for keys in found.values() for key in keys) or None
+    for name, keys in found.items():
+        answers = row.numbered_answers(name)
+        row.read |= set(answers.values())
+        samples = [read_sample(row.take(key), key, row.parts) for key in keys]
+        if not answers:
+            return tuple(samples)
+        return tuple(
+            dataclasses.replace(s, answer=get_answer(row.values, answers[key]) if key in answers else None, reply=False)
+            for key, s in zip(keys, samples, strict=True)
+        )
+    return None
 
 
 def _worked(row: Row, question: Question) -> tuple[Question, tuple[Rationale, ...]]:
@@ -179,4 +236,10 @@ def _worked(row: Row, question: Question) -> tuple[Question, tuple[Rationale, ..
         return question, (Rationale(solution, None, golds.GOLD, reply=True),)
     if solution.strip("$") in (question.gold, f"\\boxed{{{question.gold}}}"):
         return question, ()  # an answer alone
-    return question, (Rationale(solution, question.gold, golds.GOLD),)
+    if canonical(question.gold, "number") is not None and not parse_choices(question.question):
+        said = DEFAULT.read(_CALCULATOR.sub("", solution), "number").answer
+        if said is not None and not DEFAULT.same(said, canonical(question.gold, "number") or "", "number"):
+            row.parts.add(key + _CONTRARY)
+            return question, ()
+    text = _CALCULATOR.sub("", solution).partition("####")[0].strip()
+    return question, (Rationale(text, question.gold, golds.GOLD),) if text else ()

@@ -43,7 +43,9 @@ ROLES: dict[str, tuple[str, ...]] = {
     ),
     "prediction": (
         "prediction", "predicted_answer", "pred", "sample_answer", "model_answer", "extracted_answer", "generated_answer",
-        "parsed_answer", "student_answer", "teacher_answer", "predictions", "predicted_answers", "answers",
+        "parsed_answer", "student_answer", "teacher_answer", "predictions", "predicted_answers", "preds",
+        "sample_answers", "model_answers", "extracted_answers", "generated_answers", "parsed_answers", "student_answers",
+        "teacher_answers", "answers",
     ),
     "messages": ("messages", "conversations", "conversation", "chat", "dialogue", "dialog"),
     "chosen": ("chosen", "chosen_response"),
@@ -70,6 +72,8 @@ _SAMPLE_NAMES = (
     *(name for role in ("completion", "rationale") for name in _PLAIN[role] if len(name) > 5),
 )
 _NUMBERED = re.compile(r"([a-z0-9]*[a-z])([0-9]{1,4})")
+_ANSWER_NAMES = ("answer", "prediction", "pred")
+_OPTION = re.compile(r"(option|choice|answer|opt|)([a-j])|(option|choice|opt)([0-9]{1,2})")
 _KNOWN = sorted(
     {name for names in ROLES.values() for name in names} | {"positives", "negatives", "majority", "votes", "answerKey"}
 )
@@ -138,10 +142,35 @@ class Row:
                 found.setdefault(match[1], []).append((int(match[2]), key))
         return {name: [key for _, key in sorted(keys)] for name, keys in found.items()}
 
+    def numbered_answers(self, name: str) -> dict[str, str]:
+        """{column of a sample: column of its own answer} of rationale_1, answer_1, ..., for the columns called `name`."""
+        found: dict[str, dict[str, str]] = {}
+        for key_name, key in self._keys.items():
+            if (match := _NUMBERED.fullmatch(key_name)) and match[1].endswith(_ANSWER_NAMES):
+                found.setdefault(match[1], {})[match[2]] = key
+        answers = next(iter(found.values()), {}) if len(found) == 1 else {}
+        pairs = {self._keys[name + number]: key for number, key in answers.items() if name + number in self._keys}
+        return pairs
+
+    def options(self) -> list[tuple[str, str]]:
+        """(label, key) of columns of one option each, such as A, option_b or choice3, in order, without the blank ones."""
+        found: dict[tuple[str, bool], dict[str, str]] = {}
+        for name, key in self._keys.items():
+            if match := _OPTION.fullmatch(name):
+                label = match[2] or match[4]
+                found.setdefault((match[1] or match[3] or "", label.isdigit()), {})[label] = key
+        for (prefix, digits), columns in found.items():
+            filled = {label: key for label, key in columns.items() if not _empty(self.values[key])}
+            in_order = sorted(filled, key=lambda label: (len(label), label))
+            whole = in_order == [str(i + 1) if digits else "abcdefghij"[i] for i in range(len(filled))]
+            if len(filled) >= (2 if whole and prefix != "answer" else 3):  # answer_a and answer_b may be two replies
+                return [(label.upper(), filled[label]) for label in in_order]
+        return []
+
     def known(self) -> set[str]:
         """The keys that have any role, value or not."""
         named = {key for name, key in self._keys.items() if name in _ROLE_OF}
-        return named.union(self.mapping.values(), *self.numbered().values())
+        return named.union(self.mapping.values(), *self.numbered().values(), (key for _, key in self.options()))
 
     def unread(self) -> frozenset[str]:
         return frozenset({key for key, value in self.values.items() if key not in self.read and not _empty(value)} | self.parts)

@@ -57,7 +57,7 @@ def read(row: Row) -> Parsed:
     labels: tuple[str, ...] = ()
     if values.get("choices") is not None and not prepared:
         options, labels = parse_choices_value(values["choices"], "choices")
-        text = with_choices(text, options)
+        text = with_choices(text, options, labels)
     if prepared:
         gold = get_text(values, "gold", numbers=True) or None
     else:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from qcrd_fast.data.formats import golds
 from qcrd_fast.data.formats.columns import question_text
 from qcrd_fast.data.formats.fields import Parsed, Row
-from qcrd_fast.data.formats.samples import read_sample
+from qcrd_fast.data.formats.samples import is_cut, read_sample
 from qcrd_fast.data.formats.turns import as_list, exchange, is_turns
-from qcrd_fast.data.schema import CHOSEN, Rationale, RowError
-
-REJECTED = "rejected"
+from qcrd_fast.data.schema import CHOSEN, REJECTED, Rationale, RowError
 
 
 def read(row: Row) -> Parsed:
@@ -20,8 +19,8 @@ def read(row: Row) -> Parsed:
     samples = []
     for role, source in (("chosen", CHOSEN), ("rejected", REJECTED)):
         key = row.key(role) or role
-        text, question = _side(row.take(key) if key in row.values else None, key, row)
-        samples.append(Rationale(text, None, source, reply=True))
+        sample, question = _side(row.take(key) if key in row.values else None, key, row)
+        samples.append(dataclasses.replace(sample, source=source))
         asked |= {question} if question is not None else set()
     if len(asked) > 1:
         raise RowError("chosen and rejected answer different questions")
@@ -34,7 +33,7 @@ def read(row: Row) -> Parsed:
     return Parsed(golds.make_question(row, question), tuple(samples), unread=row.unread())
 
 
-def _side(value: Any, key: str, row: Row) -> tuple[str, str | None]:
+def _side(value: Any, key: str, row: Row) -> tuple[Rationale, str | None]:
     """(reply, question or None)"""
     value = as_list(value)
     if is_turns(value):
@@ -43,7 +42,8 @@ def _side(value: Any, key: str, row: Row) -> tuple[str, str | None]:
             raise RowError(f"{key} has no turn of the assistant")
         if system:
             row.parts.add(f"{key}[system]")
-        return reply, question
+        return Rationale(reply, reply=True, truncated=is_cut(value[-1])), question
     if value is None:
         raise RowError(f"missing key {key!r}")
-    return read_sample(value, key, row.parts).text, None
+    sample = read_sample(value, key, row.parts)
+    return Rationale(sample.text, reply=True, truncated=sample.truncated), None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from qcrd_fast.data.formats.fields import plain
+from qcrd_fast.data.formats.fields import Row, plain
 from qcrd_fast.data.formats.turns import as_list, exchange, is_turns, reply_text
 from qcrd_fast.data.schema import Rationale, RowError, check_text, get_answer, get_text, kind_of
 
@@ -13,9 +15,46 @@ _TEXTS = (
 )  # fmt: skip
 _THOUGHTS = ("rationale", "reasoning", "reasoning_content", "explanation", "chain_of_thought", "cot", "thinking")
 _ANSWERS = ("answer", "prediction", "predicted_answer", "final_answer", "extracted_answer", "pred")
-_OTHERS = ("source", "cut", "index", "finish_reason", "stop_reason", "role", "logprobs", "token_ids", "cumulative_logprob")
+_STOPS = ("finish_reason", "stop_reason", "done_reason", "finish_reasons", "stop_reasons")
+_CUTS = ("cut", "truncated", "is_truncated")
+_OTHERS = ("source", "index", "role", "logprobs", "token_ids", "cumulative_logprob", *_STOPS, *_CUTS)
 _KNOWN = {plain(name): name for name in (*_TEXTS, *_THOUGHTS, *_ANSWERS, *_OTHERS)}
 _OWN = {"rationale", "answer", "source", "text", "cut"}
+_REASONING = frozenset(map(plain, ("reasoning", "reasoning_content", "thinking", "thought", "thoughts")))
+_FLAGS = {plain(name): name for name in (*_STOPS, *_CUTS)}
+_SAID = frozenset(map(plain, (*_TEXTS, *_THOUGHTS, *_ANSWERS)))
+_LENGTH = ("length", "maxtokens", "maxlength", "maxoutputtokens", "maxcompletiontokens", "modellength")
+_SHORT = 3  # words of an answer that is no reply
+
+
+def is_reasoning(key: str) -> bool:
+    """Whether a key is that of reasoning beside a reply, which is never voted on."""
+    return plain(key) in _REASONING
+
+
+def is_cut(values: Mapping[str, Any]) -> bool:
+    """Whether a sample's own keys say that it was cut at its maximum length, as finish_reason "length" does."""
+    return any(_says_cut(_FLAGS[name], value) for key, value in values.items() if (name := plain(key)) in _FLAGS)
+
+
+def row_is_cut(row: Row, index: int | None = None) -> bool:
+    """The same of a row's columns; of a list's sample `index`, where they are lists of that many."""
+    found = False
+    for key, value in row.values.items():
+        if (name := plain(key)) in _FLAGS:
+            if isinstance(value, list):
+                value = value[index] if index is not None and index < len(value) else None
+            elif index is not None:
+                continue
+            row.read.add(key)
+            found |= _says_cut(_FLAGS[name], value)
+    return found
+
+
+def _says_cut(name: str, value: Any) -> bool:
+    if name in _CUTS:
+        return value is True or (isinstance(value, str) and value.strip().casefold() == "true")
+    return isinstance(value, str) and plain(value) in _LENGTH
 
 
 def read_sample(item: Any, where: str, unread: set[str]) -> Rationale:
@@ -30,13 +69,16 @@ def read_sample(item: Any, where: str, unread: set[str]) -> Rationale:
         reply = exchange(item, where)[1]
         if reply is None:
             raise RowError(f"{where}: a conversation without a reply")
-        return Rationale(reply, reply=True)
+        return Rationale(reply, reply=True, truncated=is_cut(item[-1]))
     if not isinstance(item, dict):
         raise RowError(f"{where} expects a string or an object")
+    message = item["message"] if isinstance(item.get("message"), dict) else item
+    if is_cut(item) and not any(isinstance(value, str) and value for key, value in message.items() if plain(key) in _SAID):
+        return Rationale("", reply=True, truncated=True)  # cut before it said anything
     try:
-        if isinstance(item.get("message"), dict):  # a choice of a chat API
-            return Rationale(reply_text(item["message"]), reply=True)
-        return _object(item, where, unread)
+        if message is not item:  # a choice of a chat API
+            return Rationale(reply_text(item["message"]), reply=True, truncated=is_cut(item))
+        return dataclasses.replace(_object(item, where, unread), truncated=is_cut(item))
     except RowError as error:
         raise RowError(f"{where}: {error}") from None
 
@@ -52,10 +94,15 @@ def _object(item: dict[str, Any], where: str, unread: set[str]) -> Rationale:
     answer = next((keys[name] for name in _ANSWERS if name in keys), None)
     source = get_text(item, "source")
     if thought is None and text is None:
+        if answer is not None and isinstance(item[answer], str) and item.keys() - _OWN:  # all that was said
+            return Rationale(get_text(item, answer) or "", None, source, reply=True)
         named = ", ".join(repr(key) for key in list(item)[:5])
         raise RowError(
             f"missing key 'rationale' (there: {named[:200] or 'nothing'})" if "rationale" not in item else "rationale is null"
         )
+    if thought is not None and is_reasoning(thought):
+        said = get_text(item, text) if text else None
+        return with_reasoning(get_text(item, thought) or "", said, item, answer, source)
     if answer is not None:
         return Rationale(get_text(item, thought or text or "") or "", get_answer(item, answer), source)
     if thought is not None and text is not None:
@@ -63,9 +110,27 @@ def _object(item: dict[str, Any], where: str, unread: set[str]) -> Rationale:
     return Rationale(get_text(item, thought or text or "") or "", None, source, reply=True)
 
 
+def with_reasoning(
+    reasoning: str, reply: str | None, values: Mapping[str, Any], answer: str | None, source: str | None
+) -> Rationale:
+    """A sample of reasoning, which is never voted on: it ends in the reply or in the answer, at the key `answer` of `values`.
+
+    An answer of more than a few words is itself the reply. Reasoning that came to neither is left open, so unreadable.
+    """
+    if answer is None or values[answer] is None:
+        return Rationale(with_thinking(reasoning, reply or ""), None, source, reply=True)
+    said = get_answer(dict(values), answer) or ""
+    if reply is None and (len(said.split()) > _SHORT or "\n" in said.strip()):
+        return Rationale(with_thinking(reasoning, said), None, source, reply=True)
+    return Rationale(with_thinking(reasoning, reply) if reply else reasoning, said or None, source)
+
+
 def with_thinking(thinking: str | None, reply: str) -> str:
-    """A reply that begins with its reasoning, as chat models write it."""
-    return f"<think>\n{thinking}\n</think>\n\n{reply}" if thinking and thinking.strip() else reply
+    """A reply that begins with its reasoning, as chat models write it; without a reply the reasoning is open."""
+    if not thinking or not thinking.strip():
+        return reply
+    closing = f"\n</think>\n\n{reply}" if reply.strip() else ""
+    return f"<think>\n{thinking}{closing}"
 
 
 def sample_list(value: Any, key: str) -> list[Any]:

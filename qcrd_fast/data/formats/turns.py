@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from qcrd_fast.data.schema import RowError, check_text
@@ -13,6 +14,19 @@ _ROLES = {
     "ai": "assistant", "system": "system", "developer": "system",
 }  # fmt: skip
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
+_THINKING_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_content")
+_TEMPLATES = (  # of chat models: the role and what was said
+    re.compile(r"<\|im_start\|>\s*(\w+)[ \t]*\n?(.*?)(?:<\|im_end\|>|(?=<\|im_start\|>)|\Z)", re.DOTALL),
+    re.compile(
+        r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>(.*?)(?:<\|eot_id\|>|(?=<\|start_header_id\|>)|\Z)", re.DOTALL
+    ),
+    re.compile(r"<start_of_turn>\s*(\w+)[ \t]*\n?(.*?)(?:<end_of_turn>|(?=<start_of_turn>)|\Z)", re.DOTALL),
+    re.compile(r"<\|start\|>\s*(\w+)[^<]*(?:<\|channel\|>\w+)?<\|message\|>(.*?)(?:<\|end\|>|(?=<\|start\|>)|\Z)", re.DOTALL),
+    re.compile(
+        r"<[|\uff5c](user|assistant|system)[|\uff5c]>(.*?)(?=<[|\uff5c]\w+[|\uff5c]>|</s>|\Z)", re.DOTALL | re.IGNORECASE
+    ),
+)
+_INST = re.compile(r"(?:<s>)?\s*\[INST\]\s*(<<SYS>>.*?<</SYS>>)?((?:(?!\[/?INST\]).)*)\[/INST\]\s*", re.DOTALL)
 _THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -68,11 +82,15 @@ def reply_text(turn: dict[str, Any]) -> str:
         RowError: it says nothing, or no text.
     """
     content = next((turn[key] for key in (*_CONTENT_KEYS, "text") if turn.get(key) is not None), None)
+    thoughts: list[str | None] = []
     if isinstance(content, list):
+        thoughts = [_thought(part) for part in content]
+        content = [part for part, thought in zip(content, thoughts, strict=True) if thought is None]
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise RowError("content has parts that are not text")
         content = "".join(part["text"] for part in content)
     thinking = next((turn[key] for key in _THINKING_KEYS if isinstance(turn.get(key), str) and turn[key].strip()), None)
+    thinking = thinking or "\n".join(filter(None, thoughts)) or None
     if content is None and thinking is None:
         raise RowError("content is null" if turn.keys() & set(_CONTENT_KEYS) else "missing key 'content'")
     text = check_text(content if content is not None else "", "content")
@@ -80,6 +98,39 @@ def reply_text(turn: dict[str, Any]) -> str:
         return text
     closing = "\n</think>\n\n" if text.strip() else ""  # reasoning that never came to a reply is open
     return f"<think>\n{check_text(thinking, 'reasoning')}{closing}{text}"
+
+
+def _thought(part: Any) -> str | None:
+    """The reasoning of a part of a content that is of type thinking, empty where it is hidden; None: another part."""
+    if not isinstance(part, dict) or part.get("type") not in _THINKING_PARTS:
+        return None
+    return next((part[key] for key in (*_THINKING_KEYS, "text", "content") if isinstance(part.get(key), str)), "")
+
+
+def unwrap_template(text: str, where: str) -> tuple[str, bool]:
+    """(the user's turn, whether there is a system prompt) of a prompt in which a chat template was filled in; else the text.
+
+    Raises:
+        RowError: it holds no turn of the user, several, or a reply.
+    """
+    found: list[tuple[str, str]] = []
+    for pattern in _TEMPLATES:
+        if pattern.search(text):
+            found = [(match[1].casefold(), match[2].strip()) for match in pattern.finditer(text)]
+            break
+    else:
+        if (match := _INST.fullmatch(text.strip())) is None:
+            if "[INST]" in text and "[/INST]" in text:
+                raise RowError(f"{where} is a chat template of several turns; one question is read")
+            return text, False
+        return match[2].strip(), bool(match[1])
+    users = [said for role, said in found if _ROLES.get(role) == "user"]
+    replies = [said for role, said in found if _ROLES.get(role) == "assistant" and said not in ("", "<think>")]
+    if len(users) != 1 or not users[0] or replies:
+        raise RowError(
+            f"{where} is a chat template with {len(users)} turns of the user and {len(replies)} replies; one question is read"
+        )
+    return users[0], any(_ROLES.get(role) == "system" for role, _ in found)
 
 
 def as_list(value: Any) -> Any:
