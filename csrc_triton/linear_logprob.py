@@ -38,7 +38,7 @@ def forward_kernel(
     T, V, H, part_size, pitch, scale, inverse_softcap, slope, ignore_index,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr, SPECIALIZE: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr,
     WANT_ENTROPY: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T rows against one part of the vocabulary, with an online log-sum-exp.
@@ -59,7 +59,7 @@ def forward_kernel(
     max_t = tl.full((BLOCK_T,), LOWEST, dtype=tl.float32)
     sum_t = tl.zeros((BLOCK_T,), dtype=tl.float32)
     plogp_t = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    for first in tl.range(begin, stop, BLOCK_V, warp_specialize=SPECIALIZE):
+    for first in range(begin, stop, BLOCK_V):
         u_tv = product_tile(
             hidden_ptr, weight_ptr, bias_ptr, tl.program_id(0) * BLOCK_T, first, T, V, H, scale, inverse_softcap,
             BLOCK_T, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, EVEN_H, EVEN_V, DESCRIPTORS,
@@ -247,7 +247,7 @@ def _forward(
     forward_kernel[(blocks, parts)](
         *sources(hidden_TH, weight_VH, tile), *head[2:], *partial_PT, *(kept[:2] if kept else (None, None)),
         T, V, H, part_size, pitch, *numbers(bias_V, options), ignore_index,
-        **flags, **shape_of(tile, V, H), SPECIALIZE=tile.specialize, WANT_ENTROPY=want_entropy, KEEP=keep,
+        **flags, **shape_of(tile, V, H), WANT_ENTROPY=want_entropy, KEEP=keep,
     )  # fmt: skip
     combine_kernel[(triton.cdiv(T, 16),)](
         *head, *partial_PT, logprob_T, lse_T, entropy_T,

@@ -30,7 +30,6 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     descriptors: bool = False  # operands are fetched by the copy engine of sm_90 and newer (TMA)
-    specialize: bool = False  # loads, products and the rest in warps of their own
 
 
 forced_tile: Tile | None = None  # what a benchmark wants every launch to take

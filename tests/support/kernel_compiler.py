@@ -17,7 +17,6 @@ from triton.compiler import ASTSource
 from csrc_triton import contrastive, linear_logprob, linear_sample, product
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SPECIALIZES_ON_100 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)  # Triton 3.6 fails to compile it
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INT64 = (
     "key_ptr",
@@ -69,7 +68,6 @@ def compile_kernel(kernel, capability, dtype, constants, num_warps=4, num_stages
         "registers": int(used["REG"]),
         "stack": int(used["STACK"]) + int(used["LOCAL"]),
         "copy_engine": "cp.async.bulk.tensor" in compiled.asm["ptx"],
-        "specialized": "setmaxnreg" in compiled.asm["ptx"],
         "matrix": [m for m in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if m in compiled.asm["ptx"]],
     }
 
@@ -79,7 +77,7 @@ def linear_cases(capability, dtype, rows=4096, tile=None, **flags):
     tile = tile or product.choose_tile(DTYPES[dtype], rows)
     blocks = dict(BLOCK_T=tile.block_t, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h)
     plain = dict(HAS_BIAS=False, HAS_SCALE=False, HAS_SOFTCAP=False, EVEN_H=True, EVEN_V=True)
-    plain |= dict(DESCRIPTORS=False, SPECIALIZE=False, KEEP=False)
+    plain |= dict(DESCRIPTORS=False, KEEP=False)
     for kernel, extra in ((linear_logprob.forward_kernel, "WANT_ENTROPY"), (linear_logprob.da_kernel, "HAS_PROBZ")):
         constants = {**blocks, **plain, extra: False, **{k: v for k, v in flags.items() if k in (*plain, extra, "T", "S")}}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -142,8 +140,6 @@ def cases(capability):
     if capability in (90, 100):  # not the default: what `bench/tuning.py` times beside it
         tile = product.Tile(64, 128, 64, 4, 3) if capability == 90 else product.choose_tile(torch.bfloat16, 4096)
         yield from linear_cases(capability, "bf16", tile=tile, DESCRIPTORS=True)
-        if capability == 90 or SPECIALIZES_ON_100:
-            yield from linear_cases(capability, "bf16", tile=tile, DESCRIPTORS=True, SPECIALIZE=True)
     if capability == 90:
         yield from linear_cases(capability, "bf16", HAS_SOFTCAP=True)  # Gemma
         yield from linear_cases(capability, "bf16", rows=32)

@@ -52,7 +52,6 @@ SAMPLES: list[tuple[tuple[int, int, int], dict[str, Any]]] = [
 DESCRIPTORS = [
     Tile(64, 128, 64, 4, 3, True),
     Tile(128, 128, 64, 8, 3, True),
-    Tile(64, 128, 64, 4, 3, True, True),
     Tile(128, 256, 64, 8, 3, True),
     Tile(128, 256, 64, 8, 3),
 ]
