@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.product import (
+    LAUNCH,
     LOWEST,
     bend,
     choose_tile,
@@ -32,7 +33,7 @@ WORKSPACE_BYTES = 24 * 2**20  # of one chunk's gradient; stays in the L2 cache o
 LOG2_E = tl.constexpr(1 / math.log(2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, plogp_ptr, kept_ptr, kept_max_ptr,
     T, V, H, part_size, pitch, scale, inverse_softcap, slope, ignore_index,
@@ -86,7 +87,7 @@ def forward_kernel(
         tl.store(plogp_ptr + out_t, plogp_t, mask=in_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "P"])
 def combine_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, plogp_ptr, logprob_ptr, lse_ptr, entropy_ptr,
     T, H, P, scale, inverse_softcap, slope, ignore_index,
@@ -137,7 +138,7 @@ def combine_kernel(
         tl.store(entropy_ptr + rows_t, tl.where(valid_t, log_sum_t - slope * plogp_t / sum_t, 0.0), mask=in_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def da_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, onehot_ptr, prob_ptr, probz_ptr, da_ptr,
     S, V, H, first_col, last_col, pitch, scale, inverse_softcap, slope,
@@ -176,7 +177,7 @@ def da_kernel(
     tl.store(out_tv, da_tv.to(da_ptr.dtype.element_ty), mask=in_t[:, None] & (cols_v < last_col)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def kept_kernel(
     kept_ptr, kept_max_ptr, target_ptr, lse_ptr, onehot_ptr, prob_ptr, T, V, pitch, slope,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -252,7 +253,7 @@ def _forward(
     combine_kernel[(triton.cdiv(T, 16),)](
         *head, *partial_PT, logprob_T, lse_T, entropy_T,
         T, H, parts, *numbers(bias_V, options), ignore_index,
-        **flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=want_entropy,
+        **flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=want_entropy, **LAUNCH,
     )  # fmt: skip
     return logprob_T, lse_T, entropy_T, kept
 
@@ -296,7 +297,7 @@ def backward_kept(
         onehot_T = dlogprob_T / temperature
         kept_kernel[(triton.cdiv(T, 32), len(kept.max_NT))](
             kept.exp_TV, kept.max_NT, target_T.contiguous(), lse_T, onehot_T, -onehot_T,
-            T, V, kept.exp_TV.shape[1], numbers(bias_V, options)[2], BLOCK_T=32, BLOCK_V=kept.block_v,
+            T, V, kept.exp_TV.shape[1], numbers(bias_V, options)[2], BLOCK_T=32, BLOCK_V=kept.block_v, **LAUNCH,
         )  # fmt: skip
         da_TV = kept.exp_TV[:, :V]
     dbias_V = da_TV.sum(0, dtype=torch.float32).to(bias_V.dtype) if need_bias and bias_V is not None else None

@@ -14,7 +14,7 @@ from csrc_triton import linear_logprob as kernels
 from csrc_triton.product import Tile
 from qcrd_fast import linear_logprob
 from tests.support.ptx.grid import judge
-from tests.support.ptx.launch import executing
+from tests.support.ptx.launch import Execution, executing
 from tests.support.ptx.mutations import mutants
 from tests.support.ptx.values import Fault
 
@@ -44,6 +44,20 @@ def test_compiled_kernels(capability: int, name: str, dtype: str) -> None:
         errors = check.run(DTYPES[dtype], CPU)
     assert judge(errors, dtype), errors
     assert set(check.kernels) <= set(executed.programs)
+    assert all(made.enable_fp_fusion for made in executed.metadata.values())
+
+
+def test_ragged_batches_compile_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of rows, a kernel is compiled once a tile."""
+    monkeypatch.setattr(Execution, "run", lambda *_: None)
+    made = []
+    with executing(90, multiprocessors=132):
+        weight = torch.empty(4096, 64, dtype=torch.bfloat16)
+        for T in (1, 16, 17, 64, 65, 96, 97, 4096):  # up to 64 rows, and beyond
+            hidden, target = torch.empty(T, 64, dtype=torch.bfloat16), torch.zeros(T, dtype=torch.int64)
+            kernels.forward(hidden, weight, target, None, (1.0, 0.0, 1.0), -100, False)
+            made.append([len(k.device_caches[90][0]) for k in (kernels.forward_kernel, kernels.combine_kernel)])
+    assert made[:4] == [made[0]] * 4 and made[4:] == [made[4]] * 4, made
 
 
 @pytest.mark.parametrize("tile", [Tile(64, 128, 64, 4, 3, True), Tile(128, 256, 64, 8, 3, True)], ids=str)

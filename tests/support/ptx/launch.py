@@ -36,12 +36,13 @@ Grid = tuple[int, int, int]
 
 @dataclasses.dataclass
 class Execution:
-    """How kernels run, and how many programs of each ran. `shuffle`: a seed for the order of programs and warps.
+    """How kernels run, and what ran: programs of each. `shuffle`: a seed for the order of programs and warps.
     `change`: (kernel's name, PTX) -> the PTX that is run."""
 
     shuffle: int | None = None
     change: Callable[[str, str], str] | None = None
     programs: dict[str, int] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # Triton's, of each kernel
     seen: dict[Any, tuple[Program, list[Step]]] = dataclasses.field(default_factory=dict)
 
     def run(self, kernel: CompiledKernel, grid: Grid, arguments: list[tuple[str, Any]]) -> None:
@@ -63,6 +64,7 @@ class Execution:
                 block = Block(program, steps, tensors, id, grid, parameters, kernel.metadata.shared, descriptors)
                 block.run(random)
         name = kernel.metadata.name
+        self.metadata[name] = kernel.metadata
         self.programs[name] = self.programs.get(name, 0) + len(ids)
 
 
@@ -143,7 +145,9 @@ def executing(
         mock.patch.object(CompiledKernel, "run", property(lambda self: functools.partial(launch, self))),
         mock.patch.object(dispatch, "_interpreting", lambda: True),
         mock.patch.object(product, "multiprocessors", lambda device: multiprocessors),
-        mock.patch.dict(os.environ, {"TRITON_DEFAULT_FP_FUSION": "1"}),  # as a launch has it by default until Triton 3.10
+        mock.patch.dict(
+            os.environ, {"TRITON_DEFAULT_FP_FUSION": "0"}
+        ),  # the default of Triton 3.10: a launch has to ask for it
     ):
         driver.set_active(Driver(GPUTarget("cuda", capability, 32)))
         try:
