@@ -73,6 +73,7 @@ def find_checks(sizes: Sizes) -> list[Check]:
         Check("log p, softcap", logprob, _bound(check_logprob, sizes, softcap=2.0)),
         Check("log p, log-sum-exp and entropy", logprob, _bound(check_logprob, sizes, extras=True, scale=-0.4)),
         Check("log p, sizes that tiles divide", logprob, _bound(check_logprob, whole)),
+        Check("log p, a tile of ignored rows", logprob, _bound(check_logprob, sizes, ignored=128)),
         Check("log p of few rows", logprob, _bound(check_logprob, few)),
         Check("loss of known weights", kept, _bound(check_rationale_loss, sizes)),
         Check("loss of known weights, bias", kept, _bound(check_rationale_loss, sizes, bias=True, temperature=0.7)),
@@ -93,13 +94,15 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.detach().double() - want).norm()) / (float(want.norm()) or 1.0)
 
 
-def make_operands(T: int, H: int, V: int, dtype: torch.dtype, device: torch.device, bias: bool) -> tuple[list[Tensor], Tensor]:
-    """([hidden [T, H], weight [V, H] and perhaps bias [V]], target [T]) with rows that are ignored."""
+def make_operands(
+    T: int, H: int, V: int, dtype: torch.dtype, device: torch.device, bias: bool, ignored: int = 0
+) -> tuple[list[Tensor], Tensor]:
+    """([hidden [T, H], weight [V, H] and perhaps bias [V]], target [T]): one row of seven and the first few are ignored."""
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(T, H, generator=generator), 0.3 * torch.randn(V, H, generator=generator) * min(1, (72 / H) ** 0.5)]
     leaves += [torch.randn(V, generator=generator)] * bias
     target_T = torch.randint(0, V, (T,), generator=generator)
-    target_T[3::7] = -100
+    target_T[3::7] = target_T[:ignored] = -100
     return [x.to(device, dtype).requires_grad_() for x in leaves], target_T.to(device)
 
 
@@ -108,10 +111,18 @@ def doubled(leaves: list[Tensor]) -> list[Tensor]:
 
 
 def check_logprob(
-    dtype: torch.dtype, device: torch.device, T: int, H: int, V: int, bias: bool = False, extras: bool = False, **options: Any
+    dtype: torch.dtype,
+    device: torch.device,
+    T: int,
+    H: int,
+    V: int,
+    bias: bool = False,
+    extras: bool = False,
+    ignored: int = 0,
+    **options: Any,
 ) -> Errors:
     """log p, with `extras` log-sum-exp and entropy too, and the gradients of a weighted sum that spares a third of the rows."""
-    leaves, target_T = make_operands(T, H, V, dtype, device, bias)
+    leaves, target_T = make_operands(T, H, V, dtype, device, bias, ignored)
     weight_T = torch.randn(T, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(device)
     weight_T[1::3] = 0
     results = []

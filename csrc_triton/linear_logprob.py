@@ -60,7 +60,7 @@ def forward_kernel(
     max_t = tl.full((BLOCK_T,), LOWEST, dtype=tl.float32)
     sum_t = tl.zeros((BLOCK_T,), dtype=tl.float32)
     plogp_t = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    for first in range(begin, stop, BLOCK_V):
+    for first in tl.range(begin, stop, BLOCK_V, flatten=not KEEP):  # flat: the next tile is fetched meanwhile
         u_tv = product_tile(
             hidden_ptr, weight_ptr, bias_ptr, tl.program_id(0) * BLOCK_T, first, T, V, H, scale, inverse_softcap,
             BLOCK_T, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, EVEN_H, EVEN_V, DESCRIPTORS,

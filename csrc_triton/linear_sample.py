@@ -93,7 +93,7 @@ def product_kernel(
     stop = tl.minimum(begin + part_size, V)
     best_t = tl.full((BLOCK_T,), LOWEST, dtype=tl.float32)
     entry_t = tl.zeros((BLOCK_T,), dtype=tl.int32) + begin
-    for first in range(begin, stop, BLOCK_V):
+    for first in tl.range(begin, stop, BLOCK_V, flatten=not GROUPED):  # flat: the next tile is fetched meanwhile
         u_tv = product_tile(
             hidden_ptr, weight_ptr, bias_ptr, tl.program_id(0) * BLOCK_T, first, B, V, H, scale, inverse_softcap,
             BLOCK_T, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, EVEN_H, EVEN_V, DESCRIPTORS,

@@ -89,7 +89,7 @@ def name_of(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-@pytest.mark.parametrize("name, change", [("nothing", None), *mutants("forward_kernel")], ids=name_of)
+@pytest.mark.parametrize("name, change", [("nothing", None), *mutants()], ids=name_of)
 def test_what_is_broken_is_noticed(name, change, head) -> None:
     call, expected = head
     with executing(90, change=change):

@@ -1,4 +1,4 @@
-"""Ways to break the compiled forward kernel of sm_90 that the executor has to notice: as a fault, or as wrong numbers."""
+"""Ways to break the compiled forward pass of sm_90 that the executor has to notice: as a fault, or as wrong numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 Change = Callable[[str], str]
 EXP = r"(ex2\.approx\.ftz\.f32\s+%r\d+, )"
-ROUNDS = r"(setp\.lt\.s32\s+%p\d+, %r\d+, )"
 NOTHING = "mov.u32 %r1, %tid.x;"  # what the kernel began with
 
 
@@ -18,24 +17,22 @@ def nth(text: str, pattern: str, which: int, new: str) -> str:
 
 
 def in_loop(change: Change) -> Change:
-    """Changes the loop over the hidden dimension alone: from its label to its last branch."""
+    """Changes a round of the loop over the hidden dimension alone: from the wait for its operands to its first branch."""
 
     def changed(text: str) -> str:
         product = text.index("wgmma.mma_async")
-        start = text.rindex("\n$L", 0, product)
-        label = re.match(r"\n(\$\w+):", text[start:])[1]  # type: ignore[index]
-        end = re.search(rf"bra(\.uni)?\s+{re.escape(label)};", text[product:]).end() + product  # type: ignore[union-attr]
+        start, end = text.rindex("cp.async.wait_group", 0, product), text.index("bra ", product)
         return text[:start] + change(text[start:end]) + text[end:]
 
     return changed
 
 
-def before_products_end(change: Change) -> Change:
-    """Changes what stands between the loop and the wait for its last products: the mask of the columns."""
+def behind_loop(change: Change) -> Change:
+    """Changes what stands between that branch and the wait for the last products: the mask of the columns."""
 
     def changed(text: str) -> str:
-        end = re.search(r"wgmma\.wait_group\.sync\.aligned\s+0;", text).start()  # type: ignore[union-attr]
-        start = text.rindex("\n$L", 0, end)
+        start = text.index("bra ", text.index("wgmma.mma_async"))
+        end = start + re.search(r"wgmma\.wait_group\.sync\.aligned\s+0;", text[start:]).start()  # type: ignore[union-attr]
         return text[:start] + change(text[start:end]) + text[end:]
 
     return changed
@@ -45,7 +42,7 @@ def replaced(pattern: str, new: str, which: int = 0) -> Change:
     return lambda text: nth(text, pattern, which, new)
 
 
-MUTATIONS: dict[str, Change] = {
+FORWARD: dict[str, Change] = {
     "no barrier after the copies were waited for": in_loop(replaced(r"bar\.sync\s+0;", NOTHING)),
     "no barrier after the products were waited for": in_loop(replaced(r"bar\.sync\s+0;", NOTHING, 1)),
     "copies waited for too late": in_loop(replaced(r"(cp\.async\.wait_group\s+)2;", r"\g<1>4;")),
@@ -58,21 +55,26 @@ MUTATIONS: dict[str, Change] = {
     "no barrier within the reduction over warps": replaced(r"bar\.sync\s+0;", NOTHING, -2),
     "a group of copies not closed": in_loop(replaced(r"cp\.async\.commit_group;", "")),
     "a group of products not closed": in_loop(replaced(r"wgmma\.commit_group\.sync\.aligned;", "")),
-    "two rounds too few of the loop": in_loop(replaced(rf"{ROUNDS}(%r\d+)(;.*){ROUNDS}%r\d+", r"\1\2\3\4\2")),
     "operands of a product swapped": in_loop(replaced(r"\}, (%rd\d+), (%rd\d+), ", r"}, \2, \1, ", 1)),
-    "one column more than there are": before_products_end(lambda text: text.replace("setp.lt.s32", "setp.le.s32")),
+    "one column more than there are": behind_loop(lambda text: text.replace("setp.lt.s32", "setp.le.s32")),
 }
 
 
-def mutants(kernel: str) -> Iterator[tuple[str, Callable[[str, str], str]]]:
+COMBINE: dict[str, Change] = {
+    "one round too few of a loop": replaced(r"(setp\.lt\.s32\s+%p\d+, %r\d+, )%r\d+(;\s*@%p\d+ bra)", r"\g<1>128\2"),
+}
+
+
+def mutants() -> Iterator[tuple[str, Callable[[str, str], str]]]:
     """(name, what `executing` takes as `change`). A change that finds nothing to change raises."""
-    for name, change in MUTATIONS.items():
+    for kernel, changes in (("forward_kernel", FORWARD), ("combine_kernel", COMBINE)):
+        for name, change in changes.items():
 
-        def changed(of: str, text: str, change: Change = change) -> str:
-            if of != kernel:
-                return text
-            found = change(text)
-            assert found != text
-            return found
+            def changed(of: str, text: str, kernel: str = kernel, change: Change = change) -> str:
+                if of != kernel:
+                    return text
+                found = change(text)
+                assert found != text
+                return found
 
-        yield name, changed
+            yield name, changed
