@@ -6,7 +6,6 @@ vocabulary is split so that few rows still fill the GPU. u, z, slope and `option
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from csrc_triton.product import (
     LAUNCH,
+    LOG2_E,
     LOWEST,
     bend,
     choose_tile,
@@ -30,7 +30,6 @@ from csrc_triton.product import (
 )
 
 WORKSPACE_BYTES = 24 * 2**20  # of one chunk's gradient; stays in the L2 cache of an A100, H100 or B200
-LOG2_E = tl.constexpr(1 / math.log(2))
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -10,6 +10,7 @@ then the largest u gives the largest z, and exp(z - m) is one multiply-add and o
 from __future__ import annotations
 
 import functools
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 LAUNCH = dict(enable_fp_fusion=True)  # multiply-adds in one instruction: of every kernel, whatever Triton's default becomes
+LOG2_E = tl.constexpr(1 / math.log(2))
 LOWEST = tl.constexpr(-1e30)  # below every finite logit; -inf would make NaNs where all of a tile is masked
 
 
@@ -69,7 +71,7 @@ def bend(acc, bias, scale, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_BIAS: t
     if HAS_BIAS:
         acc = acc + bias
     if HAS_SOFTCAP:
-        acc = 2 * tl.sigmoid(2 * inverse_softcap * acc) - 1
+        acc = 2 / (1 + tl.exp2(acc * (-2 * LOG2_E * inverse_softcap))) - 1  # tanh(acc / softcap)
     return acc
 
 
