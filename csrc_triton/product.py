@@ -55,10 +55,16 @@ def choose_parts(blocks: int, tiles: int, slots: int) -> int:
     return min(range(1, most + 1), key=lambda parts: triton.cdiv(blocks * parts, slots) / parts)
 
 
+def programs_at_once(tile: Tile, architecture: int) -> int:
+    """Programs of a plain forward pass that share a multiprocessor: what its registers and shared memory leave room for, as
+    compiled. With matrix instructions of a warp (Ampere, Ada, and Blackwell's workstation GPUs) the larger tile leaves none."""
+    return 1 if tile.num_warps == 8 and architecture in (8, 12) else 2
+
+
 def layout(tile: Tile, rows: int, V: int, device: torch.device) -> tuple[int, int, int, int]:
     """(blocks of rows, tiles of the vocabulary, parts of it, columns of a part)."""
     blocks, tiles = triton.cdiv(rows, tile.block_t), triton.cdiv(V, tile.block_v)
-    parts = choose_parts(blocks, tiles, 2 * multiprocessors(device))
+    parts = choose_parts(blocks, tiles, programs_at_once(tile, architecture(device)) * multiprocessors(device))
     part_size = triton.cdiv(tiles, parts) * tile.block_v
     return blocks, tiles, triton.cdiv(V, part_size), part_size
 
@@ -170,6 +176,12 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """8 for Ampere and Ada, 9 for Hopper, 10 and 12 for Blackwell; off a GPU, Hopper."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 @functools.cache

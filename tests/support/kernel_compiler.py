@@ -66,6 +66,7 @@ def compile_kernel(kernel, capability, dtype, constants, num_warps=4, num_stages
         usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     used = dict(item.split(":") for item in usage.stdout.split() if item.count(":") == 1 and item[-1] != ":")
     return {
+        "threads": 32 * num_warps,
         "shared": compiled.metadata.shared,
         "registers": int(used["REG"]),
         "stack": int(used["STACK"]) + int(used["LOCAL"]),
@@ -139,12 +140,13 @@ def cases(capability):
         yield from linear_cases(capability, "bf16", KEEP=True)
     if capability in (80, 90):
         yield from linear_cases(capability, "fp32")
+    if capability in (80, 90, 120):
+        yield from linear_cases(capability, "bf16", rows=32)
     if capability in (90, 100):  # not the default: what `bench/tuning.py` times beside it
         tile = product.Tile(64, 128, 64, 4, 3) if capability == 90 else product.choose_tile(torch.bfloat16, 4096)
         yield from linear_cases(capability, "bf16", tile=tile, DESCRIPTORS=True)
     if capability == 90:
         yield from linear_cases(capability, "bf16", HAS_SOFTCAP=True)  # Gemma
-        yield from linear_cases(capability, "bf16", rows=32)
         yield from linear_cases(capability, "bf16", WANT_ENTROPY=True, HAS_PROBZ=True)
         yield from linear_cases(capability, "fp16", rows=1)
         yield from small_cases(capability)
