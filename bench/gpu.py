@@ -64,7 +64,7 @@ class Session:
             return
         row: dict[str, Any] = {"part": part.name, "status": SKIPPED, "said": part.lacks or ""}
         self.parts[part.name] = row
-        limit = min(part.limit_s, self.left_s() - GRACE_S / 4)
+        limit = min(part.limit_s, self.left_s() - GRACE_S / 2)
         if part.lacks is None and limit < part.least_s:
             row |= {"status": "left", "said": "no time left"}
         elif part.lacks is None:

@@ -44,16 +44,16 @@ def find_data(folder: Path) -> tuple[str, list[Path], Path]:
 
     Raises `InputError` where svamp is not.
     """
-    main, test = find_file(folder, MAIN), find_file(folder, TEST)
-    for name, path in ((MAIN, main), (TEST, test)):
-        if path is None:
-            raise InputError(f"--data: there is no {name} in {folder}; docs/recipes.md says where it is published")
-    assert main and test
+    main = find_file(folder, MAIN)
+    if main is None or not main.with_name(TEST).is_file():  # others have a file of that name too
+        raise InputError(
+            f"--data: there is no {MAIN} beside a {TEST} in {folder}; docs/recipes.md says where they are published"
+        )
     for names in (MENTORS, FLAT):
         mentors = [path for name in names if (path := find_file(folder, name))]
         if len(mentors) == len(names):
-            return "svamp-mentors-smollm2", [main, *mentors], test
-    return "svamp-smollm2", [main], test
+            return "svamp-mentors-smollm2", [main, *mentors], main.with_name(TEST)
+    return "svamp-smollm2", [main], main.with_name(TEST)
 
 
 def prepare(inputs: list[Path], output: Path) -> None:

@@ -145,8 +145,10 @@ def test_published_files_are_found_at_any_depth(tmp_path: Path) -> None:
         gpu_training.find_data(tmp_path)
     main = tmp_path / "mentor-kd" / "data" / "main"
     main.mkdir(parents=True)
-    for name in (gpu_training.MAIN, gpu_training.TEST):
-        (main / name).touch()
+    other = tmp_path / "dss" / gpu_training.TEST  # of another publication
+    other.parent.mkdir()
+    for path in (main / gpu_training.MAIN, main / gpu_training.TEST, other):
+        path.touch()
     assert gpu_training.find_data(tmp_path) == ("svamp-smollm2", [main / gpu_training.MAIN], main / gpu_training.TEST)
     for name in gpu_training.FLAT:
         (tmp_path / name).touch()
