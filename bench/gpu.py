@@ -39,7 +39,7 @@ class Halt(BaseException):
     """A signal came."""
 
 
-class Session:
+class Call:
     """One call: its deadline, its folder, and what each part came to."""
 
     def __init__(self, setting: Setting, minutes: float, resume: bool):
@@ -171,21 +171,21 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{folder} holds an earlier call; --resume goes on with it")
     folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(folder, given.data, given.student, given.seeds, given.append, given.rehearse)
-    session = Session(setting, given.minutes, given.resume)
+    call = Call(setting, given.minutes, given.resume)
     before = {number: signal.signal(number, halt) for number in (signal.SIGINT, signal.SIGTERM)}
-    print(REHEARSAL if given.rehearse else f"{session.where['device']}, commit {session.where['commit']}", flush=True)
+    print(REHEARSAL if given.rehearse else f"{call.where['device']}, commit {call.where['commit']}", flush=True)
     try:
         for part in find_parts(setting):
             if part.name.startswith(tuple(given.parts.split(","))):
-                session.run(part)
+                call.run(part)
     except Halt as stop:
         print(f"stopped by signal {stop.args[0]}; --resume goes on", file=sys.stderr)
         return 128 + int(stop.args[0])
     finally:
-        session.write()
+        call.write()
         for number, handler in before.items():
             signal.signal(number, handler)
-    return session.exit_code()
+    return call.exit_code()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 Change = Callable[[str], str]
 EXP = r"(ex2\.approx\.ftz\.f32\s+%r\d+, )"
-NOTHING = "mov.u32 %r1, %tid.x;"  # what the kernel began with
+NOTHING = "mov.u32 %nothing, %tid.x;"
 
 
 def nth(text: str, pattern: str, which: int, new: str) -> str:
