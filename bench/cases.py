@@ -32,6 +32,7 @@ HEADS = {
     "gemma-3-270m": Head(640, 262_144),
     "llama-3-8b": Head(4_096, 128_256),
     "tiny": Head(256, 8_192),
+    "rehearsal": Head(40, 300),
 }
 
 

@@ -1,15 +1,11 @@
 """What the kernels' fixed choices rest on: tiles of the forward pass, and ways through the backward pass.
 
-    python -m qcrd_fast.bench.tuning [--heads t5-base,...] [--tokens 16384] [--dtype bf16] [--repeats 20] [--append]
-    python -m qcrd_fast.bench.tuning --specialised [...]
+    python -m qcrd_fast.bench.tuning [--heads t5-base,...] [--tokens 16384] [--dtype bf16] [--repeats 20] [--short] [--append]
 
 Needs a GPU. Forward: every tile of SHAPES, through pointers and through tensor descriptors (sm_90 and newer), against
 `torch.mm` of the same shape. Backward, of the selected 2/7 of the tokens and of 1/32 of them: workspaces of several sizes,
-chunked torch, kernels that compute everything again (`fused_backward`), and the training pass whose gradients are made in
-forward, against three products of that shape. Each is compared with fp32 torch before it is timed; the fastest is marked.
-
-The second command times the forward pass with specialised warps: apart, since a kernel that was compiled wrongly may hang or
-break the process's use of the GPU, and with it what was measured.
+chunked torch, and the training pass whose gradients are made in forward, against three products of that shape. Each is compared
+with fp32 torch before it is timed; the fastest is marked. `--short`: the few ways that a first look needs.
 """
 
 from __future__ import annotations
@@ -17,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,10 +27,10 @@ from csrc_triton.product import Tile
 from qcrd_fast.ops import chunked
 from qcrd_fast.ops.rationale_loss import KEPT_BYTES
 from qcrd_fast.ops.reference import HeadOptions
+from qcrd_fast.utils.files import write_json
 
 from . import timing
 from .cases import DTYPES, HEADS, Case, make_batch
-from .fused_backward import fused_backward
 from .loss import FOUR_HEADS
 from .peers import one_line
 from .record import append, describe_machine
@@ -46,16 +43,16 @@ SHAPES = {
                      (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 128, 8, 2)],
     torch.float32: [(128, 64, 16, 8, 2), (64, 64, 32, 4, 2), (128, 128, 16, 8, 2)],
 }  # fmt: skip
-WORKSPACES_MIB = (8, 16, 24, 32, 48, 96)
+SHORT = [(128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (64, 128, 32, 4, 4)]
+WORKSPACES_MIB, SHORT_MIB = (8, 16, 24, 32, 48, 96), (24, 64)
 Grads = tuple[Tensor, Tensor]  # dHidden [S, H], dWeight [V, H]
 
 
-def tiles(dtype: torch.dtype, specialised: bool = False) -> dict[str, Tile]:
-    found = {}
-    kinds = {" specialised": (True, True)} if specialised else {"": (False, False), " descriptors": (True, False)}
-    for shape in SHAPES[dtype]:
-        for name, flags in kinds.items():
-            found["x".join(map(str, shape[:3])) + f" w{shape[3]} s{shape[4]}" + name] = Tile(*shape, *flags)
+def tiles(dtype: torch.dtype, short: bool = False) -> dict[str, Tile]:
+    found: dict[str, Tile] = {}
+    for shape in SHORT if short and dtype != torch.float32 else SHAPES[dtype]:
+        name = "x".join(map(str, shape[:3])) + f" w{shape[3]} s{shape[4]}"
+        found |= {name: Tile(*shape), f"{name} descriptors": Tile(*shape, descriptors=True)}
     return found
 
 
@@ -73,7 +70,7 @@ def forced(tile: Tile | None = None, workspace_mib: int | None = None) -> Iterat
 
 
 def forward_ways(
-    case: Case, device: torch.device, specialised: bool = False
+    case: Case, device: torch.device, short: bool = False
 ) -> tuple[dict[str, Callable[[], Any]], Callable[[Any], float]]:
     """(ways by name, the first being `products`; the error of a result)."""
     batch = make_batch(case, device)
@@ -90,11 +87,13 @@ def forward_ways(
             torch.mm(rows_CH, head[1].T)
 
     ways: dict[str, Callable[[], Any]] = {"products": products, "default": functools.partial(call, None)}
-    ways |= {name: functools.partial(call, tile) for name, tile in tiles(DTYPES[case.dtype], specialised).items()}
+    ways |= {name: functools.partial(call, tile) for name, tile in tiles(DTYPES[case.dtype], short).items()}
     return ways, lambda out: float((out - truth_T).norm() / truth_T.norm())
 
 
-def backward_ways(case: Case, device: torch.device) -> tuple[dict[str, Callable[[], Any]], Callable[[Any], float]]:
+def backward_ways(
+    case: Case, device: torch.device, short: bool = False
+) -> tuple[dict[str, Callable[[], Any]], Callable[[Any], float]]:
     batch = make_batch(case, device)
     hidden_SH, target_S, weight_VH = batch.hidden_TH.detach(), batch.target_T, batch.weight_VH.detach()
     options, needs = HeadOptions(batch.scale), (True, True, False)
@@ -121,13 +120,9 @@ def backward_ways(case: Case, device: torch.device) -> tuple[dict[str, Callable[
             torch.mm(logits_CV, weight_VH)
             torch.mm(logits_CV.T, rows_CH)
 
-    def fused() -> Grads:
-        return fused_backward(hidden_SH, weight_VH, target_S, lse_S, g_S, options.scale)
-
     ways: dict[str, Callable[[], Any]] = {"products": products}
-    ways |= {f"workspace {mib} MiB": functools.partial(workspace, mib) for mib in WORKSPACES_MIB}
+    ways |= {f"workspace {mib} MiB": functools.partial(workspace, mib) for mib in (SHORT_MIB if short else WORKSPACES_MIB)}
     ways["chunked torch"] = lambda: chunked.chunked_backward(*arguments)[:2]
-    ways["all again, fused"] = fused
     ways["forward included, kept"] = in_forward
 
     def error(grads: Any) -> float:
@@ -180,30 +175,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--specialised", action="store_true", help="the forward pass with specialised warps alone")
+    parser.add_argument("--short", action="store_true", help="four tiles and two workspaces instead of all")
     parser.add_argument("--append", action="store_true", help=f"add the rows to {RESULTS.name}")
+    parser.add_argument("--json", type=Path, help="file to write, again after each pass")
     given = parser.parse_args(arguments)
     unknown = [head for head in given.heads.split(",") if head not in HEADS]
     if unknown:
         parser.error(f"no head {unknown[0]!r}; there are {', '.join(HEADS)}")
-    if not torch.cuda.is_available():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # under the interpreter it is a rehearsal
         parser.error("no CUDA GPU here, and these figures mean nothing without one")
-    device, where = torch.device("cuda"), describe_machine(torch.device("cuda"))
+    where, every = describe_machine(device), list[dict[str, Any]]()
     print(f"{where['device']}; torch {where['torch']}, triton {where.get('triton')}; commit {where['commit']}")
     for head in given.heads.split(","):
         passes = (
-            ("forward", functools.partial(forward_ways, specialised=given.specialised), 1.0),
-            ("backward", backward_ways, 2 / 7),
-            ("small", backward_ways, 1 / 32),
+            ("forward", functools.partial(forward_ways, short=given.short), 1.0),
+            ("backward", functools.partial(backward_ways, short=given.short), 2 / 7),
+            ("small", functools.partial(backward_ways, short=given.short), 1 / 32),
         )
-        for name, find, share in passes[: 1 if given.specialised else None]:
+        for name, find, share in passes:
             case = Case(head, max(64, int(given.tokens * share)), dtype=given.dtype)
             rows = measure(*find(case, device), given.repeats, device)
             print(f"\n{head} {name}, {case.tokens} rows, {given.dtype}", *table(rows), sep="\n", flush=True)
             torch.cuda.empty_cache()
+            common = {"head": head, "tokens": case.tokens, "dtype": given.dtype, "pass": name, "repeats": given.repeats}
+            every += [common | row for row in rows]
             if given.append:
-                common = {"head": head, "tokens": case.tokens, "dtype": given.dtype, "pass": name, **where}
-                append(RESULTS, COLUMNS, ({**common, "repeats": given.repeats, **row} for row in rows))
+                append(RESULTS, COLUMNS, (where | common | row for row in rows))
+            if given.json:
+                write_json(given.json, {"where": where, "rows": every})
     return 0
 
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton.product import LAUNCH
+
 NO_ONE = tl.constexpr(2**31 - 1)
 
 
@@ -147,7 +149,7 @@ def question_kernel(
     tl.store(loss_neg_ptr + place, tl.sum(loss_neg_b, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def backward_kernel(
     dloss_pos_ptr, dloss_neg_ptr, rationale_ptr, valid_ptr, positive_ptr, weight_ptr, count_ptr, dlogprob_ptr, T,
     HAS_VALID: tl.constexpr, BLOCK: tl.constexpr,
@@ -173,7 +175,9 @@ def means(logprob_T: Tensor, rationale_T: Tensor, valid_T: Tensor | None, R: int
         offset = torch.searchsorted(rationale_T.contiguous(), torch.arange(R + 1, device=rationale_T.device))
         # Triton has no bool pointers: they are read as bytes.
         valid_T = None if valid_T is None else valid_T.contiguous().view(torch.int8)
-        mean_kernel[(R,)](logprob_T.contiguous(), valid_T, offset, nll_R, count_R, HAS_VALID=valid_T is not None, BLOCK=512)
+        mean_kernel[(R,)](
+            logprob_T.contiguous(), valid_T, offset, nll_R, count_R, HAS_VALID=valid_T is not None, BLOCK=512, **LAUNCH
+        )
     return nll_R, count_R
 
 
@@ -203,7 +207,7 @@ def forward(
         question_kernel[(R,)](
             sorted_R, order_R, end_R, positive_R, quality_R, score_R, nll_R, count_R, num_questions, delta,
             weight_R, active_R.view(torch.int8), loss_pos_R, loss_neg_R,
-            POSITIVE=selects[0], NEGATIVE=selects[1], HAS_QUALITY=quality_R is not None, BLOCK=32, num_warps=1,
+            POSITIVE=selects[0], NEGATIVE=selects[1], HAS_QUALITY=quality_R is not None, BLOCK=32, num_warps=1, **LAUNCH,
         )  # fmt: skip
     return loss_pos_R.sum(), loss_neg_R.sum(), nll_R, weight_R, active_R, count_R
 
@@ -225,6 +229,6 @@ def backward(
             dloss_pos.contiguous(), dloss_neg.contiguous(), rationale_T.contiguous(),
             None if valid_T is None else valid_T.contiguous().view(torch.int8),
             positive_R.contiguous().view(torch.int8), weight_R, count_R, dlogprob_T, T,
-            HAS_VALID=valid_T is not None, BLOCK=1024,
+            HAS_VALID=valid_T is not None, BLOCK=1024, **LAUNCH,
         )  # fmt: skip
     return dlogprob_T

@@ -6,7 +6,6 @@ vocabulary is split so that few rows still fill the GPU. u, z, slope and `option
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.product import (
+    LAUNCH,
+    LOG2_E,
     LOWEST,
     bend,
     choose_tile,
@@ -29,16 +30,15 @@ from csrc_triton.product import (
 )
 
 WORKSPACE_BYTES = 24 * 2**20  # of one chunk's gradient; stays in the L2 cache of an A100, H100 or B200
-LOG2_E = tl.constexpr(1 / math.log(2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, plogp_ptr, kept_ptr, kept_max_ptr,
     T, V, H, part_size, pitch, scale, inverse_softcap, slope, ignore_index,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr, SPECIALIZE: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr,
     WANT_ENTROPY: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T rows against one part of the vocabulary, with an online log-sum-exp.
@@ -59,7 +59,7 @@ def forward_kernel(
     max_t = tl.full((BLOCK_T,), LOWEST, dtype=tl.float32)
     sum_t = tl.zeros((BLOCK_T,), dtype=tl.float32)
     plogp_t = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    for first in tl.range(begin, stop, BLOCK_V, warp_specialize=SPECIALIZE):
+    for first in tl.range(begin, stop, BLOCK_V, flatten=not KEEP):  # flat: the next tile is fetched meanwhile
         u_tv = product_tile(
             hidden_ptr, weight_ptr, bias_ptr, tl.program_id(0) * BLOCK_T, first, T, V, H, scale, inverse_softcap,
             BLOCK_T, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, EVEN_H, EVEN_V, DESCRIPTORS,
@@ -86,7 +86,7 @@ def forward_kernel(
         tl.store(plogp_ptr + out_t, plogp_t, mask=in_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "P"])
 def combine_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, plogp_ptr, logprob_ptr, lse_ptr, entropy_ptr, rest_ptr,
     T, H, P, scale, inverse_softcap, slope, ignore_index,
@@ -139,7 +139,7 @@ def combine_kernel(
         tl.store(rest_ptr + rows_t, log_sum_t - (lse_t - max_t * slope), mask=in_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def da_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, onehot_ptr, prob_ptr, problog_ptr, da_ptr,
     S, V, H, first_col, last_col, pitch, scale, inverse_softcap, slope,
@@ -179,7 +179,7 @@ def da_kernel(
     tl.store(out_tv, da_tv.to(da_ptr.dtype.element_ty), mask=in_t[:, None] & (cols_v < last_col)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def kept_kernel(
     kept_ptr, kept_max_ptr, target_ptr, lse_ptr, onehot_ptr, prob_ptr, T, V, pitch, slope,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -252,12 +252,12 @@ def _forward(
     forward_kernel[(blocks, parts)](
         *sources(hidden_TH, weight_VH, tile), *head[2:], *partial_PT, *(kept[:2] if kept else (None, None)),
         T, V, H, part_size, pitch, *numbers(bias_V, options), ignore_index,
-        **flags, **shape_of(tile, V, H), SPECIALIZE=tile.specialize, WANT_ENTROPY=want_entropy, KEEP=keep,
+        **flags, **shape_of(tile, V, H), WANT_ENTROPY=want_entropy, KEEP=keep,
     )  # fmt: skip
     combine_kernel[(triton.cdiv(T, 16),)](
         *head, *partial_PT, logprob_T, lse_T, entropy_T, rest_T,
         T, H, parts, *numbers(bias_V, options), ignore_index,
-        **flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=want_entropy,
+        **flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=want_entropy, **LAUNCH,
     )  # fmt: skip
     return logprob_T, lse_T, entropy_T, rest_T, kept
 
@@ -301,7 +301,7 @@ def backward_kept(
         onehot_T = dlogprob_T / temperature
         kept_kernel[(triton.cdiv(T, 32), len(kept.max_NT))](
             kept.exp_TV, kept.max_NT, target_T.contiguous(), lse_T, onehot_T, -onehot_T,
-            T, V, kept.exp_TV.shape[1], numbers(bias_V, options)[2], BLOCK_T=32, BLOCK_V=kept.block_v,
+            T, V, kept.exp_TV.shape[1], numbers(bias_V, options)[2], BLOCK_T=32, BLOCK_V=kept.block_v, **LAUNCH,
         )  # fmt: skip
         da_TV = kept.exp_TV[:, :V]
     dbias_V = da_TV.sum(0, dtype=torch.float32).to(bias_V.dtype) if need_bias and bias_V is not None else None

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.product import (
+    LAUNCH,
     LOWEST,
     Tile,
     bend,
@@ -71,7 +72,7 @@ def _among_largest(x_n, k, N: tl.constexpr, BITS: tl.constexpr):
     return key_n >= bound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def product_kernel(
     hidden_ptr, weight_ptr, bias_ptr, key_ptr, counter_ptr, best_ptr, entry_ptr, top_ptr,
     B, V, H, G, part_size, scale, inverse_softcap, slope,
@@ -92,7 +93,7 @@ def product_kernel(
     stop = tl.minimum(begin + part_size, V)
     best_t = tl.full((BLOCK_T,), LOWEST, dtype=tl.float32)
     entry_t = tl.zeros((BLOCK_T,), dtype=tl.int32) + begin
-    for first in range(begin, stop, BLOCK_V):
+    for first in tl.range(begin, stop, BLOCK_V, flatten=not GROUPED):  # flat: the next tile is fetched meanwhile
         u_tv = product_tile(
             hidden_ptr, weight_ptr, bias_ptr, tl.program_id(0) * BLOCK_T, first, B, V, H, scale, inverse_softcap,
             BLOCK_T, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, EVEN_H, EVEN_V, DESCRIPTORS,
@@ -222,10 +223,10 @@ def sample(
     K = min(top_k, G)  # fewer groups than that: all of them
     group_BK = torch.empty((B, K), dtype=torch.int32, device=hidden_BH.device)
     u_BKG = hidden_BH.new_empty((B, K, GROUP), dtype=torch.float32)
-    select_kernel[(B,)](top_BG, group_BK, G, K, **_block(G))
-    gather_kernel[(B, K)](*head, group_BK, u_BKG, V, H, K, scale, inverse_softcap, GROUP=GROUP, BLOCK_H=128, **flags)
+    select_kernel[(B,)](top_BG, group_BK, G, K, **_block(G), **LAUNCH)
+    gather_kernel[(B, K)](*head, group_BK, u_BKG, V, H, K, scale, inverse_softcap, GROUP=GROUP, BLOCK_H=128, **flags, **LAUNCH)
     token_B = torch.empty(B, dtype=torch.int64, device=hidden_BH.device)
-    pick_kernel[(B,)](u_BKG, group_BK, key_B2, counter_B3, token_B, K, top_k, slope, GROUP=GROUP, **_block(K * GROUP))
+    pick_kernel[(B,)](u_BKG, group_BK, key_B2, counter_B3, token_B, K, top_k, slope, GROUP=GROUP, **_block(K * GROUP), **LAUNCH)
     return token_B
 
 

@@ -10,6 +10,7 @@ then the largest u gives the largest z, and exp(z - m) is one multiply-add and o
 from __future__ import annotations
 
 import functools
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LAUNCH = dict(enable_fp_fusion=True)  # multiply-adds in one instruction: of every kernel, whatever Triton's default becomes
+LOG2_E = tl.constexpr(1 / math.log(2))
 LOWEST = tl.constexpr(-1e30)  # below every finite logit; -inf would make NaNs where all of a tile is masked
 
 
@@ -30,7 +33,6 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     descriptors: bool = False  # operands are fetched by the copy engine of sm_90 and newer (TMA)
-    specialize: bool = False  # loads, products and the rest in warps of their own
 
 
 forced_tile: Tile | None = None  # what a benchmark wants every launch to take
@@ -53,10 +55,16 @@ def choose_parts(blocks: int, tiles: int, slots: int) -> int:
     return min(range(1, most + 1), key=lambda parts: triton.cdiv(blocks * parts, slots) / parts)
 
 
+def programs_at_once(tile: Tile, architecture: int) -> int:
+    """Programs of a plain forward pass that share a multiprocessor: what its registers and shared memory leave room for, as
+    compiled. With matrix instructions of a warp (Ampere, Ada, and Blackwell's workstation GPUs) the larger tile leaves none."""
+    return 1 if tile.num_warps == 8 and architecture in (8, 12) else 2
+
+
 def layout(tile: Tile, rows: int, V: int, device: torch.device) -> tuple[int, int, int, int]:
     """(blocks of rows, tiles of the vocabulary, parts of it, columns of a part)."""
     blocks, tiles = triton.cdiv(rows, tile.block_t), triton.cdiv(V, tile.block_v)
-    parts = choose_parts(blocks, tiles, 2 * multiprocessors(device))
+    parts = choose_parts(blocks, tiles, programs_at_once(tile, architecture(device)) * multiprocessors(device))
     part_size = triton.cdiv(tiles, parts) * tile.block_v
     return blocks, tiles, triton.cdiv(V, part_size), part_size
 
@@ -69,7 +77,7 @@ def bend(acc, bias, scale, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_BIAS: t
     if HAS_BIAS:
         acc = acc + bias
     if HAS_SOFTCAP:
-        acc = 2 * tl.sigmoid(2 * inverse_softcap * acc) - 1
+        acc = 2 / (1 + tl.exp2(acc * (-2 * LOG2_E * inverse_softcap))) - 1  # tanh(acc / softcap)
     return acc
 
 
@@ -150,6 +158,7 @@ def shape_of(tile: Tile, V: int, H: int) -> dict[str, Any]:
         DESCRIPTORS=tile.descriptors,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **LAUNCH,
     )
 
 
@@ -167,6 +176,12 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """8 for Ampere and Ada, 9 for Hopper, 10 and 12 for Blackwell; off a GPU, Hopper."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 @functools.cache

@@ -17,7 +17,6 @@ from triton.compiler import ASTSource
 from csrc_triton import contrastive, linear_logprob, linear_sample, product
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SPECIALIZES_ON_100 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)  # Triton 3.6 fails to compile it
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INT64 = (
     "key_ptr",
@@ -36,6 +35,7 @@ INT32 = ("group_ptr",)
 BYTES = ("valid_ptr", "positive_ptr", "active_ptr")
 FLOATS = ("scale", "inverse_softcap", "slope", "delta")
 DIVISIBLE = ("H", "pitch", "first_col", "part_size")  # by 16, as they are at every size that matters
+DIVISIBLE_IF_EVEN = ("V", "last_col")  # as those of every real head
 
 
 def compile_kernel(kernel, capability, dtype, constants, num_warps=4, num_stages=3):
@@ -54,22 +54,23 @@ def compile_kernel(kernel, capability, dtype, constants, num_warps=4, num_stages
             signature[name] = "*i64" if name in INT64 else "*i32" if name in INT32 else "*i8" if name in BYTES else "*fp32"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if name not in constants and signature[name][0] != "t" and (name.endswith("_ptr") or name in DIVISIBLE):
+        divisible = name.endswith("_ptr") or name in DIVISIBLE or (name in DIVISIBLE_IF_EVEN and constants.get("EVEN_V"))
+        if name not in constants and signature[name][0] != "t" and divisible:
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attrs)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=dict(num_warps=num_warps, num_stages=num_stages))
+    compiled = triton.compile(source, target=target, options=dict(num_warps=num_warps, num_stages=num_stages, **product.LAUNCH))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     used = dict(item.split(":") for item in usage.stdout.split() if item.count(":") == 1 and item[-1] != ":")
     return {
+        "threads": 32 * num_warps,
         "shared": compiled.metadata.shared,
         "registers": int(used["REG"]),
         "stack": int(used["STACK"]) + int(used["LOCAL"]),
         "copy_engine": "cp.async.bulk.tensor" in compiled.asm["ptx"],
-        "specialized": "setmaxnreg" in compiled.asm["ptx"],
         "matrix": [m for m in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if m in compiled.asm["ptx"]],
     }
 
@@ -79,9 +80,9 @@ def linear_cases(capability, dtype, rows=4096, tile=None, **flags):
     tile = tile or product.choose_tile(DTYPES[dtype], rows)
     blocks = dict(BLOCK_T=tile.block_t, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h)
     plain = dict(HAS_BIAS=False, HAS_SCALE=False, HAS_SOFTCAP=False, EVEN_H=True, EVEN_V=True)
-    plain |= dict(DESCRIPTORS=False, SPECIALIZE=False, KEEP=False)
+    plain |= dict(DESCRIPTORS=False, KEEP=False)
     for kernel, extra in ((linear_logprob.forward_kernel, "WANT_ENTROPY"), (linear_logprob.da_kernel, "HAS_PROBLOG")):
-        constants = {**blocks, **plain, extra: False, **{k: v for k, v in flags.items() if k in (*plain, extra, "T", "S")}}
+        constants = {**blocks, **plain, extra: False, **{k: v for k, v in flags.items() if k in (*plain, extra)}}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         absent = {"bias_ptr": not constants["HAS_BIAS"], "problog_ptr": not constants.get("HAS_PROBLOG")}
         absent |= {"kept_ptr": not constants.get("KEEP"), "kept_max_ptr": not constants.get("KEEP")}
@@ -119,7 +120,7 @@ def small_cases(capability):
     selects = [("min", "max"), ("wmean", "max-active"), ("sampling", "mean")]
     cases = [
         (linear_logprob.combine_kernel, dict(**flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=True)),
-        (linear_logprob.combine_kernel, dict(**flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=False, T=1, P=1)),
+        (linear_logprob.combine_kernel, dict(**flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=False)),
         (linear_logprob.kept_kernel, dict(BLOCK_T=32, BLOCK_V=128)),
         (contrastive.mean_kernel, dict(HAS_VALID=True, BLOCK=512)),
         (contrastive.backward_kernel, dict(HAS_VALID=True, BLOCK=1024)),
@@ -139,16 +140,15 @@ def cases(capability):
         yield from linear_cases(capability, "bf16", KEEP=True)
     if capability in (80, 90):
         yield from linear_cases(capability, "fp32")
+    if capability in (80, 90, 120):
+        yield from linear_cases(capability, "bf16", rows=32)
     if capability in (90, 100):  # not the default: what `bench/tuning.py` times beside it
         tile = product.Tile(64, 128, 64, 4, 3) if capability == 90 else product.choose_tile(torch.bfloat16, 4096)
         yield from linear_cases(capability, "bf16", tile=tile, DESCRIPTORS=True)
-        if capability == 90 or SPECIALIZES_ON_100:
-            yield from linear_cases(capability, "bf16", tile=tile, DESCRIPTORS=True, SPECIALIZE=True)
     if capability == 90:
         yield from linear_cases(capability, "bf16", HAS_SOFTCAP=True)  # Gemma
-        yield from linear_cases(capability, "bf16", rows=32)
         yield from linear_cases(capability, "bf16", WANT_ENTROPY=True, HAS_PROBLOG=True)
-        yield from linear_cases(capability, "fp16", rows=1, T=1, S=1)  # Triton turns an argument of 1 into a constant
+        yield from linear_cases(capability, "fp16", rows=1)
         yield from small_cases(capability)
     if capability in (80, 90, 120):
         yield from sample_cases(capability, rows=256 if capability == 90 else 64)

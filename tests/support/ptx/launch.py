@@ -1,0 +1,156 @@
+"""Puts the executor under Triton: its own launches compile for an NVIDIA GPU that is not there, and run here on CPU tensors.
+
+    with executing(90) as launched:
+        linear_logprob(hidden, weight, target, impl="triton")
+
+Needs a process in which TRITON_INTERPRET is not set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import os
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime import driver
+
+from csrc_triton import product
+from qcrd_fast.ops import dispatch
+from tests.support.ptx import arithmetic, matrix, memory  # noqa: F401  # they say how instructions run
+from tests.support.ptx.machine import DESCRIPTORS, Block, Descriptor, GlobalMemory, Step
+from tests.support.ptx.operands import compile_program
+from tests.support.ptx.program import Program
+
+Grid = tuple[int, int, int]
+
+
+@dataclasses.dataclass
+class Execution:
+    """How kernels run, and what ran: programs of each. `shuffle`: a seed for the order of programs and warps.
+    `change`: (kernel's name, PTX) -> the PTX that is run."""
+
+    shuffle: int | None = None
+    change: Callable[[str, str], str] | None = None
+    programs: dict[str, int] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # Triton's, of each kernel
+    seen: dict[Any, tuple[Program, list[Step]]] = dataclasses.field(default_factory=dict)
+
+    def run(self, kernel: CompiledKernel, grid: Grid, arguments: list[tuple[str, Any]]) -> None:
+        """A launch: `arguments` are (type, value) without constants."""
+        if kernel.hash not in self.seen:
+            ptx = kernel.asm["ptx"]
+            program = Program(self.change(kernel.metadata.name, ptx) if self.change else ptx)
+            self.seen[kernel.hash] = program, compile_program(program)
+        program, steps = self.seen[kernel.hash]
+        tensors, words, descriptors = bind(arguments, list(getattr(kernel.metadata, "tensordesc_meta", None) or []))
+        words += [0] * (len(program.parameters) - len(words))  # scratch space, which no kernel of ours takes
+        parameters = dict(zip(program.parameters, words, strict=True))
+        ids = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+        random = None if self.shuffle is None else np.random.default_rng(self.shuffle)
+        if random is not None:
+            ids = [ids[i] for i in random.permutation(len(ids))]
+        with np.errstate(all="ignore"):
+            for id in ids:
+                block = Block(program, steps, tensors, id, grid, parameters, kernel.metadata.shared, descriptors)
+                block.run(random)
+        name = kernel.metadata.name
+        self.metadata[name] = kernel.metadata
+        self.programs[name] = self.programs.get(name, 0) + len(ids)
+
+
+def bind(
+    arguments: list[tuple[str, Any]], boxes: list[dict[str, Any]]
+) -> tuple[GlobalMemory, list[int], dict[int, Descriptor]]:
+    """(memory, a word a parameter, descriptors by address) of a launch's arguments."""
+    tensors, words, descriptors = GlobalMemory(), list[int](), dict[int, Descriptor]()
+    for kind, value in arguments:
+        if kind.startswith("tensordesc"):
+            box, element = boxes.pop(0), value.base.element_size()
+            pitch, size = value.strides[0] * element, tuple(box["block_size"])
+            found = Descriptor(bytes_of(value.base), tuple(value.shape), pitch, element, size, box["swizzle"])
+            descriptors[DESCRIPTORS + len(words)] = found
+            words += [0, *value.shape, *value.strides]
+        elif kind[0] == "*":
+            words.append(0 if value is None else tensors.map(bytes_of(value), value.data_ptr() % 16))
+        elif kind == "fp32":
+            words.append(struct.unpack("<I", struct.pack("<f", value))[0])
+        else:
+            words.append(int(value))
+    return tensors, words, descriptors
+
+
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """The memory from its first to its last element, not a copy."""
+    if tensor.numel() == 0:
+        return np.zeros(0, np.uint8)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    size = (last + 1) * tensor.element_size()
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(tensor.data_ptr()))
+
+
+class Driver:
+    """What Triton asks of a driver before it launches."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # what Triton has compiled is kept by device
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+
+@contextlib.contextmanager
+def executing(
+    capability: int,
+    *,
+    shuffle: int | None = None,
+    change: Callable[[str, str], str] | None = None,
+    multiprocessors: int = 2,
+) -> Iterator[Execution]:
+    """Within it kernels with CPU tensors are compiled for this compute capability and executed. Where there are few
+    multiprocessors, the launchers split the vocabulary into few parts, and there are few programs to execute."""
+    execution = Execution(shuffle, change)
+
+    def launch(kernel: CompiledKernel, x: int, y: int, z: int, *rest: Any) -> None:
+        arguments = rest[6:]  # behind stream, function, packed metadata, launch metadata and two hooks
+        kinds = kernel.src.signature.values()
+        given = [(kind, value) for kind, value in zip(kinds, arguments, strict=False) if kind != "constexpr"]
+        execution.run(kernel, (x, y, z), given)
+
+    before = driver._active
+    with (
+        mock.patch.object(CompiledKernel, "_init_handles", lambda self: None),
+        mock.patch.object(CompiledKernel, "launch_metadata", lambda self, *_: None),
+        mock.patch.object(CompiledKernel, "run", property(lambda self: functools.partial(launch, self))),
+        mock.patch.object(dispatch, "_interpreting", lambda: True),
+        mock.patch.object(product, "multiprocessors", lambda device: multiprocessors),
+        mock.patch.dict(
+            os.environ, {"TRITON_DEFAULT_FP_FUSION": "0"}
+        ),  # the default of Triton 3.10: a launch has to ask for it
+    ):
+        driver.set_active(Driver(GPUTarget("cuda", capability, 32)))
+        try:
+            yield execution
+        finally:
+            driver._active = before
