@@ -5,21 +5,34 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from qcrd_fast.data.latex import simplify
+
 _QUESTION_END = 32768  # characters of a question that are looked at
 _LABEL_STYLES = (  # of a line, then of options on one line: the label is the group
     r"^[ \t]*(?:[-*\u2022][ \t]+)?[(（\[【]?([A-Za-z])[)）\].:：、．】][ \t]*(?=\S)",
     r"^[ \t]*(?:[-*\u2022][ \t]+)?[(（\[【]?(\d{1,2})[)）\].:：、．】][ \t]+(?=\S)",
+    r"^[ \t]*([A-Z])[ \t]+[-\u2013\u2014|][ \t]+(?=\S)",
 )
 _LINES = tuple(re.compile(style, re.MULTILINE) for style in _LABEL_STYLES)
 _INLINE = tuple(
     re.compile(style)
     for style in (
-        r"(?:(?<!\w)\(|（)([A-Za-z])[)）][ \t]*", r"(?<![\w])[\[【]([A-Za-z])[\]】][ \t]*", r"(?<![\w(])([A-Za-z])[)）][ \t]*",
+        r"(?:(?<!\w)\(|（)([A-Za-z])[)）][ \t]*", r"(?:(?<!\w)\[|【)([A-Za-z])[\]】][ \t]*", r"(?<![\w(])([A-Za-z])[)）][ \t]*",
         r"(?<![\w'])([A-Z])[:：][ \t]*", r"(?<![\w'])([A-Z])[.．、][ \t]*", r"(?<![\w])[(（](\d)[)）][ \t]*",
     )
 )  # fmt: skip
 _CLEAR = 2  # of these styles, the first ones, whose labels stand in brackets, need no question mark before them
 _TAIL = re.compile(r"[\s,;，；]+(?:or|and|oder|ou|o|или)?\s*$|\s+(?:or|and)\s*$", re.IGNORECASE)
+
+
+_WIDE = {**{code: code - 0xFEE0 for code in (*range(0xFF21, 0xFF3B), *range(0xFF41, 0xFF5B))}, 0xFF0E: "."}
+_BOLD = re.compile(r"(\*\*|__)([(\[]?[A-Za-z][)\].:]{0,2})\1")
+_TEX = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{\s*\([A-Za-z]\)")
+_TASK = re.compile(r"(?:compute|find|what|how|calculate|solve|show|prove)(?![\w])", re.IGNORECASE)
+_INSTRUCTION = re.compile(
+    r"(?:[.;]\s*|\s+)(?:(?:please\s+)(?:answer|choose|select|pick|respond|reply|give)|answer\s+with|answer\s*:)(?:(?![.;]\s).)*\.?$",
+    re.IGNORECASE,
+)
 
 
 class Choices(tuple[str, ...]):
@@ -33,14 +46,20 @@ def parse_choices(question: str) -> Choices:
 
     Read are `(a) x`, `A) x`, `A. x`, `A: x`, `[A] x`, `（A）x`, with a bullet or without, and `1. x` on lines at the end.
     """
-    text = question[-_QUESTION_END:]
-    for pattern, digits in zip(_LINES, (False, True), strict=True):
+    text = _BOLD.sub(r"\2", question[-_QUESTION_END:].translate(_WIDE))
+    if _TEX.search(text):
+        text = simplify(text)
+    for pattern, digits in zip(_LINES, (False, True, False), strict=True):
         found = _sequence(text, pattern, digits, lines=True)
-        if found and (not digits or _are_options(text, found[0])):
+        if found and _is_told(text, found):
+            continue
+        if found and ((not digits and pattern is not _LINES[2]) or _are_options(text, found[0])):
             return _choices(found[1], digits)
     for rank, pattern in enumerate(_INLINE):
         digits = r"\d" in pattern.pattern
         found = _sequence(text, pattern, digits, lines=False)
+        if found and _is_told(text, found):
+            continue
         if found and (rank < _CLEAR or _are_options(text, found[0])):
             return _choices(found[1], digits)
     return Choices()
@@ -60,6 +79,18 @@ def _are_options(text: str, start: int) -> bool:
     )
 
 
+def _is_told(text: str, found: tuple[int, list[str]]) -> bool:
+    """Whether the labels belong to what a question tells, or are questions themselves: it goes on behind them, to its end."""
+    if _are_options(text, found[0]):
+        return False
+    if not text[: found[0]].strip(" \t*-\u2022$\n(") and _TASK.match(found[1][0]):
+        return True
+    end, last = text.rstrip(), found[1][-1]
+    if not end.endswith(("?", "？")):
+        return False
+    return "\n" in end[end.rfind(last[:20]) :] or re.search(r"[.!]\s+\S[^.!]*$", last) is not None
+
+
 def _sequence(text: str, pattern: re.Pattern[str], digits: bool, lines: bool) -> tuple[int, list[str]] | None:
     """Where the last run of labels A, B, C, ... or 1, 2, 3, ... begins, and the texts behind them."""
     first = "1" if digits else "a"
@@ -75,7 +106,9 @@ def _sequence(text: str, pattern: re.Pattern[str], digits: bool, lines: bool) ->
     texts = []
     for index, match in enumerate(run):
         stop = run[index + 1].start() if index + 1 < len(run) else len(text)
-        piece = text[match.end() : stop].split("\n")[0].strip()
+        rows = text[match.end() : stop].split("\n\n")[0].strip().split("\n")
+        piece = " ".join(row.strip() for row in rows) if lines and index + 1 < len(run) else rows[0].strip()
+        piece = _INSTRUCTION.sub("", piece).strip() if index + 1 == len(run) else piece
         texts.append(piece if lines else _TAIL.sub("", piece).strip())
     return (run[0].start(), texts) if all(texts) else None
 

@@ -25,6 +25,7 @@ _UNIT = re.compile(
 _PLAIN = re.compile(r"[-+]?\s*[\d.,/()\s*^]+%?|[-+]?\d[\d.,]*\s*[A-Za-z. ]{0,40}")
 _VARIABLE = re.compile(r"^[A-Za-z](?:_\{?\w\}?)?\s*=\s*")
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}(?:[ ,]+[A-Za-z]{2,}){2,}")
+_BINOMIAL = re.compile(r"\\[dt]?binom\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\w)\s*(\w))")
 _SETS = {r"\{": "{", r"\}": "}"}
 
 _WORKER = """
@@ -96,6 +97,9 @@ def normal_form(text: str) -> str | None:
     r"""LaTeX in one spelling: `\dfrac` as `\frac`, no sizes, no white space, units and `x =` dropped; None for prose."""
     if _PROSE.search(text):
         return None
+    text = _BINOMIAL.sub(lambda match: f"binom({match[1] or match[3]},{match[2] or match[4]})", text)
+    if "\\begin" in text:
+        text = text.replace("\\\\", ";")  # a matrix's rows
     for command, sign in _SETS.items():
         text = text.replace(command, "\x01" if sign == "{" else "\x02")
     text = _UNIT.sub("", _VARIABLE.sub("", text))
@@ -103,7 +107,7 @@ def normal_form(text: str) -> str | None:
     text = re.sub(r"(?<=[\dA-Za-z)])\*(?=[A-Za-zπ√(])", "", text)
     text = re.sub(r"√\((\w)\)", r"√\1", text)
     text = re.sub(r"\^\((-?\w+)\)", r"^\1", text)
-    text = re.sub(r"(?<![\w)])\((\d+|[A-Za-z])\)(?=/)|(?<=/)\((\d+|[A-Za-z])\)", lambda match: match[1] or match[2], text)
+    text = re.sub(r"(?<![\w)])\((\d+|[A-Za-zπ])\)(?=/)|(?<=/)\((\d+|[A-Za-zπ])\)", lambda match: match[1] or match[2], text)
     return text or None
 
 

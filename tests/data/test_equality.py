@@ -65,6 +65,8 @@ def test_a_vote_by_rounded_values():
         ("2\\sqrt{3}", "2 \\sqrt 3", True), ("x = 5", "5", True), ("\\{1, 2\\}", "\\{1,2\\}", True),
         ("\\{1,2\\}", "(1,2)", False), ("$12$", "\\text{12}", True),
         ("3\\pi", "3 \\pi", True), ("\\pi", "3.14", False),
+        ("\\binom{7}{31}", "\\binom{73}{1}", False), ("\\dbinom{7}{3}", "\\binom73", True), ("\\frac{\\pi}{6}", "\\pi/6", True),
+        ("\\begin{pmatrix}3\\\\4\\end{pmatrix}", "\\begin{pmatrix}34\\end{pmatrix}", False),
     ],
 )  # fmt: skip
 def test_formulas(a, b, same):

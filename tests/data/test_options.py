@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qcrd_fast.data.choices import Choices
+from qcrd_fast.data.choices import Choices, parse_choices
 from qcrd_fast.data.replies import Reader, read_reply
 
 OPTIONS = Choices(("spoon", "kettle", "ladder"))
@@ -18,10 +18,13 @@ def read(text: str, options: tuple[str, ...] = OPTIONS) -> str | None:
 @pytest.mark.parametrize(
     "text",
     [
-        "I do not believe B is right.", "Please don't pick B.", "Never choose C.", "We can rule out (C).", "(C) is excluded.",
+        "I do not believe B is right.", "Please don't pick B.", "Never choose C.", "We can rule out (C).",
+        "(C) is excluded.",
         "Nobody boils water in a ladder.", "All but the spoon.", "Anything except a kettle.", "The ladder is too long.",
-        "(A) makes little or no sense.", "B fails.", "The kettle is unlikely.", "Option B is not it.", "It isn't the kettle.",
-        "The least plausible answer is B.", "The second best option is B.", "The kettle might work.", "If B, then it boils.",
+        "(A) makes little or no sense.", "B fails.", "The kettle is unlikely.", "Option B is not it.",
+        "It isn't the kettle.",
+        "The least plausible answer is B.", "The second best option is B.", "The kettle might work.",
+        "If B, then it boils.",
         "B ist falsch.", "Ich würde B nicht wählen.", "Alles außer dem kettle.", "B est fausse.", "Je ne choisis pas B.",
         "La B es incorrecta.", "No elijo B.", "La B è sbagliata.", "Non scelgo B.", "A B está errada.", "Não escolho B.",
         "Вариант B неверный.", "Не B.", "不选B。", "B选项是错的。", "B不对。", "Bではない。", "Bは間違いです。",
@@ -35,8 +38,10 @@ def test_what_is_denied_is_not_chosen(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "Hence B", "So B.", "So it's B.", "It must be B.", "A and C are wrong. So B.", "A is wrong, so it is B.", "Thus (B).",
-        "The answer is B, not C.", "The answer is B rather than C.", "Not A but B.", "The answer is not A but B.", "B fits.",
+        "Hence B", "So B.", "So it's B.", "It must be B.", "A and C are wrong. So B.", "A is wrong, so it is B.",
+        "Thus (B).",
+        "The answer is B, not C.", "The answer is B rather than C.", "Not A but B.", "The answer is not A but B.",
+        "B fits.",
         "The answer is B because A is no vessel.", "The answer is a kettle because a spoon is small.", "B works.",
         "Also B.", "Die Antwort ist B, nicht A.", "Die richtige Antwort ist nicht A, sondern B.", "B ist richtig.",
         "Donc B.", "La réponse est B, pas A.", "La respuesta es B, no A.", "Por lo tanto, B.", "La risposta è B, non A.",
@@ -52,7 +57,8 @@ def test_what_is_settled_on_is_chosen(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "Answer: (A)(C)", "Answer: A; C", "Answer: A, C", "Answer: A\nC", "Answer: AC", "A & C", "A oder C", "A et C", "A y C",
+        "Answer: (A)(C)", "Answer: A; C", "Answer: A, C", "Answer: A\nC", "Answer: AC", "A & C", "A oder C", "A et C",
+        "A y C",
         "A e C", "A и C", "A和C", "AまたはC", "Answer: A, perhaps C", "A (kettle)", "A. kettle", "(A) kettle", "ladder (B)",
         "The answer is A. kettle", "- A) spoon: stirs\n- B) kettle: boils\n- C) ladder: leads up",
         "**A**: stirring. **B**: boiling. **C**: climbing.", "A: yes\nB: yes\nC: no", "A fire kettle.",
@@ -71,7 +77,8 @@ NUMBERS = Choices(("4", "24", "40", "2"))
     [
         ("6*4=24", "24"), ("6 * 4 = 26.", None), ("The answer is 4.2.", None), ("The answer is -4.", None), ("4 000", None),
         ("The answer is at most 4.", None), ("The answer is 2.40", None), ("The answer is more than 40.", None), ("4", "4"),
-        ("The answer is 4 million.", None), ("The answer is (B) 24.", "24"), ("(B) 40", None), ("(B) 24.5", None), ("B", "24"),
+        ("The answer is 4 million.", None), ("The answer is (B) 24.", "24"), ("(B) 40", None), ("(B) 24.5", None),
+        ("B", "24"),
         ("We get 40.", "40"), ("It is 4 or 40.", None), ("The answer is 24.0", "24"), ("\\boxed{24}", "24"),
     ],
 )  # fmt: skip
@@ -85,7 +92,8 @@ def test_options_that_are_numbers(text, answer):
         (("C", "B", "A"), "(A)", "(a) C"), (("C", "B", "A"), "It is blood group A.", None), (("C", "B", "A"), "A", None),
         (("yes", "no", "maybe"), "There is no reason.", None), (("yes", "no", "maybe"), "No one can say.", None),
         (("yes", "no", "maybe"), "The answer is no.", "no"), (("yes", "no", "maybe"), "No.", "no"),
-        (("bus", "bus stop", "stop"), "One waits at the bus stop.", "bus stop"), (("bus", "bus stop"), "(A) bus stop", None),
+        (("bus", "bus stop", "stop"), "One waits at the bus stop.", "bus stop"),
+        (("bus", "bus stop"), "(A) bus stop", None),
         (("bus", "bus stop"), "(B) bus stop", "bus stop"), (("stop", "car"), "A bus stop.", None),
         (("too heavy", "not heavy"), "The answer is not heavy.", "not heavy"), (("a car", "a cat"), "A car.", "a car"),
     ],
@@ -111,3 +119,19 @@ def test_options_that_are_not_known(text, answer):
         assert said == "a kettle"
     else:
         assert (said or "").upper() == (answer or "")
+
+
+@pytest.mark.parametrize(
+    ("question", "found"),
+    [
+        ("Which?\n**A.** fox\n**B.** hen", ("fox", "hen")), ("Which?\nA | fox\nB | hen", ("fox", "hen")),
+        ("哪个？【A】狐【B】鸡", ("狐", "鸡")), ("Which?\nＡ．fox\nＢ．hen", ("fox", "hen")),
+        ("Which? (A) fox (B) hen. Answer with one letter.", ("fox", "hen")),
+        ("Which?\n(A) fox\nof red\n(B) hen", ("fox of red", "hen")),
+        ("(a) Find 3+4. (b) Find 5+6.", ()), ("Tim (A) has 3, Ann (B) has 4. How many are there?", ()),
+        ("Group A: 3 wins. Group B: 5 wins. How many wins?", ()),
+        ("$\\textbf{(A)}\\ 7 \\qquad\\textbf{(B)}\\ 8$", ("7", "8")),
+    ],
+)  # fmt: skip
+def test_options_of_a_question(question, found):
+    assert parse_choices(question) == found
