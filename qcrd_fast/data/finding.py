@@ -9,9 +9,11 @@ from typing import NamedTuple
 from qcrd_fast.data import mathforms
 from qcrd_fast.data.answers import EMPHASIS, Value, numeric_value, option_value, read_value
 from qcrd_fast.data.choices import choice_in_sentence, plain_text
+from qcrd_fast.data.expressions import evaluate_expression
 from qcrd_fast.data.latex import simplify
 from qcrd_fast.data.markers import Marker, cut_next_question, find_markers, sentence_start, sentences
 from qcrd_fast.data.quantities import read_quantity, sole_quantity
+from qcrd_fast.data.surroundings import DENIED_AFTER, TAKEN_BACK, asked, in_doubt, lead_of_box, split_boxes, tail_of_box
 from qcrd_fast.data.thinking import split_thinking
 
 _DENIAL = re.compile(
@@ -39,7 +41,8 @@ _HEDGE = re.compile(
     re.IGNORECASE,
 )
 _VERB = re.compile(
-    r"[=\u2248](?!=)|(?<![\w])(?:is|are|was|were|be|equals?|makes?|made|gives?|gave|leaves?|left\s+with|gets?|got|totals?|"
+    r"(?<![!<>=])[=\u2248](?!=)|(?<![\w])(?:is|are|was|were|be|equals?|makes?|made|gives?|gave|leaves?|left\s+with|gets?|"
+    r"got|totals?|"
     r"total\s+of|totall?ing|"
     r"ist|sind|ergibt|ergeben|macht|machen|bleiben|bleibt|betr\u00e4gt|insgesamt|gleich|est|sont|fait|font|donne(?:nt)?|"
     r"reste(?:nt)?|vaut|"
@@ -65,6 +68,29 @@ _REASONED = re.compile(
     r"поскольку)(?![\w])|\u56e0\u4e3a|\u56e0\u70ba",
     re.IGNORECASE,
 )
+
+
+_NOUN = re.compile(
+    r"(?<![\w])(?:answers?|antwort|r\u00e9ponse|respuesta|risposta|resposta|ответ(?:ом)?)(?![\w])|\u7b54\u6848|\u7b54\u3048",
+    re.IGNORECASE,
+)
+_ANSWER_IS = re.compile(
+    r"(?:\s+(?:to|for)\s[^.:?!]{0,60}?)?[\s*_]{0,4}(?P<not>(?:no|non|n\u00e3o|не|n['\u2019]|\u4e0d)\s?)?"
+    r"(?:(?:is|are|was|will\s+be|would\s+be|should\s+be|must\s+be|equals|ist|lautet|est|sont|es|son|\u00e8|sono|\u00e9|"
+    r"s\u00e3o|"
+    r"равен|равно|это|будет)(?![\w])|\u662f|\u4e3a|\u306f)(?!\s*:\s*[^\W\d]|\W*(?:that|the\s+same|correct\s*[:,]|dass|que|"
+    r"che|qu['\u2019]|"
+    r"что)(?![\w]))",
+    re.IGNORECASE,
+)
+_IS_THE_ANSWER = re.compile(
+    r"(?:(?<![\w])(?:is|are|be|ist|est|es|\u00e8|\u00e9|это)|[-\u2014\u2013\u662f\u304c])\s*(?:(?:the|our|my|your|die|la|the|a|"
+    r"final|correct|right|richtige)\s+){0,3}(?:answer|antwort|r\u00e9ponse|respuesta|risposta|resposta|ответ|\u7b54\u6848|"
+    r"\u7b54\u3048)"
+    r"(?![\w\s]*[:=])[\W_]*(?:\u3067\u3059)?[\W_]*$",
+    re.IGNORECASE,
+)
+_EQUATION = re.compile(r"([\d(][\d\s.,()*/x\u00d7\u00f7+-]{2,80})=\s*\$?\s?([\d.,]{0,30}\d)")
 
 
 class Found(NamedTuple):
@@ -100,8 +126,14 @@ def find_answer(text: str, task: str, choices: Sequence[str], decimal: str, expl
         if marker.clause is None:
             return Found(None, "the box does not close", marker)
         value, why_not, blocks = _in_clause(marker, task, choices, decimal)
-        if value is not None and marker.kind == "box" and _beside_another(text, markers, at):
-            return Found(None, "several boxes", marker)
+        if value is not None and not explicit and TAKEN_BACK.search(text, marker.end if marker.kind != "box" else marker.stop):
+            return Found(None, f"taken back: {_short(text[marker.end :])}", marker)
+        if value is not None and marker.kind == "box":
+            if _beside_another(text, markers, at):
+                return Found(None, "several boxes", marker)
+            value, why_not = _boxed(text, marker, value, task, choices, decimal)
+            if value is None:
+                return Found(None, f"{why_not}: {_short(text[max(0, marker.start - 30) : marker.stop + 30])}", marker)
         if value is not None:
             said = text[marker.start : min(marker.stop, marker.start + 120)]
             return Found(value, " ".join(said.split()), marker)
@@ -122,8 +154,34 @@ def _short(text: str) -> str:
 
 
 def _beside_another(text: str, markers: list[Marker], at: int) -> bool:
+    """Whether a box stands in one sentence with another, of another content, so that neither is the answer."""
     before = [marker for marker in markers[:at] if marker.kind == "box"]
-    return bool(before) and _BETWEEN_BOXES.fullmatch(text[before[-1].stop : markers[at].start][:80]) is not None
+    if not before or before[-1].clause == markers[at].clause:
+        return False
+    between = text[before[-1].stop : markers[at].start]
+    return _BETWEEN_BOXES.fullmatch(between[:80]) is not None or not split_boxes(between)
+
+
+def _boxed(text: str, box: Marker, value: Value, task: str, choices: Sequence[str], decimal: str) -> tuple[Value | None, str]:
+    """The value of a box with what its sentence adds to it: a sign, a multiplier, a unit; or why it is none."""
+    effect, _ = lead_of_box(text, box.start)
+    if effect not in ("", "-") and (effect.startswith("denied") or task in ("number", "equation", "math")):
+        return None, effect
+    if asked(text, box.stop):
+        return None, "a question"
+    if task not in ("number", "equation", "math") or value.number is None:
+        return value, ""
+    content, tail = effect + (box.clause or ""), tail_of_box(text, box.stop)
+    if effect and re.match(r"\s*[-\u2212]", box.clause or ""):
+        return None, "two signs"
+    whole = read_quantity(content + tail, decimal=decimal, expressions=task != "number")
+    alone = read_quantity(content, decimal=decimal, expressions=task != "number")
+    if whole.blocks and not alone.blocks:
+        return None, whole.why
+    if alone.number is None or (effect == "" and (whole.number is None or whole.number == alone.number)):
+        return value, ""
+    found = whole if whole.number is not None else alone
+    return numeric_value(found.number), ""
 
 
 def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) -> tuple[Value | None, str, bool]:
@@ -137,6 +195,8 @@ def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) 
     if task in ("number", "equation"):
         found = read_quantity(clause, decimal=decimal, expressions=task == "equation", label=marker.kind in ("label", "hash"))
         denied = _DENIAL.search(clause) is not None and found.number is None
+        if not whole and DENIED_AFTER.search(_BECAUSE.split(clause)[0]):
+            return None, "denied", True
         value = numeric_value(found.number, found.text if task == "equation" else "")
         return value, found.why, found.blocks or denied or (marker.kind in ("box", "tag"))
     if re.search(r"[?？]\W*$", clause) and not whole:
@@ -194,6 +254,8 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
         return Found(None, f"unsure: {_short(last)}")
     if re.search(r"[?？]\W*$", last):
         return Found(None, f"ends in a question: {_short(last)}")
+    if task in ("number", "equation") and (why := _no_announcement(last)):
+        return Found(None, f"{why}: {_short(last)}")
     if task == "equation" and explicit:
         return Found(None, f"no expression with a value: {_short(last)}")
     if task in ("number", "equation", "math"):
@@ -245,6 +307,29 @@ def _is_bare(text: str, task: str, choices: Sequence[str]) -> bool:
         bare = mathforms.unwrapped(text)
         return "$" not in bare and (len(bare.split()) <= 1 or not re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", bare))
     return len(sentences(text)) == 1
+
+
+def _no_announcement(sentence: str) -> str:
+    """Why a last sentence that speaks of the answer, in which no value followed, is not searched for one."""
+    if DENIED_AFTER.search(_BECAUSE.split(sentence)[0]):
+        return "denied"
+    noun = _NOUN.search(sentence)
+    if noun is None:
+        return ""
+    if in_doubt(sentence[: noun.start()]):
+        return "denied"
+    said = _ANSWER_IS.match(sentence, noun.end())
+    if said is None or _IS_THE_ANSWER.search(sentence):
+        return ""
+    if said["not"]:
+        return "denied"
+    for equation in reversed(list(_EQUATION.finditer(sentence))):
+        if (left := evaluate_expression(equation[1])) is not None and left == evaluate_expression(equation[2]):
+            return ""
+    rest = sentence[said.end() :]
+    if re.match(r"\W*\d", rest):
+        return "" if sole_quantity(rest).number else "several numbers"
+    return "no value follows"
 
 
 def _number_in(sentence: str, task: str, decimal: str) -> Found:

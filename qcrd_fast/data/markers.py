@@ -7,6 +7,7 @@ import re
 from typing import NamedTuple
 
 from qcrd_fast.data.latex import boxes
+from qcrd_fast.data.surroundings import in_doubt, sentence_before
 
 MAX_MARKERS = 64  # the last ones, which are looked at
 MAX_CLAUSE = 1024  # characters of what is said behind a marker
@@ -144,7 +145,8 @@ def _marker(text: str, match: re.Match[str]) -> Marker:
     skip = _SKIP.match(text, end)
     at = skip.end() if skip else end
     clause = _line(text, at) if _is_list(text, end, at) else _clause(text, at)
-    return Marker(start, end, "label" if label else "statement", clause, at + len(clause), bool(_DOUBT.search(before)))
+    doubt = _DOUBT.search(before) is not None or in_doubt(sentence_before(text, start))
+    return Marker(start, end, "label" if label else "statement", clause, at + len(clause), doubt)
 
 
 def _is_list(text: str, end: int, start: int) -> bool:

@@ -42,7 +42,8 @@ _SIGN_WORDS = re.compile(
 )
 _LEAD = re.compile(
     r"(?:[\s:=*_`\"'\u201c\u201d\u00ab\u00bb\u300c\u300e\u3010(\[{~\u2248\uff1a、，,|>]+|"
-    r"(?:(?:that|simply|just|only|exactly|precisely|about|approximately|approx\.?|around|roughly|nearly|equal\s+to|equals|"
+    r"(?:(?:that|indeed|still|again|simply|just|only|exactly|precisely|about|approximately|approx\.?|around|roughly|"
+    r"nearly|equal\s+to|equals|"
     r"a\s+total\s+of|"
     r"the\s+(?:number|value|integer)|the|an?|is|are|be|now|thus|therefore|then|so|of|with|usd|eur|gbp|inr|cad|aud|rmb|rs\.?|us|"
     r"genau|etwa|ungef\u00e4hr|circa|ca\.?|rund|insgesamt|die|der|das|den|ein|eine|"
@@ -84,7 +85,8 @@ _ATTACHED = re.compile(
     r"[:\u2236]\s?\d|[eE][-+]?\d|[\u00b1\u03c0\u221a\u221e\u222a!^]|!\s*[-+*/=]|[xynkKMB\u03c0i](?![\w'])|(?:st|nd|rd|th|er|"
     r"\u00e8me|-?\u0439|-?\u044f)(?![\w])"
     r"|\s+or\s+(?:more|less|fewer|greater|so)(?![\w])|"
-    r"(?:\s*\*(?=[\w(\\])|\s\*\s|\s*\+|\s*-\s*[a-z](?!\w))|\s*(?:/\s*[\u221a\u03c0(]|[\u221a\u03c0\u00b1\u2264\u2265<>\u2260]|\\[A-Za-z])"
+    r"(?:\s*\*(?=[\w(\\])|\s\*\s|\s*\+|\s*-\s*[a-z](?!\w))|\s*(?:/\s*[\u221a\u03c0(]|"
+    r"[\u221a\u03c0\u00b1\u2264\u2265<>\u2260]|\\[A-Za-z])"
 )
 _UNIT_POWER = re.compile(rf"(?<=[{_LATIN}])(?:\^\(?\s*-?\s*[1-4]\)?|[1-4](?![\w]))")
 _BECAUSE = re.compile(
