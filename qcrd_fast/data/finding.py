@@ -93,6 +93,32 @@ _IS_THE_ANSWER = re.compile(
 _EQUATION = re.compile(r"([\d(][\d\s.,()*/x\u00d7\u00f7+-]{2,80})=\s*\$?\s?([\d.,]{0,30}\d)")
 
 
+_REMARK = re.compile(
+    r"\W*(?:(?:note|notes|n\.?b|p\.?s|confidence|source|sources|reference|references|remark|hint|tip|difficulty|score|"
+    r"hinweis|quelle|"
+    r"remarque|source|nota|fuente|fonte|fontes|confiance|confianza|fiducia|примечание|источник|\u6ce8|\u6765\u6e90|"
+    r"\u7f6e\u4fe1\u5ea6)\s*[:：]|let\s+me\s+know|i\s+hope|feel\s+free|(?:i|we)\s+(?:\w+\s+)?(?:checked|verified|did|used|"
+    r"solved)(?![\w])|(?:this|it)\s+can\s+be\s+(?:checked|verified|done|solved)|\[\d+\]|round(?:ed)?(?![\w]))",
+    re.IGNORECASE,
+)
+_NAMED_VALUE = re.compile(
+    r"[\s*|>\u2022-]*(?P<name>[a-z]\)|[^\W\d][^\d=:|()]{0,30}?\s*[=:|])\s*[*$\u20ac]?-?[\d.,]*\d[^\d=*/+]{0,24}"
+)
+_TOTAL = re.compile(
+    r"\W*(?:grand\s+|in\s+)?(?:total|sum|all|altogether|answer|result|left|remaining|difference|gesamt|summe|insgesamt|"
+    r"rest|total|"
+    r"suma|totale|somma|soma|итого|всего|\u5408\u8ba1|\u603b|\u5408\u8a08)",
+    re.IGNORECASE,
+)
+_COMPARED = re.compile(
+    r".{0,7}(?:which|who)\s+(?:is|are|was|were|has|had)\s+\D{0,12}\d[\d.,]*\s+(?:\w+\s+)?(?:more|less|fewer|older|younger|"
+    r"times|higher|lower|longer|shorter|taller|greater|cheaper)(?![\w])",
+    re.IGNORECASE,
+)
+_NAMED_TWICE = re.compile(r"(?<![\w\\])([A-Za-z])\s*=\s*[-\d.]{1,12},?\s*(?:or|and|,|oder|ou|o|или)\s*\1\s*=")
+_NAME = re.compile(r"(?<![\w\\])([A-Za-z])\s*(?<![<>!])=(?!=|\s*[A-Za-z]\s*=)")
+
+
 class Found(NamedTuple):
     """The answer of a text, or None, and why; the `marker` that announced it."""
 
@@ -128,6 +154,13 @@ def find_answer(text: str, task: str, choices: Sequence[str], decimal: str, expl
         value, why_not, blocks = _in_clause(marker, task, choices, decimal)
         if value is not None and not explicit and TAKEN_BACK.search(text, marker.end if marker.kind != "box" else marker.stop):
             return Found(None, f"taken back: {_short(text[marker.end :])}", marker)
+        if (
+            value is not None
+            and task == "number"
+            and marker.kind in ("label", "statement")
+            and _next_value(text, marker, value)
+        ):
+            return Found(None, "several lines of values", marker)
         if value is not None and marker.kind == "box":
             if _beside_another(text, markers, at):
                 return Found(None, "several boxes", marker)
@@ -162,6 +195,23 @@ def _beside_another(text: str, markers: list[Marker], at: int) -> bool:
     return _BETWEEN_BOXES.fullmatch(between[:80]) is not None or not split_boxes(between)
 
 
+def _next_value(text: str, marker: Marker, value: Value) -> bool:
+    """Whether the line behind an announced number is another one, with its unit and nothing else."""
+    following = re.match(
+        r"[ \t*_`.]{0,8}\n[ \t]{0,8}(?:[-*\u2022+]\s)?((?:and|und|et|y|e|и)\s)?([^\n]{1,60})(?:\n|"
+        r"$)",
+        text[marker.stop :][:100],
+    )
+    if (
+        following is None
+        or not re.match(r"[\s*_$\u20ac]{0,6}[-+]?\.?\d", following[2])
+        or re.search(r"[=+*/<:?]", following[2])
+    ):
+        return False
+    other = read_quantity(following[2])
+    return len(following[2].split()) <= 5 and other.number is not None and other.number != value.number
+
+
 def _boxed(text: str, box: Marker, value: Value, task: str, choices: Sequence[str], decimal: str) -> tuple[Value | None, str]:
     """The value of a box with what its sentence adds to it: a sign, a multiplier, a unit; or why it is none."""
     effect, _ = lead_of_box(text, box.start)
@@ -194,6 +244,8 @@ def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) 
         return _in_clause(inner[-1], task, choices, decimal)
     if task in ("number", "equation"):
         found = read_quantity(clause, decimal=decimal, expressions=task == "equation", label=marker.kind in ("label", "hash"))
+        if several_names(simplify(clause)):
+            return None, "several values", True
         denied = _DENIAL.search(clause) is not None and found.number is None
         if not whole and DENIED_AFTER.search(_BECAUSE.split(clause)[0]):
             return None, "denied", True
@@ -254,6 +306,8 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
         return Found(None, f"unsure: {_short(last)}")
     if re.search(r"[?？]\W*$", last):
         return Found(None, f"ends in a question: {_short(last)}")
+    if _REMARK.match(last) or (len(found) > 1 and not explicit and _of_a_list(found)):
+        return Found(None, f"a remark or a list, no last sentence: {_short(last)}")
     if task in ("number", "equation") and (why := _no_announcement(last)):
         return Found(None, f"{why}: {_short(last)}")
     if task == "equation" and explicit:
@@ -332,6 +386,17 @@ def _no_announcement(sentence: str) -> str:
     return "no value follows"
 
 
+def _of_a_list(found: list[str]) -> bool:
+    """Whether the last line is one of several names with a value each, and no total."""
+    last, before = _NAMED_VALUE.fullmatch(found[-1]), _NAMED_VALUE.fullmatch(found[-2])
+    return bool(last and before and last["name"] != before["name"] and not _TOTAL.match(found[-1]))
+
+
+def several_names(text: str) -> bool:
+    """Whether a sentence gives several values to letters: "x = 8 and y = 3", "x = 8 or x = 3"."""
+    return len({match[1] for match in _NAME.finditer(text)}) > 1 or _NAMED_TWICE.search(text) is not None
+
+
 def _number_in(sentence: str, task: str, decimal: str) -> Found:
     """The value that a sentence ends up with: after its last `=` or verb such as "makes", else the only one in it."""
     if task == "math" and (spans := re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", sentence)):
@@ -347,9 +412,15 @@ def _number_in(sentence: str, task: str, decimal: str) -> Found:
     verb = None
     for verb in _VERB.finditer(text):  # noqa: B007
         pass
-    found = sole_quantity(text[verb.end() :] if verb else text, decimal=decimal, expressions=task != "number")
+    if several_names(text):
+        return Found(None, f"several values: {_short(sentence)}")
+    equals = verb is not None and verb[0] in "=\u2248"
+    said = text[verb.end() :] if verb else text
+    found = sole_quantity(said, decimal=decimal, expressions=task != "number", words=not equals)
     if verb and found.why == "no number":
-        found = sole_quantity(text, decimal=decimal, expressions=task != "number")
+        found = sole_quantity(text, decimal=decimal, expressions=task != "number", words=True)
+    if found.number is not None and verb and _COMPARED.match(text, verb.start() - 7 if verb.start() > 6 else 0):
+        return Found(None, f"a comparison in a clause of its own: {_short(sentence)}")
     value = numeric_value(found.number, found.text if task == "equation" else "")
     return Found(value, f"the last sentence: {_short(sentence)}" if value else f"{found.why or 'no value'}: {_short(sentence)}")
 
