@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from qcrd_fast.data.replies import read_reply
+from qcrd_fast.data.load import load_questions
+from qcrd_fast.data.replies import Reader, read_reply
+from qcrd_fast.data.schema import Rationale
+from qcrd_fast.data.voting import vote
 
 
 def number(text: str, decimal: str = "point") -> str | None:
@@ -97,3 +102,27 @@ def test_a_group_never_begins_with_zero():
     assert [number(f"Antwort: {text}", "comma") for text in ("0.125", "0,125", "1.125", "10.125,5")] == [
         "0.125", "0.125", "1125", "10125.5",
     ]  # fmt: skip
+
+
+def test_a_number_of_a_json_file_has_a_point(tmp_path):
+    row = {
+        "id": "a",
+        "question": "How much?",
+        "gold": 1.234,
+        "task": "number",
+        "samples": [{"rationale": "one", "answer": 2.125}],
+    }
+    (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    question = load_questions(tmp_path / "a.jsonl", reader=Reader.from_options(decimal="comma")).questions[0]
+    assert (question.gold, question.majority) == ("1.234", "2.125")
+
+
+def test_written_decimals_are_kept_in_a_vote():
+    for texts in (("5.00", "5.001"), ("2.50", "2.504"), ("1.00", "0.999")):
+        for reply in (False, True):
+            samples = [
+                Rationale(f"It is so, {n}. The answer is {text}." if reply else f"r{n}", None if reply else text, reply=reply)
+                for n, text in enumerate(texts)
+            ]
+            assert len(vote(samples, task="number").votes) == 1, (texts, reply)
+    assert len(vote([Rationale("a", "5"), Rationale("b", "5.001")], task="number").votes) == 2
