@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from cli.main import entry
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.replies import Reader, read_reply
 from qcrd_fast.data.schema import Rationale
@@ -115,6 +116,9 @@ def test_a_number_of_a_json_file_has_a_point(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf-8")
     question = load_questions(tmp_path / "a.jsonl", reader=Reader.from_options(decimal="comma")).questions[0]
     assert (question.gold, question.majority) == ("1.234", "2.125")
+    assert entry(["prepare", str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "b.jsonl"), "--decimal", "comma"]) == 0
+    row = json.loads((tmp_path / "b.jsonl").read_text(encoding="utf-8"))
+    assert (row["gold"], row["majority"]) == ("1.234", "2.125")
 
 
 def test_written_decimals_are_kept_in_a_vote():
