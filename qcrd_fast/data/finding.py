@@ -9,10 +9,12 @@ from typing import NamedTuple
 from qcrd_fast.data import mathforms
 from qcrd_fast.data.answers import EMPHASIS, Value, numeric_value, option_value, read_value
 from qcrd_fast.data.choices import plain_text
+from qcrd_fast.data.expressions import evaluate_expression
 from qcrd_fast.data.latex import simplify
 from qcrd_fast.data.markers import Marker, cut_next_question, find_markers, sentence_start, sentences
 from qcrd_fast.data.options import choice_in_list, choice_in_sentence, is_denied, is_denied_announcement, says_options
 from qcrd_fast.data.quantities import read_quantity, sole_quantity
+from qcrd_fast.data.surroundings import DENIED_AFTER, TAKEN_BACK, asked, in_doubt, lead_of_box, split_boxes, tail_of_box
 from qcrd_fast.data.thinking import split_thinking
 
 _DENIAL = re.compile(
@@ -40,7 +42,8 @@ _HEDGE = re.compile(
     re.IGNORECASE,
 )
 _VERB = re.compile(
-    r"[=\u2248](?!=)|(?<![\w])(?:is|are|was|were|be|equals?|makes?|made|gives?|gave|leaves?|left\s+with|gets?|got|totals?|"
+    r"(?<![!<>=])[=\u2248](?!=)|(?<![\w])(?:is|are|was|were|be|equals?|makes?|made|gives?|gave|leaves?|left\s+with|gets?|"
+    r"got|totals?|"
     r"total\s+of|totall?ing|"
     r"ist|sind|ergibt|ergeben|macht|machen|bleiben|bleibt|betr\u00e4gt|insgesamt|gleich|est|sont|fait|font|donne(?:nt)?|"
     r"reste(?:nt)?|vaut|"
@@ -117,6 +120,51 @@ _LETTER = re.compile(r"\W*[A-Za-z]\W*")
 _HEADED = re.compile(r"\W*[A-Za-z](?:[.):\]]|\W*$)")
 _SAID = re.compile(r"[ \t]*[^\n.!?]{1,200}")
 _NEXT_LETTER = re.compile(r"[ \t.,;]*\n[ \t]*([(\[]?[A-Za-z][)\]]?)[ \t.]*(?=\n|\Z)")
+_NOUN = re.compile(
+    r"(?<![\w])(?:answers?|antwort|r\u00e9ponse|respuesta|risposta|resposta|ответ(?:ом)?)(?![\w])|\u7b54\u6848|\u7b54\u3048",
+    re.IGNORECASE,
+)
+_ANSWER_IS = re.compile(
+    r"(?:\s+(?:to|for)\s[^.:?!]{0,60}?)?[\s*_]{0,4}(?P<not>(?:no|non|n\u00e3o|не|n['\u2019]|\u4e0d)\s?)?"
+    r"(?:(?:is|are|was|will\s+be|would\s+be|should\s+be|must\s+be|equals|ist|lautet|est|sont|es|son|\u00e8|sono|\u00e9|"
+    r"s\u00e3o|"
+    r"равен|равно|это|будет)(?![\w])|\u662f|\u4e3a|\u306f)(?!\s*:\s*[^\W\d]|\W*(?:that|the\s+same|correct\s*[:,]|dass|que|"
+    r"che|qu['\u2019]|"
+    r"что)(?![\w]))",
+    re.IGNORECASE,
+)
+_IS_THE_ANSWER = re.compile(
+    r"(?:(?<![\w])(?:is|are|be|ist|est|es|\u00e8|\u00e9|это)|[-\u2014\u2013\u662f\u304c])\s*(?:(?:the|our|my|your|die|la|the|a|"
+    r"final|correct|right|richtige)\s+){0,3}(?:answer|antwort|r\u00e9ponse|respuesta|risposta|resposta|ответ|\u7b54\u6848|"
+    r"\u7b54\u3048)"
+    r"(?![\w\s]*[:=])[\W_]*(?:\u3067\u3059)?[\W_]*$",
+    re.IGNORECASE,
+)
+_EQUATION = re.compile(r"([\d(][\d\s.,()*/x\u00d7\u00f7+-]{2,80})=\s*\$?\s?([\d.,]{0,30}\d)")
+_REMARK = re.compile(
+    r"\W*(?:(?:note|notes|n\.?b|p\.?s|confidence|source|sources|reference|references|remark|hint|tip|difficulty|score|"
+    r"hinweis|quelle|"
+    r"remarque|source|nota|fuente|fonte|fontes|confiance|confianza|fiducia|примечание|источник|\u6ce8|\u6765\u6e90|"
+    r"\u7f6e\u4fe1\u5ea6)\s*[:：]|let\s+me\s+know|i\s+hope|feel\s+free|(?:i|we)\s+(?:\w+\s+)?(?:checked|verified|did|used|"
+    r"solved)(?![\w])|(?:this|it)\s+can\s+be\s+(?:checked|verified|done|solved)|\[\d+\]|round(?:ed)?(?![\w]))",
+    re.IGNORECASE,
+)
+_NAMED_VALUE = re.compile(
+    r"[\s*|>\u2022-]*(?P<name>[a-z]\)|[^\W\d][^\d=:|()]{0,30}?\s*[=:|])\s*[*$\u20ac]?-?[\d.,]*\d[^\d=*/+]{0,24}"
+)
+_TOTAL = re.compile(
+    r"\W*(?:grand\s+|in\s+)?(?:total|sum|all|altogether|answer|result|left|remaining|difference|gesamt|summe|insgesamt|"
+    r"rest|total|"
+    r"suma|totale|somma|soma|итого|всего|\u5408\u8ba1|\u603b|\u5408\u8a08)",
+    re.IGNORECASE,
+)
+_COMPARED = re.compile(
+    r".{0,7}(?:which|who)\s+(?:is|are|was|were|has|had)\s+\D{0,12}\d[\d.,]*\s+(?:\w+\s+)?(?:more|less|fewer|older|younger|"
+    r"times|higher|lower|longer|shorter|taller|greater|cheaper)(?![\w])",
+    re.IGNORECASE,
+)
+_NAMED_TWICE = re.compile(r"(?<![\w\\])([A-Za-z])\s*=\s*[-\d.]{1,12},?\s*(?:or|and|,|oder|ou|o|или)\s*\1\s*=")
+_SYMBOL = re.compile(r"(?<![\w\\])([A-Za-z])\s*(?<![<>!])=(?!=|\s*[A-Za-z]\s*=)")
 
 
 class Found(NamedTuple):
@@ -158,8 +206,23 @@ def find_answer(text: str, task: str, choices: Sequence[str], decimal: str, expl
         if task == "text":
             marker = _with_initials(text, marker)
         value, why_not, blocks = _in_clause(marker, task, choices, decimal)
-        if value is not None and marker.kind == "box" and _beside_another(text, markers, at):
-            return Found(None, "several boxes", marker)
+        if value is not None and not explicit and TAKEN_BACK.search(text, marker.end if marker.kind != "box" else marker.stop):
+            return Found(None, f"taken back: {_short(text[marker.end :])}", marker)
+        if (
+            value is not None
+            and task == "number"
+            and marker.kind in ("label", "statement")
+            and _next_value(text, marker, value)
+        ):
+            return Found(None, "several lines of values", marker)
+        if value is not None and task == "text" and marker.kind == "label" and _BULLET.match(text, marker.stop):
+            return Found(None, "several lines", marker)
+        if value is not None and marker.kind == "box":
+            if _beside_another(text, markers, at):
+                return Found(None, "several boxes", marker)
+            value, why_not = _boxed(text, marker, value, task, choices, decimal)
+            if value is None:
+                return Found(None, f"{why_not}: {_short(text[max(0, marker.start - 30) : marker.stop + 30])}", marker)
         if value is not None:
             said = text[marker.start : min(marker.stop, marker.start + 120)]
             return Found(value, " ".join(said.split()), marker)
@@ -180,8 +243,54 @@ def _short(text: str) -> str:
 
 
 def _beside_another(text: str, markers: list[Marker], at: int) -> bool:
+    """Whether a box stands in one sentence with another, of another content, so that neither is the answer."""
     before = [marker for marker in markers[:at] if marker.kind == "box"]
-    return bool(before) and _BETWEEN_BOXES.fullmatch(text[before[-1].stop : markers[at].start][:80]) is not None
+    if not before or before[-1].clause == markers[at].clause:
+        return False
+    between = text[before[-1].stop : markers[at].start]
+    return _BETWEEN_BOXES.fullmatch(between[:80]) is not None or not split_boxes(between)
+
+
+_BULLET = re.compile(r"[ \t.]{0,8}\n[ \t]{0,8}[-*\u2022+]\s+\S")
+
+
+def _next_value(text: str, marker: Marker, value: Value) -> bool:
+    """Whether the line behind an announced number is another one, with its unit and nothing else."""
+    following = re.match(
+        r"[ \t*_`.]{0,8}\n[ \t]{0,8}(?:[-*\u2022+]\s)?((?:and|und|et|y|e|и)\s)?([^\n]{1,60})(?:\n|"
+        r"$)",
+        text[marker.stop :][:100],
+    )
+    if (
+        following is None
+        or not re.match(r"[\s*_$\u20ac]{0,6}[-+]?\.?\d", following[2])
+        or re.search(r"[=+*/<:?]", following[2])
+    ):
+        return False
+    other = read_quantity(following[2])
+    return len(following[2].split()) <= 5 and other.number is not None and other.number != value.number
+
+
+def _boxed(text: str, box: Marker, value: Value, task: str, choices: Sequence[str], decimal: str) -> tuple[Value | None, str]:
+    """The value of a box with what its sentence adds to it: a sign, a multiplier, a unit; or why it is none."""
+    effect, _ = lead_of_box(text, box.start)
+    if effect not in ("", "-") and (effect.startswith("denied") or task in ("number", "equation", "math")):
+        return None, effect
+    if asked(text, box.stop):
+        return None, "a question"
+    if task not in ("number", "equation", "math") or value.number is None:
+        return value, ""
+    content, tail = effect + (box.clause or ""), tail_of_box(text, box.stop)
+    if effect and re.match(r"\s*[-\u2212]", box.clause or ""):
+        return None, "two signs"
+    whole = read_quantity(content + tail, decimal=decimal, expressions=task != "number")
+    alone = read_quantity(content, decimal=decimal, expressions=task != "number")
+    if whole.blocks and not alone.blocks:
+        return None, whole.why
+    if alone.number is None or (effect == "" and (whole.number is None or whole.number == alone.number)):
+        return value, ""
+    found = whole if whole.number is not None else alone
+    return numeric_value(found.number), ""
 
 
 def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) -> tuple[Value | None, str, bool]:
@@ -194,7 +303,11 @@ def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) 
         return _in_clause(inner[-1], task, choices, decimal)
     if task in ("number", "equation"):
         found = read_quantity(clause, decimal=decimal, expressions=task == "equation", label=marker.kind in ("label", "hash"))
+        if several_names(simplify(clause)):
+            return None, "several values", True
         denied = _DENIAL.search(clause) is not None and found.number is None
+        if not whole and DENIED_AFTER.search(_BECAUSE.split(clause)[0]):
+            return None, "denied", True
         value = numeric_value(found.number, found.text if task == "equation" else "")
         return value, found.why, found.blocks or denied or (marker.kind in ("box", "tag"))
     if re.search(r"[?？]\W*$", clause) and not whole:
@@ -301,6 +414,10 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
         return Found(None, f"unsure: {_short(last)}")
     if re.search(r"[?？]\W*$", last):
         return Found(None, f"ends in a question: {_short(last)}")
+    if _REMARK.match(last) or (len(found) > 1 and not explicit and _of_a_list(found)):
+        return Found(None, f"a remark or a list, no last sentence: {_short(last)}")
+    if task in ("number", "equation") and (why := _no_announcement(last)):
+        return Found(None, f"{why}: {_short(last)}")
     if task == "equation" and explicit:
         return Found(None, f"no expression with a value: {_short(last)}")
     if task in ("number", "equation", "math"):
@@ -381,6 +498,40 @@ def _is_bare(text: str, task: str, choices: Sequence[str]) -> bool:
     return len(sentences(text)) == 1
 
 
+def _no_announcement(sentence: str) -> str:
+    """Why a last sentence that speaks of the answer, in which no value followed, is not searched for one."""
+    if DENIED_AFTER.search(_BECAUSE.split(sentence)[0]):
+        return "denied"
+    noun = _NOUN.search(sentence)
+    if noun is None:
+        return ""
+    if in_doubt(sentence[: noun.start()]):
+        return "denied"
+    said = _ANSWER_IS.match(sentence, noun.end())
+    if said is None or _IS_THE_ANSWER.search(sentence):
+        return ""
+    if said["not"]:
+        return "denied"
+    for equation in reversed(list(_EQUATION.finditer(sentence))):
+        if (left := evaluate_expression(equation[1])) is not None and left == evaluate_expression(equation[2]):
+            return ""
+    rest = sentence[said.end() :]
+    if re.match(r"\W*\d", rest):
+        return "" if sole_quantity(rest).number else "several numbers"
+    return "no value follows"
+
+
+def _of_a_list(found: list[str]) -> bool:
+    """Whether the last line is one of several names with a value each, and no total."""
+    last, before = _NAMED_VALUE.fullmatch(found[-1]), _NAMED_VALUE.fullmatch(found[-2])
+    return bool(last and before and last["name"] != before["name"] and not _TOTAL.match(found[-1]))
+
+
+def several_names(text: str) -> bool:
+    """Whether a sentence gives several values to letters: "x = 8 and y = 3", "x = 8 or x = 3"."""
+    return len({match[1] for match in _SYMBOL.finditer(text)}) > 1 or _NAMED_TWICE.search(text) is not None
+
+
 def _number_in(sentence: str, task: str, decimal: str) -> Found:
     """The value that a sentence ends up with: after its last `=` or verb such as "makes", else the only one in it."""
     if task == "math" and (spans := re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", sentence)):
@@ -396,9 +547,15 @@ def _number_in(sentence: str, task: str, decimal: str) -> Found:
     verb = None
     for verb in _VERB.finditer(text):  # noqa: B007
         pass
-    found = sole_quantity(text[verb.end() :] if verb else text, decimal=decimal, expressions=task != "number")
+    if several_names(text):
+        return Found(None, f"several values: {_short(sentence)}")
+    equals = verb is not None and verb[0] in "=\u2248"
+    said = text[verb.end() :] if verb else text
+    found = sole_quantity(said, decimal=decimal, expressions=task != "number", words=not equals)
     if verb and found.why == "no number":
-        found = sole_quantity(text, decimal=decimal, expressions=task != "number")
+        found = sole_quantity(text, decimal=decimal, expressions=task != "number", words=True)
+    if found.number is not None and verb and _COMPARED.match(text, verb.start() - 7 if verb.start() > 6 else 0):
+        return Found(None, f"a comparison in a clause of its own: {_short(sentence)}")
     value = numeric_value(found.number, found.text if task == "equation" else "")
     return Found(value, f"the last sentence: {_short(sentence)}" if value else f"{found.why or 'no value'}: {_short(sentence)}")
 

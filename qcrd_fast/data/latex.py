@@ -15,7 +15,7 @@ _TOKEN = re.compile(
     r"(?P<text>[^\\{}$]+)",
     re.DOTALL,
 )
-_DROPPED = {
+DROPPED = {
     "left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr", "bigg", "Bigg", "displaystyle", "textstyle", "limits",
     "boxed", "fbox", "framebox",
     "text", "textrm", "textbf", "textit", "textsf", "texttt", "textup", "textnormal", "mathrm", "mathbf", "mathit", "mathsf",
@@ -131,7 +131,7 @@ def _command(token: re.Match[str], tokens: _Tokens, before: str, depth: int) -> 
     if symbol := token["symbol"]:
         return symbol if symbol in _ESCAPED else _SYMBOLS.get(symbol, "\\" + symbol)
     name = token["command"]
-    if name in _DROPPED:
+    if name in DROPPED:
         return ""
     if name in _WORDS:
         return _WORDS[name]

@@ -7,6 +7,7 @@ import re
 from typing import NamedTuple
 
 from qcrd_fast.data.latex import boxes
+from qcrd_fast.data.surroundings import in_doubt, sentence_before
 
 MAX_MARKERS = 64  # the last ones, which are looked at
 MAX_CLAUSE = 1024  # characters of what is said behind a marker
@@ -82,16 +83,21 @@ _END = re.compile(
     r"(?<=[.!?])(?<!approx\.)(?<!\bca\.)(?<!\bRs\.)(?<!\bNo\.)(?<!\bNr\.)(?:[*_`\"'\u201d)\]$]{0,6})(?=\s)|"
     r"[。！？](?!\d)"
 )
-_SKIP = re.compile(r"(?:\s|[*_`>#:：=]|(?:\\\[|\$\$)[ \t]{0,9}\n)*")
+_SKIP = re.compile(r"(?:\n[ \t]{0,8}[-+\u2022][ \t]{1,4}|\s|[*_`#:：=]|(?<=\n)>|(?<=\n )>|(?:\\\[|\$\$)[ \t]{0,9}\n)*")
 _QUESTION = (
     r"(?:Q|Question|Problem|Premise|Exercise|Human|User|Instruction|Frage|Aufgabe|Pregunta|Problema|Domanda|Pergunta|"
-    r"Вопрос|Задача|问题|問題|题目|題目|质问|質問|问|問)"
+    r"Quest\u00e3o|Exerc\u00edcio|Ejercicio|Esercizio|Exercice|Example|Beispiel|Exemple|Ejemplo|Esempio|Exemplo|Пример|"
+    r"(?:Next|Another)\s(?:question|problem)|Now\s+(?:try|solve)\s+this(?:\s+one)?|Вопрос|Задача|问题|問題|题目|題目|质问|質問|问|問)"
 )
 _NEXT = re.compile(
-    rf"\n[ \t>]{{0,12}}[*_#]{{0,4}}\s?{_QUESTION}\s?\d{{0,4}}\s?[*_]{{0,3}}[:：]|(?<=[.!?])\s+Q:\s|"
+    rf"\n[ \t>]{{0,12}}[*_#]{{0,4}}\s?(?:\d{{1,3}}[.)]\s)?{_QUESTION}\s?\d{{0,4}}\s?[*_]{{0,3}}[:：]|(?<=[.!?])\s{{0,4}}Q:\s|"
+    rf"\n[ \t>]{{0,12}}[*_#]{{0,4}}\s?{_QUESTION}\s?\d{{1,4}}(?:[.)*_]{{1,3}}(?:\s|$)|[ \t]{{0,4}}\n)|"
     rf"\n#{{2,4}}[ \t]{{0,9}}(?:Instruction|Question|Input)\b",
     re.IGNORECASE,
 )
+
+
+_ONE_ITEM = re.compile(r"1[.)][ \t]+[^\s*_)\]]")  # a list begins, or a train of thought
 
 
 class Marker(NamedTuple):
@@ -115,6 +121,13 @@ def cut_next_question(text: str) -> str:
         if text[: match.start()].strip():
             return text[: match.start()]
     return text
+
+
+_THEREFORE = re.compile(
+    r"(?:therefore|thus|so|hence|simply|also|daher|somit|folglich|donc|alors|ainsi|entonces|por\s+(?:lo\s+)?tanto|quindi|dunque|"
+    r"portanto|ent\u00e3o|logo|поэтому|значит|итак)(?![\w]),?\s+",
+    re.IGNORECASE,
+)
 
 
 def find_markers(text: str) -> list[Marker]:
@@ -143,8 +156,11 @@ def _marker(text: str, match: re.Match[str]) -> Marker:
     before = re.split(r"[.!?。！？;]\s", text[begin:start])[-1]
     skip = _SKIP.match(text, end)
     at = skip.end() if skip else end
-    clause = _line(text, at) if _is_list(text, end, at) else _clause(text, at)
-    return Marker(start, end, "label" if label else "statement", clause, at + len(clause), bool(_DOUBT.search(before)))
+    if therefore := _THEREFORE.match(text, at):  # "the answer is therefore 12"
+        at = therefore.end()
+    clause = _line(text, at) if _is_list(text, end, at) or (label and _ONE_ITEM.match(text, at)) else _clause(text, at)
+    doubt = _DOUBT.search(before) is not None or in_doubt(sentence_before(text, start))
+    return Marker(start, end, "label" if label else "statement", clause, at + len(clause), doubt)
 
 
 def _is_list(text: str, end: int, start: int) -> bool:

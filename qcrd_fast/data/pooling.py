@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from qcrd_fast.data.answers import TaskGuess, canonical, parse_choices
 from qcrd_fast.data.replies import DEFAULT, Reader, answer_text, is_worked
-from qcrd_fast.data.schema import BadRow, Question, Rationale, RowError, text_key
+from qcrd_fast.data.schema import BadRow, NumberText, Question, Rationale, RowError, text_key
 from qcrd_fast.data.voting import Vote, vote
 
 SPOOL_BYTES = 16 * 1024 * 1024  # of rows that wait in memory before they go to the disk
@@ -137,8 +137,8 @@ class Pool:
             return source, record
         question = record.question
         sides = [record.samples] if not record.prepared else [question.positives, question.negatives]
-        values = [source, record.line, record.prepared, [getattr(question, name) for name in _FIELDS],
-                  [[(r.text, r.answer, r.source, r.score, r.reply, r.truncated) for r in side] for side in sides]]  # fmt: skip
+        packed = [[(r.text, _packed(r.answer), r.source, r.score, r.reply, r.truncated) for r in side] for side in sides]
+        values = [source, record.line, record.prepared, [_packed(getattr(question, name)) for name in _FIELDS], packed]
         place = self._end
         self._end += self._spool.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
         return place
@@ -149,8 +149,8 @@ class Pool:
         else:
             self._spool.seek(place)
             source, line, prepared, fields, sides = json.loads(self._spool.readline())
-            found = [tuple(Rationale(*item) for item in side) for side in sides]
-            question = Question(*fields, *(found if prepared else ()))
+            found = [tuple(Rationale(text, _unpacked(answer), *rest) for text, answer, *rest in side) for side in sides]
+            question = Question(*map(_unpacked, fields), *(found if prepared else ()))
             record = Record(question, sum(found, ()), prepared, self._paths[source], line)
         if record.question.task is None:
             golds, said = self._guesses[source]
@@ -166,6 +166,14 @@ def _digest(record: Record) -> bytes:
 def _order(place: Any) -> Any:
     """What sorts places by the rows' order."""
     return place if isinstance(place, int) else (place[0], place[1].line)
+
+
+def _packed(value: Any) -> Any:
+    return [value] if isinstance(value, NumberText) else value
+
+
+def _unpacked(value: Any) -> Any:
+    return NumberText(value[0]) if isinstance(value, list) else value
 
 
 def _own_task(question: Question) -> str | None:

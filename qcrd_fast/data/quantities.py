@@ -35,14 +35,16 @@ _GROUPED = re.compile(
     rf"(?<![\d.,])\d{{1,3}}(?:([{_SPACES}'\u2019])\d{{3}})(?:\1\d{{3}})*(?![{_SPACES}'\u2019]?\d)(?=[.,]?\d*)"
 )
 _COMMA_RUN = re.compile(rf"(?<![\d.,])\d(?:[\d.,'\u2019]|[{_SPACES}](?=\d{{3}}(?!\d)))*")
-_COMMA_GROUPED = re.compile(rf"(\d{{1,3}}(?:[.'\u2019{_SPACES}]\d{{3}})+|\d+)(?:,(\d+))?")
+_COMMA_GROUPED = re.compile(rf"((?!0[.'\u2019{_SPACES}])\d{{1,3}}(?:[.'\u2019{_SPACES}]\d{{3}})+|\d+)(?:,(\d+))?")
 _SIGN_WORDS = re.compile(
-    r"(?<![\w])(?:negative|minus|moins|menos|meno|минус|negativ|n\u00e9gatif|negativo)\s+(?=[(\d.])|(?:负|負の?|マイナス)\s*(?=[\d.])",
+    r"(?<![\w])(?<!\bau )(?<!\bdu )(?<!\bal )(?<!\blo )(?<!\bo )(?<!\bou )(?:negative|minus|moins|menos|meno|минус|"
+    r"negativ|n\u00e9gatif|negativo)\s+(?=[(\d.])|(?:负|負の?|マイナス)\s*(?=[\d.])",
     re.IGNORECASE,
 )
 _LEAD = re.compile(
     r"(?:[\s:=*_`\"'\u201c\u201d\u00ab\u00bb\u300c\u300e\u3010(\[{~\u2248\uff1a、，,|>]+|"
-    r"(?:(?:that|simply|just|only|exactly|precisely|about|approximately|approx\.?|around|roughly|nearly|equal\s+to|equals|"
+    r"(?:(?:that|indeed|still|again|simply|just|only|exactly|precisely|about|approximately|approx\.?|around|roughly|"
+    r"nearly|equal\s+to|equals|"
     r"a\s+total\s+of|"
     r"the\s+(?:number|value|integer)|the|an?|is|are|be|now|thus|therefore|then|so|of|with|usd|eur|gbp|inr|cad|aud|rmb|rs\.?|us|"
     r"genau|etwa|ungef\u00e4hr|circa|ca\.?|rund|insgesamt|die|der|das|den|ein|eine|"
@@ -81,10 +83,12 @@ _MULTIPLIER = re.compile(
 _HALF = re.compile(r"\s+and\s+(?:a|one)\s+(half|quarter|third)(?![\w])", re.IGNORECASE)
 _HALVES = {"half": Fraction(1, 2), "quarter": Fraction(1, 4), "third": Fraction(1, 3)}
 _ATTACHED = re.compile(
-    r"[:\u2236]\s?\d|[eE][-+]?\d|[\u00b1\u03c0\u221a\u221e\u222a!^]|!\s*[-+*/=]|[xynkKMB\u03c0i](?![\w'])|(?:st|nd|rd|th|er|"
+    r"[hH]\s?\d|_\d|[ABDEFGHIOPQRSTUXYZ](?![\w'])|e(?![\w'])|--|\.\.|\u756a|[:\u2236]\s?\d|[eE][-+]?\d|"
+    r"[\u00b1\u03c0\u221a\u221e\u222a!^]|!\s*[-+*/=]|[xynkKMB\u03c0i](?![\w'])|(?:st|nd|rd|th|er|"
     r"\u00e8me|-?\u0439|-?\u044f)(?![\w])"
     r"|\s+or\s+(?:more|less|fewer|greater|so)(?![\w])|"
-    r"(?:\s*\*(?=[\w(\\])|\s\*\s|\s*\+|\s*-\s*[a-z](?!\w))|\s*(?:/\s*[\u221a\u03c0(]|[\u221a\u03c0\u00b1\u2264\u2265<>\u2260]|\\[A-Za-z])"
+    r"(?:\s*\*(?=[\w(\\])|\s\*\s|\s*\+|\s*-\s*[a-z](?!\w))|\s*(?:/\s*[\u221a\u03c0(]|"
+    r"[\u221a\u03c0\u00b1\u2264\u2265<>\u2260]|\\[A-Za-z])"
 )
 _UNIT_POWER = re.compile(rf"(?<=[{_LATIN}])(?:\^\(?\s*-?\s*[1-4]\)?|[1-4](?![\w]))")
 _BECAUSE = re.compile(
@@ -122,25 +126,88 @@ _CLAUSE = re.compile(
     re.IGNORECASE,
 )
 _BOUND = re.compile(
-    r"\s*(?:(?:at\s+least|at\s+most|more\s+than|less\s+than|fewer\s+than|greater\s+than|over|under|up\s+to|between|from|not|"
+    r"\s*(?:(?:at\s+least|at\s+most|above|below|beyond|anything|a\s+(?:minimum|maximum)\s+of|somewhere|close\s+to|mehr|weniger|"
+    r"\u00fcber|unter|больше|меньше|выше|ниже|свыше|more\s+than|less\s+than|fewer\s+than|greater\s+than|over|under|"
+    r"up\s+to|between|from|not|"
     r"mindestens|"
     r"h\u00f6chstens|mehr\s+als|weniger\s+als|zwischen|nicht|au\s+moins|au\s+plus|plus\s+de|moins\s+de|entre|pas|al\s+menos|"
     r"m\u00e1s\s+de|menos\s+de|"
     r"no(?!\w)|almeno|pi\u00f9\s+di|meno\s+di|tra|non|pelo\s+menos|mais\s+de|n\u00e3o|не|от|между|более|"
     r"менее)(?![\w])\s*(?:\w+\s+){0,2}?[-\d.]"
-    r"|[<>\u2264\u2265\u00b1\u2260]\s*[-\d.]|(?:\u81f3\u5c11|\u6700\u591a|\u8d85\u8fc7|\u4e0d\u662f)\s*\d)",
+    r"|(?:[<>\u2264\u2265\u00b1\u2260]|[<>!]=)\s*[-\d.]|(?:\u5927\u4e8e|\u5927\u65bc|\u5c0f\u4e8e|\u5c0f\u65bc|"
+    r"\u591a\u4e8e|\u5c11\u4e8e|\u4e0d\u5230|\u96f6\u4e0b|\u7b2c|\u81f3\u5c11|\u6700\u591a|\u8d85\u8fc7|\u4e0d\u662f)\s*\d)",
     re.IGNORECASE,
 )
 _BOUND_BEFORE = re.compile(
-    r"(?<![\w])(?:at\s+least|at\s+most|(?:more|less|fewer|greater|other)\s+than|up\s+to|between|not|isn['\u2019]t|"
+    r"(?<![\w])(?:over|under|above|below|beyond|(?:minimum|maximum)\s+of|anything\s+but|close\s+to|near|больше|меньше|свыше|"
+    r"\u00fcber|unter|at\s+least|at\s+most|(?:more|less|fewer|greater|other)\s+than|up\s+to|between|not|isn['\u2019]t|"
     r"aren['\u2019]t|wasn['\u2019]t|never|"
     r"mindestens|h\u00f6chstens|mehr\s+als|weniger\s+als|zwischen|nicht|au\s+moins|au\s+plus|plus\s+de|moins\s+de|pas|"
     r"al\s+menos|m\u00e1s\s+de|"
     r"menos\s+de|no\s+(?:es|son)|almeno|pi\u00f9\s+di|meno\s+di|non\s+(?:\u00e8|sono)|pelo\s+menos|mais\s+de|"
     r"n\u00e3o(?:\s+\u00e9)?|не|более|менее)\s+"
-    r"(?:(?:a|an|de|el|la|equal\s+to|exactly|only)\s+)?$|(?:\u81f3\u5c11|\u6700\u591a|\u8d85\u8fc7|\u4e0d\u662f)\s*$",
+    r"(?:(?:a|an|de|el|la|equal\s+to|exactly|only)\s+)?$|(?:\u81f3\u5c11|\u6700\u591a|\u8d85\u8fc7|\u4e0d\u662f|"
+    r"\u5927\u4e8e|\u5c0f\u4e8e|\u591a\u4e8e|\u5c11\u4e8e|\u4e0d\u5230|\u96f6\u4e0b)\s*$",
     re.IGNORECASE,
 )
+NUMBER_WORDS = re.compile(
+    r"(?<![\w])(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
+    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundreds?|thousands?|zero|none|nothing|nobody|dozens?|(?<=\d )score|"
+    r"gross|couple|pair|"
+    r"lakhs?|crores?|hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|twice|thrice|double|triple|"
+    r"no(?=\s+\w+\s+(?:\w+\s+)?(?:left|remain\w*|over)(?![\w]))|"
+    r"zwei|drei|vier|f\u00fcnf|sechs|sieben|acht|neun|zehn|elf|zw\u00f6lf|zwanzig|drei\u00dfig|hundert|null|kein\w*|"
+    r"nichts|doppelt\w*|"
+    r"halb\w*|h\u00e4lfte|dutzend|viertel|drittel|"
+    r"deux|trois|quatre|cinq|sept|huit|neuf|dix|onze|douze|vingt|trente|z\u00e9ro|aucune?|rien|moiti\u00e9|demie?|douzaines?|"
+    r"dos|tres|cuatro|cinco|seis|siete|ocho|nueve|diez|doce|veinte|treinta|cien|ningun[oa]?|ning\u00fan|nada|mitad|"
+    r"medi[oa]|docenas?|"
+    r"due(?!\s+to)|tre|quattro|cinque|sette|otto|nove|dieci|undici|dodici|nessun[oa]?|niente|met\u00e0|mezz[oa]|dozzin[ae]|"
+    r"dois|duas|tr\u00eas|quatro|sete|oito|dez|doze|vinte|trinta|nenhuma?|metade|mei[oa]|d\u00fazias?|"
+    r"два|две|три|четыре|пять|шесть|семь|восемь|девять|десять|двенадцать|двадцать|ноль|нуль|ничего|ни\s+одн\w+|половин\w+|"
+    r"полтора|дюжин\w*)(?![\w])|"
+    r"[\u4e00\u4e8c\u4e24\u5169\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341]"
+    r"(?=[\u4e2a\u500b\u53ea\u672c\u4eba\u9897\u3064\u5757\d])|"
+    r"\u534a|\u6ca1\u6709\u4e86|\u6c92\u6709\u4e86|\u90fd\u6ca1|\d\s?\u6253|\u96f6(?!\u4e0b)",
+    re.IGNORECASE,
+)
+_BOUND_AFTER = re.compile(
+    r"(?<![\w])(?:at\s+(?:least|most)|or\s+(?:more|less|fewer|above|below|over|under|higher|lower|greater)|and\s+(?:above|"
+    r"below|up)|"
+    r"(?:degrees?\s+)?(?:below|under)\s+(?:zero|freezing)|minimum|maximum|oder\s+(?:mehr|weniger)|mindestens|h\u00f6chstens|"
+    r"unter\s+null|ou\s+(?:plus|moins)|au\s+(?:moins|plus)|o\s+(?:m\u00e1s|menos)|al\s+menos|bajo\s+cero|o\s+(?:pi\u00f9|meno)|"
+    r"almeno|sotto\s+zero|ou\s+(?:mais|menos)|pelo\s+menos|или\s+(?:больше|меньше|более|менее)|ниже\s+нуля)(?![\w])|"
+    r"\u4ee5\u4e0a|\u4ee5\u4e0b|\u4ee5\u5185|\u672a\u6e80|\u4ee5\u5185|\u8d85(?![\u5e02])",
+    re.IGNORECASE,
+)
+_REMAINDER = re.compile(
+    r"[\s,(]*(?:r(?:em(?:ainder)?)?|rest|reste|resto|остаток|\u4f59|\u4f59\u308a|"
+    r"\u3042\u307e\u308a)[\s.:]*(?:of\s+)?\d",
+    re.IGNORECASE,
+)
+_MONTH = (
+    r"(?:Jan(?:uary|uar)?|Feb(?:ruary|ruar)?|March|M\u00e4rz|Apr(?:il)?|May|Mai|June?|Juni|July?|Juli|Aug(?:ust)?|"
+    r"Sept?(?:ember)?|"
+    r"O[ck]t(?:ober)?|Nov(?:ember)?|De[cz](?:ember)?|janvier|f\u00e9vrier|mars|avril|mai|juin|juillet|ao\u00fbt|septembre|"
+    r"octobre|"
+    r"novembre|d\u00e9cembre|enero|febrero|marzo|abril|mayo|junio|julio|agosto|septiembre|octubre|noviembre|diciembre|gennaio|"
+    r"febbraio|aprile|maggio|giugno|luglio|settembre|ottobre|novembre|dicembre|janeiro|fevereiro|mar\u00e7o|maio|junho|julho|"
+    r"setembro|outubro|novembro|dezembro|января|февраля|марта|апреля|мая|июня|июля|августа|сентября|октября|ноября|декабря)"
+)
+_DATE_AFTER = re.compile(rf"\.?\s*(?:(?:de|of)\s+)?{_MONTH}(?![\w])|\s?\u6708\s?(?:\d|$)|\u65e5$")
+_DATE_BEFORE = re.compile(rf"(?<![\w]){_MONTH}\.?\s+(?:the\s+)?$|\u7b2c\s*$")
+_CLOCK = re.compile(r"\s*(?:[ap]\.?m\.?|uhr|o['\u2019]clock)(?![\w])", re.IGNORECASE)
+_ODD = re.compile(
+    r"0[xXbBoO][0-9A-Fa-f]|\d+(?:\.\d+)?\s?/\s?\d+\s?/\s?\d|\d_\d|\d\s?-\s?-\s?\d|\d\.\.+\d|\d-?е(?![\w])|"
+    r"\d\s*!(?=[.)}\s]*[.)}]|\s*\S)"
+)
+_NAMED = re.compile(r"(?<![\w])(?:page|seite|route|chapter|nearest|log|sqrt)\s*\(?\s*$|\[\s*$", re.IGNORECASE)
+_PLACE = re.compile(
+    r"(?<![\w])(?:page|line|table|row|seite|p\.|route|no\.|\u00a7|chapter|nearest|log|in)\s*$|"
+    r"\[\s*$",
+    re.IGNORECASE,
+)
+_NO_UNIT = re.compile(r"\s*(?:decimals?|significant|d\.?p\.?|sig\.?)(?![\w])|\s*\](?!\s*$)|\s*steps?(?![\w])", re.IGNORECASE)
 _STEP = re.compile(
     r"(?<![\w])(?:steps?|part|case|question|problem|figure|equation|schritt|\u00e9tape|paso|passo|шаг)\s*\d+[.:)]?|"
     r"\u6b65\u9aa4\s*\d+|\u7b2c\s*\d+\s*\u6b65",
@@ -149,6 +216,23 @@ _STEP = re.compile(
 _START = re.compile(rf"(?<![{_LATIN}\d.,_])(?:[-+]\s?)?(?:\(\s?){{0,8}}\.?\d")
 _CLOSERS = " \t\n*_`\"'\u201d\u00bb\u300d\u300f\u3011)]}|"
 _ENUMERATION = re.compile(r"\d{1,2}[.)]\s+\S")
+
+
+_RELATIVE = re.compile(r",\s*(?:which|who|with)(?![\w])(?=[^,]*$)", re.IGNORECASE)
+_GIVEN = re.compile(  # number words that only name what is known: "the two days", "each of her three friends"
+    rf"(?<![\w])(?:the|these|those|this|his|her|its|their|our|your|my|both|all|past|last|next|first|each|every|of|in|into|over|"
+    rf"after|for|on|by|per|than|if|among|between|die|der|den|les|des|las|los|le|i|gli|as|os)\s+(?:\w+['\u2019]s\s+)?"
+    rf"(?:{NUMBER_WORDS.pattern})",
+    re.IGNORECASE,
+)
+
+
+def _worded(text: str) -> bool:
+    """Whether a text counts something in words."""
+    return NUMBER_WORDS.search(_GIVEN.sub(" ", text)) is not None
+
+
+_WORDED_MORE = re.compile(rf"[\s,]*(?:and\s+)?(?:{NUMBER_WORDS.pattern})", re.IGNORECASE)
 
 
 def point_style(text: str, decimal: str, groups: bool = True) -> str:
@@ -198,6 +282,8 @@ def read_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
     body = run[0].rstrip()
     while body.count(")") > body.count("(") and opened and body.endswith(")"):
         body, opened = body[:-1].rstrip(), opened - 1
+    if _ODD.search(text[start : start + len(body) + 12].split(",")[0].split("=")[-1]):
+        return Found(None, "a date or another spelling, no number", blocks=True)
     trimmed = body.rstrip("=*/^(-+ ")
     rest = text[start + len(trimmed) :]
     if rest.strip() in ("-", "+", "*", "/", "^") and not ("*" in rest and "*" in text[:start]):
@@ -205,12 +291,14 @@ def read_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
     found = _number(trimmed, expressions)
     if found.number is None:
         return found
+    if "." in trimmed and _CLOCK.match(rest):
+        return Found(None, "a clock", blocks=True)
     number, rest = _scaled(found.number, rest)
     return _judge(number, rest, label)._replace(text=trimmed.strip())
 
 
-def sole_quantity(text: str, *, decimal: str = "point", expressions: bool = False) -> Found:
-    """The only quantity that stands anywhere in a text; none where there are several."""
+def sole_quantity(text: str, *, decimal: str = "point", expressions: bool = False, words: bool = False) -> Found:
+    """The only quantity that stands anywhere in a text; none where there are several, or with `words` number words as well."""
     text = _STEP.sub(" ", _UNIT_POWER.sub("", plain(visible(text), decimal, groups=False))).rstrip(" .\n")
     only: tuple[int, str] | None = None
     position = 0
@@ -235,12 +323,25 @@ def sole_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
         ("*", "/", "^", "+", "(-")
     ):
         return Found(None, "part of an expression without a value", blocks=True)
-    if _BOUND_BEFORE.search(before) or before.rstrip().endswith(("\u221a", "\u221a(", "<", ">", "\u2264", "\u2265", "\u00b1")):
+    if _BOUND_BEFORE.search(before) or before.rstrip().endswith(
+        ("\u221a", "\u221a(", "<", ">", "<=", ">=", "!=", "\u2264", "\u2265", "\u00b1", "\u2260")
+    ):
         return Found(None, "a bound or a denial, no value", blocks=True)
+    after = text[start + len(body) :]
+    if _ODD.search(text[start : start + len(body) + 12].split("=")[-1]) or _DATE_AFTER.match(after) or _REMAINDER.match(after):
+        return Found(None, "a date or another spelling, no number", blocks=True)
+    unit = _NO_UNIT.match(after)
+    precision = unit is not None and (not unit[0].lstrip().startswith("step") or _PLACE.search(before) is not None)
+    if precision or _DATE_BEFORE.search(before) or _NAMED.search(before):
+        return Found(None, "a place, a date or a precision, no value", blocks=True)
+    if words and _worded(_RELATIVE.split(text)[0]):
+        return Found(None, "number words beside the number", blocks=True)
+    if _BOUND_AFTER.search(after.split(",")[0]):
+        return Found(None, "a bound, no value", blocks=True)
     found = _number(body, expressions)
     if found.number is None:
         return found
-    number, rest = _scaled(found.number, text[start + len(body) :])
+    number, rest = _scaled(found.number, after)
     if _ATTACHED.match(rest) and not (rest[:1] == "!" and not rest[1:].strip(_CLOSERS + ".!")):
         return Found(None, "part of a larger term, a clock or an ordinal", blocks=True)
     return Found(number, text=body)
@@ -312,11 +413,13 @@ def _scaled(number: Number, rest: str) -> tuple[Number, str]:
 
 def _judge(number: Number, rest: str, label: bool) -> Found:
     """Whether the number stands for the answer, by what follows it."""
+    if _REMAINDER.match(rest):
+        return Found(None, "a remainder", blocks=True)
     rest = _UNIT_POWER.sub("", rest)
     if rest[:1] == "!" and not rest[1:].strip(_CLOSERS + ".!"):
         return Found(number)
-    if _ATTACHED.match(rest):
-        return Found(None, "part of a larger term, a clock or an ordinal", blocks=True)
+    if _ATTACHED.match(rest) or _DATE_AFTER.match(rest) or _REMAINDER.match(rest) or rest.startswith("\u6253"):
+        return Found(None, "part of a larger term, a clock, a date or an ordinal", blocks=True)
     rest = rest.lstrip(_CLOSERS + "%\u2030°").rstrip(_CLOSERS)
     if not rest.strip(" .!;,、，。！"):
         return Found(number)
@@ -328,6 +431,10 @@ def _judge(number: Number, rest: str, label: bool) -> Found:
         return Found(None, "several values", blocks=True)
     unit = re.split(r"[,;，；(（\u2014]|\s-\s|[.。]\s", rest, maxsplit=1)[0]
     remark = rest[len(unit) :]
+    if _BOUND_AFTER.search(unit) or _BOUND_AFTER.match(remark.lstrip(" ,(")):
+        return Found(None, "a bound, no value", blocks=True)
+    if _worded(unit) or _WORDED_MORE.match(remark):
+        return Found(None, "number words follow", blocks=True)
     if re.search(r"\d", unit):
         if {one_number(other) for other in re.findall(NUMBER, rest)} == {number}:
             return Found(number)  # "5 and 5"

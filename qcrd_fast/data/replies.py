@@ -21,7 +21,7 @@ from qcrd_fast.data.choices import Choices, parse_choices
 from qcrd_fast.data.finding import answer_text, find_answer, find_rationale
 from qcrd_fast.data.markers import cut_next_question
 from qcrd_fast.data.quantities import DECIMALS
-from qcrd_fast.data.schema import Rationale
+from qcrd_fast.data.schema import NumberText, Rationale
 from qcrd_fast.data.thinking import THINKING, Parts, split_thinking
 from qcrd_fast.errors import InputError
 
@@ -52,6 +52,7 @@ class Reading(NamedTuple):
     rationale: str
     answer: str | None
     why: str
+    value: Value | None = None  # of a reply: with the decimals that its answer was written with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Reader:
             open_end = marker and marker.kind == "statement" and _OPEN_NUMBER.fullmatch(outside[marker.end :].strip())
             if marker is None or open_end:
                 return Reading(parts.thinking, rationale, None, "the reply was cut at its maximum length")
-        return Reading(parts.thinking, rationale, found.value.text if found.value else None, found.why)
+        return Reading(parts.thinking, rationale, found.value.text if found.value else None, found.why, found.value)
 
     def sample(self, sample: Rationale, task: str, choices: Sequence[str] = ()) -> Reading:
         """A sample's rationale and answer: of a raw reply both are read from its text; else its answer is read by itself."""
@@ -126,7 +127,13 @@ class Reader:
         if sample.answer is None:
             return Reading(parts.thinking, rationale, None, "no answer was given")
         answer, why = self.answer(sample.answer, task, choices)
-        return Reading(parts.thinking, rationale, answer, why)
+        value = None
+        if answer is not None and task == "number" and not (self.pattern or self.function):
+            written = read_value(
+                sample.answer, task, choices, "point" if isinstance(sample.answer, NumberText) else self.decimal
+            )
+            value = written if written is not None and written.key == answer else None
+        return Reading(parts.thinking, rationale, answer, why, value)
 
     def answer(self, text: str, task: str, choices: Sequence[str] = ()) -> tuple[str | None, str]:
         """(an answer of its own, such as a gold, as it is taught; what was read, or why nothing was)."""
@@ -135,7 +142,8 @@ class Reader:
             if answer is not None:
                 return answer, why
         parts = split_thinking(text)
-        found = find_answer(parts.outside[-MAX_OWN_ANSWER:], task, choices, self.decimal, explicit=True)
+        decimal = "point" if isinstance(text, NumberText) else self.decimal
+        found = find_answer(parts.outside[-MAX_OWN_ANSWER:], task, choices, decimal, explicit=True)
         if parts.cut:
             return None, "the reasoning does not end"
         return found.value.text if found.value else None, found.why

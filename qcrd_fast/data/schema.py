@@ -46,6 +46,12 @@ class Question:
     negatives: tuple[Rationale, ...] = ()
 
 
+class NumberText(str):
+    """The text of what was a number in its file, so that its point is one whatever `--decimal` says of texts."""
+
+    __slots__ = ()
+
+
 class BadRow(NamedTuple):
     """A row that cannot be used, and why. `str()` gives `file:line: reason`."""
 
@@ -96,7 +102,7 @@ def get_text(
     if booleans and isinstance(value, bool):
         value = "yes" if value else "no"
     if numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = repr(value)
+        value = NumberText(repr(value))
     return check_text(value, key)
 
 

@@ -58,7 +58,9 @@ def vote(
     """
     samples = list(samples)
     readings = [reader.sample(sample, task, choices) for sample in samples]
-    read = [None if reading.answer is None else reader.value(reading.answer, task, choices) for reading in readings]
+    read = [
+        None if reading.answer is None else reading.value or reader.value(reading.answer, task, choices) for reading in readings
+    ]
     led = iter(groups([value for value in read if value is not None], task, reader.tolerance))
     values = [value for value in read if value is not None]
     seen: set[tuple[str, str]] = set()

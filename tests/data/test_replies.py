@@ -494,3 +494,63 @@ def test_the_rationale_is_cut_at_whole_sentences(text, rationale):
 def test_a_closing_option_is_no_rationale():
     assert read_reply("Blades cut. Option B is correct.", "choice", OPTIONS).rationale == "Blades cut."
     assert read_reply("Fish swim. Yes.", "yes-no").rationale == "Fish swim."
+
+
+# What stands around an announcement
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("So it is \\boxed{18}.", "18"), ("We get -\\boxed{18}.", "-18"), ("That is minus $\\boxed{18}$ degrees.", "-18"),
+        ("\\boxed{18} thousand", "18000"), ("$\\boxed{1.8} \\times 10^{3}$", "1800"), ("\\boxed{18} jars in all.", "18"),
+        ("\\textbf{So \\boxed{18}}", "18"), ("Step one gives \\boxed{4}. Then \\boxed{18}.", "18"),
+        ("\\boxed{4} wait, \\boxed{18}", "18"),
+        ("If a box holds 6, three hold \\boxed{18}.", "18"), ("\\boxed{18} is the answer.", "18"),
+        ("It cannot be \\boxed{18}.", None), ("Das ist nicht \\boxed{18}.", None), ("n \\le \\boxed{18}", None),
+        ("She has more than \\boxed{18}.", None), ("Mindestens \\boxed{18}", None), ("$\\sqrt{\\boxed{18}}$", None),
+        ("$\\dfrac{1}{\\boxed{18}}$", None), ("$2^{\\boxed{18}}$", None), ("$3 + \\boxed{18}$", None), ("$\\boxed{18}y$", None),
+        ("\\boxed{18} weeks and 2 days", None), ("\\boxed{18} or 19", None), ("Would it be \\boxed{18}? It would not.", None),
+        ("\\boxed{18} red and \\boxed{4} blue jars", None), ("$a=\\boxed{18}$; $b=\\boxed{4}$", None),
+        ("\\boxed{18} \\qquad \\boxed{4}", None), ("$\\boxed{9 + 9} = \\boxed{18}$", "18"),
+        ("\\boxed{18} and again \\boxed{18}", "18"),
+    ],
+)  # fmt: skip
+def test_what_stands_around_a_box(text, answer):
+    assert number(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is 9. Wait, 3 * 6 = 18.", "The answer is 9.\n\nHmm, that is wrong.", "Answer: 9\nNo, 18.",
+        "The answer is 9, I mean 18.",
+        "The answer is 9 - sorry, 18.", "#### 9\nLet me recompute: 18.", "The answer is 9. Oops, I forgot 9.",
+        "Die Antwort ist 9. Moment, das stimmt nicht.", "La réponse est 9. Attends, 18.", "La respuesta es 9. Espera, es 18.",
+        "La risposta è 9. Aspetta, 18.", "A resposta é 9. Espere, 18.", "Ответ: 9. Подожди, 18.", "答案是9。等等，不对，18。",
+        "答えは9です。いや、18です。",
+        "I do not believe the answer is 9.", "Ann says that the answer is 9.", "A common error is that the answer is 9.",
+        "It would be wrong to claim that the answer is 9.", "The answer is 9, which is incorrect.", "The answer 9 is wrong.",
+        "The answer is 9 is false.", "Es stimmt nicht, dass die Antwort 9 ist.", "Falls die Antwort 9 ist, ist sie klein.",
+        "La réponse n'est pas 9.", "La respuesta no es 9.", "La risposta non è 9.", "A resposta não é 9.", "Ответ не 9.",
+        "The answer is rounded to 2 decimals.", "The answer is on line 9.", "The answer is 9 when there are 3 bags.",
+        "The answer is triple 9.", "The answer is the cube root of 27.", "La réponse est le double de 9.",
+    ],
+)  # fmt: skip
+def test_an_announcement_that_does_not_stand(text):
+    assert number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 9. Wait, that is wrong. The answer is 18.", "18"), ("I think that the answer is 18.", "18"),
+        ("He did not eat any, so the answer is 18.", "18"), ("The answer is that 18 are left.", "18"),
+        ("So 18 is the answer.", "18"),
+        ("Ann says she has 9 more, so the answer is 18.", "18"), ("The box is not full, so there are 18.", "18"),
+        ("The answer is the number of bags times 9: 2 * 9 = 18.", "18"), ("Either way we get an answer of 18.", "18"),
+        ("The answer is still 18.", "18"),
+    ],
+)  # fmt: skip
+def test_an_announcement_that_stands(text, answer):
+    assert number(text) == answer
