@@ -80,7 +80,6 @@ _ANOTHER = re.compile(
     rf"{_CAPITAL}|\s*[(\[（【]\s?[A-Za-z]\s?[)\]）】]|\s+[B-HJ-Z](?![\w'\u2019])"
 )
 _LABEL = re.compile(r"[(（\[【]([A-Za-z])[)）\]】]")
-_BARE_LABEL = re.compile(r"(?<![\w'\u2019(])([B-HJ-Z])(?![\w'\u2019)])")
 _DENIED = re.compile(
     r"(?<![\w])(?:wrong|incorrect\w*|not|cannot|never|nobody|no\s*one|none|neither|nor|no|false|invalid|eliminat\w*|"
     r"rul(?:e[sd]?|ing)\s+(?:\w+\s+)?out|ruled|exclud\w*|reject\w*|discard\w*|dismiss\w*|except\w*|other\s+than|apart\s+from|"
