@@ -54,7 +54,7 @@ class TestTrial19:
             (fake.raw(b"[]"), "bad reply: no choices"),
             (fake.raw(b'{"choices": []}'), "bad reply: empty choices"),
             (fake.raw(b'{"choices": [7, null]}'), "bad reply: null content"),
-            (fake.raw(b'{"choices": [{"message": {"content": null}, "finish_reason": "length"}]}'), "bad reply: null content"),
+            (fake.raw(b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}'), "bad reply: null content"),
             (fake.raw(b'{"error": {"message": "overloaded"}}'), "bad reply: error in it"),
             (fake.raw(b"not gzip", content_encoding="gzip"), "bad reply: broken compression"),
             (fake.raw(b"?", content_encoding="zstd"), "bad reply: unknown encoding"),
