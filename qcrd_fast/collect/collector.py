@@ -301,7 +301,7 @@ async def _find_model(run: Collection, endpoint: Endpoint, flying: set[asyncio.T
         try:
             names = await endpoint.models(_Journal(run, flying, None))
         except Failed as error:
-            refused = refusal(error, endpoint.base, endpoint.settings.api) if error.reason in ("401", "403") else None
+            refused = refusal(error, endpoint.base, endpoint.settings.api) if error.reason != "404" else None
             run.stop(refused or RunError(f"{endpoint.base}/models says {error}; name the model with --teacher-model"))
             return
         if len(names) != 1:

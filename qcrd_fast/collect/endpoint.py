@@ -166,7 +166,7 @@ class Endpoint:
         self._not_before = 0.0  # a server that asked for patience asked it of all
         self._one_at_a_time = False
         self._system_apart = True
-        self._renamed: dict[str, str | None] = {}  # parameters that were refused: the name they go by, or None
+        self._renamed: dict[str, str] = {}  # parameters that were refused: the name they go by, or nothing
         self._client: httpx.AsyncClient | None = None
 
     async def __aenter__(self) -> Endpoint:
@@ -200,10 +200,10 @@ class Endpoint:
         else:
             prompt = f"{s.system}\n\n{prompt}" if s.system else prompt
             said = {"messages": [{"role": "user", "content": prompt}]} if s.api == "chat" else {"prompt": prompt}
-        sampling = {"n": n, "temperature": s.temperature, "max_tokens": s.max_tokens, "stream": False}
-        sampling = {self._renamed.get(name, name): value for name, value in sampling.items()}
+        wanted = {"n": n, "temperature": s.temperature, "max_tokens": s.max_tokens, "stream": False}
+        sampling = {self._renamed.get(name, name) or "": value for name, value in wanted.items()}
         body = {"model": s.model, **said, **sampling, **s.extra}
-        return {key: value for key, value in body.items() if key is not None and value is not None}
+        return {key: value for key, value in body.items() if key and value is not None}
 
     def without_key(self, text: str) -> str:
         """A sample: nothing but keys is taken out of it. A placeholder, such as servers without keys are given, may be
@@ -263,14 +263,14 @@ class Endpoint:
             self._renamed[name] = "max_completion_tokens"
             log.warning("the teacher refuses max_tokens, so max_completion_tokens is sent: %s", error.detail)
         elif name in ("temperature", "stream"):
-            self._renamed[name] = None
+            self._renamed[name] = ""
             value = f" {self.settings.temperature:g}, so its own is used" if name == "temperature" else ""
             log.warning("the teacher refuses %s%s: %s", name, value, error.detail)
         elif asked > 1 and refusals.refuses_several(said):
             self._one_at_a_time = True
             log.warning("the teacher takes one sample a request: %s", error.detail)
         elif name == "n":
-            self._renamed[name] = None
+            self._renamed[name] = ""
             log.warning("the teacher refuses n: %s", error.detail)
         elif self.settings.system and self._system_apart and self.settings.api == "chat" and refusals.refuses_system(said):
             self._system_apart = False

@@ -56,7 +56,7 @@ class Progress:
         left = f"about {duration(elapsed_s / gained * missing)} left" if gained else "time left not known yet"
         parts = [f"{done:,} of {done + missing:,} samples"]
         if run.settings.is_url:
-            parts.append(f"{totals.requests:,} requests")
+            parts.append(f"{totals.requests:,} request{'s' if totals.requests != 1 else ''}")
         parts.append(left)
         if run.has_cost:
             in_all = f" of about {run.cost * (1 + missing / totals.samples):.4g}" if totals.samples else ""

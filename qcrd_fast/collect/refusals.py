@@ -118,7 +118,7 @@ def refuses_several(error: ErrorBody) -> bool:
 
 def refuses_system(error: ErrorBody) -> bool:
     """Whether a server, or the template of its model, knows no system prompt."""
-    return bool(re.search(r"\bsystem\b", error.text) and _UNKNOWN.search(error.text))
+    return bool(re.search(r"\bsystem\b", error.text, re.IGNORECASE) and _UNKNOWN.search(error.text))
 
 
 def wants_money(status: int, error: ErrorBody, wait_s: float | None) -> bool:
@@ -134,6 +134,7 @@ def wants_money(status: int, error: ErrorBody, wait_s: float | None) -> bool:
 
 def wait_s(headers: Mapping[str, str], body: str) -> float | None:
     """Seconds that a server asks for, in Retry-After (a number or a date), retry-after-ms or its words; None: no word of it."""
+    asked: float | None
     try:
         asked = float(headers["retry-after-ms"]) / 1000
     except (KeyError, ValueError):
