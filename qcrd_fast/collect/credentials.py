@@ -14,7 +14,8 @@ Pairs = tuple[tuple[str, str], ...]
 _PAIR = re.compile(r"\s*([^\s:=]+)\s*[:=]\s*(.*?)\s*", re.DOTALL)
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _OURS = ("accept-encoding", "connection", "content-length", "host", "transfer-encoding", "x-client-request-id")
-_CREDENTIAL = re.compile(r"auth|key|token|secret|password|passwd|cookie|credential|signature|^sig$", re.IGNORECASE)
+_CREDENTIAL = re.compile(r"auth|key|token|secret|password|passwd|cookie|credential|signature|^sig$|^code$", re.IGNORECASE)
+_HARMLESS = re.compile(r"version|title|referer|user-agent|origin|accept|content-type", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -66,7 +67,12 @@ def looks_secret(name: str, value: str) -> bool:
     if is_credential(name):
         return True
     mixed = re.search(r"[A-Za-z]", value) and re.search(r"\d", value) and not re.search(r"\s|://|/", value)
-    return bool(mixed) and "version" not in name.lower()
+    return bool(mixed) and not _HARMLESS.search(name)
+
+
+def may_be_secret(name: str) -> bool:
+    """Whether a header's value is better not printed, whatever it looks like."""
+    return is_credential(name) or not _HARMLESS.search(name)
 
 
 def secret_parts(value: str) -> set[str]:

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from qcrd_fast.collect import refusals
-from qcrd_fast.collect.credentials import is_credential, looks_secret, secret_parts
+from qcrd_fast.collect.credentials import is_credential, looks_secret, may_be_secret, secret_parts
 from qcrd_fast.data.formats.samples import is_cut
 from qcrd_fast.data.messages import read_message
 from qcrd_fast.errors import InputError, RunError
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 KEY_NAME = "OPENAI_API_KEY"
 MAX_REPLY_BYTES = 16 * 1024 * 1024  # after decompression
+DEEPEST = 32  # nesting of a message that is kept
 CONNECT_S = 10.0
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 30.0
 BAD_REPLIES = 3  # replies without a sample that one ask puts up with
@@ -155,7 +156,7 @@ class Endpoint:
             part for name, value in given if looks_secret(name, value) for part in secret_parts(value)
         }
         self._secrets = {secret for secret in self._secrets if len(secret) >= SHORTEST}
-        hide_also(self._secrets, {value for _, value in settings.headers})
+        hide_also(self._secrets, {value for name, value in settings.headers if may_be_secret(name)})
         host = urlsplit(self.base).hostname
         carries = KEY_NAME if self.key else next((name for name, value in given if looks_secret(name, value)), "")
         if carries and self.base.startswith("http:") and host not in LOOPBACK and not settings.allow_plain_http:
@@ -412,7 +413,9 @@ def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str) -> R
     for item in found:
         item = item if isinstance(item, dict) else {}
         choice = _choice(_cleaned(item, clean))
-        if choice is None:
+        if choice is None and item.get("finish_reason") == "error":
+            fault("error in it")
+        elif choice is None:
             message = item.get("message")
             said = message.get("content") if isinstance(message, dict) else item.get("text")
             fault("null content" if said is None else "empty content")
@@ -433,6 +436,8 @@ def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str) -> R
 
 def _choice(item: Mapping[str, Any]) -> Choice | None:
     """A choice that was paid for and will not come out better: one that says something, or that ended before it could."""
+    if item.get("finish_reason") == "error":  # of a router whose server broke off
+        return None
     message = item.get("message")
     said = read_message(message if isinstance(message, dict) else {**item, "content": item.get("text")})
     text, cut = said.text, is_cut(item)
@@ -443,15 +448,17 @@ def _choice(item: Mapping[str, Any]) -> Choice | None:
     return Choice(text if text.strip() else "", cut, message if isinstance(message, dict) else None)
 
 
-def _cleaned(value: Any, clean: Callable[[str], str]) -> Any:
-    """`value` with each text in it through `clean`."""
+def _cleaned(value: Any, clean: Callable[[str], str], depth: int = 0) -> Any:
+    """`value` with each text in it through `clean`; null for what nests too deep and for numbers that are not finite."""
     if isinstance(value, str):
         return clean(value)
+    if isinstance(value, list | dict) and depth > DEEPEST:
+        return None
     if isinstance(value, list):
-        return [_cleaned(item, clean) for item in value]
+        return [_cleaned(item, clean, depth + 1) for item in value]
     if isinstance(value, dict):
-        return {clean(key): _cleaned(item, clean) for key, item in value.items()}
-    return value
+        return {clean(key): _cleaned(item, clean, depth + 1) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _count(value: Any) -> int | None:

@@ -181,7 +181,8 @@ class Ledger:
         if isinstance(sample.get("reasoning"), str):
             kept["reasoning"] = sample["reasoning"]
         if cut and sample["answer"] is None:
-            kept["cut"] = self.settings.get("max_tokens") or 0
+            limit = self.settings.get("max_tokens")
+            kept["cut"] = limit if isinstance(limit, int) else 0
         return kept
 
     def _charge(self, record: dict[str, Any]) -> None:

@@ -326,13 +326,13 @@ def test_a_plain_header_takes_no_word_out_of_a_sample(questions: Path, capsys: p
     """Names, addresses and versions are no secrets: a rationale may say the same words."""
     more = (
         "--header",
-        "X-Title: distillation",
+        "X-Title: qcrd-fast",
         "--header",
         "HTTP-Referer: https://a.example/distil",
         "--header",
         "v-version: 2023-06-01",
     )
-    said = "By distillation, https://a.example/distil, on 2023-06-01.\nAnswer: 3"
+    said = "By qcrd-fast, https://a.example/distil, on 2023-06-01.\nAnswer: 3"
     with fake.serving(fake.samples(texts=lambda seen, i: said)) as server:
         run(capsys, command(questions, server.url, *more, "--num-samples", "1"))
     assert rows(questions)[0]["samples"][0]["rationale"] == said.splitlines()[0]

@@ -233,3 +233,19 @@ def test_a_ledger_of_before_goes_on(questions: Path, capsys: pytest.CaptureFixtu
         assert run(capsys, args)["requests"] == 3
         result = run(capsys, [*args, "--max-tokens", "1024", "--thinking", "only"])
         assert (result["requests"], result["samples"], result["unreadable_answers"]) == (4, 6, 0)
+
+
+def test_messages_that_are_hard_to_keep(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Deep nesting, numbers that no JSON has, lone surrogates, reasoning of a wrong type, a router's broken choice."""
+    deep = '{"a": [' * 300 + "1" + "]}" * 300
+    odd = f'"role": "assistant", "x": {deep}, "y": NaN, "reasoning": {deep}, "reasoning_content": 7, "thinking": true'
+    good = f'{{"message": {{{odd}, "content": "Lone \\ud800.\\nAnswer: 12"}}, "finish_reason": "stop"}}'
+    broken = '{"message": {"content": "Half a rea"}, "finish_reason": "error"}'
+    body = f'{{"choices": [{broken}, {good}], "usage": {{"cost": -1, "z": {deep}}}}}'.encode()
+    with fake.serving(fake.raw(body)) as server:
+        args = command(questions, server.url, "--num-samples", "1")
+        result = run(capsys, args)
+        assert (result["samples"], result["faults"], len(server.seen)) == (3, {"error in it": 3}, 3) and "cost" not in result
+        assert run(capsys, args)["requests"] == 3
+    assert {(s["rationale"], s["answer"]) for row in rows(questions) for s in row["samples"]} == {("Lone ?.", "12")}
+    assert "NaN" not in questions.with_name("samples.jsonl.ledger.jsonl").read_text(encoding="utf-8")
