@@ -70,8 +70,8 @@ _amount = partial(click.option, type=click.FloatRange(0), metavar="FLOAT", show_
 @click.option("--split", metavar="NAME", help="only this split of the questions, such as train or test")
 @bad_row_option
 @positive("--concurrency", default=8, help="requests at a time")
-@_seconds("--timeout", "timeout_s", default=180.0, help="of one request as a whole")
-@_seconds("--deadline", "deadline_s", default=600.0, help="of one request with all its retries")
+@_seconds("--timeout", "timeout_s", help="of one request as a whole; default: 180, or 0.1 a token of --max-tokens")
+@_seconds("--deadline", "deadline_s", help="of one request with all its retries; default: 600, or 3 times --timeout")
 @_seconds("--grace", "grace_s", default=30.0, help="that requests in flight get when the collector is stopped")
 @positive("--max-failures", default=10, help="questions given up, or replies cut, in a row before all stops")
 @_amount("--price-input", help="of a million prompt tokens")
@@ -102,6 +102,8 @@ def collect(ctx: click.Context, dry_run: bool, as_json: bool, **options: Any) ->
 
     options["extra_body"] = _extra_body(options["extra_body"])
     options["api"] = options["api"] or ""
+    options["timeout_s"] = options["timeout_s"] or max(180.0, 0.1 * options["max_tokens"])
+    options["deadline_s"] = options["deadline_s"] or max(600.0, 3 * options["timeout_s"])
     options["system_prompt"] = _system_prompt(options["system_prompt"])
     for name in ("header", "query"):
         options[name] = read_pairs(f"--{name}", options[name])

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from qcrd_fast.collect import refusals
+from qcrd_fast.collect import events, refusals
 from qcrd_fast.collect.credentials import is_credential, looks_secret, may_be_secret, secret_parts
 from qcrd_fast.data.formats.samples import is_cut
 from qcrd_fast.data.messages import read_message
@@ -165,7 +165,7 @@ class Endpoint:
                 f"--teacher: {carries} would go to {host} unencrypted; use https, {other}, or say --allow-plain-http"
             )
         self._not_before = 0.0  # a server that asked for patience asked it of all
-        self._one_at_a_time = False
+        self._one_at_a_time = self._streams = False
         self._system_apart = True
         self._renamed: dict[str, str] = {}  # parameters that were refused: the name they go by, or nothing
         self._client: httpx.AsyncClient | None = None
@@ -201,7 +201,8 @@ class Endpoint:
         else:
             prompt = f"{s.system}\n\n{prompt}" if s.system else prompt
             said = {"messages": [{"role": "user", "content": prompt}]} if s.api == "chat" else {"prompt": prompt}
-        wanted = {"n": n, "temperature": s.temperature, "max_tokens": s.max_tokens, "stream": False}
+        wanted: dict[str, Any] = {"n": n, "temperature": s.temperature, "max_tokens": s.max_tokens, "stream": self._streams}
+        wanted |= {"stream_options": {"include_usage": True}} if self._streams else {}
         sampling = {self._renamed.get(name, name) or "": value for name, value in wanted.items()}
         body = {"model": s.model, **said, **sampling, **s.extra}
         return {key: value for key, value in body.items() if key and value is not None}
@@ -260,10 +261,13 @@ class Endpoint:
         said = error.body or refusals.ErrorBody(error.detail, "", "")
         own = [name for name in refusals.refused_names(body) if name not in self.settings.extra]
         name = refusals.refused_parameter(said, own)
-        if name == "max_tokens":
+        if not self._streams and "stream" in own and refusals.wants_stream(said):
+            self._streams = self._one_at_a_time = True
+            log.warning("the teacher answers in a stream alone, one sample a request: %s", error.detail)
+        elif name == "max_tokens":
             self._renamed[name] = "max_completion_tokens"
             log.warning("the teacher refuses max_tokens, so max_completion_tokens is sent: %s", error.detail)
-        elif name in ("temperature", "stream"):
+        elif name in ("temperature", "stream", "stream_options"):
             self._renamed[name] = ""
             value = f" {self.settings.temperature:g}, so its own is used" if name == "temperature" else ""
             log.warning("the teacher refuses %s%s: %s", name, value, error.detail)
@@ -318,7 +322,8 @@ class Endpoint:
         try:
             return await asyncio.wait_for(self._transfer(method, path, request, body), limit_s)
         except asyncio.TimeoutError:
-            raise Failed("timeout", f"no whole reply within {limit_s:.1f} s", charged=True) from None
+            words = f"no whole reply within {limit_s:.1f} s"
+            raise Failed("timeout", words, charged=True, advice="a higher --timeout may help") from None
         except httpx.TimeoutException as error:
             sent = not isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout)
             raise Failed("timeout", type(error).__name__, charged=sent) from None
@@ -342,7 +347,8 @@ class Endpoint:
                 raise self._failed(status, text, response.headers)
             raw = await _read(response, MAX_REPLY_BYTES)
         try:
-            value = json.loads(raw)
+            streamed = events.is_events(response.headers.get("content-type", ""), raw)
+            value = events.assemble(raw) if streamed else json.loads(raw)
         except (ValueError, RecursionError):
             kind = "HTML" if raw.lstrip()[:1] == b"<" else "not JSON"
             raise Failed(f"bad reply: {kind}", charged=True) from None

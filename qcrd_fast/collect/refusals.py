@@ -38,6 +38,11 @@ _DELAY = re.compile(r"\"?retry_?delay\"?\s*:\s*\"?(\d+(?:\.\d+)?s)", re.IGNORECA
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|milli|h|m|s)", re.IGNORECASE)
 _SECONDS = {"ms": 0.001, "milli": 0.001, "h": 3600.0, "m": 60.0, "s": 1.0}
 _CONTEXT = re.compile(r"context|too long|maximum.{0,24}(?:tokens|length)|reduce.{0,40}(?:length|prompt|tokens)", re.IGNORECASE)
+_STREAM = re.compile(
+    r"only supports? (?:the )?stream|non-?stream|stream(?:ing)?(?: mode)? is required|"
+    r"(?:enable|set)\W+(?:the )?.{0,20}\bstream",
+    re.IGNORECASE,
+)
 _LIMITS = ("max_tokens", "max_completion_tokens")
 
 
@@ -114,6 +119,11 @@ def refused_names(body: Mapping[str, Any]) -> list[str]:
 def refuses_several(error: ErrorBody) -> bool:
     """Whether a server gives one choice a request only."""
     return bool(error.parameter in ("n", "best_of") or re.search(r"(?<![\w-])n(?![\w'-])|\bchoices?\b", error.text))
+
+
+def wants_stream(error: ErrorBody) -> bool:
+    """Whether a model is served in streams alone."""
+    return bool(_STREAM.search(error.text))
 
 
 def refuses_system(error: ErrorBody) -> bool:

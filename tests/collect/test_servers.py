@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from cli.main import entry
 from qcrd_fast.collect import progress
 from qcrd_fast.collect.credentials import looks_secret, read_pairs
+from qcrd_fast.collect.events import assemble
 from qcrd_fast.collect.progress import duration
 from qcrd_fast.collect.refusals import (
     advice_on_length,
@@ -21,11 +23,12 @@ from qcrd_fast.collect.refusals import (
     refuses_system,
     wait_s,
     wants_money,
+    wants_stream,
 )
 from qcrd_fast.errors import InputError
 from tests.support import fake_teacher as fake
 from tests.support import teacher_forms as forms
-from tests.support.collecting import command, questions, quick, rows, run, start
+from tests.support.collecting import command, ledger, questions, quick, rows, run, start
 
 __all__ = ["questions", "quick"]
 SENT = ("n", "temperature", "max_tokens", "stream")
@@ -126,6 +129,19 @@ def test_waits(headers: dict[str, str], body: str, seconds: float | None) -> Non
     assert wait_s(headers, body) == (None if seconds is None else pytest.approx(seconds))
 
 
+@pytest.mark.parametrize(
+    ("message", "stream"),
+    [
+        ("This model only support stream mode, please enable the stream parameter to access the model", True),
+        ("parameter.enable_thinking must be set to false for non-streaming calls", True),
+        ("Streaming is required for requests of this length", True),
+        ("Unrecognized request argument supplied: stream", False),
+    ],
+)
+def test_models_that_only_stream(message: str, stream: bool) -> None:
+    assert wants_stream(read_error(said(message))) is stream
+
+
 def test_advice_on_length() -> None:
     assert "--max-tokens (512)" in advice_on_length(read_error(said("maximum context length is 256 tokens")), 512)
     assert "--max-tokens (9)" in advice_on_length(read_error(said("too large", param="max_tokens")), 9)
@@ -173,6 +189,52 @@ def test_several_workers_learn_it_together(questions: Path, capsys: pytest.Captu
         result = run(capsys, command(questions, server.url, "--concurrency", "6"))
     assert result["samples"] == 30 and result["failures"]["400"] <= 12 and result["missing"] == 0
     assert result["log"].count("the teacher refuses max_tokens") == 1
+
+
+def test_a_model_that_only_streams(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reasoning, content and usage come in pieces; a stream that breaks off is no reply."""
+    pieces = [
+        {"role": "assistant", "reasoning_content": "One ", "content": None},
+        {"reasoning_content": "and one."},
+        {"content": "The answer", "reasoning_details": [{"type": "reasoning.encrypted"}]},
+        {"content": " is 2.", "reasoning_details": [{"type": "reasoning.encrypted"}]},
+    ]
+    parts = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}], "usage": None} for delta in pieces]
+    parts.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    usage = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 9}}
+    lines = [": keep-alive", "", *(f"data: {json.dumps(part)}" for part in [*parts, usage]), "data: [DONE]", ""]
+    stream = "\n\n".join(lines).encode()
+
+    def behave(handler: fake.Handler, seen: fake.Seen) -> None:
+        if not seen.body["stream"]:
+            return forms.error(400, "This model only support stream mode, please enable the stream parameter.")(handler, seen)
+        assert seen.body["stream_options"] == {"include_usage": True} and seen.body["n"] == 1
+        return handler.send(200, stream, content_type="text/event-stream; charset=utf-8")
+
+    with fake.serving(behave) as server:
+        args = command(questions, server.url, "--concurrency", "1", "--num-samples", "2")
+        server.plan = [
+            behave,
+            fake.raw(b"data: {\n", content_type="text/event-stream"),
+            fake.raw(b"\n\n".join(stream.split(b"\n\n")[:5])),
+        ]
+        result = run(capsys, args)
+    assert (result["samples"], result["failures"]) == (12, {"400": 1, "bad reply: not JSON": 2})
+    assert (result["prompt_tokens"], result["estimated_replies"]) == (
+        12 * 5 + 2 * ledger(questions, "intent")[1]["prompt_tokens"],
+        2,
+    )
+    assert {(s["rationale"], s["answer"]) for row in rows(questions) for s in row["samples"]} == {("One and one.", "2")}
+    message = ledger(questions, "reply")[0]["samples"][0]["message"]
+    assert len(message["reasoning_details"]) == 2 and message["role"] == "assistant"
+
+
+def test_an_error_within_a_stream(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body = b'data: {"choices": [{"index": 0, "delta": {"content": "Ha"}}]}\n\n'
+    body += b'data: {"error": {"code": 402, "message": "no credits"}}\n\n'
+    with fake.serving(fake.raw(body, content_type="text/event-stream")) as server:
+        result = run(capsys, command(questions, server.url, "--concurrency", "1"), 1)
+    assert "no credit left" in result["log"] and len(server.seen) == 1
 
 
 def test_what_the_user_asks_for_is_not_left_out(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -401,3 +463,28 @@ def test_the_prediction_is_a_table(questions: Path, capsys: pytest.CaptureFixtur
     expected, most = next((float(row[1]), float(row[2])) for row in table if row[:1] == ["cost"])
     assert 0 < expected < most == pytest.approx((30 * 512 * 2 + 30 * 60) / 1e6, rel=0.1)
     assert ["requests", "6", "30"] in table
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"data: [DONE]\n\n",
+        b"data: 7\n\n",
+        b'data: {"choices": [7]}\n\n',
+        b'data: {"choices": [{"index": "a", "delta": {}}]}\n\n',
+        b'data: {"choices": [{"index": 0, "delta": {"content": "x"}}]}\n\ndata: [DONE]\n\n',
+    ],
+)
+def test_events_that_are_no_reply(body: bytes) -> None:
+    with pytest.raises(ValueError):
+        assemble(body)
+
+
+def test_many_events_take_no_longer_than_their_length() -> None:
+    count = 100_000
+    body = b'data: {"choices": [{"delta": {"content": "abcdefgh"}}]}\n' * count
+    body += b'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n'
+    begun = time.process_time()
+    assert len(assemble(body)["choices"][0]["message"]["content"]) == 8 * count
+    assert time.process_time() - begun < 10
