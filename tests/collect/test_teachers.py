@@ -209,7 +209,7 @@ def test_a_system_prompt_of_a_local_model(
     assert ids == tokenizer("system: Be brief.\nuser: What is 2?\nassistant:", add_special_tokens=False).input_ids
     tokenizer.chat_template = "{{ raise_exception('no system here') }}"
     tokenizer.save_pretrained(folder)
-    with pytest.raises(InputError, match="--system-prompt: .*no system here"):
+    with pytest.raises(InputError, match=r"--system-prompt: .*no system here"):
         LocalTeacher(str(folder), api="", system="Be brief.", **options)._source("What is 2?")
     args = command(questions, str(llama_folder), "--system-prompt", "Be brief.", "--max-tokens", "2")
     assert "asked without a chat template" in run(capsys, args, 2)["log"]

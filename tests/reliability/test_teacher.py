@@ -310,6 +310,19 @@ class TestTrial20:
             assert run(capsys, command(questions, server.url, *args, "--max-cost", "6"))["cost"] == 6
         assert len(server.seen) == 6
 
+    def test_no_crowd_sets_out_before_a_price_is_known(self, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A teacher may think up to --max-tokens: what has not come yet is reckoned as that long, not as a short reply."""
+
+        def think(handler: fake.Handler, seen: fake.Seen) -> None:
+            usage = {"prompt_tokens": 10, "completion_tokens": 8000}
+            handler.server.released.wait(0.3)
+            handler.send_json({"choices": [fake.choice("Long.\nAnswer: 1")], "usage": usage})
+
+        args = ("--price-input", "0", "--price-output", "100", "--max-tokens", "8192", "--num-samples", "1")  # a request: 0.8
+        with fake.serving(think) as server:
+            result = run(capsys, command(questions, server.url, *args, "--max-cost", "1.7"), 75)
+        assert result["cost"] == pytest.approx(1.6) and len(server.seen) == 2
+
 
 class TestTrial21:
     """Secrets in environment, configuration and error bodies come out nowhere."""
