@@ -19,6 +19,7 @@ from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, Failed, Inter
 from qcrd_fast.collect.progress import Progress
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError, LimitReached, RunError, Stopped
+from qcrd_fast.utils.files import shown
 from qcrd_fast.utils.redact import redact
 from qcrd_fast.utils.signals import StopSignals
 
@@ -66,6 +67,8 @@ def collect(settings: CollectSettings, *, dry_run: bool = False) -> tuple[dict[s
                 log.warning("%d samples are missing; the same command asks for them again", summary["missing"])
         if run.why is None and settings.is_url and summary["samples"] and summary["cut_before_an_answer"] == summary["samples"]:
             run.why = RunError(f"every sample was cut before an answer; {run.advice_on_cuts()}")
+        if summary["samples"] and run.why is None:
+            log.info("next: qcrd-fast prepare %s --output train.jsonl", shown(settings.output))
         return run.summary(), run.why
 
 

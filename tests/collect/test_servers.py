@@ -28,7 +28,7 @@ from qcrd_fast.collect.refusals import (
 from qcrd_fast.errors import InputError
 from tests.support import fake_teacher as fake
 from tests.support import teacher_forms as forms
-from tests.support.collecting import command, ledger, questions, quick, rows, run, start
+from tests.support.collecting import command, ledger, questions, quick, rows, run
 
 __all__ = ["questions", "quick"]
 SENT = ("n", "temperature", "max_tokens", "stream")
@@ -335,7 +335,7 @@ def test_a_system_prompt_is_part_of_the_prompt(questions: Path, tmp_path: Path, 
         assert "--system-prompt belongs to a chat" in run(capsys, completions, 2)["log"]
 
 
-def test_keys_in_headers_and_queries_come_out_nowhere(questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_in_headers_and_queries_come_out_nowhere(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever a server says back: in errors, in samples, in reasoning, in a model's name; also from a traceback."""
     token, other, query = "hdr0topsecret0123456789", "swordfish-1234", "q0topsecret0123456789"
 
@@ -358,11 +358,11 @@ def test_keys_in_headers_and_queries_come_out_nowhere(questions: Path, monkeypat
     with fake.serving(echo) as server:
         args = command(questions, server.url, *more, "--num-samples", "1")
         for extra in (("--deadline", "1"), ("--dry-run",), ("--header", "no value"), ("--header", f"host: {token}")):
-            process = start([*args, *extra])
-            words += "".join(process.communicate(timeout=30))
+            entry([*args, *extra])
+            words += "".join(capsys.readouterr())
         server.usual = fake.status(401, f"bad {token} {query} {other}")
-        process = start([*args, "--num-samples", "2", "--deadline", "1"])
-        words += "".join(process.communicate(timeout=30))
+        assert entry([*args, "--num-samples", "2", "--deadline", "1"]) == 1
+        words += "".join(capsys.readouterr())
     assert "says 401" in words and any(token in str(seen.headers) and query in seen.path for seen in server.seen)
     written = "".join(path.read_text() for path in questions.parent.glob("samples.jsonl*"))
     assert "You said" in written and "failure" in written and "***" in written
