@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from qcrd_fast.collect.credentials import Pairs
-from qcrd_fast.collect.endpoint import Choice, Reply, estimate_tokens
 from qcrd_fast.collect.ledger import Ledger, Prices
 from qcrd_fast.collect.prompts import Template, prompt_digest, take_apart, written
+from qcrd_fast.collect.reply import Choice, Reply, estimate_tokens
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError, RunError

@@ -15,8 +15,9 @@ from typing import Any
 
 from qcrd_fast.collect.collection import REPLAY, Collection, CollectSettings
 from qcrd_fast.collect.credentials import printable
-from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, Failed, Interrupted, Reply, refusal
+from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, Failed, Interrupted, refusal
 from qcrd_fast.collect.progress import Progress
+from qcrd_fast.collect.reply import Reply
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError, LimitReached, RunError, Stopped
 from qcrd_fast.utils.files import shown

@@ -11,13 +11,12 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import random
 import re
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -26,8 +25,7 @@ import httpx
 
 from qcrd_fast.collect import events, refusals
 from qcrd_fast.collect.credentials import is_credential, looks_secret, may_be_secret, secret_parts
-from qcrd_fast.data.formats.samples import is_cut
-from qcrd_fast.data.messages import read_message
+from qcrd_fast.collect.reply import Reply, parse_reply
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.redact import SHORTEST, hide_also, redact
 from qcrd_fast.version import __version__
@@ -36,7 +34,6 @@ log = logging.getLogger(__name__)
 
 KEY_NAME = "OPENAI_API_KEY"
 MAX_REPLY_BYTES = 16 * 1024 * 1024  # after decompression
-DEEPEST = 32  # nesting of a message that is kept
 CONNECT_S = 10.0
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 30.0
 BAD_REPLIES = 3  # replies without a sample that one ask puts up with
@@ -72,34 +69,6 @@ class Refused(RunError):
 
 class Interrupted(Exception):
     """The collection is being stopped; no further request is begun."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One sample as it came; `cut` at the maximum length.
-
-    `text` is the whole reply, its reasoning in <think> tags before what was said; `message` is the message of a chat, whole.
-    """
-
-    text: str
-    cut: bool = False
-    message: Mapping[str, Any] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """Samples of one request with the tokens it used, `estimated` where the server did not say; faults are counted.
-
-    `usage` is what the server said of tokens, and perhaps of cost.
-    """
-
-    choices: list[Choice]
-    prompt_tokens: int
-    completion_tokens: int
-    estimated: bool = False
-    faults: dict[str, int] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
-    usage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Journal(Protocol):
@@ -355,7 +324,7 @@ class Endpoint:
         if isinstance(value, dict) and not value.get("choices") and isinstance(value.get("error"), dict):
             code = value["error"].get("code")
             if isinstance(code, int) and 400 <= code < 600:  # a router that has begun to answer cannot change the status
-                raise self._failed(code, raw[:65_536].decode("utf-8", "replace"), response.headers)
+                raise self._failed(code, json.dumps({"error": value["error"]}), response.headers)
         return value
 
     def _failed(self, status: int, text: str, headers: Mapping[str, str]) -> Failed:
@@ -376,7 +345,9 @@ class Endpoint:
 def refusal(error: Failed, url: str, api: str) -> Refused | None:
     """What to tell the user where no request can succeed."""
     advice = {
-        "401": f"is {KEY_NAME}, or the key in --header, right?" if os.environ.get(KEY_NAME) else f"set {KEY_NAME}",
+        "401": f"is {KEY_NAME}, or the key in --header, right?"
+        if os.environ.get(KEY_NAME)
+        else f"set {KEY_NAME}, or check the key in --header",
         "403": f"may {KEY_NAME} use this model?",
         "404": f"check --teacher (usually it ends in /v1), --teacher-model and --api {api}",
     }.get(error.reason, "")
@@ -401,79 +372,6 @@ def base_url(url: str) -> str:
         )
     path = re.sub(r"/(?:chat/)?completions$", "", parts.path.rstrip("/"))
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
-
-
-def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str) -> Reply:
-    """The choices of a decoded reply, whatever it is, each text through `clean`; what is no text is a counted fault."""
-    value = value if isinstance(value, dict) else {}
-    faults: dict[str, int] = {}
-    choices = []
-
-    def fault(name: str) -> None:
-        faults[name] = faults.get(name, 0) + 1
-
-    found = value.get("choices")
-    if not isinstance(found, list) or not found:
-        fault("error in it" if value.get("error") else "empty choices" if found == [] else "no choices")
-        found = []
-    for item in found:
-        item = item if isinstance(item, dict) else {}
-        choice = _choice(_cleaned(item, clean))
-        if choice is None and item.get("finish_reason") == "error":
-            fault("error in it")
-        elif choice is None:
-            message = item.get("message")
-            said = message.get("content") if isinstance(message, dict) else item.get("text")
-            fault("null content" if said is None else "empty content")
-        else:
-            choices.append(choice)
-    usage = value.get("usage")
-    usage = _cleaned(usage, clean) if isinstance(usage, dict) else {}
-    prompt_tokens, completion_tokens, total = (
-        _count(usage.get(f"{name}_tokens")) for name in ("prompt", "completion", "total")
-    )
-    if prompt_tokens is None or completion_tokens is None:
-        estimate = sum(estimate_tokens(choice.text) for choice in choices)
-        return Reply(choices, estimate_tokens(prompt), estimate, True, faults, usage=usage)
-    if total is not None:  # some servers count reasoning in the total alone
-        completion_tokens = max(completion_tokens, total - prompt_tokens)
-    return Reply(choices, prompt_tokens, completion_tokens, False, faults, usage=usage)
-
-
-def _choice(item: Mapping[str, Any]) -> Choice | None:
-    """A choice that was paid for and will not come out better: one that says something, or that ended before it could."""
-    if item.get("finish_reason") == "error":  # of a router whose server broke off
-        return None
-    message = item.get("message")
-    said = read_message(message if isinstance(message, dict) else {**item, "content": item.get("text")})
-    text, cut = said.text, is_cut(item)
-    if not text.strip() and isinstance(message, dict) and isinstance(message.get("refusal"), str):
-        text = message["refusal"]
-    if not text.strip() and not cut and item.get("finish_reason") != "content_filter":
-        return None
-    return Choice(text if text.strip() else "", cut, message if isinstance(message, dict) else None)
-
-
-def _cleaned(value: Any, clean: Callable[[str], str], depth: int = 0) -> Any:
-    """`value` with each text in it through `clean`; null for what nests too deep and for numbers that are not finite."""
-    if isinstance(value, str):
-        return clean(value)
-    if isinstance(value, list | dict) and depth > DEEPEST:
-        return None
-    if isinstance(value, list):
-        return [_cleaned(item, clean, depth + 1) for item in value]
-    if isinstance(value, dict):
-        return {clean(key): _cleaned(item, clean, depth + 1) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40 else None
-
-
-def estimate_tokens(text: str) -> int:
-    """Four bytes a token, as a rule of thumb for English."""
-    return math.ceil(len(text.encode("utf-8", "replace")) / 4)
 
 
 async def _read(response: httpx.Response, limit: int) -> bytes:

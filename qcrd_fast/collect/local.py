@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qcrd_fast.collect.endpoint import Choice
 from qcrd_fast.collect.prompts import take_apart, written
+from qcrd_fast.collect.reply import Choice
 from qcrd_fast.data.load import iter_records
 from qcrd_fast.data.replies import Reader, parse_choices
 from qcrd_fast.data.schema import BadRow, Question, Rationale, text_key

@@ -142,6 +142,17 @@ def test_models_that_only_stream(message: str, stream: bool) -> None:
     assert wants_stream(read_error(said(message))) is stream
 
 
+@pytest.mark.parametrize(
+    "body",
+    ["", "7", "[]", "[[]]", "null", "[" * 100_000, '{"error": [1, null]}', '{"error": {"message": {}, "code": [1], "param": 3}}',
+     '{"detail": [{"loc": 5}, 7]}', '{"detail": [{"loc": [], "msg": null}]}', '{"error": {"metadata": {"raw": 7}}}'],
+)  # fmt: skip
+def test_errors_of_any_shape_are_text(body: str) -> None:
+    error = read_error(body)
+    assert all(isinstance(part, str) for part in error) and refused_parameter(error, SENT) is None
+    assert not wants_money(429, error, wait_s({}, body)) and not refuses_system(error) and not wants_stream(error)
+
+
 def test_advice_on_length() -> None:
     assert "--max-tokens (512)" in advice_on_length(read_error(said("maximum context length is 256 tokens")), 512)
     assert "--max-tokens (9)" in advice_on_length(read_error(said("too large", param="max_tokens")), 9)

@@ -14,7 +14,8 @@ import pytest
 
 from cli.main import entry
 from qcrd_fast.collect import endpoint
-from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, base_url, parse_reply
+from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, base_url
+from qcrd_fast.collect.reply import parse_reply
 from qcrd_fast.errors import InputError
 from tests.support import fake_teacher as fake
 from tests.support.collecting import command, ledger, questions, quick, rows, run, start, wait_for, write_questions
