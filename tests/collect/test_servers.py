@@ -144,8 +144,9 @@ def test_models_that_only_stream(message: str, stream: bool) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    ["", "7", "[]", "[[]]", "null", "[" * 100_000, '{"error": [1, null]}', '{"error": {"message": {}, "code": [1], "param": 3}}',
-     '{"detail": [{"loc": 5}, 7]}', '{"detail": [{"loc": [], "msg": null}]}', '{"error": {"metadata": {"raw": 7}}}'],
+    ["", "7", "[]", "[[]]", "null", "[" * 100_000, '{"error": [1, null]}', '{"detail": [{"loc": 5}, 7]}',
+     '{"error": {"message": {}, "code": [1], "param": 3}}', '{"detail": [{"loc": [], "msg": null}]}',
+     '{"error": {"metadata": {"raw": 7}}}'],
 )  # fmt: skip
 def test_errors_of_any_shape_are_text(body: str) -> None:
     error = read_error(body)
