@@ -1,4 +1,4 @@
-"""How far a collection is: samples, time left, cost so far; a line in the log, or one that stays in place on a terminal."""
+"""How far a collection is: samples, ETA, cost so far; a line in the log, or one that stays in place on a terminal."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ class Progress:
             log.info("%s", self.line())
 
     def line(self) -> str:
-        """Samples, requests, time left and cost or tokens, in this order."""
+        """Samples, requests, ETA and cost or tokens, in this order."""
         run, totals = self.run, self.run.ledger.totals
         missing = run.samples_missing
         done = run.settings.num_samples * len(run.questions) - missing
         gained, elapsed_s = totals.samples - self.had, time.monotonic() - self.begun
-        left = f"about {duration(elapsed_s / gained * missing)} left" if gained else "time left not known yet"
+        eta = f"ETA {duration(elapsed_s / gained * missing)}" if gained else "ETA unknown"
         parts = [f"{done:,} of {done + missing:,} samples"]
         if run.settings.is_url:
             parts.append(f"{totals.requests:,} request{'s' if totals.requests != 1 else ''}")
-        parts.append(left)
+        parts.append(eta)
         if run.has_cost:
             in_all = f" of about {run.cost * (1 + missing / totals.samples):.4g}" if totals.samples else ""
             parts.append(f"cost {run.cost:.4g} so far{in_all}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -440,7 +441,7 @@ def test_a_key_in_a_header_stays_on_encrypted_ways(questions: Path, capsys: pyte
 # Progress and prediction
 
 
-def test_progress_says_time_left_and_cost(
+def test_progress_says_eta_and_cost(
     questions: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "FIRST_S", 0.1)
@@ -448,8 +449,8 @@ def test_progress_says_time_left_and_cost(
     with fake.serving(fake.samples(delay_s=0.3)) as server:
         prices = ("--price-input", "0", "--price-output", "10000")  # a request: 100 tokens, cost 1
         log = run(capsys, command(questions, server.url, "--concurrency", "1", *prices))["log"]
-        assert "0 of 30 samples, 1 request, time left not known yet, cost 0 so far" in log
-        assert "10 of 30 samples" in log and " left, cost 2 so far of about 6\n" in log
+        assert "0 of 30 samples, 1 request, ETA unknown, cost 0 so far" in log
+        assert "10 of 30 samples" in log and re.search(r"ETA \d+ s, cost 2 so far of about 6\n", log)
         log = run(capsys, command(questions, server.url, "--concurrency", "1", "--num-samples", "6"))["log"]
     assert "34 of 36 samples" in log and "tokens so far" in log
 
@@ -461,7 +462,7 @@ def test_progress_stays_in_place_on_a_terminal(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with fake.serving(fake.samples(delay_s=0.3)) as server:
         log = run(capsys, command(questions, server.url, "--concurrency", "1"))["log"]
-    assert "\r\x1b[K0 of 30 samples" in log and "left" in log and "INFO 0 of 30" not in log
+    assert "\r\x1b[K0 of 30 samples" in log and ", ETA " in log and "INFO 0 of 30" not in log
 
 
 def test_durations() -> None:
