@@ -197,7 +197,7 @@ class _Journal:
             most = run.settings.max_requests
             if most is not None and ledger.totals.requests >= most:
                 run.stop(LimitReached(f"--max-requests {most} is reached; a higher one goes on"))
-            elif limit is None or self._affordable(limit, n, completion_tokens):
+            elif limit is None or self._affordable(limit, n):
                 break
             elif not ledger.open:
                 run.stop(LimitReached(f"--max-cost {limit:g}: {run.cost:.6g} is spent, the next request would pass it"))
@@ -209,17 +209,15 @@ class _Journal:
             prompt_tokens=self.prompt_tokens, completion_tokens=completion_tokens, n=n, attempt=attempt, **what
         )
 
-    def _affordable(self, limit: float, n: int, completion_tokens: int) -> bool:
+    def _affordable(self, limit: float, n: int) -> bool:
         ledger, cost = self.run.ledger, self.run.settings.prices.cost
         if not ledger.totals.requests:
             return limit > 0  # what a request costs is known after the first one
-        open, most = list(ledger.open.values()), self.run.settings.max_tokens
-        if ledger.totals.samples:
-            tokens = completion_tokens + sum(intent["completion_tokens"] for intent in open)
-        else:  # until then each sample may be as long as allowed
-            tokens = most * (n + sum(intent.get("n", 0) for intent in open))
-        prompts = self.prompt_tokens + sum(intent["prompt_tokens"] for intent in open)
-        return self.run.cost + cost(prompts, tokens) <= limit
+        most = self.run.settings.max_tokens
+        each = ledger.expected_tokens(most) if ledger.totals.samples else most  # the longest, until one has come
+        prompts = self.prompt_tokens + sum(intent["prompt_tokens"] for intent in ledger.open.values())
+        samples = n + sum(intent.get("n", 0) for intent in ledger.open.values())
+        return self.run.cost + cost(prompts, samples * each) <= limit
 
     def failed(self, request: str, error: Failed, seconds: float) -> None:
         self.flying.discard(_task())

@@ -316,7 +316,7 @@ class TestTrial20:
 
         def think(handler: fake.Handler, seen: fake.Seen) -> None:
             usage = {"prompt_tokens": 10, "completion_tokens": 8000}
-            handler.server.released.wait(0.3)
+            handler.server.released.wait(0.2 if "What is 0" in seen.prompt else 0.8)  # the first alone says how long they are
             handler.send_json({"choices": [fake.choice("Long.\nAnswer: 1")], "usage": usage})
 
         args = ("--price-input", "0", "--price-output", "100", "--max-tokens", "8192", "--num-samples", "1")  # a request: 0.8
