@@ -140,7 +140,8 @@ def chunked_backward(
             dhidden_SH += matmul(narrow_SC, raw_CH if narrow else weight_CH)
         if dweight_VH is not None:
             half = narrow and dweight_VH.dtype == narrow
-            dweight_VH[start:stop] = matmul(narrow_SC.T if half else dz_SC.to(hidden_SH.dtype).T, narrow_SH if half else hidden_SH)
+            rounded_SC = narrow_SC if half else dz_SC.to(hidden_SH.dtype)
+            dweight_VH[start:stop] = matmul(rounded_SC.T, narrow_SH if half else hidden_SH)
     return dhidden_SH, dweight_VH, dbias_V
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcrd_fast.ops import chunked, reference
+from qcrd_fast.ops import chunked, reference, vocab_parallel
 from qcrd_fast.ops.checks import check_head, require, require_no_tangent
 from qcrd_fast.ops.dispatch import choose_impl
 from qcrd_fast.ops.reference import HeadOptions
@@ -87,6 +87,8 @@ def linear_logprob(
     impl: str = "auto",
     max_rows: int | None = None,
     workspace_bytes: int = 0,
+    process_group: Any = None,
+    vocab_start: int | None = None,
 ) -> Any:
     """log p(target) in nats [...], fp32 (float64 for float64 operands), never above 0; 0 and no gradient where ignored.
 
@@ -103,11 +105,23 @@ def linear_logprob(
     exceeded raises in backward (on a GPU, asserts). `workspace_bytes`: how many bytes of logits `torch` may keep for the
     backward pass (T V 4 for all in fp32), which then does not compute them again; the kernels always do.
 
+    process_group: of the ranks over which the head's rows are split, one after another: `weight` and `bias` are this rank's
+    slice, which begins at row `vocab_start` of the whole (default: rank times V, for slices of one size), and hidden and target
+    are the same on all ranks, as is what is returned. There is no `return_top1` then.
+
     Raises `ValueError` naming what was expected and what came, also under forward-mode AD and for a scale, softcap or
     temperature that requires grad; `TypeError` for an argument that is no tensor.
     """
     require(max_rows is None or max_rows >= 0, lambda: f"max_rows must be at least 0 or None, got {max_rows}")
     require(workspace_bytes >= 0, lambda: f"workspace_bytes must be at least 0, got {workspace_bytes}")
+    if process_group is not None:
+        require(not return_top1, lambda: "return_top1 is not available with a process_group")
+        settings: Any = dict(bias=bias, scale=scale, softcap=softcap, temperature=temperature, ignore_index=ignore_index)
+        settings |= dict(impl=impl, max_rows=max_rows, workspace_bytes=workspace_bytes)
+        settings |= dict(return_entropy=return_entropy, return_sum_p2=return_sum_p2)
+        logprob, lse, entropy, sum_p2 = _over_slices(hidden, weight, target, process_group, vocab_start, **settings)
+        wants = (True, return_lse, return_entropy, False, return_sum_p2)
+        return _returned([logprob, lse, entropy, None, sum_p2], wants)
     hidden_TH, target_T, options = check_head(hidden, weight, target, bias, scale, softcap, temperature, ignore_index)
     chosen = choose_impl(impl, hidden.device, hidden_TH.dtype)[0]
     with torch.autocast(hidden.device.type, enabled=False):
@@ -123,11 +137,30 @@ def linear_logprob(
             differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
             kept_bytes = workspace_bytes if differentiated and not triton else 0
             out = _linear_logprob(*head, ignore_index, return_entropy, return_sum_p2, triton, max_rows, kept_bytes)
-    wanted = (True, return_lse, return_entropy, return_top1, return_sum_p2)
-    values = [x.reshape(target.shape) for x, want in zip(out[:5], wanted, strict=True) if want]
-    if len(values) == 1:
-        return values[0]
-    return _named_output(tuple(itertools.compress(("logprob", *EXTRAS), wanted)), values)
+    wants = (True, return_lse, return_entropy, return_top1, return_sum_p2)
+    return _returned([x.reshape(target.shape) if want else None for x, want in zip(out[:5], wants, strict=True)], wants)
+
+
+def _returned(values: Sequence[Any], wants: Sequence[bool]) -> Any:
+    """log p alone, or a `LogProbOutput` of what was asked for."""
+    wanted = list(itertools.compress(values, wants))
+    return wanted[0] if len(wanted) == 1 else _named_output(tuple(itertools.compress(("logprob", *EXTRAS), wants)), wanted)
+
+
+def _over_slices(
+    hidden: Tensor, weight: Tensor, target: Tensor, group: Any, start: int | None, *, ignore_index: int, return_entropy: bool,
+    return_sum_p2: bool, **settings: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(log p, log-sum-exp, entropy or None, sum p^2 or None) over the vocabulary of all ranks, in the target's shape."""
+    start = torch.distributed.get_rank(group) * len(weight) if start is None else start
+    valid = target != ignore_index
+    here = valid & (target >= start) & (target < start + len(weight))
+    out = linear_logprob(
+        vocab_parallel.ToSlices.apply(hidden, group), weight, (target - start).where(here, 0).where(valid, ignore_index),
+        ignore_index=ignore_index, return_lse=True, return_entropy=return_entropy, return_sum_p2=return_sum_p2, **settings,
+    )  # fmt: skip
+    slice_ = vocab_parallel.Slice(out.logprob, out.lse, out.entropy, out.sum_p2)
+    return vocab_parallel.combine(slice_, here, valid, group)
 
 
 @torch.library.custom_op("qcrd_fast::linear_logprob", mutates_args=())

@@ -1,7 +1,8 @@
 """The training pass of score-then-train as one node: the rationales' weights are known, so the gradients are made in forward.
 
-`linear_rationale_loss` costs 6U (U = T V H) where all logits (the kernels: their exponentials) fit a workspace; beyond that they
-are computed twice, 8U, as `linear_logprob` and its backward pass would (on a CPU, those that did not fit). Suffixes: T tokens, H hidden, V vocabulary, R rationales.
+`linear_rationale_loss` costs 6U (U = T V H) where all logits (the kernels: their exponentials) fit a workspace; those beyond it
+(the kernels: all) are computed twice, which is 8U at most, as `linear_logprob` and its backward pass would. Suffixes: T tokens,
+H hidden, V vocabulary, R rationales.
 """
 
 from __future__ import annotations

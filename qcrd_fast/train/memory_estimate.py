@@ -327,8 +327,8 @@ class _Fake:
             if impl == "eager":
                 logprob_TV = head.logits(hidden_TH).float().log_softmax(1)
                 return ledger.peak + logprob_TV.nbytes
-            _, lse_T, kept = chunked.forward_keeping(*operands, options, -100, rationale_loss.KEPT_BYTES)
-            grads = chunked.backward_kept(kept, *operands, lse_T, dlogprob_T, options, needs)
+            _, lse_T, logits = chunked.forward_keeping(*operands, options, -100, rationale_loss.KEPT_BYTES)
+            grads = chunked.backward_kept(logits, *operands, lse_T, dlogprob_T, options, needs)
             return ledger.peak - sum(x.nbytes for x in grads if x is not None)
 
     def sampler(self, sources: Sequence[int]) -> int:

@@ -255,7 +255,9 @@ def test_the_kill_switch_comes_before_everything(kernels, rows_file, llama_folde
 
 def test_torch_has_nothing_to_fall_back_on(rows_file, llama_folder, tmp_path, monkeypatch):
     real = chunked.chunked_forward
-    monkeypatch.setattr(chunked, "chunked_forward", lambda *args, **kept: (off(real(*args, **kept)[0], 0), *real(*args, **kept)[1:]))
+    monkeypatch.setattr(
+        chunked, "chunked_forward", lambda *args, **kept: (off(real(*args, **kept)[0], 0), *real(*args, **kept)[1:])
+    )
     with pytest.raises(RunError, match="plain torch: this machine computes wrongly"):
         train(settings(rows_file, llama_folder, tmp_path / "run", impl="torch", audit_every=1))
 
