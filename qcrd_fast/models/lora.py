@@ -7,6 +7,7 @@ A checkpoint holds the merged model, which `from_pretrained` reads as any other,
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,31 @@ def load_adapter(folder: Path, model: Any) -> None:
     if wrong:
         raise InputError(f"--use-peft: {folder / ADAPTER} does not fit this student and --lora-r, e.g. {wrong[0]}")
     model.load_state_dict(saved, strict=False)
+
+
+def base_name(student: str) -> str:
+    """How an adapter names its base model: a hub id, or a folder by its whole path."""
+    return os.path.abspath(student) if os.path.isdir(student) else student
+
+
+def write_adapter(checkpoint: Path, folder: Path, base: str, config: dict[str, Any], is_encoder_decoder: bool) -> int:
+    """Write a checkpoint's matrices to `folder` as PEFT does (adapter_config.json, adapter_model.safetensors), for the base
+    model `base`; returns how many numbers they are."""
+    require_peft()
+    from peft import LoraConfig
+
+    saved = load_file(checkpoint / ADAPTER)
+    layers = sorted({name.partition(MARK)[0] for name in saved})
+    settings = LoraConfig(
+        task_type="SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=next(tensor.shape[0] for name, tensor in saved.items() if ".lora_A." in name),
+        lora_alpha=config.get("lora_alpha", TrainConfig.lora_alpha),
+        lora_dropout=config.get("lora_dropout", TrainConfig.lora_dropout),
+        target_modules=sorted({layer.rpartition(".")[2] for layer in layers}),
+        inference_mode=True,
+    )
+    settings.save_pretrained(str(folder))
+    named = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in saved.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return sum(tensor.numel() for tensor in saved.values())

@@ -58,6 +58,7 @@ class Prompter:
 
     def __init__(self, tokenizer: Any, prompts: PromptSettings, is_encoder_decoder: bool):
         self.tokenizer, self.prompts, self.is_encoder_decoder = tokenizer, prompts, is_encoder_decoder
+        self.special_texts = special_texts(tokenizer)
         self._lengths: Lengths | None = None
         if tokenizer.eos_token_id is None:
             raise InputError("student: the tokenizer has no end-of-sequence token")
@@ -72,30 +73,40 @@ class Prompter:
         Raises `InputError` where a decoder would have nothing to go on from.
         """
         template, limit, tokenizer = self.prompts.template, self.prompts.max_source_length, self.tokenizer
-        text = prefix + question.strip()
+        question = self._without_specials(question.strip())
+        text = prefix + question
         length = len(self._plain_ids(text))
         if self._lengths:
             self._lengths.prompts.append(length)
         if length > limit:
             room = max(limit - len(self._plain_ids(prefix)), 1)
-            text = prefix + tokenizer.decode(self._plain_ids(question.strip())[-room:]).lstrip()
+            text = prefix + tokenizer.decode(self._plain_ids(question)[-room:]).lstrip()
         if template == "chat":
             chat = [{"role": "user", "content": text}]
             ids = self._plain_ids(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
         else:
-            ids = list(tokenizer(text if template == "raw" else template.replace("{prompt}", text)).input_ids)
+            ids = list(tokenizer(self.form.replace("{prompt}", text)).input_ids)
             if self.is_encoder_decoder:
                 return ids
             if ids and ids[-1] == tokenizer.eos_token_id:  # a prompt goes on
                 ids.pop()
-            ids += self._plain_ids("\n") if template == "raw" else []
+            if ids[:2] == [tokenizer.bos_token_id] * 2:  # the template's own, and the tokenizer's
+                ids.pop(0)
         if not ids:
             raise InputError(f"the prompt {text[:80]!r} has no token in the model's vocabulary")
         return ids
 
+    @property
+    def form(self) -> str:
+        """The text around `{prompt}` of a template that is not the tokenizer's own; it is tokenised with the prompt, as one
+        text, so that whoever serves the student sends the same tokens."""
+        if self.prompts.template != "raw":
+            return self.prompts.template
+        return "{prompt}" if self.is_encoder_decoder else "{prompt}\n"
+
     def target_ids(self, text: str) -> TokenIds:
         """Tokens of a label or rationale with EOS; a text cut at the maximum length gets no EOS."""
-        ids, limit = self._plain_ids(text.strip()), self.prompts.max_target_length
+        ids, limit = self._plain_ids(self._without_specials(text.strip())), self.prompts.max_target_length
         if self._lengths:
             self._lengths.targets.append(len(ids) + 1)
         return [*ids, self.tokenizer.eos_token_id] if len(ids) < limit else ids[:limit]
@@ -112,5 +123,18 @@ class Prompter:
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
+    def _without_specials(self, text: str) -> str:
+        """`text` with a space within each special token that it spells, so that none of them acts as one."""
+        for special in self.special_texts:
+            text = text.replace(special, f"{special[0]} {special[1:]}")
+        return text
+
     def _plain_ids(self, text: str) -> TokenIds:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """How the special tokens of a tokenizer are spelled, longest first: a text that holds one would be read as that token."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    found = {token.content for token in added if token.special} | set(getattr(tokenizer, "all_special_tokens", []))
+    return sorted((text for text in found if len(text) > 1), key=lambda text: (-len(text), text))
