@@ -60,6 +60,7 @@ def export_run(
     config = config or state.get("config", {})
     tasks = (PREDICT, EXPLAIN, *([REASON] if config.get("reasoning_task") is True else []))
     template = chat_template(student, tasks)
+    ollama = modelfile(student, PREDICT) if template else None
     results = read_object(Path(run) / RESULTS) if _is_final(Path(run), folder) else {}
     merged = (folder / ADAPTER).is_file() or (folder / lora.ADAPTER).is_file()
     exported = Exported(
@@ -72,6 +73,7 @@ def export_run(
         base=lora.base_name(str(config.get("student"))) if adapter else "",
         tasks=tasks,
         served=template is not None,
+        ollama=ollama is not None,
         hub_name=repository,
     )
     summary = {
@@ -100,8 +102,7 @@ def export_run(
         told = {"prompt": state["prompt"], "task": state.get("task"), "method": state.get("method")}
         write_json(temporary / STATE, told | {"reasoning_task": REASON in tasks})
         write_text(temporary / "README.md", card)
-        ollama = modelfile(student, PREDICT, student.prompts.max_target_length) if template and not adapter else None
-        if ollama:
+        if ollama and not adapter:
             write_text(temporary / MODELFILE, ollama)
         for weights in temporary.glob("*.safetensors"):  # written for their owner alone, and a server may be another user
             weights.chmod((temporary / "README.md").stat().st_mode)

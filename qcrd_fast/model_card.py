@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.models.chat_template import modelfile
-from qcrd_fast.models.prompts import PREDICT, REASON
+from qcrd_fast.models.prompts import REASON
 from qcrd_fast.models.student import Student
 from qcrd_fast.sweep.intervals import wilson
 from qcrd_fast.utils.config_files import number
@@ -44,6 +43,7 @@ class Exported(NamedTuple):
     base: str = ""  # that base model, as it is named in adapter_config.json
     tasks: tuple[str, ...] = ()  # what a message may begin with
     served: bool = False  # whether the tokenizer has a chat template that sends the prompt
+    ollama: bool = False  # whether there is a Modelfile
     hub_name: str | None = None
 
 
@@ -80,7 +80,7 @@ def model_card(exported: Exported) -> str:
         usage=usage(student, exported.served, exported.adapter == "alone"),
         encoder_decoder=student.is_encoder_decoder,
         served=exported.served,
-        modelfile=exported.served and modelfile(student, PREDICT) is not None,
+        modelfile=exported.ollama,
         folder=folder,
         task_words=" or ".join(f"`{task}`" for task in exported.tasks),
         max_tokens=student.prompts.max_target_length,

@@ -108,7 +108,7 @@ def tokens_sent(tokenizer: Any, template: str, message: str, **variables: Any) -
     return list(sent["input_ids"])
 
 
-def modelfile(prompter: Prompter, prefix: str, max_new_tokens: int = 256) -> str | None:
+def modelfile(prompter: Prompter, prefix: str) -> str | None:
     """An Ollama Modelfile that sends the prompt of one task. None where its template language cannot write the prompt."""
     tokenizer, mark = prompter.tokenizer, "\0"
     if prompter.prompts.template == "chat":
@@ -121,7 +121,9 @@ def modelfile(prompter: Prompter, prefix: str, max_new_tokens: int = 256) -> str
     if '"""' in text or "{{" in text or "}}" in text or mark not in text or text.endswith('"'):
         return None
     text = text.replace(mark, prefix + "{{ .Prompt }}")
-    return f'FROM .\nTEMPLATE """{text}"""\nPARAMETER temperature 0\nPARAMETER num_predict {max_new_tokens}\n'
+    return (
+        f'FROM .\nTEMPLATE """{text}"""\nPARAMETER temperature 0\nPARAMETER num_predict {prompter.prompts.max_target_length}\n'
+    )
 
 
 def quoted(text: str) -> str:
