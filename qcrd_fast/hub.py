@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.redact import redact
@@ -49,7 +48,7 @@ def push(folder: Path, name: str, *, public: bool) -> str:
 
     api = HfApi()
     private = "" if public else " --private"
-    with _explained("upload", f"; {folder} is written; to try again: hf upload {name} {folder} .{private}"):
+    with _explained("upload to", f"; {folder} is written; to try again: hf upload {name} {folder} .{private}"):
         url = api.create_repo(name, private=not public, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add the model")
     return str(url)
@@ -58,22 +57,19 @@ def push(folder: Path, name: str, *, public: bool) -> str:
 @contextmanager
 def _explained(doing: str, rest: str = "") -> Iterator[None]:
     """Turns what goes wrong on the way to the hub into an error of one line."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         yield
-    except LocalTokenNotFoundError as error:
-        raise InputError(f"{OPTION}: no token; run `hf auth login`, or set HF_TOKEN to one that may write{rest}") from error
-    except HfHubHTTPError as error:
-        status = _status(error)
-        said = redact(" ".join(str(error).split())[:300])
+    except Exception as error:  # of the hub, of the connection, or of the library that uploads
+        status = getattr(getattr(error, "response", None), "status_code", None) if isinstance(error, HfHubHTTPError) else None
         if status in (401, 403):
             raise InputError(f"{OPTION}: the hub refuses the token ({status}); it must be allowed to write{rest}") from error
-        raise RunError(f"{OPTION}: cannot {doing}: {said}{rest}") from error
-    except (httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise RunError(f"{OPTION}: cannot {doing}: {redact(' '.join(str(error).split())[:300])}{rest}") from error
+        said = redact(" ".join(str(error).split()))[:300] or type(error).__name__
+        raise RunError(f"{OPTION}: cannot {doing} {_endpoint()}: {said}{rest}") from error
 
 
-def _status(error: Any) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return redact(constants.ENDPOINT)
