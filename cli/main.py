@@ -286,6 +286,9 @@ def several(
 @positive("--batch-size", default=64, help="questions of a batch")
 @positive("--max-answer-tokens", default=48, help="longest answer [tokens]")
 @reasoning_option
+@click.option(
+    "--zero-shot", is_flag=True, help="ask the base model of the run, or the model, by its own chat template: the baseline"
+)
 @device_option
 @bad_row_option
 @config_option
@@ -301,7 +304,7 @@ def evaluate(run_or_model: str, data: str, dry_run: bool, as_json: bool, **optio
         if dry_run:
             from qcrd_fast.evaluate import plan_answers
 
-            wanted = ("output", "task", "on_bad_row")
+            wanted = ("output", "task", "on_bad_row", "reasoning", "zero_shot")
             results = plan_answers(run_or_model, data, **{name: options[name] for name in wanted})
         else:
             from qcrd_fast.evaluate import evaluate_run

@@ -219,6 +219,9 @@ class TrainConfig:
     save_total_limit: int | None = option(2, "checkpoints kept beside the best one", low=1, group="Run")
     logging_steps: int = option(1, "steps between lines of metrics.jsonl", low=1, group="Run")
     eval_batch_size: int = option(64, "questions of an evaluation batch", low=1, group="Run")
+    zero_shot: bool = option(
+        True, "at the end also ask the untrained student by its chat template, where it has one: the baseline", group="Run"
+    )
     max_answer_tokens: int = option(48, "longest answer generated in evaluation [tokens]", low=1, group="Run")
     report_to: str = option("none", "also log to", choices=("none", "tensorboard", "wandb"), group="Run")
     resume: str | None = option(

@@ -170,10 +170,11 @@ def _figures(results: dict[str, Any], config: dict[str, Any]) -> str:
     rows = [f"| accuracy, greedy ({where}) | {accuracy:.4f} | {n} | {low:.4f} to {high:.4f} |"]
     for name, text in (
         ("accuracy_untrained", "the same, before training"),
+        ("accuracy_zero_shot", "the same, before training, asked in words by its chat template"),
         ("accuracy_validation", "validation, best checkpoint"),
     ):
         if (value := _share(results.get(name))) is not None:
-            same = name == "accuracy_untrained"
+            same = name != "accuracy_validation"
             low, high = wilson(value, n)
             span = f"{n} | {low:.4f} to {high:.4f}" if same else "| "
             rows.append(f"| {text} | {value:.4f} | {span} |")

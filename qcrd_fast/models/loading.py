@@ -105,7 +105,8 @@ def _layer(name: str) -> str:
 
 def _cannot_load(name: str, option: str, error: Exception) -> InputError:
     reason = " ".join(str(error).partition("Model type should be one of")[0].split())[:300] or type(error).__name__
-    return InputError(f"{option}: cannot load {name!r} (safetensors weights are needed): {reason}")
+    nowhere = "" if os.path.exists(name) or "/" not in name else "there is no such folder here, and as a model of the hub: "
+    return InputError(f"{option}: cannot load {name!r} (safetensors weights are needed): {nowhere}{reason}")
 
 
 def _check_folder(folder: Path, option: str) -> None:

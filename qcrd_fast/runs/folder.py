@@ -28,7 +28,18 @@ UNFINISHED = (
 )  # fmt: skip
 # Options that a resumed run may change: they do not touch what is computed, but for rounding (--impl, the kill-switch).
 FREE_OPTIONS = {
-    *("impl", "deterministic", "overlap", "output_dir", "resume", "save_total_limit", "report_to", "device", "eval_batch_size"),
+    *(
+        "impl",
+        "deterministic",
+        "overlap",
+        "output_dir",
+        "resume",
+        "save_total_limit",
+        "report_to",
+        "device",
+        "eval_batch_size",
+        "zero_shot",
+    ),
     *("fsdp", "ddp_timeout", "audit_every", "on_audit_failure"),
 }
 # How a step's questions are dealt out: on a resume their product, with the number of processes, is compared instead.

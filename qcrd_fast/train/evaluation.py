@@ -13,7 +13,7 @@ import torch
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question
 from qcrd_fast.distributed.comm import Ranks
-from qcrd_fast.evaluate import accuracy, predict
+from qcrd_fast.evaluate import accuracy, ask_by_chat_template, explain, predict
 from qcrd_fast.models.student import Student
 from qcrd_fast.runs import checkpoints
 from qcrd_fast.runs.folder import FINAL, PREDICTIONS, RESULTS
@@ -21,6 +21,7 @@ from qcrd_fast.train.metrics_log import MetricsLog
 from qcrd_fast.train.questions import Data
 from qcrd_fast.utils.files import write_json, write_lines
 
+EXPLAINED = 8  # questions of the end whose greedy rationales are kept beside the answers, for `report`
 Best = dict[str, Any] | None  # {step, accuracy} of the best checkpoint on validation
 
 
@@ -31,7 +32,7 @@ class Evaluation:
         self.config, self.run, self.data, self.autocast, self.ranks = config, run, data, autocast, ranks
         self.questions = data.test or data.validation  # of the end
 
-    def predict(self, student: Student, questions: list[Question]) -> list[dict[str, Any]]:
+    def predict(self, student: Student, questions: list[Question], zero_shot: bool = False) -> list[dict[str, Any]]:
         """A record a question, as `evaluate.predict` gives them."""
         records = predict(
             student,
@@ -39,6 +40,7 @@ class Evaluation:
             self.data.task,
             batch_size=self.config.eval_batch_size,
             max_answer_tokens=self.config.max_answer_tokens,
+            zero_shot=zero_shot,
             autocast=self.autocast,
             impl=self.config.impl,
             batch_option="--eval-batch-size",
@@ -64,15 +66,21 @@ class Evaluation:
             "accuracy_untrained": None,
         }
         records: list[dict[str, Any]] = []
+        zero_shot = None
         if self.questions:
             device, prompts = student.device, student.prompts
             untrained = Student.load(str(self.config.student), prompts, device)
             results["accuracy_untrained"] = accuracy(self.predict(untrained, self.questions))
+            if self.config.zero_shot and ask_by_chat_template(untrained):
+                zero_shot = accuracy(self.predict(untrained, self.questions, zero_shot=True))
             del untrained
-            records = self.predict(Student.load(str(final), prompts, device), self.questions)
+            trained = Student.load(str(final), prompts, device)
+            records = self.predict(trained, self.questions)
+            self._add_rationales(trained, records[:EXPLAINED])
             results["accuracy"] = accuracy(records)
         results |= {
             "n": len(self.questions),
+            "accuracy_zero_shot": zero_shot,
             "evaluated_on": "test" if self.data.test else "validation" if self.data.validation else None,
             "task": self.data.task,
             "method": self.config.method,
@@ -89,6 +97,19 @@ class Evaluation:
 
         self.ranks.on_first(write)
         return results
+
+    def _add_rationales(self, student: Student, records: list[dict[str, Any]]) -> None:
+        """Put the student's greedy rationale of each question into its record, whatever the method taught."""
+        said = explain(
+            student,
+            self.ranks.share(records),
+            batch_size=self.config.eval_batch_size,
+            autocast=self.autocast,
+            impl=self.config.impl,
+            batch_option="--eval-batch-size",
+        )
+        for record, rationale in zip(records, self.ranks.collect(said), strict=True):
+            record["rationale"] = rationale
 
     def _choose_final(self, log: MetricsLog, best: Best, step: int) -> dict[str, Any]:
         """Points `final` at the best checkpoint. A finished run's results come with it: nothing is left to do."""
