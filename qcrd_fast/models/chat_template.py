@@ -39,21 +39,18 @@ _PRELUDE = """\
 {%%- set ns.text = ns.text | trim -%%}
 {%%- if task is defined -%%}
 {%%- set ns.task = task -%%}
-{%%- else -%%}
-{%%- for name in %(list)s -%%}
-{%%- if not ns.task and ns.text.startswith(name + ':') -%%}
-{%%- set ns.task = name -%%}
-{%%- set ns.text = ns.text[name | length + 1:] | trim -%%}
-{%%- endif -%%}
-{%%- endfor -%%}
-{%%- endif -%%}
-{%%- if not ns.task -%%}
+%(branches)s{%%- else -%%}
 {%%- set ns.task = %(default)s -%%}
 {%%- endif -%%}
 {%%- for special in %(specials)s -%%}
-{%%- set ns.text = ns.text | replace(special, special[:1] + ' ' + special[1:]) -%%}
+{%%- set ns.text = ns.text.replace(special, special[:1] + ' ' + special[1:]) -%%}
 {%%- endfor -%%}
 {%%- set ns.text = ns.task + ': ' + ns.text -%%}
+"""
+_BRANCH = """\
+{%%- elif ns.text.startswith(%(word)s) -%%}
+{%%- set ns.task = %(name)s -%%}
+{%%- set ns.text = ns.text[%(length)d:] | trim -%%}
 """
 _ANSWERS = "{%- for message in ns.after -%}{{- message['content'] + eos_token -}}{%- endfor -%}"
 
@@ -70,7 +67,9 @@ def chat_template(prompter: Prompter, prefixes: Sequence[str]) -> str | None:
     prelude = _PRELUDE % {
         "names": ", ".join(names),
         "default": quoted(names[0]),
-        "list": f"[{', '.join(map(quoted, names))}]",
+        "branches": "".join(
+            _BRANCH % {"word": quoted(f"{name}:"), "name": quoted(name), "length": len(name) + 1} for name in names
+        ),
         "specials": f"[{', '.join(map(quoted, prompter.special_texts))}]",
     }
     for body in _bodies(prompter):
