@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
@@ -33,11 +34,29 @@ def add_lora(model: Any, config: TrainConfig) -> None:
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules="all-linear"
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=find_target_modules(model, config.lora_target_modules),
     )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         get_peft_model(model, settings)
+
+
+def find_target_modules(model: Any, wanted: str) -> str | list[str]:
+    """`--lora-target-modules` for PEFT. Raises `InputError` for a name that is no linear layer of the model, or its head: the
+    loss reads the head's own weight."""
+    if wanted == "all-linear":
+        return wanted
+    head = model.get_output_embeddings()
+    layers = {name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    for name in names or [wanted]:
+        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
+            known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+            raise InputError(f"--lora-target-modules: no linear layer of the student is called {name!r}; there are: {known}")
+    return names
 
 
 def save_model(model: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:

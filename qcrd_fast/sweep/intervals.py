@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import PREDICTIONS
+from qcrd_fast.utils.intervals import wilson as wilson
 
 RESAMPLES = 4000
 Z = 1.959964
@@ -172,10 +173,3 @@ def single(a: Mapping[int, Answers]) -> Estimate | None:
     if not a or len({answers.questions for answers in a.values()}) != 1:
         return None
     return estimate([a[s].bits for s in sorted(a)])
-
-
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95% interval of a share of `n`."""
-    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)

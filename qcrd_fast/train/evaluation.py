@@ -11,16 +11,24 @@ from typing import Any
 import torch
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data.schema import Question
+from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.distributed.comm import Ranks
 from qcrd_fast.evaluate import accuracy, predict
+from qcrd_fast.generation.engine import SampleSettings
+from qcrd_fast.generation.sample import sample
+from qcrd_fast.models.prompts import EXPLAIN
 from qcrd_fast.models.student import Student
 from qcrd_fast.runs import checkpoints
 from qcrd_fast.runs.folder import FINAL, PREDICTIONS, RESULTS
+from qcrd_fast.train.methods import method_of
 from qcrd_fast.train.metrics_log import MetricsLog
 from qcrd_fast.train.questions import Data
+from qcrd_fast.train.run_text import accuracy_text, rationales_text
 from qcrd_fast.utils.files import write_json, write_lines
+from qcrd_fast.utils.intervals import wilson
+from qcrd_fast.utils.oom import for_answers, relieved_by
 
+RATIONALES = 2  # that a validation shows
 Best = dict[str, Any] | None  # {step, accuracy} of the best checkpoint on validation
 
 
@@ -45,13 +53,26 @@ class Evaluation:
         )
         return self.ranks.collect(records)
 
-    def validate(self, student: Student) -> float:
-        """Accuracy on the validation questions, 0..1."""
-        value = accuracy(self.predict(student, self.data.validation))
-        assert value is not None
-        return value
+    def validate(self, student: Student) -> tuple[float, str]:
+        """(accuracy on the validation questions, 0..1; what is said of it, with two of the student's rationales)."""
+        records = self.predict(student, self.data.validation)
+        right, unreadable = sum(r["correct"] for r in records), sum(r["prediction"] is None for r in records)
+        text = accuracy_text(right, len(records)) + (f", {unreadable} without a readable answer)" if unreadable else ")")
+        if self.ranks.first and method_of(self.config).teaches_rationales:
+            text += "\n" + self._rationales(student, records[:RATIONALES])
+        return right / len(records), text
 
-    def finish(self, student: Student, log: MetricsLog, best: Best, step: int) -> dict[str, Any]:
+    def _rationales(self, student: Student, records: list[dict[str, Any]]) -> str:
+        questions, config = self.data.validation[: len(records)], self.config
+        settings = SampleSettings(
+            max_new_tokens=min(config.max_new_tokens, config.max_target_length), batch_size=len(records), impl=config.impl
+        )
+        sources = [student.source_ids(EXPLAIN, question_text(q)) for q in questions]
+        with relieved_by(for_answers("--eval-batch-size", len(records), settings.max_new_tokens), "explaining"):
+            said = sample(student, sources, [(0, 0)] * len(sources), settings, autocast=self.autocast)
+        return rationales_text(questions, [student.text(tokens) for tokens in said], records)
+
+    def finish(self, student: Student, log: MetricsLog, best: Best, step: int, stopped_early: bool = False) -> dict[str, Any]:
         """Point `final` at the best checkpoint of a run that ended behind `step`, and evaluate it and the untrained student, on
         the test set, else on the validation set. `student`: whose device and prompts are taken."""
         chosen = self.ranks.on_first(lambda: self._choose_final(log, best, step))
@@ -66,13 +87,16 @@ class Evaluation:
         records: list[dict[str, Any]] = []
         if self.questions:
             device, prompts = student.device, student.prompts
-            untrained = Student.load(str(self.config.student), prompts, device)
+            untrained = Student.load(str(self.config.student), prompts, device, self.config.attn_implementation)
             results["accuracy_untrained"] = accuracy(self.predict(untrained, self.questions))
             del untrained
-            records = self.predict(Student.load(str(final), prompts, device), self.questions)
+            trained = Student.load(str(final), prompts, device, self.config.attn_implementation)
+            records = self.predict(trained, self.questions)
             results["accuracy"] = accuracy(records)
+        n = len(self.questions)
         results |= {
-            "n": len(self.questions),
+            "n": n,
+            "accuracy_95": [round(bound, 6) for bound in wilson(results["accuracy"], n)] if n else None,
             "evaluated_on": "test" if self.data.test else "validation" if self.data.validation else None,
             "task": self.data.task,
             "method": self.config.method,
@@ -81,6 +105,10 @@ class Evaluation:
             "train_questions": len(self.data.train),
             "dropped_from_train": self.data.dropped,
         }
+        if self.config.early_stopping_patience:
+            results["stopped_early"] = stopped_early
+        if self.config.run_name:
+            results["run_name"] = self.config.run_name
 
         def write() -> None:
             if self.questions:
