@@ -45,7 +45,9 @@ def count_parameters(folder: Path) -> int | None:
 def _shapes(path: Path) -> Iterator[list[int]]:
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(size)) if size < _LONGEST_HEADER else {}
+        if size > _LONGEST_HEADER:
+            raise ValueError(f"a header of {size} bytes")
+        header: dict[str, Any] = json.loads(file.read(size))
     yield from (entry["shape"] for name, entry in header.items() if name != "__metadata__")
 
 

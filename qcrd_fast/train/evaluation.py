@@ -57,7 +57,7 @@ class Evaluation:
         """(accuracy on the validation questions, 0..1; what is said of it, with two of the student's rationales)."""
         records = self.predict(student, self.data.validation)
         right, unreadable = sum(r["correct"] for r in records), sum(r["prediction"] is None for r in records)
-        text = accuracy_text(right, len(records)) + (f", {unreadable} without a readable answer)" if unreadable else ")")
+        text = accuracy_text(right, len(records), f", {unreadable} without a readable answer" if unreadable else "")
         if self.ranks.first and method_of(self.config).teaches_rationales:
             text += "\n" + self._rationales(student, records[:RATIONALES])
         return right / len(records), text

@@ -111,10 +111,10 @@ def _flat(text: str) -> str:
 # ---- the end ----
 
 
-def accuracy_text(right: int, n: int) -> str:
-    """Such as `0.763 (95% interval 0.712 to 0.808; 229 of 300`, for a caller to go on and close."""
+def accuracy_text(right: int, n: int, more: str = "") -> str:
+    """Such as `0.763 (95% interval 0.712 to 0.808; 229 of 300)`; `more` is put before the bracket closes."""
     low, high = wilson(right / n, n)
-    return f"{right / n:.3f} (95% interval {low:.3f} to {high:.3f}; {right} of {n}"
+    return f"{right / n:.3f} (95% interval {low:.3f} to {high:.3f}; {right} of {n}{more})"
 
 
 def summary_text(results: Mapping[str, Any], config: TrainConfig) -> str:
@@ -122,7 +122,8 @@ def summary_text(results: Mapping[str, Any], config: TrainConfig) -> str:
     run, n = str(config.output_dir).rstrip("/") or "/", results["n"]
     line = f"run folder {shown(run)}"
     if n:
-        line += f": accuracy {accuracy_text(round(results['accuracy'] * n), n)} {results.get('evaluated_on', '')} questions)"
+        kind = f" {results.get('evaluated_on', '')} questions"
+        line += f": accuracy {accuracy_text(round(results['accuracy'] * n), n, kind)}"
     folder, page, model = (shlex.quote(name) for name in (run, f"{run}/report.html", f"{run}-model"))
     data = shlex.quote(config.test_data) if config.test_data else "FILE"
     commands = (

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator.model import build_discriminator
@@ -124,11 +127,12 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
         if not found:
             session.cut(0)
             log.info("%s", session.example())
-        with StopSignals() as stop:
+        with StopSignals() as stop, _no_bars_of_transformers():
             session.loop(stop)
             if signum := ranks.max(stop.signum):
                 raise Stopped(signum)
-        return session.finish()
+        with _no_bars_of_transformers():
+            return session.finish()
     except OSError as error:
         room = told_room(run.path, checkpointer.checkpoint_bytes(student, session.trainer))
         raise RunError(f"{run.path}: {error} (the next checkpoint: {room}); whole checkpoints are intact") from error
@@ -454,6 +458,18 @@ def _adamw(model: Any, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
+
+
+@contextlib.contextmanager
+def _no_bars_of_transformers() -> Iterator[None]:
+    """Inside, no bars of its own for weights that are read or written: they would cut through that of the run."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _accuracy_and_step(best: Best) -> tuple[float, int]:
