@@ -103,13 +103,14 @@ def explain(
     student: Student,
     records: Sequence[dict[str, Any]],
     *,
+    max_new_tokens: int,
     batch_size: int = 64,
     autocast: Autocast | None = None,
     impl: str = "auto",
     batch_option: str = "--batch-size",
 ) -> list[str]:
     """The student's greedy rationale for the question of each record of `predict`."""
-    settings = SampleSettings(max_new_tokens=student.prompts.max_target_length, batch_size=batch_size, impl=impl)
+    settings = SampleSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, impl=impl)
     sources = [student.source_ids(EXPLAIN, record["question"]) for record in records]
     with relieved_by(for_answers(batch_option, batch_size, settings.max_new_tokens), "explaining"):
         said = sample(student, sources, [(0, 0)] * len(sources), settings, autocast=autocast)

@@ -93,7 +93,7 @@ def export_run(
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         if adapter:
-            summary["parameters"] = lora.write_adapter(folder, temporary, exported.base, config, student.is_encoder_decoder)
+            summary["parameters"] = lora.write_adapter(folder, temporary, exported.base, config, student.model)
             _generation_config(student).save_pretrained(temporary)
         else:
             _save_model(student, temporary)

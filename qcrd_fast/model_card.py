@@ -116,8 +116,11 @@ def usage(student: Student, served: bool = False, adapter: bool = False) -> str:
         'prompt = "predict: " + question.strip()  # or "explain: " for a rationale',
     ]
     if served or template == "chat":
+        system = (
+            "" if served or not student.prompts.system else f'{{"role": "system", "content": {student.prompts.system!r}}}, '
+        )
         lines += [
-            'chat = [{"role": "user", "content": prompt}]',
+            f'chat = [{system}{{"role": "user", "content": prompt}}]',
             "text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)",
             "input_ids = tokenizer(text, add_special_tokens=False).input_ids",
         ]
@@ -138,7 +141,10 @@ def _prompt_text(student: Student) -> str:
     template = student.prompts.template
     limit = f"Questions were cut at {student.prompts.max_source_length} tokens."
     if template == "chat":
-        return f"The base model's chat template around `predict: ` (or `explain: `) + question, as one user turn. {limit}"
+        told = f"The base model's chat template around `predict: ` (or `explain: `) + question, as one user turn. {limit}"
+        return told + (
+            f" Before it stands the system message\n\n{_fence(student.prompts.system)}" if student.prompts.system else ""
+        )
     if template != "raw":
         return f"`{{prompt}}` is `predict: ` (or `explain: `) + question, in this template. {limit}\n\n{_fence(template)}"
     newline = "" if student.is_encoder_decoder else " + a newline"

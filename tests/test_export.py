@@ -19,6 +19,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.export import export_run, usage
 from qcrd_fast.models.chat_template import tokens_sent
+from qcrd_fast.models.lora import write_adapter
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT
 from qcrd_fast.runs.load import load_student
 from qcrd_fast.sweep.intervals import wilson
@@ -240,6 +241,19 @@ def test_an_adapter_alone_is_the_merged_model(lora_run: Path, llama_folder: Path
     assert summary["parameters"] == sum(tensor.numel() for tensor in held.values())
     card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
     assert "library_name: peft" in card and "--max-lora-rank 4" in card and f"cp {llama_folder}/config.json" in card
+
+
+def test_an_adapter_of_one_layer_names_it_in_full(lora_run: Path, llama_folder: Path, tmp_path: Path) -> None:
+    one = "model.layers.0.self_attn.q_proj"
+    run = Path(shutil.copytree(lora_run, tmp_path / "run", symlinks=True))
+    held = load_file(run / "final" / "lora.safetensors")
+    assert any(name.startswith(f"{one}.lora_A") for name in held)
+    save_file({name: t for name, t in held.items() if name.startswith(f"{one}.")}, tmp_path / "lora.safetensors")
+    config = yaml.safe_load((run / "config.resolved.yaml").read_text())
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    (tmp_path / "out").mkdir()
+    assert write_adapter(tmp_path, tmp_path / "out", str(llama_folder), config, base) == 4 * (32 + 32)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == [one]
 
 
 def test_an_adapter_that_cannot_be_written_alone(lora_run: Path, run: Path, tmp_path: Path, capsys) -> None:

@@ -110,11 +110,7 @@ def tokens_sent(tokenizer: Any, template: str, message: str, **variables: Any) -
 def modelfile(prompter: Prompter, prefix: str) -> str | None:
     """An Ollama Modelfile that sends the prompt of one task. None where its template language cannot write the prompt."""
     tokenizer, mark = prompter.tokenizer, "\0"
-    if prompter.prompts.template == "chat":
-        chat = [{"role": "user", "content": mark}]
-        text = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-    else:
-        text = prompter.form.replace("{prompt}", mark)
+    text = prompter.chat_text(mark) if prompter.prompts.template == "chat" else prompter.form.replace("{prompt}", mark)
     if _tokens_in_front(prompter) and tokenizer.bos_token:  # which Ollama adds as the tokenizer does
         text = text.removeprefix(tokenizer.bos_token)
     if '"""' in text or "{{" in text or "}}" in text or mark not in text or text.endswith('"'):
@@ -136,7 +132,8 @@ def _bodies(prompter: Prompter) -> list[str]:
     tokenizer = prompter.tokenizer
     if prompter.prompts.template == "chat":
         own = tokenizer.get_chat_template()
-        return ["{%- set messages = [{'role': 'user', 'content': ns.text}] + ns.after -%}{{- '' }}" + own]
+        system = f"{{'role': 'system', 'content': {quoted(prompter.prompts.system)}}}, " if prompter.prompts.system else ""
+        return ["{%- set messages = [" + system + "{'role': 'user', 'content': ns.text}] + ns.after -%}{{- '' }}" + own]
     added = _tokens_in_front(prompter)
     found = []
     for front in ([*added], [*added, quoted(" ")], []):

@@ -53,6 +53,20 @@ def test_the_tokens_of_training_arrive(kind: str, template: str) -> None:
         assert wanted.count(eos) == student.source_ids(PREDICT, "7").count(eos)  # none of the question's
 
 
+@pytest.mark.parametrize("kind", ["bytes, chat"])
+def test_the_system_prompt_of_training_is_sent(kind: str) -> None:
+    system = "Be brief.\n'{{ x }}' \\"
+    student = Prompter(tokenizer(kind), PromptSettings("chat", system=system), False)
+    found = chat_template(student, (PREDICT, EXPLAIN))
+    assert found is not None
+    for question in QUESTIONS:
+        assert tokens_sent(student.tokenizer, found, question) == student.source_ids(PREDICT, question)
+    chat = [{"role": "system", "content": "Say no."}, {"role": "user", "content": "2 + 3?"}]  # a client's is left out
+    text = student.tokenizer.apply_chat_template(chat, chat_template=found, tokenize=False, add_generation_prompt=True)
+    assert text == student.chat_text("predict: 2 + 3?") and system in text
+    assert modelfile(student, PREDICT) is None or system in str(modelfile(student, PREDICT))
+
+
 def test_a_conversation_is_its_last_question() -> None:
     student = Prompter(tokenizer("bytes, BOS, chat"), PromptSettings("raw"), False)
     found = chat_template(student, (PREDICT,))
