@@ -21,8 +21,8 @@ from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
 from qcrd_fast.runs.checkpoints import require_whole
-from qcrd_fast.runs.folder import CONFIG, MANIFEST, PREDICTIONS, RESULTS, STATE
-from qcrd_fast.runs.load import find_model, load_student
+from qcrd_fast.runs.folder import CONFIG, MANIFEST, PREDICTIONS, RESULTS
+from qcrd_fast.runs.load import find_model, find_state, load_student
 from qcrd_fast.utils.config_files import read_object, read_options
 from qcrd_fast.utils.device import Autocast, make_autocast, resolve_device
 from qcrd_fast.utils.files import require_writable, shown, write_lines
@@ -253,7 +253,8 @@ def _check_tasks(run_or_model: str, reasoning: bool, zero_shot: bool = False) ->
     """Raises `InputError` for `reasoning` on a run, or an export of one, that was trained without the third task."""
     if reasoning and zero_shot:
         raise InputError("--reasoning asks for a task of a trained run; it does not go with --zero-shot")
-    state = read_object(Path(find_model(run_or_model)) / STATE) if reasoning else {}
+    found = find_state(find_model(run_or_model)) if reasoning else None
+    state = read_object(found) if found else {}
     config = state.get("config")
     trained = config.get("reasoning_task") if isinstance(config, dict) else state.get("reasoning_task")
     if state and trained is not True:

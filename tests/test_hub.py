@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from huggingface_hub import constants
 
 from cli.main import entry
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.evaluate import generate_text
 from qcrd_fast.train.trainer import train
 from tests.support.fake_hub import TOKEN, FakeHub
 from tests.support.paths import ROOT
@@ -21,7 +23,10 @@ from tests.support.paths import ROOT
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, rows_file: Path, llama_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("pushed") / "run"
+    template = folder.parent / "template.txt"
+    template.write_text("nuts? {prompt} apples", encoding="utf-8")
     options = dict(data=str(rows_file), student=str(llama_folder), max_steps=1, method="dss", max_answer_tokens=2)
+    options |= {"prompt_template": str(template)}
     train(TrainConfig(**options, output_dir=str(folder)))
     return folder
 
@@ -47,6 +52,11 @@ def test_a_model_is_uploaded_as_a_user_does_it(run: Path, tmp_path: Path) -> Non
         assert f"url             {hub.address}/ann/small" in done.stdout and "public          False" in done.stdout
         assert TOKEN not in done.stdout + done.stderr
         repository = hub.repositories["ann/small"]
+        asking = [*command[:3], "generate", "ann/small", "2 + 3?", "--max-new-tokens", "4", "--json"]
+        asked = subprocess.run(asking, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert asked.returncode == 0, asked.stderr
+        assert "/ann/small/resolve/main/state.json" in hub.paths  # which holds the prompt of training
+    assert json.loads(asked.stdout) == generate_text(str(run), "2 + 3?", max_new_tokens=4, device="cpu")
     assert repository["private"] is True
     held = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
     assert repository["files"] == held and {"model.safetensors", "README.md", "chat_template.jinja"} <= held.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -37,14 +38,31 @@ def find_model(run_or_model: str) -> str:
     return run_or_model
 
 
+def find_state(name: str) -> Path | None:
+    """The file that says how a model was prompted in training: a checkpoint's or an export's, in its folder or on the hub. None
+    of a plain model."""
+    path = Path(name) / STATE
+    if os.path.isfile(path):
+        return path
+    if os.path.exists(name):
+        return None
+    with contextlib.suppress(Exception):  # no such model, no network: loading the model says so
+        from huggingface_hub import hf_hub_download
+
+        found = Path(hf_hub_download(name, STATE)).resolve()  # the cache has links
+        if isinstance(read_object(found).get("prompt"), dict):  # and no file of somebody else's that has this name
+            return found
+    return None
+
+
 def load_student(run_or_model: str, device: str = "auto") -> tuple[Student, dict[str, Any]]:
     """A student with the prompts that it was trained with, and the state saved beside it ({} for a plain model). Of a folder
     with a LoRA adapter: the base model that it names, with the adapter merged."""
     name = find_model(run_or_model)
     require_whole(Path(name))
     state: dict[str, Any] = {}
-    path = Path(name) / STATE
-    if os.path.isfile(path):
+    path = find_state(name)
+    if path is not None:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             prompts = PromptSettings(**state["prompt"])
@@ -52,7 +70,7 @@ def load_student(run_or_model: str, device: str = "auto") -> tuple[Student, dict
                 raise ValueError(f"task {state['task']!r} is none of {', '.join(TASKS)}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: unreadable: {error}") from error
-        if "data_sha256" in state and not (Path(name) / MANIFEST).is_file():  # a checkpoint's, not an exported model's
+        if "data_sha256" in state and not (path.parent / MANIFEST).is_file():  # a checkpoint's, not an exported model's
             raise InputError(f"{name}: the checkpoint is damaged: {MANIFEST} is missing")
     else:
         prompts = PromptSettings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -54,6 +55,10 @@ class FakeHub:
                 for o in json.loads(body)["objects"]
             ]
             return 200, {"transfer": "basic", "objects": found}
+        if "/resolve/" in path:
+            owner_name, _, rest = path.strip("/").partition("/resolve/")
+            held, file = self.repositories.get(owner_name, {"files": {}})["files"], rest.partition("/")[2]
+            return (200, held[file]) if file in held else (404, {"error": "Entry not found"})
         if name not in self.repositories:
             return 404, {"error": "Repository not found"}
         repository = self.repositories[name]
@@ -73,7 +78,10 @@ class FakeHub:
                 elif line["key"] == "lfsFile":
                     repository["files"][value["path"]] = self.blobs[value["oid"]]
             return 200, {"commitUrl": f"{self.address}/{name}/commit/1", "commitOid": "1" * 40, "success": True}
-        return 200, {"id": name, "private": repository["private"], "siblings": [], "sha": "0" * 40}
+        if "/tree/" in path:
+            return 200, [{"type": "file", "path": p, "size": len(d), "oid": "0" * 40} for p, d in repository["files"].items()]
+        siblings = [{"rfilename": path} for path in repository["files"]]
+        return 200, {"id": name, "private": repository["private"], "siblings": siblings, "sha": "1" * 40}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -88,16 +96,20 @@ class _Handler(BaseHTTPRequestHandler):
             status, told = self.hub.answer(self.command, path, body)
         else:
             status, told = 401, {"error": "Invalid credentials"}
-        data = json.dumps(told).encode()
+        data = told if isinstance(told, bytes) else json.dumps(told).encode()
         self.send_response(status)
         if status == 404:
-            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("X-Error-Code", "EntryNotFound" if "/resolve/" in path else "RepoNotFound")
+        if "/resolve/" in path:
+            self.send_header("X-Repo-Commit", "1" * 40)
+            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
-    do_GET = do_POST = do_PUT = _reply
+    do_GET = do_HEAD = do_POST = do_PUT = _reply
 
     def log_message(self, *_: object) -> None:
         pass
