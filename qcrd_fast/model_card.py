@@ -108,7 +108,7 @@ def usage(student: Student, served: bool = False, adapter: bool = False) -> str:
     auto = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM"
     lines = [
         "import torch",
-        f"from transformers import {auto}, AutoTokenizer",
+        f"from transformers import {auto}, AutoTokenizer{', GenerationConfig' if adapter else ''}",
         "",
         'folder, question = ".", "Tom has 3 bags of 4 nuts. How many nuts?"',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
@@ -129,6 +129,8 @@ def usage(student: Student, served: bool = False, adapter: bool = False) -> str:
         lines.append(f"input_ids = tokenizer({text}).input_ids")
         if not seq2seq:
             lines += ["if input_ids[-1:] == [tokenizer.eos_token_id]:", "    input_ids.pop()"]
+    if adapter:  # whose base model may have other settings
+        lines.append("model.generation_config = GenerationConfig.from_pretrained(folder)")
     start = "" if seq2seq else "[len(input_ids):]"
     lines += [
         "output = model.generate(torch.tensor([input_ids]))[0]",

@@ -240,6 +240,10 @@ def test_an_adapter_alone_is_the_merged_model(lora_run: Path, llama_folder: Path
     held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert summary["parameters"] == sum(tensor.numel() for tensor in held.values())
     card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    made: dict = {}
+    exec(card.partition("```python\n")[2].partition("```")[0].replace('"."', f'"{tmp_path / "adapter"}"'), made)
+    assert made["input_ids"] == load_student(str(lora_run), "cpu")[0].source_ids(PREDICT, made["question"])
+    assert made["model"].generation_config.eos_token_id == 1 and not made["model"].generation_config.do_sample
     assert "library_name: peft" in card and "--max-lora-rank 4" in card and f"cp {llama_folder}/config.json" in card
 
 
