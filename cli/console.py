@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -117,11 +117,23 @@ def _say(text: str) -> None:
     print(redact(text), file=sys.stderr, flush=True)
 
 
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Lines on stderr. On a terminal they stand above a progress bar, and lines of mere progress are left to the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.stream.isatty():
+            super().emit(record)
+        elif not getattr(record, "progress", False):
+            tqdm = sys.modules.get("tqdm")  # loaded by now if there is a bar
+            with tqdm.tqdm.external_write_mode(file=self.stream) if tqdm else contextlib.nullcontext():
+                super().emit(record)
+
+
 @contextlib.contextmanager
 def _logs_to_stderr() -> Iterator[None]:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler(sys.stderr)
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("qcrd_fast")
     before = logger.level, logger.propagate

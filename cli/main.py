@@ -10,7 +10,7 @@ import click
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.demo import DEFAULTS as DEMO_DEFAULTS
-from qcrd_fast.demo import run_demo
+from qcrd_fast.demo import demo_paths, run_demo
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import RunFolder
 from qcrd_fast.utils.torchrun import only_process, rank
@@ -23,12 +23,14 @@ from .options import (
     CONFIG_PATH,
     FiniteRange,
     Group,
+    RareOption,
     Verb,
     bad_row_option,
     config_option,
     device_option,
     dry_run_option,
     given_train_options,
+    help_all_option,
     input_options,
     json_option,
     natural,
@@ -73,6 +75,7 @@ for command in (bench, collect, export, report, score):
 @config_option
 @dry_run_option
 @json_option
+@help_all_option
 @click.pass_context
 def demo(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
     """Train the built-in student on built-in data.
@@ -86,7 +89,8 @@ def demo(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
         raise InputError("demo needs --output-dir DIR, the run folder to write")
     with console.quiet_stdout():
         results = run_demo(options, output_dir, dry_run=dry_run)
-    console.show(results, as_json, console.lines(results))
+    config = TrainConfig(output_dir=output_dir, test_data=demo_paths(Path(output_dir) / "demo")["test_data"])
+    console.show(results, as_json, console.lines(results) if dry_run else _results_text(results, config))
 
 
 @cli.command(cls=Verb)
@@ -192,15 +196,17 @@ def validate(ctx: click.Context, files: tuple[str, ...], **options: Any) -> None
 @train_options()
 @click.option("--seeds", metavar="N|A,B,C", help="several runs: N seeds from 0, or these; each in OUTPUT_DIR/seed-S")
 @click.option("--methods", metavar="NAMES", help="several runs: each of these methods, in OUTPUT_DIR/METHOD/seed-S")
-@positive("--parallel", default=1, help="of several runs, how many at a time")
+@positive("--parallel", default=1, help="of several runs, how many at a time", cls=RareOption)
 @click.option(
     "--results",
+    cls=RareOption,
     metavar="FILE.csv",
     help="CSV that several runs add a row each to; default: bench/results/runs.csv, or OUTPUT_DIR/runs.csv outside a checkout",
 )
 @config_option
 @dry_run_option
 @json_option
+@help_all_option
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -233,12 +239,24 @@ def train(
         return
     if results or parallel > 1:
         raise InputError(f"--{'results' if results else 'parallel'} is for several runs; it goes with --seeds or --methods")
-    with console.quiet_stdout(), contextlib.nullcontext() if dry_run else RunFolder(config) as run:
-        from qcrd_fast.train.trainer import train  # after the lock: a folder in use is refused before torch is loaded
+    with console.quiet_stdout():
+        from qcrd_fast.train import preflight, questions
 
-        told = train(config, run, dry_run=dry_run)
+        preflight.check_start(config, dry_run=dry_run)  # what can be wrong is looked for first, and torch is loaded last
+        with contextlib.nullcontext() if dry_run else RunFolder(config) as run:
+            data = questions.Data.load(config)
+            from qcrd_fast.train.trainer import train
+
+            told = train(config, run, dry_run=dry_run, data=data)
     if rank() == 0:
-        console.show(told, as_json, console.plan_lines(told) if dry_run else console.lines(told))
+        console.show(told, as_json, console.plan_lines(told) if dry_run else _results_text(told, config))
+
+
+def _results_text(results: dict[str, Any], config: TrainConfig) -> str:
+    """The figures of a run that is done, and what can be done with it."""
+    from qcrd_fast.train.run_text import summary_text
+
+    return f"{console.lines(results)}\n\n{summary_text(results, config)}"
 
 
 def several(
@@ -286,6 +304,9 @@ def several(
 @positive("--batch-size", default=64, help="questions of a batch")
 @positive("--max-answer-tokens", default=48, help="longest answer [tokens]")
 @reasoning_option
+@click.option(
+    "--zero-shot", is_flag=True, help="ask the base model of the run, or the model, by its own chat template: the baseline"
+)
 @device_option
 @bad_row_option
 @config_option
@@ -301,7 +322,7 @@ def evaluate(run_or_model: str, data: str, dry_run: bool, as_json: bool, **optio
         if dry_run:
             from qcrd_fast.evaluate import plan_answers
 
-            wanted = ("output", "task", "on_bad_row")
+            wanted = ("output", "task", "on_bad_row", "reasoning", "zero_shot")
             results = plan_answers(run_or_model, data, **{name: options[name] for name in wanted})
         else:
             from qcrd_fast.evaluate import evaluate_run

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from qcrd_fast.config import TASKS, TrainConfig
 from qcrd_fast.data.formats.registry import NAMES as FORMATS
@@ -31,9 +33,15 @@ METAVARS = {
     "prompt_template": "raw|chat|FILE",
     "device": "NAME",
     "resume": "auto|DIR",
+    "system_prompt": "TEXT|FILE",
+    "lora_target_modules": "NAMES",
+    "run_name": "NAME",
+    "discriminator_augment": "NAMES",
 }
+_PATHS = re.compile("FILE|DIR|PATH|^(INPUT|RUN)")  # metavars of what may be the name of a file or folder
 _CONFIG_KEY = "qcrd_fast.config_file"  # where ctx.meta holds what --config said of TrainConfig's fields
 CONFIG_PATH = "qcrd_fast.config_path"  # and where the path of the file
+_HELP_ALL = "qcrd_fast.help_all"  # and whether the help lists every option
 
 
 class Group(click.Group):
@@ -46,18 +54,38 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
+class PathText(click.types.StringParamType):
+    """A text that a shell completes as the name of a file or folder."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
 class Verb(click.Command):
-    """A command whose help lists the options in groups."""
+    """A command whose help lists the options in groups; of `train`'s the usual ones alone, unless `--help-all` asks for all."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for param in self.params:
+            if param.type is click.STRING and _PATHS.search((param.metavar or str(param.name)).upper()):
+                param.type = PathText()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
+        every, more = bool(ctx.meta.get(_HELP_ALL)), 0
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
-            if record is not None:
-                groups.setdefault(getattr(param, "group", "Options"), []).append(record)
+            if record is None:
+                continue
+            if every or getattr(param, "usual", True):
+                groups.setdefault(getattr(param, "group", "Options") if every else "Options", []).append(record)
+            else:
+                more += 1
         for group, records in groups.items():
             with formatter.section(group):
                 formatter.write_dl(records, col_max=34)
+        if more:
+            formatter.write(f"\n  {more} more: {ctx.command_path} --help-all\n")
 
 
 class TrainOption(click.Option):
@@ -79,7 +107,27 @@ class TrainOption(click.Option):
             metavar=METAVARS.get(field.name) or {int: "INT|none" if can_be_none else "INT", float: "FLOAT"}.get(kind),
             help=meta["help"],
         )
-        self.group = meta["group"]
+        self.group, self.usual = meta["group"], meta["usual"]
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Without `--help-all` the name, a shorter alias and the default; choices are in the text, which is wrapped."""
+        record = super().get_help_record(ctx)
+        if record is None or ctx.meta.get(_HELP_ALL) or not self.usual:
+            return record
+        shorter = [flag for flag in self.opts[1:] if len(flag) < len(self.opts[0])]
+        names, text = ", ".join([self.opts[0], *sorted(shorter, key=len)[:1]]), str(self.help)
+        if isinstance(self.type, click.Choice):
+            names, text = f"{names} NAME", f"{text}: {', '.join(map(str, self.type.choices))}"
+        elif not self.is_flag:
+            names = f"{names} {self.make_metavar(ctx)}"
+        shown = self.show_default and self.default is not False
+        return names, text + (f"  [default: {self.default}]" if shown else "")
+
+
+class RareOption(click.Option):
+    """An option that `--help-all` lists, but not `--help`."""
+
+    usual = False
 
 
 class _IntOrNone(click.IntRange):
@@ -161,11 +209,21 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> No
 
 def option_names(param: click.Parameter) -> list[str]:
     """The names, underscored, by which `--config` may set this option."""
-    if not isinstance(param, click.Option) or param.name in ("config", "help"):
+    if not isinstance(param, click.Option) or param.name in ("config", "help", "help_all"):
         return []
     return [flag.lstrip("-").replace("-", "_") for flag in param.opts if flag.startswith("--")]
 
 
+def _show_all(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        ctx.meta[_HELP_ALL] = True
+        click.echo(ctx.get_help(), color=ctx.color)
+        ctx.exit()
+
+
+help_all_option = click.option(
+    "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_show_all, help="list every option and exit"
+)
 config_option = click.option(
     "--config",
     type=click.Path(),

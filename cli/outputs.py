@@ -156,19 +156,28 @@ def report(runs: tuple[str, ...], output: str, results: str | None, dry_run: boo
 @click.argument("run")
 @click.option("--output", "-o", required=True, metavar="DIR", help="new folder for the model")
 @click.option("--checkpoint", metavar="NAME", help="such as checkpoint-100; default: the run's final one, else its latest")
+@click.option("--adapter", is_flag=True, help="of a run with --use-peft: the LoRA adapter alone, without its base model")
+@click.option(
+    "--push-to-hub",
+    metavar="NAME",
+    help="also upload it to this repository of the hub, OWNER/NAME or NAME; private, if it is new",
+)
+@click.option("--public", is_flag=True, help="with --push-to-hub: a repository that everybody can read")
 @config_option
 @dry_run_option
 @json_option
-def export(run: str, output: str, checkpoint: str | None, dry_run: bool, as_json: bool) -> None:
+def export(run: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write a run's model as a Hugging Face folder with a model card.
 
-    The folder has weights, tokenizer, greedy generation settings, the prompt, and a README.md with method, data, settings and
-    figures. A LoRA adapter is merged.
+    The folder has weights, tokenizer, greedy generation settings, a chat template that sends the prompt of training, and a
+    README.md with method, data, settings, figures and how to serve it. A LoRA adapter is merged.
+
+    The token for the hub is that of `hf auth login` or HF_TOKEN; HF_ENDPOINT names another server.
     """
     with console.quiet_stdout():
         from qcrd_fast.export import export_run
 
-        summary = export_run(run, output, checkpoint=checkpoint, dry_run=dry_run)
+        summary = export_run(run, dry_run=dry_run, **options)
     console.show(summary, as_json, console.lines(summary))
 
 

@@ -31,6 +31,7 @@ TASKS = ("number", "equation", "math", "choice", "yes-no", "text")
 DISCRIMINATOR_LOSSES = ("ratio", "infonce", "bce", "bce-all")
 AUGMENTATIONS = ("mask", "replace", "answer-swap", "sentence-drop")
 IMPLS = ("auto", "triton", "torch", "eager")
+ATTENTIONS = ("eager", "sdpa")
 
 
 def option(
@@ -43,9 +44,13 @@ def option(
     open_low: bool = False,
     aliases: tuple[str, ...] = (),
     group: str = "Training",
+    usual: bool = False,
 ) -> Any:
-    """A dataclass field that carries what the command line and the checks need to know of it."""
-    metadata = dict(help=help, choices=choices, low=low, high=high, open_low=open_low, aliases=aliases, group=group)
+    """A dataclass field that carries what the command line and the checks need to know of it. `--help` lists the `usual` ones,
+    `--help-all` every one."""
+    metadata = dict(
+        help=help, choices=choices, low=low, high=high, open_low=open_low, aliases=aliases, group=group, usual=usual
+    )
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -54,11 +59,13 @@ class TrainConfig:
     """Settings of one run. Construction checks every value and raises `InputError` naming the option."""
 
     # Data and student
-    data: str | None = option(None, "training rows: prepared JSONL, or a published file or folder", group="Data")
-    student: str | None = option(None, "local folder or hub id of the student", aliases=("model_name_or_path",), group="Data")
-    output_dir: str | None = option(None, "run folder to write", group="Data")
-    eval_data: str | None = option(None, "validation rows; default: a seeded share of --data", group="Data")
-    test_data: str | None = option(None, "test rows, read once, at the end", group="Data")
+    data: str | None = option(None, "training rows, such as prepare writes", group="Data", usual=True)
+    student: str | None = option(
+        None, "the student: a local folder or hub id", aliases=("model", "model_name_or_path"), group="Data", usual=True
+    )
+    output_dir: str | None = option(None, "run folder to write", group="Data", usual=True)
+    eval_data: str | None = option(None, "validation rows; default: a share of --data", group="Data", usual=True)
+    test_data: str | None = option(None, "test rows, read once, at the end", group="Data", usual=True)
     validation_fraction: float = option(
         0.1, "share of the questions of --data held out when there is no --eval-data", low=0, high=0.9, group="Data"
     )
@@ -68,6 +75,13 @@ class TrainConfig:
         low=0,
         high=1,
         open_low=True,
+        group="Data",
+    )
+    max_samples: int | None = option(
+        None,
+        "use at most this many training questions, drawn by question; fewer lie within more",
+        low=1,
+        aliases=("max_train_samples",),
         group="Data",
     )
     on_bad_row: str = option("error", "what to do with an unreadable row", choices=("error", "skip"), group="Data")
@@ -80,7 +94,10 @@ class TrainConfig:
     )
     num_positives: int | None = option(None, "use at most this many positives a question", low=1, group="Data")
     prompt_template: str = option(
-        "raw", "raw, chat (the tokenizer's chat template), or a file containing {prompt}", group="Data"
+        "raw", "raw, chat (the tokenizer's chat template), or a file containing {prompt}", group="Data", usual=True
+    )
+    system_prompt: str | None = option(
+        None, "system message of the chat template, or a file that holds it; saved with the checkpoints", group="Data"
     )
     reasoning_task: bool = option(False, "add a third task: `reason: x` -> rationale, then `Answer: a`", group="Data")
     max_source_length: int = option(
@@ -89,7 +106,7 @@ class TrainConfig:
     max_target_length: int = option(256, "tokens kept of a rationale or label", low=2, group="Data")
 
     # Method
-    method: str = option("qcrd", "training objective", choices=METHODS, group="Method")
+    method: str = option("qcrd", "training objective", choices=METHODS, group="Method", usual=True)
     scheme: str = option("minmax", "named pair of selections (Table 5)", choices=tuple(SCHEMES), group="Method")
     positive_select: str | None = option(
         None, "selection of positives; default: the scheme's", choices=POSITIVE_SELECT, group="Method"
@@ -188,21 +205,28 @@ class TrainConfig:
     )
 
     # Optimization, as in Hugging Face
-    learning_rate: float = option(5e-5, "peak learning rate of AdamW", low=0, open_low=True)
-    per_device_train_batch_size: int = option(8, "questions of a micro-batch", low=1)
+    learning_rate: float = option(5e-5, "peak learning rate of AdamW", low=0, open_low=True, aliases=("lr",), usual=True)
+    per_device_train_batch_size: int = option(8, "questions of a micro-batch", low=1, aliases=("batch_size",), usual=True)
     gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step", low=1)
-    num_train_epochs: float = option(3.0, "passes over the data", low=0, open_low=True)
-    max_steps: int = option(-1, "optimizer steps; -1: from num_train_epochs", low=-1)
+    num_train_epochs: float = option(3.0, "passes over the data", low=0, open_low=True, aliases=("epochs",), usual=True)
+    max_steps: int = option(-1, "optimizer steps; -1: from num_train_epochs", low=-1, usual=True)
     warmup_ratio: float = option(0.0, "share of the steps spent warming up", low=0, high=1)
+    warmup_steps: int = option(0, "steps spent warming up; above 0 in place of --warmup-ratio", low=0)
     lr_scheduler_type: str = option("linear", "decay", choices=("linear", "cosine", "constant"))
     weight_decay: float = option(0.0, "AdamW's decoupled decay", low=0)
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: no clipping", low=0)
     bf16: bool | None = option(None, "bf16 autocast; default: where the GPU has it")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    use_peft: bool = option(False, "train LoRA matrices beside the linear layers, by PEFT; checkpoints hold the merged model")
+    attn_implementation: str | None = option(
+        None, "attention of the student; default: transformers' choice", choices=ATTENTIONS
+    )
+    use_peft: bool = option(False, "train LoRA matrices alone, by PEFT; checkpoints hold the merged model", usual=True)
     lora_r: int = option(16, "rank of the LoRA matrices", low=1)
     lora_alpha: int = option(32, "their scale, divided by the rank", low=1)
     lora_dropout: float = option(0.0, "dropout before them", low=0, high=1)
+    lora_target_modules: str = option(
+        "all-linear", "linear layers that get them: all-linear (all but the head), or names such as q_proj,v_proj"
+    )
     fsdp: bool = option(
         False, "under torchrun: shard weights, gradients and optimizer over the processes (FSDP2); else each has all (DDP)"
     )
@@ -216,16 +240,26 @@ class TrainConfig:
     # Evaluation, logging, checkpoints
     eval_steps: int | None = option(None, "steps between validations; default: save_steps", low=1, group="Run")
     save_steps: int | None = option(None, "steps between checkpoints; default: one pass over the data", low=1, group="Run")
+    early_stopping_patience: int | None = option(
+        None, "end after this many validations in a row that were no better than the best before them", low=1, group="Run"
+    )
     save_total_limit: int | None = option(2, "checkpoints kept beside the best one", low=1, group="Run")
     logging_steps: int = option(1, "steps between lines of metrics.jsonl", low=1, group="Run")
-    eval_batch_size: int = option(64, "questions of an evaluation batch", low=1, group="Run")
+    eval_batch_size: int = option(
+        64, "questions of an evaluation batch", low=1, aliases=("per_device_eval_batch_size",), group="Run"
+    )
+    zero_shot: bool = option(
+        True, "at the end also ask the untrained student by its chat template, where it has one: the baseline", group="Run"
+    )
     max_answer_tokens: int = option(48, "longest answer generated in evaluation [tokens]", low=1, group="Run")
     report_to: str = option("none", "also log to", choices=("none", "tensorboard", "wandb"), group="Run")
+    run_name: str | None = option(None, "name of the run in TensorBoard, Weights & Biases and its results", group="Run")
     resume: str | None = option(
         None,
         "auto: continue from the latest whole checkpoint; or a checkpoint folder",
         aliases=("resume_from_checkpoint",),
         group="Run",
+        usual=True,
     )
 
     def __post_init__(self) -> None:
@@ -235,10 +269,25 @@ class TrainConfig:
             object.__setattr__(self, field.name, value)
         if self.max_steps == 0:
             raise InputError("--max-steps must be positive, or -1 for num_train_epochs; got 0")
+        self._check_together()
         for kind in self.augmentations:
             if kind not in AUGMENTATIONS:
                 known = f"none or some of {', '.join(AUGMENTATIONS)}"
                 raise InputError(f"--discriminator-augment is {known}; got {kind!r}{nearest(kind, AUGMENTATIONS)}")
+
+    def _check_together(self) -> None:
+        """Raises `InputError` for options that are at odds, or that need another one."""
+        if self.early_stopping_patience and not self.validates:
+            raise InputError(
+                "--early-stopping-patience needs validation questions: --eval-data, or --validation-fraction above 0"
+            )
+        if self.system_prompt and self.prompt_template != "chat":
+            raise InputError("--system-prompt needs --prompt-template chat; a template FILE holds such a text itself")
+        if self.max_samples and self.train_fraction < 1:
+            raise InputError("--max-samples and --train-fraction are given; one of them says how many questions to use")
+        alone = [f for f in dataclasses.fields(self) if f.name.startswith("lora_") and getattr(self, f.name) != f.default]
+        if alone and not self.use_peft:
+            raise InputError(f"--{alone[0].name.replace('_', '-')} needs --use-peft")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "options") -> TrainConfig:
@@ -268,6 +317,11 @@ class TrainConfig:
             if (field.metadata["group"] in ("Negatives", "Discriminator") or field.name in alone)
             and getattr(self, field.name) != field.default
         ]
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation questions: a file's, or held-out ones."""
+        return self.eval_data is not None or self.validation_fraction > 0
 
     @property
     def augmentations(self) -> tuple[str, ...]:

@@ -17,17 +17,28 @@ from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.generation.engine import SampleSettings
 from qcrd_fast.generation.sample import sample
 from qcrd_fast.models.loading import read_config
-from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON
+from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
 from qcrd_fast.runs.checkpoints import require_whole
 from qcrd_fast.runs.folder import CONFIG, MANIFEST, PREDICTIONS, RESULTS
-from qcrd_fast.runs.load import find_model, load_student
-from qcrd_fast.utils.device import Autocast, make_autocast
-from qcrd_fast.utils.files import require_writable, write_lines
+from qcrd_fast.runs.load import find_model, find_state, load_student
+from qcrd_fast.utils.config_files import read_object, read_options
+from qcrd_fast.utils.device import Autocast, make_autocast, resolve_device
+from qcrd_fast.utils.files import require_writable, shown, write_lines
+from qcrd_fast.utils.intervals import wilson
 from qcrd_fast.utils.oom import for_answers, relieved_by
 
 log = logging.getLogger(__name__)
+
+ZERO_SHOT = "{question}\n\nThink step by step, in a few short sentences. Then end with a line `Answer: ` and {form}."
+FORMS = {
+    "choice": "the letter of the right choice",
+    "equation": "the arithmetic expression that gives the result",
+    "yes-no": "yes or no",
+    "number": "the number alone, without units",
+}
+ZERO_SHOT_TOKENS = 256  # of a reply
 
 
 def predict(
@@ -38,6 +49,7 @@ def predict(
     batch_size: int = 64,
     max_answer_tokens: int = 48,
     reasoning: bool = False,
+    zero_shot: bool = False,
     autocast: Autocast | None = None,
     impl: str = "auto",
     batch_option: str = "--batch-size",
@@ -45,13 +57,19 @@ def predict(
     """Greedy answers: one record of id, question, gold, output, prediction, correct for each question.
 
     `gold` is the majority where a question has no gold answer. With `reasoning`, the answer stands behind the rationale
-    of the third task, after `Answer:`.
+    of the third task, after `Answer:`. With `zero_shot`, the question is asked in words (`ZERO_SHOT`), as of a model that was
+    trained on none of the tasks, and the reply is read as a teacher's is.
     """
     settings = SampleSettings(max_new_tokens=max_answer_tokens, batch_size=batch_size, impl=impl)
     if reasoning:
         settings = dataclasses.replace(settings, max_new_tokens=student.prompts.max_target_length)
-    prefix = REASON if reasoning else PREDICT
-    sources = [student.source_ids(prefix, question_text(q)) for q in questions]
+    kinds = [q.task or "text" if task == "mixed" else task for q in questions]
+    if zero_shot:
+        settings = dataclasses.replace(settings, max_new_tokens=ZERO_SHOT_TOKENS)
+        sources = [student.source_ids("", zero_shot_text(q, kind)) for q, kind in zip(questions, kinds, strict=True)]
+    else:
+        prefix = REASON if reasoning else PREDICT
+        sources = [student.source_ids(prefix, question_text(q)) for q in questions]
 
     def longest() -> str:
         at = max(range(len(sources)), key=lambda i: len(sources[i]))
@@ -60,11 +78,10 @@ def predict(
     with relieved_by(for_answers(batch_option, batch_size, settings.max_new_tokens), "answering", longest):
         outputs = sample(student, sources, [(0, 0)] * len(sources), settings, autocast=autocast)
     records = []
-    for question, tokens in zip(questions, outputs, strict=True):
+    for question, kind, tokens in zip(questions, kinds, outputs, strict=True):
         output = student.text(tokens)
-        kind = question.task or "text" if task == "mixed" else task
         choices = answers.parse_choices(question_text(question)) if kind == "choice" else ()
-        if reasoning:
+        if reasoning or zero_shot:
             prediction = replies.read_reply(output, kind, choices).answer
         else:
             prediction = replies.extract_answer(output, kind, choices)
@@ -82,6 +99,38 @@ def predict(
     return records
 
 
+def explain(
+    student: Student,
+    records: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    autocast: Autocast | None = None,
+    impl: str = "auto",
+    batch_option: str = "--batch-size",
+) -> list[str]:
+    """The student's greedy rationale for the question of each record of `predict`."""
+    settings = SampleSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, impl=impl)
+    sources = [student.source_ids(EXPLAIN, record["question"]) for record in records]
+    with relieved_by(for_answers(batch_option, batch_size, settings.max_new_tokens), "explaining"):
+        said = sample(student, sources, [(0, 0)] * len(sources), settings, autocast=autocast)
+    return [student.text(tokens) for tokens in said]
+
+
+def zero_shot_text(question: Question, task: str) -> str:
+    """What a model that was not trained is asked."""
+    form = FORMS.get(task, "the answer alone, as short as possible")
+    return ZERO_SHOT.replace("{form}", form).replace("{question}", question_text(question).strip())
+
+
+def ask_by_chat_template(student: Student) -> bool:
+    """Let a model that was not trained be asked by its own chat template; False where it has none."""
+    if student.is_encoder_decoder or not student.tokenizer.chat_template:
+        return False
+    student.prompts = PromptSettings("chat", student.prompts.max_source_length)
+    return True
+
+
 def accuracy(records: Sequence[dict[str, Any]]) -> float | None:
     """Share of correct records, 0..1; None without records."""
     return sum(r["correct"] for r in records) / len(records) if records else None
@@ -96,18 +145,24 @@ def evaluate_run(
     batch_size: int = 64,
     max_answer_tokens: int = 48,
     reasoning: bool = False,
+    zero_shot: bool = False,
     device: str = "auto",
     on_bad_row: str = "error",
 ) -> dict[str, Any]:
     """Accuracy of a run or model on a file. `predictions.jsonl` goes to `output`, else to the folder eval-DATA of a run, whose
     own predictions stay those of its `eval_results.json`, else to the current folder.
 
-    Raises `InputError` for unreadable data or a folder that cannot be written, before the model is loaded; `RunError` where the
-    disk is full at the end.
+    With `zero_shot` the base model of a run, or the model, is asked by its own chat template; the folder: eval-DATA-zero-shot.
+    Raises `InputError` for unreadable data, a folder that cannot be written, or a task that the run was not trained on, before
+    the model is loaded; `RunError` where the disk is full at the end.
     """
-    folder = _answers_folder(run_or_model, data, output)
+    folder = _answers_folder(run_or_model, data, output, zero_shot)
+    _check_tasks(run_or_model, reasoning, zero_shot)
     loaded, questions = _with_answers(data, task, on_bad_row)
-    student, state = load_student(run_or_model, device)
+    if zero_shot:
+        student, state = _load_zero_shot(run_or_model, device)
+    else:
+        student, state = load_student(run_or_model, device)
     task = task or state.get("task") or main_task(questions)
     with student.measuring() as lengths:
         records = predict(
@@ -117,6 +172,7 @@ def evaluate_run(
             batch_size=batch_size,
             max_answer_tokens=max_answer_tokens,
             reasoning=reasoning,
+            zero_shot=zero_shot,
             autocast=make_autocast(student.device, None),
         )
     if count := sum(length > student.prompts.max_source_length for length in lengths.prompts):
@@ -129,9 +185,19 @@ def evaluate_run(
         write_lines(folder / PREDICTIONS, records)
     except OSError as error:
         raise RunError(f"cannot write {folder / PREDICTIONS}: {error.strerror}") from error
+    unreadable = [record for record in records if record["prediction"] is None]
+    if unreadable:
+        log.warning(
+            "no answer can be read in %d of %d outputs, which count as wrong, such as: %s",
+            len(unreadable), len(records), shown(unreadable[0]["output"][:200]) or "(empty)",
+        )  # fmt: skip
+    share = accuracy(records)
+    assert share is not None
     return {
-        "accuracy": accuracy(records),
+        "accuracy": share,
         "n": len(records),
+        "accuracy_95": list(wilson(share, len(records))),
+        "unreadable": len(unreadable),
         "task": task,
         "without_answer": loaded - len(questions),
         "predictions": str(folder / PREDICTIONS),
@@ -139,12 +205,20 @@ def evaluate_run(
 
 
 def plan_answers(
-    run_or_model: str, data: str, *, output: str | None = None, task: str | None = None, on_bad_row: str = "error"
+    run_or_model: str,
+    data: str,
+    *,
+    output: str | None = None,
+    task: str | None = None,
+    reasoning: bool = False,
+    zero_shot: bool = False,
+    on_bad_row: str = "error",
 ) -> dict[str, Any]:
     """What `evaluate_run` would do. Raises `InputError` as it does, as far as that shows without the weights."""
-    folder = _answers_folder(run_or_model, data, output)
+    folder = _answers_folder(run_or_model, data, output, zero_shot)
+    _check_tasks(run_or_model, reasoning, zero_shot)
     _, questions = _with_answers(data, task, on_bad_row)
-    name = find_model(run_or_model)
+    name = base_model(run_or_model) if zero_shot else find_model(run_or_model)
     require_whole(Path(name))
     read_config(name, "student")
     return {"would_answer": len(questions), "model": name, "predictions": str(folder / PREDICTIONS)}
@@ -160,13 +234,41 @@ def _with_answers(data: str, task: str | None, on_bad_row: str) -> tuple[int, li
     return len(loaded.questions), questions
 
 
-def _answers_folder(run_or_model: str, data: str, output: str | None) -> Path:
+def base_model(run_or_model: str) -> str:
+    """The student that a run began with, or the argument itself."""
+    student = read_options(Path(run_or_model) / CONFIG).get("student")
+    return student if isinstance(student, str) else run_or_model
+
+
+def _load_zero_shot(run_or_model: str, device: str) -> tuple[Student, dict[str, Any]]:
+    name = base_model(run_or_model)
+    student = Student.load(name, PromptSettings(), resolve_device(device))
+    if not ask_by_chat_template(student):
+        raise InputError(f"--zero-shot: {name} has no chat template to be asked by")
+    student.model.eval()
+    return student, {}
+
+
+def _check_tasks(run_or_model: str, reasoning: bool, zero_shot: bool = False) -> None:
+    """Raises `InputError` for `reasoning` on a run, or an export of one, that was trained without the third task."""
+    if reasoning and zero_shot:
+        raise InputError("--reasoning asks for a task of a trained run; it does not go with --zero-shot")
+    found = find_state(find_model(run_or_model)) if reasoning else None
+    state = read_object(found) if found else {}
+    config = state.get("config")
+    trained = config.get("reasoning_task") if isinstance(config, dict) else state.get("reasoning_task")
+    if state and trained is not True:
+        raise InputError(f"--reasoning: {run_or_model} was trained without --reasoning-task, so it knows no such task")
+
+
+def _answers_folder(run_or_model: str, data: str, output: str | None, zero_shot: bool = False) -> Path:
     """Where `evaluate_run` writes. Raises `InputError` for a folder that it must not, or cannot, write to."""
     run = Path(run_or_model)
     if output is not None:
         folder = Path(output)
     else:
-        folder = run / f"eval-{Path(data).resolve().stem}" if os.path.isfile(run / CONFIG) else Path(".")
+        name = f"eval-{Path(data).resolve().stem}{'-zero-shot' if zero_shot else ''}"
+        folder = run / name if os.path.isfile(run / CONFIG) else Path(".")
     if (folder / RESULTS).is_file():
         raise InputError(f"--output: {folder} holds a run's own predictions.jsonl; choose another folder")
     if (folder / MANIFEST).is_file():
@@ -191,6 +293,7 @@ def generate_text(
     """Rationales and answers to one question: `num_samples` of each, greedy at temperature 0."""
     if not question.strip():
         raise InputError("the question is empty")
+    _check_tasks(run_or_model, reasoning)
     student, _ = load_student(run_or_model, device)
     settings = SampleSettings(temperature, max_new_tokens=max_new_tokens)
     indices = list(range(num_samples))

@@ -11,13 +11,15 @@ import pytest
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from cli.main import entry
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.export import export_run, usage
+from qcrd_fast.models.chat_template import tokens_sent
+from qcrd_fast.models.lora import write_adapter
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT
 from qcrd_fast.runs.load import load_student
 from qcrd_fast.sweep.intervals import wilson
@@ -202,3 +204,95 @@ def test_figures_that_are_none(figures, run: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "eval_results.json").write_text(json.dumps(figures))
     export_run(str(tmp_path / "run"), str(tmp_path / "model"))
     assert "Not evaluated" in (tmp_path / "model" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory, rows_file: Path, llama_folder: Path) -> Path:
+    """A run of one step with LoRA, whose learning rate makes the adapter matter."""
+    pytest.importorskip("peft", reason="needs peft, which trains LoRA adapters")
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    options = dict(OPTIONS, data=str(rows_file), student=str(llama_folder), max_steps=1, use_peft=True, lora_r=4)
+    train(TrainConfig(**options, learning_rate=0.1, output_dir=str(folder)))
+    return folder
+
+
+def test_an_adapter_alone_is_the_merged_model(lora_run: Path, llama_folder: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    summary = export_run(str(lora_run), str(tmp_path / "adapter"), adapter=True)
+    names = {p.name for p in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"} <= names
+    assert "config.json" not in names and "model.safetensors" not in names  # a base model's
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["lora_alpha"] == 32 and config["task_type"] == "CAUSAL_LM"
+    assert config["base_model_name_or_path"] == str(llama_folder)
+    export_run(str(lora_run), str(tmp_path / "merged"))
+    ids = torch.tensor([[5, 6, 7]])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    assert not torch.allclose(base(ids).logits, merged, atol=1e-2)
+    for model in (
+        PeftModel.from_pretrained(base, tmp_path / "adapter"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"),
+        load_student(str(tmp_path / "adapter"), "cpu")[0].model,  # eval and generate take the folder
+    ):
+        assert torch.allclose(model(ids).logits, merged, atol=1e-4)
+    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert summary["parameters"] == sum(tensor.numel() for tensor in held.values())
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    made: dict = {}
+    exec(card.partition("```python\n")[2].partition("```")[0].replace('"."', f'"{tmp_path / "adapter"}"'), made)
+    assert made["input_ids"] == load_student(str(lora_run), "cpu")[0].source_ids(PREDICT, made["question"])
+    assert made["model"].generation_config.eos_token_id == 1 and not made["model"].generation_config.do_sample
+    assert "library_name: peft" in card and "--max-lora-rank 4" in card and f"cp {llama_folder}/config.json" in card
+
+
+def test_an_adapter_of_one_layer_names_it_in_full(lora_run: Path, llama_folder: Path, tmp_path: Path) -> None:
+    one = "model.layers.0.self_attn.q_proj"
+    run = Path(shutil.copytree(lora_run, tmp_path / "run", symlinks=True))
+    held = load_file(run / "final" / "lora.safetensors")
+    assert any(name.startswith(f"{one}.lora_A") for name in held)
+    save_file({name: t for name, t in held.items() if name.startswith(f"{one}.")}, tmp_path / "lora.safetensors")
+    config = yaml.safe_load((run / "config.resolved.yaml").read_text())
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    (tmp_path / "out").mkdir()
+    assert write_adapter(tmp_path, tmp_path / "out", str(llama_folder), config, base) == 4 * (32 + 32)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == [one]
+
+
+def test_an_adapter_that_cannot_be_written_alone(lora_run: Path, run: Path, tmp_path: Path, capsys) -> None:
+    assert entry(["export", str(run), "--output", str(tmp_path / "x"), "--adapter"]) == 2
+    assert "has no lora.safetensors; it takes a run of train --use-peft" in capsys.readouterr().err
+    assert entry(["export", str(lora_run), "--output", str(tmp_path / "x"), "--adapter", "--push-to-hub", "a/b"]) == 2
+    assert "is a folder of this machine, which others cannot load" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_the_card_says_of_serving(run: Path, tmp_path: Path) -> None:
+    export_run(str(run), str(tmp_path / "model"))
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    serving = card.partition("## Serving")[2].partition("\n## ")[0]
+    template = AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
+    if run.name == "t5":
+        assert template is None and "An encoder-decoder takes no chat" in serving and "qcrd-fast generate ." in serving
+        assert not (tmp_path / "model" / "Modelfile").exists()
+        return
+    for tool in ("transformers serve .", "vllm serve .", "mlx_lm.server --model .", "convert_hf_to_gguf.py .", "ollama create"):
+        assert tool in serving, tool
+    body = serving.partition("-d '")[2].partition("'\n")[0]
+    assert json.loads(body)["max_tokens"] == 256 and json.loads(body)["temperature"] == 0
+    assert (
+        (tmp_path / "model" / "Modelfile")
+        .read_text()
+        .startswith('FROM .\nTEMPLATE """Question: predict: {{ .Prompt }}\nReply:"""')
+    )
+    student, _ = load_student(str(run), "cpu")
+    assert tokens_sent(student.tokenizer, template, "2 + 3?") == student.source_ids(PREDICT, "2 + 3?")
+
+
+def test_a_prompt_that_no_template_sends(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcrd_fast.export.chat_template", lambda *_: None)
+    assert export_run(str(run), str(tmp_path / "model"))["chat_template"] == "none"
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template is None  # rather none than another prompt
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "transformers serve ." not in card and ("No chat template gives" in card or run.name == "t5")

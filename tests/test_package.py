@@ -44,7 +44,7 @@ def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
 def test_every_import_is_a_declared_dependency() -> None:
     known = modules()
     declared = {"click", "httpx", "jinja2", "numpy", "yaml", "safetensors", "torch", "transformers", "triton"}
-    brought_along = {"tokenizers"}  # transformers depends on it
+    brought_along = {"huggingface_hub", "tokenizers", "tqdm"}  # transformers depends on them
     extras = {"tensorboard", "wandb", "matplotlib", "peft"}  # pyarrow and datasets are imported by name, in data/tables.py
     allowed = {*sys.stdlib_module_names, *PACKAGES, *declared, *brought_along, *extras}
     for name, path in known.items():

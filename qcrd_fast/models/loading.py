@@ -6,7 +6,6 @@ configuration does not describe after that.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -17,9 +16,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from qcrd_fast.errors import InputError
-
-_WEIGHTS = (".safetensors", ".safetensors.index.json")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+from qcrd_fast.models.model_folder import WEIGHTS, check_model_name
 
 
 def read_config(name_or_path: str, option: str) -> Any:
@@ -28,16 +25,7 @@ def read_config(name_or_path: str, option: str) -> Any:
     Raises `InputError`, naming `option`, for a path without a model, weights that are no safetensors, names that lead out of
     the folder, and a configuration that asks for code.
     """
-    folder = Path(name_or_path)
-    if os.path.isfile(folder):
-        raise InputError(f"{option}: {name_or_path!r} is a file; name the folder with config.json and model.safetensors")
-    is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    if is_path and not os.path.exists(folder):
-        raise InputError(f"{option}: folder {name_or_path!r} does not exist")
-    if os.path.isdir(folder):
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{option}: {name_or_path!r} holds no config.json, so it is not a Hugging Face model folder")
-        _check_folder(folder, option)
+    check_model_name(name_or_path, option)
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # whatever a configuration of anybody's can make a library raise
@@ -105,36 +93,15 @@ def _layer(name: str) -> str:
 
 def _cannot_load(name: str, option: str, error: Exception) -> InputError:
     reason = " ".join(str(error).partition("Model type should be one of")[0].split())[:300] or type(error).__name__
-    return InputError(f"{option}: cannot load {name!r} (safetensors weights are needed): {reason}")
-
-
-def _check_folder(folder: Path, option: str) -> None:
-    """Weights are there as safetensors, and an index names files of this folder alone."""
-    names = {path.name for path in folder.iterdir()}
-    if "adapter_config.json" in names:
-        raise InputError(f"{option}: {str(folder)!r} holds an adapter; merge it into its base model first")
-    if not any(name.endswith(_WEIGHTS) for name in names):
-        pickled = sorted(name for name in names if name.endswith(_PICKLED))
-        if pickled:
-            raise InputError(
-                f"{option}: {str(folder)!r} has its weights in {pickled[0]}, a pickle, which is never loaded; convert them to "
-                "safetensors"
-            )
-    for index in sorted(name for name in names if name.endswith(".index.json")):
-        try:
-            shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
-            wrong = sorted({str(s) for s in shards if not isinstance(s, str) or os.path.basename(s) != s or s == ".."})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{option}: {folder / index} is unreadable: {error}") from error
-        if wrong:
-            raise InputError(f"{option}: {folder / index} names {wrong[0]!r}, which is not a file of this folder")
+    nowhere = "" if os.path.exists(name) or "/" not in name else "there is no such folder here, and as a model of the hub: "
+    return InputError(f"{option}: cannot load {name!r} (safetensors weights are needed): {nowhere}{reason}")
 
 
 def _check_config(config: Any, name: str, option: str) -> None:
     for key, value in _strings(config.to_dict() | {"attn_implementation": getattr(config, "_attn_implementation", None)}):
         if key.endswith(("attn_implementation", "experts_implementation")) and "/" in value:
             raise InputError(f"{option}: {name!r} asks for code from the hub ({key} {value!r}), which is never run")
-        if key == "transformers_weights" and not (os.path.basename(value) == value and value.endswith(_WEIGHTS)):
+        if key == "transformers_weights" and not (os.path.basename(value) == value and value.endswith(WEIGHTS)):
             raise InputError(f"{option}: {name!r} has its weights in {value!r}; safetensors of its own folder are needed")
 
 

@@ -7,12 +7,14 @@ A checkpoint holds the merged model, which `from_pretrained` reads as any other,
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
@@ -33,11 +35,29 @@ def add_lora(model: Any, config: TrainConfig) -> None:
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules="all-linear"
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=find_target_modules(model, config.lora_target_modules),
     )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         get_peft_model(model, settings)
+
+
+def find_target_modules(model: Any, wanted: str) -> str | list[str]:
+    """`--lora-target-modules` for PEFT. Raises `InputError` for a name that is no linear layer of the model, or its head: the
+    loss reads the head's own weight."""
+    if wanted == "all-linear":
+        return wanted
+    head = model.get_output_embeddings()
+    layers = {name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    for name in names or [wanted]:
+        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
+            known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+            raise InputError(f"--lora-target-modules: no linear layer of the student is called {name!r}; there are: {known}")
+    return names
 
 
 def save_model(model: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
@@ -69,3 +89,33 @@ def load_adapter(folder: Path, model: Any) -> None:
     if wrong:
         raise InputError(f"--use-peft: {folder / ADAPTER} does not fit this student and --lora-r, e.g. {wrong[0]}")
     model.load_state_dict(saved, strict=False)
+
+
+def base_name(student: str) -> str:
+    """How an adapter names its base model: a hub id, or a folder by its whole path."""
+    return os.path.abspath(student) if os.path.isdir(student) else student
+
+
+def write_adapter(checkpoint: Path, folder: Path, base: str, config: dict[str, Any], model: Any) -> int:
+    """Write a checkpoint's matrices to `folder` as PEFT does (adapter_config.json, adapter_model.safetensors), for the base
+    model `base` of `model`'s architecture; returns how many numbers they are."""
+    require_peft()
+    from peft import LoraConfig
+
+    saved = load_file(checkpoint / ADAPTER)
+    layers = {name.partition(MARK)[0] for name in saved}
+    kinds = {layer.rpartition(".")[2] for layer in layers}
+    of_kinds = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in kinds}
+    settings = LoraConfig(
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=next(tensor.shape[0] for name, tensor in saved.items() if ".lora_A." in name),
+        lora_alpha=config.get("lora_alpha", TrainConfig.lora_alpha),
+        lora_dropout=config.get("lora_dropout", TrainConfig.lora_dropout),
+        target_modules=sorted(kinds if of_kinds == layers else layers),
+        inference_mode=True,
+    )
+    settings.save_pretrained(str(folder))
+    named = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in saved.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return sum(tensor.numel() for tensor in saved.values())

@@ -22,6 +22,7 @@ class PromptSettings:
     template: str = "raw"  # raw, chat, or a text containing {prompt}
     max_source_length: int = 1024
     max_target_length: int = 256
+    system: str = ""  # text of the system message; with the chat template alone
 
     def __post_init__(self) -> None:
         lengths = self.max_source_length, self.max_target_length
@@ -29,18 +30,33 @@ class PromptSettings:
             raise InputError(f"a prompt has a text as template and two lengths above 0; got {self}")
         if self.template not in ("raw", "chat") and "{prompt}" not in self.template:
             raise InputError(f"a prompt's template is raw, chat or a text with {{prompt}} in it; got {self.template[:80]!r}")
+        if not isinstance(self.system, str) or (self.system and self.template != "chat"):
+            raise InputError("--system-prompt needs --prompt-template chat; a template FILE holds such a text itself")
 
     @classmethod
-    def from_option(cls, value: str, max_source_length: int, max_target_length: int) -> PromptSettings:
-        """Read `--prompt-template raw|chat|FILE`. Raises `InputError` for a missing file or one without {prompt}."""
+    def from_option(
+        cls, value: str, max_source_length: int, max_target_length: int, system: str | None = None
+    ) -> PromptSettings:
+        """Read `--prompt-template raw|chat|FILE` and `--system-prompt TEXT|FILE`. Raises `InputError` for a missing file, one
+        without {prompt} or one that is not UTF-8, and for a system prompt without the chat template."""
         if value not in ("raw", "chat"):
             path = Path(value)
             if not os.path.isfile(path):
                 raise InputError(f"--prompt-template: {value!r} is neither raw, chat, nor a file")
-            value = path.read_text(encoding="utf-8")
+            value = _read_text(path, "--prompt-template")
             if "{prompt}" not in value:
                 raise InputError(f"--prompt-template: {path} does not contain {{prompt}}")
-        return cls(value, max_source_length, max_target_length)
+        if system and os.path.isfile(system):
+            system = _read_text(Path(system), "--system-prompt").strip()
+        return cls(value, max_source_length, max_target_length, system or "")
+
+
+def _read_text(path: Path, option: str) -> str:
+    """A text file. Raises `InputError` naming `option` where it cannot be read as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"{option}: cannot read {path}: {error}") from error
 
 
 class Lengths(NamedTuple):
@@ -53,17 +69,35 @@ class Lengths(NamedTuple):
 class Prompter:
     """A tokenizer and a prompt template: text to tokens, for encoder-decoders (T5) and decoder-only models.
 
-    Raises `InputError` when the tokenizer has no end-of-sequence token, or no chat template where one is asked for.
+    Raises `InputError` when the tokenizer has no end-of-sequence token, no chat template where one is asked for, or one that
+    leaves the system prompt out.
     """
 
     def __init__(self, tokenizer: Any, prompts: PromptSettings, is_encoder_decoder: bool):
         self.tokenizer, self.prompts, self.is_encoder_decoder = tokenizer, prompts, is_encoder_decoder
+        self.special_texts = special_texts(tokenizer)
         self._lengths: Lengths | None = None
         if tokenizer.eos_token_id is None:
             raise InputError("student: the tokenizer has no end-of-sequence token")
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if prompts.template == "chat" and (is_encoder_decoder or not tokenizer.chat_template):
             raise InputError("--prompt-template chat: the student has no chat template")
+        if prompts.system:
+            self._check_system()
+
+    def _check_system(self) -> None:
+        try:
+            rendered, why = self.chat_text("x"), "it leaves it out"
+        except Exception as error:  # templates raise what they like, such as "System role not supported"
+            rendered, why = "", str(error)
+        if self.prompts.system.strip() not in rendered:
+            raise InputError(f"--system-prompt: the student's chat template takes no system message: {why}")
+
+    def chat_text(self, text: str) -> str:
+        """The chat template's text of a user message, after the system message if there is one."""
+        system = [{"role": "system", "content": self.prompts.system}] if self.prompts.system else []
+        chat = [*system, {"role": "user", "content": text}]
+        return str(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
 
     def source_ids(self, prefix: str, question: str) -> TokenIds:
         """Tokens of a task's input. A text over the maximum length loses its beginning, which is the context, or else the story
@@ -72,30 +106,39 @@ class Prompter:
         Raises `InputError` where a decoder would have nothing to go on from.
         """
         template, limit, tokenizer = self.prompts.template, self.prompts.max_source_length, self.tokenizer
-        text = prefix + question.strip()
+        question = self._without_specials(question.strip())
+        text = prefix + question
         length = len(self._plain_ids(text))
         if self._lengths:
             self._lengths.prompts.append(length)
         if length > limit:
             room = max(limit - len(self._plain_ids(prefix)), 1)
-            text = prefix + tokenizer.decode(self._plain_ids(question.strip())[-room:]).lstrip()
+            text = prefix + tokenizer.decode(self._plain_ids(question)[-room:]).lstrip()
         if template == "chat":
-            chat = [{"role": "user", "content": text}]
-            ids = self._plain_ids(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+            ids = self._plain_ids(self.chat_text(text))
         else:
-            ids = list(tokenizer(text if template == "raw" else template.replace("{prompt}", text)).input_ids)
+            ids = list(tokenizer(self.form.replace("{prompt}", text)).input_ids)
             if self.is_encoder_decoder:
                 return ids
             if ids and ids[-1] == tokenizer.eos_token_id:  # a prompt goes on
                 ids.pop()
-            ids += self._plain_ids("\n") if template == "raw" else []
+            if ids[:2] == [tokenizer.bos_token_id] * 2:  # the template's own, and the tokenizer's
+                ids.pop(0)
         if not ids:
             raise InputError(f"the prompt {text[:80]!r} has no token in the model's vocabulary")
         return ids
 
+    @property
+    def form(self) -> str:
+        """The text around `{prompt}` of a template that is not the tokenizer's own; it is tokenised with the prompt, as one
+        text, so that whoever serves the student sends the same tokens."""
+        if self.prompts.template != "raw":
+            return self.prompts.template
+        return "{prompt}" if self.is_encoder_decoder else "{prompt}\n"
+
     def target_ids(self, text: str) -> TokenIds:
         """Tokens of a label or rationale with EOS; a text cut at the maximum length gets no EOS."""
-        ids, limit = self._plain_ids(text.strip()), self.prompts.max_target_length
+        ids, limit = self._plain_ids(self._without_specials(text.strip())), self.prompts.max_target_length
         if self._lengths:
             self._lengths.targets.append(len(ids) + 1)
         return [*ids, self.tokenizer.eos_token_id] if len(ids) < limit else ids[:limit]
@@ -112,5 +155,18 @@ class Prompter:
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
+    def _without_specials(self, text: str) -> str:
+        """`text` with a space within each special token that it spells, so that none of them acts as one."""
+        for special in self.special_texts:
+            text = text.replace(special, f"{special[0]} {special[1:]}")
+        return text
+
     def _plain_ids(self, text: str) -> TokenIds:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """How the special tokens of a tokenizer are spelled, longest first: a text that holds one would be read as that token."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    found = {token.content for token in added if token.special} | set(getattr(tokenizer, "all_special_tokens", []))
+    return sorted((text for text in found if len(text) > 1), key=lambda text: (-len(text), text))

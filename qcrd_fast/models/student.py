@@ -69,13 +69,19 @@ class Student(Prompter):
         return start
 
     @classmethod
-    def load(cls, name_or_path: str, prompts: PromptSettings, device: torch.device | str = "cpu") -> Student:
-        """Load a local folder or hub id in fp32. Only safetensors and code of the transformers package are read."""
+    def load(
+        cls, name_or_path: str, prompts: PromptSettings, device: torch.device | str = "cpu", attention: str | None = None
+    ) -> Student:
+        """Load a local folder or hub id in fp32. Only safetensors and code of the transformers package are read.
+
+        `attention`: eager or sdpa; None is transformers' own choice for the model.
+        """
 
         def choose(config: Any) -> Any:
             return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
-        model, tokenizer = load_pretrained(name_or_path, "student", choose, dtype=torch.float32)
+        chosen: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+        model, tokenizer = load_pretrained(name_or_path, "student", choose, dtype=torch.float32, **chosen)
         return cls(model.to(device), tokenizer, prompts)
 
     @property

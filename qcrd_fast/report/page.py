@@ -55,7 +55,7 @@ def write_report(runs: Sequence[str], output: str, *, results: str | None = None
         raise InputError(f"--output: {output} does not end in .html")
     if not target.parent.is_dir() or target.is_dir():
         raise InputError(f"--output: {output} is not a file in a folder that exists")
-    views = [read_run(run) for run in runs]
+    views = [read_run(run) for run in {Path(run).resolve(): run for run in reversed(runs)}.values()][::-1]  # each once
     rows = of_csv(results) if results else []
     if not views and not rows:
         raise InputError(f"--results: {results} has no finished run" if results else "name a run folder, or --results FILE.csv")
@@ -114,7 +114,21 @@ def _table(views: Sequence[RunView]) -> str:
     """A row a run: accuracy, and what the run was; switches that all runs share stand once, below."""
     switches = [view.switches() for view in views if view.config]
     shared = [switch for switch in (switches[0] if switches else ()) if all(switch in found for found in switches)]
-    head = ["run", "accuracy", "n", "on", "method", "scheme", "switches", "state", "seed", "steps", "validation", "untrained"]
+    head = [
+        "run",
+        "accuracy",
+        "n",
+        "on",
+        "method",
+        "scheme",
+        "switches",
+        "state",
+        "seed",
+        "steps",
+        "validation",
+        "untrained",
+        "zero-shot",
+    ]
     rows = []
     for i, view in enumerate(views):
         share, n = number(view.results.get("accuracy")), view.results.get("n")
@@ -136,6 +150,7 @@ def _table(views: Sequence[RunView]) -> str:
             str(int(view.steps[-1]["step"])) if view.steps else "0",
             _share(view.results.get("accuracy_validation"), max(view.series("eval_accuracy")[1], default=None)),
             _share(view.results.get("accuracy_untrained")),
+            _share(view.results.get("accuracy_zero_shot")),
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     names = "".join(f"<th>{name}</th>" for name in head)
@@ -274,18 +289,22 @@ def _negative_pairs(view: RunView, said: dict[str, str]) -> Iterable[tuple[str, 
 
 
 def _answers(view: RunView) -> str:
-    wrong = [p for p in view.predictions if p.get("correct") is False]
-    right = [p for p in view.predictions if p.get("correct") is True]
+    rationales = view.rationales
+    predictions = sorted(view.predictions, key=lambda p: str(p.get("id")) not in rationales)
+    wrong = [p for p in predictions if p.get("correct") is False]
+    right = [p for p in predictions if p.get("correct") is True]
     if not wrong and not right:
         return "<p>No predictions are stored.</p>"
     shown = [*wrong[: max(ANSWERS // 2, ANSWERS - len(right))], *right]
     rows = "".join(
         f"<tr><td>{'right' if p['correct'] else 'wrong'}</td><td>{_text(p.get('gold'))}</td>"
-        f"<td>{_text(p.get('prediction'))}</td><td>{_text(p.get('question', ''))}</td></tr>"
+        f"<td>{_text(p.get('prediction'))}</td><td>{_text(p.get('question', ''))}</td><td>{_text(p.get('output', ''))}</td>"
+        f"<td>{_text(rationales.get(str(p.get('id')), ''))}</td></tr>"
         for p in shown[:ANSWERS]
     )
-    count = f"<p>{len(right)} right, {len(wrong)} wrong; a few of each:</p>"
-    head = "<tr><th></th><th>gold</th><th>said</th><th>question</th></tr>"
+    unread = sum(p.get("prediction") is None for p in wrong)
+    count = f"<p>{len(right)} right, {len(wrong)} wrong, of these {unread} without a readable answer; a few:</p>"
+    head = "<tr><th></th><th>gold</th><th>read</th><th>question</th><th>output, as it is</th><th>greedy rationale</th></tr>"
     return f'{count}<div class="wide"><table class="answers"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
 
 
@@ -340,7 +359,7 @@ th{color:var(--soft);font-weight:600}tbody tr:last-child td{border-bottom:0}
 td .switches{white-space:normal;min-width:14rem}
 .switches span{display:inline-block;overflow-wrap:anywhere;max-width:100%;font-family:ui-monospace,monospace;font-size:.8rem;
 margin-right:.6em}
-.answers td:last-child{white-space:normal;min-width:16rem}
+.answers td:nth-child(n+4){white-space:pre-wrap;overflow-wrap:anywhere;min-width:13rem}
 .grid{display:grid;gap:.9rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
 .card{margin:0;padding:.7rem .8rem;background:var(--card);border:1px solid var(--line);border-radius:6px;min-width:0}
 .card svg{display:block;width:100%;height:auto}.card svg text{font-family:inherit!important}

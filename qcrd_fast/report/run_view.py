@@ -17,6 +17,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import CONFIG, LOCK, METRICS, NEGATIVES, PREDICTIONS, RESULTS
 from qcrd_fast.sweep.job import ATTEMPTS, WHERE
+from qcrd_fast.sweep.rationale_checks import RATIONALES
 from qcrd_fast.utils.config_files import is_plain, number, read_object, read_options
 
 QUALITY_SCORES = "quality_scores.jsonl"
@@ -49,6 +50,13 @@ class RunView:
         records = self.validations if name == "eval_accuracy" else self.steps
         points = [(r["step"], v) for r in records if (v := number(r.get(name))) is not None]
         return [float(s) for s, _ in points], [v for _, v in points]
+
+    @property
+    def rationales(self) -> dict[str, str]:
+        """The student's greedy rationales of its test questions, by id: those that several runs were judged by, or else the few
+        beside its answers."""
+        found = [*self.predictions, *read_objects(self.path / RATIONALES)]
+        return {str(r["id"]): r["rationale"] for r in found if "id" in r and isinstance(r.get("rationale"), str)}
 
     def option(self, name: str) -> Any:
         return self.config.get(name, getattr(TrainConfig, name, None))

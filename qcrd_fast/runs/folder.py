@@ -14,6 +14,7 @@ import yaml
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.runs.logs import logging_to, quiet_logs
 from qcrd_fast.utils.files import FULL, remove_tree, shown, write_text
 from qcrd_fast.utils.torchrun import rank
 
@@ -29,14 +30,15 @@ UNFINISHED = (
 # Options that a resumed run may change: they do not touch what is computed, but for rounding (--impl, the kill-switch).
 FREE_OPTIONS = {
     *("impl", "deterministic", "overlap", "output_dir", "resume", "save_total_limit", "report_to", "device", "eval_batch_size"),
-    *("fsdp", "ddp_timeout", "audit_every", "on_audit_failure"),
+    *("fsdp", "ddp_timeout", "audit_every", "on_audit_failure", "run_name", "zero_shot"),
 }
 # How a step's questions are dealt out: on a resume their product, with the number of processes, is compared instead.
 DEALT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 class RunFolder:
-    """A locked output folder; use as a context manager. The lock dies with the process, so none is ever stale.
+    """A locked output folder; use as a context manager. The lock dies with the process, so none is ever stale. Inside, the
+    package's log lines go to `run.log` too.
 
     Raises `InputError` when the folder cannot be written, belongs to a running process (named by its PID), or already
     holds something and `--resume` was not given. Of several processes that torchrun started the first locks it for all.
@@ -50,9 +52,11 @@ class RunFolder:
         self.path = Path(config.output_dir)
         self.config = config
         self._lock: int | None = None
+        self._logs = contextlib.ExitStack()
 
     def __enter__(self) -> RunFolder:
         if rank() > 0:
+            self._logs.enter_context(quiet_logs())
             return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -79,6 +83,7 @@ class RunFolder:
                 )
             self._check_same_config()
             self._clear()
+            self._logs.enter_context(logging_to(self.path / LOG))
         except BaseException:
             self._release()
             raise
@@ -94,6 +99,7 @@ class RunFolder:
                 remove_tree(path)
 
     def _release(self) -> None:
+        self._logs.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -37,7 +37,7 @@ class _Log(logging.FileHandler):
 def logging_to(path: Path) -> Iterator[None]:
     """The package's log lines go to a file too, without secrets."""
     logger = logging.getLogger("qcrd_fast")
-    handler = _Log(path, encoding="utf-8")
+    handler = _Log(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     try:

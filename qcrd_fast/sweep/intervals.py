@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import PREDICTIONS
+from qcrd_fast.utils.intervals import wilson as wilson
 
 RESAMPLES = 4000
 Z = 1.959964
@@ -168,14 +169,15 @@ def pair(a: Mapping[int, Answers], b: Mapping[int, Answers]) -> Estimate | None:
 
 
 def single(a: Mapping[int, Answers]) -> Estimate | None:
-    """The accuracy of {seed: answers}; None without a seed, or when their questions differ."""
+    """The accuracy of {seed: answers}; None without a seed, or when their questions differ.
+
+    Of one seed the interval is Wilson's, as it is of a run wherever one is shown; so it is where all seeds have every question
+    right, or wrong, of which no variance can be seen. An interval ends at 0 and 1.
+    """
     if not a or len({answers.questions for answers in a.values()}) != 1:
         return None
-    return estimate([a[s].bits for s in sorted(a)])
-
-
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95% interval of a share of `n`."""
-    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    told = estimate([a[s].bits for s in sorted(a)])
+    low, high = told.low, told.high
+    if len(a) == 1 or told.error == 0:
+        low, high = wilson(told.mean, told.questions)
+    return dataclasses.replace(told, low=max(low, 0.0), high=min(high, 1.0))

@@ -28,6 +28,7 @@ from qcrd_fast.distributed.parallel import Engine, like
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.loading import save_tokenizer
 from qcrd_fast.models.lora import save_model
+from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.runs import checkpoints
 from qcrd_fast.runs.folder import (
@@ -82,6 +83,15 @@ def resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | No
             f"{config.gradient_accumulation_steps} x {schedule.world_size} processes); their product must stay"
         )
     return str(found)
+
+
+def require_same_prompts(found: Path, prompts: PromptSettings) -> None:
+    """Raises `InputError` where a template or system prompt that stands in a file has changed since the checkpoint `found`."""
+    before = PromptSettings(**checkpoints.read_state(found)["prompt"])
+    for name, option in (("template", "--prompt-template"), ("system", "--system-prompt")):
+        was, now = getattr(before, name), getattr(prompts, name)
+        if was != now:
+            raise InputError(f"{found}: the run began with {option} {was[:80]!r}, now it is {now[:80]!r}")
 
 
 class Keeper:

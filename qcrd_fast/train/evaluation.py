@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,19 @@ import torch
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question
 from qcrd_fast.distributed.comm import Ranks
-from qcrd_fast.evaluate import accuracy, predict
+from qcrd_fast.evaluate import accuracy, ask_by_chat_template, explain, predict
 from qcrd_fast.models.student import Student
 from qcrd_fast.runs import checkpoints
 from qcrd_fast.runs.folder import FINAL, PREDICTIONS, RESULTS
+from qcrd_fast.train.methods import method_of
 from qcrd_fast.train.metrics_log import MetricsLog
 from qcrd_fast.train.questions import Data
+from qcrd_fast.train.run_text import accuracy_text, rationales_text
 from qcrd_fast.utils.files import write_json, write_lines
+from qcrd_fast.utils.intervals import wilson
 
+EXPLAINED = 8  # questions of the end whose greedy rationales are kept beside the answers, for `report`
+RATIONALES = 2  # that a validation shows
 Best = dict[str, Any] | None  # {step, accuracy} of the best checkpoint on validation
 
 
@@ -31,7 +36,7 @@ class Evaluation:
         self.config, self.run, self.data, self.autocast, self.ranks = config, run, data, autocast, ranks
         self.questions = data.test or data.validation  # of the end
 
-    def predict(self, student: Student, questions: list[Question]) -> list[dict[str, Any]]:
+    def predict(self, student: Student, questions: list[Question], zero_shot: bool = False) -> list[dict[str, Any]]:
         """A record a question, as `evaluate.predict` gives them."""
         records = predict(
             student,
@@ -39,19 +44,27 @@ class Evaluation:
             self.data.task,
             batch_size=self.config.eval_batch_size,
             max_answer_tokens=self.config.max_answer_tokens,
+            zero_shot=zero_shot,
             autocast=self.autocast,
             impl=self.config.impl,
             batch_option="--eval-batch-size",
         )
         return self.ranks.collect(records)
 
-    def validate(self, student: Student) -> float:
-        """Accuracy on the validation questions, 0..1."""
-        value = accuracy(self.predict(student, self.data.validation))
-        assert value is not None
-        return value
+    def validate(self, student: Student) -> tuple[float, str]:
+        """(accuracy on the validation questions, 0..1; what is said of it, with two of the student's rationales)."""
+        records = self.predict(student, self.data.validation)
+        right, unreadable = sum(r["correct"] for r in records), sum(r["prediction"] is None for r in records)
+        text = accuracy_text(right, len(records), f", {unreadable} without a readable answer" if unreadable else "")
+        if self.ranks.first and method_of(self.config).teaches_rationales:
+            text += "\n" + self._rationales(student, records[:RATIONALES])
+        return right / len(records), text
 
-    def finish(self, student: Student, log: MetricsLog, best: Best, step: int) -> dict[str, Any]:
+    def _rationales(self, student: Student, records: list[dict[str, Any]]) -> str:
+        said = self._explain(student, records, min(self.config.max_new_tokens, self.config.max_target_length))
+        return rationales_text(self.data.validation[: len(records)], said, records)
+
+    def finish(self, student: Student, log: MetricsLog, best: Best, step: int, stopped_early: bool = False) -> dict[str, Any]:
         """Point `final` at the best checkpoint of a run that ended behind `step`, and evaluate it and the untrained student, on
         the test set, else on the validation set. `student`: whose device and prompts are taken."""
         chosen = self.ranks.on_first(lambda: self._choose_final(log, best, step))
@@ -64,15 +77,23 @@ class Evaluation:
             "accuracy_untrained": None,
         }
         records: list[dict[str, Any]] = []
+        zero_shot = None
         if self.questions:
             device, prompts = student.device, student.prompts
-            untrained = Student.load(str(self.config.student), prompts, device)
+            untrained = Student.load(str(self.config.student), prompts, device, self.config.attn_implementation)
             results["accuracy_untrained"] = accuracy(self.predict(untrained, self.questions))
+            if self.config.zero_shot and ask_by_chat_template(untrained):
+                zero_shot = accuracy(self.predict(untrained, self.questions, zero_shot=True))
             del untrained
-            records = self.predict(Student.load(str(final), prompts, device), self.questions)
+            trained = Student.load(str(final), prompts, device, self.config.attn_implementation)
+            records = self.predict(trained, self.questions)
+            self._add_rationales(trained, records[:EXPLAINED])
             results["accuracy"] = accuracy(records)
+        n = len(self.questions)
         results |= {
-            "n": len(self.questions),
+            "n": n,
+            "accuracy_95": [round(bound, 6) for bound in wilson(results["accuracy"], n)] if n else None,
+            "accuracy_zero_shot": zero_shot,
             "evaluated_on": "test" if self.data.test else "validation" if self.data.validation else None,
             "task": self.data.task,
             "method": self.config.method,
@@ -81,6 +102,10 @@ class Evaluation:
             "train_questions": len(self.data.train),
             "dropped_from_train": self.data.dropped,
         }
+        if self.config.early_stopping_patience:
+            results["stopped_early"] = stopped_early
+        if self.config.run_name:
+            results["run_name"] = self.config.run_name
 
         def write() -> None:
             if self.questions:
@@ -89,6 +114,23 @@ class Evaluation:
 
         self.ranks.on_first(write)
         return results
+
+    def _add_rationales(self, student: Student, records: list[dict[str, Any]]) -> None:
+        """Put the student's greedy rationale of each question into its record, whatever the method taught."""
+        said = self._explain(student, self.ranks.share(records), self.config.max_target_length)
+        for record, rationale in zip(records, self.ranks.collect(said), strict=True):
+            record["rationale"] = rationale
+
+    def _explain(self, student: Student, records: Sequence[dict[str, Any]], max_new_tokens: int) -> list[str]:
+        return explain(
+            student,
+            records,
+            max_new_tokens=max_new_tokens,
+            batch_size=self.config.eval_batch_size,
+            autocast=self.autocast,
+            impl=self.config.impl,
+            batch_option="--eval-batch-size",
+        )
 
     def _choose_final(self, log: MetricsLog, best: Best, step: int) -> dict[str, Any]:
         """Points `final` at the best checkpoint. A finished run's results come with it: nothing is left to do."""

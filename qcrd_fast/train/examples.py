@@ -10,10 +10,9 @@ from typing import Any
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, question_key, question_text
 from qcrd_fast.data.splits import label_of
-from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, TokenIds
 from qcrd_fast.models.student import Student
-from qcrd_fast.train.methods import label_kind, method_of
+from qcrd_fast.train.methods import label_kind
 from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.utils.oom import relieved_by
 
@@ -73,11 +72,9 @@ def longest_text(_: Any, examples: Sequence[Example], *__: Any) -> str:
 def make_examples(questions: Sequence[Question], student: Student, config: TrainConfig) -> list[Example]:
     """Tokenise the training questions, each of which has the answer that `label_of` asks for.
 
-    Raises `InputError` when no question has a positive rationale though the method needs them; `RunError` where memory ends.
+    Raises `RunError` where memory ends.
     """
     kind = label_kind(config)
-    if method_of(config).teaches_rationales and not any(q.positives for q in questions):
-        raise InputError(f"--data: no question has a positive rationale, which --method {config.method} needs")
     examples, long_prompts, long_targets = [], [], []
     limits = config.max_source_length, config.max_target_length
     with (

@@ -8,19 +8,23 @@ import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils.logging import tqdm
+from tqdm import tqdm
 
 from qcrd_fast.distributed.comm import ALONE, Ranks
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.runs.folder import METRICS
+from qcrd_fast.train.run_text import duration, progress_line
 from qcrd_fast.utils.files import append_lines, sync, write_lines
 
 log = logging.getLogger(__name__)
+LINE_EVERY_S = 10.0
+WIDE = 160  # columns of a terminal that has room for all of `progress_line` beside the bar
 
 
 def mean(counts: Counter[str], total: str, number: str) -> float | None:
@@ -33,21 +37,41 @@ def share(counts: Counter[str], source: str) -> float | None:
 
 
 class Progress:
-    """A bar on a terminal, a log line every ten seconds elsewhere."""
+    """How far a run is: a bar on a terminal; elsewhere and in `run.log` a line at its first step, every ten seconds and at its
+    last."""
 
     def __init__(self, total: int, done: int, shown: bool = True):
-        self.total, self._said = total, time.monotonic()
-        self._bar = tqdm(total=total, initial=done, unit="step", disable=not (shown and sys.stderr.isatty()))
+        self.total, self._first, self._began = total, done, time.monotonic()
+        self._said, self._said_step = -math.inf, 0
+        on_terminal = shown and sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=not on_terminal)
 
-    def step(self, step: int, last: str) -> None:
-        self._bar.update(1)
-        self._bar.set_postfix_str(last)
-        if not sys.stderr.isatty() and time.monotonic() - self._said >= 10:
-            self._said = time.monotonic()
-            log.info("step %d of %d %s", step, self.total, last)
+    def step(self, step: int, record: Mapping[str, Any] | None) -> None:
+        """After `step`; `record` is the latest that was read."""
+        drawn, now = self._bar.update(1), time.monotonic()
+        if record is None:
+            return
+        if drawn:
+            self._bar.set_postfix_str(progress_line(record, short=self._bar.ncols < WIDE), refresh=False)
+        if now - self._said >= LINE_EVERY_S:
+            left = (now - self._began) / (step - self._first) * (self.total - step)
+            self._say(record, f", {duration(left)} left", now)
 
-    def close(self) -> None:
+    def stage(self, name: str) -> None:
+        """What is done between two steps, such as a validation."""
+        self._bar.set_description_str(name)
+
+    def close(self, record: Mapping[str, Any] | None) -> None:
+        if record is not None and record["step"] > self._said_step:
+            self._say(record, "", time.monotonic())
         self._bar.close()
+
+    def _say(self, record: Mapping[str, Any], left: str, now: float) -> None:
+        self._said, self._said_step = now, record["step"]
+        share = record["step"] / self.total
+        # a terminal has the bar instead
+        log.info("step %d/%d (%.0f%%)%s: %s", record["step"], self.total, 100 * share, left, progress_line(record),
+                 extra={"progress": True})  # fmt: skip
 
 
 class MetricsLog:
@@ -58,11 +82,11 @@ class MetricsLog:
     `InputError` when the package of `report_to` is not installed.
     """
 
-    def __init__(self, run: Path, report_to: str = "none", ranks: Ranks = ALONE):
+    def __init__(self, run: Path, report_to: str = "none", ranks: Ranks = ALONE, name: str | None = None):
         self.path, self.ranks = run / METRICS, ranks
         self._pending: tuple[dict[str, Any], list[str], Tensor, float, list[str], bool] | None = None
-        self._writer = _writer(run, report_to) if ranks.first else None
-        self.last = ""  # the latest loss that was read, for a person who watches
+        self._writer = _writer(run, report_to, name) if ranks.first else None
+        self.last: dict[str, Any] | None = None  # the latest record that was read, for a person who watches
 
     def cut(self, step: int) -> None:
         """Drop what was logged after `step`, when a run resumes from there."""
@@ -99,7 +123,7 @@ class MetricsLog:
             raise RunError(f"step {record['step']}: loss {values['loss']:g} without any gradient; questions {', '.join(ids)}")
         record |= values
         record["loss"] += loss_extra
-        self.last = f"loss {record['loss']:.4f}"
+        self.last = record
         if logged:
             self.write(record)
 
@@ -118,17 +142,17 @@ class MetricsLog:
             self._writer({k: v for k, v in record.items() if isinstance(v, int | float)}, record["step"])
 
 
-def _writer(run: Path, report_to: str) -> Any:
+def _writer(run: Path, report_to: str, name: str | None) -> Any:
     if report_to == "tensorboard":
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError("--report-to tensorboard: install qcrd-fast[tensorboard]") from error
-        board = SummaryWriter(str(run / "tensorboard"))
+        board = SummaryWriter(str(run / "tensorboard" / (name or "")))
 
         def write(values: dict[str, float], step: int) -> None:
-            for name, value in values.items():
-                board.add_scalar(name, value, step)
+            for key, value in values.items():
+                board.add_scalar(key, value, step)
 
         return write
     if report_to == "wandb":
@@ -136,6 +160,6 @@ def _writer(run: Path, report_to: str) -> Any:
             import wandb
         except ImportError as error:
             raise InputError("--report-to wandb: install qcrd-fast[wandb]") from error
-        wandb.init(project="qcrd-fast", dir=str(run))
+        wandb.init(project="qcrd-fast", dir=str(run), name=name)
         return lambda values, step: wandb.log(values, step=step)
     return None

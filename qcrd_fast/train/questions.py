@@ -12,7 +12,7 @@ from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question
 from qcrd_fast.data.splits import drop_overlap, hold_out, label_of, main_task, of_split
 from qcrd_fast.errors import InputError
-from qcrd_fast.train.methods import label_kind
+from qcrd_fast.train.methods import label_kind, method_of
 from qcrd_fast.utils.oom import relieved_by
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class Data:
     validation: list[Question]
     test: list[Question]
     task: str
-    dropped: int  # training questions that stand in the test set
+    dropped: int  # training questions that are in the test or validation set too
     digest: str
 
     @classmethod
@@ -53,7 +53,8 @@ class Data:
             raise InputError(f"--data: {config.data}: no question has a {kind or 'gold or majority'} answer to teach")
         if len(labelled) < len(rows):
             log.warning("--data: set aside %d questions without an answer to teach", len(rows) - len(labelled))
-        rows, dropped = drop_overlap(labelled, test)
+        rows, in_test = drop_overlap(labelled, test)
+        in_validation = 0
         if config.eval_data:
             validation = of_split(questions(config.eval_data, part="validation"), "validation")
             validation, shared = drop_overlap(validation, test)
@@ -61,15 +62,20 @@ class Data:
                 raise InputError(f"--eval-data: {config.eval_data}: all {shared} questions are in the test set")
             if shared:
                 log.warning("--eval-data: dropped %d questions that are in the test set", shared)
-            rows, more = drop_overlap(rows, validation)
-            dropped += more
+            rows, in_validation = drop_overlap(rows, validation)
         else:
             rows, validation = hold_out(rows, config.validation_fraction, config.seed)
             rows, _ = drop_overlap(rows, validation)  # the same question under another id
         if config.train_fraction < 1:
             rows = hold_out(rows, config.train_fraction, config.seed)[1]
+        elif config.max_samples and config.max_samples < len(rows):
+            rows = hold_out(rows, config.max_samples / len(rows), config.seed)[1]
         if not rows:
-            raise InputError(f"--data: {config.data}: no question is left to train on ({dropped} are in the test set)")
+            both = ((in_validation, "--eval-data"), (in_test, "--test-data"))
+            where = " and ".join(f"{count} are in {option} too" for count, option in both if count)
+            raise InputError(f"--data: {config.data}: no question is left to train on: {where}")
+        if method_of(config).teaches_rationales and not any(question.positives for question in rows):
+            raise InputError(f"--data: no question has a positive rationale, which --method {config.method} needs")
         for name, some in (("--eval-data", validation), ("--test-data", test)):
             missing = [q.id for q in some if label_of(q, None) is None]
             if missing:
@@ -77,7 +83,7 @@ class Data:
         if config.method == "qcrd" and all(sum(question.votes.values()) < 2 for question in rows):
             log.warning("--data: no question has more than one sample: there was nothing to vote on, and qcrd has no minority")
         task = config.task or main_task(rows)
-        return cls(rows, validation, test, task, dropped, _digest(rows, validation, test))
+        return cls(rows, validation, test, task, in_test + in_validation, _digest(rows, validation, test))
 
 
 def _digest(*parts: list[Question]) -> str:

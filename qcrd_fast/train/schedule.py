@@ -86,10 +86,13 @@ class Schedule:
 
     # Optimization
 
+    @property
+    def warmup_steps(self) -> int:
+        return self.config.warmup_steps or math.ceil(self.config.warmup_ratio * self.total_steps)
+
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then the chosen decay to 0 at the last step, as in Hugging Face."""
-        config, total = self.config, self.total_steps
-        warmup = math.ceil(config.warmup_ratio * total)
+        config, total, warmup = self.config, self.total_steps, self.warmup_steps
         if step < warmup:
             return config.learning_rate * step / warmup
         progress = (step - warmup) / max(1, total - warmup)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator.model import build_discriminator
@@ -19,16 +22,16 @@ from qcrd_fast.discriminator.trainer import DiscriminatorTrainer, judge_question
 from qcrd_fast.distributed.comm import ALONE, Ranks, joined, own_device
 from qcrd_fast.distributed.parallel import Engine, full, make_engine
 from qcrd_fast.errors import InputError, RunError, Stopped
-from qcrd_fast.models.lora import add_lora, load_adapter, require_peft
+from qcrd_fast.models.lora import add_lora, find_target_modules, load_adapter
+from qcrd_fast.models.model_folder import count_parameters
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.dispatch import require_impl
 from qcrd_fast.runs import checkpoints
-from qcrd_fast.runs.folder import LOG, NEGATIVES, RESULTS, SNAPSHOTS, RunFolder
-from qcrd_fast.runs.logs import logging_to, quiet_logs
+from qcrd_fast.runs.folder import NEGATIVES, RESULTS, SNAPSHOTS, RunFolder
 from qcrd_fast.train import checkpointer
 from qcrd_fast.train.audit import Audit, Audits
-from qcrd_fast.train.checkpointer import Keeper, resume_point
+from qcrd_fast.train.checkpointer import Keeper, require_same_prompts, resume_point
 from qcrd_fast.train.evaluation import Best, Evaluation
 from qcrd_fast.train.examples import Example, make_examples
 from qcrd_fast.train.memory_estimate import checkpoint_activations, survey
@@ -37,7 +40,9 @@ from qcrd_fast.train.metrics_log import MetricsLog, Progress, mean, share
 from qcrd_fast.train.negatives import Asked, LaggedNegatives
 from qcrd_fast.train.objective import Objective
 from qcrd_fast.train.overlap import Lane, choose_overlap
+from qcrd_fast.train.preflight import check_start, require_memory
 from qcrd_fast.train.questions import Data
+from qcrd_fast.train.run_text import example_text
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.utils.determinism import deterministic, require_deterministic
@@ -52,8 +57,11 @@ log = logging.getLogger(__name__)
 IDLE_QUALITY = 0.9  # negatives that are rated higher weigh less than a tenth (Eq. 7)
 
 
-def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = False) -> dict[str, Any]:
-    """Train a student as `config` says and return what `eval_results.json` holds.
+def train(
+    config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = False, data: Data | None = None
+) -> dict[str, Any]:
+    """Train a student as `config` says and return what `eval_results.json` holds. `data`: what `Data.load` made of `config`,
+    where that is done already.
 
     Raises `InputError` for options or data at fault, `RunError` when training fails (a loss that is not finite, a full
     disk), `Stopped` after a signal, with everything saved. With `dry_run`, loads and checks everything, writes nothing
@@ -61,42 +69,48 @@ def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = 
     """
     if not config.student:
         raise InputError("--student is needed: a local folder or a hub id")
+    check_start(config, dry_run=dry_run)
     if run is None and not dry_run:
         with RunFolder(config) as run:
-            return train(config, run)
+            return train(config, run, data=data)
     config = dataclasses.replace(config, impl=os.environ.get("QCRD_FAST_IMPL") or config.impl)
     device = resolve_device(own_device(config.device))
+    if device.type == "cuda" and (parameters := count_parameters(Path(str(config.student)))):
+        require_memory(config, parameters, torch.cuda.mem_get_info(device)[0], str(device))
     if run is None:
-        return _train(config, None, device, ALONE)
-    logs = logging_to(run.path / LOG)
+        return _train(config, None, device, ALONE, data)
     with (
         joined(device, config.ddp_timeout) as ranks,
-        logs if ranks.first else quiet_logs(),
         deterministic(config.deterministic),
         relieved_by(for_weights(config)),
     ):
-        return _train(config, run, device, ranks)
+        return _train(config, run, device, ranks, data)
 
 
-def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ranks: Ranks, data: Data | None) -> dict[str, Any]:
     require_impl(config.impl, device)
     choose_overlap(config, device)
     require_deterministic(config, device, samples_student(config))
     if config.fsdp and method_of(config).mutual_information:
         raise InputError(f"--fsdp: --method {config.method} is not supported with it; leave --fsdp out")
     torch.manual_seed(config.seed)
-    data = Data.load(config)
+    data = data or Data.load(config)
     schedule = Schedule(len(data.train), config, world_size())
     log.info("%d training, %d validation, %d test questions; task %s; %d steps, %d an iteration; dropped %d that are tested",
              len(data.train), len(data.validation), len(data.test), data.task, schedule.total_steps,
              schedule.iteration_steps, data.dropped)  # fmt: skip
     found = ranks.on_first(lambda: resume_point(config, run.path, schedule)) if run and config.resume else None
-    prompts = PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length)
-    if config.use_peft:
-        require_peft()
-    if not found:
+    prompts = PromptSettings.from_option(
+        config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt
+    )
+    if found:
+        require_same_prompts(Path(found), prompts)
+    else:
         checkpoints.require_whole(Path(str(config.student)))
-    student = Student.load(str(config.student) if config.use_peft else found or str(config.student), prompts, device)
+    name = str(config.student) if config.use_peft else found or str(config.student)
+    student = Student.load(name, prompts, device, config.attn_implementation)
+    if config.use_peft:
+        find_target_modules(student.model, config.lora_target_modules)  # before a discriminator is made or pretrained
     examples = make_examples(data.train, student, config)
     if run is None:
         return _plan(config, data, schedule, student) | survey(student, examples, data.validation, schedule)
@@ -106,15 +120,19 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
     try:
         if found:
             session.restore(Path(found))
-        ranks.on_first(lambda: session.keeper.require_room(session.step))
+        if not session.ended:
+            ranks.on_first(lambda: session.keeper.require_room(session.step))
         ranks.on_first(run.write_config)
+        log.info("%s", session.describe())
         if not found:
             session.cut(0)
-        with StopSignals() as stop:
+            log.info("%s", session.example())
+        with StopSignals() as stop, _no_bars_of_transformers():
             session.loop(stop)
             if signum := ranks.max(stop.signum):
                 raise Stopped(signum)
-        return session.finish()
+        with _no_bars_of_transformers():
+            return session.finish()
     except OSError as error:
         room = told_room(run.path, checkpointer.checkpoint_bytes(student, session.trainer))
         raise RunError(f"{run.path}: {error} (the next checkpoint: {room}); whole checkpoints are intact") from error
@@ -153,7 +171,7 @@ class Session:
         self.student, self.examples = student, examples
         self.autocast = make_autocast(student.device, config.bf16)
         self.evaluation = Evaluation(config, run, data, self.autocast, ranks)
-        self.log = MetricsLog(run, config.report_to, ranks)
+        self.log = MetricsLog(run, config.report_to, ranks, config.run_name)
         self.trainer: DiscriminatorTrainer | None = None
         if method_of(config).has_discriminator:
             judge = build_discriminator(config.discriminator, student.model, student.tokenizer, seed=config.seed)
@@ -183,6 +201,7 @@ class Session:
         self.audits = Audits(config, student.device, ranks)
         self.step = 0  # optimizer steps done
         self.best: Best = None
+        self.stale = 0  # validations in a row that were no better than the best
         self.loss_d: float | None = None
         self.negatives_seen: Counter[str] = Counter()  # in the current iteration
         student.model.train()
@@ -198,6 +217,32 @@ class Session:
         self.student.most = engine.most
         return engine
 
+    def describe(self) -> str:
+        """What is trained, where and for how long, on one line."""
+        config, schedule, device = self.config, self.schedule, self.student.device
+        every = sum(p.numel() for p in self.student.model.parameters())
+        trained = sum(p.numel() for p in self.student.model.parameters() if p.requires_grad)
+        some = "all" if trained == every else f"{trained / 1e6:,.2f} million"
+        with self.autocast():
+            number = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
+        epochs = schedule.total_steps / schedule.steps_per_epoch
+        return (
+            f"student {config.student}: {every / 1e6:,.2f} million parameters, {some} of them trained, on {device}, {number}; "
+            f"{schedule.total_steps} steps of {schedule.questions_per_step} questions, {epochs:.3g} passes over the data; "
+            f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, {schedule.warmup_steps} warm-up steps"
+        )
+
+    def example(self) -> str:
+        """An example of the first step, if possible with a rationale, as the student sees it."""
+        first = [self.examples[i] for i in self.schedule.questions(0)]
+        return example_text(next((e for e in first if e.positives), first[0]), self.student, self.config)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no step is left: all are done, or the validations stopped the run early."""
+        patience = self.config.early_stopping_patience
+        return self.step >= self.schedule.total_steps or (patience is not None and self.stale >= patience)
+
     # The loop
 
     def loop(self, stop: StopSignals) -> None:
@@ -209,27 +254,32 @@ class Session:
             self.snapshots.close()
 
     def _loop(self, stop: StopSignals) -> None:
-        if self.lagged and self.step < self.schedule.total_steps:
+        if self.lagged and not self.ended:
             self.lagged.prepare()
         if self.step == 0 and self.trainer:
             self._pretrain_discriminator(stop)
         progress = Progress(self.schedule.total_steps, self.step, shown=self.ranks.first)
-        while self.step < self.schedule.total_steps:
+        while not self.ended:
             if self.step % self.schedule.iteration_steps == 0:
                 self._begin_iteration(self.schedule.iteration(self.step))
             self._train_step()
             progress.step(self.step, self.log.last)
             done = self.step == self.schedule.total_steps
             if self.data.validation and (done or self.step % self.schedule.eval_steps == 0):
+                progress.stage("validating")
                 self._validate()
+                progress.stage("")
                 self._save()
             elif done or self.step % self.schedule.save_steps == 0:
                 self._save()
             if signum := self.ranks.max(stop.signum):  # also after the last step: a resume evaluates
                 self._save()
                 raise Stopped(signum)
-        self._warn_of_idle_negatives(self.schedule.iteration(self.schedule.total_steps - 1))
-        progress.close()
+        self._warn_of_idle_negatives(self.schedule.iteration(self.step - 1))
+        progress.close(self.log.last)
+        if self.step < self.schedule.total_steps:
+            log.info("stopped early after step %d of %d: %d validations in a row were no better than %.4f at step %d",
+                     self.step, self.schedule.total_steps, self.stale, *_accuracy_and_step(self.best))  # fmt: skip
 
     @relieved("the optimizer's step", for_weights)
     def _train_step(self) -> None:
@@ -357,16 +407,19 @@ class Session:
     def _validate(self) -> None:
         self.log.flush()
         with self.engine.whole():
-            value = self.evaluation.validate(self.student)
+            value, text = self.evaluation.validate(self.student)
         if self.best is None or value > self.best["accuracy"]:
-            self.best = {"step": self.step, "accuracy": value}
+            self.best, self.stale = {"step": self.step, "accuracy": value}, 0
+        else:
+            self.stale += 1
         self.log.write({"step": self.step, "eval_accuracy": value})
-        log.info("step %d: validation accuracy %.4f", self.step, value)
+        log.info("step %d: validation accuracy %s", self.step, text)
 
     def _save(self) -> None:
         if self.keeper.saved_step != self.step:
             self.log.sync()  # a loss that is not finite stops here, before anything is overwritten
-            self.keeper.save(self.step, self.best, {"loss_d": self.loss_d, "failed_impl": self.audits.failed})
+            progress = {"loss_d": self.loss_d, "failed_impl": self.audits.failed, "stale": self.stale}
+            self.keeper.save(self.step, self.best, progress)
 
     def cut(self, step: int) -> None:
         """Cut the log and the negatives back to a step, 0 being all of what a run left that had no checkpoint yet; results of a
@@ -374,13 +427,14 @@ class Session:
         self.log.cut(step)
         if self.lagged:
             self.lagged.store.cut(self.schedule.iteration(step) if step else -1)
-        if step < self.schedule.total_steps:
+        if not self.ended:
             self.ranks.on_first(lambda: (self.run / RESULTS).unlink(missing_ok=True))
 
     def restore(self, found: Path) -> None:
         """Continue from a checkpoint; the student's weights are loaded already."""
         state = self.keeper.restore(found)
         self.step, self.best, self.loss_d = state["step"], state["best"], state["loss_d"]
+        self.stale = state.get("stale", 0)
         if self.audits.restore(state.get("failed_impl")):
             self._fall_back()
         if not self.log.path.exists():
@@ -391,7 +445,9 @@ class Session:
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint; returns what `eval_results.json` holds."""
         self.optimizer.state.clear()
-        return self.evaluation.finish(self.student, self.log, self.best, self.step)
+        return self.evaluation.finish(
+            self.student, self.log, self.best, self.step, stopped_early=self.step < self.schedule.total_steps
+        )
 
 
 def _adamw(model: Any, config: TrainConfig) -> torch.optim.AdamW:
@@ -402,6 +458,23 @@ def _adamw(model: Any, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
+
+
+@contextlib.contextmanager
+def _no_bars_of_transformers() -> Iterator[None]:
+    """Inside, no bars of its own for weights that are read or written: they would cut through that of the run."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _accuracy_and_step(best: Best) -> tuple[float, int]:
+    assert best is not None  # a run that validates has one
+    return best["accuracy"], best["step"]
 
 
 def _has_dropout(model: Any) -> bool:

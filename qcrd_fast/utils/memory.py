@@ -31,6 +31,13 @@ def free_bytes() -> int:
     return max(0, min(found))
 
 
+def swap_bytes() -> int:
+    """What is free of the machine's swap."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return 1024 * _figure(Path("/proc/meminfo"), "SwapFree:")
+    return 0
+
+
 def _figure(path: Path, name: str) -> int:
     """The number behind a name in a file of such lines."""
     return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}[name]

@@ -39,6 +39,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return call
 
     monkeypatch.setitem(sys.modules, "qcrd_fast.train.trainer", SimpleNamespace(train=fake("train")))
+    monkeypatch.setattr("qcrd_fast.train.preflight.check_start", lambda config, **_: None)
+    monkeypatch.setattr("qcrd_fast.train.questions.Data.load", lambda config: None)
     evaluate = SimpleNamespace(evaluate_run=fake("evaluate_run"), generate_text=fake("generate_text"))
     monkeypatch.setitem(sys.modules, "qcrd_fast.evaluate", evaluate)
     monkeypatch.setattr(cli_main, "run_demo", fake("run_demo"))
@@ -78,7 +80,7 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_every_field_is_an_option_with_its_help_and_default(capsys: pytest.CaptureFixture[str]) -> None:
-    entry(["train", "--help"])
+    entry(["train", "--help-all"])
     shown = " ".join(capsys.readouterr().out.replace("-\n", "-").split())
     for field in dataclasses.fields(TrainConfig):
         for name in (field.name, *field.metadata["aliases"]):
@@ -86,6 +88,49 @@ def test_every_field_is_an_option_with_its_help_and_default(capsys: pytest.Captu
         assert field.metadata["help"][:20] in shown
     assert "[default: 0.9; 0<=x<=1]" in shown  # alpha_d_decay: default and range
     assert "[minmax|maxmin|sampling|mean|wmean]" in shown
+
+
+@pytest.mark.parametrize("verb", ["train", "demo"])
+def test_the_usual_options_fit_one_screen(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert entry([verb, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 50 and max(map(len, shown.splitlines())) <= 82  # two commands of the docstring
+    usual = [f.name for f in dataclasses.fields(TrainConfig) if f.metadata["usual"]]
+    hidden = {"data", "student", "test_data"} if verb == "demo" else set()
+    assert 10 <= len(usual) <= 14
+    for name in set(usual) - hidden:
+        assert f"--{name.replace('_', '-')}" in shown
+    assert "--ddp-timeout" not in shown and f"more: qcrd-fast {verb} --help-all" in shown
+    assert "--learning-rate, --lr FLOAT" in shown and "qcrd, sft-all" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("train --learning-r", "plain,--learning-rate"),
+        ("train --lr 1 --data tr", "file,tr"),
+        ("eval ru", "file,ru"),
+        ("prepare --output o", "file,o"),
+        ("train --forward j", "plain,joint"),
+        ("train --run-name x", ""),
+    ],
+)
+def test_a_shell_completes_names_and_files(
+    words: str, offered: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"qcrd-fast {words}"
+    for name, value in {
+        "_QCRD_FAST_COMPLETE": "bash_complete",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(words.split())),
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as left:
+        entry([])
+    assert left.value.code == 0 and capsys.readouterr().out.strip() == offered
 
 
 def test_options_reach_the_config_in_any_spelling(library: SimpleNamespace, train_args: list[str]) -> None:
@@ -98,8 +143,10 @@ def test_options_reach_the_config_in_any_spelling(library: SimpleNamespace, trai
 
 def test_aliases(library: SimpleNamespace, tmp_path: Path) -> None:
     args = f"train --data a --model_name_or_path b --resume-from-checkpoint auto --output-dir {tmp_path}/run"
-    assert entry(args.split()) == 0
-    assert (trained_with(library).student, trained_with(library).resume) == ("b", "auto")
+    assert entry(f"{args} --epochs 2 --batch_size 3 --lr 0.1 --max-train-samples 9".split()) == 0
+    config = trained_with(library)
+    assert (config.student, config.resume, config.max_samples) == ("b", "auto", 9)
+    assert (config.num_train_epochs, config.per_device_train_batch_size, config.learning_rate) == (2.0, 3, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +291,7 @@ def test_demo_passes_on_only_what_was_given(library: SimpleNamespace, tmp_path: 
 
 def test_train_dry_run_writes_nothing(library: SimpleNamespace, train_args: list[str]) -> None:
     assert entry([*train_args, "--dry-run"]) == 0
-    assert library.calls[-1][2] == {"dry_run": True}
+    assert library.calls[-1][2]["dry_run"] is True
     assert not Path(train_args[-1]).exists()
 
 

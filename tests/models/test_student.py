@@ -121,6 +121,35 @@ def test_prompt_template_from_a_file(tmp_path, student):
         PromptSettings.from_option("nowhere.txt", 64, 64)
 
 
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_system_prompt_stands_in_the_chat_template(tmp_path, llama_folder):
+    student = Student.load(str(llama_folder), PromptSettings())
+    student.tokenizer.chat_template = CHAT
+    path = tmp_path / "system.txt"
+    path.write_text("Ann has 3 coins.\n")
+    for value in ("Ann has 3 coins.", str(path)):
+        prompts = PromptSettings.from_option("chat", 64, 64, value)
+        assert prompts.system == "Ann has 3 coins."
+        chatting = Student(student.model, student.tokenizer, prompts)
+        assert chatting.chat_text("predict: 7") == "<system>Ann has 3 coins.\n<user>predict: 7\n<assistant>"
+        text = chatting.tokenizer.decode(chatting.source_ids(EXPLAIN, "7"))
+        assert text.index("Ann has 3 coins") < text.index("explain: 7")
+    with pytest.raises(InputError, match="--system-prompt needs --prompt-template chat"):
+        PromptSettings.from_option("raw", 64, 64, "x")
+    for template, why in (
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "it leaves it out"),
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+    ):
+        student.tokenizer.chat_template = template
+        with pytest.raises(InputError, match=f"takes no system message: .*{why}"):
+            Student(student.model, student.tokenizer, prompts)
+
+
 def test_wrong_students_are_refused_with_what_is_wrong(tmp_path, llama_folder):
     with pytest.raises(InputError, match="does not exist"):
         Student.load(str(tmp_path / "none"), PromptSettings())

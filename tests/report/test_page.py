@@ -56,6 +56,36 @@ def test_several_runs_stand_in_one_table(tmp_path: Path) -> None:
     assert [tag for tag, _ in page.tags].count("tr") > 3
 
 
+def test_a_run_given_twice_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (make_run(tmp_path / name) for name in ("one", "two"))
+    (tmp_path / "again").symlink_to(one)
+    monkeypatch.chdir(tmp_path)
+    told = write_report([str(one), "two", "one/", str(tmp_path / "again"), str(two)], str(tmp_path / "r.html"))
+    assert [run["name"] for run in told["runs"]] == ["one", "two"]
+    assert check((tmp_path / "r.html").read_text(encoding="utf-8")).text.count("2 runs")
+
+
+def test_raw_outputs_and_greedy_rationales_of_every_method(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / method, method=method) for method in ("qcrd", "finetune")]
+    for run in runs:
+        said = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+        for record in said:
+            record["output"] = f"raw {record['id']} of {run.name}"
+        said[8]["rationale"] = f"as {run.name} explains q8"  # the last: it is shown before those without
+        said[7] |= {"prediction": None, "output": ""}
+        (run / "predictions.jsonl").write_text("".join(json.dumps(p) + "\n" for p in said))
+    (runs[1] / "rationales.jsonl").write_text(json.dumps({"id": "q3", "rationale": "judged q3"}) + "\n")
+    text = check(render([read_run(run) for run in runs])).text
+    for wanted in (
+        "raw q8 of qcrd",
+        "as qcrd explains q8",
+        "as finetune explains q8",
+        "judged q3",
+        "of these 1 without a readable",
+    ):
+        assert wanted in text, wanted
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = []
     for parent in "ab":

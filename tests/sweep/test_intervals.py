@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.sweep.intervals import Answers, compare, crossed_variance, estimate, pair, single, student_t
+from qcrd_fast.sweep.intervals import Answers, compare, crossed_variance, estimate, pair, single, student_t, wilson
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,19 @@ def test_answers_go_through_text_and_pair_by_id(tmp_path) -> None:
     others = Answers.of([{"id": "else", "correct": True}])
     assert pair({0: a}, {0: others}) is None and pair({0: a}, {1: a}) is None and single({0: a, 1: others}) is None
     assert single({0: a, 3: a}).mean == pytest.approx(4 / 11)
+
+
+def test_an_accuracy_has_one_interval_wherever_it_is_shown() -> None:
+    def answers(right: int, n: int) -> Answers:
+        return Answers.of([{"id": str(i), "correct": i < right} for i in range(n)])
+
+    for right, n in ((0, 12), (12, 12), (5, 12), (0, 1)):
+        one = single({0: answers(right, n)})
+        assert (one.low, one.high) == pytest.approx(wilson(right / n, n))
+    none = single({0: answers(0, 12), 1: answers(0, 12)})
+    assert none.low == 0 and none.high == pytest.approx(0.2425, abs=1e-4)  # not 0 to 0
+    few = single({0: answers(1, 24), 1: answers(0, 24), 2: answers(2, 24)})
+    assert 0 <= few.low < few.mean < few.high <= 1
 
 
 def test_shapes_that_fit_nothing_are_refused() -> None:

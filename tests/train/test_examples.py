@@ -7,7 +7,6 @@ import pytest
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, Rationale
 from qcrd_fast.data.splits import label_of
-from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.examples import make_examples
@@ -54,10 +53,3 @@ def test_the_reasoning_target_ends_in_the_answer(student):
     assert example.reason is not None
     text = student.text(example.reason[1])
     assert text.startswith("First 3 + 4 = 7") and text.split("Answer:")[1].strip() == "5"
-
-
-def test_questions_without_what_the_method_needs_are_refused(student):
-    bare = dataclasses.replace(QUESTION, positives=(), negatives=())
-    with pytest.raises(InputError, match="no question has a positive rationale"):
-        make_examples([bare], student, TrainConfig())
-    assert make_examples([bare], student, TrainConfig(method="finetune"))

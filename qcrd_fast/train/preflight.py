@@ -1,0 +1,87 @@
+"""What is wrong with a run before anything of it is loaded: files, packages, devices, disk and memory. Imports no torch.
+
+A wrong option is named within a second, and not after a minute of loading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.data.files import is_hub_name
+from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.models.model_folder import check_model_name, count_parameters
+from qcrd_fast.models.prompts import PromptSettings
+from qcrd_fast.utils.files import require_writable, shown, told_room
+from qcrd_fast.utils.memory import free_bytes, swap_bytes
+from qcrd_fast.utils.oom import for_weights
+from qcrd_fast.utils.torchrun import world_size
+
+PACKAGES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "peft": "PEFT"}  # each is an extra of that name
+
+
+def check_start(config: TrainConfig, *, dry_run: bool = False) -> None:
+    """Check what an option names: a file, folder, package or device; and whether the student fits. Rows are not read.
+
+    With `dry_run` the output folder is checked as well, as `RunFolder` does. Raises `InputError` naming the option,
+    `RunError` where the disk has no room for a checkpoint.
+    """
+    for option in ("data", "eval_data", "test_data"):
+        path = getattr(config, option)
+        if path and not os.path.exists(path) and not is_hub_name(path):
+            raise InputError(f"--{option.replace('_', '-')}: {shown(path)} does not exist")
+    check_model_name(str(config.student), "--student")
+    if config.discriminator not in ("auto", "none"):
+        check_model_name(config.discriminator, "--discriminator")
+    PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt)
+    if config.resume not in (None, "auto") and not os.path.isdir(str(config.resume)):
+        raise InputError(f"--resume: {shown(str(config.resume))}: no such folder; auto finds the latest checkpoint")
+    for option, package in (("--report-to", config.report_to), ("--use-peft", "peft" if config.use_peft else "none")):
+        if package != "none" and importlib.util.find_spec(package) is None:
+            raise InputError(f"{option} needs {PACKAGES[package]}: pip install 'qcrd-fast[{package}]'")
+    if config.device.startswith("cuda") and not _has_gpu_driver():
+        raise InputError(f"--device: {config.device} is not available on this machine: it has no GPU driver")
+    if dry_run and config.output_dir:
+        require_writable(Path(config.output_dir), "--output-dir")
+    _check_sizes(config)
+
+
+def require_memory(config: TrainConfig, parameters: int, free: int, where: str) -> None:
+    """Raises `InputError` where weights, gradients and AdamW's two moments alone (fp32) take more than is free."""
+    needed = 4 * parameters * (1 if config.use_peft else 4) // (world_size() if config.fsdp else 1)
+    if needed > free:
+        raise InputError(
+            f"--student: {parameters / 1e6:,.0f} million parameters: training takes at least {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB of {where} are free; what helps: {for_weights(config)}"
+        )
+
+
+def _check_sizes(config: TrainConfig) -> None:
+    """What a local student takes at least, against the disk and, where it will be trained on the CPU, the memory."""
+    student = Path(str(config.student))
+    parameters = count_parameters(student) if student.is_dir() else None
+    if parameters is None:
+        return
+    if config.device == "cpu" or not _has_gpu_driver():
+        require_memory(config, parameters, free_bytes() + swap_bytes(), "memory")
+    folder = Path(config.output_dir or ".")
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    needed = 4 * parameters * (1 if config.use_peft else 3)
+    with contextlib.suppress(OSError):  # a folder that cannot be looked at is named by who writes to it
+        disk = shutil.disk_usage(folder)
+        if disk.total and disk.free < needed:  # such as /proc has none at all: it cannot be written to
+            raise RunError(f"--output-dir: {config.output_dir}: no room for a checkpoint ({told_room(folder, needed)})")
+
+
+def _has_gpu_driver() -> bool:
+    """Whether CUDA, or ROCm, can be there at all; torch says the rest."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1")
+        return True
+    return os.name == "nt" or os.path.exists("/dev/kfd")
