@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli.main import cli, entry
-from qcrd_fast.config import option_names
+from qcrd_fast.config import ELSEWHERE, option_names
 from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "from-other-tools.md").read_text(encoding="utf-8")
@@ -55,6 +55,13 @@ def test_every_option_that_it_names_exists() -> None:
     for cell in rows:
         for flag in re.findall(r"--([a-z0-9-]+)", cell):
             assert f"--{flag}" in collected if "collect" in cell else flag in trained, flag
+
+
+def test_names_of_other_tools_lead_to_options_that_exist() -> None:
+    for other, told in ELSEWHERE.items():
+        assert other not in option_names()
+        for flag in re.findall(r"--([a-z-]+)", told):
+            assert flag.replace("-", "_") in option_names() or flag == "num-samples", other
 
 
 def test_a_file_of_another_tool_trains_without_preparation(t5_folder, tmp_path: Path, capsys) -> None:
