@@ -240,11 +240,13 @@ def train(
     if results or parallel > 1:
         raise InputError(f"--{'results' if results else 'parallel'} is for several runs; it goes with --seeds or --methods")
     with console.quiet_stdout():
-        from qcrd_fast.train import preflight, questions
+        from qcrd_fast.train import preflight
 
         preflight.check_start(config, dry_run=dry_run)  # what can be wrong is looked for first, and torch is loaded last
         with contextlib.nullcontext() if dry_run else RunFolder(config) as run:
-            data = questions.Data.load(config)
+            from qcrd_fast.train.questions import Data
+
+            data = Data.load(config)
             from qcrd_fast.train.trainer import train
 
             told = train(config, run, dry_run=dry_run, data=data)

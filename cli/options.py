@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from qcrd_fast.config import TASKS, TrainConfig
+from qcrd_fast.config import ELSEWHERE, TASKS, TrainConfig
 from qcrd_fast.data.formats.registry import NAMES as FORMATS
 from qcrd_fast.data.quantities import DECIMALS
 from qcrd_fast.data.thinking import THINKING
@@ -320,7 +320,12 @@ reasoning_option = click.option("--reasoning", is_flag=True, help="answer by rea
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for the closest known name, or an empty string; `-` and `_` count as the same."""
+    """ "; did you mean 'x'?" for the closest known name, or an empty string; `-` and `_` count as the same.
+
+    Among train's options also what an option of other trainers is here.
+    """
     by_dashed = {k.lstrip("-").replace("_", "-"): k for k in known}
+    if "learning-rate" in by_dashed and (told := ELSEWHERE.get(name.lstrip("-").replace("-", "_"))):
+        return f"; {told}"
     close = difflib.get_close_matches(name.lstrip("-").replace("_", "-"), by_dashed, n=1, cutoff=0.5)
     return f"; did you mean {by_dashed[close[0]]!r}?" if close else ""

@@ -34,6 +34,29 @@ IMPLS = ("auto", "triton", "torch", "eager")
 ATTENTIONS = ("eager", "sdpa")
 
 
+_QUANTIZED = "not supported: weights are fp32 (bf16 under autocast); --use-peft --gradient-checkpointing takes the least memory"
+ELSEWHERE = {  # options of TRL, LLaMA-Factory and the scripts of Hugging Face: what they are here
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit"), _QUANTIZED),
+    **dict.fromkeys(("dataset_name", "dataset", "train_file"), "here it is --data"),
+    **dict.fromkeys(("validation_file", "eval_dataset"), "here it is --eval-data"),
+    **dict.fromkeys(
+        ("max_length", "max_seq_length", "cutoff_len"), "here they are --max-source-length and --max-target-length"
+    ),
+    **dict.fromkeys(("packing", "completion_only_loss", "assistant_only_loss"), "here it is always so"),
+    "test_file": "here it is --test-data",
+    "val_size": "here it is --validation-fraction",
+    "finetuning_type": "LoRA is --use-peft here",
+    "lora_rank": "here it is --lora-r",
+    "lora_target": "here it is --lora-target-modules",
+    "flash_attn": "here it is --attn-implementation",
+    "template": "here it is --prompt-template",
+    "default_system": "here it is --system-prompt",
+    "deepspeed": "here it is --fsdp, under torchrun",
+    "overwrite_output_dir": "never: choose another folder, or --resume auto",
+    "num_generations": "samples of a teacher are taken before: qcrd-fast collect --num-samples",
+}
+
+
 def option(
     default: Any,
     help: str,
@@ -345,7 +368,9 @@ def option_names() -> dict[str, str]:
 
 
 def nearest(name: str, known: Any) -> str:
-    """ "; did you mean 'x'?" for the closest known name, or an empty string."""
+    """ "; did you mean 'x'?" for the closest known name, what an option of other tools is here, or an empty string."""
+    if told := ELSEWHERE.get(name.strip("-").replace("-", "_")):
+        return f"; {told}"
     close = difflib.get_close_matches(name.strip("-").replace("-", "_"), list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 

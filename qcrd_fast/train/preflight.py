@@ -35,7 +35,7 @@ def check_start(config: TrainConfig, *, dry_run: bool = False) -> None:
         path = getattr(config, option)
         if path and not os.path.exists(path) and not is_hub_name(path):
             raise InputError(f"--{option.replace('_', '-')}: {shown(path)} does not exist")
-    check_model_name(str(config.student), "--student")
+    check_model_name(str(config.student), "student")  # as loading it says
     if config.discriminator not in ("auto", "none"):
         check_model_name(config.discriminator, "--discriminator")
     PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt)

@@ -32,6 +32,7 @@ def rated(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_run_ends_after_validations_without_a_better_one(rows_file, t5_folder, tmp_path, rated, caplog):
     """0.5, 0.25, 0.75 (the best), 0.75 and 0.5: two in a row that are no better, an equal one among them."""
+    caplog.set_level("INFO", "qcrd_fast")
     results = train(settings(rows_file, t5_folder, tmp_path / "run", **STOPPING))
     assert (results["steps"], results["best_step"], results["stopped_early"]) == (10, 6, True)
     assert "stopped early after step 10 of 12" in caplog.text

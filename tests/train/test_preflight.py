@@ -41,10 +41,10 @@ def test_a_run_that_may_begin(config, tmp_path):
         ({"data": "no.jsonl"}, "--data: no.jsonl does not exist"),
         ({"eval_data": "/no/dev.csv"}, "--eval-data: /no/dev.csv does not exist"),
         ({"test_data": "tests/no"}, "--test-data: tests/no does not exist"),
-        ({"student": "./no"}, "--student: folder './no' does not exist"),
-        ({"student": "tests/no"}, "--student: folder 'tests/no' does not exist"),  # no hub id: the folder tests is here
-        ({"student": "tests"}, "--student: 'tests' holds no config.json"),
-        ({"student": "README.md"}, "--student: 'README.md' is a file"),
+        ({"student": "./no"}, "student: folder './no' does not exist"),
+        ({"student": "tests/no"}, "student: folder 'tests/no' does not exist"),  # no hub id: the folder tests is here
+        ({"student": "tests"}, "student: 'tests' holds no config.json"),
+        ({"student": "README.md"}, "student: 'README.md' is a file"),
         ({"discriminator": "./no"}, "--discriminator: folder './no' does not exist"),
         ({"prompt_template": "no.txt"}, "--prompt-template: 'no.txt' is neither raw, chat, nor a file"),
         ({"prompt_template": "README.md"}, "--prompt-template: README.md does not contain {prompt}"),
