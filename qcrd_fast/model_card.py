@@ -11,8 +11,8 @@ import yaml
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.models.prompts import REASON
 from qcrd_fast.models.student import Student
-from qcrd_fast.sweep.intervals import wilson
 from qcrd_fast.utils.config_files import number
+from qcrd_fast.utils.intervals import wilson
 from qcrd_fast.version import __version__
 
 CITATION = """@inproceedings{wang2025qcrd,

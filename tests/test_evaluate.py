@@ -14,8 +14,8 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question
 from qcrd_fast.export import export_run
 from qcrd_fast.models.student import Student
-from qcrd_fast.sweep.intervals import wilson
 from qcrd_fast.train.trainer import train
+from qcrd_fast.utils.intervals import wilson
 from tests.support.tokenizers import KINDS
 
 CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'assistant: ' }}"

@@ -22,9 +22,9 @@ from qcrd_fast.models.chat_template import tokens_sent
 from qcrd_fast.models.lora import write_adapter
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT
 from qcrd_fast.runs.load import load_student
-from qcrd_fast.sweep.intervals import wilson
 from qcrd_fast.train.trainer import train
 from qcrd_fast.utils.files import sha256, write_json
+from qcrd_fast.utils.intervals import wilson
 
 OPTIONS = dict(
     max_steps=2, save_steps=1, negative_source="minority", discriminator="none", eval_batch_size=8, max_answer_tokens=2

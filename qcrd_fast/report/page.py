@@ -19,9 +19,9 @@ from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.report.charts import PALETTE, Line, Spot, density_chart, line_chart, scatter_chart
 from qcrd_fast.report.costs import OF_STEPS, Outcome, of_csv, of_view, points
 from qcrd_fast.report.run_view import RunView, negatives, read_run
-from qcrd_fast.sweep.intervals import wilson
 from qcrd_fast.utils.config_files import number
 from qcrd_fast.utils.files import write_text
+from qcrd_fast.utils.intervals import wilson
 from qcrd_fast.version import __version__
 
 SAMPLES, ANSWERS, LONGEST = 6, 8, 1200  # questions shown a run; characters shown of a text

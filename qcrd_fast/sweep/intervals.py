@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import PREDICTIONS
-from qcrd_fast.utils.intervals import wilson as wilson
+from qcrd_fast.utils.intervals import wilson
 
 RESAMPLES = 4000
 Z = 1.959964

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.sweep.intervals import Answers, compare, crossed_variance, estimate, pair, single, student_t, wilson
+from qcrd_fast.sweep.intervals import Answers, compare, crossed_variance, estimate, pair, single, student_t
+from qcrd_fast.utils.intervals import wilson
 
 
 @pytest.mark.parametrize(
