@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -30,6 +31,8 @@ NEGATIVE_SELECT = ("max", "max-active", "min", "mean", "wmean", "sampling")
 TASKS = ("number", "equation", "math", "choice", "yes-no", "text")
 DISCRIMINATOR_LOSSES = ("ratio", "infonce", "bce", "bce-all")
 AUGMENTATIONS = ("mask", "replace", "answer-swap", "sentence-drop")
+CALIBRATIONS = ("platt", "none")
+AGREEING_UPDATES = ("drop", "negative")
 IMPLS = ("auto", "triton", "torch", "eager")
 
 
@@ -114,6 +117,12 @@ class TrainConfig:
         choices=("two-pass", "joint"),
         group="Method",
     )
+    paper: bool = option(
+        False,
+        "defaults as the paper prints them: Eq. 2 with masked and replaced words, in-sample scores as they come out, min and "
+        "max selections; options that are given win",
+        group="Method",
+    )
     shared_prompts: bool = option(
         True, "a question's rationales ride on one copy of its prompt; else each has its own", group="Method"
     )
@@ -166,14 +175,42 @@ class TrainConfig:
         group="Discriminator",
     )
     discriminator_loss: str = option(
-        "ratio",
-        "ratio: Eq. 2; infonce; bce; bce-all: bce, questions with one class alone too",
+        "bce-all",
+        "bce-all: binary cross entropy; bce: without the questions that have one class alone; ratio: Eq. 2; infonce",
         choices=DISCRIMINATOR_LOSSES,
         group="Discriminator",
     )
     discriminator_augment: str = option(
-        "mask,replace",
+        "none",
         "ways to make wrong rationales from right ones in pretraining, or none: " + ", ".join(AUGMENTATIONS),
+        group="Discriminator",
+    )
+    discriminator_folds: int = option(
+        3,
+        "K: each question is scored by the one of K discriminators that was trained without its fold of the questions; "
+        "0 or 1: one discriminator, which scores what it was trained on (in-sample)",
+        low=0,
+        high=20,
+        group="Discriminator",
+    )
+    discriminator_calibration: str = option(
+        "platt",
+        "platt: scores are probabilities, by Platt scaling on held-out questions; none: the sigmoid as it comes out",
+        choices=CALIBRATIONS,
+        group="Discriminator",
+    )
+    discriminator_min_auc: float = option(
+        0.6,
+        "where the lower bound of the held-out AUC (95% interval) is less, the vote weighs instead; 0: never",
+        low=0,
+        high=1,
+        group="Discriminator",
+    )
+    discriminator_agreeing: str = option(
+        "drop",
+        "samples of the student in the updates whose answer is the majority's; drop: left out, as are those cut before their "
+        "end; negative: negatives like the others",
+        choices=AGREEING_UPDATES,
         group="Discriminator",
     )
     discriminator_learning_rate: float = option(
@@ -270,6 +307,11 @@ class TrainConfig:
         ]
 
     @property
+    def folds(self) -> int:
+        """How many discriminators are trained; 1 scores in-sample."""
+        return max(self.discriminator_folds, 1)
+
+    @property
     def augmentations(self) -> tuple[str, ...]:
         """The ways of `--discriminator-augment`."""
         return () if self.discriminator_augment == "none" else tuple(k.strip() for k in self.discriminator_augment.split(","))
@@ -279,6 +321,42 @@ class TrainConfig:
         """(positive selection, negative selection) after the scheme's defaults."""
         positive, negative = SCHEMES[self.scheme]
         return self.positive_select or positive, self.negative_select or negative
+
+
+# What a run did before it had these options: a checkpoint without them was trained so.
+LEGACY: dict[str, Any] = {
+    "discriminator_folds": 0,
+    "discriminator_calibration": "none",
+    "discriminator_min_auc": 0.0,
+    "discriminator_agreeing": "negative",
+}
+# Options whose defaults have changed: a resumed run keeps those that it began with.
+CHANGED_DEFAULTS = ("discriminator_loss", "discriminator_augment", *LEGACY)
+# What `--paper` puts in place of the defaults (sections 3.3 and 3.4 of arXiv 2405.13014).
+PAPER: dict[str, Any] = LEGACY | {
+    "discriminator_loss": "ratio",
+    "discriminator_augment": "mask,replace",
+    "scheme": "minmax",
+    "positive_select": "min",
+    "negative_select": "max",
+}
+
+
+def paper_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of `--paper` beside the options that are given: a scheme that is given names its own selections."""
+    implied = {"positive_select", "negative_select"} if "scheme" in given else set()
+    return {name: value for name, value in PAPER.items() if name not in implied}
+
+
+def _with_paper(init: Any) -> Any:
+    @functools.wraps(init)
+    def __init__(self: TrainConfig, *args: Any, **given: Any) -> None:
+        init(self, *args, **((paper_defaults(given) | given) if given.get("paper") is True else given))
+
+    return __init__
+
+
+TrainConfig.__init__ = _with_paper(TrainConfig.__init__)  # type: ignore[method-assign]
 
 
 def option_names() -> dict[str, str]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.discriminator.model import Discriminator
+from qcrd_fast.discriminator.cross_fit import CrossFitted
 from qcrd_fast.distributed.parallel import Engine
 from qcrd_fast.errors import RunError
 from qcrd_fast.losses import ContrastiveOutput, contrastive_loss, weighted_rationale_loss
@@ -63,7 +63,7 @@ class Objective:
         self,
         student: Student,
         config: TrainConfig,
-        discriminator: Discriminator | None,
+        discriminator: CrossFitted | None,
         autocast: Callable[[], torch.autocast],
         warmup_steps: int = 0,
         engine: Engine | None = None,

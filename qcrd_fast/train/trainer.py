@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.discriminator.model import build_discriminator
-from qcrd_fast.discriminator.trainer import DiscriminatorTrainer, judge_questions
+from qcrd_fast.discriminator.cross_fit import Check, CrossFitTrainer, build_judge
 from qcrd_fast.distributed.comm import ALONE, Ranks, joined, own_device
 from qcrd_fast.distributed.parallel import Engine, full, make_engine
 from qcrd_fast.errors import InputError, RunError, Stopped
@@ -154,10 +153,11 @@ class Session:
         self.autocast = make_autocast(student.device, config.bf16)
         self.evaluation = Evaluation(config, run, data, self.autocast, ranks)
         self.log = MetricsLog(run, config.report_to, ranks)
-        self.trainer: DiscriminatorTrainer | None = None
+        self.trainer: CrossFitTrainer | None = None
+        self.check: Check | None = None  # of the discriminator, the last one
         if method_of(config).has_discriminator:
-            judge = build_discriminator(config.discriminator, student.model, student.tokenizer, seed=config.seed)
-            self.trainer = DiscriminatorTrainer(judge, config) if judge else None
+            judge = build_judge(config.to_dict(), student.model, student.tokenizer)
+            self.trainer = CrossFitTrainer(judge, config) if judge else None
         if config.use_peft:  # after the discriminator has copied what it needs
             add_lora(student.model, config)
             if found:
@@ -293,6 +293,8 @@ class Session:
             "sample_wait_ms": 1e3 * (sampled - started),
             "sampled_tokens_per_s": self.lagged.tokens_per_s if self.lagged else None,
             "sample_hidden_share": self.lagged.hidden_share if self.lagged else None,
+            "discriminator_auc": self.check.auc if self.check else None,
+            "discriminator_auc_low": self.check.auc_low if self.check else None,
             **audited,
         }
         if self.student.device.type == "cuda":
@@ -317,6 +319,8 @@ class Session:
             texts = {e.id: [c.text] for e in self.examples for c in e.candidates(drawn) if c.source == "lagged"}
             loss = self.trainer.update(self.data.train, texts, iteration)
             self.loss_d = self.loss_d if loss is None else loss
+            if loss is not None:
+                self._check_discriminator(f"iteration {iteration}")
         self.keeper.snapshot(self.step)
 
     def _warn_of_idle_negatives(self, iteration: int) -> None:
@@ -344,13 +348,29 @@ class Session:
                 raise Stopped(signum)
 
         if steps:
-            log.info("pretraining the discriminator for %d steps", steps)
+            folds = self.config.folds
+            log.info("pretraining the discriminator for %d steps%s", steps, f" on each of {folds} folds" if folds > 1 else "")
             self.trainer.set_alpha(1.0)  # a3 weighs the online updates alone
             self.loss_d = self.trainer.pretrain(self.data.train, steps, check)
-            told = judge_questions(self.trainer.discriminator, self.data.validation)
-            if told["auc"] is not None and told["auc_95"]:
-                log.info("discriminator, %d held-out questions: AUC %.3f (95%% interval %.3f to %.3f), calibration error %.3f",
-                         told["questions"], told["auc"], *told["auc_95"], told["expected_calibration_error"])  # fmt: skip
+        self._check_discriminator("pretrained")
+
+    def _check_discriminator(self, when: str) -> None:
+        """Calibrate the scores; where they do not tell right from wrong, weigh by the vote from here on."""
+        assert self.trainer
+        self.check = self.trainer.check(self.data.train, self.data.validation)
+        log.info("discriminator, %s: %s", when, self.check.text)
+        if self.check.refused:
+            log.warning(
+                "discriminator, %s: refused, its %s is under --discriminator-min-auc %g; the vote weighs the rationales "
+                "instead (as --quality vote does)",
+                when, "held-out AUC's lower bound of " + format(self.check.auc_low, ".3f") if self.check.auc_low is not None
+                else "held-out AUC, which cannot be measured,", self.config.discriminator_min_auc,
+            )  # fmt: skip
+            self._drop_discriminator()
+
+    def _drop_discriminator(self) -> None:
+        self.trainer = self.keeper.trainer = self.objective.discriminator = None
+        self.loss_d = None
 
     # Validation, checkpoints, results
 
@@ -366,7 +386,12 @@ class Session:
     def _save(self) -> None:
         if self.keeper.saved_step != self.step:
             self.log.sync()  # a loss that is not finite stops here, before anything is overwritten
-            self.keeper.save(self.step, self.best, {"loss_d": self.loss_d, "failed_impl": self.audits.failed})
+            self.keeper.save(
+                self.step, self.best, {"loss_d": self.loss_d, "failed_impl": self.audits.failed, **self._checked()}
+            )
+
+    def _checked(self) -> dict[str, Any]:
+        return {"discriminator_check": self.check.to_dict()} if self.check else {}
 
     def cut(self, step: int) -> None:
         """Cut the log and the negatives back to a step, 0 being all of what a run left that had no checkpoint yet; results of a
@@ -379,6 +404,10 @@ class Session:
 
     def restore(self, found: Path) -> None:
         """Continue from a checkpoint; the student's weights are loaded already."""
+        if told := checkpoints.read_state(found).get("discriminator_check"):
+            self.check = Check(**told)
+            if self.check.refused:
+                self._drop_discriminator()
         state = self.keeper.restore(found)
         self.step, self.best, self.loss_d = state["step"], state["best"], state["loss_d"]
         if self.audits.restore(state.get("failed_impl")):
