@@ -163,7 +163,7 @@ def train_alone(model: str, questions: Sequence[Question], config: TrainConfig, 
     folder = new_folder(output, "--train")
     train, test = hold_out(questions, held_out, config.seed)
     student, _ = load_student(model, config.device)
-    discriminator = build_judge(config.to_dict(), student.model, student.tokenizer)
+    discriminator = build_judge(config.resolved().to_dict(), student.model, student.tokenizer)
     if discriminator is None:
         raise InputError("--train needs a discriminator; --discriminator none has none")
     trainer = CrossFitTrainer(discriminator, config)
@@ -181,7 +181,7 @@ def train_alone(model: str, questions: Sequence[Question], config: TrainConfig, 
     log.info("discriminator: %s", check.text)
     summary = {"train_questions": len(train), "train_loss": loss, "check": check.to_dict()}
     summary |= judge_questions(discriminator, test) if test else {}
-    kept = {n: v for n, v in config.to_dict().items() if n.startswith("discriminator") or n == "seed"}
+    kept = {n: v for n, v in config.resolved().to_dict().items() if n.startswith("discriminator") or n == "seed"}
     kept["student"] = str(Path(model).resolve()) if Path(model).exists() else model
     try:
         folder.mkdir(parents=True, exist_ok=True)

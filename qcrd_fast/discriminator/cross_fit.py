@@ -123,7 +123,7 @@ class CrossFitted(nn.Module):
 def build_judge(options: Mapping[str, Any], student_model: Any, student_tokenizer: Any) -> CrossFitted | None:
     """The discriminators of the options `discriminator`, `discriminator_folds` and `seed`, all alike at first; None for
     `discriminator` none. Options that a run did not have yet mean what it did then."""
-    known = TrainConfig().to_dict() | LEGACY | dict(options)
+    known = TrainConfig().to_dict() | LEGACY | {name: value for name, value in options.items() if value is not None}
     first = build_discriminator(known["discriminator"], student_model, student_tokenizer, seed=known["seed"])
     if first is None:
         return None
@@ -217,14 +217,14 @@ class CrossFitTrainer:
         logits = self.discriminator.logits(pairs).double().tolist()
         folds = [self.discriminator.fold(text) for text, _ in pairs]
         positive = [up for *_, up in rows]
-        if calibrate and config.discriminator_calibration == "platt":
+        if calibrate and config.effective("discriminator_calibration") == "platt":
             of_fold = [[i for i, fold in enumerate(folds) if fold == k] for k in range(len(self.trainers))]
             self.discriminator.platt = [platt([logits[i] for i in some], [positive[i] for i in some]) for some in of_fold]
         scales = self.discriminator.platt or [(1.0, 0.0)] * len(self.trainers)
         scores = [_sigmoid(scales[k][0] * z + scales[k][1]) for z, k in zip(logits, folds, strict=True)]
         right = [up if config.label == "majority" else is_right(q, r, up) for q, r, up in rows]
         ids = [q.id for q, *_ in rows]
-        value, least = auc(logits, right), config.discriminator_min_auc
+        value, least = auc(logits, right), config.effective("discriminator_min_auc")
         low, high = interval(auc_resampled(logits, right, ids)) or (None, None)
         return Check(
             auc=None if math.isnan(value) else value,

@@ -180,7 +180,9 @@ class DiscriminatorTrainer:
 
     def _teaches(self, positives: Sequence[Any], negatives: Sequence[Any] | None) -> bool:
         """Whether a question with these counts in the loss."""
-        return bool(positives or negatives if self.config.discriminator_loss == "bce-all" else positives and negatives)
+        return bool(
+            positives or negatives if self.config.effective("discriminator_loss") == "bce-all" else positives and negatives
+        )
 
     def _batches(self, questions: Sequence[Question], key: tuple[Any, ...]) -> Iterator[list[Question]]:
         """The questions, shuffled by `key`, in batches of config.discriminator_batch_size."""
@@ -218,7 +220,7 @@ class DiscriminatorTrainer:
             score_R,
             torch.tensor(question, device=device),
             torch.tensor(positive, device=device),
-            self.config.discriminator_loss,
+            self.config.effective("discriminator_loss"),
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

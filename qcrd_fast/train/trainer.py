@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import SPELLED_OUT, TrainConfig
 from qcrd_fast.discriminator.cross_fit import Check, CrossFitTrainer, build_judge
 from qcrd_fast.distributed.comm import ALONE, Ranks, joined, own_device
 from qcrd_fast.distributed.parallel import Engine, full, make_engine
@@ -29,9 +29,10 @@ from qcrd_fast.train import checkpointer
 from qcrd_fast.train.audit import Audit, Audits
 from qcrd_fast.train.checkpointer import Keeper, resume_point
 from qcrd_fast.train.evaluation import Best, Evaluation
-from qcrd_fast.train.examples import Example, make_examples
+from qcrd_fast.train.examples import Candidate, Example, make_examples
+from qcrd_fast.train.judging import WEIGHT_KINDS, Judges, make_judges
 from qcrd_fast.train.memory_estimate import checkpoint_activations, survey
-from qcrd_fast.train.methods import method_of, samples_student
+from qcrd_fast.train.methods import has_discriminator, method_of, samples_student
 from qcrd_fast.train.metrics_log import MetricsLog, Progress, mean, share
 from qcrd_fast.train.negatives import Asked, LaggedNegatives
 from qcrd_fast.train.objective import Objective
@@ -39,6 +40,7 @@ from qcrd_fast.train.overlap import Lane, choose_overlap
 from qcrd_fast.train.questions import Data
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
+from qcrd_fast.train.student_answers import StudentAnswers
 from qcrd_fast.utils.determinism import deterministic, require_deterministic
 from qcrd_fast.utils.device import make_autocast, resolve_device
 from qcrd_fast.utils.files import told_room
@@ -51,8 +53,12 @@ log = logging.getLogger(__name__)
 IDLE_QUALITY = 0.9  # negatives that are rated higher weigh less than a tenth (Eq. 7)
 
 
-def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = False) -> dict[str, Any]:
+def train(
+    config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = False, judges: Judges | None = None
+) -> dict[str, Any]:
     """Train a student as `config` says and return what `eval_results.json` holds.
+
+    `judges` take the place of those of `--quality`: objects with `scores(cases)`, for positives and for negatives.
 
     Raises `InputError` for options or data at fault, `RunError` when training fails (a loss that is not finite, a full
     disk), `Stopped` after a signal, with everything saved. With `dry_run`, loads and checks everything, writes nothing
@@ -62,11 +68,11 @@ def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = 
         raise InputError("--student is needed: a local folder or a hub id")
     if run is None and not dry_run:
         with RunFolder(config) as run:
-            return train(config, run)
+            return train(config, run, judges=judges)
     config = dataclasses.replace(config, impl=os.environ.get("QCRD_FAST_IMPL") or config.impl)
     device = resolve_device(own_device(config.device))
     if run is None:
-        return _train(config, None, device, ALONE)
+        return _train(config.resolved(), None, device, ALONE)
     logs = logging_to(run.path / LOG)
     with (
         joined(device, config.ddp_timeout) as ranks,
@@ -74,10 +80,14 @@ def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = 
         deterministic(config.deterministic),
         relieved_by(for_weights(config)),
     ):
-        return _train(config, run, device, ranks)
+        # of a run that is resumed, those that it began with
+        spelled = ranks.on_first(lambda: {name: getattr(run.config, name) for name in SPELLED_OUT})
+        return _train(dataclasses.replace(config, **spelled), run, device, ranks, judges)
 
 
-def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+def _train(
+    config: TrainConfig, run: RunFolder | None, device: torch.device, ranks: Ranks, judges: Judges | None = None
+) -> dict[str, Any]:
     require_impl(config.impl, device)
     choose_overlap(config, device)
     require_deterministic(config, device, samples_student(config))
@@ -101,7 +111,7 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
         return _plan(config, data, schedule, student) | survey(student, examples, data.validation, schedule)
     if unused := config.unused():
         log.info("--method %s does not use %s", config.method, ", ".join(unused))
-    session = Session(config, run.path, data, schedule, student, examples, ranks, Path(found) if found else None)
+    session = Session(config, run.path, data, schedule, student, examples, ranks, Path(found) if found else None, judges)
     try:
         if found:
             session.restore(Path(found))
@@ -147,6 +157,7 @@ class Session:
         examples: list[Example],
         ranks: Ranks = ALONE,
         found: Path | None = None,
+        judges: Judges | None = None,
     ):
         self.config, self.run, self.data, self.schedule, self.ranks = config, run, data, schedule, ranks
         self.student, self.examples = student, examples
@@ -155,7 +166,7 @@ class Session:
         self.log = MetricsLog(run, config.report_to, ranks)
         self.trainer: CrossFitTrainer | None = None
         self.check: Check | None = None  # of the discriminator, the last one
-        if method_of(config).has_discriminator:
+        if has_discriminator(config) and judges is None:
             judge = build_judge(config.to_dict(), student.model, student.tokenizer)
             self.trainer = CrossFitTrainer(judge, config) if judge else None
         if config.use_peft:  # after the discriminator has copied what it needs
@@ -169,8 +180,9 @@ class Session:
             asked = [Asked(e.id, e.explain) for e in examples]
             lane = Lane(choose_overlap(config, student.device), student.device)
             self.lagged = LaggedNegatives(
-                student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, lane, ranks
-            )
+                student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, lane, ranks,
+                StudentAnswers(data.train, student.tokenizer.eos_token_id),
+            )  # fmt: skip
         if config.gradient_checkpointing:
             checkpoint_activations(student.model)
         self.engine = self._share_model()
@@ -178,8 +190,9 @@ class Session:
         snapshots = self.snapshots if self.lagged else None
         self.keeper = Keeper(config, run, data, schedule, student, self.optimizer, self.trainer, self.engine, snapshots)
         warmup = round(config.redi_warmup * schedule.total_steps)
-        judge = self.trainer.discriminator if self.trainer else None
-        self.objective = Objective(student, config, judge, self.autocast, warmup, self.engine)
+        if judges is None:
+            judges = make_judges(config, data.train, self.trainer.discriminator if self.trainer else None)
+        self.objective = Objective(student, config, judges, self.autocast, warmup, self.engine)
         self.audits = Audits(config, student.device, ranks)
         self.step = 0  # optimizer steps done
         self.best: Best = None
@@ -238,6 +251,10 @@ class Session:
         lagged = self.lagged.for_step(step) if self.lagged else {}
         sampled = time.perf_counter()
         questions = self.schedule.questions(step)
+        drawn = [lagged[i] for index in questions if (i := self.examples[index].id) in lagged]
+        agreeing = [n for n in drawn if n.case and n.case.agrees]
+        if self.config.agreeing_negatives == "drop":
+            lagged = {i: n for i, n in lagged.items() if not (n.case and n.case.agrees)}
         batches = self.schedule.micro_batches(step, self.ranks.rank)
 
         def compute(watched: int, audit: Audit | None) -> tuple[dict[str, torch.Tensor], Counter[str]]:
@@ -261,7 +278,7 @@ class Session:
         (losses, counts), audited = self.audits.run(step, len(batches), compute, self._fall_back)
         counts = sum(map(Counter, self.ranks.gather(counts)), Counter())
         ids = [self.examples[i].id for i in questions]
-        if counts["weighed"] and not counts["weight"]:
+        if self.trainer and counts["weighed"] and not counts["weight"]:
             raise RunError(f"step {step + 1}: the discriminator weighs every rationale with 0; questions {', '.join(ids)}")
         losses = dict(zip(losses, self.ranks.sum(torch.stack(list(losses.values()))), strict=True))
         norm = full(torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf))
@@ -283,6 +300,8 @@ class Session:
             "loss_d": self.loss_d,
             "quality_positive": mean(counts, "quality_positive", "num_positive"),
             "quality_negative": mean(counts, "quality_negative", "num_negative"),
+            **{f"weight_{kind}": mean(counts, f"weight_{kind}", f"weighed_{kind}") for kind in WEIGHT_KINDS},
+            "lagged_agrees": len(agreeing) / len(drawn) if drawn else None,
             "active_hinge_lagged": share(counts, "lagged"),
             "active_hinge_minority": share(counts, "minority"),
             "masked_minority_share": mean(counts, "masked_minorities", "minority_questions"),
@@ -316,7 +335,7 @@ class Session:
         if self.trainer and iteration:
             self.trainer.set_alpha(self.schedule.alpha_d(iteration - 1))  # of the iteration that is learnt from
             drawn = self.lagged.of_iteration(iteration - 1) if self.lagged else {}
-            texts = {e.id: [c.text] for e in self.examples for c in e.candidates(drawn) if c.source == "lagged"}
+            texts = {e.id: [c.text] for e in self.examples for c in e.candidates(drawn) if self._is_wrong(c)}
             loss = self.trainer.update(self.data.train, texts, iteration)
             self.loss_d = self.loss_d if loss is None else loss
             if loss is not None:
@@ -354,6 +373,13 @@ class Session:
             self.loss_d = self.trainer.pretrain(self.data.train, steps, check)
         self._check_discriminator("pretrained")
 
+    def _is_wrong(self, candidate: Candidate) -> bool:
+        """Whether the discriminator learns from a candidate as from a wrong rationale of the student."""
+        if candidate.source != "lagged" or self.config.effective("discriminator_agreeing") == "negative":
+            return candidate.source == "lagged"
+        case = candidate.case
+        return case is None or not (case.agrees or case.rationale.truncated)
+
     def _check_discriminator(self, when: str) -> None:
         """Calibrate the scores; where they do not tell right from wrong, weigh by the vote from here on."""
         assert self.trainer
@@ -364,12 +390,13 @@ class Session:
                 "discriminator, %s: refused, its %s is under --discriminator-min-auc %g; the vote weighs the rationales "
                 "instead (as --quality vote does)",
                 when, "held-out AUC's lower bound of " + format(self.check.auc_low, ".3f") if self.check.auc_low is not None
-                else "held-out AUC, which cannot be measured,", self.config.discriminator_min_auc,
+                else "held-out AUC, which cannot be measured,", self.config.effective("discriminator_min_auc"),
             )  # fmt: skip
             self._drop_discriminator()
 
     def _drop_discriminator(self) -> None:
-        self.trainer = self.keeper.trainer = self.objective.discriminator = None
+        self.trainer = self.keeper.trainer = None
+        self.objective.judges = make_judges(self.config, self.data.train, None)
         self.loss_d = None
 
     # Validation, checkpoints, results
