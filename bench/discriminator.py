@@ -1,6 +1,6 @@
 """How well a discriminator tells a teacher's right chains from its wrong ones, on questions that it has not seen:
 
-    python -m qcrd_fast.bench.discriminator --data svamp_aug_t5_large.json --student NAME [--encoder NAME] [--append]
+    python -m qcrd_fast.bench.discriminator --data svamp_aug_t5_large.json [--student NAME] [--encoder NAME] [--append]
         [--arms bce-all/none ratio/mask,replace]
 
 An arm is LOSS/AUGMENT of `--discriminator-loss` and `--discriminator-augment`. Each is trained in K folds by question and
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ import transformers
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, question_text
+from qcrd_fast.demo import build_student
 from qcrd_fast.discriminator.cross_fit import CrossFitted, CrossFitTrainer, build_judge, is_right
-from qcrd_fast.discriminator.metrics import auc, auc_within, calibration, interval, question_weights
+from qcrd_fast.discriminator.metrics import auc_by_fold, auc_within, calibration, interval, question_weights
 from qcrd_fast.discriminator.model import Pair
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
@@ -80,7 +82,9 @@ def measure(arm: str, questions: list[Question], student: Student, args: argpars
     weight_BR = question_weights(ids)
     own, seen = judge.logits(pairs).double().tolist(), in_sample_logits(judge, pairs)
     scores = np.array(judge.score(pairs).tolist())
-    auc_B = auc(own, right, weight_BR)
+    folds, one = [judge.fold(text) for text, _ in pairs], np.ones((1, len(rows)))
+    beside = [(fold + 1) % len(judge.models) for fold in folds]
+    auc_B = auc_by_fold(own, right, folds, weight_BR)
     row: dict[str, Any] = {
         "data": " ".join(Path(d).stem for d in args.data),
         "encoder": Path(args.encoder.rstrip("/")).name,
@@ -90,9 +94,9 @@ def measure(arm: str, questions: list[Question], student: Student, args: argpars
         "steps": args.steps,
         "learning_rate": args.learning_rate,
         "seed": args.seed,
-        "auc": auc(own, right),
+        "auc": float(auc_by_fold(own, right, folds, one)[0]),
         "auc_within_questions": auc_within(own, right, ids),
-        "in_sample_auc": auc(seen, right),
+        "in_sample_auc": float(auc_by_fold(seen, right, beside, one)[0]),
         "error_raw": calibration(1 / (1 + np.exp(-np.array(own))), right)["expected_calibration_error"],
         "error_platt": calibration(scores, right)["expected_calibration_error"],
         "mean_right": float(scores[right].mean()),
@@ -108,14 +112,26 @@ def measure(arm: str, questions: list[Question], student: Student, args: argpars
         "commit": commit(),
     }
     row["auc_low"], row["auc_high"] = interval(auc_B) or (None, None)
-    row["in_sample_low"], row["in_sample_high"] = interval(auc(seen, right, weight_BR)) or (None, None)
+    row["in_sample_low"], row["in_sample_high"] = interval(auc_by_fold(seen, right, beside, weight_BR)) or (None, None)
     return row, auc_B
+
+
+def load_student(name: str | None, questions: list[Question], seed: int) -> Student:
+    """The student of that name, or an untrained T5 of 2 layers, 128 wide, over the words of the questions and rationales."""
+    if name:
+        return Student.load(name, PromptSettings(), "cpu")
+    texts = [question_text(q) for q in questions] + [r.text for q in questions for r in (*q.positives, *q.negatives)]
+    with tempfile.TemporaryDirectory() as folder:
+        build_student(Path(folder), texts, seed)
+        return Student.load(folder, PromptSettings(), "cpu")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True)
-    parser.add_argument("--student", required=True, help="whose vocabulary or encoder auto takes")
+    parser.add_argument(
+        "--student", help="whose vocabulary or encoder auto takes; default: a T5 as the demo's, of the data's words"
+    )
     parser.add_argument("--encoder", default="auto", help="auto, or folder or hub id")
     parser.add_argument("--arms", nargs="+", default=["bce-all/none", "ratio/mask,replace"], metavar="LOSS/AUGMENT")
     parser.add_argument("--folds", type=int, default=3)
@@ -130,7 +146,7 @@ def main() -> None:
         check_appendable(RESULTS, COLUMNS)
     torch.set_num_threads(args.threads)
     questions = load_questions(args.data).questions
-    student = Student.load(args.student, PromptSettings(), "cpu")
+    student = load_student(args.student, questions, args.seed)
     base: tuple[float, Any] | None = None  # the first arm's
     for arm in args.arms:
         row, auc_B = measure(arm, questions, student, args)

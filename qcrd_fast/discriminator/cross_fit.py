@@ -17,20 +17,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qcrd_fast.config import LEGACY, TrainConfig
 from qcrd_fast.data.replies import is_correct, parse_choices
 from qcrd_fast.data.schema import Question, Rationale, leak_key, question_text
-from qcrd_fast.discriminator.metrics import auc, auc_resampled, calibration, interval, platt
+from qcrd_fast.discriminator.metrics import auc_by_fold, calibration, interval, platt, question_weights
 from qcrd_fast.discriminator.model import Discriminator, Pair, build_discriminator
 from qcrd_fast.discriminator.trainer import DiscriminatorTrainer
+from qcrd_fast.errors import InputError
 from qcrd_fast.models.lm_head import evaluating
 from qcrd_fast.models.student import MAX_TOKENS
 from qcrd_fast.utils.keyed import keyed
 
-MAX_CHECKED = 2000  # questions that calibration and held-out AUC are computed on
+MAX_CHECKED, RESAMPLES = 1000, 1000  # questions that calibration and held-out AUC are computed on, bootstraps over them
 _PLATT = "platt"  # [K, 2] float64 among the tensors, where the scores are calibrated
 
 
@@ -95,11 +97,16 @@ class CrossFitted(nn.Module):
         """Take over what `tensors` gave. Raises `InputError` if names or shapes are another discriminator's."""
         own = dict(tensors)
         found = own.pop(_PLATT, None)
-        if len(self.models) == 1:
+        count = len(self.models)
+        if found is not None and tuple(found.shape) != (count, 2):
+            raise InputError(f"the calibration is of shape {tuple(found.shape)}; {count} folds need ({count}, 2)")
+        if count == 1:
             self._model(0).load_tensors(own)
         else:
-            for k in range(len(self.models)):
-                prefix = f"fold-{k}."
+            prefixes = [f"fold-{k}." for k in range(count)]
+            if stray := [name for name in own if not name.startswith(tuple(prefixes))]:
+                raise InputError(f"{len(stray)} weights are not those of a discriminator of {count} folds, e.g. {stray[0]}")
+            for k, prefix in enumerate(prefixes):
                 self._model(k).load_tensors({n.removeprefix(prefix): t for n, t in own.items() if n.startswith(prefix)})
         self.platt = None if found is None else [(float(a), float(b)) for a, b in found.tolist()]
 
@@ -152,7 +159,13 @@ class Check:
         return dataclasses.asdict(self)
 
     @property
+    def results(self) -> dict[str, Any]:
+        """For `eval_results.json`."""
+        return {"discriminator_auc": self.auc, "discriminator_auc_low": self.auc_low, "discriminator_refused": self.refused}
+
+    @property
     def text(self) -> str:
+        """For the log."""
         if self.auc is None or self.auc_low is None:
             return (
                 f"held-out AUC unknown: {self.questions} held-out questions with {self.rationales} rationales, not both classes"
@@ -206,9 +219,9 @@ class CrossFitTrainer:
         """Calibrate the scores on questions that their discriminator has not seen, and see how well they tell right from wrong.
 
         Out of fold that is `questions`, those trained on; a single discriminator has `held_out` alone. At most `MAX_CHECKED`
-        of them, by a hash. Platt scaling learns the split into positives and negatives, as the discriminators do; the AUC is of
-        logits before calibration, so that no label touches it, and judged by gold where the row has it (and `--label` is not
-        majority).
+        of them, by a hash. Platt scaling learns the split into positives and negatives, as the discriminators do. The AUC
+        compares rationales of one fold, whose logits are of one discriminator that saw none of their labels; right and wrong is
+        by gold where the row has it (and `--label` is not majority).
         """
         several, config = len(self.trainers) > 1, self.config
         chosen = sorted(questions if several else held_out, key=lambda q: hashlib.sha256(q.id.encode()).digest())[:MAX_CHECKED]
@@ -224,8 +237,9 @@ class CrossFitTrainer:
         scores = [_sigmoid(scales[k][0] * z + scales[k][1]) for z, k in zip(logits, folds, strict=True)]
         right = [up if config.label == "majority" else is_right(q, r, up) for q, r, up in rows]
         ids = [q.id for q, *_ in rows]
-        value, least = auc(logits, right), config.effective("discriminator_min_auc")
-        low, high = interval(auc_resampled(logits, right, ids)) or (None, None)
+        value = float(auc_by_fold(logits, right, folds, np.ones((1, len(rows))))[0])
+        low, high = interval(auc_by_fold(logits, right, folds, question_weights(ids, resamples=RESAMPLES))) or (None, None)
+        least = config.effective("discriminator_min_auc")
         return Check(
             auc=None if math.isnan(value) else value,
             auc_low=low,

@@ -65,6 +65,20 @@ def interval(value_B: Any) -> list[float] | None:
     return [float(v) for v in np.quantile(finite, (0.025, 0.975))] if len(finite) else None
 
 
+def auc_by_fold(score_R: Any, positive_R: Any, fold_R: Any, weight_BR: Any) -> Floats:
+    """AUC [B] over the pairs of one fold, whose scores are of one model; nan without a pair."""
+    score_R, positive_R, fold_R = np.asarray(score_R, float), np.asarray(positive_R, bool), np.asarray(fold_R)
+    weight_BR = np.asarray(weight_BR, float)
+    above_B = pairs_B = np.zeros(len(weight_BR))
+    for fold in np.unique(fold_R):
+        own = fold_R == fold
+        count_B = weight_BR[:, own & positive_R].sum(1) * weight_BR[:, own & ~positive_R].sum(1)
+        above_B = above_B + count_B * np.nan_to_num(auc(score_R[own], positive_R[own], weight_BR[:, own]))
+        pairs_B = pairs_B + count_B
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(pairs_B > 0, above_B / pairs_B, np.nan)
+
+
 def auc_within(score_R: Any, positive_R: Any, question_R: Sequence[Any]) -> float | None:
     """AUC over the pairs of one question alone, each question that has both classes counting once; None without any."""
     score_R, positive_R = np.asarray(score_R, float), np.asarray(positive_R, bool)

@@ -447,7 +447,8 @@ class Session:
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint; returns what `eval_results.json` holds."""
         self.optimizer.state.clear()
-        return self.evaluation.finish(self.student, self.log, self.best, self.step)
+        told = self.check.results if self.check else {}
+        return self.evaluation.finish(self.student, self.log, self.best, self.step, told)
 
 
 def _adamw(model: Any, config: TrainConfig) -> torch.optim.AdamW:
