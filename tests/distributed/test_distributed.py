@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 COMMON = {
     "iteration_steps": 5, "negative_lag": 1, "max_new_tokens": 6, "learning_rate": 5e-4, "discriminator_pretrain_steps": 2,
+    "discriminator_folds": 2, "discriminator_min_auc": 0.0,
     "discriminator_update_batches": 1, "sample_batch_size": 4, "max_answer_tokens": 4, "delta": 8.0, "ddp_timeout": 60,
 }  # fmt: skip
 ONE, TWO = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2}
