@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from qcrd_fast.data.schema import Question
 from qcrd_fast.quality.cases import Case, Tally, silent_share, student_case
+from qcrd_fast.quality.samples import TEACHER_READ
 from qcrd_fast.train.negative_store import Negative
-
-TEACHER_READ = 200  # questions whose positives show how often the teacher ends in no answer
 
 
 class StudentAnswers:
