@@ -25,6 +25,7 @@ import transformers
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, question_text
+from qcrd_fast.data.splits import hold_out
 from qcrd_fast.demo import build_student
 from qcrd_fast.discriminator.cross_fit import CrossFitted, CrossFitTrainer, build_judge, is_right
 from qcrd_fast.discriminator.metrics import auc_by_fold, auc_within, calibration, interval, question_weights
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="auto", help="auto, or folder or hub id")
     parser.add_argument("--arms", nargs="+", default=["bce-all/none", "ratio/mask,replace"], metavar="LOSS/AUGMENT")
     parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument("--questions", type=int, help="of the data, at most, drawn by a seeded hash of their ids")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -146,6 +148,8 @@ def main() -> None:
         check_appendable(RESULTS, COLUMNS)
     torch.set_num_threads(args.threads)
     questions = load_questions(args.data).questions
+    if args.questions and args.questions < len(questions):
+        questions = hold_out(questions, args.questions / len(questions), args.seed)[1]
     student = load_student(args.student, questions, args.seed)
     base: tuple[float, Any] | None = None  # the first arm's
     for arm in args.arms:

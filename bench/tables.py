@@ -73,7 +73,7 @@ TABLES = (
         METHOD["dss"],
         qcrd("+ all positives", 67.0, negative_source="none", discriminator="none"),
         qcrd("+ negatives", 68.5, discriminator="none"),
-        qcrd("+ discriminator as printed (qcrd)", 69.0, paper=True),
+        Variant("+ discriminator as printed (qcrd)", {"method": "qcrd", "paper": True}, 69.0),
         qcrd("qcrd, discriminator out of fold (ours)", quality="discriminator"),
         qcrd("qcrd without student negatives", negative_source="minority"),
         METHOD["sft-all"],

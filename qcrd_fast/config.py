@@ -230,7 +230,7 @@ class TrainConfig:
     )
     discriminator_augment: str | None = option(
         None,
-        f"ways to make wrong rationales from right ones in pretraining: {', '.join(AUGMENTATIONS)}; "
+        f"ways to make wrong rationales from right ones in pretraining, or none: {', '.join(AUGMENTATIONS)}; "
         f"default: {DEFAULTS['discriminator_augment']}",
         group="Discriminator",
     )

@@ -21,7 +21,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions, to_row
 from qcrd_fast.data.schema import BadRow, Question, Rationale, question_text
 from qcrd_fast.data.splits import hold_out
-from qcrd_fast.discriminator.cross_fit import CrossFitted, CrossFitTrainer, build_judge
+from qcrd_fast.discriminator.cross_fit import Check, CrossFitted, CrossFitTrainer, build_judge
 from qcrd_fast.discriminator.trainer import judge_questions
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.generation.engine import SampleSettings
@@ -68,8 +68,7 @@ def load_discriminator(run: str, device: str = "auto") -> tuple[CrossFitted, Stu
             told = settings.get("discriminator_check") or {}
             why = f" (it was trained with --method {settings['method']})" if "method" in settings else ""
             if told.get("refused"):
-                low = "is unknown" if told.get("auc_low") is None else f"has a lower bound of {told['auc_low']:.3f}"
-                why = f" (it was refused: its held-out AUC {low}; the vote weighed)"
+                why = f" (it was refused, since its held-out AUC {Check(**told).low_text}; the vote weighed)"
             raise InputError(f"{folder} has no discriminator{why}; --train DIR trains one on --data")
     discriminator = build_judge(config, student.model, student.tokenizer)
     if discriminator is None:

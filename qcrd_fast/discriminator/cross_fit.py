@@ -164,6 +164,10 @@ class Check:
         return {"discriminator_auc": self.auc, "discriminator_auc_low": self.auc_low, "discriminator_refused": self.refused}
 
     @property
+    def low_text(self) -> str:
+        return "cannot be measured" if self.auc_low is None else f"has a lower bound of {self.auc_low:.3f}"
+
+    @property
     def text(self) -> str:
         """For the log."""
         if self.auc is None or self.auc_low is None:

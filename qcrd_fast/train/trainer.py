@@ -382,15 +382,23 @@ class Session:
 
     def _check_discriminator(self, when: str) -> None:
         """Calibrate the scores; where they do not tell right from wrong, weigh by the vote from here on."""
-        assert self.trainer
-        self.check = self.trainer.check(self.data.train, self.data.validation)
+        trainer = self.trainer
+        assert trainer
+
+        def check() -> dict[str, Any]:
+            assert trainer
+            found = trainer.check(self.data.train, self.data.validation)
+            return {"check": found.to_dict(), "platt": trainer.discriminator.platt}
+
+        told = self.ranks.on_first(check)  # ranks whose GPUs round otherwise must not decide otherwise
+        self.check = Check(**told["check"])
+        trainer.discriminator.platt = told["platt"] and [(slope, offset) for slope, offset in told["platt"]]
         log.info("discriminator, %s: %s", when, self.check.text)
         if self.check.refused:
             log.warning(
-                "discriminator, %s: refused, its %s is under --discriminator-min-auc %g; the vote weighs the rationales "
-                "instead (as --quality vote does)",
-                when, "held-out AUC's lower bound of " + format(self.check.auc_low, ".3f") if self.check.auc_low is not None
-                else "held-out AUC, which cannot be measured,", self.config.effective("discriminator_min_auc"),
+                "discriminator, %s: refused, since its held-out AUC %s (--discriminator-min-auc %g); the vote weighs the "
+                "rationales instead, as with --quality vote",
+                when, self.check.low_text, self.config.effective("discriminator_min_auc"),
             )  # fmt: skip
             self._drop_discriminator()
 
