@@ -136,7 +136,7 @@ class LaggedNegatives:
         self._fetch(iteration, chunk)
         if self.lane.kind != "serial":
             self._look_ahead(step)
-        return self.answers.read(iteration, chunk, said) if self.answers else said[chunk]
+        return self.answers.read(step, said) if self.answers else said[chunk]
 
     def _fetch(self, iteration: int, chunk: int) -> None:
         """Have a chunk in the store, drawn now where it is not."""

@@ -181,7 +181,7 @@ class Session:
             lane = Lane(choose_overlap(config, student.device), student.device)
             self.lagged = LaggedNegatives(
                 student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, lane, ranks,
-                StudentAnswers(data.train, student.tokenizer.eos_token_id),
+                StudentAnswers(data.train, schedule, student.tokenizer.eos_token_id),
             )  # fmt: skip
         if config.gradient_checkpointing:
             checkpoint_activations(student.model)
