@@ -29,7 +29,8 @@ _WORDS = {  # that stand for a sign; longest first
     ("equals",): "=", ("equal",): "=", ("plus",): "+", ("minus",): "-", ("times",): "*",
 }  # fmt: skip
 _CROSS = re.compile(r"(?<=[\d)\]%])(\s*)[xX\u2715\u2716](?=\s*[\d(\[]|\s+[^\W\d_])")
-_CLOSE = {"(": ")", "[": ")", "{": ")"}
+_ASIDE = re.compile(r"\s*\([^()\d=]{1,60}\)")  # 6 (in the morning) + 3
+_PERCENT = re.compile(r"(?<=\d)\s+per\s?cent(?![\w])", re.IGNORECASE)
 _ABOUT = {"about", "approximately", "approx", "roughly", "around", "nearly", "remainder", "r", "rounded", "rounding"}
 _BREAKS = {"and", "or", "so", "then", "but", "is", "are", "was", "has", "have", "if", "because", "which", "that", "we", "there"}
 
@@ -99,7 +100,8 @@ def numbers_in(text: str) -> list[Fraction]:
 
 
 def _tokens(text: str) -> Iterator[Token]:
-    text = _CROSS.sub(r"\1*", plain(visible(text[:MAX_TEXT])))
+    text = _ASIDE.sub(" ", _PERCENT.sub("%", plain(visible(text[:MAX_TEXT]))))
+    text = _CROSS.sub(r"\1*", text)
     found = []
     for match in _TOKEN.finditer(text):
         kind = str(match.lastgroup if match.lastgroup != "percent" else "number")
@@ -119,6 +121,8 @@ def _tokens(text: str) -> Iterator[Token]:
         else:
             if found[at].kind == "word" and found[at].text.lower() == "of" and at and _is_part(found, at - 1):
                 yield Token("operator", "*")  # 20% of 50, 1/2 of 8
+            elif found[at].text == "/" and 0 < at < len(found) - 1 and found[at - 1].kind == found[at + 1].kind == "word":
+                yield Token("word", "/")  # miles / hour
             elif found[at].text in ("x", "X") and _is_times(found, at):
                 yield Token("operator", "*")  # 3 bags x 2.50
             else:
@@ -144,7 +148,10 @@ def _is_times(tokens: Sequence[Token], at: int) -> bool:
 def _before(tokens: Sequence[Token], at: int) -> _Side | None:
     """The longest expression that ends before a token."""
     taken: list[Token] = []
-    at, depth, operand = at - 1, 0, False  # whether an operand is complete, so that an operator may stand before it
+    at = at - 1
+    while at >= 0 and tokens[at].kind == "line":
+        at -= 1
+    depth, operand = 0, False  # whether an operand is complete, so that an operator may stand before it
     while at >= 0:
         token = tokens[at]
         if not operand:
@@ -168,6 +175,8 @@ def _before(tokens: Sequence[Token], at: int) -> _Side | None:
             break
         taken.append(token)
         at -= 1
+    if taken and taken[-1].kind == "operator" and at >= 0 and tokens[at].kind in ("word", "close"):
+        return None  # x + 2 - 7: an operand cannot be computed
     while taken and taken[-1].kind in ("operator", "close", "word") and taken[-1].text != "-":
         taken.pop()
     return _side(taken[::-1])
@@ -187,7 +196,10 @@ def _skip_unit(tokens: Sequence[Token], at: int, taken: list[Token]) -> int:
 def _after(tokens: Sequence[Token], at: int) -> _Side | None:
     """The longest expression that begins after a token."""
     taken: list[Token] = []
-    at, depth, operand, whole = at + 1, 0, False, 0  # whole: how many tokens are an expression
+    at = at + 1
+    while at < len(tokens) and tokens[at].kind == "line":
+        at += 1
+    depth, operand, whole = 0, False, 0  # whole: how many tokens are an expression
     while at < len(tokens):
         token = tokens[at]
         if not operand:
@@ -199,6 +211,8 @@ def _after(tokens: Sequence[Token], at: int) -> _Side | None:
                 if token.kind == "word" and not taken and token.text.lower() in _ABOUT:
                     at += 1
                     continue
+                if token.kind == "word" and len(token.text) == 1 and taken:
+                    return None  # 2 + x
                 break
         elif token.kind == "close" and depth:
             depth -= 1

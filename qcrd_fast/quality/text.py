@@ -84,7 +84,7 @@ def features(question: str, rationale: str, answer: str | None, task: str = "num
 
 def fit_logistic(x_RF: Floats, y_R: Floats, ridge: float = RIDGE, steps: int = 50) -> Floats:
     """Weights [F + 1], the last one the intercept, of a logistic regression with an L2 penalty on all but the intercept:
-    Newton's method with halved steps, until the gradient is 0 to 1e-8."""
+    Newton's method with halved steps, until the gradient is 0 to 1e-9 a rationale."""
     design = np.column_stack([x_RF, np.ones(len(x_RF))])
     penalty = np.r_[np.full(x_RF.shape[1], ridge), 1e-9]
     w = np.zeros(design.shape[1])
@@ -96,7 +96,7 @@ def fit_logistic(x_RF: Floats, y_R: Floats, ridge: float = RIDGE, steps: int = 5
     for _ in range(steps):
         p = sigmoid(design @ w)
         gradient = design.T @ (p - y_R) + penalty * w
-        if np.abs(gradient).max() < 1e-8 * len(design):
+        if np.abs(gradient).max() < 1e-9 * len(design):
             break
         hessian = (design * (p * (1 - p))[:, None]).T @ design + np.diag(penalty)
         step, size, before = np.linalg.solve(hessian, gradient), 1.0, loss(w)
@@ -126,23 +126,10 @@ class TextJudge:
     def __init__(self, questions: Sequence[Question]):
         self.vote = VoteJudge()
         cases = [case for q in questions if self._applies(q) for case in teacher_cases(q) if case.agrees is not None]
-        x_RF = np.array([_features(case) for case in cases]) if cases else np.zeros((0, len(FEATURES)))
+        x_RF = np.array([_features(case) for case in cases]).reshape(len(cases), len(FEATURES))
         y_R = np.array([float(bool(case.agrees)) for case in cases])
         fold_R = np.array([fold_of(case.question.id) for case in cases], dtype=int)
-        self.center: Floats
-        self.scale: Floats
-        self.center, self.scale = (x_RF.mean(0), x_RF.std(0)) if len(x_RF) else (np.zeros(len(FEATURES)),) * 2
-        self.scale = np.where(self.scale > 1e-12, self.scale, 1.0)
-        self.weights: list[Floats | None] = []
-        for fold in range(FOLDS):
-            kept = fold_R != fold
-            right = int(y_R[kept].sum())
-            if min(right, int(kept.sum()) - right) < FEWEST:
-                self.weights.append(None)
-                continue
-            w = fit_logistic((x_RF[kept] - self.center) / self.scale, y_R[kept])
-            w[-1] -= math.log(right / (kept.sum() - right))  # the prior is in the vote already
-            self.weights.append(w)
+        self.weights = [_learn(x_RF[fold_R != fold], y_R[fold_R != fold]) for fold in range(FOLDS)]
         if cases and any(w is None for w in self.weights):
             log.warning(
                 "--quality text: %d rationales, %d of them of minorities, are too few to learn from: the vote alone weighs",
@@ -157,13 +144,24 @@ class TextJudge:
         w = self.weights[fold_of(case.question.id)]
         if w is None or case.votes is None or not self._applies(case.question) or not 0 < voted < 1:
             return voted
-        x_F = (np.array(_features(case)) - self.center) / self.scale
-        logit = math.log(voted / (1 - voted)) + HALF * float(x_F @ w[:-1] + w[-1])
+        logit = math.log(voted / (1 - voted)) + HALF * float(np.array(_features(case)) @ w[:-1] + w[-1])
         return float(sigmoid(logit))
 
     @staticmethod
     def _applies(question: Question) -> bool:
         return (question.task or "text") in TASKS and bool(question.votes)
+
+
+def _learn(x_RF: Floats, y_R: Floats) -> Floats | None:
+    """Weights [F + 1] of the text's logit less the prior's, which is in the vote already; None where there is too little."""
+    right, wrong = int(y_R.sum()), int(len(y_R) - y_R.sum())
+    if min(right, wrong) < FEWEST:
+        return None
+    center, scale = x_RF.mean(0), x_RF.std(0)
+    scale = np.where(scale > 1e-12, scale, 1.0)
+    w = fit_logistic((x_RF - center) / scale, y_R)
+    slopes = w[:-1] / scale
+    return np.r_[slopes, w[-1] - center @ slopes - math.log(right / wrong)]
 
 
 def _features(case: Case) -> tuple[float, ...]:

@@ -240,6 +240,27 @@ def test_agreeing_samples_are_weighed_or_dropped(rows_file, llama_folder, tmp_pa
                 assert line["weight_lagged_agrees"] is None and line["active_hinge_lagged"] is None
 
 
+def test_a_discriminator_that_is_blind_is_said(rows_file, llama_folder, tmp_path, caplog):
+    """It weighs samples that agree as those that differ."""
+    from qcrd_fast.train.trainer import FEWEST_TO_COMPARE
+
+    with caplog.at_level("WARNING"):
+        train(settings(rows_file, llama_folder, tmp_path / "run", max_steps=2))
+    assert "does not tell them apart" not in caplog.text  # nothing was read
+
+    class Blind(Session):
+        def _train_step(self):
+            super()._train_step()
+            n = FEWEST_TO_COMPARE
+            self.negatives_seen.update(weighed_lagged_agrees=n, weighed_lagged_differs=n)
+            self.negatives_seen.update(weight_lagged_agrees=0.4 * n, weight_lagged_differs=0.41 * n)
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level("WARNING"):
+        patch.setattr("qcrd_fast.train.trainer.Session", Blind)
+        train(settings(rows_file, llama_folder, tmp_path / "blind", max_steps=2))
+    assert "weigh 0.400 as negatives, those that give another 0.410" in caplog.text and "--quality vote" in caplog.text
+
+
 def test_what_a_cut_sample_weighs_does_not_depend_on_the_chunks():
     """Only on the iteration's samples up to its step: with more processes, chunks are longer."""
     questions = [dataclasses.replace(QUESTION, id=f"q{i}") for i in range(12)]
