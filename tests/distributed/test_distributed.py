@@ -124,6 +124,7 @@ def test_every_way_of_training_in_two_ranks(run_all):
         "mi": ({"method": "mi"}, False),
         "joint, checkpointing": ({"forward": "joint", "gradient_checkpointing": True}, True),
         "peft, stream": ({"use_peft": True, "lora_r": 2, "overlap": "stream"}, True),
+        "by votes": ({"quality": "vote", "agreeing_negatives": "drop", "max_new_tokens": 24}, False),
         "fixed, no quality": ({"negative_source": "fixed", "discriminator": "none"}, False),
     }
     scenarios = {}
