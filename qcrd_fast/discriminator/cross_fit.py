@@ -131,6 +131,7 @@ def build_judge(options: Mapping[str, Any], student_model: Any, student_tokenize
     """The discriminators of the options `discriminator`, `discriminator_folds` and `seed`, all alike at first; None for
     `discriminator` none. Options that a run did not have yet mean what it did then."""
     known = TrainConfig().to_dict() | LEGACY | {name: value for name, value in options.items() if value is not None}
+    TrainConfig.from_dict({name: known[name] for name in ("discriminator", "discriminator_folds", "seed")})  # may be of a file
     first = build_discriminator(known["discriminator"], student_model, student_tokenizer, seed=known["seed"])
     if first is None:
         return None
