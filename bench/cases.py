@@ -18,6 +18,7 @@ TOKENS_A_RATIONALE = 96
 STEP = 0.3  # nats a token between candidates of a question, so that no selection hangs on rounding
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LOGITS = ("random", "peaked")
+EVERY = ("every", "every-kept")  # modes whose loss is the mean -log p of all tokens
 
 
 class Head(NamedTuple):
@@ -125,8 +126,9 @@ def make_batch(case: Case, device: torch.device, seed: int = 0) -> Batch:
 
 
 @torch.no_grad()
-def find_truth(batch: Batch, chunk: int | None = None) -> Truth:
-    """From the formulas (Eq. 3, 6, 7), `chunk` rows of logits at a time (1 GiB of them); nothing of the library is called."""
+def find_truth(batch: Batch, chunk: int | None = None, every: bool = False) -> Truth:
+    """From the formulas (Eq. 3, 6, 7; `every`: the mean -log p of all tokens), `chunk` rows of logits at a time (1 GiB);
+    nothing of the library is called."""
     hidden_TH, weight_VH = batch.hidden_TH.double(), batch.weight_VH.double()
     T, R = len(hidden_TH), len(batch.question_R)
     chunk = chunk or max(1, 2**27 // len(weight_VH))
@@ -150,6 +152,8 @@ def find_truth(batch: Batch, chunk: int | None = None) -> Truth:
         slope[worst] = -BETA * (1 - quality[worst]) / N
     slope_R = torch.tensor(slope, dtype=torch.float64, device=hidden_TH.device)
     slope_T = (slope_R / count_R)[batch.rationale_T]
+    if every:
+        loss, slope_T, slope_R = float(nll_T.mean()), torch.full_like(nll_T, 1 / T), torch.ones_like(slope_R)
     dhidden_TH, dweight_VH = torch.zeros_like(hidden_TH), torch.zeros_like(weight_VH)
     selected_T = slope_T != 0
     for rows in selected_T.nonzero()[:, 0].split(chunk):

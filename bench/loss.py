@@ -25,7 +25,7 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.ops.rationale_loss import KEPT_BYTES
 
 from . import timing
-from .cases import DTYPES, HEADS, LOGITS, Batch, Case, Truth, find_truth, make_batch
+from .cases import DTYPES, EVERY, HEADS, LOGITS, Batch, Case, Truth, find_truth, make_batch
 from .peers import SOURCES, Provider, find_providers, joint, one_line
 from .record import VERSIONED, append, check_appendable, describe_machine
 
@@ -34,6 +34,11 @@ FOUR_HEADS = ("t5-base", "smollm2-135m", "gemma-3-270m", "llama-3-8b")
 LIMITS = {"fp32": 1e-3, "bf16": 2e-2}  # ||out - ref|| / ||ref|| of a gradient; beyond it a provider is wrong
 CHECKED_ON_CPU = 1024  # tokens: float64 is slow there
 RATE_ROWS = 4096  # of the products that set the floor, so that theirs is no T x V matrix either
+QUOTIENTS = {  # column: what a time is divided by, in the modes of the contrastive loss and of `every`
+    "of_eager": ("eager plain", "eager every"),
+    "of_composed": ("eager composed", ""),
+    "of_torch": ("torch-fused composed", "torch-fused every"),
+}
 ERRORS = ("loss_error", "dhidden_error", "dweight_error")
 
 log = logging.getLogger("qcrd_fast.bench")
@@ -108,8 +113,8 @@ def run_case(case: Case, device: torch.device, names: tuple[str, ...], repeats: 
 
 
 def check_all(found: list[Provider], batch: Batch, limit: float, device: torch.device) -> list[dict[str, Any]]:
-    truth = find_truth(batch)
-    return [check(provider, batch, truth, limit, device) for provider in found]
+    truths = {every: find_truth(batch, every=every) for every in {provider.mode in EVERY for provider in found}}
+    return [check(provider, batch, truths[provider.mode in EVERY], limit, device) for provider in found]
 
 
 def time_all(
@@ -136,15 +141,17 @@ def time_all(
     rate = flops / timing.quantile(products_ms, 0.5)  # per millisecond
     floor_ms = (2 + 6 * share) * unit / rate
     scoring_ms = timing.quantile(product_ms, 0.5) * max(1.0, T / RATE_ROWS)
-    eager_ms = next((ms for (provider, _), ms in zip(alive, times, strict=True) if provider.full_name == "eager plain"), None)
+    named = {provider.full_name: ms for (provider, _), ms in zip(alive, times, strict=True)}
     for (provider, row), ms in zip(alive, times, strict=True):
         median = timing.quantile(ms, 0.5)
         units = provider.units(share, kept)
         row |= {"ms": median, "ms_p20": timing.quantile(ms, 0.2), "ms_p80": timing.quantile(ms, 0.8), "units": units}
         row |= {"tflops": units * unit / median / 1e9}
-        row |= {"floor_share": (scoring_ms if provider.mode == "score" else floor_ms) / median}
-        if eager_ms:
-            row["of_eager"] = timing.quantile([x / y for x, y in zip(ms, eager_ms, strict=True)], 0.5)
+        floors = {"score": scoring_ms, **dict.fromkeys(EVERY, 6 * unit / rate)}
+        row |= {"floor_share": floors.get(provider.mode, floor_ms) / median}
+        for column, (whole, every) in QUOTIENTS.items():
+            if base_ms := named.get(every if provider.mode in EVERY else whole):
+                row[column] = timing.quantile([x / y for x, y in zip(ms, base_ms, strict=True)], 0.5)
     return {"selected_share": share, "rate_tflops": rate / 1e9, "floor_ms": floor_ms, "product_ms": scoring_ms}
 
 
@@ -215,6 +222,8 @@ def as_text(results: dict[str, Any]) -> str:
         "ms",
         "p20-p80",
         "of eager",
+        "of composed",
+        "of torch",
         "U",
         "TFLOP/s",
         "floor",
@@ -243,15 +252,19 @@ def as_text(results: dict[str, Any]) -> str:
         lines += [f"{name}: not run, {reason}" for name, reason in case["absent"].items()]
     notes = {row["provider"]: row["note"] for case in results["cases"] for row in case["rows"] if row["note"]}
     lines += ["", *(f"{name}: {note}" for name, note in notes.items())]
-    lines.append("of eager: time over that of eager plain, round by round, median")
+    lines.append(
+        "of eager, composed, torch: time over that of eager plain, eager composed, torch-fused composed, round by round,"
+    )
+    lines.append("median; of the modes `every`, over eager and torch-fused in mode `every`")
+    lines.append("ms: of the device; on a CPU, user time of all threads")
     lines.append("error: the largest of loss, dHidden and dWeight, ||out - ref|| / ||ref|| with ref in float64")
     lines.append("peak MiB: beyond what was held before the step; the two gradients are part of it")
     return "\n".join(lines)
 
 
 CASE_COLUMNS = tuple(field.name for field in dataclasses.fields(Case))
-ROW_COLUMNS = ("provider", "mode", "status", "ms", "ms_p20", "ms_p80", "of_eager", "units", "tflops", "floor_share", "peak_mib",
-               "first_call_s", *ERRORS)  # fmt: skip
+ROW_COLUMNS = ("provider", "mode", "status", "ms", "ms_p20", "ms_p80", *QUOTIENTS, "units", "tflops", "floor_share",
+               "peak_mib", "first_call_s", *ERRORS)  # fmt: skip
 SHAPE_COLUMNS = ("selected_share", "rate_tflops", "floor_ms", "product_ms")
 WHERE_COLUMNS = ("device", "threads", "torch", "triton", "commit", "time")
 COLUMNS = (*CASE_COLUMNS, *ROW_COLUMNS, *SHAPE_COLUMNS, "repeats", *WHERE_COLUMNS)
@@ -281,6 +294,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         show("ms", ".4g"),
         f"{row['ms_p20']:.4g}-{row['ms_p80']:.4g}" if "ms" in row else "-",
         show("of_eager", ".3f"),
+        show("of_composed", ".3f"),
+        show("of_torch", ".3f"),
         show("units", ".2f"),
         show("tflops", ".3g"),
         show("floor_share", ".0%"),

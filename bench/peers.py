@@ -4,6 +4,7 @@ score: log p of every token and the selection, without gradients.
 plain: log p of every token, then the contrastive loss over it, differentiated through both.
 composed: score every token without gradients, select, then train on the selected tokens alone with the weights now known.
 joint: one differentiable pass that skips the losers in its backward.
+every, on a CPU: the mean -log p of all tokens, each with a gradient, as fine-tuning has it; every-kept: ours with a workspace.
 
 The contrastive part, selection and all, is qcrd-fast's for everyone: it is small, and none of the others has one.
 """
@@ -25,8 +26,9 @@ from qcrd_fast.losses import ContrastiveOutput, weighted_rationale_loss
 from qcrd_fast.ops.dispatch import choose_impl
 from qcrd_fast.ops.rationale_loss import linear_rationale_loss
 
-from .cases import BETA, DELTA, Batch
+from .cases import BETA, DELTA, EVERY, Batch
 
+WORKSPACE_BYTES = 2**29  # of `every-kept`: the logits of 2,048 tokens over a vocabulary of 49,152 in fp32
 PerToken = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # hidden, weight, target, scale -> -log p of each token
 
 
@@ -136,6 +138,10 @@ def load_ours(impl: str) -> Callable[[torch.device, torch.dtype], PerToken]:
     return load
 
 
+def keeping(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, scale: float) -> Tensor:
+    return -linear_logprob(hidden_TH, weight_VH, target_T, scale=scale, impl="torch", workspace_bytes=WORKSPACE_BYTES)
+
+
 SOURCES = {
     "eager": Source(load_eager, 4),
     "compiled": Source(load_compiled, 4, "torch.compile of eager"),
@@ -213,6 +219,14 @@ def joint(impl: str) -> Callable[[Batch], tuple[Tensor, Tensor]]:
     return step
 
 
+def every(per_token: PerToken) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+    def step(batch: Batch) -> tuple[Tensor, Tensor]:
+        nll_T = per_token(batch.hidden_TH, batch.weight_VH, batch.target_T, batch.scale)
+        return nll_T.mean(), torch.ones_like(batch.positive_R)
+
+    return step
+
+
 def find_providers(device: torch.device, dtype: torch.dtype, names: tuple[str, ...]) -> tuple[list[Provider], dict[str, str]]:
     """(those that can run, {name: why it cannot})."""
     found: list[Provider] = []
@@ -228,6 +242,10 @@ def find_providers(device: torch.device, dtype: torch.dtype, names: tuple[str, .
             continue
         again = source.backward_units
         found.append(Provider(name, "score", score(per_token), 2, 0, source.note))
+        if device.type == "cpu":
+            found.append(Provider(name, EVERY[0], every(per_token), 2 + again, 0, source.note))
+        if device.type == "cpu" and name == "qcrd-torch":
+            found.append(Provider(name, EVERY[1], every(keeping), 6, 0, source.note))
         if name.startswith("qcrd-"):
             impl = name.removeprefix("qcrd-")
             found.append(Provider(name, "joint", joint(impl), 2, again, source.note))

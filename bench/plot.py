@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "loss.csv"
+OTHER = ("score", "every", "every-kept")  # modes that are no step of the contrastive loss
 CASE = ("head", "tokens", "positives", "negatives", "logits", "dtype", "device")
 
 
 def latest(path: Path) -> dict[str, dict[str, float]]:
-    """{case: {provider: ms}}; a later row replaces an earlier one, and what is wrong, failed or only scores is left out."""
+    """{case: {provider: ms}}; a later row replaces an earlier one, and what is wrong, failed or of another loss is left out."""
     cases: dict[str, dict[str, float]] = {}
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if row["status"] == "ok" and row["mode"] != "score":
+            if row["status"] == "ok" and row["mode"] not in OTHER:
                 name = " ".join(row[field] for field in CASE)
                 cases.setdefault(name, {})[f"{row['provider']} {row['mode']}"] = float(row["ms"])
     return cases

@@ -1,12 +1,13 @@
-"""Clocks and memory: CUDA events and the caching allocator's peak on a GPU; perf_counter and the profiler's record of every
-allocation on a CPU (torch's own; what a matrix library takes for itself is not in it)."""
+"""Clocks and memory: CUDA events and the caching allocator's peak on a GPU; on a CPU the user time of all threads, which other
+work beside it changes least, and the profiler's record of every allocation (torch's own; what a matrix library takes for itself
+is not in it)."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
-import time
+import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,9 +30,9 @@ def time_ms(call: Callable[[], Any], device: torch.device) -> float:
         stop.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(stop)
-    started = time.perf_counter()
+    started = resource.getrusage(resource.RUSAGE_SELF).ru_utime
     call()
-    return 1e3 * (time.perf_counter() - started)
+    return 1e3 * (resource.getrusage(resource.RUSAGE_SELF).ru_utime - started)
 
 
 @functools.cache

@@ -149,6 +149,10 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> No
         name = str(option.name)
         if name in target:
             raise InputError(f"{path}: option {name!r} is given twice")
+        if option.multiple and value is not None:
+            given = [f"{k}: {v}" for k, v in value.items()] if isinstance(value, dict) else value
+            target[name] = list(map(str, given if isinstance(given, list) else [given]))
+            continue
         plain = value is None or isinstance(value, bool | str) or target is train_values
         target[name] = value if plain else json.dumps(value) if isinstance(value, dict) else str(value)
     ctx.meta[_CONFIG_KEY], ctx.meta[CONFIG_PATH] = train_values, path

@@ -41,7 +41,8 @@ class QCRDLoss(nn.Module):
 
     beta: weight of the negative term. delta: margin of the hinge [nats/token]. scheme: `minmax` (the paper's), `maxmin`,
     `sampling`, `mean` or `wmean`; `positive_select` and `negative_select` override its halves. scale, softcap, temperature,
-    ignore_index: as in `linear_logprob`. seed: of the sampling schemes. impl: auto, triton, torch or eager.
+    ignore_index, workspace_bytes, process_group, vocab_start: as in `linear_logprob`. seed: of the sampling schemes. impl:
+    auto, triton, torch or eager.
     """
 
     def __init__(
@@ -58,6 +59,9 @@ class QCRDLoss(nn.Module):
         seed: int = 0,
         positive_select: str | None = None,
         negative_select: str | None = None,
+        workspace_bytes: int = 0,
+        process_group: Any = None,
+        vocab_start: int | None = None,
     ):
         super().__init__()
         check_settings(beta, delta, impl)
@@ -65,6 +69,7 @@ class QCRDLoss(nn.Module):
         self.beta, self.delta, self.scheme = float(beta), float(delta), scheme
         self.scale, self.softcap, self.temperature = scale, softcap, temperature
         self.ignore_index, self.impl, self.seed = ignore_index, impl, seed
+        self.workspace_bytes, self.process_group, self.vocab_start = workspace_bytes, process_group, vocab_start
         self._model: tuple[Any, ...] = ()  # whose bias is used; in a tuple, so that it is no submodule
 
     @classmethod
@@ -129,6 +134,9 @@ class QCRDLoss(nn.Module):
             ignore_index=self.ignore_index,
             impl=self.impl,
             max_rows=max_selected_tokens,
+            workspace_bytes=self.workspace_bytes,
+            process_group=self.process_group,
+            vocab_start=self.vocab_start,
         )
         return contrastive_loss(
             logprob,

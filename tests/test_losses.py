@@ -520,8 +520,8 @@ def test_operators_are_well_formed():
     head = (batch.hidden, batch.weight, batch.target.clamp(max=16), batch.bias)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     for args in [
-        (*head, 1.0, 0.0, 1.0, None, -100, False, False, False, None),
-        (*head, 0.5, 2.0, 0.7, None, -100, True, True, False, 99),
+        (*head, 1.0, 0.0, 1.0, None, -100, False, False, False, None, 0),
+        (*head, 0.5, 2.0, 0.7, None, -100, True, True, False, 99, 1000),
     ]:
         torch.library.opcheck(linear_logprob_op._linear_logprob, args, test_utils=checks)
     logprob = -torch.rand(len(batch.target), requires_grad=True)

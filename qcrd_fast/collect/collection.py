@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qcrd_fast.collect.endpoint import Choice, Reply, estimate_tokens
+from qcrd_fast.collect.credentials import Pairs
 from qcrd_fast.collect.ledger import Ledger, Prices
-from qcrd_fast.collect.prompts import Template, prompt_digest, read_reply
+from qcrd_fast.collect.prompts import Template, prompt_digest, take_apart, written
+from qcrd_fast.collect.reply import Choice, Reply, estimate_tokens
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError, RunError
@@ -44,6 +45,8 @@ class CollectSettings:
     temperature: float = 0.7
     max_tokens: int = 512
     template: str = "auto"
+    system_prompt: str = ""
+    thinking: str = "auto"
     task: str | None = None
     split: str | None = None
     concurrency: int = 8
@@ -56,6 +59,8 @@ class CollectSettings:
     max_cost: float | None = None
     max_requests: int | None = None
     extra_body: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    header: Pairs = dataclasses.field(default=(), repr=False)
+    query: Pairs = dataclasses.field(default=(), repr=False)
     allow_plain_http: bool = False
     seed: int = 0
     batch_size: int = 16
@@ -92,6 +97,8 @@ class Collection:
         self.settings = settings
         if settings.max_cost is not None and settings.price_input is None and settings.price_output is None:
             raise InputError("--max-cost needs --price-input and --price-output, the prices of a million tokens")
+        if settings.system_prompt and settings.api == "completions":
+            raise InputError("--system-prompt belongs to a chat; with --api completions put it into --template")
         if re.match(r"[\w.-]+:\d+(?:/|$)", settings.teacher):
             raise InputError(f"--teacher: an address begins with http:// or https://; got {settings.teacher!r}")
         output = Path(settings.output)
@@ -111,7 +118,8 @@ class Collection:
         guessed = settings.task is None and not any(question.gold for question in self.questions)
         self.unknown_task = guessed and all(question.task == "text" for question in self.questions)
         self.prompts = {question.id: template.prompt(question) for question in self.questions}
-        self.ledger = Ledger(settings.ledger)
+        self._by_id = {question.id: question for question in self.questions}
+        self.ledger = Ledger(settings.ledger, settings.thinking, self._reread)
         self.model = settings.teacher_model or settings.teacher.removeprefix(REPLAY)
         self.why: Exception | None = None
         self.given_up: dict[str, str] = {}
@@ -120,19 +128,36 @@ class Collection:
     # What is there and what is missing
 
     def samples(self, question: Question) -> list[dict[str, Any]]:
-        return self.ledger.samples.get(question.id, [])
+        """Those that count: one that was cut before an answer does until a higher `--max-tokens` gives it another chance."""
+        found = self.ledger.samples.get(question.id, [])
+        return [s for s in found if "cut" not in s or s["cut"] >= self.settings.max_tokens or self.settings.is_replay]
 
     def missing(self, question: Question) -> int:
         return max(0, self.settings.num_samples - len(self.samples(question)))
 
+    @property
+    def samples_missing(self) -> int:
+        return sum(map(self.missing, self.questions))
+
+    def digest(self, question: Question) -> str:
+        return prompt_digest(self.prompts[question.id], self.settings.system_prompt)
+
+    def prompt_tokens(self, question: Question) -> int:
+        """Of one request, estimated."""
+        return estimate_tokens(self.prompts[question.id]) + estimate_tokens(self.settings.system_prompt)
+
     def check_ledger(self) -> None:
-        """Refuse to mix samples of other prompts, or to leave questions of the ledger out of the output."""
-        digests = {id: prompt_digest(prompt) for id, prompt in self.prompts.items()}
+        """Refuse to mix samples of other prompts or lengths, or to leave questions of the ledger out of the output."""
+        before, most = self.ledger.settings.get("max_tokens"), self.settings.max_tokens
+        if self.settings.is_url and self.ledger.samples and isinstance(before, int) and before > most:
+            path = shown(self.ledger.path)
+            raise InputError(f"{path}: sampled with max_tokens {before}, now it is {most}; choose another --output")
+        digests = {question.id: self.digest(question) for question in self.questions}
         for id, digest in self.ledger.prompts.items():
             if id not in digests:
                 what = f"has samples of question {id!r}, which is not in --questions"
             elif digest != digests[id]:
-                what = f"asked question {id!r} with another prompt (text, --task or --template changed)"
+                what = f"asked question {id!r} with another prompt (text, --task, --template or --system-prompt changed)"
             else:
                 continue
             raise InputError(f"{shown(self.ledger.path)} {what}; choose another --output")
@@ -141,7 +166,7 @@ class Collection:
         """What the missing samples will take, as far as one can tell before asking."""
         todo = [(question, self.missing(question)) for question in self.questions if self.missing(question)]
         samples = sum(count for _, count in todo)
-        tokens = [estimate_tokens(self.prompts[question.id]) for question, _ in todo]
+        tokens = [self.prompt_tokens(question) for question, _ in todo]
         each = sum(t * count for t, (_, count) in zip(tokens, todo, strict=True))
         expected = round(samples * self.ledger.expected_tokens(self.settings.max_tokens))
         prediction: dict[str, Any] = {"questions": len(todo), "samples": samples}
@@ -153,17 +178,30 @@ class Collection:
             "prompt_tokens": sum(tokens) if self.settings.is_url else each,
             "prompt_tokens_if_n_is_ignored": each,
             "completion_tokens": expected,
+            "tokens_a_sample": round(self.ledger.expected_tokens(self.settings.max_tokens)),
             "completion_tokens_at_most": samples * self.settings.max_tokens,
         }
-        if self.settings.price_input is not None or self.settings.price_output is not None:
+        if self.has_prices:
             cost = self.settings.prices.cost
             prediction["cost"] = cost(sum(tokens), expected)
             prediction["cost_at_most"] = cost(each, samples * self.settings.max_tokens)
         return prediction
 
     @property
+    def has_prices(self) -> bool:
+        return self.settings.price_input is not None or self.settings.price_output is not None
+
+    @property
+    def has_cost(self) -> bool:
+        return self.has_prices or self.ledger.totals.reported_cost > 0
+
+    @property
     def cost(self) -> float:
-        return self.settings.prices.cost(self.ledger.totals.prompt_tokens, self.ledger.totals.completion_tokens)
+        """By the prices that were given; else as the server reported it."""
+        totals = self.ledger.totals
+        if not self.has_prices:
+            return totals.reported_cost
+        return self.settings.prices.cost(totals.prompt_tokens, totals.completion_tokens)
 
     # Writing
 
@@ -172,7 +210,8 @@ class Collection:
         row = {"id": question.id, "question": question.question, "context": question.context, "answer": question.gold}
         row |= {"task": task, "domain": question.domain, "split": question.split}
         row = {key: value for key, value in row.items() if value is not None}
-        return row | {"samples": self.samples(question)[: self.settings.num_samples]}
+        samples = self.samples(question)[: self.settings.num_samples]
+        return row | {"samples": [{**s, "cut": True} if "cut" in s else s for s in samples]}
 
     def write(self, *, whole_only: bool = False) -> None:
         """The output, whole: every question with samples, or with all of its samples."""
@@ -202,23 +241,38 @@ class Collection:
         self.ledger.reply(
             request,
             question.id,
-            prompt_digest(self.prompts[question.id]),
+            self.digest(question),
             texts[: self.missing(question)],
             prompt_tokens=reply.prompt_tokens,
             completion_tokens=reply.completion_tokens,
             estimated=reply.estimated,
             faults=faults,
             seconds=round(reply.seconds, 3),
+            **({"usage": reply.usage} if reply.usage else {}),
         )
         if not self.missing(question):
             with self._writing():
                 append_lines(Path(self.settings.output), [self.row(question)])
-            self._look_for_sameness()
+            done = sum(not self.missing(q) for q in self.questions) if len(self.ledger.samples) <= 2 * EARLY else 0
+            if done == EARLY:
+                self.warn()
 
     def read(self, question: Question, choice: Choice) -> dict[str, Any]:
-        rationale, answer = read_reply(choice.text, question, cut=choice.cut)
-        sample = {"rationale": rationale, "answer": answer, "source": self.model, "text": choice.text}
+        """A sample as the ledger has it: read, as it came, and its message where that holds more."""
+        sample = self._read(question, choice.text, choice.cut) | {"text": choice.text}
+        sample |= {"message": choice.message} if choice.message and choice.message.get("content") != choice.text else {}
         return sample | ({"cut": True} if choice.cut else {})
+
+    def _read(self, question: Question, text: str, cut: bool) -> dict[str, Any]:
+        thinking = self.settings.thinking
+        return written(take_apart(text, question, cut=cut, thinking=thinking), self.model, thinking)
+
+    def _reread(self, id: str, sample: dict[str, Any]) -> dict[str, Any]:
+        """A sample of the ledger read with another `--thinking`; nothing is asked for again."""
+        if (question := self._by_id.get(id)) is None:
+            return {}
+        again = self._read(question, sample["text"], bool(sample.get("cut")))
+        return {"reasoning": None, **again, "source": sample["source"]}
 
     # Ends
 
@@ -228,16 +282,33 @@ class Collection:
             self.why = why
 
     def identical(self) -> tuple[int, int]:
-        """Questions of which all samples are the same, and questions with at least two samples."""
-        several = [found for q in self.questions if len(found := self.samples(q)) > 1]
-        return sum(all(s["rationale"] == found[0]["rationale"] for s in found) for found in several), len(several)
+        """Questions of which all samples are the same, and questions with at least two samples with rationale and answer."""
+        same = several = 0
+        for question in self.questions:
+            answered = [s for s in self.samples(question) if s["answer"] is not None and s["rationale"].strip()]
+            said = [(s["rationale"], s.get("reasoning")) for s in answered]
+            several += len(said) > 1
+            same += len(said) > 1 and len(set(said)) == 1
+        return same, several
 
-    def _look_for_sameness(self) -> None:
-        done = sum(not self.missing(q) for q in self.questions) if len(self.ledger.samples) <= 2 * EARLY else 0
-        if done == EARLY:
-            self.warn_of_sameness()
+    def cut(self) -> int:
+        """Samples that were cut before they came to an answer."""
+        return sum("cut" in s for question in self.questions for s in self.samples(question))
 
-    def warn_of_sameness(self) -> None:
+    def advice_on_cuts(self) -> str:
+        most = self.settings.max_tokens
+        return (
+            f"raise --max-tokens ({most}); a teacher that thinks may need {max(8192, 4 * most)} and more. "
+            "The same command then asks again for these alone"
+        )
+
+    def warn(self) -> None:
+        """Say what is wrong with most of the samples, and what helps."""
+        samples = [s for question in self.questions for s in self.samples(question)]
+        answered = [s for s in samples if s["answer"] is not None]
+        cut = self.cut()
+        if cut and (cut < len(samples) or self.samples_missing or not self.settings.is_url):
+            log.warning("%d of %d samples were cut before an answer: %s", cut, len(samples), self.advice_on_cuts())
         same, several = self.identical()
         if several and 2 * same > several:
             log.warning(
@@ -247,6 +318,22 @@ class Collection:
                 several,
                 self.settings.temperature,
             )
+        silent = sum(not s["rationale"].strip() for s in answered)
+        if 2 * silent > len(answered):
+            log.warning(
+                "%d of %d samples have an answer and no rationale: a teacher that hides its reasoning has to be asked for an "
+                "explanation (--template), or to show its reasoning (--extra-body)",
+                silent,
+                len(answered),
+            )
+        unread = len(samples) - len(answered) - cut
+        if unread and 2 * unread > len(samples):
+            log.warning(
+                "%d of %d samples have no answer that can be read: look at `text` in %s",
+                unread,
+                len(samples),
+                shown(self.ledger.path),
+            )
 
     def summary(self) -> dict[str, Any]:
         """What the ledger amounts to, over all runs."""
@@ -255,8 +342,9 @@ class Collection:
             "questions": len(self.questions),
             "complete": sum(not self.missing(q) for q in self.questions),
             "samples": len(samples),
-            "missing": sum(map(self.missing, self.questions)),
+            "missing": self.samples_missing,
             "unreadable_answers": sum(s["answer"] is None for s in samples),
+            "cut_before_an_answer": self.cut(),
             "without_rationale": sum(not s["rationale"].strip() for s in samples),
             "questions_all_the_same": self.identical()[0],
             "requests": totals.requests,
@@ -267,7 +355,7 @@ class Collection:
             "completion_tokens": totals.completion_tokens,
             "estimated_replies": totals.estimated,
         }
-        if self.settings.price_input is not None or self.settings.price_output is not None:
+        if self.has_cost:
             result["cost"] = round(self.cost, 6)
         result |= {"seconds": round(time.monotonic() - self.begun, 1), "output": self.settings.output}
         return result | {"ledger": str(self.ledger.path), "stopped": redact(str(self.why)) if self.why else None}

@@ -14,14 +14,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from qcrd_fast.collect.collection import REPLAY, Collection, CollectSettings
-from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, Failed, Interrupted, Reply, estimate_tokens, refusal
+from qcrd_fast.collect.credentials import printable
+from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, Failed, Interrupted, refusal
+from qcrd_fast.collect.progress import Progress
+from qcrd_fast.collect.reply import Reply
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError, LimitReached, RunError, Stopped
+from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.redact import redact
 from qcrd_fast.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
 
-PROGRESS_S = 10.0
 TICK_S = 0.05
 
 
@@ -52,7 +56,7 @@ def collect(settings: CollectSettings, *, dry_run: bool = False) -> tuple[dict[s
         else:
             _sample_locally(run, signals)
         run.write()
-        run.warn_of_sameness()
+        run.warn()
         for id, reason in list(run.given_up.items())[:5]:
             log.warning("question %r was given up: %s", id, reason)
         summary = run.summary()
@@ -62,6 +66,10 @@ def collect(settings: CollectSettings, *, dry_run: bool = False) -> tuple[dict[s
                 run.why = RunError(f"no sample came; the last reason: {last}")
             else:
                 log.warning("%d samples are missing; the same command asks for them again", summary["missing"])
+        if run.why is None and settings.is_url and summary["samples"] and summary["cut_before_an_answer"] == summary["samples"]:
+            run.why = RunError(f"every sample was cut before an answer; {run.advice_on_cuts()}")
+        if summary["samples"] and run.why is None:
+            log.info("next: qcrd-fast prepare %s --output train.jsonl", shown(settings.output))
         return run.summary(), run.why
 
 
@@ -74,7 +82,10 @@ def _dry_run(run: Collection) -> dict[str, Any]:
     result: dict[str, Any] = {"question": first.id, "prompt": run.prompts[first.id]}
     if settings.is_url:
         endpoint = Endpoint(_endpoint_settings(run, run.settings.teacher_model or "(what the server offers)"))
-        result |= {"url": endpoint.base + endpoint.path, "request": endpoint.body(run.prompts[first.id], settings.num_samples)}
+        query = "&".join(f"{name}={value}" for name, value in printable(settings.query).items())
+        result["url"] = endpoint.base + endpoint.path + (f"?{query}" if query else "")
+        result |= {"headers": printable(settings.header)} if settings.header else {}
+        result["request"] = endpoint.body(run.prompts[first.id], settings.num_samples)
     return result | {"prediction": run.predict(), "output": settings.output}
 
 
@@ -85,7 +96,8 @@ def _begin(run: Collection, api: str) -> bool:
     if s.is_replay:
         settings = {"model": run.model, "api": "replay", "temperature": None, "max_tokens": None}
     prices = {"price_input": s.price_input, "price_output": s.price_output}
-    run.ledger.start({**settings, "teacher": s.teacher, "num_samples": s.num_samples, **prices})
+    more = {"thinking": s.thinking} | ({"system_prompt": redact(s.system_prompt)} if s.system_prompt else {})
+    run.ledger.start({**settings, "teacher": s.teacher, "num_samples": s.num_samples, **prices, **more}, longer=s.is_url)
     prediction = run.predict()
     figures = ", ".join(f"{key.replace('_', ' ')} {_figure(value)}" for key, value in prediction.items())
     log.info("still to collect: %s", figures if prediction["samples"] else "nothing")
@@ -102,7 +114,7 @@ def _figure(value: float) -> str:
 def _replay(run: Collection) -> None:
     from qcrd_fast.collect.local import Replay
 
-    replay = Replay(run.settings.teacher.removeprefix(REPLAY))
+    replay = Replay(run.settings.teacher.removeprefix(REPLAY), run.settings.thinking)
     if not _begin(run, "replay"):
         return
     for question in run.questions:
@@ -129,23 +141,22 @@ def _sample_locally(run: Collection, signals: StopSignals) -> None:
         seed=s.seed,
         batch_size=s.batch_size,
         device=s.device,
+        system=s.system_prompt,
     )
     if not _begin(run, teacher.api):
         return
-    said = time.monotonic()
-    for at in range(0, len(todo), s.batch_size):
-        if signals.signum:
-            run.stop(Stopped(signals.signum, "the same command goes on"))
-            return
-        batch, begun = todo[at : at + s.batch_size], time.monotonic()
-        drawn = teacher.sample([(q, run.prompts[q.id], index) for q, index in batch])
-        seconds = (time.monotonic() - begun) / len(batch)
-        for (question, _), (choice, prompt_tokens, completion_tokens) in zip(batch, drawn, strict=True):
-            reply = Reply([choice], prompt_tokens, completion_tokens, seconds=seconds)
-            run.take(None, question, reply, [run.read(question, choice)])
-        if time.monotonic() - said > PROGRESS_S:
-            said = time.monotonic()
-            log.info("%d of %d samples", at + len(batch), len(todo))
+    with Progress(run) as progress:
+        for at in range(0, len(todo), s.batch_size):
+            if signals.signum:
+                run.stop(Stopped(signals.signum, "the same command goes on"))
+                return
+            batch, begun = todo[at : at + s.batch_size], time.monotonic()
+            drawn = teacher.sample([(q, run.prompts[q.id], index) for q, index in batch])
+            seconds = (time.monotonic() - begun) / len(batch)
+            for (question, _), (choice, prompt_tokens, completion_tokens) in zip(batch, drawn, strict=True):
+                reply = Reply([choice], prompt_tokens, completion_tokens, seconds=seconds)
+                run.take(None, question, reply, [run.read(question, choice)])
+            progress.tick()
 
 
 # An endpoint
@@ -163,6 +174,9 @@ def _endpoint_settings(run: Collection, model: str) -> EndpointSettings:
         deadline_s=s.deadline_s,
         concurrency=s.concurrency,
         extra=s.extra_body,
+        system=s.system_prompt,
+        headers=s.header,
+        query=s.query,
         allow_plain_http=s.allow_plain_http,
     )
 
@@ -172,7 +186,7 @@ class _Journal:
 
     def __init__(self, run: Collection, flying: set[asyncio.Task[Any]], question: Question | None):
         self.run, self.flying, self.question = run, flying, question
-        self.prompt_tokens = estimate_tokens(run.prompts[question.id]) if question else 0
+        self.prompt_tokens = run.prompt_tokens(question) if question else 0
 
     async def before(self, attempt: int, n: int) -> str:
         run, ledger, limit = self.run, self.run.ledger, self.run.settings.max_cost
@@ -183,7 +197,7 @@ class _Journal:
             most = run.settings.max_requests
             if most is not None and ledger.totals.requests >= most:
                 run.stop(LimitReached(f"--max-requests {most} is reached; a higher one goes on"))
-            elif limit is None or self._affordable(limit, completion_tokens):
+            elif limit is None or self._affordable(limit, n):
                 break
             elif not ledger.open:
                 run.stop(LimitReached(f"--max-cost {limit:g}: {run.cost:.6g} is spent, the next request would pass it"))
@@ -195,12 +209,15 @@ class _Journal:
             prompt_tokens=self.prompt_tokens, completion_tokens=completion_tokens, n=n, attempt=attempt, **what
         )
 
-    def _affordable(self, limit: float, completion_tokens: int) -> bool:
+    def _affordable(self, limit: float, n: int) -> bool:
         ledger, cost = self.run.ledger, self.run.settings.prices.cost
         if not ledger.totals.requests:
             return limit > 0  # what a request costs is known after the first one
-        reserved = sum(cost(intent["prompt_tokens"], intent["completion_tokens"]) for intent in ledger.open.values())
-        return self.run.cost + reserved + cost(self.prompt_tokens, completion_tokens) <= limit
+        most = self.run.settings.max_tokens
+        each = ledger.expected_tokens(most) if ledger.totals.samples else most  # the longest, until one has come
+        prompts = self.prompt_tokens + sum(intent["prompt_tokens"] for intent in ledger.open.values())
+        samples = n + sum(intent.get("n", 0) for intent in ledger.open.values())
+        return self.run.cost + cost(prompts, samples * each) <= limit
 
     def failed(self, request: str, error: Failed, seconds: float) -> None:
         self.flying.discard(_task())
@@ -243,16 +260,23 @@ async def _ask_endpoint(run: Collection, signals: StopSignals) -> None:
 
 
 class _Streak:
-    """Questions given up one after the other; too many of them stop the collection."""
+    """Questions given up, or replies cut before an answer, one after the other; too many of them stop the collection."""
 
     def __init__(self, run: Collection):
-        self.run, self.length = run, 0
+        self.run, self.length, self.cut = run, 0, 0
 
     def given_up(self, question: Question, error: Failed) -> None:
         self.length += 1
         self.run.given_up[question.id] = str(error)
         if self.length >= self.run.settings.max_failures:
             self.run.stop(RunError(f"{self.length} questions in a row failed, the last one: {error}; the same command goes on"))
+
+    def came(self, question: Question, reply: Reply) -> None:
+        self.length, run = 0, self.run
+        wasted = all(choice.cut and run.read(question, choice)["answer"] is None for choice in reply.choices)
+        self.cut = self.cut + 1 if wasted else 0
+        if self.cut >= run.settings.max_failures:
+            run.stop(RunError(f"{self.cut} replies in a row were cut before an answer; {run.advice_on_cuts()}"))
 
 
 async def _work(
@@ -267,8 +291,7 @@ async def _work(
         journal = _Journal(run, flying, question)
         try:
             while run.missing(question):
-                await endpoint.ask(run.prompts[question.id], run.missing(question), journal)
-                streak.length = 0
+                streak.came(question, await endpoint.ask(run.prompts[question.id], run.missing(question), journal))
         except Interrupted:
             return
         except Failed as error:
@@ -285,7 +308,7 @@ async def _find_model(run: Collection, endpoint: Endpoint, flying: set[asyncio.T
         try:
             names = await endpoint.models(_Journal(run, flying, None))
         except Failed as error:
-            refused = refusal(error, endpoint.base, endpoint.settings.api) if error.reason in ("401", "403") else None
+            refused = refusal(error, endpoint.base, endpoint.settings.api) if error.reason != "404" else None
             run.stop(refused or RunError(f"{endpoint.base}/models says {error}; name the model with --teacher-model"))
             return
         if len(names) != 1:
@@ -297,24 +320,21 @@ async def _find_model(run: Collection, endpoint: Endpoint, flying: set[asyncio.T
 
 async def _watch(run: Collection, signals: StopSignals, tasks: set[asyncio.Task[Any]], flying: set[asyncio.Task[Any]]) -> None:
     """Until all tasks are done. Once the collection stops, what waits is cancelled, and what is in flight after a while."""
-    said, stopped_at = time.monotonic(), None
-    while tasks:
-        done, tasks = await asyncio.wait(tasks, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            if not task.cancelled() and (error := task.exception()) is not None:
-                if not isinstance(error, Exception):
-                    raise error
-                run.stop(error)
-        now = time.monotonic()
-        if signals.signum:
-            run.stop(Stopped(signals.signum, "the same command goes on"))
-        if run.why is not None:
-            stopped_at = stopped_at or now
-            for task in tasks:
-                if task not in flying or now - stopped_at > run.settings.grace_s:
-                    task.cancel()
-        if now - said > PROGRESS_S:
-            said, totals = now, run.ledger.totals
-            cost = f", cost {run.cost:.4f}" if run.settings.price_input or run.settings.price_output else ""
-            wanted = run.settings.num_samples * len(run.questions)
-            log.info("%d of %d samples, %d requests%s", totals.samples, wanted, totals.requests, cost)
+    stopped_at = None
+    with Progress(run) as progress:
+        while tasks:
+            done, tasks = await asyncio.wait(tasks, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if not task.cancelled() and (error := task.exception()) is not None:
+                    if not isinstance(error, Exception):
+                        raise error
+                    run.stop(error)
+            now = time.monotonic()
+            if signals.signum:
+                run.stop(Stopped(signals.signum, "the same command goes on"))
+            if run.why is not None:
+                stopped_at = stopped_at or now
+                for task in tasks:
+                    if task not in flying or now - stopped_at > run.settings.grace_s:
+                        task.cancel()
+            progress.tick()

@@ -1,7 +1,7 @@
 """A teacher behind an OpenAI-compatible endpoint: one careful request, and the one owner of retries.
 
-The key comes from OPENAI_API_KEY and goes into one header of requests to the endpoint's own host: redirects are not followed,
-and nothing that a server says is written down or raised before the key is taken out of it.
+The key comes from OPENAI_API_KEY, or from a header of the user's own, and goes to the endpoint's own host alone: redirects are
+not followed, and nothing that a server says is written down or raised before the key is taken out of it.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import email.utils
 import json
 import logging
-import math
 import os
 import random
 import re
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import httpx
 
+from qcrd_fast.collect import events, refusals
+from qcrd_fast.collect.credentials import is_credential, looks_secret, may_be_secret, secret_parts
+from qcrd_fast.collect.reply import Reply, parse_reply
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.utils.redact import SHORTEST, redact
+from qcrd_fast.utils.redact import SHORTEST, hide_also, redact
 from qcrd_fast.version import __version__
 
 log = logging.getLogger(__name__)
@@ -42,42 +43,32 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class Failed(Exception):
     """One request that brought no sample. `reason` is a word or two that can be counted, `detail` what the server said.
 
-    `charged`: the server may have done the work.
+    `charged`: the server may have done the work. `fatal`: no other request will do better. `advice` is for the user.
     """
 
     def __init__(
-        self, reason: str, detail: str = "", *, retry: bool = True, charged: bool = False, retry_after_s: float | None = None
+        self,
+        reason: str,
+        detail: str = "",
+        *,
+        retry: bool = True,
+        charged: bool = False,
+        retry_after_s: float | None = None,
+        fatal: bool = False,
+        advice: str = "",
+        body: refusals.ErrorBody | None = None,
     ):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
+        super().__init__("; ".join(filter(None, (f"{reason}: {detail}" if detail else reason, advice))))
         self.reason, self.detail, self.retry, self.charged, self.retry_after_s = reason, detail, retry, charged, retry_after_s
+        self.fatal, self.advice, self.body = fatal, advice, body
 
 
 class Refused(RunError):
-    """401, 403, 404: no request will do better, so the collection stops."""
+    """401, 403, 404, a quota that is used up: no request will do better, so the collection stops."""
 
 
 class Interrupted(Exception):
     """The collection is being stopped; no further request is begun."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One sample as it came; `cut` at the maximum length."""
-
-    text: str
-    cut: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """Samples of one request with the tokens it used, `estimated` where the server did not say; faults are counted."""
-
-    choices: list[Choice]
-    prompt_tokens: int
-    completion_tokens: int
-    estimated: bool = False
-    faults: dict[str, int] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
 
 
 class Journal(Protocol):
@@ -104,13 +95,19 @@ class EndpointSettings:
     deadline_s: float = 600.0
     concurrency: int = 8
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    system: str = ""
+    headers: Sequence[tuple[str, str]] = dataclasses.field(default=(), repr=False)
+    query: Sequence[tuple[str, str]] = dataclasses.field(default=(), repr=False)
     allow_plain_http: bool = False
 
 
 class Endpoint:
     """An endpoint with its connections; use as an asynchronous context manager.
 
-    Raises `InputError` for a URL that is none, that carries credentials or a query, or that would take the key over plain
+    What a server refuses by name is left out of further requests, or sent under its newer name, and said once: the number of
+    samples, the temperature, max_tokens, a system prompt.
+
+    Raises `InputError` for a URL that is none, that carries credentials or a query, or that would take a key over plain
     http to another machine.
     """
 
@@ -121,22 +118,37 @@ class Endpoint:
         self.key = os.environ.get(KEY_NAME, "").strip()
         if not self.key.isascii() or not self.key.isprintable():
             raise InputError(f"{KEY_NAME} has characters that no HTTP header can carry")
+        if any(is_credential(name) for name, _ in settings.headers):
+            self.key = ""  # a header of the user's own is the key
+        given = (*settings.headers, *settings.query)
+        self._secrets = {self.key} | {
+            part for name, value in given if looks_secret(name, value) for part in secret_parts(value)
+        }
+        self._secrets = {secret for secret in self._secrets if len(secret) >= SHORTEST}
+        hide_also(self._secrets, {value for name, value in settings.headers if may_be_secret(name)})
         host = urlsplit(self.base).hostname
-        if self.key and self.base.startswith("http:") and host not in LOOPBACK and not settings.allow_plain_http:
+        carries = KEY_NAME if self.key else next((name for name, value in given if looks_secret(name, value)), "")
+        if carries and self.base.startswith("http:") and host not in LOOPBACK and not settings.allow_plain_http:
+            other = "unset it" if self.key else "leave it out"
             raise InputError(
-                f"--teacher: {KEY_NAME} would go to {host} unencrypted; use https, unset it, or say --allow-plain-http"
+                f"--teacher: {carries} would go to {host} unencrypted; use https, {other}, or say --allow-plain-http"
             )
         self._not_before = 0.0  # a server that asked for patience asked it of all
-        self._one_at_a_time = False
+        self._one_at_a_time = self._streams = False
+        self._system_apart = True
+        self._renamed: dict[str, str] = {}  # parameters that were refused: the name they go by, or nothing
         self._client: httpx.AsyncClient | None = None
 
     async def __aenter__(self) -> Endpoint:
-        headers = {"Accept": "application/json", "Accept-Encoding": "gzip", "User-Agent": f"qcrd-fast/{__version__}"}
+        headers = httpx.Headers({"Accept": "application/json", "User-Agent": f"qcrd-fast/{__version__}"})
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
+        headers.update(self.settings.headers)
+        headers["Accept-Encoding"] = "gzip"
         s = self.settings
         self._client = httpx.AsyncClient(
             headers=headers,
+            params=list(s.query) or None,
             follow_redirects=False,
             timeout=httpx.Timeout(s.timeout_s, connect=min(CONNECT_S, s.timeout_s)),
             limits=httpx.Limits(max_connections=s.concurrency, max_keepalive_connections=s.concurrency),
@@ -153,14 +165,23 @@ class Endpoint:
     def body(self, prompt: str, n: int) -> dict[str, Any]:
         """What is posted to ask for `n` samples. A null in `extra` takes a field out."""
         s = self.settings
-        said = {"messages": [{"role": "user", "content": prompt}]} if s.api == "chat" else {"prompt": prompt}
-        body = {"model": s.model, **said, "n": n, "temperature": s.temperature, "max_tokens": s.max_tokens, "stream": False}
-        return {key: value for key, value in {**body, **s.extra}.items() if value is not None}
+        if s.api == "chat" and s.system and self._system_apart:
+            said: dict[str, Any] = {"messages": [{"role": "system", "content": s.system}, {"role": "user", "content": prompt}]}
+        else:
+            prompt = f"{s.system}\n\n{prompt}" if s.system else prompt
+            said = {"messages": [{"role": "user", "content": prompt}]} if s.api == "chat" else {"prompt": prompt}
+        wanted: dict[str, Any] = {"n": n, "temperature": s.temperature, "max_tokens": s.max_tokens, "stream": self._streams}
+        wanted |= {"stream_options": {"include_usage": True}} if self._streams else {}
+        sampling = {self._renamed.get(name, name) or "": value for name, value in wanted.items()}
+        body = {"model": s.model, **said, **sampling, **s.extra}
+        return {key: value for key, value in body.items() if key and value is not None}
 
     def without_key(self, text: str) -> str:
-        """A sample: nothing but the key is taken out of it. A placeholder, such as servers without keys are given, may be
+        """A sample: nothing but keys is taken out of it. A placeholder, such as servers without keys are given, may be
         any word or digit of a sample, and is no secret."""
-        return text.replace(self.key, "***") if len(self.key) >= SHORTEST else text
+        for secret in sorted(self._secrets, key=len, reverse=True):
+            text = text.replace(secret, "***")
+        return text
 
     def hide(self, text: str) -> str:
         """`text` without the key and whatever else looks like a secret."""
@@ -181,18 +202,16 @@ class Endpoint:
             attempt += 1
             asked = 1 if self._one_at_a_time else n
             request = await journal.before(attempt, asked)
-            sent = time.monotonic()
+            sent, body = time.monotonic(), self.body(prompt, asked)
             left_s = s.deadline_s - (sent - begun)
             try:
-                reply = await self._request(request, self.body(prompt, asked), prompt, min(s.timeout_s, max(left_s, 0.1)))
+                reply = await self._request(request, body, prompt, min(s.timeout_s, max(left_s, 0.1)))
                 journal.came(request, reply)
                 return reply
             except Failed as error:
                 journal.failed(request, error, time.monotonic() - sent)
                 bad += error.reason.startswith("bad reply")
-                if asked > 1 and error.reason in ("400", "422") and re.search(r"\bn\b|\bchoices?\b", error.detail):
-                    log.warning("the teacher takes one sample a request: %s", error.detail)
-                    self._one_at_a_time = True
+                if error.reason in ("400", "422") and self._adapt(error, body, asked, prompt):
                     continue
                 wait_s = self._wait_s(attempt, error)
                 left_s = s.deadline_s - (time.monotonic() - begun)
@@ -203,6 +222,36 @@ class Endpoint:
             except asyncio.CancelledError:
                 journal.failed(request, Failed("cancelled", charged=True), time.monotonic() - sent)
                 raise
+
+    def _adapt(self, error: Failed, body: Mapping[str, Any], asked: int, prompt: str) -> bool:
+        """Whether another request has a chance, since a parameter that was refused is changed."""
+        if self.body(prompt, 1 if self._one_at_a_time else asked) != body:
+            return True  # another worker met it first
+        said = error.body or refusals.ErrorBody(error.detail, "", "")
+        own = [name for name in refusals.refused_names(body) if name not in self.settings.extra]
+        name = refusals.refused_parameter(said, own)
+        if not self._streams and "stream" in own and refusals.wants_stream(said):
+            self._streams = self._one_at_a_time = True
+            log.warning("the teacher answers in a stream alone, one sample a request: %s", error.detail)
+        elif name == "max_tokens":
+            self._renamed[name] = "max_completion_tokens"
+            log.warning("the teacher refuses max_tokens, so max_completion_tokens is sent: %s", error.detail)
+        elif name in ("temperature", "stream", "stream_options"):
+            self._renamed[name] = ""
+            value = f" {self.settings.temperature:g}, so its own is used" if name == "temperature" else ""
+            log.warning("the teacher refuses %s%s: %s", name, value, error.detail)
+        elif asked > 1 and refusals.refuses_several(said):
+            self._one_at_a_time = True
+            log.warning("the teacher takes one sample a request: %s", error.detail)
+        elif name == "n":
+            self._renamed[name] = ""
+            log.warning("the teacher refuses n: %s", error.detail)
+        elif self.settings.system and self._system_apart and self.settings.api == "chat" and refusals.refuses_system(said):
+            self._system_apart = False
+            log.warning("the teacher takes no system prompt, so it is put before each question: %s", error.detail)
+        else:
+            return False
+        return True
 
     async def models(self, journal: Journal) -> list[str]:
         """The names at /models. Raises what `ask` raises."""
@@ -242,7 +291,8 @@ class Endpoint:
         try:
             return await asyncio.wait_for(self._transfer(method, path, request, body), limit_s)
         except asyncio.TimeoutError:
-            raise Failed("timeout", f"no whole reply within {limit_s:.1f} s", charged=True) from None
+            words = f"no whole reply within {limit_s:.1f} s"
+            raise Failed("timeout", words, charged=True, advice="a higher --timeout may help") from None
         except httpx.TimeoutException as error:
             sent = not isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout)
             raise Failed("timeout", type(error).__name__, charged=sent) from None
@@ -262,27 +312,48 @@ class Endpoint:
             if status != 200:
                 text = ""
                 with contextlib.suppress(Failed, httpx.HTTPError):
-                    text = " ".join(self.hide((await _read(response, 65_536)).decode("utf-8", "replace")).split())[:300]
-                if status in (401, 403, 404):
-                    raise Failed(str(status), text, retry=False)
-                retry = status in (408, 409, 429) or status >= 500
-                raise Failed(str(status), text, retry=retry, retry_after_s=_retry_after_s(response.headers.get("retry-after")))
+                    text = (await _read(response, 65_536)).decode("utf-8", "replace")
+                raise self._failed(status, text, response.headers)
             raw = await _read(response, MAX_REPLY_BYTES)
         try:
-            return json.loads(raw)
+            streamed = events.is_events(response.headers.get("content-type", ""), raw)
+            value = events.assemble(raw) if streamed else json.loads(raw)
         except (ValueError, RecursionError):
             kind = "HTML" if raw.lstrip()[:1] == b"<" else "not JSON"
             raise Failed(f"bad reply: {kind}", charged=True) from None
+        if isinstance(value, dict) and not value.get("choices") and isinstance(value.get("error"), dict):
+            code = value["error"].get("code")
+            if isinstance(code, int) and 400 <= code < 600:  # a router that has begun to answer cannot change the status
+                raise self._failed(code, json.dumps({"error": value["error"]}), response.headers)
+        return value
+
+    def _failed(self, status: int, text: str, headers: Mapping[str, str]) -> Failed:
+        """What a refusal or an error means for this request and for the others."""
+        error = refusals.read_error(text)
+        detail = " ".join(self.hide(error.message).split())[:300]
+        wait_s = refusals.wait_s(headers, text)
+        if refusals.wants_money(status, error, wait_s):
+            advice = "the account of the key has no credit left; the same command goes on when it has"
+            return Failed(str(status), detail, retry=False, fatal=True, advice=advice, body=error)
+        if status in (401, 403, 404):
+            return Failed(str(status), detail, retry=False, fatal=True, body=error)
+        retry = status in (408, 409, 429) or status >= 500
+        advice = "" if retry else refusals.advice_on_length(error, self.settings.max_tokens)
+        return Failed(str(status), detail, retry=retry, retry_after_s=wait_s, advice=advice, body=error)
 
 
 def refusal(error: Failed, url: str, api: str) -> Refused | None:
     """What to tell the user where no request can succeed."""
     advice = {
-        "401": f"is {KEY_NAME} right?" if os.environ.get(KEY_NAME) else f"set {KEY_NAME}",
+        "401": f"is {KEY_NAME}, or the key in --header, right?"
+        if os.environ.get(KEY_NAME)
+        else f"set {KEY_NAME}, or check the key in --header",
         "403": f"may {KEY_NAME} use this model?",
         "404": f"check --teacher (usually it ends in /v1), --teacher-model and --api {api}",
-    }.get(error.reason)
-    return Refused(f"{url} says {error}; {advice}") if advice else None
+    }.get(error.reason, "")
+    if error.fatal and not error.advice:
+        return Refused(f"{url} says {error}; {advice}")
+    return Refused(f"{url} says {error}") if error.fatal else None
 
 
 def base_url(url: str) -> str:
@@ -295,56 +366,12 @@ def base_url(url: str) -> str:
     if not valid:
         raise InputError(f"--teacher: not a URL: {redact(url)}")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise InputError(f"--teacher: a URL without credentials and query is expected; the key goes into {KEY_NAME}")
+        raise InputError(
+            f"--teacher: a URL without credentials and query is expected; the key goes into {KEY_NAME} or --header, a query "
+            "such as api-version into --query"
+        )
     path = re.sub(r"/(?:chat/)?completions$", "", parts.path.rstrip("/"))
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
-
-
-def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str) -> Reply:
-    """The choices of a decoded reply, whatever it is, each text through `clean`; what is no text is a counted fault."""
-    value = value if isinstance(value, dict) else {}
-    faults: dict[str, int] = {}
-    choices = []
-
-    def fault(name: str) -> None:
-        faults[name] = faults.get(name, 0) + 1
-
-    found = value.get("choices")
-    if not isinstance(found, list) or not found:
-        fault("error in it" if value.get("error") else "empty choices" if found == [] else "no choices")
-        found = []
-    for item in found:
-        item = item if isinstance(item, dict) else {}
-        message = item.get("message")
-        text = _content(message.get("content")) if isinstance(message, dict) else item.get("text")
-        if not isinstance(text, str) or not text.strip():
-            fault("null content" if text is None else "empty content")
-            continue
-        choices.append(Choice(clean(text), item.get("finish_reason") == "length"))
-    usage = value.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    prompt_tokens, completion_tokens = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
-    if prompt_tokens is None or completion_tokens is None:
-        estimate = sum(estimate_tokens(choice.text) for choice in choices)
-        return Reply(choices, estimate_tokens(prompt), estimate, True, faults)
-    return Reply(choices, prompt_tokens, completion_tokens, False, faults)
-
-
-def _content(value: Any) -> Any:
-    """A message's content; of a list of parts, the text of those that are text."""
-    if not isinstance(value, list):
-        return value
-    texts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
-    return "".join(text for text in texts if isinstance(text, str))
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40 else None
-
-
-def estimate_tokens(text: str) -> int:
-    """Four bytes a token, as a rule of thumb for English."""
-    return math.ceil(len(text.encode("utf-8", "replace")) / 4)
 
 
 async def _read(response: httpx.Response, limit: int) -> bytes:
@@ -362,17 +389,3 @@ async def _read(response: httpx.Response, limit: int) -> bytes:
         if len(body) > limit:
             raise Failed("bad reply: too large", f"more than {limit:,} bytes", charged=True)
     return bytes(body)
-
-
-def _retry_after_s(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, as a number or an HTTP date; None where it says neither."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError, OverflowError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None

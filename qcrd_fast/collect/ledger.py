@@ -19,6 +19,7 @@ import logging
 import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ from qcrd_fast.utils.files import append_whole, shown
 log = logging.getLogger(__name__)
 
 FIXED = ("model", "api", "temperature", "max_tokens")  # what samples of one file have in common
+Reread = Callable[[str, dict[str, Any]], dict[str, Any]]
 EXPECTED_TOKENS = 128  # of a sample, before any has come
 
 
@@ -41,6 +43,7 @@ class Totals:
     samples: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reported_cost: float = 0.0  # by servers that say what a request cost
     estimated: int = 0  # replies and failures whose tokens the server did not report
     lost: int = 0  # requests in flight when a collector was killed; charged as they were expected to come out
     failures: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -61,20 +64,23 @@ class Prices:
 class Ledger:
     """An open, locked ledger; use as a context manager.
 
-    `samples` holds what was collected: {question id: [sample, ...]} in the order it came; `prompts` the digest of the prompt
-    that each question was asked with.
+    `samples` holds what was collected: {question id: [sample, ...]} in the order it came, each with rationale, answer and
+    source, perhaps reasoning, and, where it was cut before an answer, `cut`: the maximum length that it was asked with.
+    `prompts` holds the digest of the prompt that each question was asked with. `reread` is given the samples that were read
+    with another `thinking`.
 
     Raises `InputError` when the file cannot be written, is no ledger, or belongs to a running collector (named by its PID).
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, thinking: str = "auto", reread: Reread | None = None):
+        self.path, self.thinking, self.reread = path, thinking, reread
         self.totals = Totals()
         self.samples: dict[str, list[dict[str, Any]]] = {}
         self.prompts: dict[str, str] = {}
         self.settings: dict[str, Any] = {}
         self.open: dict[str, dict[str, Any]] = {}  # intents without an end, by request
         self.lost: dict[str, dict[str, Any]] = {}
+        self._bound = False  # samples of which there is no text to be read again
         self._file = -1
         self._session = uuid.uuid4().hex[:12]
 
@@ -158,17 +164,35 @@ class Ledger:
                 totals.failures[record["reason"]] += 1
                 return
             totals.replies += 1
-            found = [{key: sample[key] for key in ("rationale", "answer", "source")} for sample in record["samples"]]
+            found = [self._kept(record["id"], sample) for sample in record["samples"]]
             totals.samples += len(found)
             self.samples.setdefault(record["id"], []).extend(found)
             self.prompts[record["id"]] = record["prompt"]
         else:
             raise ValueError(kind)
 
+    def _kept(self, id: str, sample: dict[str, Any]) -> dict[str, Any]:
+        """What is kept of a sample in memory."""
+        cut = bool(sample.get("cut"))
+        if self.reread and self.settings.get("thinking", "auto") != self.thinking:
+            self._bound |= "text" not in sample
+            sample = {**sample, **(self.reread(id, sample) if "text" in sample else {})}
+        kept = {key: sample[key] for key in ("rationale", "answer", "source")}
+        if isinstance(sample.get("reasoning"), str):
+            kept["reasoning"] = sample["reasoning"]
+        if cut and sample["answer"] is None:
+            limit = self.settings.get("max_tokens")
+            kept["cut"] = limit if isinstance(limit, int) else 0
+        return kept
+
     def _charge(self, record: dict[str, Any]) -> None:
         self.totals.prompt_tokens += record["prompt_tokens"]
         self.totals.completion_tokens += record["completion_tokens"]
         self.totals.estimated += bool(record.get("estimated"))
+        usage = record.get("usage")
+        cost = usage.get("cost") if isinstance(usage, dict) else None
+        if isinstance(cost, int | float) and not isinstance(cost, bool) and 0 <= cost < 1e9:
+            self.totals.reported_cost += cost
 
     # Writing
 
@@ -181,10 +205,15 @@ class Ledger:
             raise RunError(f"cannot write {shown(self.path)}: {error.strerror}; run the same command again to go on") from error
         self._take(record)
 
-    def start(self, settings: dict[str, Any]) -> None:
-        """Begin a run. Raises `InputError` when an earlier run sampled with other settings."""
+    def start(self, settings: dict[str, Any], *, longer: bool = False) -> None:
+        """Begin a run. Raises `InputError` when an earlier run sampled with other settings; `longer`: but for a higher
+        maximum length."""
+        if self._bound:
+            raise InputError(f"{shown(self.path)}: its samples cannot be read with another --thinking; choose another --output")
         for name in FIXED:
             before = self.settings.get(name)
+            if name == "max_tokens" and longer and isinstance(before, int) and before < settings[name]:
+                continue
             if self.samples and name in self.settings and before != settings[name]:
                 raise InputError(
                     f"{shown(self.path)}: sampled with {name} {before!r}, now it is {settings[name]!r}; choose another --output"

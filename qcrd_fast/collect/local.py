@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qcrd_fast.collect.endpoint import Choice
-from qcrd_fast.collect.prompts import read_reply
+from qcrd_fast.collect.prompts import take_apart, written
+from qcrd_fast.collect.reply import Choice
 from qcrd_fast.data.load import iter_records
+from qcrd_fast.data.replies import Reader, parse_choices
 from qcrd_fast.data.schema import BadRow, Question, Rationale, text_key
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils.files import shown
@@ -25,11 +26,22 @@ class Sampled(NamedTuple):
 class LocalTeacher:
     """A model of transformers: a folder or hub id, in fp32. Raises `InputError` for what is none.
 
-    `api` is chat, completions, or empty for chat where the model has a template.
+    `api` is chat, completions, or empty for chat where the model has a template; `system` is a chat's first message.
     Sample `index` of a question depends on (seed, question id, index) and on nothing else, but for the rounding of a batch.
     """
 
-    def __init__(self, name: str, *, api: str, temperature: float, max_tokens: int, seed: int, batch_size: int, device: str):
+    def __init__(
+        self,
+        name: str,
+        *,
+        api: str,
+        temperature: float,
+        max_tokens: int,
+        seed: int,
+        batch_size: int,
+        device: str,
+        system: str = "",
+    ):
         from qcrd_fast.generation.engine import SampleSettings
         from qcrd_fast.generation.sample import sample
         from qcrd_fast.models.prompts import PromptSettings
@@ -49,12 +61,14 @@ class LocalTeacher:
         self.api = api or ("chat" if has_chat else "completions")
         if self.api == "chat":
             model.prompts = PromptSettings("chat", max_source_length=4096)
-        self.model = model
+        elif system:
+            raise InputError(f"--system-prompt: {name} is asked without a chat template, so there is no place for it")
+        self.model, self.system = model, system
         self.settings = SampleSettings(temperature=temperature, max_new_tokens=max_tokens, batch_size=batch_size)
 
     def sample(self, asked: Sequence[tuple[Question, str, int]]) -> list[Sampled]:
         """One sample for each (question, prompt, index)."""
-        sources = [self.model.source_ids("", prompt) for _, prompt, _ in asked]
+        sources = [self._source(prompt) for _, prompt, _ in asked]
         keys = [self._key_words(self.seed, question.id) for question, _, _ in asked]
         drawn = self._sample(self.model, sources, keys, self.settings, indices=[index for _, _, index in asked])
         eos = self.model.tokenizer.eos_token_id
@@ -63,6 +77,18 @@ class LocalTeacher:
             for source, ids in zip(sources, drawn, strict=True)
         ]
 
+    def _source(self, prompt: str) -> list[int]:
+        if not self.system:
+            return self.model.source_ids("", prompt)
+        tokenizer, chat = self.model.tokenizer, [{"role": "user", "content": prompt}]
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": "system", "content": self.system}, *chat], add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # a template may refuse the role
+            raise InputError(f"--system-prompt: the model's chat template says {error}") from error
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
 
 class Replay:
     """Earlier samples, from any file that `prepare` reads, found by the question's text.
@@ -70,7 +96,8 @@ class Replay:
     Raises `InputError`, as file:line, for a bad row.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, thinking: str = "auto"):
+        self.reader = Reader.from_options(thinking)
         self.by_text: dict[str, list[Rationale]] = {}
         for record in iter_records(Path(path)):
             if isinstance(record, BadRow):
@@ -83,8 +110,12 @@ class Replay:
         """All of a question's samples. Its id does not matter: another file may use it for another question."""
         return [self._read(sample, question) for sample in self.by_text.get(text_key(question)) or []]
 
-    @staticmethod
-    def _read(sample: Rationale, question: Question) -> dict[str, Any]:
+    def _read(self, sample: Rationale, question: Question) -> dict[str, Any]:
         """The sample as it is written; a raw reply is taken apart first."""
-        rationale, answer = read_reply(sample.text, question) if sample.reply else (sample.text, sample.answer)
-        return {"rationale": rationale, "answer": answer, "source": sample.source}
+        if sample.reply:
+            cut, thinking = sample.truncated, self.reader.thinking
+            return written(take_apart(sample.text, question, cut=cut, thinking=thinking), sample.source, thinking)
+        reading = self.reader.sample(sample, question.task or "text", parse_choices(question.question))
+        if not reading.reasoning:
+            return {"rationale": sample.text, "answer": sample.answer, "source": sample.source}
+        return written(reading._replace(answer=sample.answer), sample.source, self.reader.thinking)

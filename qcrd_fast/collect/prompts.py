@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qcrd_fast.data import replies
 from qcrd_fast.data.answers import parse_choices
@@ -79,14 +79,28 @@ class Template:
         return question.task or "text"
 
 
-def prompt_digest(prompt: str) -> str:
-    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+def prompt_digest(prompt: str, system: str = "") -> str:
+    text = f"{system}\0{prompt}" if system else prompt
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def read_reply(text: str, question: Question, *, cut: bool = False) -> Reading:
-    """The rationale and the answer in a reply, read as `prepare` reads one; `cut`: it ended at its maximum length."""
-    reading = replies.read_reply(_clean(text), question.task or "text", parse_choices(question.question), truncated=cut)
+def take_apart(text: str, question: Question, *, cut: bool = False, thinking: str = "auto") -> replies.Reading:
+    """Reasoning, rationale and answer of a reply, read as `prepare` reads one; `cut`: it ended at its maximum length."""
+    task, choices = question.task or "text", parse_choices(question.question)
+    return replies.read_reply(_clean(text), task, choices, truncated=cut, thinking=thinking)
+
+
+def read_reply(text: str, question: Question, *, cut: bool = False, thinking: str = "auto") -> Reading:
+    """The rationale and the answer in a reply."""
+    reading = take_apart(text, question, cut=cut, thinking=thinking)
     return Reading(reading.rationale, reading.answer)
+
+
+def written(reading: replies.Reading, source: str | None, thinking: str) -> dict[str, Any]:
+    """A sample as a row has it. Reasoning that is not its rationale stands beside it, so that `prepare --thinking` has both."""
+    sample = {"rationale": reading.rationale, "answer": reading.answer, "source": source}
+    beside = thinking in ("auto", "only") and reading.answer is not None and reading.reasoning not in ("", reading.rationale)
+    return sample | ({"reasoning": reading.reasoning} if beside else {})
 
 
 def _clean(text: str) -> str:

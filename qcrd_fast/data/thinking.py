@@ -129,3 +129,8 @@ def _unmarked(text: str) -> str:
 
 def _clean(text: str) -> str:
     return _SOLUTION.sub("", _END.sub("", text)).strip()
+
+
+def drop_tags(text: str) -> str:
+    """Reasoning without tags of its own, which might end it too early once it stands between tags."""
+    return _TAG.sub("", text) if "<" in text or "[" in text or "\u25c1" in text else text

@@ -112,7 +112,7 @@ def product_type(hidden: Tensor) -> torch.dtype:
 def require_whole(name: str, x: Tensor, device: torch.device) -> None:
     """`ValueError` for a shard (a DTensor), and for what FSDP, ZeRO-3 and offloading leave of a weight between forwards."""
     if hasattr(x, "full_tensor"):
-        kind = "a DTensor, one rank's shard (FSDP2, or tensor parallelism, which is not supported for the head)"
+        kind = "a DTensor, one rank's shard (of FSDP2; of tensor parallelism, give `to_local()` and the process_group)"
     elif x.numel() == 0:
         kind = "empty, as FSDP and ZeRO-3 leave it between calls"
     elif x.is_meta and device.type != "meta":

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qcrd_fast.ops.cpu_products import has_bf16_products, product
 from qcrd_fast.ops.philox import gumbel
 from qcrd_fast.ops.reference import Contrast, HeadOptions, accumulable, accumulation_dtype
 from qcrd_fast.ops.selection import SELECTIONS
 
-CHUNK_BYTES = 16 * 2**20  # largest block of logits that the chunked twin holds
+CHUNK_BYTES = 8 * 2**20  # largest block of logits that the chunked twin holds; what stays in a cache is fastest
 MIN_CHUNK = 64  # vocabulary rows, however many tokens there are
 
 
@@ -28,10 +29,12 @@ def chunked_forward(
     ignore_index: int,
     want_entropy: bool,
     want_sum_p2: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kept_bytes: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `linear_logprob_eager`, one chunk of the vocabulary at a time with an online log-sum-exp. What is unwanted is [0].
 
-    The last one, [T] with the entropy: what rounding left of the log-sum-exp, which the entropy's gradient needs.
+    The last two: [T] with the entropy, what rounding left of the log-sum-exp, which the entropy's gradient needs; and the
+    logits of the first chunks, as many as `kept_bytes` hold, [T, C] of each chunk in turn, for `chunked_backward`.
     """
     dtype = accumulation_dtype(hidden_TH.dtype)
     (T, _), V = hidden_TH.shape, len(weight_VH)
@@ -40,12 +43,15 @@ def chunked_forward(
     sum_T, picked_T = torch.zeros_like(max_T), torch.zeros_like(max_T)
     plogp_T = torch.zeros_like(max_T) if want_entropy else max_T.new_empty(0)  # sum of e log e, e = exp(logit - max)
     sum_e2_T = torch.zeros_like(max_T) if want_sum_p2 else max_T.new_empty(0)
+    kept = max_T.new_empty(T * kept_columns(V, T, dtype, kept_bytes))
     compute_dtype, hidden_TH = hidden_TH.dtype, operand(hidden_TH)
     for start, stop in chunks(V, T):
         weight_CH = operand(weight_VH[start:stop].to(compute_dtype))
         logits_TC = chunk_logits(hidden_TH, weight_CH, None if bias_V is None else bias_V[start:stop], options)[0]
         local_T, hit_T = local_target(target_T, start, stop)
         picked_T += logits_TC.gather(1, local_T[:, None])[:, 0].where(hit_T, 0)
+        if T * stop <= len(kept):
+            kept[T * start : T * stop].view_as(logits_TC).copy_(logits_TC)
         new_max_T = torch.maximum(max_T, logits_TC.amax(1))
         shift_T = max_T - new_max_T
         decay_T = shift_T.exp()
@@ -66,7 +72,7 @@ def chunked_forward(
         rest_T = log_sum_T - (lse_T - max_T)
     sum_p2_T = (sum_e2_T / sum_T.square()).where(valid_T, 0) if want_sum_p2 else sum_e2_T
     top_T = (picked_T >= max_T) & valid_T
-    return logprob_T.where(valid_T, 0), lse_T.where(valid_T, 0), entropy_T, top_T, sum_p2_T, rest_T.clone()
+    return logprob_T.where(valid_T, 0), lse_T.where(valid_T, 0), entropy_T, top_T, sum_p2_T, rest_T.clone(), kept
 
 
 def chunked_backward(
@@ -78,13 +84,19 @@ def chunked_backward(
     coefficients: tuple[Tensor, Tensor, Tensor | None],
     options: HeadOptions,
     needs: tuple[bool, bool, bool],
-    kept_SV: Tensor | None = None,
+    kept: Tensor | None = None,
+    rows_S: Tensor | None = None,
+    num_rows: int = 0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dHidden [S, H] fp32, dWeight [V, H], dBias [V]) of the rows given; None where `needs` says no.
 
     `coefficients` (onehot_S, prob_S, problog_S) make the gradient of a row's logits z:
     onehot * [j = target] + p_j * (prob + problog * log p_j), which covers log p, log-sum-exp and entropy.
-    `kept_SV`: the logits, where a forward pass without a softcap kept them; they are overwritten.
+    `kept`: the logits that a forward pass over `num_rows` rows kept, of which these are `rows_S` (None: all, in order); the
+    rest is computed again.
+
+    Where the processor multiplies bf16, the two products of bf16 operands with the logits' gradient, rounded to bf16, are
+    its own: summed in fp32 and rounded once, chunk by chunk for dHidden.
     """
     dtype = accumulation_dtype(hidden_SH.dtype)
     onehot_S, prob_S, problog_S = coefficients
@@ -93,12 +105,21 @@ def chunked_backward(
     dhidden_SH = hidden_SH.new_zeros((S, H), dtype=dtype) if need_hidden else None
     dweight_VH = torch.empty_like(weight_VH, memory_format=torch.contiguous_format) if need_weight else None
     dbias_V = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
-    compute_dtype, hidden_SH = hidden_SH.dtype, operand(hidden_SH)
-    for start, stop in chunks(V, S) if kept_SV is None else [(0, V)]:
-        weight_CH = operand(weight_VH[start:stop].to(compute_dtype))
+    compute_dtype = hidden_SH.dtype
+    narrow = compute_dtype if compute_dtype == torch.bfloat16 and has_bf16_products(hidden_SH.device) else None
+    narrow_SH, hidden_SH = hidden_SH, operand(hidden_SH)
+    T = num_rows or S
+    K = 0 if kept is None else len(kept) // max(T, 1)
+    for start, stop in [*(c for c in chunks(V, T) if c[1] <= K), *((K + a, K + b) for a, b in chunks(V - K, S))]:
+        raw_CH = weight_VH[start:stop].to(compute_dtype)
         bias_C = None if bias_V is None else bias_V[start:stop]
-        logits_SC, slope_SC = kept_SV, None
-        if logits_SC is None:
+        if kept is not None and stop <= K:
+            kept_TC = kept[T * start : T * stop].view(T, stop - start)
+            logits_SC = kept_TC.clone() if rows_S is None else kept_TC[rows_S]
+            weight_CH = raw_CH if narrow or not need_hidden else operand(raw_CH)
+            slope_SC = softcap_slope(logits_SC * options.temperature / options.softcap, options) if options.softcap else None
+        else:
+            weight_CH = operand(raw_CH)
             logits_SC, slope_SC = chunk_logits(hidden_SH, weight_CH, bias_C, options, want_slope=True)
         logp_SC = logits_SC.sub_(lse_S[:, None])
         if problog_S is None:
@@ -114,11 +135,19 @@ def chunked_backward(
             dbias_V[start:stop] = dz_SC.sum(0)
         if options.scale != 1:
             dz_SC *= options.scale
+        narrow_SC = dz_SC.to(narrow or hidden_SH.dtype)
         if dhidden_SH is not None:
-            dhidden_SH += matmul(dz_SC.to(hidden_SH.dtype), weight_CH)
+            dhidden_SH += matmul(narrow_SC, raw_CH if narrow else weight_CH)
         if dweight_VH is not None:
-            dweight_VH[start:stop] = matmul(dz_SC.to(hidden_SH.dtype).T, hidden_SH)
+            half = narrow and dweight_VH.dtype == narrow
+            rounded_SC = narrow_SC if half else dz_SC.to(hidden_SH.dtype)
+            dweight_VH[start:stop] = matmul(rounded_SC.T, narrow_SH if half else hidden_SH)
     return dhidden_SH, dweight_VH, dbias_V
+
+
+def kept_columns(V: int, T: int, dtype: torch.dtype, kept_bytes: int) -> int:
+    """Columns of the first whole chunks whose logits for T rows take at most `kept_bytes`."""
+    return max((stop for _, stop in chunks(V, T) if T * stop * dtype.itemsize <= kept_bytes), default=0)
 
 
 def chunk_logits(
@@ -134,11 +163,16 @@ def chunk_logits(
     if options.softcap:
         logits_TC.div_(options.softcap).tanh_()
         if want_slope:
-            slope_TC = (1 - logits_TC.square()) / options.temperature
+            slope_TC = softcap_slope(logits_TC, options)
         logits_TC *= options.softcap
     if tempered(options):
         logits_TC /= options.temperature
     return logits_TC, slope_TC
+
+
+def softcap_slope(tanh_TC: Tensor, options: HeadOptions) -> Tensor:
+    """d logits / d a of `softcap * tanh(a / softcap) / temperature`, from the tanh."""
+    return (1 - tanh_TC.square()) / options.temperature
 
 
 def tempered(options: HeadOptions) -> bool:
@@ -164,10 +198,10 @@ def operand(x: Tensor) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, accumulated and returned in fp32 (float64 for float64)."""
-    if a.dtype in (torch.bfloat16, torch.float16):
+    """a @ b, accumulated in fp32 (float64 for float64) and, but for bf16 on a CPU, returned so."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)
+    return product(a, b)
 
 
 def contrastive_torch(
@@ -261,22 +295,14 @@ def forward_keeping(
     options: HeadOptions,
     ignore_index: int,
     kept_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(log p, log-sum-exp, logits [T, V]), or None where those would be more than `kept_bytes`, or under a softcap."""
-    T, V = len(target_T), len(weight_VH)
-    size = 8 if hidden_TH.dtype == torch.float64 else 4
-    if options.softcap or T * V * size > kept_bytes:
-        return None
-    weight_VH = operand(weight_VH.to(hidden_TH.dtype))
-    logits_TV = chunk_logits(operand(hidden_TH), weight_VH, bias_V, options)[0]
-    valid_T = target_T != ignore_index
-    lse_T = torch.logsumexp(logits_TV, dim=1)
-    picked_T = logits_TV.gather(1, target_T.where(valid_T, 0)[:, None])[:, 0]
-    return (picked_T - lse_T).clamp(max=0).where(valid_T, 0), lse_T, logits_TV
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p, log-sum-exp, the logits kept for `backward_kept`)."""
+    out = chunked_forward(hidden_TH, weight_VH, target_T, bias_V, options, ignore_index, False, kept_bytes=kept_bytes)
+    return out[0], out[1], out[6]
 
 
 def backward_kept(
-    logits_TV: Tensor,
+    kept: Tensor,
     hidden_TH: Tensor,
     weight_VH: Tensor,
     target_T: Tensor,
@@ -288,7 +314,7 @@ def backward_kept(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dHidden, dWeight, dBias), None where `needs` says no, from d loss / d log p [T] (0 where ignored)."""
     head = (hidden_TH, weight_VH, target_T, bias_V, lse_T)
-    return chunked_backward(*head, (dlogprob_T, -dlogprob_T, None), options, needs, logits_TV)
+    return chunked_backward(*head, (dlogprob_T, -dlogprob_T, None), options, needs, kept)
 
 
 def head_logits(hidden_BH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, options: HeadOptions) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcrd_fast.ops import chunked, reference
+from qcrd_fast.ops import chunked, reference, vocab_parallel
 from qcrd_fast.ops.checks import check_head, require, require_no_tangent
 from qcrd_fast.ops.dispatch import choose_impl
 from qcrd_fast.ops.reference import HeadOptions
@@ -86,6 +86,9 @@ def linear_logprob(
     return_sum_p2: bool = False,
     impl: str = "auto",
     max_rows: int | None = None,
+    workspace_bytes: int = 0,
+    process_group: Any = None,
+    vocab_start: int | None = None,
 ) -> Any:
     """log p(target) in nats [...], fp32 (float64 for float64 operands), never above 0; 0 and no gradient where ignored.
 
@@ -99,12 +102,26 @@ def linear_logprob(
 
     The product is taken in hidden's type (under autocast, autocast's) and accumulated in fp32. The backward pass visits only
     rows whose gradient is not 0; `max_rows`, a bound on their number, saves it one host sync on a GPU; a bound that is
-    exceeded raises in backward (on a GPU, asserts).
+    exceeded raises in backward (on a GPU, asserts). `workspace_bytes`: how many bytes of logits `torch` may keep for the
+    backward pass (T V 4 for all in fp32), which then does not compute them again; the kernels always do.
+
+    process_group: of the ranks over which the head's rows are split, one after another: `weight` and `bias` are this rank's
+    slice, which begins at row `vocab_start` of the whole (default: rank times V, for slices of one size), and hidden and target
+    are the same on all ranks, as is what is returned. There is no `return_top1` then.
 
     Raises `ValueError` naming what was expected and what came, also under forward-mode AD and for a scale, softcap or
     temperature that requires grad; `TypeError` for an argument that is no tensor.
     """
     require(max_rows is None or max_rows >= 0, lambda: f"max_rows must be at least 0 or None, got {max_rows}")
+    require(workspace_bytes >= 0, lambda: f"workspace_bytes must be at least 0, got {workspace_bytes}")
+    if process_group is not None:
+        require(not return_top1, lambda: "return_top1 is not available with a process_group")
+        settings: Any = dict(bias=bias, scale=scale, softcap=softcap, temperature=temperature, ignore_index=ignore_index)
+        settings |= dict(impl=impl, max_rows=max_rows, workspace_bytes=workspace_bytes)
+        settings |= dict(return_entropy=return_entropy, return_sum_p2=return_sum_p2)
+        logprob, lse, entropy, sum_p2 = _over_slices(hidden, weight, target, process_group, vocab_start, **settings)
+        wants = (True, return_lse, return_entropy, False, return_sum_p2)
+        return _returned([logprob, lse, entropy, None, sum_p2], wants)
     hidden_TH, target_T, options = check_head(hidden, weight, target, bias, scale, softcap, temperature, ignore_index)
     chosen = choose_impl(impl, hidden.device, hidden_TH.dtype)[0]
     with torch.autocast(hidden.device.type, enabled=False):
@@ -117,12 +134,33 @@ def linear_logprob(
             triton = chosen == "triton" and each_T1 is None and not (return_top1 or return_sum_p2)
             numbers = (scale, softcap, temperature if each_T1 is None else 1.0, each_T1)
             head = (hidden_TH, weight, target_T, bias, *numbers)
-            out = _linear_logprob(*head, ignore_index, return_entropy, return_sum_p2, triton, max_rows)
-    wanted = (True, return_lse, return_entropy, return_top1, return_sum_p2)
-    values = [x.reshape(target.shape) for x, want in zip(out[:5], wanted, strict=True) if want]
-    if len(values) == 1:
-        return values[0]
-    return _named_output(tuple(itertools.compress(("logprob", *EXTRAS), wanted)), values)
+            differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+            kept_bytes = workspace_bytes if differentiated and not triton else 0
+            out = _linear_logprob(*head, ignore_index, return_entropy, return_sum_p2, triton, max_rows, kept_bytes)
+    wants = (True, return_lse, return_entropy, return_top1, return_sum_p2)
+    return _returned([x.reshape(target.shape) if want else None for x, want in zip(out[:5], wants, strict=True)], wants)
+
+
+def _returned(values: Sequence[Any], wants: Sequence[bool]) -> Any:
+    """log p alone, or a `LogProbOutput` of what was asked for."""
+    wanted = list(itertools.compress(values, wants))
+    return wanted[0] if len(wanted) == 1 else _named_output(tuple(itertools.compress(("logprob", *EXTRAS), wants)), wanted)
+
+
+def _over_slices(
+    hidden: Tensor, weight: Tensor, target: Tensor, group: Any, start: int | None, *, ignore_index: int, return_entropy: bool,
+    return_sum_p2: bool, **settings: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(log p, log-sum-exp, entropy or None, sum p^2 or None) over the vocabulary of all ranks, in the target's shape."""
+    start = torch.distributed.get_rank(group) * len(weight) if start is None else start
+    valid = target != ignore_index
+    here = valid & (target >= start) & (target < start + len(weight))
+    out = linear_logprob(
+        vocab_parallel.ToSlices.apply(hidden, group), weight, (target - start).where(here, 0).where(valid, ignore_index),
+        ignore_index=ignore_index, return_lse=True, return_entropy=return_entropy, return_sum_p2=return_sum_p2, **settings,
+    )  # fmt: skip
+    slice_ = vocab_parallel.Slice(out.logprob, out.lse, out.entropy, out.sum_p2)
+    return vocab_parallel.combine(slice_, here, valid, group)
 
 
 @torch.library.custom_op("qcrd_fast::linear_logprob", mutates_args=())
@@ -140,8 +178,10 @@ def _linear_logprob(
     want_sum_p2: bool,
     triton: bool,
     max_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(log p, log-sum-exp, entropy or [0], is top 1 ([0] by triton), sum p^2 or [0], rest as `chunked_forward` gives it)."""
+    kept_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(log p, log-sum-exp, entropy or [0], is top 1 ([0] by triton), sum p^2 or [0], rest and kept logits as `chunked_forward`
+    gives them)."""
     options = HeadOptions(scale, softcap, temperature if temperature_T1 is None else temperature_T1)
     arguments = (hidden_TH, weight_VH, target_T, bias_V, options, ignore_index, want_entropy)
     with torch.autocast(hidden_TH.device.type, enabled=False), torch.cuda.device_of(hidden_TH):
@@ -149,13 +189,14 @@ def _linear_logprob(
             from csrc_triton.linear_logprob import forward
 
             logprob_T, lse_T, entropy_T, rest_T = forward(*arguments)
-            return logprob_T, lse_T, entropy_T, target_T.new_empty(0, dtype=torch.bool), lse_T.new_empty(0), rest_T
-        return chunked.chunked_forward(*arguments, want_sum_p2)
+            nothing = lse_T.new_empty(0)
+            return logprob_T, lse_T, entropy_T, target_T.new_empty(0, dtype=torch.bool), nothing, rest_T, nothing.clone()
+        return chunked.chunked_forward(*arguments, want_sum_p2, kept_bytes)
 
 
 @_linear_logprob.register_fake
-def _(hidden_TH: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, want_entropy, want_sum_p2, triton, _max_rows = rest
+def _(hidden_TH: Tensor, weight_VH: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, want_entropy, want_sum_p2, triton, _max_rows, kept_bytes = rest
     T = hidden_TH.shape[0]
 
     def out(want: bool, dtype: torch.dtype) -> Tensor:
@@ -163,7 +204,9 @@ def _(hidden_TH: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
     dtype = reference.accumulation_dtype(hidden_TH.dtype)
     wants = (True, True, want_entropy, not triton, want_sum_p2, want_entropy)
-    return tuple(out(want, torch.bool if i == 3 else dtype) for i, want in enumerate(wants))
+    columns = chunked.kept_columns(len(weight_VH), T, dtype, kept_bytes) if kept_bytes else 0
+    kept = hidden_TH.new_empty(T * columns, dtype=dtype)
+    return *(out(want, torch.bool if i == 3 else dtype) for i, want in enumerate(wants)), kept
 
 
 @torch.library.custom_op("qcrd_fast::linear_logprob_backward", mutates_args=())
@@ -176,6 +219,7 @@ def _linear_logprob_backward(
     onehot_T: Tensor,
     prob_T: Tensor,
     problog_T: Tensor | None,
+    kept: Tensor,
     scale: float,
     softcap: float,
     temperature: float,
@@ -199,10 +243,10 @@ def _linear_logprob_backward(
 
     options = HeadOptions(scale, softcap, temperature if temperature_T1 is None else temperature_T1[rows_S])
     coefficients = (take(onehot_T), take(prob_T), None if problog_T is None else take(problog_T))
+    of_kept = (kept, rows_S, T) if len(kept) else ()
     with torch.autocast(hidden_TH.device.type, enabled=False), torch.cuda.device_of(hidden_TH):
-        dhidden_SH, dweight_VH, dbias_V = twin(
-            hidden_TH[rows_S], weight_VH, target_T[rows_S], bias_V, lse_T[rows_S], coefficients, options, tuple(needs)
-        )
+        head = (hidden_TH[rows_S], weight_VH, target_T[rows_S], bias_V, lse_T[rows_S])
+        dhidden_SH, dweight_VH, dbias_V = twin(*head, coefficients, options, tuple(needs), *of_kept)
     dhidden_TH, empty = None, hidden_TH.new_empty(0)
     if dhidden_SH is not None:
         # One row more than there are tokens takes what the padding of `rows_S` writes.
@@ -243,10 +287,10 @@ def compact(wanted_T: Tensor, max_rows: int | None) -> tuple[Tensor, Tensor | No
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *head, scale, softcap, temperature, temperature_T1, ignore_index, _entropy, _sum_p2, triton, max_rows = inputs
+    *head, scale, softcap, temperature, temperature_T1, ignore_index, _entropy, _sum_p2, triton, max_rows, _kept = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
-    ctx.save_for_backward(*head, output[1], output[2], output[5], temperature_T1)
+    ctx.save_for_backward(*head, output[1], output[2], output[5], output[6], temperature_T1)
     ctx.settings = (scale, softcap, temperature, triton, max_rows)
     ctx.ignore_index = ignore_index
 
@@ -254,7 +298,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _linear_backward(
     ctx: Any, dlogprob_T: Tensor | None, dlse_T: Tensor | None, dentropy_T: Tensor | None, *_: None
 ) -> tuple[Any, ...]:
-    hidden_TH, weight_VH, target_T, bias_V, lse_T, entropy_T, rest_T, temperature_T1 = ctx.saved_tensors
+    hidden_TH, weight_VH, target_T, bias_V, lse_T, entropy_T, rest_T, kept, temperature_T1 = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     # With z a row's logits and H its entropy: d log p_t / dz_j = [j = t] - p_j; d lse / dz_j = p_j;
     # d H / dz_j = -p_j (log p_j + H), and log p_j = z_j - lse - rest: near p_j = 1 the rounding of a large lse is all there is.
@@ -271,9 +315,9 @@ def _linear_backward(
     scale, softcap, temperature, triton, max_rows = ctx.settings
     head = (hidden_TH, weight_VH, target_T, bias_V, lse_T)
     numbers = (scale, softcap, temperature, temperature_T1)
-    grads = _linear_logprob_backward(*head, onehot_T, prob_T, problog_T, *numbers, triton, max_rows, needs)
+    grads = _linear_logprob_backward(*head, onehot_T, prob_T, problog_T, kept, *numbers, triton, max_rows, needs)
     dhidden, dweight, dbias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return dhidden, dweight, None, dbias, *[None] * 9
+    return dhidden, dweight, None, dbias, *[None] * 10
 
 
 _linear_logprob.register_autograd(_linear_backward, setup_context=_save_linear)

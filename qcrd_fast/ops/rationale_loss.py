@@ -1,7 +1,8 @@
 """The training pass of score-then-train as one node: the rationales' weights are known, so the gradients are made in forward.
 
-`linear_rationale_loss` costs 6U (U = T V H) where the exponentials of all logits fit a workspace; beyond that the logits are
-computed twice, 8U, as `linear_logprob` and its backward pass would. Suffixes: T tokens, H hidden, V vocabulary, R rationales.
+`linear_rationale_loss` costs 6U (U = T V H) where all logits (the kernels: their exponentials) fit a workspace; those beyond it
+(the kernels: all) are computed twice, which is 8U at most, as `linear_logprob` and its backward pass would. Suffixes: T tokens,
+H hidden, V vocabulary, R rationales.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def linear_rationale_loss(
     ignore_index: int = -100,
     impl: str = "auto",
     return_logprob: bool = False,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, ...]:
     """(loss, nll_R [detached]): loss = sum over positives of w l - beta * sum over negatives of w h(l), l the mean -log p of a
     rationale's tokens in nats, h(u) = min(u - delta, 0), or h(u) = u where `delta` is None. With `return_logprob` also log p
@@ -47,7 +49,8 @@ def linear_rationale_loss(
     hidden [..., H], weight [V, H], bias [V], target [...], rationale [...]: as in `QCRDLoss`; positive [R] bool;
     rationale_weight [R], without gradient: as `ContrastiveOutput.weight_R` gives it. The numbers are those of
     `weighted_rationale_loss` over `linear_logprob`; what differs is when the gradients are made, so a graph can be
-    differentiated once only.
+    differentiated once only. `workspace_bytes`: of logits, or their exponentials, kept between the products
+    (default: 64 MiB).
 
     Raises `ValueError` naming what was expected and what came, `TypeError` for an argument that is no tensor.
     """
@@ -82,7 +85,9 @@ def linear_rationale_loss(
         require_no_tangent(hidden, weight, bias)
         needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
         head = (hidden_TH, weight, target_T, bias)
-        arguments = (rationale_T, positive, weight_R, float(beta), margin, *options, ignore_index, chosen == "triton", needs)
+        numbers = (float(beta), margin, *options, ignore_index)
+        kept_bytes = KEPT_BYTES if workspace_bytes is None else workspace_bytes
+        arguments = (rationale_T, positive, weight_R, *numbers, chosen == "triton", kept_bytes, needs)
         return _rationale_loss(*head, *arguments)[: 2 + return_logprob]
 
 
@@ -109,6 +114,7 @@ def _rationale_loss(
     temperature: float,
     ignore_index: int,
     triton: bool,
+    kept_bytes: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, nll_R, log p [T], dHidden in their type, dWeight, dBias), the gradients [0] where not needed."""
@@ -124,7 +130,7 @@ def _rationale_loss(
         again = (linear_logprob.forward, linear_logprob.backward)
     head = (hidden_TH, weight_VH, target_T, bias_V)
     with torch.autocast(hidden_TH.device.type, enabled=False), torch.cuda.device_of(hidden_TH):
-        found = forward(*head, options, ignore_index, KEPT_BYTES) if any(needs) else None
+        found = forward(*head, options, ignore_index, kept_bytes) if any(needs) else None
         logprob_T, lse_T = found[:2] if found else again[0](*head, options, ignore_index, False)[:2]
         nll_R, count_R = means(logprob_T, rationale_T, valid_T, R)
         loss, dnll_R = loss_terms(nll_R, positive_R, weight_R.to(nll_R.dtype), beta, delta)
@@ -164,7 +170,7 @@ def _scale(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dloss is not None:
         saved = zip(ctx.saved_tensors, ctx.needs, strict=True)
         dhidden, dweight, dbias = (grad.mul_(dloss.reshape(1)) if need else None for grad, need in saved)
-    return None if dhidden is None else dhidden.to(ctx.dtype), dweight, None, dbias, *[None] * 11
+    return None if dhidden is None else dhidden.to(ctx.dtype), dweight, None, dbias, *[None] * 12
 
 
 _rationale_loss.register_autograd(_scale, setup_context=_save)

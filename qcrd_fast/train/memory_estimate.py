@@ -328,13 +328,8 @@ class _Fake:
             if impl == "eager":
                 logprob_TV = head.logits(hidden_TH).float().log_softmax(1)
                 return ledger.peak + logprob_TV.nbytes
-            found = chunked.forward_keeping(*operands, options, -100, rationale_loss.KEPT_BYTES)
-            if found:
-                grads = chunked.backward_kept(found[2], *operands, found[1], dlogprob_T, options, needs)
-            else:
-                lse_T = chunked.chunked_forward(*operands, options, -100, False)[1]
-                coefficients = (dlogprob_T, -dlogprob_T, None)
-                grads = chunked.chunked_backward(*operands, lse_T, coefficients, options, needs)
+            _, lse_T, logits = chunked.forward_keeping(*operands, options, -100, rationale_loss.KEPT_BYTES)
+            grads = chunked.backward_kept(logits, *operands, lse_T, dlogprob_T, options, needs)
             return ledger.peak - sum(x.nbytes for x in grads if x is not None)
 
     def sampler(self, sources: Sequence[int]) -> int:

@@ -289,8 +289,8 @@ class Session:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        watched: tuple[str, ...] = ("lagged", "lagged_active", "quality_negative", "num_negative")
-        watched += tuple(f"{what}_lagged_{kind}" for what in ("weight", "weighed") for kind in ("agrees", "differs"))
+        watched = ["lagged", "lagged_active", "quality_negative", "num_negative"]
+        watched += [f"{what}_lagged_{kind}" for what in ("weight", "weighed") for kind in ("agrees", "differs")]
         self.negatives_seen.update({name: counts[name] for name in watched})
         elapsed = time.perf_counter() - started
         record = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterable
 
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 SHORTEST = 8  # a shorter value is more likely a word than a secret
@@ -16,8 +17,19 @@ _PATTERNS = (
 )
 
 
+_given: set[str] = set()  # values that options gave
+
+
+def hide_also(*values: Iterable[str]) -> None:
+    """From now on `redact` takes these out too, such as the values of headers; short ones are words, not secrets."""
+    _given.update(value for group in values for value in group if len(value) >= SHORTEST)
+
+
 def redact(text: str) -> str:
-    """`text` without the values of secret-looking environment variables, and without keys, tokens and URL passwords."""
+    """`text` without the values of secret-looking environment variables and of `hide_also`, and without keys, tokens and URL
+    passwords."""
+    for value in sorted(_given, key=len, reverse=True):
+        text = text.replace(value, "***")
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= SHORTEST:
             text = text.replace(value, "***")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import cases as bench_cases
 from bench import loss, peers, plot, timing
-from bench.cases import Case, Head, find_truth, make_batch
+from bench.cases import EVERY, Case, Head, find_truth, make_batch
 from cli.main import entry
 from qcrd_fast.errors import InputError
 
@@ -76,9 +76,9 @@ def test_every_provider_here_is_right() -> None:
     assert {p.full_name for p in found} >= {"eager plain", "eager composed", "qcrd-torch joint", "qcrd-torch composed"}
     assert "liger-kernel" in absent["liger"] and "GPU" in absent["qcrd-triton"]
     batch = make_batch(SMALL, CPU)
-    truth = find_truth(batch)
+    truths = {every: find_truth(batch, every=every) for every in (False, True)}
     for provider in found:
-        row = loss.check(provider, batch, truth, 1e-4, CPU)
+        row = loss.check(provider, batch, truths[provider.mode in EVERY], 1e-4, CPU)
         assert row["status"] == "ok", row
         assert batch.hidden_TH.grad is None
         assert ("dweight_error" in row) == (provider.mode != "score") and row.get("dweight_error", 0) < 1e-5
@@ -113,6 +113,9 @@ def test_what_is_counted() -> None:
         "eager score": [2, 2],
         "eager plain": [6, 6],
         "eager composed": [3.714, 3.714],
+        "eager every": [6, 6],
+        "qcrd-torch every": [8, 8],
+        "qcrd-torch every-kept": [6, 6],
         "qcrd-torch score": [2, 2],
         "qcrd-torch joint": [3.714, 3.714],
         "qcrd-torch composed": [4.286, 3.714],  # the second where the gradients are made in forward
@@ -176,14 +179,16 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     results = json.loads(file.read_text())
     assert [case["case"]["logits"] for case in results["cases"]] == ["random", "peaked"]
     for case in results["cases"]:
-        assert case["absent"].keys() == {"cce"} and len(case["rows"]) == 6
+        assert case["absent"].keys() == {"cce"} and len(case["rows"]) == 9
+        every_ms = 6 * Case("small", 257, 3, 2).unit / case["rate_tflops"] / 1e9
+        floors = {"score": case["product_ms"], "every": every_ms, "every-kept": every_ms}
         for row in case["rows"]:
             assert row["status"] == "ok" and row["ms_p20"] <= row["ms"] <= row["ms_p80"]
             assert row["peak_mib"] > 0 and row["floor_share"] == pytest.approx(
-                case["product_ms" if row["mode"] == "score" else "floor_ms"] / row["ms"]
+                floors.get(row["mode"], case["floor_ms"]) / row["ms"]
             )
     rows = list(csv.DictReader((tmp_path / "loss.csv").read_text().splitlines()))
-    assert len(rows) == 2 * 2 * 6 and rows[0]["head"] == "small" and rows[0]["torch"] == importlib.metadata.version("torch")
+    assert len(rows) == 2 * 2 * 9 and rows[0]["head"] == "small" and rows[0]["torch"] == importlib.metadata.version("torch")
     (drawn, _) = plot.latest(tmp_path / "loss.csv").items()
     assert len(drawn[1]) == 4
     (tmp_path / "loss.csv").write_text("other,columns\n")

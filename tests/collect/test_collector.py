@@ -132,7 +132,10 @@ def test_dry_run_shows_a_prompt_and_what_it_would_take(questions: Path, capsys: 
     assert tokens["completion_tokens_at_most"] == 18 * 512
     assert tokens["cost"] == tokens["prompt_tokens"] + tokens["completion_tokens"]
     out = capsys.readouterr().out
-    assert "What is 0 + 1?" in out and "requests if n is ignored:" in out
+    assert "What is 0 + 1?" in out and "The cost is not known" in out
+    table = [line.split() for line in out.splitlines()]
+    assert ["requests", "6", "30"] in table and ["samples", "30"] in table
+    assert any(row[:2] == ["completion", "tokens"] and row[3] == f"{30 * 512:,}" for row in table)
 
 
 # Going on

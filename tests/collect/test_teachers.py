@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,30 @@ def test_a_signal_lets_a_local_model_finish_its_batch(
         patch.setattr(LocalTeacher, "sample", interrupted)
         assert run(capsys, args, 143)["samples"] == 5
     assert run(capsys, args)["samples"] == 20 and len(ledger(questions, "reply")) == 20
+
+
+def test_a_system_prompt_of_a_local_model(
+    questions: Path, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is the chat's first message; without a chat, or where the template knows no such role, it is refused."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "chat"
+    shutil.copytree(llama_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    tokenizer.save_pretrained(folder)
+    options = {"temperature": 1.0, "max_tokens": 2, "seed": 0, "batch_size": 2, "device": "cpu"}
+    teacher = LocalTeacher(str(folder), api="", system="Be brief.", **options)
+    assert teacher.api == "chat"
+    ids = teacher._source("What is 2?")
+    assert ids == tokenizer("system: Be brief.\nuser: What is 2?\nassistant:", add_special_tokens=False).input_ids
+    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"--system-prompt: .*no system here"):
+        LocalTeacher(str(folder), api="", system="Be brief.", **options)._source("What is 2?")
+    args = command(questions, str(llama_folder), "--system-prompt", "Be brief.", "--max-tokens", "2")
+    assert "asked without a chat template" in run(capsys, args, 2)["log"]
 
 
 def test_a_local_model_that_is_none(questions: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

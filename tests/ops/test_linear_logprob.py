@@ -10,6 +10,8 @@ import torch
 import torch._inductor.config
 
 from qcrd_fast import LogProbOutput, QCRDLoss, contrastive_loss, linear_logprob
+from qcrd_fast.ops import chunked
+from qcrd_fast.ops.cpu_products import product
 from qcrd_fast.ops.rationale_loss import linear_rationale_loss
 from tests.support.loss_oracle import error
 
@@ -227,3 +229,75 @@ def test_sampling_under_inductor():
             return contrastive_loss(logprob, *RATIONALES, **options).loss
 
         assert_traced(sample, *((logprob, i) for i in range(3)), dynamic=None, backend="inductor")
+
+
+@pytest.mark.parametrize("columns", [0, 20, 64, 70, 1000])
+@pytest.mark.parametrize("options", [dict(), dict(softcap=2.0, temperature=0.7), dict(scale=0.4)], ids=str)
+@pytest.mark.parametrize("extras", [dict(), dict(return_lse=True, return_entropy=True)], ids=["logprob", "entropy"])
+@pytest.mark.parametrize("max_rows", [None, 7])
+def test_logits_kept_for_the_backward_pass(head, columns, options, extras, max_rows, monkeypatch):
+    """All, some, or none of the chunks kept; a backward pass over some of the rows; twice over one graph."""
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunked, "MIN_CHUNK", 10)
+    hidden, weight, target = head
+    bias = torch.linspace(-1, 1, 70, dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([0.0, 1, -2, 0, 0.5, 3, 0, 1, 1], dtype=torch.float64)
+
+    def gradients(twice=False, **settings):
+        out = linear_logprob(hidden, weight, target, bias=bias, **options, **extras, **settings)
+        parts = out if extras else [out]
+        loss = sum((weights * part).sum() * (i + 1) for i, part in enumerate(parts))
+        if twice:
+            torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True)
+        return torch.autograd.grad(loss, (hidden, weight, bias))
+
+    kept = []
+    forward = chunked.chunked_forward
+    monkeypatch.setattr(chunked, "chunked_forward", lambda *args: kept.append(forward(*args)) or kept[-1])
+    got = gradients(twice=True, impl="torch", max_rows=max_rows, workspace_bytes=8 * 9 * columns)
+    assert len(kept[0][6]) == 9 * min(columns // 10 * 10, 70)
+    for a, b in zip(got, gradients(impl="eager"), strict=True):
+        assert error(a, b) < 1e-12
+
+
+def test_nothing_is_kept_where_nothing_is_differentiated(head, monkeypatch):
+    kept = []
+    forward = chunked.chunked_forward
+    monkeypatch.setattr(chunked, "chunked_forward", lambda *args: kept.append(forward(*args)[6]) or forward(*args))
+    with torch.no_grad():
+        linear_logprob(*head, workspace_bytes=2**20, impl="torch")
+    linear_logprob(*(x.detach() for x in head), workspace_bytes=2**20, impl="torch")
+    assert [len(x) for x in kept] == [0, 0]
+    with pytest.raises(ValueError, match="workspace_bytes must be at least 0, got -1"):
+        linear_logprob(*head, workspace_bytes=-1)
+
+
+def test_bf16_gradients_by_the_processors_own_products(monkeypatch):
+    """Those of operands rounded to bf16, within what rounding the logits' gradient once and each chunk's dHidden allows."""
+    noise = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, 48, generator=noise).bfloat16().requires_grad_() for n in (130, 900))
+    target, weights = torch.randint(0, 900, (130,), generator=noise), torch.rand(130, generator=noise)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 4 * 130 * 100)
+
+    def gradients(*leaves, **settings):
+        return torch.autograd.grad((weights * linear_logprob(*leaves, target, **settings)).sum(), leaves)
+
+    want = gradients(*(x.detach().double().requires_grad_() for x in (hidden, weight)), impl="eager")
+    for narrow in (True, False):
+        monkeypatch.setattr(chunked, "has_bf16_products", lambda device, narrow=narrow: narrow)
+        for a, b in zip(gradients(hidden, weight, impl="torch"), want, strict=True):
+            assert a.dtype == torch.bfloat16 and error(a, b) < 5e-3
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
+def test_products_of_any_layout(layout):
+    """Whatever library takes them, fp32 products are those of float64 within rounding, also of views and of nothing."""
+    noise = torch.Generator().manual_seed(2)
+    a, b = torch.randn(70, 90, generator=noise), torch.randn(90, 110, generator=noise)
+    if layout == "columns":
+        a, b = a.T.contiguous().T, b.T.contiguous().T
+    if layout == "strided":
+        a, b = a.repeat_interleave(2, 1)[:, ::2], b.repeat_interleave(3, 0)[::3]
+    assert error(product(a, b), a.double() @ b.double()) < 1e-6
+    assert product(a[:0], b).shape == (0, 110) and not product(a[:, :0], b[:0]).any()
+    assert error(product(a[:1], b), a[:1].double() @ b.double()) < 1e-6

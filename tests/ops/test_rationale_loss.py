@@ -114,7 +114,7 @@ def test_a_nan_reaches_the_loss():
 def test_operator_contract_and_compile():
     batch = random_batch().to(torch.float32)
     valid = (batch.hidden, batch.weight, batch.target, batch.bias, batch.rationale, batch.positive, weights_of(batch).float())
-    arguments = (*valid, BETA, DELTA, 1.0, 0.0, 1.0, -100, False, [True, True, True])
+    arguments = (*valid, BETA, DELTA, 1.0, 0.0, 1.0, -100, False, 2**20, [True, True, True])
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(rationale_loss._rationale_loss, arguments, test_utils=checks)
 

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qcrd_fast.collect.endpoint import parse_reply
 from qcrd_fast.collect.ledger import Ledger
 from qcrd_fast.collect.prompts import read_reply
+from qcrd_fast.collect.reply import parse_reply
 from qcrd_fast.config import TASKS, TrainConfig
 from qcrd_fast.data import schema
 from qcrd_fast.data.answers import canonical, guess_task, parse_choices, same_answer, surface

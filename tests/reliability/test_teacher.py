@@ -14,7 +14,8 @@ import pytest
 
 from cli.main import entry
 from qcrd_fast.collect import endpoint
-from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, base_url, parse_reply
+from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, base_url
+from qcrd_fast.collect.reply import parse_reply
 from qcrd_fast.errors import InputError
 from tests.support import fake_teacher as fake
 from tests.support.collecting import command, ledger, questions, quick, rows, run, start, wait_for, write_questions
@@ -54,7 +55,7 @@ class TestTrial19:
             (fake.raw(b"[]"), "bad reply: no choices"),
             (fake.raw(b'{"choices": []}'), "bad reply: empty choices"),
             (fake.raw(b'{"choices": [7, null]}'), "bad reply: null content"),
-            (fake.raw(b'{"choices": [{"message": {"content": null}, "finish_reason": "length"}]}'), "bad reply: null content"),
+            (fake.raw(b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}'), "bad reply: null content"),
             (fake.raw(b'{"error": {"message": "overloaded"}}'), "bad reply: error in it"),
             (fake.raw(b"not gzip", content_encoding="gzip"), "bad reply: broken compression"),
             (fake.raw(b"?", content_encoding="zstd"), "bad reply: unknown encoding"),
@@ -309,6 +310,19 @@ class TestTrial20:
             assert run(capsys, command(questions, server.url, *args, "--max-cost", "3.5"), 75)["requests"] == 3
             assert run(capsys, command(questions, server.url, *args, "--max-cost", "6"))["cost"] == 6
         assert len(server.seen) == 6
+
+    def test_no_crowd_sets_out_before_a_price_is_known(self, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A teacher may think up to --max-tokens: what has not come yet is reckoned as that long, not as a short reply."""
+
+        def think(handler: fake.Handler, seen: fake.Seen) -> None:
+            usage = {"prompt_tokens": 10, "completion_tokens": 8000}
+            handler.server.released.wait(0.2 if "What is 0" in seen.prompt else 0.8)  # the first alone says how long they are
+            handler.send_json({"choices": [fake.choice("Long.\nAnswer: 1")], "usage": usage})
+
+        args = ("--price-input", "0", "--price-output", "100", "--max-tokens", "8192", "--num-samples", "1")  # a request: 0.8
+        with fake.serving(think) as server:
+            result = run(capsys, command(questions, server.url, *args, "--max-cost", "1.7"), 75)
+        assert result["cost"] == pytest.approx(1.6) and len(server.seen) == 2
 
 
 class TestTrial21:

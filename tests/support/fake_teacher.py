@@ -44,6 +44,7 @@ class FakeTeacher(ThreadingHTTPServer):
     def __init__(self, usual: Behaviour | None = None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.seen: list[Seen] = []
+        self.count = 0  # of samples, for behaviours that number them
         self.plan: list[Behaviour] = []
         self.usual = usual or samples()
         self.lock = threading.Lock()

@@ -49,9 +49,8 @@ class Kernels:
 
     def forward_keeping(self, *args):
         self.calls += 1
-        if (found := chunked.forward_keeping(*args)) is None:
-            return None
-        return self.harm(found[0], self.calls), *found[1:]
+        logprob_T, *rest = chunked.forward_keeping(*args)
+        return self.harm(logprob_T, self.calls), *rest
 
     def backward(self, *args):
         dhidden, *rest = chunked.chunked_backward(*args)
@@ -256,7 +255,9 @@ def test_the_kill_switch_comes_before_everything(kernels, rows_file, llama_folde
 
 def test_torch_has_nothing_to_fall_back_on(rows_file, llama_folder, tmp_path, monkeypatch):
     real = chunked.chunked_forward
-    monkeypatch.setattr(chunked, "chunked_forward", lambda *args: (off(real(*args)[0], 0), *real(*args)[1:]))
+    monkeypatch.setattr(
+        chunked, "chunked_forward", lambda *args, **kept: (off(real(*args, **kept)[0], 0), *real(*args, **kept)[1:])
+    )
     with pytest.raises(RunError, match="plain torch: this machine computes wrongly"):
         train(settings(rows_file, llama_folder, tmp_path / "run", impl="torch", audit_every=1))
 

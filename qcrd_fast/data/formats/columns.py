@@ -20,9 +20,9 @@ from qcrd_fast.data.formats.samples import (
     row_is_cut,
     sample_list,
     with_reasoning,
-    with_thinking,
 )
 from qcrd_fast.data.formats.turns import exchange, has_question, is_turns, reply_text, unwrap_template
+from qcrd_fast.data.messages import with_thinking
 from qcrd_fast.data.replies import DEFAULT, parse_choices
 from qcrd_fast.data.schema import Question, Rationale, RowError, check_text, get_answer
 

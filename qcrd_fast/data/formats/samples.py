@@ -8,6 +8,7 @@ from typing import Any
 
 from qcrd_fast.data.formats.fields import Row, plain
 from qcrd_fast.data.formats.turns import as_list, exchange, is_turns, reply_text
+from qcrd_fast.data.messages import with_thinking
 from qcrd_fast.data.schema import Rationale, RowError, check_text, get_answer, get_text, kind_of
 
 _TEXTS = (
@@ -21,6 +22,7 @@ _OTHERS = ("source", "index", "role", "logprobs", "token_ids", "cumulative_logpr
 _KNOWN = {plain(name): name for name in (*_TEXTS, *_THOUGHTS, *_ANSWERS, *_OTHERS)}
 _OWN = {"rationale", "answer", "source", "text", "cut"}
 _REASONING = frozenset(map(plain, ("reasoning", "reasoning_content", "thinking", "thought", "thoughts")))
+_BESIDE = tuple(name for name in _THOUGHTS if plain(name) in _REASONING)  # of a rationale of its own
 _FLAGS = {plain(name): name for name in (*_STOPS, *_CUTS)}
 _SAID = frozenset(map(plain, (*_TEXTS, *_THOUGHTS, *_ANSWERS)))
 _LENGTH = ("length", "maxtokens", "maxlength", "maxoutputtokens", "maxcompletiontokens", "modellength")
@@ -104,7 +106,8 @@ def _object(item: dict[str, Any], where: str, unread: set[str]) -> Rationale:
         said = get_text(item, text) if text else None
         return with_reasoning(get_text(item, thought) or "", said, item, answer, source)
     if answer is not None:
-        return Rationale(get_text(item, thought or text or "") or "", get_answer(item, answer), source)
+        said, beside = get_text(item, thought or text or "") or "", first(_BESIDE) if thought else None
+        return Rationale(with_thinking(get_text(item, beside) if beside else None, said), get_answer(item, answer), source)
     if thought is not None and text is not None:
         return Rationale(with_thinking(get_text(item, thought), get_text(item, text) or ""), None, source, reply=True)
     return Rationale(get_text(item, thought or text or "") or "", None, source, reply=True)
@@ -123,14 +126,6 @@ def with_reasoning(
     if reply is None and (len(said.split()) > _SHORT or "\n" in said.strip()):
         return Rationale(with_thinking(reasoning, said), None, source, reply=True)
     return Rationale(with_thinking(reasoning, reply) if reply else reasoning, said or None, source)
-
-
-def with_thinking(thinking: str | None, reply: str) -> str:
-    """A reply that begins with its reasoning, as chat models write it; without a reply the reasoning is open."""
-    if not thinking or not thinking.strip():
-        return reply
-    closing = f"\n</think>\n\n{reply}" if reply.strip() else ""
-    return f"<think>\n{thinking}{closing}"
 
 
 def sample_list(value: Any, key: str) -> list[Any]:

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+from qcrd_fast.data.messages import is_reasoning_part, is_text_part, read_message
 from qcrd_fast.data.schema import RowError, check_text
 
 _ROLES = {
@@ -14,7 +15,6 @@ _ROLES = {
     "ai": "assistant", "system": "system", "developer": "system",
 }  # fmt: skip
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
-_THINKING_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_content")
 _TEMPLATES = (  # of chat models: the role and what was said
     re.compile(r"<\|im_start\|>\s*(\w+)[ \t]*\n?(.*?)(?:<\|im_end\|>|(?=<\|im_start\|>)|\Z)", re.DOTALL),
     re.compile(
@@ -27,7 +27,6 @@ _TEMPLATES = (  # of chat models: the role and what was said
     ),
 )
 _INST = re.compile(r"(?:<s>)?\s*\[INST\]\s*(<<SYS>>.*?<</SYS>>)?((?:(?!\[/?INST\]).)*)\[/INST\]\s*", re.DOTALL)
-_THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 def is_turns(value: Any) -> bool:
@@ -82,29 +81,16 @@ def reply_text(turn: dict[str, Any]) -> str:
         RowError: it says nothing, or no text.
     """
     content = next((turn[key] for key in (*_CONTENT_KEYS, "text") if turn.get(key) is not None), None)
-    thoughts: list[str | None] = []
-    if isinstance(content, list):
-        thoughts = [_thought(part) for part in content]
-        content = [part for part, thought in zip(content, thoughts, strict=True) if thought is None]
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise RowError("content has parts that are not text")
-        content = "".join(part["text"] for part in content)
-    thinking = next((turn[key] for key in _THINKING_KEYS if isinstance(turn.get(key), str) and turn[key].strip()), None)
-    thinking = thinking or "\n".join(filter(None, thoughts)) or None
-    if content is None and thinking is None:
+    if isinstance(content, list) and not all(is_reasoning_part(part) or is_text_part(part) for part in content):
+        raise RowError("content has parts that are not text")
+    if not isinstance(content, list | None):
+        check_text(content, "content")
+    said = read_message({**turn, "content": content})
+    if content is None and not said.reasoning:
         raise RowError("content is null" if turn.keys() & set(_CONTENT_KEYS) else "missing key 'content'")
-    text = check_text(content if content is not None else "", "content")
-    if thinking is None:
-        return text
-    closing = "\n</think>\n\n" if text.strip() else ""  # reasoning that never came to a reply is open
-    return f"<think>\n{check_text(thinking, 'reasoning')}{closing}{text}"
-
-
-def _thought(part: Any) -> str | None:
-    """The reasoning of a part of a content that is of type thinking, empty where it is hidden; None: another part."""
-    if not isinstance(part, dict) or part.get("type") not in _THINKING_PARTS:
-        return None
-    return next((part[key] for key in (*_THINKING_KEYS, "text", "content") if isinstance(part.get(key), str)), "")
+    check_text(said.content or "", "content")
+    check_text(said.reasoning, "reasoning")
+    return said.text
 
 
 def unwrap_template(text: str, where: str) -> tuple[str, bool]:

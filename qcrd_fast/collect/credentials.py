@@ -1,0 +1,85 @@
+"""Headers and queries of the user's own: how they are given, and which of them are secrets."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qcrd_fast.errors import InputError
+
+Pairs = tuple[tuple[str, str], ...]
+
+_PAIR = re.compile(r"\s*([^\s:=]+)\s*[:=]\s*(.*?)\s*", re.DOTALL)
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_OURS = ("accept-encoding", "connection", "content-length", "host", "transfer-encoding", "x-client-request-id")
+_CREDENTIAL = re.compile(r"auth|key|token|secret|password|passwd|cookie|credential|signature|^sig$|^code$", re.IGNORECASE)
+_HARMLESS = re.compile(r"version|title|referer|user-agent|origin|accept|content-type", re.IGNORECASE)
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def read_pairs(option: str, given: Any) -> Pairs:
+    """(name, value) of each `NAME: VALUE` or `NAME=VALUE`, or of a mapping; `${NAME}` in a value is an environment variable.
+
+    Raises:
+        InputError: a name or a value that cannot be sent, without the value, which may be a key.
+    """
+    items: Iterable[tuple[str, str]]
+    if isinstance(given, Mapping):
+        items = [(str(name), str(value)) for name, value in given.items()]
+    else:
+        found = [(text, _PAIR.fullmatch(text)) for text in given]
+        for text, match in found:
+            if match is None:
+                raise InputError(
+                    f"{option}: expected NAME: VALUE or NAME=VALUE; got a text of {len(text)} characters without either"
+                )
+        items = [(match[1], match[2]) for _, match in found if match]
+    return tuple((_name(option, name), _value(option, name, value)) for name, value in items)
+
+
+def _name(option: str, name: str) -> str:
+    if option == "--header" and (not _TOKEN.fullmatch(name) or name.lower() in _OURS):
+        raise InputError(f"{option}: {name[:40]!r} is no header that can be given")
+    return name
+
+
+def _value(option: str, name: str, value: str) -> str:
+    def variable(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise InputError(f"{option} {name}: the environment variable {match[1]} is not set")
+        return os.environ[match[1]].strip()
+
+    value = _VARIABLE.sub(variable, value)
+    if not value or not value.isascii() or not value.isprintable():
+        raise InputError(f"{option} {name}: the value is empty or has characters that cannot be sent")
+    return value
+
+
+def is_credential(name: str) -> bool:
+    """Whether a header of this name holds a key."""
+    return bool(_CREDENTIAL.search(name))
+
+
+def looks_secret(name: str, value: str) -> bool:
+    """Whether a value may be a key: by its name, or by letters and digits without a space."""
+    if is_credential(name):
+        return True
+    mixed = re.search(r"[A-Za-z]", value) and re.search(r"\d", value) and not re.search(r"\s|://|/", value)
+    return bool(mixed) and not _HARMLESS.search(name)
+
+
+def may_be_secret(name: str) -> bool:
+    """Whether a header's value is better not printed, whatever it looks like."""
+    return is_credential(name) or not _HARMLESS.search(name)
+
+
+def secret_parts(value: str) -> set[str]:
+    """A value and its parts, such as what follows Bearer."""
+    return {value, *re.split(r"[\s;,=]+", value)}
+
+
+def printable(pairs: Pairs) -> dict[str, str]:
+    """Names with their values, secrets hidden."""
+    return {name: "***" if looks_secret(name, value) else value for name, value in pairs}

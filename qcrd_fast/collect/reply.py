@@ -1,0 +1,114 @@
+"""What an endpoint's reply holds: samples, each with its message whole, tokens, and faults that are counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qcrd_fast.data.formats.samples import is_cut
+from qcrd_fast.data.messages import read_message
+
+DEEPEST = 32  # nesting of a message that is kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One sample as it came; `cut` at the maximum length.
+
+    `text` is the whole reply, its reasoning in <think> tags before what was said; `message` is the message of a chat, whole.
+    """
+
+    text: str
+    cut: bool = False
+    message: Mapping[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """Samples of one request with the tokens it used, `estimated` where the server did not say; faults are counted.
+
+    `usage` is what the server said of tokens, and perhaps of cost.
+    """
+
+    choices: list[Choice]
+    prompt_tokens: int
+    completion_tokens: int
+    estimated: bool = False
+    faults: dict[str, int] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    usage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str) -> Reply:
+    """The choices of a decoded reply, whatever it is, each text through `clean`; what is no text is a counted fault."""
+    value = value if isinstance(value, dict) else {}
+    faults: dict[str, int] = {}
+    choices = []
+
+    def fault(name: str) -> None:
+        faults[name] = faults.get(name, 0) + 1
+
+    found = value.get("choices")
+    if not isinstance(found, list) or not found:
+        fault("error in it" if value.get("error") else "empty choices" if found == [] else "no choices")
+        found = []
+    for item in found:
+        item = item if isinstance(item, dict) else {}
+        choice = _choice(_cleaned(item, clean))
+        if choice is None and item.get("finish_reason") == "error":
+            fault("error in it")
+        elif choice is None:
+            message = item.get("message")
+            said = message.get("content") if isinstance(message, dict) else item.get("text")
+            fault("null content" if said is None else "empty content")
+        else:
+            choices.append(choice)
+    usage = value.get("usage")
+    usage = _cleaned(usage, clean) if isinstance(usage, dict) else {}
+    prompt_tokens, completion_tokens, total = (
+        _count(usage.get(f"{name}_tokens")) for name in ("prompt", "completion", "total")
+    )
+    if prompt_tokens is None or completion_tokens is None:
+        estimate = sum(estimate_tokens(choice.text) for choice in choices)
+        return Reply(choices, estimate_tokens(prompt), estimate, True, faults, usage=usage)
+    if total is not None:  # some servers count reasoning in the total alone
+        completion_tokens = max(completion_tokens, total - prompt_tokens)
+    return Reply(choices, prompt_tokens, completion_tokens, False, faults, usage=usage)
+
+
+def _choice(item: Mapping[str, Any]) -> Choice | None:
+    """A choice that was paid for and will not come out better: one that says something, or that ended before it could."""
+    if item.get("finish_reason") == "error":  # of a router whose server broke off
+        return None
+    message = item.get("message")
+    said = read_message(message if isinstance(message, dict) else {**item, "content": item.get("text")})
+    text, cut = said.text, is_cut(item)
+    if not text.strip() and isinstance(message, dict) and isinstance(message.get("refusal"), str):
+        text = message["refusal"]
+    if not text.strip() and not cut and item.get("finish_reason") != "content_filter":
+        return None
+    return Choice(text if text.strip() else "", cut, message if isinstance(message, dict) else None)
+
+
+def _cleaned(value: Any, clean: Callable[[str], str], depth: int = 0) -> Any:
+    """`value` with each text in it through `clean`; null for what nests too deep and for numbers that are not finite."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, list | dict) and depth > DEEPEST:
+        return None
+    if isinstance(value, list):
+        return [_cleaned(item, clean, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {clean(key): _cleaned(item, clean, depth + 1) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40 else None
+
+
+def estimate_tokens(text: str) -> int:
+    """Four bytes a token, as a rule of thumb for English."""
+    return math.ceil(len(text.encode("utf-8", "replace")) / 4)
