@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,18 @@ class Evaluation:
         said = self._explain(student, records, min(self.config.max_new_tokens, self.config.max_target_length))
         return rationales_text(self.data.validation[: len(records)], said, records)
 
-    def finish(self, student: Student, log: MetricsLog, best: Best, step: int, stopped_early: bool = False) -> dict[str, Any]:
+    def finish(
+        self,
+        student: Student,
+        log: MetricsLog,
+        best: Best,
+        step: int,
+        more: Mapping[str, Any] | None = None,
+        stopped_early: bool = False,
+    ) -> dict[str, Any]:
         """Point `final` at the best checkpoint of a run that ended behind `step`, and evaluate it and the untrained student, on
-        the test set, else on the validation set. `student`: whose device and prompts are taken."""
+        the test set, else on the validation set. `student`: whose device and prompts are taken. `more` is added to the
+        results."""
         chosen = self.ranks.on_first(lambda: self._choose_final(log, best, step))
         if chosen["finished"] is not None:
             return dict(chosen["finished"])
@@ -101,6 +110,7 @@ class Evaluation:
             "steps": step,
             "train_questions": len(self.data.train),
             "dropped_from_train": self.data.dropped,
+            **(more or {}),
         }
         if self.config.early_stopping_patience:
             results["stopped_early"] = stopped_early

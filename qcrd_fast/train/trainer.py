@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from qcrd_fast.config import TrainConfig
-from qcrd_fast.discriminator.model import build_discriminator
-from qcrd_fast.discriminator.trainer import DiscriminatorTrainer, judge_questions
+from qcrd_fast.config import SPELLED_OUT, TrainConfig
+from qcrd_fast.discriminator.cross_fit import Check, CrossFitTrainer, build_judge
 from qcrd_fast.distributed.comm import ALONE, Ranks, joined, own_device
 from qcrd_fast.distributed.parallel import Engine, full, make_engine
 from qcrd_fast.errors import InputError, RunError, Stopped
@@ -33,9 +32,10 @@ from qcrd_fast.train import checkpointer
 from qcrd_fast.train.audit import Audit, Audits
 from qcrd_fast.train.checkpointer import Keeper, require_same_prompts, resume_point
 from qcrd_fast.train.evaluation import Best, Evaluation
-from qcrd_fast.train.examples import Example, make_examples
+from qcrd_fast.train.examples import Candidate, Example, make_examples
+from qcrd_fast.train.judging import WEIGHT_KINDS, Judges, make_judges
 from qcrd_fast.train.memory_estimate import checkpoint_activations, survey
-from qcrd_fast.train.methods import method_of, samples_student
+from qcrd_fast.train.methods import has_discriminator, method_of, samples_student
 from qcrd_fast.train.metrics_log import MetricsLog, Progress, mean, share
 from qcrd_fast.train.negatives import Asked, LaggedNegatives
 from qcrd_fast.train.objective import Objective
@@ -45,6 +45,7 @@ from qcrd_fast.train.questions import Data
 from qcrd_fast.train.run_text import example_text
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
+from qcrd_fast.train.student_answers import StudentAnswers
 from qcrd_fast.utils.determinism import deterministic, require_deterministic
 from qcrd_fast.utils.device import make_autocast, resolve_device
 from qcrd_fast.utils.files import told_room
@@ -54,14 +55,22 @@ from qcrd_fast.utils.signals import StopSignals
 from qcrd_fast.utils.torchrun import world_size
 
 log = logging.getLogger(__name__)
+FEWEST_TO_COMPARE, BLIND = 20, 0.8  # samples that agree with the majority, and that do not; weights of a judge that is blind
 IDLE_QUALITY = 0.9  # negatives that are rated higher weigh less than a tenth (Eq. 7)
 
 
 def train(
-    config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = False, data: Data | None = None
+    config: TrainConfig,
+    run: RunFolder | None = None,
+    *,
+    dry_run: bool = False,
+    data: Data | None = None,
+    judges: Judges | None = None,
 ) -> dict[str, Any]:
     """Train a student as `config` says and return what `eval_results.json` holds. `data`: what `Data.load` made of `config`,
     where that is done already.
+
+    `judges` take the place of those of `--quality`: objects with `scores(cases)`, for positives and for negatives.
 
     Raises `InputError` for options or data at fault, `RunError` when training fails (a loss that is not finite, a full
     disk), `Stopped` after a signal, with everything saved. With `dry_run`, loads and checks everything, writes nothing
@@ -72,22 +81,31 @@ def train(
     check_start(config, dry_run=dry_run)
     if run is None and not dry_run:
         with RunFolder(config) as run:
-            return train(config, run, data=data)
+            return train(config, run, data=data, judges=judges)
     config = dataclasses.replace(config, impl=os.environ.get("QCRD_FAST_IMPL") or config.impl)
     device = resolve_device(own_device(config.device))
     if device.type == "cuda" and (parameters := count_parameters(Path(str(config.student)))):
         require_memory(config, parameters, torch.cuda.mem_get_info(device)[0], str(device))
     if run is None:
-        return _train(config, None, device, ALONE, data)
+        return _train(config.resolved(), None, device, ALONE, data)
     with (
         joined(device, config.ddp_timeout) as ranks,
         deterministic(config.deterministic),
         relieved_by(for_weights(config)),
     ):
-        return _train(config, run, device, ranks, data)
+        # of a run that is resumed, those that it began with
+        spelled = ranks.on_first(lambda: {name: getattr(run.config, name) for name in SPELLED_OUT})
+        return _train(dataclasses.replace(config, **spelled), run, device, ranks, data, judges)
 
 
-def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ranks: Ranks, data: Data | None) -> dict[str, Any]:
+def _train(
+    config: TrainConfig,
+    run: RunFolder | None,
+    device: torch.device,
+    ranks: Ranks,
+    data: Data | None,
+    judges: Judges | None = None,
+) -> dict[str, Any]:
     require_impl(config.impl, device)
     choose_overlap(config, device)
     require_deterministic(config, device, samples_student(config))
@@ -116,7 +134,7 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
         return _plan(config, data, schedule, student) | survey(student, examples, data.validation, schedule)
     if unused := config.unused():
         log.info("--method %s does not use %s", config.method, ", ".join(unused))
-    session = Session(config, run.path, data, schedule, student, examples, ranks, Path(found) if found else None)
+    session = Session(config, run.path, data, schedule, student, examples, ranks, Path(found) if found else None, judges)
     try:
         if found:
             session.restore(Path(found))
@@ -166,16 +184,18 @@ class Session:
         examples: list[Example],
         ranks: Ranks = ALONE,
         found: Path | None = None,
+        judges: Judges | None = None,
     ):
         self.config, self.run, self.data, self.schedule, self.ranks = config, run, data, schedule, ranks
         self.student, self.examples = student, examples
         self.autocast = make_autocast(student.device, config.bf16)
         self.evaluation = Evaluation(config, run, data, self.autocast, ranks)
         self.log = MetricsLog(run, config.report_to, ranks, config.run_name)
-        self.trainer: DiscriminatorTrainer | None = None
-        if method_of(config).has_discriminator:
-            judge = build_discriminator(config.discriminator, student.model, student.tokenizer, seed=config.seed)
-            self.trainer = DiscriminatorTrainer(judge, config) if judge else None
+        self.trainer: CrossFitTrainer | None = None
+        self.check: Check | None = None  # of the discriminator, the last one
+        if has_discriminator(config) and judges is None:
+            judge = build_judge(config.to_dict(), student.model, student.tokenizer)
+            self.trainer = CrossFitTrainer(judge, config) if judge else None
         if config.use_peft:  # after the discriminator has copied what it needs
             add_lora(student.model, config)
             if found:
@@ -187,8 +207,9 @@ class Session:
             asked = [Asked(e.id, e.explain) for e in examples]
             lane = Lane(choose_overlap(config, student.device), student.device)
             self.lagged = LaggedNegatives(
-                student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, lane, ranks
-            )
+                student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, lane, ranks,
+                StudentAnswers(data.train, schedule, student.tokenizer.eos_token_id),
+            )  # fmt: skip
         if config.gradient_checkpointing:
             checkpoint_activations(student.model)
         self.engine = self._share_model()
@@ -196,8 +217,9 @@ class Session:
         snapshots = self.snapshots if self.lagged else None
         self.keeper = Keeper(config, run, data, schedule, student, self.optimizer, self.trainer, self.engine, snapshots)
         warmup = round(config.redi_warmup * schedule.total_steps)
-        judge = self.trainer.discriminator if self.trainer else None
-        self.objective = Objective(student, config, judge, self.autocast, warmup, self.engine)
+        if judges is None:
+            judges = make_judges(config, data.train, self.trainer.discriminator if self.trainer else None)
+        self.objective = Objective(student, config, judges, self.autocast, warmup, self.engine)
         self.audits = Audits(config, student.device, ranks)
         self.step = 0  # optimizer steps done
         self.best: Best = None
@@ -288,6 +310,10 @@ class Session:
         lagged = self.lagged.for_step(step) if self.lagged else {}
         sampled = time.perf_counter()
         questions = self.schedule.questions(step)
+        drawn = [lagged[i] for index in questions if (i := self.examples[index].id) in lagged]
+        agreeing = [n for n in drawn if n.case and n.case.agrees]
+        if self.config.agreeing_negatives == "drop":
+            lagged = {i: n for i, n in lagged.items() if not (n.case and n.case.agrees)}
         batches = self.schedule.micro_batches(step, self.ranks.rank)
 
         def compute(watched: int, audit: Audit | None) -> tuple[dict[str, torch.Tensor], Counter[str]]:
@@ -311,7 +337,7 @@ class Session:
         (losses, counts), audited = self.audits.run(step, len(batches), compute, self._fall_back)
         counts = sum(map(Counter, self.ranks.gather(counts)), Counter())
         ids = [self.examples[i].id for i in questions]
-        if counts["weighed"] and not counts["weight"]:
+        if self.trainer and counts["weighed"] and not counts["weight"]:
             raise RunError(f"step {step + 1}: the discriminator weighs every rationale with 0; questions {', '.join(ids)}")
         losses = dict(zip(losses, self.ranks.sum(torch.stack(list(losses.values()))), strict=True))
         norm = full(torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf))
@@ -321,7 +347,8 @@ class Session:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        watched = ("lagged", "lagged_active", "quality_negative", "num_negative")
+        watched = ["lagged", "lagged_active", "quality_negative", "num_negative"]
+        watched += [f"{what}_lagged_{kind}" for what in ("weight", "weighed") for kind in ("agrees", "differs")]
         self.negatives_seen.update({name: counts[name] for name in watched})
         elapsed = time.perf_counter() - started
         record = {
@@ -333,6 +360,8 @@ class Session:
             "loss_d": self.loss_d,
             "quality_positive": mean(counts, "quality_positive", "num_positive"),
             "quality_negative": mean(counts, "quality_negative", "num_negative"),
+            **{f"weight_{kind}": mean(counts, f"weight_{kind}", f"weighed_{kind}") for kind in WEIGHT_KINDS},
+            "lagged_agrees": len(agreeing) / len(drawn) if drawn else None,
             "active_hinge_lagged": share(counts, "lagged"),
             "active_hinge_minority": share(counts, "minority"),
             "masked_minority_share": mean(counts, "masked_minorities", "minority_questions"),
@@ -343,6 +372,8 @@ class Session:
             "sample_wait_ms": 1e3 * (sampled - started),
             "sampled_tokens_per_s": self.lagged.tokens_per_s if self.lagged else None,
             "sample_hidden_share": self.lagged.hidden_share if self.lagged else None,
+            "discriminator_auc": self.check.auc if self.check else None,
+            "discriminator_auc_low": self.check.auc_low if self.check else None,
             **audited,
         }
         if self.student.device.type == "cuda":
@@ -364,9 +395,11 @@ class Session:
         if self.trainer and iteration:
             self.trainer.set_alpha(self.schedule.alpha_d(iteration - 1))  # of the iteration that is learnt from
             drawn = self.lagged.of_iteration(iteration - 1) if self.lagged else {}
-            texts = {e.id: [c.text] for e in self.examples for c in e.candidates(drawn) if c.source == "lagged"}
+            texts = {e.id: [c.text] for e in self.examples for c in e.candidates(drawn) if self._is_wrong(c)}
             loss = self.trainer.update(self.data.train, texts, iteration)
             self.loss_d = self.loss_d if loss is None else loss
+            if loss is not None:
+                self._check_discriminator(f"iteration {iteration}")
         self.keeper.snapshot(self.step)
 
     def _warn_of_idle_negatives(self, iteration: int) -> None:
@@ -374,9 +407,18 @@ class Session:
         if seen["quality_negative"] > IDLE_QUALITY * seen["num_negative"]:
             score = seen["quality_negative"] / seen["num_negative"]
             log.warning(
-                "iteration %d: the discriminator rates negatives %.2f on average, so they weigh %.2f and teach little "
-                "(see --discriminator-pretrain-steps, --discriminator-loss, --discriminator none)",
-                iteration, score, 1 - score,
+                "iteration %d: %s rates negatives %.2f on average, so they weigh %.2f and teach little "
+                "(see --quality vote, --discriminator-pretrain-steps, --discriminator-loss)",
+                iteration, self.objective.judges.name or "the judge", score, 1 - score,
+            )  # fmt: skip
+        agrees, differs = (mean(seen, f"weight_lagged_{kind}", f"weighed_lagged_{kind}") for kind in ("agrees", "differs"))
+        fewest = min(seen["weighed_lagged_agrees"], seen["weighed_lagged_differs"])
+        if self.trainer and fewest >= FEWEST_TO_COMPARE and (agrees or 0.0) > BLIND * (differs or 0.0):
+            log.warning(
+                "iteration %d: samples of the student that give the majority's answer weigh %.3f as negatives, those that give "
+                "another %.3f: the discriminator does not tell them apart, and may push away from right reasoning "
+                "(see --quality vote, --agreeing-negatives drop)",
+                iteration, agrees, differs,
             )  # fmt: skip
         if seen["lagged_active"] < 0.05 * seen["lagged"]:
             log.warning(
@@ -394,13 +436,45 @@ class Session:
                 raise Stopped(signum)
 
         if steps:
-            log.info("pretraining the discriminator for %d steps", steps)
+            folds = self.config.folds
+            log.info("pretraining the discriminator for %d steps%s", steps, f" on each of {folds} folds" if folds > 1 else "")
             self.trainer.set_alpha(1.0)  # a3 weighs the online updates alone
             self.loss_d = self.trainer.pretrain(self.data.train, steps, check)
-            told = judge_questions(self.trainer.discriminator, self.data.validation)
-            if told["auc"] is not None and told["auc_95"]:
-                log.info("discriminator, %d held-out questions: AUC %.3f (95%% interval %.3f to %.3f), calibration error %.3f",
-                         told["questions"], told["auc"], *told["auc_95"], told["expected_calibration_error"])  # fmt: skip
+        self._check_discriminator("pretrained")
+
+    def _is_wrong(self, candidate: Candidate) -> bool:
+        """Whether the discriminator learns from a candidate as from a wrong rationale of the student."""
+        if candidate.source != "lagged" or self.config.effective("discriminator_agreeing") == "negative":
+            return candidate.source == "lagged"
+        case = candidate.case
+        return case is None or not (case.agrees or case.rationale.truncated)
+
+    def _check_discriminator(self, when: str) -> None:
+        """Calibrate the scores; where they do not tell right from wrong, weigh by the vote from here on."""
+        trainer = self.trainer
+        assert trainer
+
+        def check() -> dict[str, Any]:
+            assert trainer
+            found = trainer.check(self.data.train, self.data.validation)
+            return {"check": found.to_dict(), "platt": trainer.discriminator.platt}
+
+        told = self.ranks.on_first(check)  # ranks whose GPUs round otherwise must not decide otherwise
+        self.check = Check(**told["check"])
+        trainer.discriminator.platt = told["platt"] and [(slope, offset) for slope, offset in told["platt"]]
+        log.info("discriminator, %s: %s", when, self.check.text)
+        if self.check.refused:
+            log.warning(
+                "discriminator, %s: refused, since its held-out AUC %s (--discriminator-min-auc %g); the vote weighs the "
+                "rationales instead, as with --quality vote",
+                when, self.check.low_text, self.config.effective("discriminator_min_auc"),
+            )  # fmt: skip
+            self._drop_discriminator()
+
+    def _drop_discriminator(self) -> None:
+        self.trainer = self.keeper.trainer = None
+        self.objective.judges = make_judges(self.config, self.data.train, None)
+        self.loss_d = None
 
     # Validation, checkpoints, results
 
@@ -418,8 +492,11 @@ class Session:
     def _save(self) -> None:
         if self.keeper.saved_step != self.step:
             self.log.sync()  # a loss that is not finite stops here, before anything is overwritten
-            progress = {"loss_d": self.loss_d, "failed_impl": self.audits.failed, "stale": self.stale}
+            progress = {"loss_d": self.loss_d, "failed_impl": self.audits.failed, "stale": self.stale, **self._checked()}
             self.keeper.save(self.step, self.best, progress)
+
+    def _checked(self) -> dict[str, Any]:
+        return {"discriminator_check": self.check.to_dict()} if self.check else {}
 
     def cut(self, step: int) -> None:
         """Cut the log and the negatives back to a step, 0 being all of what a run left that had no checkpoint yet; results of a
@@ -432,6 +509,10 @@ class Session:
 
     def restore(self, found: Path) -> None:
         """Continue from a checkpoint; the student's weights are loaded already."""
+        if told := checkpoints.read_state(found).get("discriminator_check"):
+            self.check = Check(**told)
+            if self.check.refused:
+                self._drop_discriminator()
         state = self.keeper.restore(found)
         self.step, self.best, self.loss_d = state["step"], state["best"], state["loss_d"]
         self.stale = state.get("stale", 0)
@@ -445,9 +526,9 @@ class Session:
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint; returns what `eval_results.json` holds."""
         self.optimizer.state.clear()
-        return self.evaluation.finish(
-            self.student, self.log, self.best, self.step, stopped_early=self.step < self.schedule.total_steps
-        )
+        told = self.check.results if self.check else {}
+        stopped_early = self.step < self.schedule.total_steps
+        return self.evaluation.finish(self.student, self.log, self.best, self.step, told, stopped_early)
 
 
 def _adamw(model: Any, config: TrainConfig) -> torch.optim.AdamW:

@@ -148,3 +148,18 @@ class TestTrial3:
         assert done.code == 0, done.err
         assert differences(run, unbroken) == []
         assert len(list((run / "negatives").iterdir())) == 3
+
+
+@pytest.mark.parametrize("quality", ["vote", "text", "none"])
+def test_killed_with_each_quality(crashes: Crashes, quality: str, tmp_path) -> None:
+    """By votes, by text, without weights: killed in the middle of an iteration's gradient, and as its negatives are drawn."""
+    options = {"quality": quality, "discriminator": "auto", "agreeing_negatives": "drop", "max_new_tokens": 20}
+    student, runs = crashes.wholes[1].student, [tmp_path / "whole", tmp_path / "run"]
+    done = crashes.warm.run(crashes.args(student, runs[0], **options))
+    assert done.code == 0, done.err
+    args = crashes.args(student, runs[1], resume="auto", **options)
+    for fault in (Fault("kill", 7, STEP), Fault("kill", 0, SAMPLE, after=True)):
+        assert crashes.warm.run(args, fault).code == KILLED
+    done = crashes.warm.run(args)
+    assert done.code == 0, done.err
+    assert differences(runs[1], runs[0]) == []

@@ -102,6 +102,22 @@ def test_switches_that_all_runs_share_stand_once(tmp_path: Path) -> None:
     assert all(text.count(f"--negative-lag {i}") == 1 for i in (1, 2, 3))
 
 
+def test_a_refused_discriminator_is_said(tmp_path: Path) -> None:
+    for low, refused, wanted in (
+        (0.55, False, "held-out AUC 0.700, lower bound 0.550; refused (the lower bound must reach 0.6); the vote weighs"),
+        (0.65, False, "held-out AUC 0.700, lower bound 0.650; in use"),
+        (None, True, "held-out AUC unknown; refused"),
+    ):
+        run = make_run(tmp_path / str(low), discriminator_min_auc=0.6)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        told = {"discriminator_auc": 0.7 if low else None, "discriminator_auc_low": low}
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line | told) + "\n" for line in lines))
+        results = json.loads((run / "eval_results.json").read_text())
+        (run / "eval_results.json").write_text(json.dumps(results | {"discriminator_refused": refused}))
+        assert wanted in check(render([read_run(run)])).text
+    assert "The discriminator, on questions" not in check(render([read_run(make_run(tmp_path / "none"))])).text
+
+
 @pytest.mark.parametrize("state", ["empty", "crashed", "garbage"])
 def test_runs_in_any_state(tmp_path: Path, state: str) -> None:
     run = tmp_path / state
@@ -173,6 +189,30 @@ def test_student_negatives_stand_beside_the_teacher_without_scores(tmp_path: Pat
         (run / "negatives" / f"iteration-{iteration:05d}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     text = check(render([read_run(run)])).text
     assert "It is one." in text and "late words" in text and "early words" not in text and "iteration 1" in text
+
+
+def test_the_densities_of_a_run_by_votes(tmp_path: Path) -> None:
+    """They need no stored scores: teacher right and minority, student samples that agree, differ, or were cut."""
+    run = make_run(tmp_path / "run", data=str(tmp_path / "rows.jsonl"), quality="vote")
+    (run / "quality_scores.jsonl").unlink()
+    said = {"q1": ("So it is 7.", {}), "q2": ("So it is 9.", {}), "q3": ("So", {"cut": True})}
+    with open(tmp_path / "rows.jsonl", "w") as rows:
+        for i in said:
+            row = {"id": i, "question": f"What is {i}?", "majority": "7", "votes": {"7": 4, "9": 1}, "task": "number"}
+            row |= {"positives": [{"text": "It is 7.", "answer": "7"}], "negatives": [{"text": "It is 9.", "answer": "9"}]}
+            rows.write(json.dumps(row) + "\n")
+    (run / "negatives").mkdir()
+    lines = [{"chunk": 0, "id": i, "tokens": [1], "text": text, **more} for i, (text, more) in said.items()]
+    (run / "negatives" / "iteration-00001.jsonl").write_text(
+        "".join(json.dumps(x) + "\n" for x in [*lines, {"chunk": 0, "end": 3}])
+    )
+    text = check(render([read_run(run)])).text
+    for kind, mean in (
+        ("teacher positive: n 3", 0.900), ("teacher minority: n 3", 0.100), ("student, agrees with the majority: n 1", 0.900),
+        ("student, differs from it: n 1", 0.100), ("student, no conclusion: n 1", 0.500),
+    ):  # fmt: skip
+        assert f"{kind}, mean {mean:.3f}" in text, text[-3000:]
+    assert "last iteration's negatives" in text
 
 
 def test_what_is_refused(tmp_path: Path, capsys, monkeypatch) -> None:
