@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -27,9 +28,10 @@ from triton.runtime import driver
 from csrc_triton import product
 from qcrd_fast.ops import dispatch
 from tests.support.ptx import arithmetic, matrix, memory  # noqa: F401  # they say how instructions run
-from tests.support.ptx.machine import DESCRIPTORS, Block, Descriptor, GlobalMemory, Step
+from tests.support.ptx.machine import DESCRIPTORS, Block, Code, Descriptor, GlobalMemory
 from tests.support.ptx.operands import compile_program
 from tests.support.ptx.program import Program
+from tests.support.ptx.values import Fault
 
 Grid = tuple[int, int, int]
 
@@ -37,35 +39,58 @@ Grid = tuple[int, int, int]
 @dataclasses.dataclass
 class Execution:
     """How kernels run, and what ran: programs of each. `shuffle`: a seed for the order of programs and warps.
-    `change`: (kernel's name, PTX) -> the PTX that is run."""
+    `change`: (kernel's name, PTX) -> the PTX that is run. `orders`: the first launch of each kernel runs in so many other
+    orders as well, each from the same memory, and has to leave the same bytes; `compared` counts those kernels."""
 
     shuffle: int | None = None
     change: Callable[[str, str], str] | None = None
+    orders: int = 0
+    compared: set[str] = dataclasses.field(default_factory=set)  # hashes of kernels
     programs: dict[str, int] = dataclasses.field(default_factory=dict)
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # Triton's, of each kernel
-    seen: dict[Any, tuple[Program, list[Step]]] = dataclasses.field(default_factory=dict)
 
     def run(self, kernel: CompiledKernel, grid: Grid, arguments: list[tuple[str, Any]]) -> None:
         """A launch: `arguments` are (type, value) without constants."""
-        if kernel.hash not in self.seen:
-            ptx = kernel.asm["ptx"]
-            program = Program(self.change(kernel.metadata.name, ptx) if self.change else ptx)
-            self.seen[kernel.hash] = program, compile_program(program)
-        program, steps = self.seen[kernel.hash]
+        ptx = kernel.asm["ptx"]
+        program, code = prepare(self.change(kernel.metadata.name, ptx) if self.change else ptx)
         tensors, words, descriptors = bind(arguments, list(getattr(kernel.metadata, "tensordesc_meta", None) or []))
         words += [0] * (len(program.parameters) - len(words))  # scratch space, which no kernel of ours takes
         parameters = dict(zip(program.parameters, words, strict=True))
-        ids = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
-        random = None if self.shuffle is None else np.random.default_rng(self.shuffle)
-        if random is not None:
-            ids = [ids[i] for i in random.permutation(len(ids))]
+
+        def launch(seed: int | None) -> None:
+            ids = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+            random = None if seed is None else np.random.default_rng(seed)
+            for i in random.permutation(len(ids)) if random else range(len(ids)):
+                Block(program, code, tensors, ids[i], grid, parameters, kernel.metadata.shared, descriptors).run(random)
+
+        before = [tensor.copy() for tensor in tensors.tensors] if self.orders and kernel.hash not in self.compared else None
         with np.errstate(all="ignore"):
-            for id in ids:
-                block = Block(program, steps, tensors, id, grid, parameters, kernel.metadata.shared, descriptors)
-                block.run(random)
+            launch(self.shuffle)
+            if before:
+                self._compare(kernel, tensors, before, launch)
         name = kernel.metadata.name
         self.metadata[name] = kernel.metadata
-        self.programs[name] = self.programs.get(name, 0) + len(ids)
+        self.programs[name] = self.programs.get(name, 0) + math.prod(grid)
+
+    def _compare(
+        self, kernel: CompiledKernel, tensors: GlobalMemory, before: list[np.ndarray], launch: Callable[[int | None], None]
+    ) -> None:
+        """Raises `Fault` where another order of programs and warps leaves other bytes in memory."""
+        self.compared.add(kernel.hash)
+        after = [tensor.copy() for tensor in tensors.tensors]
+        for seed in range(1, self.orders + 1):
+            for tensor, bytes in zip(tensors.tensors, before, strict=True):
+                tensor[:] = bytes
+            launch(seed)
+            for i, (tensor, bytes) in enumerate(zip(tensors.tensors, after, strict=True)):
+                if not np.array_equal(tensor, bytes):
+                    raise Fault(f"{kernel.metadata.name}: order {seed} leaves other bytes in argument {i}")
+
+
+@functools.lru_cache(64)
+def prepare(ptx: str) -> tuple[Program, list[Code]]:
+    program = Program(ptx)
+    return program, compile_program(program)
 
 
 def bind(
@@ -127,10 +152,13 @@ def executing(
     shuffle: int | None = None,
     change: Callable[[str, str], str] | None = None,
     multiprocessors: int = 2,
+    orders: int = 0,
+    compared: set[str] | None = None,
 ) -> Iterator[Execution]:
     """Within it kernels with CPU tensors are compiled for this compute capability and executed. Where there are few
-    multiprocessors, the launchers split the vocabulary into few parts, and there are few programs to execute."""
-    execution = Execution(shuffle, change)
+    multiprocessors, the launchers split the vocabulary into few parts, and there are few programs to execute. `compared`:
+    kernels that earlier calls ran in other orders."""
+    execution = Execution(shuffle, change, orders, set() if compared is None else compared)
 
     def launch(kernel: CompiledKernel, x: int, y: int, z: int, *rest: Any) -> None:
         arguments = rest[6:]  # behind stream, function, packed metadata, launch metadata and two hooks

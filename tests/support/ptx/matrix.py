@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from tests.support.ptx.machine import NOT_YET, Step, Warp
+from tests.support.ptx.machine import NOT_YET, Gang, Step, Warp
 from tests.support.ptx.memory import swizzled
 from tests.support.ptx.operands import makes, predicate, source
 from tests.support.ptx.program import Instruction, elements
@@ -19,19 +19,19 @@ GROUP, PAIR = LANES // 4, LANES % 4 * 2  # of a lane: its row of 8, and the firs
 
 
 def fragment_a(registers: list[np.ndarray], kind: str) -> np.ndarray:
-    """[16, 16] of four registers."""
-    matrix = np.empty((16, 16))
+    """[..., 16, 16] of four registers [..., 32]."""
+    matrix = np.empty((*registers[0].shape[:-1], 16, 16))
     for i, register in enumerate(registers):
         rows, columns = GROUP + 8 * (i % 2), PAIR + 8 * (i // 2)
-        matrix[rows, columns], matrix[rows, columns + 1] = halves(register, kind)
+        matrix[..., rows, columns], matrix[..., rows, columns + 1] = halves(register, kind)
     return matrix
 
 
 def fragment_b(registers: list[np.ndarray], kind: str) -> np.ndarray:
-    """[16, 8] of two registers."""
-    matrix = np.empty((16, 8))
+    """[..., 16, 8] of two registers [..., 32]."""
+    matrix = np.empty((*registers[0].shape[:-1], 16, 8))
     for i, register in enumerate(registers):
-        matrix[PAIR + 8 * i, GROUP], matrix[PAIR + 8 * i + 1, GROUP] = halves(register, kind)
+        matrix[..., PAIR + 8 * i, GROUP], matrix[..., PAIR + 8 * i + 1, GROUP] = halves(register, kind)
     return matrix
 
 
@@ -45,16 +45,17 @@ def warp_product(instruction: Instruction) -> Step:
     d, a, b, c = map(elements, instruction.operands)
     added = [source(x, 32) for x in c]
 
-    def step(warp: Warp) -> None:
-        product = fragment_a([warp.registers[x] for x in a], kind) @ fragment_b([warp.registers[x] for x in b], kind)
-        sums = [from_bits(get(warp), "f32").astype(np.float64) for get in added]
+    def step(gang: Gang) -> None:
+        product = fragment_a([gang.registers[x] for x in a], kind) @ fragment_b([gang.registers[x] for x in b], kind)
+        sums = [from_bits(get(gang), "f32").astype(np.float64) for get in added]
         for i, (name, before) in enumerate(zip(d, sums, strict=True)):
-            warp.registers[name] = to_bits((product[GROUP + 8 * (i // 2), PAIR + i % 2] + before).astype(np.float32), 32)
+            part = product[..., GROUP + 8 * (i // 2), PAIR + i % 2]
+            gang.registers[name] = to_bits((part + before).astype(np.float32), 32)
 
     return step
 
 
-@makes("wgmma")
+@makes("wgmma", each=True)
 def group_product(instruction: Instruction) -> Step:
     """d = a b + d, 64 x N x 16: a warp's own 16 rows. The operands may not be written until the product was waited for."""
     verb, text = instruction.parts[1], instruction.text
@@ -112,7 +113,7 @@ def _operand(warp: Warp, descriptor: int, rows: np.ndarray, kind: str, text: str
     at = start + (rows // 8 * stride + rows % 8 * pitch)[:, None] + np.arange(0, 32, 2)
     at = swizzled(at, bits).reshape(-1).astype(np.int64)
     places = warp.block.places(at, 2, np.ones(len(at), bool), text)
-    warp.block.check(warp, places, text, writes=False)
+    warp.block.check_read(warp.index, places, text)
     warp.block.read_at[warp.index, places] = NOT_YET
     warp.operands.append(places)
     return from_bits(warp.block.shared[places].view(np.uint16), kind).astype(np.float64).reshape(len(rows), 16)

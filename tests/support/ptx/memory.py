@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.support.ptx.machine import Arrive, Block, Descriptor, Jump, MBarrier, Signal, Step, Warp
+from tests.support.ptx.machine import Arrive, Block, Descriptor, Gang, Jump, MBarrier, Signal, Step, Warp
 from tests.support.ptx.operands import address, makes, mask_of, put_into, register_width, source
 from tests.support.ptx.program import Instruction, elements, split
 from tests.support.ptx.values import SIGNED, UNSIGNED, Fault, NotModelled, width_of
@@ -27,15 +27,15 @@ def load(instruction: Instruction) -> Step:
     shared = _is_shared(instruction)
     puts = [put_into(instruction, target) for target in targets]
 
-    def step(warp: Warp) -> None:
-        size = width // 8 * len(targets)
+    def step(gang: Gang) -> None:
+        size, where, lanes = width // 8 * len(targets), gang.spread(at(gang)).reshape(-1), gang.spread(mask(gang)).reshape(-1)
         if shared:
-            found = warp.block.load(warp, at(warp), size, mask(warp), text)
+            found = gang.block.load(np.repeat(gang.rows, 32), where, size, lanes, text)
         else:
-            found = warp.block.memory.load(at(warp), size, mask(warp), text)
+            found = gang.block.memory.load(where, size, lanes, text)
         words = found.view(UNSIGNED[width])
         for i, (put, target) in enumerate(zip(puts, targets, strict=True)):
-            put(warp, _widened(words[:, i], kind, max(width, register_width(target))))
+            put(gang, _widened(words[:, i].reshape(-1, 32), kind, max(width, register_width(target))))
 
     return step
 
@@ -51,16 +51,16 @@ def _load_parameter(instruction: Instruction) -> Step:
     kind, target = instruction.kind, instruction.operands[0]
     put, width, name = put_into(instruction, target), register_width(target), instruction.operands[1].strip("[] ")
 
-    def step(warp: Warp) -> None:
-        value = warp.block.parameters[name] & ((1 << width_of(kind)) - 1)
+    def step(gang: Gang) -> None:
+        value = gang.block.parameters[name] & ((1 << width_of(kind)) - 1)
         if kind[0] == "s" and value >> (width_of(kind) - 1):
             value -= 1 << width_of(kind)
-        put(warp, np.full(32, value & ((1 << width) - 1), UNSIGNED[width]))
+        put(gang, np.full(32, value & ((1 << width) - 1), UNSIGNED[width]))
 
     return step
 
 
-@makes("st")
+@makes("st", each=True)
 def store(instruction: Instruction) -> Step:
     kind, text, mask, at = instruction.kind, instruction.text, mask_of(instruction), address(instruction.operands[0])
     words = [source(x, width_of(kind)) for x in elements(instruction.operands[1])]
@@ -77,7 +77,7 @@ def store(instruction: Instruction) -> Step:
     return step
 
 
-@makes("ldmatrix", "stmatrix")
+@makes("ldmatrix", "stmatrix", each=True)
 def matrix_rows(instruction: Instruction) -> Step:
     """Matrices of 8 x 8 numbers of 16 bits: a lane names each row, and holds two neighbours of it."""
     loads, text = instruction.name == "ldmatrix", instruction.text
@@ -88,7 +88,9 @@ def matrix_rows(instruction: Instruction) -> Step:
     def step(warp: Warp) -> None:
         rows, every = where(warp)[: 8 * count], np.ones(8 * count, bool)
         if loads:
-            matrices = warp.block.load(warp, rows, 16, every, text).view(np.uint16).reshape(count, 8, 8)
+            matrices = (
+                warp.block.load(np.full(8 * count, warp.index), rows, 16, every, text).view(np.uint16).reshape(count, 8, 8)
+            )
             for name, matrix in zip(names, matrices, strict=True):
                 warp.registers[name] = (
                     np.ascontiguousarray(matrix.T if transposed else matrix).reshape(-1).view(np.uint32).copy()
@@ -104,7 +106,7 @@ def matrix_rows(instruction: Instruction) -> Step:
 # ---- asynchronous copies ----
 
 
-@makes("cp")
+@makes("cp", each=True)
 def copy(instruction: Instruction) -> Step:
     """What is copied lands when its group is waited for, as late as can be."""
     parts, operands, text = instruction.parts, instruction.operands, instruction.text
@@ -175,7 +177,7 @@ def _bring(warp: Warp, tensor: Descriptor, to: int, first: list[int], bar: int, 
     at = to + (row * columns + column) * tensor.element
     at = swizzled(at, (0, 1, 3, 7)[tensor.swizzle]).reshape(-1).astype(np.int64)
     places = block.places(at, tensor.element, np.ones(at.size, bool), text)
-    block.check(warp, places, text, writes=True)
+    block.check_write(warp, places, text)
     block.land(warp, places, data.reshape(-1))
     barrier = _mbarrier(block, bar, text)
     _publish(warp, barrier)
@@ -195,7 +197,7 @@ def _publish(warp: Warp, barrier: MBarrier) -> None:
     warp.clock[warp.index] += 1
 
 
-@makes("mbarrier")
+@makes("mbarrier", each=True)
 def mbarrier(instruction: Instruction) -> Step:
     verb, operands, mask, text = instruction.parts[1], instruction.operands, mask_of(instruction), instruction.text
     if verb in ("init", "inval"):
@@ -241,7 +243,7 @@ def mbarrier(instruction: Instruction) -> Step:
 # ---- control ----
 
 
-@makes("bar", "barrier")
+@makes("bar", "barrier", each=True)
 def barrier(instruction: Instruction) -> Step:
     if "sync" not in instruction.parts:
         raise NotModelled(instruction.text)
@@ -250,7 +252,7 @@ def barrier(instruction: Instruction) -> Step:
     return lambda warp: Arrive(int(which(warp)[0]), threads)
 
 
-@makes("bra")
+@makes("bra", each=True)
 def branch(instruction: Instruction) -> Step:
     """All lanes of a warp go the same way: Triton's code has no other branches."""
     mask, jump = mask_of(instruction), Jump(instruction.operands[0])
@@ -264,7 +266,7 @@ def branch(instruction: Instruction) -> Step:
     return step
 
 
-@makes("ret", "exit")
+@makes("ret", "exit", each=True)
 def leave(instruction: Instruction) -> Step:
     return lambda warp: Signal.EXIT
 
