@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import functools
-import os
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,18 +18,13 @@ from unittest import mock
 
 import numpy as np
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import CompiledKernel
-from triton.runtime import driver
 
-from csrc_triton import product
+from bench.compiling import Launch, compiling
 from qcrd_fast.ops import dispatch
 from tests.support.ptx import arithmetic, matrix, memory  # noqa: F401  # they say how instructions run
 from tests.support.ptx.machine import DESCRIPTORS, Block, Descriptor, GlobalMemory, Step
 from tests.support.ptx.operands import compile_program
 from tests.support.ptx.program import Program
-
-Grid = tuple[int, int, int]
 
 
 @dataclasses.dataclass
@@ -45,8 +38,8 @@ class Execution:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # Triton's, of each kernel
     seen: dict[Any, tuple[Program, list[Step]]] = dataclasses.field(default_factory=dict)
 
-    def run(self, kernel: CompiledKernel, grid: Grid, arguments: list[tuple[str, Any]]) -> None:
-        """A launch: `arguments` are (type, value) without constants."""
+    def run(self, launch: Launch) -> None:
+        kernel, grid, arguments = launch
         if kernel.hash not in self.seen:
             ptx = kernel.asm["ptx"]
             program = Program(self.change(kernel.metadata.name, ptx) if self.change else ptx)
@@ -98,28 +91,6 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(tensor.data_ptr()))
 
 
-class Driver:
-    """What Triton asks of a driver before it launches."""
-
-    def __init__(self, target: GPUTarget):
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # what Triton has compiled is kept by device
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_device_interface(self) -> Any:
-        return torch.cpu
-
-
 @contextlib.contextmanager
 def executing(
     capability: int,
@@ -131,26 +102,8 @@ def executing(
     """Within it kernels with CPU tensors are compiled for this compute capability and executed. Where there are few
     multiprocessors, the launchers split the vocabulary into few parts, and there are few programs to execute."""
     execution = Execution(shuffle, change)
-
-    def launch(kernel: CompiledKernel, x: int, y: int, z: int, *rest: Any) -> None:
-        arguments = rest[6:]  # behind stream, function, packed metadata, launch metadata and two hooks
-        kinds = kernel.src.signature.values()
-        given = [(kind, value) for kind, value in zip(kinds, arguments, strict=False) if kind != "constexpr"]
-        execution.run(kernel, (x, y, z), given)
-
-    before = driver._active
     with (
-        mock.patch.object(CompiledKernel, "_init_handles", lambda self: None),
-        mock.patch.object(CompiledKernel, "launch_metadata", lambda self, *_: None),
-        mock.patch.object(CompiledKernel, "run", property(lambda self: functools.partial(launch, self))),
         mock.patch.object(dispatch, "_interpreting", lambda: True),
-        mock.patch.object(product, "multiprocessors", lambda device: multiprocessors),
-        mock.patch.dict(
-            os.environ, {"TRITON_DEFAULT_FP_FUSION": "0"}
-        ),  # the default of Triton 3.10: a launch has to ask for it
+        compiling(capability, execution.run, multiprocessors=multiprocessors),
     ):
-        driver.set_active(Driver(GPUTarget("cuda", capability, 32)))
-        try:
-            yield execution
-        finally:
-            driver._active = before
+        yield execution
