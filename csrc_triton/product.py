@@ -58,7 +58,7 @@ def choose_parts(blocks: int, tiles: int, slots: int) -> int:
 def programs_at_once(tile: Tile, architecture: int) -> int:
     """Programs of a plain forward pass that share a multiprocessor: what its registers and shared memory leave room for, as
     compiled. With matrix instructions of a warp (Ampere, Ada, and Blackwell's workstation GPUs) the larger tile leaves none."""
-    return 1 if tile.num_warps == 8 and architecture in (8, 12) else 2
+    return 1 if tile.num_warps == 8 and architecture // 10 in (8, 12) else 2
 
 
 def layout(tile: Tile, rows: int, V: int, device: torch.device) -> tuple[int, int, int, int]:
@@ -180,8 +180,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """8 for Ampere and Ada, 9 for Hopper, 10 and 12 for Blackwell; off a GPU, Hopper."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    """Its compute capability times ten: 80 to 89 are Ampere and Ada, 90 Hopper, 100 and 120 Blackwell; off a GPU, Hopper."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 @functools.cache

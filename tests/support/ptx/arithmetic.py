@@ -370,7 +370,7 @@ def reduce_warp(instruction: Instruction) -> Step:
 
     def compute(bits: np.ndarray) -> np.ndarray:
         value = from_bits(bits, kind)
-        return to_bits(np.repeat(function.reduce(value, -1, keepdims=True), 32, -1), 32)
+        return to_bits(np.repeat(function.reduce(value, -1, keepdims=True), 32, -1).astype(value.dtype), 32)
 
     return computes(instruction, compute, source(instruction.operands[1], 32))
 

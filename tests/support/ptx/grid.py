@@ -3,9 +3,10 @@
     python -m tests.support.ptx.grid [--capabilities 80,90,120] [--dtypes bf16,fp16,fp32] [--only TEXT] [--orders 5]
                                      [--results FILE [--resume] [--append]]
 
-Prints a line a case; exits with 1 if one is beyond its budget or at fault. `--orders`: the first launch of each compiled kernel is
-run again with programs and warps in so many orders drawn at random, and has to leave the same bytes. `--results`: a JSON object a
-case, as it ends; with `--resume` those that are ok there are not run again. `--append` adds the sums to bench/results/executed.csv.
+Prints a line a case; exits with 1 if one is beyond its budget or at fault. `--orders`: the first launch of each compiled kernel
+is run again with programs and warps in so many orders drawn at random, and has to leave the same bytes. `--results`: a JSON
+object a case, as it ends; with `--resume` those that are ok there are not run again. `--append` adds the sums to
+bench/results/executed.csv.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ import ctypes
 import dataclasses
 import functools
 import math
-import os
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,19 +20,14 @@ from unittest import mock
 
 import numpy as np
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import CompiledKernel
-from triton.runtime import driver
 
-from csrc_triton import product
+from bench.compiling import Launch, compiling
 from qcrd_fast.ops import dispatch
 from tests.support.ptx import arithmetic, matrix, memory  # noqa: F401  # they say how instructions run
 from tests.support.ptx.machine import DESCRIPTORS, Block, Code, Descriptor, GlobalMemory
 from tests.support.ptx.operands import compile_program
 from tests.support.ptx.program import Program
 from tests.support.ptx.values import Fault
-
-Grid = tuple[int, int, int]
 
 
 @dataclasses.dataclass
@@ -49,15 +43,15 @@ class Execution:
     programs: dict[str, int] = dataclasses.field(default_factory=dict)
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # Triton's, of each kernel
 
-    def run(self, kernel: CompiledKernel, grid: Grid, arguments: list[tuple[str, Any]]) -> None:
-        """A launch: `arguments` are (type, value) without constants."""
+    def run(self, launch: Launch) -> None:
+        kernel, grid, arguments = launch
         ptx = kernel.asm["ptx"]
         program, code = prepare(self.change(kernel.metadata.name, ptx) if self.change else ptx)
         tensors, words, descriptors = bind(arguments, list(getattr(kernel.metadata, "tensordesc_meta", None) or []))
         words += [0] * (len(program.parameters) - len(words))  # scratch space, which no kernel of ours takes
         parameters = dict(zip(program.parameters, words, strict=True))
 
-        def launch(seed: int | None) -> None:
+        def execute(seed: int | None) -> None:
             ids = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
             random = None if seed is None else np.random.default_rng(seed)
             for i in random.permutation(len(ids)) if random else range(len(ids)):
@@ -65,15 +59,15 @@ class Execution:
 
         before = [tensor.copy() for tensor in tensors.tensors] if self.orders and kernel.hash not in self.compared else None
         with np.errstate(all="ignore"):
-            launch(self.shuffle)
+            execute(self.shuffle)
             if before:
-                self._compare(kernel, tensors, before, launch)
+                self._compare(kernel, tensors, before, execute)
         name = kernel.metadata.name
         self.metadata[name] = kernel.metadata
         self.programs[name] = self.programs.get(name, 0) + math.prod(grid)
 
     def _compare(
-        self, kernel: CompiledKernel, tensors: GlobalMemory, before: list[np.ndarray], launch: Callable[[int | None], None]
+        self, kernel: Any, tensors: GlobalMemory, before: list[np.ndarray], execute: Callable[[int | None], None]
     ) -> None:
         """Raises `Fault` where another order of programs and warps leaves other bytes in memory."""
         self.compared.add(kernel.hash)
@@ -81,7 +75,7 @@ class Execution:
         for seed in range(1, self.orders + 1):
             for tensor, bytes in zip(tensors.tensors, before, strict=True):
                 tensor[:] = bytes
-            launch(seed)
+            execute(seed)
             for i, (tensor, bytes) in enumerate(zip(tensors.tensors, after, strict=True)):
                 if not np.array_equal(tensor, bytes):
                     raise Fault(f"{kernel.metadata.name}: order {seed} leaves other bytes in argument {i}")
@@ -123,28 +117,6 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(tensor.data_ptr()))
 
 
-class Driver:
-    """What Triton asks of a driver before it launches."""
-
-    def __init__(self, target: GPUTarget):
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # what Triton has compiled is kept by device
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_device_interface(self) -> Any:
-        return torch.cpu
-
-
 @contextlib.contextmanager
 def executing(
     capability: int,
@@ -159,26 +131,8 @@ def executing(
     multiprocessors, the launchers split the vocabulary into few parts, and there are few programs to execute. `compared`:
     kernels that earlier calls ran in other orders."""
     execution = Execution(shuffle, change, orders, set() if compared is None else compared)
-
-    def launch(kernel: CompiledKernel, x: int, y: int, z: int, *rest: Any) -> None:
-        arguments = rest[6:]  # behind stream, function, packed metadata, launch metadata and two hooks
-        kinds = kernel.src.signature.values()
-        given = [(kind, value) for kind, value in zip(kinds, arguments, strict=False) if kind != "constexpr"]
-        execution.run(kernel, (x, y, z), given)
-
-    before = driver._active
     with (
-        mock.patch.object(CompiledKernel, "_init_handles", lambda self: None),
-        mock.patch.object(CompiledKernel, "launch_metadata", lambda self, *_: None),
-        mock.patch.object(CompiledKernel, "run", property(lambda self: functools.partial(launch, self))),
         mock.patch.object(dispatch, "_interpreting", lambda: True),
-        mock.patch.object(product, "multiprocessors", lambda device: multiprocessors),
-        mock.patch.dict(
-            os.environ, {"TRITON_DEFAULT_FP_FUSION": "0"}
-        ),  # the default of Triton 3.10: a launch has to ask for it
+        compiling(capability, execution.run, multiprocessors=multiprocessors),
     ):
-        driver.set_active(Driver(GPUTarget("cuda", capability, 32)))
-        try:
-            yield execution
-        finally:
-            driver._active = before
+        yield execution

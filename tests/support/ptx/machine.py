@@ -136,10 +136,8 @@ class Registers:
             self.file[name] = value if value.ndim == 2 else np.broadcast_to(value, (self.count, 32))
             return
         before = self.file.get(name)
-        if before is None or before.dtype != value.dtype:
-            array = np.zeros((self.count, 32), value.dtype)
-        else:
-            array = before.copy()
+        array = np.zeros((self.count, 32), value.dtype) if before is None else before.copy()
+        assert array.dtype == value.dtype, f"{name} is {array.dtype}, not {value.dtype}"
         array[self.rows] = value
         self.file[name] = array
 
