@@ -25,6 +25,7 @@ from csrc_triton.product import Tile
 from qcrd_fast.utils.files import write_json
 
 from . import sass
+from .tuning import way_name
 
 
 class Machine(NamedTuple):
@@ -140,15 +141,15 @@ def simulate(work: Work, H: int, l2_bytes: float) -> float:
 
 
 class Design(NamedTuple):
-    """`variant`: of `sass.VARIANTS`, compiled at `tile`, or as it is launched. `changes`: a Work made of that one, where the
-    design is not written."""
+    """A variant of `sass.VARIANTS`, compiled at a tile."""
 
     name: str
+    tile: Tile
     variant: str = "plain"
-    tile: Tile | None = None
-    hypothetical: str = ""  # what is supposed
+    hypothetical: str = ""  # what is supposed of a design that is not written
 
     def change(self, work: Work) -> Work:
+        """Of the counted work what it would be."""
         t, v, h = work.tile[:3]
         if self.hypothetical == MULTICAST:
             return work._replace(step_bytes=2.0 * (t + v / 2) * h)
@@ -168,18 +169,18 @@ class Design(NamedTuple):
 MULTICAST = "two row blocks of a cluster share the head's loads"
 RESIDENT = "the hidden tile stays in shared memory, two warpgroups run free"
 ONE_PROGRAM = "one program a multiprocessor"
-WIDE, WIDE_TMA = Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3, descriptors=True)
+DEFAULT, WIDE, WIDE_TMA = Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3, descriptors=True)
 DESIGNS = [
-    Design("128 x 128, cp.async", tile=Tile(128, 128, 64, 8, 3)),
-    Design("the same", tile=Tile(128, 128, 64, 8, 3), hypothetical=ONE_PROGRAM),
-    Design("128 x 128, cp.async, bias", "bias", Tile(128, 128, 64, 8, 3)),
-    Design("128 x 128, cp.async, keeps the exponentials", "keeps the exponentials", Tile(128, 128, 64, 8, 3)),
-    Design("128 x 128, cp.async, softcap", "softcap", Tile(128, 128, 64, 8, 3)),
-    Design("128 x 128, cp.async, entropy", "entropy", Tile(128, 128, 64, 8, 3)),
-    Design("128 x 256, cp.async", tile=WIDE),
-    Design("128 x 256, descriptors", tile=WIDE_TMA),
-    Design("128 x 256, descriptors", tile=WIDE_TMA, hypothetical=MULTICAST),
-    Design("128 x 128", tile=Tile(128, 128, 64, 8, 3, descriptors=True), hypothetical=RESIDENT),
+    Design("128 x 128, cp.async", DEFAULT),
+    Design("the same", DEFAULT, hypothetical=ONE_PROGRAM),
+    Design("128 x 128, cp.async, bias", DEFAULT, "bias"),
+    Design("128 x 128, cp.async, keeps the exponentials", DEFAULT, "keeps the exponentials"),
+    Design("128 x 128, cp.async, softcap", DEFAULT, "softcap"),
+    Design("128 x 128, cp.async, entropy", DEFAULT, "entropy"),
+    Design("128 x 256, cp.async", WIDE),
+    Design("128 x 256, descriptors", WIDE_TMA),
+    Design("128 x 256, descriptors", WIDE_TMA, hypothetical=MULTICAST),
+    Design("128 x 128", DEFAULT._replace(descriptors=True), hypothetical=RESIDENT),
 ]
 
 
@@ -196,7 +197,6 @@ def counted(variant: str, tile: Tile) -> tuple[Work, sass.Code]:
 
 def predict(design: Design, H: int) -> tuple[float, float] | None:
     """(low, high) share of the peak, before `MACHINE.cap`; None where the design has no room."""
-    assert design.tile is not None
     if not design.fits(H):
         return None
     work = design.change(counted(design.variant, design.tile)[0])
@@ -206,11 +206,12 @@ def predict(design: Design, H: int) -> tuple[float, float] | None:
 
 def rows() -> Iterator[dict[str, Any]]:
     for design in DESIGNS:
-        assert design.tile is not None
         work, code = counted(design.variant, design.tile)
         work = design.change(work)
         yield {
             "design": design.name,
+            "variant": design.variant,
+            "way": way_name(design.tile),
             "supposed": design.hypothetical,
             "registers": code.registers,
             "programs": work.programs,

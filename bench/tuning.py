@@ -48,11 +48,14 @@ WORKSPACES_MIB, SHORT_MIB = (8, 16, 24, 32, 48, 96), (24, 64)
 Grads = tuple[Tensor, Tensor]  # dHidden [S, H], dWeight [V, H]
 
 
+def way_name(tile: Tile) -> str:
+    return f"{'x'.join(map(str, tile[:3]))} w{tile.num_warps} s{tile.num_stages}" + " descriptors" * tile.descriptors
+
+
 def tiles(dtype: torch.dtype, short: bool = False) -> dict[str, Tile]:
     found: dict[str, Tile] = {}
     for shape in SHORT if short and dtype != torch.float32 else SHAPES[dtype]:
-        name = "x".join(map(str, shape[:3])) + f" w{shape[3]} s{shape[4]}"
-        found |= {name: Tile(*shape), f"{name} descriptors": Tile(*shape, descriptors=True)}
+        found |= {way_name(tile): tile for tile in (Tile(*shape), Tile(*shape, descriptors=True))}
     return found
 
 

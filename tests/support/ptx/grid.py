@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     lines = given.results.read_text(encoding="utf-8").splitlines() if given.resume and given.results.exists() else []
     known = {(row["capability"], row["dtype"], row["case"]): row for row in map(json.loads, lines) if row["status"] == "ok"}
     rows, compared = list[dict[str, Any]](), set[str]()
-    for capability, dtype in itertools.product(map(int, given.capabilities.split(",")), given.dtypes.split(",")):
+    for dtype, capability in itertools.product(given.dtypes.split(","), map(int, given.capabilities.split(","))):
         for case in find_cases(capability, dtype):
             if given.only not in case.name:
                 continue

@@ -133,7 +133,10 @@ class Registers:
 
     def __setitem__(self, name: str, value: np.ndarray) -> None:
         if self.whole:
-            self.file[name] = value if value.ndim == 2 else np.broadcast_to(value, (self.count, 32))
+            if value.ndim == 1:
+                value, constant = np.empty((self.count, 32), value.dtype), value
+                value[:] = constant
+            self.file[name] = value
             return
         before = self.file.get(name)
         array = np.zeros((self.count, 32), value.dtype) if before is None else before.copy()
@@ -158,7 +161,7 @@ class Gang:
 
     def spread(self, value: np.ndarray) -> np.ndarray:
         """[warps, 32]."""
-        return np.broadcast_to(value, (len(self.rows), 32))
+        return value if value.ndim == 2 else np.broadcast_to(value, (len(self.rows), 32))
 
 
 class Warp:
@@ -235,18 +238,18 @@ class Block:
             place, reader = places[late][0], np.broadcast_to(warps, late.shape)[late][0]
             raise Fault(f"race: warp {reader} reads shared byte {place} that warp {self.writer[place]} wrote: {text}")
 
-    def check_write(self, warp: Warp, places: np.ndarray, text: str, data: np.ndarray | None = None) -> None:
-        """Raises `Fault` unless the last writer and every reader is before this warp. The same value may be written twice:
-        warps that hold copies of one number all store it."""
-        late = self.written_at[places] > warp.clock[self.writer[places]]
+    def check_write(self, warps: np.ndarray, places: np.ndarray, text: str, data: np.ndarray | None = None) -> None:
+        """Raises `Fault` unless the last writer and every reader of each byte is before the warp that writes it. The same value
+        may be written twice: warps that hold copies of one number all store it."""
+        late = self.written_at[places] > self.clocks[warps, self.writer[places]]
         if data is not None:
             late &= self.shared[places] != data
         if late.any():
-            place = places[late][0]
-            raise Fault(f"race: warp {warp.index} writes shared byte {place} that warp {self.writer[place]} wrote: {text}")
-        if (late := self.read_at[:, places] > warp.clock[:, None]).any():
+            place, warp = places[late][0], warps[late][0]
+            raise Fault(f"race: warp {warp} writes shared byte {place} that warp {self.writer[place]} wrote: {text}")
+        if (late := self.read_at[:, places] > self.clocks[warps].T).any():
             reader, which = np.argwhere(late)[0]
-            raise Fault(f"race: warp {warp.index} writes shared byte {places[which]} that warp {reader} reads: {text}")
+            raise Fault(f"race: warp {warps[which]} writes shared byte {places[which]} that warp {reader} reads: {text}")
 
     def load(self, warps: np.ndarray, at: np.ndarray, size: int, mask: np.ndarray, text: str) -> np.ndarray:
         """Bytes [lanes, size], 0 where masked off; `warps`: whose lane each is."""
@@ -258,22 +261,29 @@ class Block:
             found[mask] = self.shared[places].reshape(-1, size)
         return found
 
-    def store(self, warp: Warp, at: np.ndarray, data: np.ndarray, mask: np.ndarray, text: str) -> None:
+    def store(self, warps: np.ndarray, at: np.ndarray, data: np.ndarray, mask: np.ndarray, text: str) -> None:
+        """Bytes [lanes, size]; `warps`: whose lane each is."""
         if mask.any():
-            places, data = self.places(at, data.shape[1], mask, text), data[mask].reshape(-1)
-            self.check_write(warp, places, text, data)
-            self.land(warp, places, data)
+            places, writers = self.places(at, data.shape[1], mask, text), np.repeat(warps[mask], data.shape[1])
+            data = data[mask].reshape(-1)
+            self.check_write(writers, places, text, data)
+            self.land(writers, places, data)
+            # Of a warp's own lanes the last one wins: with fused multiply-adds their sums may differ in the last bit.
+            if (late := (self.shared[places] != data) & (self.writer[places] != writers)).any():
+                raise Fault(f"race: two warps write other values to shared byte {places[late][0]}: {text}")
 
-    def promise(self, warp: Warp, at: np.ndarray, size: int, mask: np.ndarray, text: str) -> np.ndarray:
-        """The places of a copy in flight, which nobody may touch until `land`."""
-        places = self.places(at, size, mask, text)
-        self.check_write(warp, places, text)
-        self.writer[places], self.written_at[places], self.shared[places] = warp.index, NOT_YET, 0xFF
+    def promise(self, warps: np.ndarray, at: np.ndarray, size: int, mask: np.ndarray, text: str) -> np.ndarray:
+        """The places of copies in flight, which nobody may touch until `land`."""
+        places, writers = self.places(at, size, mask, text), np.repeat(warps[mask], size)
+        self.check_write(writers, places, text)
+        self.writer[places], self.written_at[places], self.shared[places] = writers, NOT_YET, 0xFF
+        if (differs := self.writer[places] != writers).any():
+            raise Fault(f"race: two warps copy to shared byte {places[differs][0]}: {text}")
         return places
 
-    def land(self, warp: Warp, places: np.ndarray, data: np.ndarray) -> None:
+    def land(self, warps: int | np.ndarray, places: np.ndarray, data: np.ndarray) -> None:
         self.shared[places] = data
-        self.writer[places], self.written_at[places] = warp.index, warp.clock[warp.index]
+        self.writer[places], self.written_at[places] = warps, self.clocks[warps, warps]
 
     # ---- the run ----
 

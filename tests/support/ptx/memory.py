@@ -60,19 +60,20 @@ def _load_parameter(instruction: Instruction) -> Step:
     return step
 
 
-@makes("st", each=True)
+@makes("st")
 def store(instruction: Instruction) -> Step:
     kind, text, mask, at = instruction.kind, instruction.text, mask_of(instruction), address(instruction.operands[0])
     words = [source(x, width_of(kind)) for x in elements(instruction.operands[1])]
     shared = _is_shared(instruction)
 
-    def step(warp: Warp) -> None:
-        data = np.stack([get(warp).astype(UNSIGNED[width_of(kind)]) for get in words], 1)
-        data = np.ascontiguousarray(data).view(np.uint8).reshape(32, -1)
+    def step(gang: Gang) -> None:
+        data = np.stack([gang.spread(get(gang)).astype(UNSIGNED[width_of(kind)], copy=False) for get in words], -1)
+        data = data.reshape(-1, len(words)).view(np.uint8)
+        where, lanes = gang.spread(at(gang)).reshape(-1), gang.spread(mask(gang)).reshape(-1)
         if shared:
-            warp.block.store(warp, at(warp), data, mask(warp), text)
+            gang.block.store(np.repeat(gang.rows, 32), where, data, lanes, text)
         else:
-            warp.block.memory.store(at(warp), data, mask(warp), text)
+            gang.block.memory.store(where, data, lanes, text)
 
     return step
 
@@ -98,7 +99,7 @@ def matrix_rows(instruction: Instruction) -> Step:
             return
         matrices = np.stack([warp.registers[name].view(np.uint16).reshape(8, 8) for name in names])
         matrices = np.ascontiguousarray(matrices.transpose(0, 2, 1) if transposed else matrices)
-        warp.block.store(warp, rows, matrices.reshape(8 * count, 8).view(np.uint8), every, text)
+        warp.block.store(np.full(8 * count, warp.index), rows, matrices.reshape(8 * count, 8).view(np.uint8), every, text)
 
     return step
 
@@ -106,24 +107,26 @@ def matrix_rows(instruction: Instruction) -> Step:
 # ---- asynchronous copies ----
 
 
-@makes("cp", each=True)
+@makes("cp")
 def copy(instruction: Instruction) -> Step:
     """What is copied lands when its group is waited for, as late as can be."""
     parts, operands, text = instruction.parts, instruction.operands, instruction.text
     if "commit_group" in parts:
 
-        def commit(warp: Warp) -> None:
-            warp.copy_groups.append(warp.copies)
-            warp.copies = []
+        def commit(gang: Gang) -> None:
+            for warp in gang.warps:
+                warp.copy_groups.append(warp.copies)
+                warp.copies = []
 
         return commit
     if "wait_group" in parts or "wait_all" in parts:
         left = int(operands[0]) if operands else 0
 
-        def wait(warp: Warp) -> None:
-            while len(warp.copy_groups) > left:
-                for places, data in warp.copy_groups.pop(0):
-                    warp.block.land(warp, places, data)
+        def wait(gang: Gang) -> None:
+            for warp in gang.warps:
+                while len(warp.copy_groups) > left:
+                    for places, data in warp.copy_groups.pop(0):
+                        gang.block.land(warp.index, places, data)
 
         return wait
     if "bulk" in parts:
@@ -131,13 +134,18 @@ def copy(instruction: Instruction) -> Step:
     to, of, size, mask = address(operands[0]), address(operands[1]), int(operands[2], 0), mask_of(instruction)
     wanted = source(operands[3], 32) if len(operands) > 3 else lambda warp: np.full(32, size, np.uint32)
 
-    def step(warp: Warp) -> None:
-        lanes, take = mask(warp), wanted(warp)
-        if not np.isin(take[lanes], (0, size)).all():
+    def step(gang: Gang) -> None:
+        lanes, take = gang.spread(mask(gang)).reshape(-1), gang.spread(wanted(gang)).reshape(-1)
+        if not ((take[lanes] == 0) | (take[lanes] == size)).all():
             raise NotModelled(f"part of a copy: {text}")
-        data = warp.block.memory.load(of(warp), size, lanes & (take > 0), text)
-        places = warp.block.promise(warp, to(warp), size, lanes, text)
-        warp.copies.append((places, data[lanes].reshape(-1)))
+        if not lanes.any():
+            return
+        data = gang.block.memory.load(gang.spread(of(gang)).reshape(-1), size, lanes & (take > 0), text)[lanes].reshape(-1)
+        owners = np.repeat(gang.rows, 32)
+        places, owners = gang.block.promise(owners, gang.spread(to(gang)).reshape(-1), size, lanes, text), owners[lanes]
+        for warp in gang.warps:
+            own = np.repeat(owners == warp.index, size)
+            warp.copies.append((places[own], data[own]))
 
     return step
 
@@ -150,11 +158,12 @@ def _bulk_copy(instruction: Instruction) -> Step:
     descriptor, corner = split(instruction.operands[1].strip("[] "))
     which, corners = source(descriptor, 64), [source(x, 32) for x in elements(corner)]
 
-    def step(warp: Warp) -> None:
-        for lane in np.flatnonzero(mask(warp)):
-            first = [int(get(warp).view(np.int32)[lane]) for get in corners]
-            tensor = warp.block.descriptors[int(which(warp)[lane])]
-            _bring(warp, tensor, int(to(warp)[lane]), first, int(bar(warp)[lane]), instruction.text)
+    def step(gang: Gang) -> None:
+        for warp in gang.warps:
+            for lane in np.flatnonzero(mask(warp)):
+                first = [int(get(warp).view(np.int32)[lane]) for get in corners]
+                tensor = warp.block.descriptors[int(which(warp)[lane])]
+                _bring(warp, tensor, int(to(warp)[lane]), first, int(bar(warp)[lane]), instruction.text)
 
     return step
 
@@ -177,8 +186,8 @@ def _bring(warp: Warp, tensor: Descriptor, to: int, first: list[int], bar: int, 
     at = to + (row * columns + column) * tensor.element
     at = swizzled(at, (0, 1, 3, 7)[tensor.swizzle]).reshape(-1).astype(np.int64)
     places = block.places(at, tensor.element, np.ones(at.size, bool), text)
-    block.check_write(warp, places, text)
-    block.land(warp, places, data.reshape(-1))
+    block.check_write(np.full(len(places), warp.index), places, text)
+    block.land(warp.index, places, data.reshape(-1))
     barrier = _mbarrier(block, bar, text)
     _publish(warp, barrier)
     barrier.bytes -= rows * columns * tensor.element
