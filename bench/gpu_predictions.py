@@ -20,16 +20,18 @@ def compare(results: Mapping[str, Mapping[str, Any]], device: str) -> list[dict[
     measured = {**_of_tuning(results), **_of_counters(results)} if any(name in device for name in GPUS) else {}
     found = []
     for row in results.get("model", {}).get("rows", ()):
-        if row["supposed"]:
+        if row["supposed"] or not row["limited"]:
             continue
         for head, shares in row["shares"].items():
-            share, by = measured.get((row["variant"], row["way"], head), (None, ""))
+            way = row["tile"][head]
+            share, by = measured.get((row["variant"], way, head), (None, ""))
             found.append({
                 "design": row["design"],
+                "tile": way,
                 "head": head,
                 "predicted": show(shares),
                 "measured": NOT_MEASURED if share is None else f"{100 * share:.0f} ({by})",
-                "verdict": "" if share is None else judge(share, shares, row["way"]),
+                "verdict": "" if share is None else judge(share, shares, way),
             })  # fmt: skip
     return found
 
@@ -68,7 +70,7 @@ def page(parts: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, str]], 
         f"Percent of {MACHINE.peak_tflops:.0f} bf16 TFLOP/s, of an H100 or H200; how it is predicted: docs/kernels.md.",
         "",
     ]
-    lines += ["| design | head | predicted | measured | verdict |", "|---|---|---|---|---|"]
+    lines += ["| design | tile | head | predicted | measured | verdict |", "|---|---|---|---|---|---|"]
     lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 

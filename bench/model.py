@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from csrc_triton import product
+from csrc_triton import linear_logprob, product
 from csrc_triton.product import Tile
 from qcrd_fast.utils.files import write_json
 
 from . import sass
+from .cases import HEADS
 from .tuning import way_name
 
 
@@ -55,7 +56,7 @@ class Machine(NamedTuple):
 
 
 MACHINE = Machine()
-HEADS = {"smollm2-135m": 576, "gemma-3-270m": 640, "t5-base": 768, "llama-3-8b": 4096}  # H of each
+ORDER = ("smollm2-135m", "gemma-3-270m", "t5-base", "llama-3-8b")  # heads, by their H
 TILES = 60  # simulated, of a program; the first are left out of the rate
 REFUTED_ABOVE = 0.62  # of the peak, at 128 x 128
 
@@ -141,11 +142,12 @@ def simulate(work: Work, H: int, l2_bytes: float) -> float:
 
 
 class Design(NamedTuple):
-    """A variant of `sass.VARIANTS`, compiled at a tile."""
+    """A variant of `sass.VARIANTS` at a tile; None: at the tile that it is launched with at that H."""
 
     name: str
-    tile: Tile
+    tile: Tile | None
     variant: str = "plain"
+    limited: bool = True  # in registers, as it is launched
     hypothetical: str = ""  # what is supposed of a design that is not written
 
     def change(self, work: Work) -> Work:
@@ -171,53 +173,71 @@ RESIDENT = "the hidden tile stays in shared memory, two warpgroups run free"
 ONE_PROGRAM = "one program a multiprocessor"
 DEFAULT, WIDE, WIDE_TMA = Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3, descriptors=True)
 DESIGNS = [
+    Design("as launched", None),
     Design("128 x 128, cp.async", DEFAULT),
-    Design("the same", DEFAULT, hypothetical=ONE_PROGRAM),
-    Design("128 x 128, cp.async, bias", DEFAULT, "bias"),
-    Design("128 x 128, cp.async, keeps the exponentials", DEFAULT, "keeps the exponentials"),
-    Design("128 x 128, cp.async, softcap", DEFAULT, "softcap"),
-    Design("128 x 128, cp.async, entropy", DEFAULT, "entropy"),
+    Design("128 x 128, cp.async", DEFAULT, hypothetical=ONE_PROGRAM),
+    Design("as launched, bias", None, "bias"),
+    Design("128 x 128, cp.async, bias, registers without a limit", DEFAULT, "bias", limited=False),
+    Design("as launched, keeps the exponentials", None, "keeps the exponentials"),
+    Design("128 x 128, cp.async, keeps the exponentials, registers without a limit", DEFAULT, "keeps the exponentials", False),
+    Design("as launched, softcap", None, "softcap"),
+    Design("as launched, entropy", None, "entropy"),
     Design("128 x 256, cp.async", WIDE),
     Design("128 x 256, descriptors", WIDE_TMA),
     Design("128 x 256, descriptors", WIDE_TMA, hypothetical=MULTICAST),
-    Design("128 x 128", DEFAULT._replace(descriptors=True), hypothetical=RESIDENT),
+    Design("128 x 128, descriptors", DEFAULT._replace(descriptors=True), hypothetical=RESIDENT),
 ]
 
 
 @cache
-def counted(variant: str, tile: Tile) -> tuple[Work, sass.Code]:
-    """Of the forward kernel as it is launched at this tile on an H100."""
-    with mock.patch.object(product, "forced_tile", tile):
-        launches = sass.compile_variants(90, [v for v in sass.VARIANTS if v.name == variant])
-        code = next(code for _, launch in launches if (code := sass.read(launch)).kernel == "forward_kernel")
+def counted(variant: str, tile: Tile | None, limited: bool, head: str) -> tuple[Work, sass.Code]:
+    """Of the forward kernel as it is launched on an H100."""
+    H, V, _ = HEADS[head]
+    asked = next(v for v in sass.VARIANTS if v.name == variant)._replace(H=H, V=V, kernels=("forward_kernel",))
+    shape_of, tiles = linear_logprob.shape_of, list[Tile]()
+
+    def recorded(tile: Tile, *sizes: Any) -> dict[str, Any]:
+        tiles.append(tile)
+        found = shape_of(tile, *sizes)
+        return found if limited else {**found, "maxnreg": None}
+
+    with mock.patch.object(product, "forced_tile", tile), mock.patch.object(linear_logprob, "shape_of", recorded):
+        ((_, launch),) = sass.compile_variants(90, [asked])
+    code = sass.read(launch)
     counts = sass.count(code)
     assert counts is not None
-    return work_of(tile, code.threads, code.programs, counts), code
+    return work_of(tiles[0], code.threads, code.programs, counts), code
 
 
-def predict(design: Design, H: int) -> tuple[float, float] | None:
+def predict(design: Design, head: str) -> tuple[float, float] | None:
     """(low, high) share of the peak, before `MACHINE.cap`; None where the design has no room."""
+    H = HEADS[head].H
     if not design.fits(H):
         return None
-    work = design.change(counted(design.variant, design.tile)[0])
+    work = design.change(counted(design.variant, design.tile, design.limited, head)[0])
     low, high = (simulate(work, H, rate) for rate in MACHINE.l2_bytes)
     return low, high
 
 
 def rows() -> Iterator[dict[str, Any]]:
+    """A row for each design, with what differs between the heads by head."""
     for design in DESIGNS:
-        work, code = counted(design.variant, design.tile)
-        work = design.change(work)
-        yield {
-            "design": design.name,
-            "variant": design.variant,
-            "way": way_name(design.tile),
-            "supposed": design.hypothetical,
-            "registers": code.registers,
-            "programs": work.programs,
-            "epilogue_clocks": round(work.serial + work.shared),
-            "shares": {head: predict(design, H) for head, H in HEADS.items()},
-        }
+        row: dict[str, Any] = {"design": design.name, "supposed": design.hypothetical, "variant": design.variant}
+        row["limited"] = design.limited
+        for head in ORDER:
+            counted_work, code = counted(design.variant, design.tile, design.limited, head)
+            work = design.change(counted_work)
+            found = {
+                "tile": way_name(counted_work.tile),
+                "registers": code.registers,
+                "spills": code.spills,
+                "programs": work.programs,
+                "epilogue_clocks": round(work.serial + work.shared),
+                "shares": predict(design, head),
+            }
+            for name, value in found.items():
+                row.setdefault(name, {})[head] = value
+        yield row
 
 
 def show(shares: tuple[float, float] | None) -> str:
@@ -230,12 +250,14 @@ def show(shares: tuple[float, float] | None) -> str:
 
 def markdown() -> str:
     """The table of docs/kernels.md."""
-    head = ["design", "registers", "programs a multiprocessor", "epilogue, clocks", *(f"H = {H:,}" for H in HEADS.values())]
+    head = ["design", "registers", "programs a multiprocessor", "epilogue, clocks", *(f"H = {HEADS[h].H:,}" for h in ORDER)]
     lines = [head, ["---"] * len(head)]
     for row in rows():
         name = f"*{row['design']}; supposed: {row['supposed']}*" if row["supposed"] else row["design"]
-        cells = [name, row["registers"], row["programs"], f"{row['epilogue_clocks']:,}"]
-        lines.append([*map(str, cells), *map(show, row["shares"].values())])
+        cells = [
+            " / ".join(dict.fromkeys(f"{n:,}" for n in row[of].values())) for of in ("registers", "programs", "epilogue_clocks")
+        ]
+        lines.append([name, *cells, *map(show, row["shares"].values())])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 

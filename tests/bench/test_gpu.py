@@ -128,16 +128,17 @@ SHARES = {"llama-3-8b": [0.52, 0.61], "smollm2-135m": [0.5, 0.9]}
 
 def test_predictions_stand_beside_what_was_measured() -> None:
     """Of llama-3-8b's 4,096 rows a pass is 4.3 TFLOP: 6.5 ms are 660 TFLOP/s, 67% of an H200's peak."""
-    way = {"design": "128 x 128", "variant": "plain", "way": "128x128x64 w8 s3", "supposed": "", "shares": SHARES}
-    row = {"pass": "forward", "way": way["way"], "dtype": "bf16", "tokens": 4096, "head": "llama-3-8b", "ms": 6.52}
+    tiles = dict.fromkeys(SHARES, "128x128x64 w8 s3")
+    way = {"design": "128 x 128", "variant": "plain", "tile": tiles, "supposed": "", "limited": True, "shares": SHARES}
+    row = {"pass": "forward", "way": "128x128x64 w8 s3", "dtype": "bf16", "tokens": 4096, "head": "llama-3-8b", "ms": 6.52}
     results = {"model": {"rows": [way, way | {"supposed": "a cluster"}]}, "tuning-llama-3-8b": {"rows": [row]}}
     first, second = gpu_predictions.compare(results, "NVIDIA H200")
     assert first == {
-        "design": "128 x 128", "head": "llama-3-8b", "predicted": "52 to 61", "measured": "67 (tuning-llama-3-8b)",
-        "verdict": "above 62%: refutes the model",
+        "design": "128 x 128", "tile": "128x128x64 w8 s3", "head": "llama-3-8b",
+        "predicted": "52 to 61", "measured": "67 (tuning-llama-3-8b)", "verdict": "above 62%: refutes the model",
     }  # fmt: skip
     assert second["predicted"] == "50 to cap" and second["measured"] == gpu_predictions.NOT_MEASURED
-    counted = {"way": way["way"], "head": "llama-3-8b", "tflops": 560.0}
+    counted = {"way": "128x128x64 w8 s3", "head": "llama-3-8b", "tflops": 560.0}
     first, _ = gpu_predictions.compare(results | {"counters": {"rows": [counted]}}, "NVIDIA H200")
     assert first["measured"] == "57 (counters)" and first["verdict"] == "as predicted"
     assert {row["measured"] for row in gpu_predictions.compare(results, "NVIDIA A100")} == {gpu_predictions.NOT_MEASURED}
@@ -199,4 +200,5 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     assert len(files) == 2 + 8 + 7  # the summaries, logs, results
     assert all("rehearsal on a CPU" in path.read_text() for path in files) and "rehearsal" in done.stdout
     page = (folder / "results.md").read_text()
-    assert "| design | head | predicted | measured | verdict |" in page and "| 128 x 128, cp.async | smollm2-135m | 5" in page
+    assert "| design | tile | head | predicted | measured | verdict |" in page
+    assert "| 128 x 128, cp.async | 128x128x64 w8 s3 | smollm2-135m | 5" in page

@@ -8,6 +8,7 @@ from importlib.metadata import version
 import pytest
 
 from bench import model, sass
+from bench.cases import HEADS
 from bench.model import MACHINE, Work, simulate
 from csrc_triton.product import Tile
 from tests.support.paths import ROOT
@@ -68,13 +69,13 @@ def test_operands_of_the_next_tile_come_during_the_epilogue() -> None:
 
 def test_room_of_a_resident_tile() -> None:
     design = next(design for design in model.DESIGNS if design.hypothetical == model.RESIDENT)
-    assert [design.fits(H) for H in model.HEADS.values()] == [True, True, True, False]
+    assert [design.fits(HEADS[head].H) for head in model.ORDER] == [True, True, True, False]
 
 
 @compiles
 def test_epilogue_of_the_default_tile() -> None:
     """64 logits a thread: as many exponentials, and one for each of its two rows; a third of the product's time at H = 576."""
-    work, code = model.counted("plain", Tile(128, 128, 64, 8, 3))
+    work, code = model.counted("plain", Tile(128, 128, 64, 8, 3), True, "smollm2-135m")
     counts = sass.count(code)
     assert counts is not None and counts.by_pipe()[1]["mufu"] == 66 and not work.refills
     assert work.shared == 66 * 8 * 32 / 16 and 0.2 < (work.serial + work.shared) / (9 * STEP) < 0.4
