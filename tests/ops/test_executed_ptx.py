@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,8 @@ from csrc_triton import linear_logprob as kernels
 from csrc_triton.product import Tile
 from qcrd_fast import linear_logprob
 from tests.support.ptx.grid import judge
-from tests.support.ptx.launch import Execution, executing
+from tests.support.ptx.launch import Execution, compare_orders, executing
+from tests.support.ptx.machine import Block
 from tests.support.ptx.mutations import mutants
 from tests.support.ptx.values import Fault
 
@@ -98,6 +100,30 @@ def test_what_is_broken_is_noticed(name, change, head) -> None:
         except Fault:
             found = float("inf")
     assert (found < 1e-6) == (change is None), f"{name}: {found:.2e}"
+
+
+@pytest.mark.parametrize("name, change", list(mutants())[:2], ids=name_of)
+def test_races_are_seen_by_the_search_alone(name, change, head, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a barrier the numbers are right in the usual order: an executor that looked at those alone would be deaf."""
+    monkeypatch.setattr(Block, "check_read", lambda *_: None)
+    monkeypatch.setattr(Block, "check_write", lambda *_: None)
+    call, expected = head
+    with executing(90, change=change):
+        assert error(kernels.forward(*call)[0], expected) < 1e-6
+
+
+def test_other_orders_leave_the_same_bytes(head) -> None:
+    """Each kernel's first launch runs in other orders too, and what they left is compared."""
+    call, expected = head
+    with executing(90, orders=2) as executed:
+        first = kernels.forward(*call)[0]
+    assert len(executed.compared) == 2 and error(first, expected) < 1e-6
+
+
+def test_an_order_that_leaves_other_bytes_is_a_fault() -> None:
+    tensor, left = np.ones(4, np.uint8), iter((1, 2))
+    with pytest.raises(Fault, match="k: order 2 leaves other bytes in argument 0"):
+        compare_orders("k", [tensor], [np.zeros(4, np.uint8)], 2, lambda seed: tensor.fill(next(left)))
 
 
 def test_checks_are_the_whole_of_the_kernels() -> None:

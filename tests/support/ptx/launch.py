@@ -61,24 +61,25 @@ class Execution:
         with np.errstate(all="ignore"):
             execute(self.shuffle)
             if before:
-                self._compare(kernel, tensors, before, execute)
+                self.compared.add(kernel.hash)
+                compare_orders(kernel.metadata.name, tensors.tensors, before, self.orders, execute)
         name = kernel.metadata.name
         self.metadata[name] = kernel.metadata
         self.programs[name] = self.programs.get(name, 0) + math.prod(grid)
 
-    def _compare(
-        self, kernel: Any, tensors: GlobalMemory, before: list[np.ndarray], execute: Callable[[int | None], None]
-    ) -> None:
-        """Raises `Fault` where another order of programs and warps leaves other bytes in memory."""
-        self.compared.add(kernel.hash)
-        after = [tensor.copy() for tensor in tensors.tensors]
-        for seed in range(1, self.orders + 1):
-            for tensor, bytes in zip(tensors.tensors, before, strict=True):
-                tensor[:] = bytes
-            execute(seed)
-            for i, (tensor, bytes) in enumerate(zip(tensors.tensors, after, strict=True)):
-                if not np.array_equal(tensor, bytes):
-                    raise Fault(f"{kernel.metadata.name}: order {seed} leaves other bytes in argument {i}")
+
+def compare_orders(
+    name: str, tensors: list[np.ndarray], before: list[np.ndarray], orders: int, execute: Callable[[int], None]
+) -> None:
+    """Execute again from the memory that was there before. Raises `Fault` where another order leaves other bytes."""
+    after = [tensor.copy() for tensor in tensors]
+    for seed in range(1, orders + 1):
+        for tensor, bytes in zip(tensors, before, strict=True):
+            tensor[:] = bytes
+        execute(seed)
+        for i, (tensor, bytes) in enumerate(zip(tensors, after, strict=True)):
+            if not np.array_equal(tensor, bytes):
+                raise Fault(f"{name}: order {seed} leaves other bytes in argument {i}")
 
 
 @functools.lru_cache(64)
