@@ -1,8 +1,8 @@
 """A prediction, not a measurement: the forward kernel's share of an H100's peak, from instructions counted in its machine code.
 
-    python -m qcrd_fast.bench.model [--json FILE]
+    python -m qcrd_fast.bench.model [--json FILE] [--update docs/kernels.md]
 
-Prints the table of docs/kernels.md. A multiprocessor is simulated step by step: its programs take turns at the L2 cache, the
+Prints the table of docs/kernels.md, or brings it up to date there. A multiprocessor is simulated step by step: its programs take turns at the L2 cache, the
 tensor cores and the units of the epilogue. What the kernels cost in instructions is counted (`sass`); what the hardware does
 in a clock is in `MACHINE`. Needs no GPU. The H200 has the H100's multiprocessors.
 
@@ -22,7 +22,7 @@ from unittest import mock
 
 from csrc_triton import linear_logprob, product
 from csrc_triton.product import Tile
-from qcrd_fast.utils.files import write_json
+from qcrd_fast.utils.files import write_json, write_text
 
 from . import sass
 from .cases import HEADS
@@ -261,13 +261,25 @@ def markdown() -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def updated(page: str, table: str) -> str:
+    """The page with this table in place of the one with the same head. Raises ValueError where it has none."""
+    head = table.partition("\n")[0] + "\n"
+    start = page.index(head)
+    end = page.find("\n\n", start)
+    return page[:start] + table + page[end + 1 if end >= 0 else len(page) :]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--update", type=Path, help="Markdown file whose table is to be this one")
     given = parser.parse_args(arguments)
     if missing := sass.missing_tools():
         parser.error(f"this triton brings no {' and no '.join(missing)}")
-    print(f"Predicted share of {MACHINE.peak_tflops:.0f} TFLOP/s, percent\n\n{markdown()}", end="")
+    table = markdown()
+    print(f"Predicted share of {MACHINE.peak_tflops:.0f} TFLOP/s, percent\n\n{table}", end="")
+    if given.update:
+        write_text(given.update, updated(given.update.read_text(encoding="utf-8"), table))
     if given.json:
         write_json(given.json, {"prediction": True, "machine": MACHINE._asdict(), "rows": list(rows())})
     return 0

@@ -72,6 +72,14 @@ def test_room_of_a_resident_tile() -> None:
     assert [design.fits(HEADS[head].H) for head in model.ORDER] == [True, True, True, False]
 
 
+def test_a_page_is_updated() -> None:
+    table = "| design | H |\n|---|---|\n| new | 2 |\n"
+    page = "before\n\n| design | H |\n|---|---|\n| old | 1 |\n| older | 0 |\n\nafter\n"
+    assert model.updated(page, table) == f"before\n\n{table}\nafter\n"
+    with pytest.raises(ValueError):
+        model.updated("nothing", table)
+
+
 @compiles
 def test_epilogue_of_the_default_tile() -> None:
     """64 logits a thread: as many exponentials, and one for each of its two rows; a third of the product's time at H = 576."""
@@ -84,6 +92,5 @@ def test_epilogue_of_the_default_tile() -> None:
 @compiles
 @pytest.mark.skipif(version("triton") != TRITON, reason=f"the docs' table is of triton {TRITON}")
 def test_the_docs_have_the_table() -> None:
-    """`python -m qcrd_fast.bench.model` prints it."""
     page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-    assert model.markdown() in page
+    assert model.markdown() in page, "python -m qcrd_fast.bench.model --update docs/kernels.md"
