@@ -1,10 +1,10 @@
 """A prediction, not a measurement: the forward kernel's share of an H100's peak, from instructions counted in its machine code.
 
-    python -m qcrd_fast.bench.model [--json FILE] [--update docs/kernels.md]
+    python -m qcrd_fast.bench.model [--only DESIGN] [--json FILE] [--update docs/kernels.md]
 
-Prints the table of docs/kernels.md, or brings it up to date there. A multiprocessor is simulated step by step: its programs take turns at the L2 cache, the
-tensor cores and the units of the epilogue. What the kernels cost in instructions is counted (`sass`); what the hardware does
-in a clock is in `MACHINE`. Needs no GPU. The H200 has the H100's multiprocessors.
+Prints the table of docs/kernels.md, or brings it up to date there. A multiprocessor is simulated step by step: its programs
+take turns at the L2 cache, the tensor cores and the units of the epilogue. What the kernels cost in instructions is counted
+(`sass`); what the hardware does in a clock is in `MACHINE`. Needs no GPU. The H200 has the H100's multiprocessors.
 
 T rows, V columns and H hidden of a tile; a step is one pass over a tile's depth BLOCK_H.
 """
@@ -189,6 +189,9 @@ DESIGNS = [
 ]
 
 
+_codes: dict[str, tuple[sass.Code, sass.Counts | None]] = {}  # by a compiled kernel's hash
+
+
 @cache
 def counted(variant: str, tile: Tile | None, limited: bool, head: str) -> tuple[Work, sass.Code]:
     """Of the forward kernel as it is launched on an H100."""
@@ -203,8 +206,10 @@ def counted(variant: str, tile: Tile | None, limited: bool, head: str) -> tuple[
 
     with mock.patch.object(product, "forced_tile", tile), mock.patch.object(linear_logprob, "shape_of", recorded):
         ((_, launch),) = sass.compile_variants(90, [asked])
-    code = sass.read(launch)
-    counts = sass.count(code)
+    if launch.kernel.hash not in _codes:  # most heads share one
+        code = sass.read(launch)
+        _codes[launch.kernel.hash] = code, sass.count(code)
+    code, counts = _codes[launch.kernel.hash]
     assert counts is not None
     return work_of(tiles[0], code.threads, code.programs, counts), code
 
@@ -219,9 +224,9 @@ def predict(design: Design, head: str) -> tuple[float, float] | None:
     return low, high
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    """A row for each design, with what differs between the heads by head."""
-    for design in DESIGNS:
+def rows(only: str = "") -> Iterator[dict[str, Any]]:
+    """A row for each design, or those of a name, with what differs between the heads by head."""
+    for design in (design for design in DESIGNS if design.name == (only or design.name)):
         row: dict[str, Any] = {"design": design.name, "supposed": design.hypothetical, "variant": design.variant}
         row["limited"] = design.limited
         for head in ORDER:
@@ -248,11 +253,11 @@ def show(shares: tuple[float, float] | None) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def markdown() -> str:
+def markdown(only: str = "") -> str:
     """The table of docs/kernels.md."""
     head = ["design", "registers", "programs a multiprocessor", "epilogue, clocks", *(f"H = {HEADS[h].H:,}" for h in ORDER)]
     lines = [head, ["---"] * len(head)]
-    for row in rows():
+    for row in rows(only):
         name = f"*{row['design']}; supposed: {row['supposed']}*" if row["supposed"] else row["design"]
         cells = [
             " / ".join(dict.fromkeys(f"{n:,}" for n in row[of].values())) for of in ("registers", "programs", "epilogue_clocks")
@@ -271,17 +276,20 @@ def updated(page: str, table: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--only", default="", choices=["", *dict.fromkeys(d.name for d in DESIGNS)], metavar="DESIGN")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--update", type=Path, help="Markdown file whose table is to be this one")
     given = parser.parse_args(arguments)
     if missing := sass.missing_tools():
         parser.error(f"this triton brings no {' and no '.join(missing)}")
-    table = markdown()
+    if given.update and given.only:
+        parser.error("--update: the docs have every design; leave --only out")
+    table = markdown(given.only)
     print(f"Predicted share of {MACHINE.peak_tflops:.0f} TFLOP/s, percent\n\n{table}", end="")
     if given.update:
         write_text(given.update, updated(given.update.read_text(encoding="utf-8"), table))
     if given.json:
-        write_json(given.json, {"prediction": True, "machine": MACHINE._asdict(), "rows": list(rows())})
+        write_json(given.json, {"prediction": True, "machine": MACHINE._asdict(), "rows": list(rows(given.only))})
     return 0
 
 
