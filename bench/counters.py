@@ -27,7 +27,7 @@ from .cases import HEADS, Case, make_batch
 from .record import describe_machine
 from .tuning import forced, way_name
 
-TILES = {"128x128": Tile(128, 128, 64, 8, 3), "128x256": Tile(128, 256, 64, 8, 3)}
+TILES = {"128x128": Tile(128, 128, 64, 8, 3), "128x256": Tile(128, 256, 64, 8, 3, True)}
 METRICS = ("gpu__time_duration.sum", "lts__t_bytes.sum.per_second", "sm__inst_executed_pipe_tensor.sum")
 
 

@@ -14,14 +14,15 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
 
-from csrc_triton import contrastive, linear_logprob, linear_sample
+from csrc_triton import contrastive, linear_logprob, linear_sample, product
 from qcrd_fast.utils.files import write_json
 
 from .compiling import Launch, compiling
@@ -83,7 +84,7 @@ class Code(NamedTuple):
         by_registers = 65536 // (self.threads * ((self.registers + 7) // 8 * 8))
         by_shared = SHARED_KIB[self.capability] * 1024 // (self.shared + 1024)
         by_tensor = TENSOR_COLUMNS // self.tensor_columns if self.tensor_columns else by_shared
-        return min(by_registers, by_shared, by_tensor, THREADS[self.capability] // self.threads)
+        return min(by_registers, by_shared, by_tensor, THREADS[self.capability] // self.threads, 32)
 
 
 def missing_tools() -> list[str]:
@@ -297,22 +298,19 @@ def compile_variants(capability: int, variants: Iterable[Variant] = tuple(VARIAN
     for variant in variants:
         with compiling(capability) as launched:
             launch_variant(variant)
-        seen: set[str] = set()
-        for launch in launched:  # a backward pass is many launches of one program
-            name = launch.kernel.metadata.name
-            if name in variant.kernels and launch.kernel.hash not in seen:
-                seen.add(launch.kernel.hash)
-                yield variant, launch
+        yield from ((variant, launch) for launch in _distinct(launched, variant.kernels))
+
+
+def _distinct(launched: list[Launch], kernels: Sequence[str]) -> Iterator[Launch]:
+    """A backward pass is many launches of one program."""
+    found = {launch.kernel.hash: launch for launch in launched if launch.kernel.metadata.name in kernels}
+    yield from found.values()
 
 
 def compile_small(capability: int) -> Iterator[Launch]:
     with compiling(capability) as launched:
         launch_small()
-    seen: set[str] = set()
-    for launch in launched:
-        if launch.kernel.metadata.name in SMALL_KERNELS and launch.kernel.hash not in seen:
-            seen.add(launch.kernel.hash)
-            yield launch
+    yield from _distinct(launched, SMALL_KERNELS)
 
 
 def describe(name: str, launch: Launch) -> dict[str, Any]:
@@ -327,10 +325,24 @@ def describe(name: str, launch: Launch) -> dict[str, Any]:
     return row
 
 
-def rows_of(capability: int, only: str = "") -> Iterator[dict[str, Any]]:
-    for variant, launch in compile_variants(capability, [v for v in VARIANTS if only in v.name]):
-        yield describe(variant.name, launch)
-    if capability == 90 and only in "small":
+def rows_of(capability: int, only: str = "", names: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+    """`counted`: programs a multiprocessor that `product.layout` counted on, of the kernels that it lays out."""
+    for variant in VARIANTS:
+        if only in variant.name and (names is None or variant.name in names):
+            counted = list[int]()
+
+            def count_on(*arguments: Any, counted: list[int] = counted) -> int:
+                counted.append(product.programs_at_once(arguments[0], capability, arguments[2]))
+                return counted[-1] * 132
+
+            with mock.patch.object(product, "slots_of", count_on):
+                launches = list(compile_variants(capability, [variant]))
+            for _, launch in launches:
+                row = describe(variant.name, launch)
+                if row["kernel"] in ("forward_kernel", "product_kernel"):
+                    row["counted"] = counted[0]
+                yield row
+    if capability == 90 and only in "small" and names is None:
         for launch in compile_small(capability):
             yield describe("small", launch)
 
