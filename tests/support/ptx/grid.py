@@ -90,6 +90,10 @@ def find_cases(capability: int, dtype: str) -> Iterator[Case]:
         yield _case("log p", dtype, check_logprob, shape, {})
     for options in ({}, dict(bias=True), dict(extras=True)):
         yield _case("log p, in parts", dtype, check_logprob, (150, 72, 1003), options)._replace(split=True)
+    if capability == 90 and dtype != "fp32":  # 128 x 256, operands by the copy engine
+        for options in ({}, dict(bias=True), dict(softcap=2.0), dict(extras=True)):
+            yield _case("log p", dtype, check_logprob, (150, 1032, 300), options)
+        yield _case("loss of known weights", dtype, check_rationale_loss, (150, 1032, 300), {})
     for shape, options in SAMPLES:
         yield _case("tokens", dtype, check_sample, shape, options)
     if capability >= 90:
