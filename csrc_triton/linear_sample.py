@@ -227,7 +227,7 @@ def sample(
     if B == 0:
         return hidden_BH.new_empty(0, dtype=torch.int64)
     tile = choose_sample_tile(hidden_BH, weight_VH, grouped)
-    blocks, _, parts, part_size = layout(tile, B, V, hidden_BH.device)
+    blocks, _, parts, part_size = layout(tile, B, V, hidden_BH.device, heavy=noisy and not grouped)
     G = triton.cdiv(V, GROUP)
     head, flags = (hidden_BH, weight_VH, bias_V), flags_of(bias_V, options)
     scale, inverse_softcap, slope = numbers(bias_V, options)
