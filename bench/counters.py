@@ -2,8 +2,8 @@
 
     python -m qcrd_fast.bench.counters [--head llama-3-8b] [--tokens 4096] [--json FILE]
 
-Runs `ncu` on itself (`--launch TILE`), one launch a tile. At 128 x 128 the model of this kernel says that the L2 cache's
-bandwidth ends it at 52 to 61% of the peak; more than 62% would refute the model.
+Runs `ncu` on itself (`--launch TILE`), one launch a tile. `model` predicts both: at 128 x 128 the L2 cache's bandwidth ends it,
+and more than 62% of the peak would refute that.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from qcrd_fast.utils.files import write_json
 
 from .cases import HEADS, Case, make_batch
 from .record import describe_machine
-from .tuning import forced
+from .tuning import forced, way_name
 
-TILES = {"128x128": Tile(128, 128, 64, 8, 3), "128x256": Tile(128, 256, 64, 8, 3)}
+TILES = {"128x128": Tile(128, 128, 64, 8, 3), "128x256": Tile(128, 256, 64, 8, 3, True)}
 METRICS = ("gpu__time_duration.sum", "lts__t_bytes.sum.per_second", "sm__inst_executed_pipe_tensor.sum")
 
 
@@ -64,7 +64,7 @@ def count(ncu: str, tile: str, head: str, tokens: int) -> dict[str, Any]:
     own = [sys.executable, "-m", f"{__package__}.counters", "--launch", tile, "--head", head, "--tokens", str(tokens)]
     done = subprocess.run([*command, *own], capture_output=True, text=True)
     found: dict[str, Any] = read_counters(done.stdout)
-    row = {"tile": tile, "head": head, "tokens": tokens, "status": "ok", **found}
+    row = {"tile": tile, "way": way_name(TILES[tile]), "head": head, "tokens": tokens, "status": "ok", **found}
     if METRICS[0] in found:
         row["tflops"] = 2 * Case(head, tokens).unit / found[METRICS[0]] / 1e3  # operations a nanosecond are gigaflops
     else:

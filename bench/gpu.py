@@ -3,9 +3,10 @@
     python -m qcrd_fast.bench.gpu --minutes 8 --output-dir DIR [--data DIR --student DIR] [--resume] [--append]
     python -m qcrd_fast.bench.gpu --minutes 3 --output-dir DIR --rehearse      # tiny shapes on a CPU, in Triton's interpreter
 
-Each part is a process of its own with a limit of its own; what it found is in DIR/PART.json, what it said in DIR/PART.log, and
-DIR/summary.json has a line for each. With `--resume` finished parts are not run again. Exit codes: 1 if a kernel is wrong or a
-part failed; 75 if the time ran out with parts left (`--resume` goes on); 130 or 143 after a signal; else 0.
+Each part is a process of its own with a limit of its own; what it found is in DIR/PART.json, what it said in DIR/PART.log.
+DIR/summary.json has a line for each, and DIR/results.md the same for reading, with what the cost model predicts beside what was
+measured. With `--resume` finished parts are not run again. Exit codes: 1 if a kernel is wrong or a part failed; 75 if the time
+ran out with parts left (`--resume` goes on); 130 or 143 after a signal; else 0.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from typing import Any
 
 import torch
 
-from qcrd_fast.utils.files import write_json
+from qcrd_fast.utils.files import write_json, write_text
 
 from .gpu_parts import SKIPPED, Part, Setting, find_parts
+from .gpu_predictions import compare, page
 from .record import describe_machine
 
 DONE = ("ok", "wrong", "failed", SKIPPED)  # --resume tries all but the first again
@@ -54,9 +56,13 @@ class Call:
         return self.deadline - time.monotonic()
 
     def write(self) -> None:
-        """The summary, as it stands."""
+        """The summary and the page, as they stand."""
         note = {"rehearsal": REHEARSAL} if self.setting.rehearse else {}
         write_json(self.path, {**note, "where": self.where, "parts": list(self.parts.values())})
+        title = REHEARSAL if self.setting.rehearse else f"{self.where['device']}, commit {self.where['commit']}"
+        results = {name: read_json(self.folder / f"{name}.json") for name in self.parts}
+        predicted = compare(results, "" if self.setting.rehearse else self.where["device"])
+        write_text(self.folder / "results.md", page(list(self.parts.values()), predicted, title))
 
     def run(self, part: Part) -> None:
         """A part, unless an earlier call finished it, it lacks something, or no time is left for it."""

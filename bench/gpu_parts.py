@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .counters import find_ncu
+from .sass import missing_tools
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = __package__ or "bench"  # qcrd_fast.bench where it is installed
@@ -47,7 +48,7 @@ def find_parts(setting: Setting) -> list[Part]:
     """In the order in which they matter."""
     small = setting.rehearse
     heads, shapes = (("rehearsal",), ("tiny-t5",)) if small else (HEADS, SHAPES)
-    parts = [_kernels(setting), _tests(setting), _sanitizer(setting), _counters(setting)]
+    parts = [_kernels(setting), _tests(setting), _sanitizer(setting), _model(setting), _counters(setting)]
     for head in heads:
         flags = ["--heads", head, "--device", "cpu" if small else "cuda", "--repeats", "1" if small else "20"]
         flags += ["--tokens", "112", "--logits", "peaked", "--providers", "eager,qcrd-torch,qcrd-triton"] if small else []
@@ -111,6 +112,15 @@ def _sanitizer(setting: Setting) -> Part:
     return Part("sanitizer", 120, command, read_sanitizer, lacks, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
+def _model(setting: Setting) -> Part:
+    """What is measured afterwards is held against it. It compiles for an H100 whatever GPU is here, and runs nothing there."""
+    missing = missing_tools()
+    lacks = f"this triton brings no {' and no '.join(missing)}" if missing else None
+    return Part(
+        "model", 60, _module("model", setting, "model"), read_model, lacks, env=_env(setting) | {"TRITON_INTERPRET": "0"}
+    )
+
+
 def _counters(setting: Setting) -> Part:
     lacks = "a rehearsal" if setting.rehearse else None if find_ncu() else "ncu (Nsight Compute) is not installed"
     return Part("counters", 90, _module("counters", setting, "counters"), read_counters, lacks)
@@ -157,6 +167,11 @@ def read_tests(code: int, results: dict[str, Any], log: str) -> Verdict:
 def read_sanitizer(code: int, results: dict[str, Any], log: str) -> Verdict:
     said = next((line for line in reversed(log.splitlines()) if "ERROR SUMMARY" in line), last_line(log))
     return "wrong" if code == SANITIZER_ERRORS else "failed" if code else "ok", said.strip("= ")
+
+
+def read_model(code: int, results: dict[str, Any], log: str) -> Verdict:
+    rows = results.get("rows", [])
+    return ("failed", last_line(log)) if code or not rows else ("ok", f"{len(rows)} designs; beside measurements in results.md")
 
 
 def read_counters(code: int, results: dict[str, Any], log: str) -> Verdict:

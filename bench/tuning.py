@@ -40,7 +40,8 @@ COLUMNS = ("head", "tokens", "dtype", "pass", "way", "status", "ms", "ms_p20", "
            "device", "torch", "triton", "commit", "time")  # fmt: skip
 SHAPES = {
     torch.bfloat16: [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3), (64, 256, 64, 8, 3),
-                     (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 128, 8, 2)],
+                     (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 128, 8, 2),
+                     (64, 128, 32, 4, 4)],
     torch.float32: [(128, 64, 16, 8, 2), (64, 64, 32, 4, 2), (128, 128, 16, 8, 2)],
 }  # fmt: skip
 SHORT = [(128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (64, 128, 32, 4, 4)]
@@ -48,25 +49,28 @@ WORKSPACES_MIB, SHORT_MIB = (8, 16, 24, 32, 48, 96), (24, 64)
 Grads = tuple[Tensor, Tensor]  # dHidden [S, H], dWeight [V, H]
 
 
+def way_name(tile: Tile) -> str:
+    return f"{'x'.join(map(str, tile[:3]))} w{tile.num_warps} s{tile.num_stages}" + " descriptors" * tile.descriptors
+
+
 def tiles(dtype: torch.dtype, short: bool = False) -> dict[str, Tile]:
     found: dict[str, Tile] = {}
     for shape in SHORT if short and dtype != torch.float32 else SHAPES[dtype]:
-        name = "x".join(map(str, shape[:3])) + f" w{shape[3]} s{shape[4]}"
-        found |= {name: Tile(*shape), f"{name} descriptors": Tile(*shape, descriptors=True)}
+        found |= {way_name(tile): tile for tile in (Tile(*shape), Tile(*shape, descriptors=True))}
     return found
 
 
 @contextlib.contextmanager
 def forced(tile: Tile | None = None, workspace_mib: int | None = None) -> Iterator[None]:
     """Every launch takes this tile, or this workspace."""
-    before = product.forced_tile, linear_logprob.WORKSPACE_BYTES
+    before = product.forced_tile, linear_logprob.WORKSPACE_BYTES, linear_logprob.LARGE_H_WORKSPACE_BYTES
     product.forced_tile = tile
     if workspace_mib:
-        linear_logprob.WORKSPACE_BYTES = workspace_mib * 2**20
+        linear_logprob.WORKSPACE_BYTES = linear_logprob.LARGE_H_WORKSPACE_BYTES = workspace_mib * 2**20
     try:
         yield
     finally:
-        product.forced_tile, linear_logprob.WORKSPACE_BYTES = before
+        product.forced_tile, linear_logprob.WORKSPACE_BYTES, linear_logprob.LARGE_H_WORKSPACE_BYTES = before
 
 
 def forward_ways(

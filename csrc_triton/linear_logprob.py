@@ -17,19 +17,25 @@ from csrc_triton.product import (
     LAUNCH,
     LOG2_E,
     LOWEST,
+    add_matmul,
     bend,
+    choose_chunk,
     choose_tile,
     flags_of,
+    is_heavy,
     layout,
     matmul,
     numbers,
     operands,
     product_tile,
     shape_of,
+    slots_of,
     sources,
 )
 
-WORKSPACE_BYTES = 24 * 2**20  # of one chunk's gradient; stays in the L2 cache of an A100, H100 or B200
+# of one chunk of the backward pass: d loss / d a, and dWeight in fp32
+WORKSPACE_BYTES = 64 * 2**20  # up to H = 1024, where smaller chunks leave multiprocessors idle and the CPU behind
+LARGE_H_WORKSPACE_BYTES = 24 * 2**20  # d loss / d a alone: stays in the L2 cache of an A100, H100 or B200
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -71,13 +77,14 @@ def forward_kernel(
             moved_t = tl.where(sum_t > 0, (max_t - new_max_t) * sum_t, 0.0)
             below_tv = tl.where(exp_tv > 0, exp_tv * (u_tv - new_max_t[:, None]), 0.0)
             plogp_t = decay_t * (plogp_t + moved_t) + tl.sum(below_tv, 1)
+        sum_t = sum_t * decay_t + tl.sum(exp_tv, 1)
+        max_t = new_max_t
         if KEEP:
             cols_v = first + tl.arange(0, BLOCK_V)
             kept_tv = kept_ptr + rows_t.to(tl.int64)[:, None] * pitch + cols_v[None, :]
-            tl.store(kept_tv, exp_tv.to(kept_ptr.dtype.element_ty), mask=in_t[:, None] & (cols_v < V)[None, :])
+            in_tv = in_t[:, None] if EVEN_V else in_t[:, None] & (cols_v < V)[None, :]
+            tl.store(kept_tv, exp_tv.to(kept_ptr.dtype.element_ty), mask=in_tv)
             tl.store(kept_max_ptr + (first // BLOCK_V) * T + rows_t, new_max_t, mask=in_t)
-        sum_t = sum_t * decay_t + tl.sum(exp_tv, 1)
-        max_t = new_max_t
 
     out_t = part * T + rows_t  # there are parts only while T is small
     tl.store(max_ptr + out_t, max_t, mask=in_t)
@@ -165,18 +172,20 @@ def da_kernel(
     target_t = tl.load(target_ptr + rows_t, mask=in_t, other=-1).to(tl.int32)
     onehot_t = tl.load(onehot_ptr + rows_t, mask=in_t, other=0.0)
     prob_t = tl.load(prob_ptr + rows_t, mask=in_t, other=0.0)
-    p_tv = tl.exp2(u_tv * (slope * LOG2_E) - (lse_t * LOG2_E)[:, None])
     if HAS_PROBLOG:
         problog_t = tl.load(problog_ptr + rows_t, mask=in_t, other=0.0)
-        logp_tv = u_tv * slope - lse_t[:, None]
-        da_tv = p_tv * (prob_t[:, None] + tl.where(p_tv > 0, problog_t[:, None] * logp_tv, 0.0))
+        logp_tv = tl.maximum(
+            u_tv * slope - lse_t[:, None], -200.0, tl.PropagateNan.ALL
+        )  # where p is 0, its product with log p is too
+        da_tv = tl.exp2(logp_tv * LOG2_E) * (prob_t[:, None] + problog_t[:, None] * logp_tv)
     else:
-        da_tv = p_tv * prob_t[:, None]
+        da_tv = tl.exp2(u_tv * (slope * LOG2_E) - (lse_t * LOG2_E)[:, None]) * prob_t[:, None]
     da_tv += tl.where(cols_v[None, :] == target_t[:, None], onehot_t[:, None], 0.0)
     if HAS_SOFTCAP:
         da_tv = da_tv * (1 - u_tv * u_tv)
     out_tv = da_ptr + rows_t.to(tl.int64)[:, None] * pitch + local_v[None, :]
-    tl.store(out_tv, da_tv.to(da_ptr.dtype.element_ty), mask=in_t[:, None] & (cols_v < last_col)[None, :])
+    in_tv = in_t[:, None] if EVEN_V else in_t[:, None] & (cols_v < last_col)[None, :]
+    tl.store(out_tv, da_tv.to(da_ptr.dtype.element_ty), mask=in_tv)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -241,9 +250,10 @@ def _forward(
     logprob_T, lse_T, entropy_T, rest_T = (hidden_TH.new_empty(n, dtype=torch.float32) for n in (T, T, E, E))
     if T == 0:
         return logprob_T, lse_T, entropy_T, rest_T, None
-    tile = choose_tile(hidden_TH.dtype, T)
-    blocks, tiles, parts, part_size = layout(tile, T, V, hidden_TH.device)
     head, flags = (hidden_TH, weight_VH, bias_V, target_T.contiguous()), flags_of(bias_V, options)
+    heavy = keep or is_heavy(flags, V, H, want_entropy)
+    tile = choose_tile(hidden_TH, weight_VH, heavy)
+    blocks, tiles, parts, part_size = layout(tile, T, V, hidden_TH.device, heavy)
     partial_PT = [hidden_TH.new_empty((parts, T if i < 2 or want_entropy else 0), dtype=torch.float32) for i in range(3)]
     pitch = triton.cdiv(V, 16) * 16
     kept = None
@@ -252,7 +262,7 @@ def _forward(
     forward_kernel[(blocks, parts)](
         *sources(hidden_TH, weight_VH, tile), *head[2:], *partial_PT, *(kept[:2] if kept else (None, None)),
         T, V, H, part_size, pitch, *numbers(bias_V, options), ignore_index,
-        **flags, **shape_of(tile, V, H), WANT_ENTROPY=want_entropy, KEEP=keep,
+        **flags, **shape_of(tile, V, H, hidden_TH.device), WANT_ENTROPY=want_entropy, KEEP=keep,
     )  # fmt: skip
     combine_kernel[(triton.cdiv(T, 16),)](
         *head, *partial_PT, logprob_T, lse_T, entropy_T, rest_T,
@@ -311,6 +321,17 @@ def backward_kept(
     return dhidden_TH, dweight_VH, dbias_V
 
 
+def most_columns(S: int, H: int, element_size: int) -> int:
+    """Of a chunk of the backward pass."""
+    a_column = max(S, 1) * element_size
+    return max(WORKSPACE_BYTES // (a_column + 4 * H) if H <= 1024 else LARGE_H_WORKSPACE_BYTES // a_column, 1)
+
+
+def workspace_bytes(S: int, V: int, H: int, element_size: int) -> int:
+    """What a backward pass takes at most beside its gradients: d loss / d a and dWeight of a chunk."""
+    return min(most_columns(S, H, element_size), V) * (S * element_size + 4 * H)
+
+
 def backward(
     hidden_SH: Tensor,
     weight_VH: Tensor,
@@ -333,9 +354,11 @@ def backward(
     (S, H), V, (scale, _, temperature) = hidden_SH.shape, len(weight_VH), options
     dhidden_SH = hidden_SH.new_zeros((S, H), dtype=torch.float32) if need_hidden else None
     rows = (target_S.contiguous(), lse_S.contiguous(), *(None if x is None else x / temperature for x in coefficients))
-    tile = choose_tile(hidden_SH.dtype, S)
-    columns = WORKSPACE_BYTES // (max(S, 1) * hidden_SH.element_size())
-    C = min(max(columns // tile.block_v, 1), triton.cdiv(V, tile.block_v)) * tile.block_v
+    flags = flags_of(bias_V, options)
+    heavy = is_heavy(flags, V, H, coefficients[2] is not None)
+    tile = choose_tile(hidden_SH, weight_VH, heavy, wide=not heavy and not flags["HAS_SOFTCAP"])
+    most = max(most_columns(S, H, hidden_SH.element_size()) // tile.block_v, 1)
+    C = choose_chunk(tile, S, V, H, most, slots_of(tile, hidden_SH.device, heavy=True)) * tile.block_v
     da_SC = hidden_SH.new_empty((S, C))
     for first in range(0, V, C):
         last = min(first + C, V)
@@ -343,13 +366,13 @@ def backward(
             da_kernel[(triton.cdiv(S, tile.block_t), triton.cdiv(last - first, tile.block_v))](
                 *sources(hidden_SH, weight_VH, tile), bias_V, *rows, da_SC,
                 S, V, H, first, last, C, *numbers(bias_V, options),
-                **flags_of(bias_V, options), **shape_of(tile, V, H), HAS_PROBLOG=coefficients[2] is not None,
+                **flags, **shape_of(tile, V, H, hidden_SH.device), HAS_PROBLOG=coefficients[2] is not None,
             )  # fmt: skip
         chunk_SC = da_SC[:, : last - first]
         if dbias_V is not None:
             dbias_V[first:last] = chunk_SC.sum(0, dtype=torch.float32)
         if dhidden_SH is not None:
-            dhidden_SH.add_(matmul(chunk_SC, weight_VH[first:last]), alpha=scale)
+            add_matmul(dhidden_SH, chunk_SC, weight_VH[first:last], scale)
         if dweight_VH is not None:
             torch.mul(matmul(chunk_SC.T, hidden_SH), scale, out=dweight_VH[first:last])
     return dhidden_SH, dweight_VH, dbias_V

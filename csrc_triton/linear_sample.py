@@ -22,11 +22,12 @@ from csrc_triton.product import (
     LOWEST,
     Tile,
     bend,
-    choose_tile,
+    fetched_on_hopper,
     flags_of,
     layout,
     numbers,
     operands,
+    plain_tile,
     product_tile,
     shape_of,
     sources,
@@ -44,6 +45,14 @@ def _gumbel(word):
     rest = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6))))))
     return -tl.log(tl.where(u < 0.0625, series, -tl.log(rest)))
+
+
+@triton.jit
+def _most_gumbel(word):
+    """A bound of `_gumbel` of these bits, at most 0.07 above -log(u): a float's own bits are a logarithm from below.
+
+    -log(1 - u) is at least u. The thousandth is for the rounding of both."""
+    return 110.212 - (word.to(tl.float32).to(tl.int32, bitcast=True)).to(tl.float32) * 8.262958e-8
 
 
 @triton.jit
@@ -74,7 +83,7 @@ def _among_largest(x_n, k, N: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B"])
 def product_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, key_ptr, counter_ptr, best_ptr, entry_ptr, top_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, key_ptr, counter_ptr, best_ptr, entry_ptr, top_ptr, floor_ptr,
     B, V, H, G, part_size, scale, inverse_softcap, slope,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -85,6 +94,12 @@ def product_kernel(
 
     hidden [B, H], weight [V, H], bias [V]. Out: GROUPED, the largest u of each group, top [B, G] fp32; else the largest
     logit, with noise if NOISY, and its entry: best [P, B] fp32, entry [P, B] int64.
+
+    Most of the noise's cost is its logarithms, and a tile goes without them where none of its entries can win. floor [B] fp32,
+    at first LOWEST, is what some part has found for a row: the noisy logit of one of its entries, so the largest of the row is
+    no less. Left out are tiles in which logit plus `_most_gumbel` is less than that for every entry. Rounding keeps the order
+    of the two sums, so none of these entries is the largest or ties with it: the token is the same, whatever the parts read
+    and write there in which order.
     """
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(1)
@@ -103,12 +118,18 @@ def product_kernel(
             groups_g = first // GROUP + tl.arange(0, BLOCK_V // GROUP)
             out_tg = top_ptr + rows_t.to(tl.int64)[:, None] * G + groups_g[None, :]
             tl.store(out_tg, top_tg, mask=in_t[:, None] & (groups_g < G)[None, :])
+        elif NOISY:
+            floor_t = tl.load(floor_ptr + rows_t, mask=in_t, other=float("inf"), volatile=True)
+            quad_q = first // 4 + tl.arange(0, BLOCK_V // 4)
+            w0, w1, w2, w3 = _words(key_ptr, counter_ptr, tl.minimum(rows_t, B - 1)[:, None], quad_q[None, :])
+            word_tv = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_T, BLOCK_V))
+            most_tv = tl.fma(u_tv, slope, _most_gumbel(word_tv))
+            if tl.max(tl.max((most_tv >= floor_t[:, None]).to(tl.int32), 1), 0) > 0:
+                top_t, at_t = tl.max(tl.fma(u_tv, slope, _gumbel(word_tv)), 1, return_indices=True)
+                entry_t = tl.where(top_t > best_t, first + at_t, entry_t)
+                best_t = tl.maximum(top_t, best_t)
+                tl.store(floor_ptr + rows_t, best_t, mask=in_t & (best_t > floor_t))
         else:
-            if NOISY:
-                quad_q = first // 4 + tl.arange(0, BLOCK_V // 4)
-                w0, w1, w2, w3 = _words(key_ptr, counter_ptr, tl.minimum(rows_t, B - 1)[:, None], quad_q[None, :])
-                word_tv = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_T, BLOCK_V))
-                u_tv = u_tv * slope + _gumbel(word_tv)
             top_t, at_t = tl.max(u_tv, 1, return_indices=True)
             entry_t = tl.where(top_t > best_t, first + at_t, entry_t)
             best_t = tl.maximum(top_t, best_t)
@@ -180,11 +201,12 @@ def pick_kernel(
     tl.store(token_ptr + row, tl.sum(tl.where(place_n == best, entry_n, 0), 0).to(tl.int64))
 
 
-def choose_sample_tile(dtype: torch.dtype, rows: int, grouped: bool) -> Tile:
-    """Noise and the search for the largest take registers beside a tile of the product: a smaller one holds all unspilled."""
+def choose_sample_tile(hidden: Tensor, weight: Tensor, grouped: bool) -> Tile:
+    """Noise and the search for the largest take registers beside a tile of the product: a smaller one holds all unspilled, on
+    an H100 where the copy engine keeps the addresses."""
     if grouped:
-        return choose_tile(dtype, rows)
-    return Tile(64, 64, 32 if dtype == torch.float32 else 64, 8, 3)
+        return plain_tile(hidden.dtype, len(hidden))
+    return Tile(64, 64, 32 if hidden.dtype == torch.float32 else 64, 8, 3, fetched_on_hopper(hidden, weight))
 
 
 def sample(
@@ -204,8 +226,8 @@ def sample(
     options = (*options[:2], options[2] or 1.0)
     if B == 0:
         return hidden_BH.new_empty(0, dtype=torch.int64)
-    tile = choose_sample_tile(hidden_BH.dtype, B, grouped)
-    blocks, _, parts, part_size = layout(tile, B, V, hidden_BH.device)
+    tile = choose_sample_tile(hidden_BH, weight_VH, grouped)
+    blocks, _, parts, part_size = layout(tile, B, V, hidden_BH.device, heavy=noisy and not grouped)
     G = triton.cdiv(V, GROUP)
     head, flags = (hidden_BH, weight_VH, bias_V), flags_of(bias_V, options)
     scale, inverse_softcap, slope = numbers(bias_V, options)
@@ -213,10 +235,11 @@ def sample(
     best_PB = hidden_BH.new_empty((0 if grouped else parts, B), dtype=torch.float32)
     entry_PB = torch.empty_like(best_PB, dtype=torch.int64)
     top_BG = hidden_BH.new_empty((B, G if grouped else 0), dtype=torch.float32)
+    floor_B = hidden_BH.new_full((B if noisy and not grouped else 0,), LOWEST.value, dtype=torch.float32)
     product_kernel[(blocks, parts)](
-        *sources(hidden_BH, weight_VH, tile), bias_V, key_B2, counter_B3, best_PB, entry_PB, top_BG,
+        *sources(hidden_BH, weight_VH, tile), bias_V, key_B2, counter_B3, best_PB, entry_PB, top_BG, floor_B,
         B, V, H, G, part_size, scale, inverse_softcap, slope,
-        **flags, **shape_of(tile, V, H), GROUP=GROUP, NOISY=noisy, GROUPED=grouped,
+        **flags, **shape_of(tile, V, H, hidden_BH.device), GROUP=GROUP, NOISY=noisy, GROUPED=grouped,
     )  # fmt: skip
     if not grouped:
         return entry_PB.gather(0, best_PB.argmax(0, keepdim=True))[0]

@@ -25,7 +25,8 @@ LOWEST = tl.constexpr(-1e30)  # below every finite logit; -inf would make NaNs w
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of a block of the product. Operands in flight stay within 99 KiB of shared memory."""
+    """Rows, columns and depth of a block of the product. With 128 columns, operands in flight stay within 99 KiB of shared
+    memory, which every GPU has; with 256 they take 144 KiB of an H100's 227."""
 
     block_t: int
     block_v: int
@@ -38,12 +39,31 @@ class Tile(NamedTuple):
 forced_tile: Tile | None = None  # what a benchmark wants every launch to take
 
 
-def choose_tile(dtype: torch.dtype, rows: int) -> Tile:
-    if forced_tile is not None:
-        return forced_tile
+def plain_tile(dtype: torch.dtype, rows: int) -> Tile:
+    """Of every GPU."""
     if dtype == torch.float32:
         return Tile(128, 64, 16, 8, 2)
     return Tile(128, 128, 64, 8, 3) if rows > 64 else Tile(64, 128, 64, 4, 3)
+
+
+def choose_tile(hidden: Tensor, weight: Tensor, heavy: bool = False, wide: bool = True) -> Tile:
+    """The tile of a product of these operands. On an H100, where the copy engine can fetch them, 256 columns from H = 1024 on:
+    each byte that comes from the L2 cache is used more often. `heavy`: an epilogue whose registers leave two programs room
+    there only if the copy engine keeps the addresses. `wide`: whether 256 columns' worth of the epilogue fits in registers."""
+    if forced_tile is not None:
+        return forced_tile
+    H, tile = hidden.shape[1], plain_tile(hidden.dtype, len(hidden))
+    if tile.block_t < 128 or not fetched_on_hopper(hidden, weight):
+        return tile
+    if wide and H >= 1024:
+        return Tile(128, 256, 64, 8, 3, True)
+    return tile._replace(descriptors=heavy)
+
+
+def fetched_on_hopper(*operands: Tensor) -> bool:
+    """Whether this is an H100 whose copy engine can fetch these: of 16 bits, rows that begin at multiples of 16 bytes."""
+    fits = all(x.element_size() == 2 and x.data_ptr() % 16 == 0 and x.shape[1] % 8 == 0 for x in operands)
+    return fits and architecture(operands[0].device) // 10 == 9
 
 
 def choose_parts(blocks: int, tiles: int, slots: int) -> int:
@@ -55,16 +75,46 @@ def choose_parts(blocks: int, tiles: int, slots: int) -> int:
     return min(range(1, most + 1), key=lambda parts: triton.cdiv(blocks * parts, slots) / parts)
 
 
-def programs_at_once(tile: Tile, architecture: int) -> int:
-    """Programs of a plain forward pass that share a multiprocessor: what its registers and shared memory leave room for, as
-    compiled. With matrix instructions of a warp (Ampere, Ada, and Blackwell's workstation GPUs) the larger tile leaves none."""
-    return 1 if tile.num_warps == 8 and architecture in (8, 12) else 2
+def choose_chunk(tile: Tile, S: int, V: int, H: int, most: int, slots: int) -> int:
+    """Tiles of the vocabulary in a chunk of the backward pass, from half of `most` to `most`: those whose products take the
+    fewest whole rounds of `slots` programs. d loss / d a is S x C of depth H, in this kernel's tiles; a chunk of dWeight C x H
+    of depth S, say in tiles of 128 x 128. The tiles of dHidden do not depend on C."""
+    blocks, tiles = -(-S // tile.block_t), -(-V // tile.block_v)
+    if most >= tiles:
+        return tiles
+
+    def cost(chunk: int) -> int:
+        of_weight = -(-chunk * tile.block_v // 128) * -(-H // 128)
+        return -(-blocks * chunk // slots) * H * tile.block_v + -(-of_weight // slots) * S * 128
+
+    def total(chunk: int) -> int:
+        whole, rest = divmod(tiles, chunk)
+        return whole * cost(chunk) + (cost(rest) if rest else 0)
+
+    return min(range(most, most // 2, -max(1, most // 32)), key=total)  # of equal ones the largest
 
 
-def layout(tile: Tile, rows: int, V: int, device: torch.device) -> tuple[int, int, int, int]:
+def programs_at_once(tile: Tile, capability: int, heavy: bool = False) -> int:
+    """Programs that share a multiprocessor: what their registers and shared memory leave room for, as compiled. On an H100 it
+    is what `shape_of` has the compiler keep to. With matrix instructions of a warp (Ampere, Ada, and Blackwell's workstation
+    GPUs) the registers of 8 warps leave room for one; on a B200 those of a `heavy` epilogue do."""
+    family = capability // 10
+    if tile.block_t * tile.block_v > 64 * 32 * tile.num_warps:  # more than 64 sums a thread
+        return 1
+    if tile.num_warps == 8 and (family in (8, 12) or (heavy and family == 10)):
+        return 1
+    return 3 if tile.num_warps == 4 and (family == 9 or (capability == 80 and tile.block_h == 32)) else 2
+
+
+def slots_of(tile: Tile, device: torch.device, heavy: bool) -> int:
+    """Programs that a GPU holds at once."""
+    return programs_at_once(tile, architecture(device), heavy) * multiprocessors(device)
+
+
+def layout(tile: Tile, rows: int, V: int, device: torch.device, heavy: bool = False) -> tuple[int, int, int, int]:
     """(blocks of rows, tiles of the vocabulary, parts of it, columns of a part)."""
     blocks, tiles = triton.cdiv(rows, tile.block_t), triton.cdiv(V, tile.block_v)
-    parts = choose_parts(blocks, tiles, programs_at_once(tile, architecture(device)) * multiprocessors(device))
+    parts = choose_parts(blocks, tiles, slots_of(tile, device, heavy))
     part_size = triton.cdiv(tiles, parts) * tile.block_v
     return blocks, tiles, triton.cdiv(V, part_size), part_size
 
@@ -148,7 +198,14 @@ def flags_of(bias_V: Tensor | None, options: tuple[float, float, float]) -> dict
     return dict(HAS_BIAS=bias_V is not None, HAS_SCALE=has_scale, HAS_SOFTCAP=options[1] != 0)
 
 
-def shape_of(tile: Tile, V: int, H: int) -> dict[str, Any]:
+def is_heavy(flags: dict[str, bool], V: int, H: int, entropy: bool) -> bool:
+    """Whether a tile takes more than one thing beside its exponentials."""
+    return flags["HAS_BIAS"] + flags["HAS_SOFTCAP"] + entropy + (V % 128 != 0) + (H % 64 != 0) > 1
+
+
+def shape_of(tile: Tile, V: int, H: int, device: torch.device) -> dict[str, Any]:
+    capability = architecture(device)
+    registers = 65536 // (32 * tile.num_warps * programs_at_once(tile, capability)) // 8 * 8
     return dict(
         BLOCK_T=tile.block_t,
         BLOCK_V=tile.block_v,
@@ -158,6 +215,7 @@ def shape_of(tile: Tile, V: int, H: int) -> dict[str, Any]:
         DESCRIPTORS=tile.descriptors,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=registers if capability // 10 == 9 and registers < 256 else None,
         **LAUNCH,
     )
 
@@ -178,10 +236,32 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
+def add_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """out += alpha a @ b, out in fp32: in one launch where torch can."""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b, alpha=alpha)
+    elif adds_to_fp32(a.device, a.dtype):
+        torch.addmm(out, a, b, out_dtype=torch.float32, alpha=alpha, out=out)
+    else:
+        out.add_(matmul(a, b), alpha=alpha)
+
+
+@functools.cache
+def adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of 16-bit operands to an fp32 sum there: 2.13 on CUDA, and no CPU."""
+    few, out = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(out, few, few, out_dtype=torch.float32, alpha=0.5, out=out)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """8 for Ampere and Ada, 9 for Hopper, 10 and 12 for Blackwell; off a GPU, Hopper."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    """Its compute capability times ten: 80 to 89 are Ampere and Ada, 90 Hopper, 100 and 120 Blackwell; off a GPU, Hopper."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 @functools.cache

@@ -41,6 +41,26 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
         ("head", "tokens", "logits", "dtype", "provider", "mode", "device", "threads"),
         ("head", "tokens", "dtype", "provider", "mode", "status", "ms", "of_eager", "peak_mib", "device", "commit"),
     ),
+    "executed": (
+        "Compiled kernels, executed on a CPU",
+        "Every case of the grid against float64: the largest error of log p, of a gradient, and share of tokens that differ; "
+        "kernels run in five other orders of programs and warps. Not a measurement of speed: [the executor](executor.md). "
+        "`python -m tests.support.ptx.grid --append`",
+        ("gpu", "dtype"),
+        (
+            "gpu",
+            "dtype",
+            "cases",
+            "bad",
+            "kernels_in_other_orders",
+            "orders",
+            "logp_error",
+            "grad_error",
+            "tokens_that_differ",
+            "triton",
+            "commit",
+        ),
+    ),
     "demo": (
         "The demo",
         "Accuracy on 300 new questions. `python bench/demo.py --threads 1`",

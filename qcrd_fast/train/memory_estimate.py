@@ -311,12 +311,11 @@ class _Fake:
         impl = choose_impl(self.config.impl, device, dtype)[0]
         (V, H), size = head.weight.shape, dtype.itemsize
         if impl == "triton":
-            from csrc_triton.linear_logprob import WORKSPACE_BYTES
+            from csrc_triton.linear_logprob import workspace_bytes
 
             kept = T * (V + 15) * size
             if head.softcap or kept > rationale_loss.KEPT_BYTES:
-                columns = max(WORKSPACE_BYTES // (T * size), 1)
-                return WORKSPACE_BYTES + 4 * min(columns, V) * H + 4 * T * H
+                return workspace_bytes(T, V, H, size) + 4 * T * H
             return kept + 4 * V * H + 4 * T * H  # and both products in fp32
         with self.mode:
             hidden_TH = torch.empty(T, H, dtype=dtype, device=device)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, gpu_parts, gpu_training, kernel_checks
+from bench import gpu, gpu_parts, gpu_predictions, gpu_training, kernel_checks
 from bench.counters import METRICS, read_counters
 from bench.gpu_parts import Part
 from qcrd_fast.errors import InputError
@@ -100,7 +100,8 @@ def test_parts_lack_what_is_not_here(tmp_path: Path) -> None:
     setting = gpu_parts.Setting(tmp_path, None, None, 5, False, False)
     parts = {p.name: p for p in gpu_parts.find_parts(setting)}
     assert (
-        list(parts)[:5] == ["kernels", "tests", "sanitizer", "counters", "loss-smollm2-135m"] and list(parts)[-1] == "training"
+        list(parts)[:6] == ["kernels", "tests", "sanitizer", "model", "counters", "loss-smollm2-135m"]
+        and list(parts)[-1] == "training"
     )
     assert parts["training"].lacks and "--data" in parts["training"].lacks
     assert parts["kernels"].lacks is None and "--append" not in parts["loss-t5-base"].command
@@ -120,6 +121,29 @@ def test_what_is_wrong_is_read_from_the_results() -> None:
     checks = [{"check": "log p", "dtype": "bf16", "status": "failed: no kernel image"}]
     assert gpu_parts.read_kernels(1, {"rows": checks}, "") == ("wrong", "log p bf16 failed: no kernel image")
     assert gpu_parts.read_sanitizer(86, {}, "========= ERROR SUMMARY: 3 errors\n") == ("wrong", "ERROR SUMMARY: 3 errors")
+
+
+SHARES = {"llama-3-8b": [0.52, 0.61], "smollm2-135m": [0.5, 0.9]}
+
+
+def test_predictions_stand_beside_what_was_measured() -> None:
+    """Of llama-3-8b's 4,096 rows a pass is 4.3 TFLOP: 6.5 ms are 660 TFLOP/s, 67% of an H200's peak."""
+    tiles = dict.fromkeys(SHARES, "128x128x64 w8 s3")
+    way = {"design": "128 x 128", "variant": "plain", "tile": tiles, "supposed": "", "limited": True, "shares": SHARES}
+    row = {"pass": "forward", "way": "128x128x64 w8 s3", "dtype": "bf16", "tokens": 4096, "head": "llama-3-8b", "ms": 6.52}
+    results = {"model": {"rows": [way, way | {"supposed": "a cluster"}]}, "tuning-llama-3-8b": {"rows": [row]}}
+    first, second = gpu_predictions.compare(results, "NVIDIA H200")
+    assert first == {
+        "design": "128 x 128", "tile": "128x128x64 w8 s3", "head": "llama-3-8b",
+        "predicted": "52 to 61", "measured": "67 (tuning-llama-3-8b)", "verdict": "above 62%: refutes the model",
+    }  # fmt: skip
+    assert second["predicted"] == "50 to cap" and second["measured"] == gpu_predictions.NOT_MEASURED
+    counted = {"way": "128x128x64 w8 s3", "head": "llama-3-8b", "tflops": 560.0}
+    first, _ = gpu_predictions.compare(results | {"counters": {"rows": [counted]}}, "NVIDIA H200")
+    assert first["measured"] == "57 (counters)" and first["verdict"] == "as predicted"
+    assert {row["measured"] for row in gpu_predictions.compare(results, "NVIDIA A100")} == {gpu_predictions.NOT_MEASURED}
+    assert gpu_predictions.judge(0.7, [0.6, 0.9], "128x256x64 w8 s3") == "as predicted"
+    assert gpu_predictions.judge(0.85, [0.6, 0.9], "128x256x64 w8 s3") == "above"
 
 
 def test_counters_are_read_amid_other_output() -> None:
@@ -171,7 +195,10 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     assert {row["part"]: row["status"] for row in summary["parts"]} == {
         row["part"]: "skipped" if row["part"] in skipped else "ok" for row in summary["parts"]
     }
-    assert len(summary["parts"]) == 9
+    assert len(summary["parts"]) == 10
     files = [path for path in folder.iterdir() if path.is_file()]
-    assert len(files) == 1 + 7 + 6
+    assert len(files) == 2 + 8 + 7  # the summaries, logs, results
     assert all("rehearsal on a CPU" in path.read_text() for path in files) and "rehearsal" in done.stdout
+    page = (folder / "results.md").read_text()
+    assert "| design | tile | head | predicted | measured | verdict |" in page
+    assert "| 128 x 128, cp.async | 128x128x64 w8 s3 | smollm2-135m | 5" in page

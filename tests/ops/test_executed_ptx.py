@@ -4,17 +4,24 @@ how; `python -m tests.support.ptx.grid` runs the whole grid."""
 from __future__ import annotations
 
 import os
+import struct
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from bench.kernel_checks import DTYPES, SMALL, Check, check_logprob, doubled, error, find_checks, make_operands
 from csrc_triton import contrastive, linear_sample, product
 from csrc_triton import linear_logprob as kernels
 from csrc_triton.product import Tile
 from qcrd_fast import linear_logprob
+from qcrd_fast.ops.linear_sample import linear_sample as sampled
+from qcrd_fast.ops.philox import gumbel
 from tests.support.ptx.grid import judge
-from tests.support.ptx.launch import Execution, executing
+from tests.support.ptx.launch import Execution, compare_orders, executing
+from tests.support.ptx.machine import Block
 from tests.support.ptx.mutations import mutants
 from tests.support.ptx.values import Fault
 
@@ -45,6 +52,10 @@ def test_compiled_kernels(capability: int, name: str, dtype: str) -> None:
     assert judge(errors, dtype), errors
     assert set(check.kernels) <= set(executed.programs)
     assert all(made.enable_fp_fusion for made in executed.metadata.values())
+    products = [
+        made for kernel, made in executed.metadata.items() if kernel in ("forward_kernel", "da_kernel", "product_kernel")
+    ]
+    assert all((made.maxnreg is not None) == (capability == 90) for made in products)
 
 
 def test_ragged_batches_compile_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +78,80 @@ def test_copy_engine_in_any_order(tile: Tile, monkeypatch: pytest.MonkeyPatch) -
     with executing(90, shuffle=1):
         errors = check_logprob(torch.bfloat16, CPU, *SMALL)
     assert judge(errors, "bf16"), errors
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_wide_heads_on_hopper(dtype: str) -> None:
+    """From H = 1024 on: 128 x 256, operands by the copy engine."""
+    with executing(90) as executed:
+        errors = check_logprob(DTYPES[dtype], CPU, 70, 1032, 300)
+    assert judge(errors, dtype), errors
+    for kernel in ("forward_kernel", "da_kernel"):
+        assert 144 * 1024 <= executed.metadata[kernel].shared <= 227 * 1024 and executed.metadata[kernel].maxnreg is None
+
+
+def test_operands_that_the_copy_engine_cannot_fetch() -> None:
+    with executing(90) as executed:
+        assert product.choose_tile(*torch.empty(2, 128, 1024, dtype=torch.bfloat16)) == Tile(128, 256, 64, 8, 3, True)
+        for rows, H, shift in ((128, 1028, 0), (128, 1024, 1), (64, 1024, 0)):  # a row's bytes, the first one's, few rows
+            operand = torch.empty(rows * H + shift, dtype=torch.bfloat16)[shift:].view(rows, H)
+            assert not product.choose_tile(operand, operand).descriptors
+        errors = check_logprob(torch.bfloat16, CPU, 66, 1028, 130)
+    assert judge(errors, "bf16"), errors
+    assert executed.metadata["forward_kernel"].maxnreg == 128
+
+
+@triton.jit
+def both_noises(word_ptr, gumbel_ptr, most_ptr, N: tl.constexpr):
+    at_n = tl.arange(0, N)
+    word_n = tl.load(word_ptr + at_n).to(tl.uint32)
+    tl.store(gumbel_ptr + at_n, linear_sample._gumbel(word_n))
+    tl.store(most_ptr + at_n, linear_sample._most_gumbel(word_n))
+
+
+def test_no_noise_is_above_its_bound() -> None:
+    """At the edges of every power of two, where the bound is nearest, and between."""
+    edges = [2**k + d for k in range(33) for d in (-2, -1, 0, 1, 2)] + [3 * 2**k for k in range(31)]
+    edges = [word for word in edges if 0 <= word < 2**32]
+    some = torch.randint(0, 2**32, (1024 - len(edges),), generator=torch.Generator().manual_seed(0))
+    word = torch.cat([torch.tensor(edges), some])
+    gumbel, most = torch.empty(2, 1024)
+    with executing(90):
+        both_noises[(1,)](word, gumbel, most, N=1024, **product.LAUNCH)
+    above = most - gumbel
+    assert above.min() > 5e-4 and above[(word >= 64) & (word < 2**20)].max() < 0.07
+
+
+def nearly_tied(B: int, V: int) -> tuple[torch.Tensor, ...]:
+    """(hidden, weight, key, counter): logits of a trained head's spread, and half of them so large that their noisy sums, in
+    fp32, are equal for many entries."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.zeros(B, 16, dtype=torch.bfloat16)
+    hidden[:, 0], hidden[::2, 1] = 1, 1
+    weight = torch.zeros(V, 16, dtype=torch.bfloat16)
+    weight[:, 0] = torch.randint(0, 8, (V,), generator=generator) * (torch.rand(V, generator=generator) < 0.1)
+    weight[:, 1] = 2**23
+    return hidden, weight, *(torch.randint(0, 2**32, (B, n), generator=generator) for n in (2, 3))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_noise_is_left_out_where_it_cannot_win(capability: int) -> None:
+    """Among them ties, of which the first entry wins; with a bound that is 3 too low, some winners are lost."""
+    call = nearly_tied(6, 4099)
+    noisy = (call[0].double() @ call[1].double().T).float() + gumbel(*call[2:], size=len(call[1])).float()
+    largest = noisy == noisy.max(1, keepdim=True).values
+    assert largest.sum(1).max() > 2
+    expected = torch.stack([row.nonzero()[0, 0] for row in largest])
+    with executing(capability, shuffle=1) as executed:
+        assert torch.equal(sampled(*call, impl="triton"), expected) and executed.programs["product_kernel"] > 8
+
+    def lower(kernel: str, ptx: str) -> str:
+        bound = struct.pack(">f", 110.212).hex().upper()
+        assert f"0f{bound}" in ptx
+        return ptx.replace(f"0f{bound}", "0f" + struct.pack(">f", 107.212).hex().upper())
+
+    with executing(capability, shuffle=1, change=lower):
+        assert not torch.equal(sampled(*call, impl="triton"), expected)
 
 
 def test_parts_of_the_vocabulary_and_chunks_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +183,30 @@ def test_what_is_broken_is_noticed(name, change, head) -> None:
         except Fault:
             found = float("inf")
     assert (found < 1e-6) == (change is None), f"{name}: {found:.2e}"
+
+
+@pytest.mark.parametrize("name, change", list(mutants())[:2], ids=name_of)
+def test_races_are_seen_by_the_search_alone(name, change, head, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a barrier the numbers are right in the usual order: an executor that looked at those alone would be deaf."""
+    monkeypatch.setattr(Block, "check_read", lambda *_: None)
+    monkeypatch.setattr(Block, "check_write", lambda *_: None)
+    call, expected = head
+    with executing(90, change=change):
+        assert error(kernels.forward(*call)[0], expected) < 1e-6
+
+
+def test_other_orders_leave_the_same_bytes(head) -> None:
+    """Each kernel's first launch runs in other orders too, and what they left is compared."""
+    call, expected = head
+    with executing(90, orders=2) as executed:
+        first = kernels.forward(*call)[0]
+    assert len(executed.compared) == 2 and error(first, expected) < 1e-6
+
+
+def test_an_order_that_leaves_other_bytes_is_a_fault() -> None:
+    tensor, left = np.ones(4, np.uint8), iter((1, 2))
+    with pytest.raises(Fault, match="k: order 2 leaves other bytes in argument 0"):
+        compare_orders("k", [tensor], [np.zeros(4, np.uint8)], 2, lambda seed: tensor.fill(next(left)))
 
 
 def test_checks_are_the_whole_of_the_kernels() -> None:

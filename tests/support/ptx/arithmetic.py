@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from tests.support.ptx.machine import Step, Warp
+from tests.support.ptx.machine import Gang, Step
 from tests.support.ptx.operands import computes, makes, predicate, put_into, source
 from tests.support.ptx.program import Instruction, elements
 from tests.support.ptx.values import (
@@ -84,10 +85,11 @@ def arithmetic(instruction: Instruction) -> Step:
 
 
 def _high(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
-    """The upper half of a product, in Python's integers."""
+    """The upper half of a product; of 64 bits in Python's integers."""
     width = width_of(kind)
-    pairs = zip(from_bits(a, kind).tolist(), from_bits(b, kind).tolist(), strict=True)
-    return np.array([(x * y >> width) & ((1 << width) - 1) for x, y in pairs], UNSIGNED[width])
+    wide: Any = (SIGNED if kind[0] == "s" else UNSIGNED)[64] if width < 64 else object
+    product = from_bits(a, kind).astype(wide) * from_bits(b, kind).astype(wide)
+    return ((product >> width) & ((1 << width) - 1)).astype(UNSIGNED[width])
 
 
 def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -187,7 +189,7 @@ def three_way_logic(instruction: Instruction) -> Step:
     table = int(instruction.operands[4], 0)
 
     def compute(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-        found = np.zeros(32, np.uint32)
+        found = np.zeros_like(a & b & c)
         for i in range(8):
             if table >> i & 1:
                 found |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
@@ -214,9 +216,10 @@ def extract_bits(instruction: Instruction) -> Step:
 
 @makes("popc")
 def count_bits(instruction: Instruction) -> Step:
-    return computes(
-        instruction, lambda a: np.array([int(x).bit_count() for x in a], np.uint32), source(instruction.operands[1], 32)
-    )
+    def compute(a: np.ndarray) -> np.ndarray:
+        return np.unpackbits(np.ascontiguousarray(a)[..., None].view(np.uint8), axis=-1).sum(-1, dtype=np.uint32)
+
+    return computes(instruction, compute, source(instruction.operands[1], 32))
 
 
 @makes("prmt")
@@ -224,11 +227,12 @@ def permute_bytes(instruction: Instruction) -> Step:
     """Four of the eight bytes of two words, or the sign of one."""
 
     def compute(a: np.ndarray, b: np.ndarray, choice: np.ndarray) -> np.ndarray:
+        a, b, choice = np.broadcast_arrays(a, b, choice)
         given = np.stack([(x >> np.uint32(8 * i)) & np.uint32(255) for x in (a, b) for i in range(4)])
-        found = np.zeros(32, np.uint32)
+        found = np.zeros_like(a)
         for i in range(4):
             which = (choice >> np.uint32(4 * i)) & np.uint32(15)
-            byte = given[which & 7, LANES]
+            byte = np.take_along_axis(given, (which & 7)[None].astype(np.int64), 0)[0]
             sign = np.where(byte & 128, np.uint32(255), np.uint32(0))
             found |= np.where(which & 8, sign, byte) << np.uint32(8 * i)
         return found
@@ -271,19 +275,19 @@ def move(instruction: Instruction) -> Step:
         part, get = width // len(targets), source(of, width)
         puts = [put_into(instruction, target) for target in targets]
 
-        def unpack(warp: Warp) -> None:
-            bits = get(warp)
+        def unpack(gang: Gang) -> None:
+            bits = get(gang)
             for i, put in enumerate(puts):
-                put(warp, (bits >> UNSIGNED[width](i * part)).astype(UNSIGNED[part]))
+                put(gang, (bits >> UNSIGNED[width](i * part)).astype(UNSIGNED[part]))
 
         return unpack
     if len(origins) > 1:
         part = width // len(origins)
 
         def pack(*words: np.ndarray) -> np.ndarray:
-            bits = np.zeros(32, UNSIGNED[width])
-            for i, word in enumerate(words):
-                bits |= word.astype(UNSIGNED[width]) << UNSIGNED[width](i * part)
+            bits = words[0].astype(UNSIGNED[width])
+            for i, word in enumerate(words[1:], 1):
+                bits = bits | word.astype(UNSIGNED[width]) << UNSIGNED[width](i * part)
             return bits
 
         return computes(instruction, pack, *(source(x, part) for x in origins))
@@ -347,15 +351,15 @@ def shuffle(instruction: Instruction) -> Step:
     get, other, limits = (source(x, 32) for x in instruction.operands[1:4])
     put, put_valid = put_into(instruction, target), put_into(instruction, valid or "_")
 
-    def step(warp: Warp) -> None:
-        by, limit = other(warp).astype(np.int64) & 31, limits(warp).astype(np.int64)
+    def step(gang: Gang) -> None:
+        by, limit = other(gang).astype(np.int64) & 31, limits(gang).astype(np.int64)
         segment, clamp = (limit >> 8) & 31, limit & 31
         low = LANES & segment
         last = low | (clamp & ~segment & 31)
         lane = {"bfly": LANES ^ by, "up": LANES - by, "down": LANES + by, "idx": low | (by & ~segment & 31)}[how]
         inside = lane >= last if how == "up" else lane <= last
-        put(warp, get(warp)[np.where(inside, lane, LANES)])
-        put_valid(warp, inside)
+        put(gang, np.take_along_axis(gang.spread(get(gang)), gang.spread(np.where(inside, lane, LANES)), -1))
+        put_valid(gang, inside)
 
     return step
 
@@ -366,7 +370,7 @@ def reduce_warp(instruction: Instruction) -> Step:
 
     def compute(bits: np.ndarray) -> np.ndarray:
         value = from_bits(bits, kind)
-        return to_bits(np.full(32, function.reduce(value), value.dtype), 32)
+        return to_bits(np.repeat(function.reduce(value, -1, keepdims=True), 32, -1).astype(value.dtype), 32)
 
     return computes(instruction, compute, source(instruction.operands[1], 32))
 
@@ -375,8 +379,10 @@ def reduce_warp(instruction: Instruction) -> Step:
 def vote(instruction: Instruction) -> Step:
     def compute(p: np.ndarray) -> np.ndarray:
         if instruction.parts[2] == "ballot":
-            return np.full(32, int((p.astype(np.uint64) << LANES.astype(np.uint64)).sum()), np.uint32)
-        return np.full(32, p.all() if instruction.parts[2] == "all" else p.any())
+            found = (p.astype(np.uint32) << LANES.astype(np.uint32)).sum(-1, keepdims=True, dtype=np.uint32)
+        else:
+            found = (np.all if instruction.parts[2] == "all" else np.any)(p, -1, keepdims=True)
+        return np.repeat(found, 32, -1)
 
     return computes(instruction, compute, predicate(instruction.operands[1]))
 
@@ -385,8 +391,8 @@ def vote(instruction: Instruction) -> Step:
 def elect(instruction: Instruction) -> Step:
     word, chosen = instruction.operands[0].split("|")
 
-    def step(warp: Warp) -> None:
-        warp.registers[word] = np.zeros(32, np.uint32)
-        warp.registers[chosen] = LANES == 0
+    def step(gang: Gang) -> None:
+        gang.registers[word] = np.zeros(32, np.uint32)
+        gang.registers[chosen] = LANES == 0
 
     return step

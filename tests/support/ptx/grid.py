@@ -1,17 +1,23 @@
-"""Every kernel in every type and option, compiled for each GPU and executed: about half an hour on one core.
+"""Every kernel in every type and option, compiled for each GPU and executed, each compiled kernel also in other orders.
 
-    python -m tests.support.ptx.grid [--capabilities 80,90,120] [--dtypes bf16,fp16,fp32] [--only TEXT] [--shuffle SEED]
+    python -m tests.support.ptx.grid [--capabilities 80,90,120] [--dtypes bf16,fp16,fp32] [--only TEXT] [--orders 5]
+                                     [--results FILE [--resume] [--append]]
 
-Prints a line a case; exits with 1 if one is beyond its budget or at fault. `--shuffle`: programs and warps in another order.
+Prints a line a case; exits with 1 if one is beyond its budget or at fault. `--orders`: the first launch of each compiled kernel
+is run again with programs and warps in so many orders drawn at random, and has to leave the same bytes. `--results`: a JSON
+object a case, as it ends; with `--resume` those that are ok there are not run again. `--append` adds the sums to
+bench/results/executed.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -27,12 +33,17 @@ from bench.kernel_checks import (
     check_selections,
     find_checks,
 )
+from bench.record import append, describe_machine
 from csrc_triton import linear_logprob, product
 from csrc_triton.product import Tile
 from qcrd_fast.config import NEGATIVE_SELECT, POSITIVE_SELECT
+from tests.support.paths import ROOT
 from tests.support.ptx.launch import executing
 
 CPU = torch.device("cpu")
+RESULTS = ROOT / "bench" / "results" / "executed.csv"
+COLUMNS = ("gpu", "dtype", "cases", "bad", "programs", "kernels_in_other_orders", "orders", "logp_error", "grad_error",
+           "tokens_that_differ", "cpu_s", "torch", "triton", "commit", "time")  # fmt: skip
 BUDGETS = {"bf16": 5e-3, "fp16": 1e-3, "fp32": 1e-5}  # of gradients; log p and the loss: OUT
 OUT = 1e-6
 SHAPES = [(1, 8, 1), (1, 64, 257), (40, 72, 300), (65, 17, 5), (64, 33, 259), (129, 16, 128), (2, 1, 3)]
@@ -79,6 +90,10 @@ def find_cases(capability: int, dtype: str) -> Iterator[Case]:
         yield _case("log p", dtype, check_logprob, shape, {})
     for options in ({}, dict(bias=True), dict(extras=True)):
         yield _case("log p, in parts", dtype, check_logprob, (150, 72, 1003), options)._replace(split=True)
+    if capability == 90 and dtype != "fp32":  # 128 x 256, operands by the copy engine
+        for options in ({}, dict(bias=True), dict(softcap=2.0), dict(extras=True)):
+            yield _case("log p", dtype, check_logprob, (150, 1032, 300), options)
+        yield _case("loss of known weights", dtype, check_rationale_loss, (150, 1032, 300), {})
     for shape, options in SAMPLES:
         yield _case("tokens", dtype, check_sample, shape, options)
     if capability >= 90:
@@ -98,18 +113,44 @@ def judge(errors: Errors, dtype: str) -> bool:
     return all(found <= limits[quantity] for quantity, found in errors.items())
 
 
-def run(case: Case, capability: int, shuffle: int | None) -> tuple[bool, str]:
-    """(whether all is well, what to say)."""
+def run(case: Case, capability: int, orders: int = 0, compared: set[str] | None = None) -> dict[str, Any]:
+    """{"status": ok, or what is wrong; "errors"; "programs" executed; "compared": kernels run in other orders; "seconds"}."""
+    started, compared = time.process_time(), set() if compared is None else compared
+    before = len(compared)
+    row: dict[str, Any] = {"status": "ok", "errors": {}}
     with (
         mock.patch.object(product, "forced_tile", case.tile),
         mock.patch.object(linear_logprob, "WORKSPACE_BYTES", 40_000 if case.split else linear_logprob.WORKSPACE_BYTES),
-        executing(capability, shuffle=shuffle, multiprocessors=100 if case.split else 2),
+        executing(capability, orders=orders, compared=compared, multiprocessors=100 if case.split else 2) as executed,
     ):
         try:
-            errors = case.run(DTYPES[case.dtype])
+            row["errors"] = case.run(DTYPES[case.dtype])
+            if not judge(row["errors"], case.dtype):
+                row["status"] = "beyond its budget"
         except Exception as failure:  # the others still run
-            return False, f"{type(failure).__name__}: {failure}"
-    return judge(errors, case.dtype), " ".join(f"{name} {found:.1e}" for name, found in errors.items())
+            row["status"] = f"{type(failure).__name__}: {failure}"
+    row |= {"programs": executed.programs, "compared": len(compared) - before}
+    return row | {"seconds": round(time.process_time() - started, 2)}
+
+
+def sums(rows: list[dict[str, Any]], orders: int) -> Iterator[dict[str, Any]]:
+    """A row for each GPU and type, as COLUMNS has them."""
+    for capability, dtype in dict.fromkeys((row["capability"], row["dtype"]) for row in rows):
+        some = [row for row in rows if (row["capability"], row["dtype"]) == (capability, dtype)]
+        errors = {q: [row["errors"][q] for row in some if q in row["errors"]] for q in ("out", "grad", "tokens")}
+        yield {
+            "gpu": f"sm_{capability}",
+            "dtype": dtype,
+            "cases": len(some),
+            "bad": sum(row["status"] != "ok" for row in some),
+            "programs": sum(sum(row["programs"].values()) for row in some),
+            "kernels_in_other_orders": sum(row["compared"] for row in some),
+            "orders": orders,
+            "logp_error": max(errors["out"], default=None),
+            "grad_error": max(errors["grad"], default=None),
+            "tokens_that_differ": max(errors["tokens"], default=None),
+            "cpu_s": sum(row["seconds"] for row in some),
+        }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,24 +158,37 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--capabilities", default="80,90,120")
     parser.add_argument("--dtypes", default="bf16,fp16,fp32")
     parser.add_argument("--only", default="", help="cases whose name has this text")
-    parser.add_argument("--shuffle", type=int, metavar="SEED")
+    parser.add_argument("--orders", type=int, default=5, help="other orders of programs and warps; default: 5")
+    parser.add_argument("--results", type=Path, help="file to add a line a case to")
+    parser.add_argument("--resume", action="store_true", help="leave out the cases that are ok in --results")
+    parser.add_argument("--append", action="store_true", help=f"add the sums to bench/results/{RESULTS.name}")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    count, bad = 0, 0
-    for capability, dtype in itertools.product(map(int, given.capabilities.split(",")), given.dtypes.split(",")):
+    lines = given.results.read_text(encoding="utf-8").splitlines() if given.resume and given.results.exists() else []
+    known = {(row["capability"], row["dtype"], row["case"]): row for row in map(json.loads, lines) if row["status"] == "ok"}
+    rows, compared = list[dict[str, Any]](), set[str]()
+    for dtype, capability in itertools.product(given.dtypes.split(","), map(int, given.capabilities.split(","))):
         for case in find_cases(capability, dtype):
-            if given.only in case.name:
-                started = time.perf_counter()
-                well, said = run(case, capability, given.shuffle)
-                count, bad = count + 1, bad + (not well)
-                tile = f" {tuple(case.tile)}" if case.tile else ""
-                seconds = time.perf_counter() - started
-                print(
-                    f"{'ok  ' if well else 'BAD '} sm_{capability} {dtype} {case.name}{tile}: {said}  {seconds:.1f} s",
-                    flush=True,
-                )
-    print(f"{count} cases, {bad} bad")
-    return int(bad > 0)
+            if given.only not in case.name:
+                continue
+            name = case.name + (f" {tuple(case.tile)}" if case.tile else "")
+            row = known.get((capability, dtype, name))
+            if row is None:
+                row = {"capability": capability, "dtype": dtype, "case": name}
+                row |= run(case, capability, given.orders, compared)
+                found = " ".join(f"{quantity} {value:.1e}" for quantity, value in row["errors"].items())
+                print(f"sm_{capability} {dtype} {name}: {row['status']} {found}  {row['seconds']:.1f} s", flush=True)
+                if given.results:
+                    with open(given.results, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+            rows.append(row)
+    found_sums = list(sums(rows, given.orders))
+    print(*(" ".join(f"{name} {value}" for name, value in each.items()) for each in found_sums), sep="\n")
+    if given.append:
+        append(RESULTS, COLUMNS, (describe_machine(CPU) | each for each in found_sums), digits=3)
+    bad = [row for row in rows if row["status"] != "ok"]
+    print(f"{len(rows)} cases, {len(bad)} bad")
+    return int(bool(bad))
 
 
 if __name__ == "__main__":

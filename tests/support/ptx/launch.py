@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import os
+import math
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,52 +20,72 @@ from unittest import mock
 
 import numpy as np
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import CompiledKernel
-from triton.runtime import driver
 
-from csrc_triton import product
+from bench.compiling import Launch, compiling
 from qcrd_fast.ops import dispatch
 from tests.support.ptx import arithmetic, matrix, memory  # noqa: F401  # they say how instructions run
-from tests.support.ptx.machine import DESCRIPTORS, Block, Descriptor, GlobalMemory, Step
+from tests.support.ptx.machine import DESCRIPTORS, Block, Code, Descriptor, GlobalMemory
 from tests.support.ptx.operands import compile_program
 from tests.support.ptx.program import Program
-
-Grid = tuple[int, int, int]
+from tests.support.ptx.values import Fault
 
 
 @dataclasses.dataclass
 class Execution:
     """How kernels run, and what ran: programs of each. `shuffle`: a seed for the order of programs and warps.
-    `change`: (kernel's name, PTX) -> the PTX that is run."""
+    `change`: (kernel's name, PTX) -> the PTX that is run. `orders`: the first launch of each kernel runs in so many other
+    orders as well, each from the same memory, and has to leave the same bytes; `compared` counts those kernels."""
 
     shuffle: int | None = None
     change: Callable[[str, str], str] | None = None
+    orders: int = 0
+    compared: set[str] = dataclasses.field(default_factory=set)  # hashes of kernels
     programs: dict[str, int] = dataclasses.field(default_factory=dict)
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # Triton's, of each kernel
-    seen: dict[Any, tuple[Program, list[Step]]] = dataclasses.field(default_factory=dict)
 
-    def run(self, kernel: CompiledKernel, grid: Grid, arguments: list[tuple[str, Any]]) -> None:
-        """A launch: `arguments` are (type, value) without constants."""
-        if kernel.hash not in self.seen:
-            ptx = kernel.asm["ptx"]
-            program = Program(self.change(kernel.metadata.name, ptx) if self.change else ptx)
-            self.seen[kernel.hash] = program, compile_program(program)
-        program, steps = self.seen[kernel.hash]
+    def run(self, launch: Launch) -> None:
+        kernel, grid, arguments = launch
+        ptx = kernel.asm["ptx"]
+        program, code = prepare(self.change(kernel.metadata.name, ptx) if self.change else ptx)
         tensors, words, descriptors = bind(arguments, list(getattr(kernel.metadata, "tensordesc_meta", None) or []))
         words += [0] * (len(program.parameters) - len(words))  # scratch space, which no kernel of ours takes
         parameters = dict(zip(program.parameters, words, strict=True))
-        ids = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
-        random = None if self.shuffle is None else np.random.default_rng(self.shuffle)
-        if random is not None:
-            ids = [ids[i] for i in random.permutation(len(ids))]
+
+        def execute(seed: int | None) -> None:
+            ids = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+            random = None if seed is None else np.random.default_rng(seed)
+            for i in random.permutation(len(ids)) if random else range(len(ids)):
+                Block(program, code, tensors, ids[i], grid, parameters, kernel.metadata.shared, descriptors).run(random)
+
+        before = [tensor.copy() for tensor in tensors.tensors] if self.orders and kernel.hash not in self.compared else None
         with np.errstate(all="ignore"):
-            for id in ids:
-                block = Block(program, steps, tensors, id, grid, parameters, kernel.metadata.shared, descriptors)
-                block.run(random)
+            execute(self.shuffle)
+            if before:
+                self.compared.add(kernel.hash)
+                compare_orders(kernel.metadata.name, tensors.tensors, before, self.orders, execute)
         name = kernel.metadata.name
         self.metadata[name] = kernel.metadata
-        self.programs[name] = self.programs.get(name, 0) + len(ids)
+        self.programs[name] = self.programs.get(name, 0) + math.prod(grid)
+
+
+def compare_orders(
+    name: str, tensors: list[np.ndarray], before: list[np.ndarray], orders: int, execute: Callable[[int], None]
+) -> None:
+    """Execute again from the memory that was there before. Raises `Fault` where another order leaves other bytes."""
+    after = [tensor.copy() for tensor in tensors]
+    for seed in range(1, orders + 1):
+        for tensor, bytes in zip(tensors, before, strict=True):
+            tensor[:] = bytes
+        execute(seed)
+        for i, (tensor, bytes) in enumerate(zip(tensors, after, strict=True)):
+            if not np.array_equal(tensor, bytes):
+                raise Fault(f"{name}: order {seed} leaves other bytes in argument {i}")
+
+
+@functools.lru_cache(64)
+def prepare(ptx: str) -> tuple[Program, list[Code]]:
+    program = Program(ptx)
+    return program, compile_program(program)
 
 
 def bind(
@@ -98,28 +118,6 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(tensor.data_ptr()))
 
 
-class Driver:
-    """What Triton asks of a driver before it launches."""
-
-    def __init__(self, target: GPUTarget):
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # what Triton has compiled is kept by device
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_device_interface(self) -> Any:
-        return torch.cpu
-
-
 @contextlib.contextmanager
 def executing(
     capability: int,
@@ -127,30 +125,15 @@ def executing(
     shuffle: int | None = None,
     change: Callable[[str, str], str] | None = None,
     multiprocessors: int = 2,
+    orders: int = 0,
+    compared: set[str] | None = None,
 ) -> Iterator[Execution]:
     """Within it kernels with CPU tensors are compiled for this compute capability and executed. Where there are few
-    multiprocessors, the launchers split the vocabulary into few parts, and there are few programs to execute."""
-    execution = Execution(shuffle, change)
-
-    def launch(kernel: CompiledKernel, x: int, y: int, z: int, *rest: Any) -> None:
-        arguments = rest[6:]  # behind stream, function, packed metadata, launch metadata and two hooks
-        kinds = kernel.src.signature.values()
-        given = [(kind, value) for kind, value in zip(kinds, arguments, strict=False) if kind != "constexpr"]
-        execution.run(kernel, (x, y, z), given)
-
-    before = driver._active
+    multiprocessors, the launchers split the vocabulary into few parts, and there are few programs to execute. `compared`:
+    kernels that earlier calls ran in other orders."""
+    execution = Execution(shuffle, change, orders, set() if compared is None else compared)
     with (
-        mock.patch.object(CompiledKernel, "_init_handles", lambda self: None),
-        mock.patch.object(CompiledKernel, "launch_metadata", lambda self, *_: None),
-        mock.patch.object(CompiledKernel, "run", property(lambda self: functools.partial(launch, self))),
         mock.patch.object(dispatch, "_interpreting", lambda: True),
-        mock.patch.object(product, "multiprocessors", lambda device: multiprocessors),
-        mock.patch.dict(
-            os.environ, {"TRITON_DEFAULT_FP_FUSION": "0"}
-        ),  # the default of Triton 3.10: a launch has to ask for it
+        compiling(capability, execution.run, multiprocessors=multiprocessors),
     ):
-        driver.set_active(Driver(GPUTarget("cuda", capability, 32)))
-        try:
-            yield execution
-        finally:
-            driver._active = before
+        yield execution

@@ -40,7 +40,14 @@ class Arrive(NamedTuple):
     threads: int | None
 
 
-Step = Callable[["Warp"], "Signal | Jump | Arrive | None"]
+Step = Callable[["Any"], "Signal | Jump | Arrive | None"]
+
+
+class Code(NamedTuple):
+    """What an instruction does: to all warps that are there at once (registers [warps, 32]), or to one after another ([32])."""
+
+    step: Step
+    each: bool
 
 
 class GlobalMemory:
@@ -112,15 +119,60 @@ class Descriptor(NamedTuple):
     swizzle: int  # 0 to 3: none, 32, 64, 128 bytes
 
 
+class Registers:
+    """Those of one warp, or of some: rows of the block's arrays [warps, 32]. An array is never changed in place, so that two
+    registers may share one."""
+
+    def __init__(self, file: dict[str, np.ndarray], count: int, rows: int | list[int]):
+        self.file, self.count = file, count
+        self.whole = rows == list(range(count))
+        self.rows = rows
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.file[name] if self.whole else self.file[name][self.rows]
+
+    def __setitem__(self, name: str, value: np.ndarray) -> None:
+        if self.whole:
+            if value.ndim == 1:
+                value, constant = np.empty((self.count, 32), value.dtype), value
+                value[:] = constant
+            self.file[name] = value
+            return
+        before = self.file.get(name)
+        array = np.zeros((self.count, 32), value.dtype) if before is None else before.copy()
+        assert array.dtype == value.dtype, f"{name} is {array.dtype}, not {value.dtype}"
+        array[self.rows] = value
+        self.file[name] = array
+
+    def get(self, name: str, default: np.ndarray) -> np.ndarray:
+        return self[name] if name in self.file else default
+
+
+class Gang:
+    """Warps at the same place of the program, which take its instructions together."""
+
+    def __init__(self, block: Block, warps: list[Warp]):
+        self.block, self.warps, self.at = block, warps, warps[0].at
+        self.rows = np.array(sorted(warp.index for warp in warps))
+        self.registers = Registers(block.registers, block.warp_count, self.rows.tolist())
+
+    def special(self, name: str) -> np.ndarray:
+        return np.stack([self.block.warps[row].special(name) for row in self.rows])
+
+    def spread(self, value: np.ndarray) -> np.ndarray:
+        """[warps, 32]."""
+        return value if value.ndim == 2 else np.broadcast_to(value, (len(self.rows), 32))
+
+
 class Warp:
-    """32 threads at one place of the program. Registers are arrays of 32 words; predicates of 32 bools."""
+    """32 threads. A register is an array of 32 words, a predicate of 32 bools."""
 
     def __init__(self, block: Block, index: int):
         self.block, self.index = block, index
-        self.registers: dict[str, np.ndarray] = {}
+        self.registers = Registers(block.registers, block.warp_count, index)
         self.at = 0
         self.state = "runs"  # waits | done
-        self.clock = np.zeros(block.warp_count, np.int64)
+        self.clock = block.clocks[index]
         self.clock[index] = 1
         self.copies: list[Any] = []  # cp.async not yet in a group, and the groups not yet waited for
         self.copy_groups: list[list[Any]] = []
@@ -146,7 +198,7 @@ class Block:
     def __init__(
         self,
         program: Program,
-        steps: list[Step],
+        code: list[Code],
         memory: GlobalMemory,
         id: tuple[int, int, int],
         grid: tuple[int, int, int],
@@ -154,9 +206,11 @@ class Block:
         shared_bytes: int,
         descriptors: dict[int, Descriptor],
     ):
-        self.program, self.steps, self.memory, self.id, self.grid = program, steps, memory, id, grid
+        self.program, self.code, self.memory, self.id, self.grid = program, code, memory, id, grid
         self.parameters, self.descriptors = parameters, descriptors
         self.warp_count = program.threads // 32
+        self.registers: dict[str, np.ndarray] = {}
+        self.clocks = np.zeros((self.warp_count, self.warp_count), np.int64)  # what each warp knows of the others' times
         self.size = shared_bytes
         self.shared = np.full(max(shared_bytes, 16), 0xFF, np.uint8)
         self.writer = np.zeros(len(self.shared), np.int16)
@@ -177,92 +231,135 @@ class Block:
             raise Fault(f"misaligned in shared memory: {text}")
         return (offset[:, None] + np.arange(size)).reshape(-1)
 
-    def check(self, warp: Warp, places: np.ndarray, text: str, *, writes: bool, data: np.ndarray | None = None) -> None:
-        """Raises `Fault` unless the last writer, for a write also every reader, is before this warp. The same value may be
-        written twice: warps that hold copies of one number all store it."""
-        late = self.written_at[places] > warp.clock[self.writer[places]]
+    def check_read(self, warps: int | np.ndarray, places: np.ndarray, text: str) -> None:
+        """Raises `Fault` unless the last writer of each byte is before the warp that reads it."""
+        late = self.written_at[places] > self.clocks[warps, self.writer[places]]
+        if late.any():
+            place, reader = places[late][0], np.broadcast_to(warps, late.shape)[late][0]
+            raise Fault(f"race: warp {reader} reads shared byte {place} that warp {self.writer[place]} wrote: {text}")
+
+    def check_write(self, warps: np.ndarray, places: np.ndarray, text: str, data: np.ndarray | None = None) -> None:
+        """Raises `Fault` unless the last writer and every reader of each byte is before the warp that writes it. The same value
+        may be written twice: warps that hold copies of one number all store it."""
+        late = self.written_at[places] > self.clocks[warps, self.writer[places]]
         if data is not None:
             late &= self.shared[places] != data
         if late.any():
-            place = places[late][0]
-            verb = "writes" if writes else "reads"
-            raise Fault(f"race: warp {warp.index} {verb} shared byte {place} that warp {self.writer[place]} wrote: {text}")
-        if writes and (late := self.read_at[:, places] > warp.clock[:, None]).any():
+            place, warp = places[late][0], warps[late][0]
+            raise Fault(f"race: warp {warp} writes shared byte {place} that warp {self.writer[place]} wrote: {text}")
+        if (late := self.read_at[:, places] > self.clocks[warps].T).any():
             reader, which = np.argwhere(late)[0]
-            raise Fault(f"race: warp {warp.index} writes shared byte {places[which]} that warp {reader} reads: {text}")
+            raise Fault(f"race: warp {warps[which]} writes shared byte {places[which]} that warp {reader} reads: {text}")
 
-    def load(self, warp: Warp, at: np.ndarray, size: int, mask: np.ndarray, text: str) -> np.ndarray:
+    def load(self, warps: np.ndarray, at: np.ndarray, size: int, mask: np.ndarray, text: str) -> np.ndarray:
+        """Bytes [lanes, size], 0 where masked off; `warps`: whose lane each is."""
         found = np.zeros((len(at), size), np.uint8)
         if mask.any():
-            places = self.places(at, size, mask, text)
-            self.check(warp, places, text, writes=False)
-            self.read_at[warp.index, places] = warp.clock[warp.index]
+            places, readers = self.places(at, size, mask, text), np.repeat(warps[mask], size)
+            self.check_read(readers, places, text)
+            self.read_at[readers, places] = self.clocks[readers, readers]
             found[mask] = self.shared[places].reshape(-1, size)
         return found
 
-    def store(self, warp: Warp, at: np.ndarray, data: np.ndarray, mask: np.ndarray, text: str) -> None:
+    def store(self, warps: np.ndarray, at: np.ndarray, data: np.ndarray, mask: np.ndarray, text: str) -> None:
+        """Bytes [lanes, size]; `warps`: whose lane each is."""
         if mask.any():
-            places, data = self.places(at, data.shape[1], mask, text), data[mask].reshape(-1)
-            self.check(warp, places, text, writes=True, data=data)
-            self.land(warp, places, data)
+            places, writers = self.places(at, data.shape[1], mask, text), np.repeat(warps[mask], data.shape[1])
+            data = data[mask].reshape(-1)
+            self.check_write(writers, places, text, data)
+            self.land(writers, places, data)
+            # Of a warp's own lanes the last one wins: with fused multiply-adds their sums may differ in the last bit.
+            if (late := (self.shared[places] != data) & (self.writer[places] != writers)).any():
+                raise Fault(f"race: two warps write other values to shared byte {places[late][0]}: {text}")
 
-    def promise(self, warp: Warp, at: np.ndarray, size: int, mask: np.ndarray, text: str) -> np.ndarray:
-        """The places of a copy in flight, which nobody may touch until `land`."""
-        places = self.places(at, size, mask, text)
-        self.check(warp, places, text, writes=True)
-        self.writer[places], self.written_at[places], self.shared[places] = warp.index, NOT_YET, 0xFF
+    def promise(self, warps: np.ndarray, at: np.ndarray, size: int, mask: np.ndarray, text: str) -> np.ndarray:
+        """The places of copies in flight, which nobody may touch until `land`."""
+        places, writers = self.places(at, size, mask, text), np.repeat(warps[mask], size)
+        self.check_write(writers, places, text)
+        self.writer[places], self.written_at[places], self.shared[places] = writers, NOT_YET, 0xFF
+        if (differs := self.writer[places] != writers).any():
+            raise Fault(f"race: two warps copy to shared byte {places[differs][0]}: {text}")
         return places
 
-    def land(self, warp: Warp, places: np.ndarray, data: np.ndarray) -> None:
+    def land(self, warps: int | np.ndarray, places: np.ndarray, data: np.ndarray) -> None:
         self.shared[places] = data
-        self.writer[places], self.written_at[places] = warp.index, warp.clock[warp.index]
+        self.writer[places], self.written_at[places] = warps, self.clocks[warps, warps]
 
     # ---- the run ----
 
     def run(self, random: np.random.Generator | None) -> None:
         """Until every warp has ended; with `random`, in another order each round."""
         idle_rounds = 0
-        while live := [warp for warp in self.warps if warp.state != "done"]:
-            order = live if random is None else [live[i] for i in random.permutation(len(live))]
-            moved = [self._advance(warp) for warp in order if warp.state == "runs"]
+        while any(warp.state != "done" for warp in self.warps):
+            moved = [self._advance(gang) for gang in self._gangs(random)]
             idle_rounds = 0 if any(moved) else idle_rounds + 1
             if idle_rounds > SPINS or not moved:
+                live = [warp for warp in self.warps if warp.state != "done"]
                 raise Fault(f"deadlock: {[(warp.index, warp.state, self.program.code[warp.at].text) for warp in live]}")
 
-    def _advance(self, warp: Warp) -> bool:
-        """Run a warp until it waits or ends; whether it got on. A branch back to a wait does not count."""
-        began = warp.at
-        while True:
-            signal = self.steps[warp.at](warp) if warp.at < len(self.steps) else Signal.EXIT
-            if signal is None:
-                warp.at += 1
-            elif isinstance(signal, Jump):
-                warp.at = self.program.labels[signal.label]
-            elif signal is Signal.YIELD:
-                warp.at += 1
-                return warp.at != began
-            elif signal is Signal.EXIT:
-                warp.state = "done"
-                if not warp.is_idle():
-                    raise Fault("a warp ends with copies or products in flight")
-                return True
-            else:
-                assert isinstance(signal, Arrive)
-                if not self._arrive(warp, signal):
-                    return True
+    def _gangs(self, random: np.random.Generator | None) -> list[Gang]:
+        """The warps that can run, by their place; with `random` in two parts, of which the first runs as far as it can."""
+        ready = [warp for warp in self.warps if warp.state == "runs"]
+        parts = [ready]
+        if random is not None:
+            ready = [ready[i] for i in random.permutation(len(ready))]
+            cut = random.integers(len(ready) + 1)
+            parts = [ready[:cut], ready[cut:]]
+        found = []
+        for part in parts:
+            for at in dict.fromkeys(warp.at for warp in part):
+                found.append(Gang(self, [warp for warp in part if warp.at == at]))
+        return found
 
-    def _arrive(self, warp: Warp, signal: Arrive) -> bool:
-        """Whether all are there, and go on."""
+    def _advance(self, gang: Gang) -> bool:
+        """Run a gang until a warp of it waits, ends or goes another way; whether any got on. A branch back to a wait does not
+        count."""
+        began = at = gang.at
+        code, labels = self.code, self.program.labels
+        while at < len(code):
+            step, each = code[at]
+            if not each:
+                step(gang)
+                at += 1
+                continue
+            signals = [step(warp) for warp in gang.warps]
+            if any(signal != signals[0] for signal in signals) or not (signals[0] is None or isinstance(signals[0], Jump)):
+                break
+            at = at + 1 if signals[0] is None else labels[signals[0].label]
+        else:
+            signals = [Signal.EXIT] * len(gang.warps)
+        moved = []
+        for warp, signal in zip(gang.warps, signals, strict=True):
+            warp.at = at
+            moved.append(self._settle(warp, signal, began))
+        return any(moved)
+
+    def _settle(self, warp: Warp, signal: Signal | Jump | Arrive | None, began: int) -> bool:
+        """Whether the warp got on from where its gang began."""
+        if isinstance(signal, Arrive):
+            self._arrive(warp, signal)
+        elif isinstance(signal, Jump):
+            warp.at = self.program.labels[signal.label]
+        elif signal is Signal.EXIT:
+            warp.state = "done"
+            if not warp.is_idle():
+                raise Fault("a warp ends with copies or products in flight")
+        else:
+            warp.at += 1
+            return signal is None or warp.at != began
+        return True
+
+    def _arrive(self, warp: Warp, signal: Arrive) -> None:
+        """Wait, or go on with all that are there."""
         waiting = self.barriers.setdefault(signal.barrier, [])
         waiting.append(warp)
         warp.state = "waits"
         if len(waiting) < (signal.threads or 32 * self.warp_count) // 32:
-            return False
+            return
         known = np.max([each.clock for each in waiting], 0)
         for each in waiting:
-            each.clock = known.copy()
+            each.clock[:] = known
             each.clock[each.index] += 1
             each.state = "runs"
             each.at += 1
         self.barriers[signal.barrier] = []
-        return True

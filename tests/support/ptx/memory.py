@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.support.ptx.machine import Arrive, Block, Descriptor, Jump, MBarrier, Signal, Step, Warp
+from tests.support.ptx.machine import Arrive, Block, Descriptor, Gang, Jump, MBarrier, Signal, Step, Warp
 from tests.support.ptx.operands import address, makes, mask_of, put_into, register_width, source
 from tests.support.ptx.program import Instruction, elements, split
 from tests.support.ptx.values import SIGNED, UNSIGNED, Fault, NotModelled, width_of
@@ -27,15 +27,15 @@ def load(instruction: Instruction) -> Step:
     shared = _is_shared(instruction)
     puts = [put_into(instruction, target) for target in targets]
 
-    def step(warp: Warp) -> None:
-        size = width // 8 * len(targets)
+    def step(gang: Gang) -> None:
+        size, where, lanes = width // 8 * len(targets), gang.spread(at(gang)).reshape(-1), gang.spread(mask(gang)).reshape(-1)
         if shared:
-            found = warp.block.load(warp, at(warp), size, mask(warp), text)
+            found = gang.block.load(np.repeat(gang.rows, 32), where, size, lanes, text)
         else:
-            found = warp.block.memory.load(at(warp), size, mask(warp), text)
+            found = gang.block.memory.load(where, size, lanes, text)
         words = found.view(UNSIGNED[width])
         for i, (put, target) in enumerate(zip(puts, targets, strict=True)):
-            put(warp, _widened(words[:, i], kind, max(width, register_width(target))))
+            put(gang, _widened(words[:, i].reshape(-1, 32), kind, max(width, register_width(target))))
 
     return step
 
@@ -51,11 +51,11 @@ def _load_parameter(instruction: Instruction) -> Step:
     kind, target = instruction.kind, instruction.operands[0]
     put, width, name = put_into(instruction, target), register_width(target), instruction.operands[1].strip("[] ")
 
-    def step(warp: Warp) -> None:
-        value = warp.block.parameters[name] & ((1 << width_of(kind)) - 1)
+    def step(gang: Gang) -> None:
+        value = gang.block.parameters[name] & ((1 << width_of(kind)) - 1)
         if kind[0] == "s" and value >> (width_of(kind) - 1):
             value -= 1 << width_of(kind)
-        put(warp, np.full(32, value & ((1 << width) - 1), UNSIGNED[width]))
+        put(gang, np.full(32, value & ((1 << width) - 1), UNSIGNED[width]))
 
     return step
 
@@ -66,18 +66,19 @@ def store(instruction: Instruction) -> Step:
     words = [source(x, width_of(kind)) for x in elements(instruction.operands[1])]
     shared = _is_shared(instruction)
 
-    def step(warp: Warp) -> None:
-        data = np.stack([get(warp).astype(UNSIGNED[width_of(kind)]) for get in words], 1)
-        data = np.ascontiguousarray(data).view(np.uint8).reshape(32, -1)
+    def step(gang: Gang) -> None:
+        data = np.stack([gang.spread(get(gang)).astype(UNSIGNED[width_of(kind)], copy=False) for get in words], -1)
+        data = data.reshape(-1, len(words)).view(np.uint8)
+        where, lanes = gang.spread(at(gang)).reshape(-1), gang.spread(mask(gang)).reshape(-1)
         if shared:
-            warp.block.store(warp, at(warp), data, mask(warp), text)
+            gang.block.store(np.repeat(gang.rows, 32), where, data, lanes, text)
         else:
-            warp.block.memory.store(at(warp), data, mask(warp), text)
+            gang.block.memory.store(where, data, lanes, text)
 
     return step
 
 
-@makes("ldmatrix", "stmatrix")
+@makes("ldmatrix", "stmatrix", each=True)
 def matrix_rows(instruction: Instruction) -> Step:
     """Matrices of 8 x 8 numbers of 16 bits: a lane names each row, and holds two neighbours of it."""
     loads, text = instruction.name == "ldmatrix", instruction.text
@@ -88,7 +89,9 @@ def matrix_rows(instruction: Instruction) -> Step:
     def step(warp: Warp) -> None:
         rows, every = where(warp)[: 8 * count], np.ones(8 * count, bool)
         if loads:
-            matrices = warp.block.load(warp, rows, 16, every, text).view(np.uint16).reshape(count, 8, 8)
+            matrices = (
+                warp.block.load(np.full(8 * count, warp.index), rows, 16, every, text).view(np.uint16).reshape(count, 8, 8)
+            )
             for name, matrix in zip(names, matrices, strict=True):
                 warp.registers[name] = (
                     np.ascontiguousarray(matrix.T if transposed else matrix).reshape(-1).view(np.uint32).copy()
@@ -96,7 +99,7 @@ def matrix_rows(instruction: Instruction) -> Step:
             return
         matrices = np.stack([warp.registers[name].view(np.uint16).reshape(8, 8) for name in names])
         matrices = np.ascontiguousarray(matrices.transpose(0, 2, 1) if transposed else matrices)
-        warp.block.store(warp, rows, matrices.reshape(8 * count, 8).view(np.uint8), every, text)
+        warp.block.store(np.full(8 * count, warp.index), rows, matrices.reshape(8 * count, 8).view(np.uint8), every, text)
 
     return step
 
@@ -110,18 +113,20 @@ def copy(instruction: Instruction) -> Step:
     parts, operands, text = instruction.parts, instruction.operands, instruction.text
     if "commit_group" in parts:
 
-        def commit(warp: Warp) -> None:
-            warp.copy_groups.append(warp.copies)
-            warp.copies = []
+        def commit(gang: Gang) -> None:
+            for warp in gang.warps:
+                warp.copy_groups.append(warp.copies)
+                warp.copies = []
 
         return commit
     if "wait_group" in parts or "wait_all" in parts:
         left = int(operands[0]) if operands else 0
 
-        def wait(warp: Warp) -> None:
-            while len(warp.copy_groups) > left:
-                for places, data in warp.copy_groups.pop(0):
-                    warp.block.land(warp, places, data)
+        def wait(gang: Gang) -> None:
+            for warp in gang.warps:
+                while len(warp.copy_groups) > left:
+                    for places, data in warp.copy_groups.pop(0):
+                        gang.block.land(warp.index, places, data)
 
         return wait
     if "bulk" in parts:
@@ -129,13 +134,18 @@ def copy(instruction: Instruction) -> Step:
     to, of, size, mask = address(operands[0]), address(operands[1]), int(operands[2], 0), mask_of(instruction)
     wanted = source(operands[3], 32) if len(operands) > 3 else lambda warp: np.full(32, size, np.uint32)
 
-    def step(warp: Warp) -> None:
-        lanes, take = mask(warp), wanted(warp)
-        if not np.isin(take[lanes], (0, size)).all():
+    def step(gang: Gang) -> None:
+        lanes, take = gang.spread(mask(gang)).reshape(-1), gang.spread(wanted(gang)).reshape(-1)
+        if not ((take[lanes] == 0) | (take[lanes] == size)).all():
             raise NotModelled(f"part of a copy: {text}")
-        data = warp.block.memory.load(of(warp), size, lanes & (take > 0), text)
-        places = warp.block.promise(warp, to(warp), size, lanes, text)
-        warp.copies.append((places, data[lanes].reshape(-1)))
+        if not lanes.any():
+            return
+        data = gang.block.memory.load(gang.spread(of(gang)).reshape(-1), size, lanes & (take > 0), text)[lanes].reshape(-1)
+        owners = np.repeat(gang.rows, 32)
+        places, owners = gang.block.promise(owners, gang.spread(to(gang)).reshape(-1), size, lanes, text), owners[lanes]
+        for warp in gang.warps:
+            own = np.repeat(owners == warp.index, size)
+            warp.copies.append((places[own], data[own]))
 
     return step
 
@@ -148,11 +158,12 @@ def _bulk_copy(instruction: Instruction) -> Step:
     descriptor, corner = split(instruction.operands[1].strip("[] "))
     which, corners = source(descriptor, 64), [source(x, 32) for x in elements(corner)]
 
-    def step(warp: Warp) -> None:
-        for lane in np.flatnonzero(mask(warp)):
-            first = [int(get(warp).view(np.int32)[lane]) for get in corners]
-            tensor = warp.block.descriptors[int(which(warp)[lane])]
-            _bring(warp, tensor, int(to(warp)[lane]), first, int(bar(warp)[lane]), instruction.text)
+    def step(gang: Gang) -> None:
+        for warp in gang.warps:
+            for lane in np.flatnonzero(mask(warp)):
+                first = [int(get(warp).view(np.int32)[lane]) for get in corners]
+                tensor = warp.block.descriptors[int(which(warp)[lane])]
+                _bring(warp, tensor, int(to(warp)[lane]), first, int(bar(warp)[lane]), instruction.text)
 
     return step
 
@@ -175,8 +186,8 @@ def _bring(warp: Warp, tensor: Descriptor, to: int, first: list[int], bar: int, 
     at = to + (row * columns + column) * tensor.element
     at = swizzled(at, (0, 1, 3, 7)[tensor.swizzle]).reshape(-1).astype(np.int64)
     places = block.places(at, tensor.element, np.ones(at.size, bool), text)
-    block.check(warp, places, text, writes=True)
-    block.land(warp, places, data.reshape(-1))
+    block.check_write(np.full(len(places), warp.index), places, text)
+    block.land(warp.index, places, data.reshape(-1))
     barrier = _mbarrier(block, bar, text)
     _publish(warp, barrier)
     barrier.bytes -= rows * columns * tensor.element
@@ -195,7 +206,7 @@ def _publish(warp: Warp, barrier: MBarrier) -> None:
     warp.clock[warp.index] += 1
 
 
-@makes("mbarrier")
+@makes("mbarrier", each=True)
 def mbarrier(instruction: Instruction) -> Step:
     verb, operands, mask, text = instruction.parts[1], instruction.operands, mask_of(instruction), instruction.text
     if verb in ("init", "inval"):
@@ -241,7 +252,7 @@ def mbarrier(instruction: Instruction) -> Step:
 # ---- control ----
 
 
-@makes("bar", "barrier")
+@makes("bar", "barrier", each=True)
 def barrier(instruction: Instruction) -> Step:
     if "sync" not in instruction.parts:
         raise NotModelled(instruction.text)
@@ -250,7 +261,7 @@ def barrier(instruction: Instruction) -> Step:
     return lambda warp: Arrive(int(which(warp)[0]), threads)
 
 
-@makes("bra")
+@makes("bra", each=True)
 def branch(instruction: Instruction) -> Step:
     """All lanes of a warp go the same way: Triton's code has no other branches."""
     mask, jump = mask_of(instruction), Jump(instruction.operands[0])
@@ -264,7 +275,7 @@ def branch(instruction: Instruction) -> Step:
     return step
 
 
-@makes("ret", "exit")
+@makes("ret", "exit", each=True)
 def leave(instruction: Instruction) -> Step:
     return lambda warp: Signal.EXIT
 

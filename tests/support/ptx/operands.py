@@ -7,33 +7,34 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.support.ptx.machine import DESCRIPTORS, SHARED_BASE, Step, Warp
+from tests.support.ptx.machine import DESCRIPTORS, SHARED_BASE, Code, Gang, Step, Warp
 from tests.support.ptx.program import Instruction, Program
 from tests.support.ptx.values import EVERY_LANE, UNSIGNED, NotModelled, number
 
-Source = Callable[[Warp], np.ndarray]
-Put = Callable[[Warp, np.ndarray], None]
-MAKERS: dict[str, Callable[[Instruction], Step]] = {}  # by the first word of the opcode
+Source = Callable[[Warp | Gang], np.ndarray]  # [32] of a warp, [warps, 32] of a gang; constants are [32] for either
+Put = Callable[[Warp | Gang, np.ndarray], None]
+MAKERS: dict[str, tuple[Callable[[Instruction], Step], bool]] = {}  # by the first word of the opcode; and whether warp by warp
 
 
-def makes(*names: str) -> Callable[[Callable[[Instruction], Step]], Callable[[Instruction], Step]]:
-    """Decorator: the function turns such instructions into steps."""
+def makes(*names: str, each: bool = False) -> Callable[[Callable[[Instruction], Step]], Callable[[Instruction], Step]]:
+    """Decorator: the function turns such instructions into steps: of a gang, or of `each` warp."""
 
     def register(maker: Callable[[Instruction], Step]) -> Callable[[Instruction], Step]:
-        MAKERS.update(dict.fromkeys(names, maker))
+        MAKERS.update(dict.fromkeys(names, (maker, each)))
         return maker
 
     return register
 
 
-def compile_program(program: Program) -> list[Step]:
+def compile_program(program: Program) -> list[Code]:
     """Raises `NotModelled` for an instruction that is not."""
-    steps = []
+    code = []
     for instruction in program.code:
         if instruction.name not in MAKERS:
             raise NotModelled(instruction.text)
-        steps.append(MAKERS[instruction.name](instruction))
-    return steps
+        maker, each = MAKERS[instruction.name]
+        code.append(Code(maker(instruction), each))
+    return code
 
 
 def source(token: str, width: int) -> Source:
@@ -104,7 +105,10 @@ def computes(instruction: Instruction, function: Callable[..., np.ndarray], *sou
     """The first operand becomes `function` of the sources."""
     put = put_into(instruction, instruction.operands[0])
 
-    def step(warp: Warp) -> None:
-        put(warp, function(*(get(warp) for get in sources)))
-
-    return step
+    if len(sources) == 1:
+        (only,) = sources
+        return lambda gang: put(gang, function(only(gang)))
+    if len(sources) == 2:
+        first, second = sources
+        return lambda gang: put(gang, function(first(gang), second(gang)))
+    return lambda gang: put(gang, function(*(get(gang) for get in sources)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from typing import Any
 
 import numpy as np
 
@@ -22,23 +24,33 @@ class NotModelled(Exception):
     """An instruction that this executor does not know."""
 
 
+@functools.cache
 def width_of(kind: str) -> int:
     """Bits of a PTX type such as s32, bf16x2 or b64."""
     number, _, count = re.sub(r"^[a-z]+", "", kind).partition("x")
     return int(number) * int(count or 1)
 
 
+@functools.cache
+def _types(kind: str) -> tuple[Any, Any]:
+    """numpy's for the bits and for the numbers of a PTX type."""
+    width = width_of(kind)
+    bits = UNSIGNED[width]
+    return np.dtype(bits), np.dtype(SIGNED[width] if kind[0] == "s" else FLOATS[width] if kind[0] == "f" else bits)
+
+
 def from_bits(bits: np.ndarray, kind: str) -> np.ndarray:
     """The numbers of a PTX type; bf16 as float32."""
-    width = width_of(kind)
-    bits = np.ascontiguousarray(bits).astype(UNSIGNED[width], copy=False)
     if kind == "bf16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    return bits.view(SIGNED[width] if kind[0] == "s" else FLOATS[width] if kind[0] == "f" else UNSIGNED[width])
+        return (bits.astype(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    unsigned, numbers = _types(kind)
+    if bits.dtype is not unsigned:
+        bits = bits.astype(unsigned)
+    return bits.view(numbers)
 
 
 def to_bits(numbers: np.ndarray, width: int) -> np.ndarray:
-    return np.ascontiguousarray(numbers).view(UNSIGNED[width])
+    return numbers.view(UNSIGNED[width])
 
 
 def to_bf16(numbers: np.ndarray) -> np.ndarray:
@@ -53,9 +65,10 @@ def flushed(numbers: np.ndarray) -> np.ndarray:
     return np.where(np.abs(numbers) < SMALLEST_NORMAL, np.copysign(np.float32(0), numbers), numbers).astype(np.float32)
 
 
-def halves(register: np.ndarray, kind: str) -> np.ndarray:
-    """[2, 32] float64: the two numbers of 16 bits in each word."""
-    return from_bits(register.view(np.uint16), kind).astype(np.float64).reshape(32, 2).T
+def halves(register: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """The two numbers of 16 bits in each word, float64."""
+    both = from_bits(np.ascontiguousarray(register).view(np.uint16), kind).astype(np.float64).reshape(*register.shape, 2)
+    return both[..., 0], both[..., 1]
 
 
 def number(token: str, width: int) -> int:

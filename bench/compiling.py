@@ -1,0 +1,88 @@
+"""Launches that compile for an NVIDIA GPU that is not here: Triton's own launch path, up to the launch itself.
+
+    with compiling(90) as launched:
+        linear_logprob.forward(hidden, weight, target, None, (1.0, 0.0, 1.0), -100, False)
+    launched[0].kernel.asm["cubin"]
+
+Nothing is executed, so operands may be `torch.empty` of any size. Needs a process in which TRITON_INTERPRET is not set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime import driver
+
+from csrc_triton import product
+
+Grid = tuple[int, int, int]
+
+
+class Launch(NamedTuple):
+    """`arguments` are (type, value) without constants."""
+
+    kernel: CompiledKernel
+    grid: Grid
+    arguments: list[tuple[str, Any]]
+
+
+class Driver:
+    """What Triton asks of a driver before it launches."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # what Triton has compiled is kept by device
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+
+@contextlib.contextmanager
+def compiling(
+    capability: int, run: Callable[[Launch], None] | None = None, *, multiprocessors: int = 132
+) -> Iterator[list[Launch]]:
+    """Within it kernels with CPU tensors are compiled for this compute capability (90 is 9.0), as the launchers ask for it on
+    such a GPU with so many multiprocessors. Each launch is handed to `run`, or else collected."""
+    launched: list[Launch] = []
+    take = run or launched.append
+
+    def launch(kernel: CompiledKernel, x: int, y: int, z: int, *rest: Any) -> None:
+        arguments = rest[6:]  # behind stream, function, packed metadata, launch metadata and two hooks
+        kinds = kernel.src.signature.values()
+        given = [(kind, value) for kind, value in zip(kinds, arguments, strict=False) if kind != "constexpr"]
+        take(Launch(kernel, (x, y, z), given))
+
+    before = driver._active
+    with (
+        mock.patch.object(CompiledKernel, "_init_handles", lambda self: None),
+        mock.patch.object(CompiledKernel, "launch_metadata", lambda self, *_: None),
+        mock.patch.object(CompiledKernel, "run", property(lambda self: functools.partial(launch, self))),
+        mock.patch.object(product, "architecture", lambda device: capability),
+        mock.patch.object(product, "multiprocessors", lambda device: multiprocessors),
+        # the default of Triton 3.10: a launch has to ask for it
+        mock.patch.dict(os.environ, {"TRITON_DEFAULT_FP_FUSION": "0"}),
+    ):
+        driver.set_active(Driver(GPUTarget("cuda", capability, 32)))
+        try:
+            yield launched
+        finally:
+            driver._active = before

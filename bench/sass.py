@@ -1,0 +1,382 @@
+"""What the kernels compile to for NVIDIA GPUs that are not here: registers, spills, shared memory, instructions by pipe.
+
+    python -m qcrd_fast.bench.sass [--capabilities 80,86,89,90,100,120] [--only TEXT] [--json FILE]
+
+Compiles the launchers' own launches (`compiling`) and reads the machine code (SASS) with the `nvdisasm` and `cuobjdump` that
+triton brings. Prints a table; needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+
+from csrc_triton import contrastive, linear_logprob, linear_sample, product
+from qcrd_fast.utils.files import write_json
+
+from .compiling import Launch, compiling
+
+GPUS = {80: "A100", 86: "RTX 30", 89: "L4, RTX 40", 90: "H100, H200", 100: "B200", 120: "RTX 50"}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # of a multiprocessor
+THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}  # of a multiprocessor
+TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory (sm_100)
+MATRIX = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+PIPES = {  # by the beginning of an opcode, the first that fits
+    "mma": ("HGMMA", "HMMA", "UTCHMMA"),
+    "mufu": ("MUFU",),
+    "fma": ("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2", "IMAD"),
+    "convert": ("F2F", "I2F", "F2I", "F2FP"),
+    "spill": ("LDL", "STL"),
+    "shared": ("LDSM", "LDS", "STSM", "STS", "LDTM", "STTM"),
+    "copy": ("LDGSTS", "UTMA", "UBLKCP"),
+    "global": ("LDG", "STG", "LD.", "ST."),
+    "shuffle": ("SHFL", "REDUX"),
+    "wait": (
+        "BAR",
+        "SYNCS",
+        "DEPBAR",
+        "LDGDEPBAR",
+        "WARPSYNC",
+        "WARPGROUP",
+        "FENCE",
+        "MEMBAR",
+        "ERRBAR",
+        "UTCBAR",
+        "NANOSLEEP",
+        "ELECT",
+    ),
+    "branch": ("BRA", "BSSY", "BSYNC", "EXIT", "CALL", "RET", "NOP", "BREAK", "YIELD"),
+    "uniform": ("U", "R2UR", "S2UR"),
+}
+
+
+class Code(NamedTuple):
+    """Machine code of a kernel. `labels`: the place of the instruction behind each."""
+
+    kernel: str
+    capability: int
+    threads: int
+    registers: int
+    spills: int  # bytes a thread
+    shared: int  # bytes
+    tensor_columns: int
+    matrix: tuple[str, ...]  # kinds of matrix instructions in the PTX
+    copy_engine: bool
+    instructions: tuple[str, ...]
+    labels: dict[str, int]
+
+    @property
+    def programs(self) -> int:
+        """How many a multiprocessor holds at once. Registers are given in units of 8 a thread, and 1 KiB of shared memory
+        a program is the driver's."""
+        by_registers = 65536 // (self.threads * ((self.registers + 7) // 8 * 8))
+        by_shared = SHARED_KIB[self.capability] * 1024 // (self.shared + 1024)
+        by_tensor = TENSOR_COLUMNS // self.tensor_columns if self.tensor_columns else by_shared
+        return min(by_registers, by_shared, by_tensor, THREADS[self.capability] // self.threads, 32)
+
+
+def missing_tools() -> list[str]:
+    return [name for name in ("cuobjdump", "nvdisasm") if not (TOOLS / name).exists()]
+
+
+def read(launch: Launch) -> Code:
+    """The machine code of what was launched."""
+    kernel = launch.kernel
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _ask("cuobjdump", "--dump-resource-usage", file.name)
+        listing = _ask("nvdisasm", "-c", file.name)
+    used = dict(item.split(":") for item in usage.split() if item.count(":") == 1 and item[-1] != ":")
+    ptx, instructions, labels = kernel.asm["ptx"], list[str](), dict[str, int]()
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            instructions.append(found[1])
+    return Code(
+        kernel=kernel.metadata.name,
+        capability=kernel.metadata.target.arch,
+        threads=32 * kernel.metadata.num_warps,
+        registers=int(used["REG"]),
+        spills=int(used["STACK"]) + int(used["LOCAL"]),
+        shared=kernel.metadata.shared,
+        tensor_columns=getattr(kernel.metadata, "tmem_size", 0) or 0,
+        matrix=tuple(kind for kind in MATRIX if kind in ptx),
+        copy_engine="cp.async.bulk.tensor" in ptx,
+        instructions=tuple(instructions),
+        labels=labels,
+    )
+
+
+def _ask(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+# ---- counting --------------------------------------------------------------------------------------------------------------
+
+
+def opcode(instruction: str) -> str:
+    """Without its predicate and operands."""
+    return re.sub(r"^@!?\w+\s+", "", instruction).split()[0]
+
+
+def pipe(instruction: str) -> str:
+    """The unit that executes it, "alu" where none of `PIPES` does."""
+    name = opcode(instruction)
+    return next((unit for unit, starts in PIPES.items() if name.startswith(starts)), "alu")
+
+
+def successors(code: Code) -> list[list[int]]:
+    """Where control goes after each instruction."""
+    found: list[list[int]] = []
+    for at, instruction in enumerate(code.instructions):
+        name, always = opcode(instruction), instruction[0] != "@"
+        target = re.search(r"`\((\.L_\w+)\)", instruction) if name.startswith("BRA") else None
+        if target:
+            always = always and not name.startswith(("BRA.U", "BRA.DIV", "BRA.CONV"))
+        ends = always and (target is not None or name in ("EXIT", "RET"))
+        ways = [code.labels[target[1]]] if target else []
+        found.append(ways + ([] if ends or at + 1 == len(code.instructions) else [at + 1]))
+    return found
+
+
+def _reach(starts: Iterable[int], edges: Sequence[Sequence[int]]) -> dict[int, int]:
+    """{each instruction that can be reached: the one before it on a shortest way, -1 of a start}."""
+    before = dict.fromkeys(starts, -1)
+    queue = deque(before)
+    while queue:
+        at = queue.popleft()
+        for to in edges[at]:
+            if to not in before:
+                before[to] = at
+                queue.append(to)
+    return before
+
+
+class Counts(NamedTuple):
+    """Instructions of one warp: of a step along the hidden dimension, and what a tile takes besides its steps."""
+
+    step: list[str]
+    tile: list[str]
+
+    def by_pipe(self) -> tuple[Counter[str], Counter[str]]:
+        return Counter(map(pipe, self.step)), Counter(map(pipe, self.tile))
+
+
+def count(code: Code) -> Counts | None:
+    """The step is the shortest way around through a product. A tile's other instructions (address, mask, exponentials) are the
+    rest of the loop over tiles, or where a program has one tile alone, of the program. None without products."""
+    after = successors(code)
+    before: list[list[int]] = [[] for _ in after]
+    for at, ways in enumerate(after):
+        for to in ways:
+            before[to].append(at)
+    best: tuple[int, list[int], int] | None = None
+    seen: set[int] = set()
+    for at, instruction in enumerate(code.instructions):
+        if not opcode(instruction).startswith(("HGMMA", "HMMA", "UTCHMMA")) or at in seen:
+            continue
+        found = _reach(after[at], after)
+        if at not in found:
+            continue  # in no loop: a first step ahead of it
+        way, here = [at], found[at]
+        while here != -1:
+            way.append(here)
+            here = found[here]
+        seen.update(way)
+        if best is None or len(way) < best[0]:
+            best = len(way), way, at
+    if best is None:
+        return None
+    _, step, product = best
+    loop = set(range(len(after)))
+    if code.kernel != "da_kernel":
+        loop = _reach([product], after).keys() & _reach([product], before).keys()
+    else:
+        loop = set(_reach([0], after))
+    rest = sorted(loop - set(step))
+    return Counts([code.instructions[i] for i in sorted(step)], [code.instructions[i] for i in rest])
+
+
+# ---- what is launched ------------------------------------------------------------------------------------------------------
+
+
+class Variant(NamedTuple):
+    """Arguments of a launcher that make another program of a kernel; sizes of SmolLM2's head."""
+
+    name: str
+    kernels: tuple[str, ...]  # those of its launches that are meant
+    rows: int = 4096
+    H: int = 576
+    V: int = 49152
+    dtype: torch.dtype = torch.bfloat16
+    bias: bool = False
+    options: tuple[float, float, float] = (1.0, 0.0, 1.0)
+    entropy: bool = False
+    keep: bool = False
+    top_k: int = 0
+
+
+FORWARD, BOTH = ("forward_kernel",), ("forward_kernel", "da_kernel")
+EVERY: dict[str, Any] = dict(bias=True, options=(0.3, 30.0, 1.4))
+WIDE: dict[str, Any] = dict(H=4096, V=128256)
+VARIANTS = [
+    Variant("plain", BOTH),
+    Variant("bias", BOTH, bias=True),
+    Variant("softcap", BOTH, options=(1.0, 30.0, 1.0)),
+    Variant("entropy", BOTH, entropy=True),
+    Variant("keeps the exponentials", FORWARD, keep=True),
+    Variant("keeps the exponentials, bias", FORWARD, keep=True, bias=True),
+    Variant("every option, ragged H and V", BOTH, H=592, V=50257, **EVERY),
+    Variant("plain, 32 rows", BOTH, rows=32),
+    Variant("plain, fp16", BOTH, dtype=torch.float16),
+    Variant("plain, fp32", BOTH, dtype=torch.float32),
+    Variant("H = 4096, plain", BOTH, **WIDE),
+    Variant("H = 4096, bias", BOTH, bias=True, **WIDE),
+    Variant("H = 4096, softcap", BOTH, options=(1.0, 30.0, 1.0), **WIDE),
+    Variant("H = 4096, entropy", BOTH, entropy=True, **WIDE),
+    Variant("H = 4096, keeps the exponentials", FORWARD, keep=True, **WIDE),
+    Variant("noise, no top-k", ("product_kernel",), rows=256),
+    Variant("greedy", ("product_kernel",), rows=256, options=(1.0, 0.0, 0.0)),
+    Variant("top-k", ("product_kernel", "select_kernel", "gather_kernel", "pick_kernel"), rows=256, top_k=50),
+    Variant("top-k, 262144 entries", ("select_kernel",), rows=256, top_k=50, V=262144),
+]
+SMALL_KERNELS = ("combine_kernel", "kept_kernel", "mean_kernel", "question_kernel", "backward_kernel")
+
+
+def launch_variant(variant: Variant) -> None:
+    """Within `compiling`: the launches of a variant. Nothing of the operands is read."""
+    T, H, V, dtype = variant.rows, variant.H, variant.V, variant.dtype
+    hidden, weight = torch.empty(T, H, dtype=dtype), torch.empty(V, H, dtype=dtype)
+    bias, options = torch.empty(V, dtype=dtype) if variant.bias else None, variant.options
+    if variant.kernels[0] in ("product_kernel", "select_kernel"):
+        key, counter = (torch.empty(T, n, dtype=torch.int64) for n in (2, 3))
+        linear_sample.sample(hidden, weight, key, counter, bias, options, variant.top_k)
+        return
+    target, of_rows = torch.empty(T, dtype=torch.int64), torch.empty(T)
+    if variant.keep:
+        linear_logprob.forward_keeping(hidden, weight, target, bias, options, -100, 2**62)
+        return
+    linear_logprob.forward(hidden, weight, target, bias, options, -100, variant.entropy)
+    coefficients = (of_rows, of_rows, of_rows if variant.entropy else None)
+    linear_logprob.backward(hidden, weight, target, bias, of_rows, coefficients, options, (False, False, False))
+
+
+def launch_small() -> None:
+    """Within `compiling`: the kernels without products, those of few programs."""
+    every = Variant("", BOTH, rows=64, H=128, V=1024, **EVERY, entropy=True)
+    launch_variant(every)
+    launch_variant(every._replace(entropy=False))
+    hidden, weight, bias = torch.empty(64, 128), torch.empty(1024, 128), torch.empty(1024)
+    target, of_rows, options = torch.zeros(64, dtype=torch.int64), torch.empty(64), (0.3, 0.0, 1.4)
+    kept = linear_logprob.forward_keeping(hidden, weight, target, bias, options, -100, 2**62)
+    assert kept is not None
+    operands = (hidden, weight, target, bias, kept[1], of_rows)
+    linear_logprob.backward_kept(kept[2], *operands, options, (False, False, False))
+    R, positive = torch.arange(8), torch.ones(8, dtype=torch.bool)
+    valid, quality, count_ = torch.ones(64, dtype=torch.bool), torch.empty(8), torch.ones(8, dtype=torch.int64)
+    for selects in (("min", "max"), ("wmean", "max-active"), ("sampling", "mean")):
+        contrastive.forward(of_rows, target, valid, R, positive, quality, quality, selects, 3.0, torch.tensor(8.0))
+    contrastive.backward(quality[0], quality[0], target, valid, positive, quality, count_)
+
+
+def compile_variants(capability: int, variants: Iterable[Variant] = tuple(VARIANTS)) -> Iterator[tuple[Variant, Launch]]:
+    """Each launch that a variant means, at the tile that `product.forced_tile` names if it does."""
+    for variant in variants:
+        with compiling(capability) as launched:
+            launch_variant(variant)
+        yield from ((variant, launch) for launch in _distinct(launched, variant.kernels))
+
+
+def _distinct(launched: list[Launch], kernels: Sequence[str]) -> Iterator[Launch]:
+    """A backward pass is many launches of one program."""
+    found = {launch.kernel.hash: launch for launch in launched if launch.kernel.metadata.name in kernels}
+    yield from found.values()
+
+
+def compile_small(capability: int) -> Iterator[Launch]:
+    with compiling(capability) as launched:
+        launch_small()
+    yield from _distinct(launched, SMALL_KERNELS)
+
+
+def describe(name: str, launch: Launch) -> dict[str, Any]:
+    """A row of the table. `step` and `tile`: a warp's instructions by pipe."""
+    code = read(launch)
+    row: dict[str, Any] = {"variant": name, **code._asdict(), "programs": code.programs}
+    del row["instructions"], row["labels"]
+    row["maxnreg"] = launch.kernel.metadata.maxnreg
+    counts = count(code)
+    if counts:
+        row["step"], row["tile"] = (dict(counter) for counter in counts.by_pipe())
+    return row
+
+
+def rows_of(capability: int, only: str = "", names: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+    """`counted`: programs a multiprocessor that `product.layout` counted on, of the kernels that it lays out."""
+    for variant in VARIANTS:
+        if only in variant.name and (names is None or variant.name in names):
+            counted = list[int]()
+
+            def count_on(*arguments: Any, counted: list[int] = counted) -> int:
+                counted.append(product.programs_at_once(arguments[0], capability, arguments[2]))
+                return counted[-1] * 132
+
+            with mock.patch.object(product, "slots_of", count_on):
+                launches = list(compile_variants(capability, [variant]))
+            for _, launch in launches:
+                row = describe(variant.name, launch)
+                if row["kernel"] in ("forward_kernel", "product_kernel"):
+                    row["counted"] = counted[0]
+                yield row
+    if capability == 90 and only in "small" and names is None:
+        for launch in compile_small(capability):
+            yield describe("small", launch)
+
+
+HEADINGS = ("GPU", "kernel", "variant", "registers", "spills", "shared KiB", "programs a multiprocessor", "step", "tile")
+
+
+def line(row: dict[str, Any]) -> str:
+    """Of the table: instructions of a step, and of a tile besides, exponentials and the like (MUFU) of them."""
+    step, tile = row.get("step", {}), row.get("tile", {})
+    counts = (sum(step.values()), f"{sum(tile.values())}, {tile.get('mufu', 0)} MUFU") if step else ("", "")
+    cells = (f"sm_{row['capability']} {GPUS[row['capability']]}", f"`{row['kernel']}`", row["variant"], row["registers"],
+             row["spills"], row["shared"] // 1024, row["programs"], *counts)  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--capabilities", default=",".join(map(str, GPUS)))
+    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name has this text")
+    parser.add_argument("--json", type=Path, help="file to write")
+    given = parser.parse_args(arguments)
+    if missing := missing_tools():
+        parser.error(f"this triton brings no {' and no '.join(missing)}")
+    print("| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|", sep="\n")
+    rows = []
+    for capability in map(int, given.capabilities.split(",")):
+        for row in rows_of(capability, given.only):
+            rows.append(row)
+            print(line(row), flush=True)
+    if given.json:
+        write_json(given.json, {"triton": triton.__version__, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
