@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qcrd_fast.collect.collection import REPLAY, Collection, CollectSettings
-from qcrd_fast.collect.credentials import printable
+from qcrd_fast.collect.credentials import printable, without_secrets
 from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, Failed, Interrupted, refusal
 from qcrd_fast.collect.progress import Progress
 from qcrd_fast.collect.reply import Reply
@@ -85,7 +85,7 @@ def _dry_run(run: Collection) -> dict[str, Any]:
         query = "&".join(f"{name}={value}" for name, value in printable(settings.query).items())
         result["url"] = endpoint.base + endpoint.path + (f"?{query}" if query else "")
         result |= {"headers": printable(settings.header)} if settings.header else {}
-        result["request"] = endpoint.body(run.prompts[first.id], settings.num_samples)
+        result["request"] = without_secrets(endpoint.body(run.prompts[first.id], settings.num_samples))
     return result | {"prediction": run.predict(), "output": settings.output}
 
 
