@@ -333,7 +333,8 @@ class Endpoint:
             status = response.status_code
             if 300 <= status < 400:
                 host = urlsplit(response.headers.get("location", "")).hostname or "the same host"
-                raise Failed("redirect", f"{status} to {self.hide(host)[:100]}, not followed", retry=False)
+                advice = "if --teacher has moved there, give it that address"
+                raise Failed("redirect", f"{status} to {self.hide(host)[:100]}, not followed", retry=False, advice=advice)
             if status != 200:
                 text = ""
                 with contextlib.suppress(Failed, httpx.HTTPError):
@@ -358,7 +359,7 @@ class Endpoint:
         detail = self._shown(error.message)
         wait_s = refusals.wait_s(headers, text)
         if refusals.wants_money(status, error, wait_s):
-            advice = "the account of the key has no credit left; the same command goes on when it has"
+            advice = refusals.advice_on_money(error, self.settings.max_tokens)
             return Failed(str(status), detail, retry=False, fatal=True, advice=advice, body=error)
         if refusals.refuses_key(status, error):
             return Failed(str(status), detail, retry=False, fatal=True, advice=_advice_on_key(), body=error)
@@ -373,7 +374,9 @@ def refusal(error: Failed, url: str, api: str) -> Refused | None:
     """What to tell the user where no request can succeed."""
     advice = {
         "403": f"may {KEY_NAME} use this model?",
-        "404": f"check --teacher (usually it ends in /v1), --teacher-model and --api {api}",
+        "404": "check --teacher, the name of the deployment in it, and --query api-version=..."
+        if "/deployments/" in url
+        else f"check --teacher (usually it ends in /v1), --teacher-model and --api {api}",
     }.get(error.reason, "")
     if error.fatal and not error.advice:
         return Refused(f"{url} says {error}; {advice}")

@@ -234,6 +234,15 @@ def _retry_after_s(value: str | None) -> float | None:
             return None
 
 
+def advice_on_money(error: ErrorBody, max_tokens: int) -> str:
+    """What helps where the account of the key has too little credit for a request, or none."""
+    if any(name in error.message for name in (*_LIMITS, "afford")):
+        return f"lower --max-tokens ({max_tokens}), which the server counts in full, or add credit; the same command goes on"
+    if re.search(r"per[- ]day|daily", error.message, re.IGNORECASE):
+        return "the key has used up what it may ask for in a day; the same command goes on when it may ask again"
+    return "the account of the key has no credit left; the same command goes on when it has"
+
+
 def advice_on_length(error: ErrorBody, max_tokens: int) -> str:
     """What helps where prompt and reply together, or the reply alone, are longer than the model takes; empty: another fault."""
     if error.parameter in _LIMITS or any(name in error.message for name in _LIMITS) or _CONTEXT.search(error.text):

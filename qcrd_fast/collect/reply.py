@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from qcrd_fast.data.formats.samples import is_cut
 from qcrd_fast.data.messages import read_message
 
 DEEPEST = 32  # nesting of a message that is kept
+_FILTERED = re.compile(r"content_?filter|safety|recitation|prohibited|blocklist|spii|sensitive|refusal", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,7 @@ def _choice(item: Mapping[str, Any]) -> Choice | None:
     text, cut = said.text, is_cut(item)
     if not text.strip() and isinstance(message, dict) and isinstance(message.get("refusal"), str):
         text = message["refusal"]
-    if not text.strip() and not cut and item.get("finish_reason") != "content_filter":
+    if not text.strip() and not cut and not _FILTERED.match(str(item.get("finish_reason"))):
         return None
     return Choice(text if text.strip() else "", cut, message if isinstance(message, dict) else None)
 

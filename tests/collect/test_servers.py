@@ -18,6 +18,7 @@ from qcrd_fast.collect.events import assemble, is_events
 from qcrd_fast.collect.progress import duration
 from qcrd_fast.collect.refusals import (
     advice_on_length,
+    advice_on_money,
     read_error,
     refused_parameter,
     refuses_several,
@@ -552,6 +553,31 @@ def test_a_fatal_error_with_status_200_stops_at_once(
     with fake.serving(lambda handler, seen: handler.send_json(body)) as server:
         result = run(capsys, command(questions, server.url, "--concurrency", "1"), 1)
     assert words in result["stopped"] and len(server.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("This request requires more credits, or fewer max_tokens. You can only afford 40.", "lower --max-tokens (512)"),
+        ("Rate limit exceeded: free-models-per-day. Add 10 credits to unlock 1000 requests", "in a day"),
+        ("Insufficient balance", "no credit left"),
+    ],
+)
+def test_what_helps_where_money_is_short(message: str, words: str) -> None:
+    assert words in advice_on_money(read_error(said(message)), 512)
+
+
+def test_a_deployment_that_is_not_found(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving(forms.error(404, "Resource not found", code="404")) as server:
+        address = f"{server.url.removesuffix('/v1')}/openai/deployments/D"
+        assert "--query api-version=" in run(capsys, command(questions, address), 1)["stopped"]
+
+
+@pytest.mark.parametrize("finish", ["content_filter", "content_filter: PROHIBITED_CONTENT", "SAFETY", "refusal"])
+def test_a_reply_that_was_filtered_is_paid_once(finish: str) -> None:
+    choice = {"message": {"role": "assistant", "content": None}, "finish_reason": finish}
+    reply = parse_reply({"choices": [choice]}, "p")
+    assert [sample.text for sample in reply.choices] == [""] and not reply.faults
 
 
 def test_a_key_that_is_refused_with_status_400(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
