@@ -14,6 +14,7 @@ from qcrd_fast.collect.credentials import read_pairs
 from qcrd_fast.collect.prompts import TEMPLATES
 from qcrd_fast.data.thinking import THINKING
 from qcrd_fast.errors import InputError
+from qcrd_fast.utils.redact import redact
 
 from . import console
 from .options import (
@@ -118,7 +119,8 @@ def collect(ctx: click.Context, dry_run: bool, as_json: bool, **options: Any) ->
     for param in ctx.command.params:
         name = str(param.name)
         if name in refused and ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None):
-            raise InputError(f"{param.opts[0]} has no meaning for {kind} ({options['teacher']})")
+            teacher = redact(settings.teacher.partition("?")[0])  # a query may hold a key
+            raise InputError(f"{param.opts[0]} has no meaning for {kind} ({teacher})")
     with console.quiet_stdout():
         result, why = run(settings, dry_run=dry_run)
     console.show(result, as_json, _dry_run_text(result) if dry_run else _text(result))

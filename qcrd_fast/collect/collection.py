@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import re
@@ -29,6 +30,7 @@ from qcrd_fast.utils.redact import redact
 log = logging.getLogger(__name__)
 
 REPLAY = "replay:"
+_ADDRESS = re.compile(r"(?:[^/@\s]*@)?(?:[\w.-]+:\d+(?:[/?]|$)|[\w-]+(?:\.[\w-]+)+/(?:\w+/)*v\d\w*(?:[/?]|$))")
 EARLY = 5  # questions after which a teacher that repeats itself is reported
 
 
@@ -72,6 +74,13 @@ class CollectSettings:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"--{field.name.removesuffix('_s').replace('_', '-')} must be finite; got {value}")
+        if _ADDRESS.match(self.teacher) and not Path(self.teacher).exists():
+            raise InputError("--teacher: an address begins with http:// or https://")
+        for name in ("teacher_model", "system_prompt", "extra_body"):
+            try:
+                json.dumps(getattr(self, name), ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise InputError(f"--{name.replace('_', '-')} has characters that are no UTF-8") from None
 
     @property
     def is_url(self) -> bool:
@@ -99,8 +108,6 @@ class Collection:
             raise InputError("--max-cost needs --price-input and --price-output, the prices of a million tokens")
         if settings.system_prompt and settings.api == "completions":
             raise InputError("--system-prompt belongs to a chat; with --api completions put it into --template")
-        if re.match(r"[\w.-]+:\d+(?:/|$)", settings.teacher):
-            raise InputError(f"--teacher: an address begins with http:// or https://; got {settings.teacher!r}")
         output = Path(settings.output)
         require_place(output, "--output")
         if output.resolve() == Path(settings.questions).resolve():

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qcrd_fast.collect.collection import REPLAY, Collection, CollectSettings
-from qcrd_fast.collect.credentials import printable
+from qcrd_fast.collect.credentials import printable, without_secrets
 from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, Failed, Interrupted, refusal
 from qcrd_fast.collect.progress import Progress
 from qcrd_fast.collect.reply import Reply
@@ -85,7 +85,7 @@ def _dry_run(run: Collection) -> dict[str, Any]:
         query = "&".join(f"{name}={value}" for name, value in printable(settings.query).items())
         result["url"] = endpoint.base + endpoint.path + (f"?{query}" if query else "")
         result |= {"headers": printable(settings.header)} if settings.header else {}
-        result["request"] = endpoint.body(run.prompts[first.id], settings.num_samples)
+        result["request"] = without_secrets(endpoint.body(run.prompts[first.id], settings.num_samples))
     return result | {"prediction": run.predict(), "output": settings.output}
 
 
@@ -200,7 +200,7 @@ class _Journal:
             elif limit is None or self._affordable(limit, n):
                 break
             elif not ledger.open:
-                run.stop(LimitReached(f"--max-cost {limit:g}: {run.cost:.6g} is spent, the next request would pass it"))
+                run.stop(LimitReached(f"--max-cost {limit:g}: {run.cost:.6g} is spent, the next request could pass it"))
             else:
                 await asyncio.sleep(TICK_S)  # what is in flight may turn out cheaper
         what = {"id": self.question.id} if self.question else {"path": "/models"}
@@ -214,7 +214,7 @@ class _Journal:
         if not ledger.totals.requests:
             return limit > 0  # what a request costs is known after the first one
         most = self.run.settings.max_tokens
-        each = ledger.expected_tokens(most) if ledger.totals.samples else most  # the longest, until one has come
+        each = ledger.totals.longest or most  # a mean would be passed by every second one
         prompts = self.prompt_tokens + sum(intent["prompt_tokens"] for intent in ledger.open.values())
         samples = n + sum(intent.get("n", 0) for intent in ledger.open.values())
         return self.run.cost + cost(prompts, samples * each) <= limit

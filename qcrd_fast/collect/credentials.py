@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from qcrd_fast.errors import InputError
@@ -16,6 +16,10 @@ _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _OURS = ("accept-encoding", "connection", "content-length", "host", "transfer-encoding", "x-client-request-id")
 _CREDENTIAL = re.compile(r"auth|key|token|secret|password|passwd|cookie|credential|signature|^sig$|^code$", re.IGNORECASE)
 _HARMLESS = re.compile(r"version|title|referer|user-agent|origin|accept|content-type", re.IGNORECASE)
+_FIELD = re.compile(r"key$|token$|auth|secret|password|passwd|credential|bearer", re.IGNORECASE)  # of a request's body
+_NO_SECRET = re.compile(
+    r"(?:stop|eos|bos|eot|pad|sep|mask|unk|begin|start|end|think\w*|cache|author\w*)_?(?:key|token|\b)", re.IGNORECASE
+)
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -78,6 +82,27 @@ def may_be_secret(name: str) -> bool:
 def secret_parts(value: str) -> set[str]:
     """A value and its parts, such as what follows Bearer."""
     return {value, *re.split(r"[\s;,=]+", value)}
+
+
+def secrets_within(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    """(text, name of its field) of what may be a key in a request's body, however deep."""
+    if isinstance(value, Mapping) and depth < 16:
+        for key, item in value.items():
+            yield from secrets_within(item, str(key), depth + 1)
+    elif isinstance(value, list) and depth < 16:
+        for item in value:
+            yield from secrets_within(item, name, depth + 1)
+    elif isinstance(value, str) and _FIELD.search(name) and not _NO_SECRET.search(name) and not re.search(r"\s", value.strip()):
+        yield value, name
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """A request's body as it may be printed."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(item, name) for item in value]
+    return "***" if any(secrets_within(value, name)) else value
 
 
 def printable(pairs: Pairs) -> dict[str, str]:

@@ -19,12 +19,12 @@ import zlib
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 
 from qcrd_fast.collect import events, refusals
-from qcrd_fast.collect.credentials import is_credential, looks_secret, may_be_secret, secret_parts
+from qcrd_fast.collect.credentials import is_credential, looks_secret, may_be_secret, secret_parts, secrets_within
 from qcrd_fast.collect.reply import Reply, parse_reply
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.redact import SHORTEST, hide_also, redact
@@ -124,10 +124,14 @@ class Endpoint:
         self._secrets = {self.key} | {
             part for name, value in given if looks_secret(name, value) for part in secret_parts(value)
         }
+        within = dict(secrets_within(settings.extra))
+        self._secrets |= set(within)
+        self._secrets |= {form for secret in self._secrets for form in _encoded(secret)}
         self._secrets = {secret for secret in self._secrets if len(secret) >= SHORTEST}
         hide_also(self._secrets, {value for name, value in settings.headers if may_be_secret(name)})
         host = urlsplit(self.base).hostname
-        carries = KEY_NAME if self.key else next((name for name, value in given if looks_secret(name, value)), "")
+        names = [name for name, value in given if looks_secret(name, value)] + list(within.values())
+        carries = KEY_NAME if self.key else next(iter(names), "")
         if carries and self.base.startswith("http:") and host not in LOOPBACK and not settings.allow_plain_http:
             other = "unset it" if self.key else "leave it out"
             raise InputError(
@@ -211,7 +215,7 @@ class Endpoint:
             except Failed as error:
                 journal.failed(request, error, time.monotonic() - sent)
                 bad += error.reason.startswith("bad reply")
-                if error.reason in ("400", "422") and self._adapt(error, body, asked, prompt):
+                if error.reason in ("400", "422", "500", "501") and self._adapt(error, body, asked, prompt):
                     continue
                 wait_s = self._wait_s(attempt, error)
                 left_s = s.deadline_s - (time.monotonic() - begun)
@@ -229,7 +233,8 @@ class Endpoint:
             return True  # another worker met it first
         said = error.body or refusals.ErrorBody(error.detail, "", "")
         own = [name for name in refusals.refused_names(body) if name not in self.settings.extra]
-        name = refusals.refused_parameter(said, own)
+        own = own if error.reason in ("400", "422") else []  # of a fault of the server's own, only what is said in full
+        name = refusals.refused_parameter(said, own, prompt)
         if not self._streams and "stream" in own and refusals.wants_stream(said):
             self._streams = self._one_at_a_time = True
             log.warning("the teacher answers in a stream alone, one sample a request: %s", error.detail)
@@ -240,7 +245,7 @@ class Endpoint:
             self._renamed[name] = ""
             value = f" {self.settings.temperature:g}, so its own is used" if name == "temperature" else ""
             log.warning("the teacher refuses %s%s: %s", name, value, error.detail)
-        elif asked > 1 and refusals.refuses_several(said):
+        elif asked > 1 and refusals.refuses_several(said, prompt):
             self._one_at_a_time = True
             log.warning("the teacher takes one sample a request: %s", error.detail)
         elif name == "n":
@@ -258,7 +263,7 @@ class Endpoint:
         request, sent = await journal.before(1, 0), time.monotonic()
         try:
             found = await self._exchange("GET", "/models", request, None, min(30.0, self.settings.timeout_s))
-            rows = found.get("data") if isinstance(found, dict) else None
+            rows = found.get("data") if isinstance(found, dict) else found
             if not isinstance(rows, list):
                 raise Failed("bad reply: not a list of models", retry=False)
         except Failed as error:
@@ -271,20 +276,40 @@ class Endpoint:
     def _wait_s(self, attempt: int, error: Failed) -> float:
         """What the server asks for, or twice as long at each attempt; always with jitter, so that workers spread."""
         jitter = random.uniform(0.5, 1.0)
+        own_s = min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** min(attempt - 1, 10)) * jitter
         if error.retry_after_s is None:
-            return min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** min(attempt - 1, 10)) * jitter
+            return own_s
         if error.retry_after_s < self.settings.deadline_s:
             self._not_before = max(self._not_before, time.monotonic() + error.retry_after_s)
-        return error.retry_after_s + 0.2 * jitter
+        asked_s = error.retry_after_s + 0.2 * jitter
+        return max(asked_s, own_s) if error.retry_after_s < BACKOFF_S else asked_s  # some always say 0
 
     async def _request(self, request: str, body: dict[str, Any], prompt: str, limit_s: float) -> Reply:
         begun = time.monotonic()
         value = await self._exchange("POST", self.path, request, body, limit_s)
-        reply = parse_reply(value, prompt, self.without_key)
+        reply = parse_reply(value, self.settings.system + prompt, self.without_key, self.settings.max_tokens)
         if not reply.choices:
-            faults = ", ".join(reply.faults) or "nothing in it"
-            raise Failed(f"bad reply: {faults}", charged=True)
+            raise self._no_sample(value, reply)
         return dataclasses.replace(reply, seconds=time.monotonic() - begun)
+
+    def _no_sample(self, value: Any, reply: Reply) -> Failed:
+        """What a reply without a sample means: perhaps an error, since a router that has begun cannot change the status."""
+        faults, detail = ", ".join(reply.faults) or "nothing in it", ""
+        if within := refusals.error_within(value):
+            with contextlib.suppress(RecursionError):
+                text = json.dumps(within, ensure_ascii=False)
+                error = refusals.read_error(text)
+                detail = self._shown(error.message)
+                if (status := refusals.status_within(within, error)) is not None:
+                    failed = self._failed(status, text, {})
+                    if failed.fatal or status == 429 or not value.get("choices"):
+                        return failed  # else a choice broke off, which may have been paid
+        return Failed(f"bad reply: {faults}", detail, charged=True)
+
+    def _shown(self, text: str) -> str:
+        """What a server said, in a line of a message."""
+        text = " ".join(self.hide(text).split())[:300]
+        return "".join(letter if letter.isprintable() else "?" for letter in text)
 
     async def _exchange(self, method: str, path: str, request: str, body: Any, limit_s: float) -> Any:
         """The JSON of one exchange, whole within `limit_s` however slowly it drips."""
@@ -308,34 +333,37 @@ class Endpoint:
             status = response.status_code
             if 300 <= status < 400:
                 host = urlsplit(response.headers.get("location", "")).hostname or "the same host"
-                raise Failed("redirect", f"{status} to {self.hide(host)[:100]}, not followed", retry=False)
+                advice = "if --teacher has moved there, give it that address"
+                raise Failed("redirect", f"{status} to {self.hide(host)[:100]}, not followed", retry=False, advice=advice)
             if status != 200:
                 text = ""
                 with contextlib.suppress(Failed, httpx.HTTPError):
-                    text = (await _read(response, 65_536)).decode("utf-8", "replace")
+                    text = (await _read(response, 1_048_576)).decode("utf-8", "replace")
                 raise self._failed(status, text, response.headers)
             raw = await _read(response, MAX_REPLY_BYTES)
         try:
-            streamed = events.is_events(response.headers.get("content-type", ""), raw)
-            value = events.assemble(raw) if streamed else json.loads(raw)
+            if events.is_events(response.headers.get("content-type", ""), raw):
+                return events.assemble(raw)
+            try:
+                return json.loads(raw)
+            except UnicodeDecodeError:  # a sample may be cut within a character
+                return json.loads(raw.decode("utf-8", "replace"))
         except (ValueError, RecursionError):
-            kind = "HTML" if raw.lstrip()[:1] == b"<" else "not JSON"
-            raise Failed(f"bad reply: {kind}", charged=True) from None
-        if isinstance(value, dict) and not value.get("choices") and isinstance(value.get("error"), dict):
-            code = value["error"].get("code")
-            if isinstance(code, int) and 400 <= code < 600:  # a router that has begun to answer cannot change the status
-                raise self._failed(code, json.dumps({"error": value["error"]}), response.headers)
-        return value
+            page = raw.lstrip()[:1] == b"<"
+            advice = "check --teacher (usually it ends in /v1)" if page else ""
+            raise Failed(f"bad reply: {'HTML' if page else 'not JSON'}", charged=True, advice=advice) from None
 
     def _failed(self, status: int, text: str, headers: Mapping[str, str]) -> Failed:
         """What a refusal or an error means for this request and for the others."""
         error = refusals.read_error(text)
-        detail = " ".join(self.hide(error.message).split())[:300]
+        detail = self._shown(error.message)
         wait_s = refusals.wait_s(headers, text)
         if refusals.wants_money(status, error, wait_s):
-            advice = "the account of the key has no credit left; the same command goes on when it has"
+            advice = refusals.advice_on_money(error, self.settings.max_tokens)
             return Failed(str(status), detail, retry=False, fatal=True, advice=advice, body=error)
-        if status in (401, 403, 404):
+        if refusals.refuses_key(status, error):
+            return Failed(str(status), detail, retry=False, fatal=True, advice=_advice_on_key(), body=error)
+        if status in (403, 404) and not refusals.flags_prompt(status, error):
             return Failed(str(status), detail, retry=False, fatal=True, body=error)
         retry = status in (408, 409, 429) or status >= 500
         advice = "" if retry else refusals.advice_on_length(error, self.settings.max_tokens)
@@ -345,15 +373,26 @@ class Endpoint:
 def refusal(error: Failed, url: str, api: str) -> Refused | None:
     """What to tell the user where no request can succeed."""
     advice = {
-        "401": f"is {KEY_NAME}, or the key in --header, right?"
-        if os.environ.get(KEY_NAME)
-        else f"set {KEY_NAME}, or check the key in --header",
         "403": f"may {KEY_NAME} use this model?",
-        "404": f"check --teacher (usually it ends in /v1), --teacher-model and --api {api}",
+        "404": "check --teacher, the name of the deployment in it, and --query api-version=..."
+        if "/deployments/" in url
+        else f"check --teacher (usually it ends in /v1), --teacher-model and --api {api}",
     }.get(error.reason, "")
     if error.fatal and not error.advice:
         return Refused(f"{url} says {error}; {advice}")
     return Refused(f"{url} says {error}") if error.fatal else None
+
+
+def _encoded(secret: str) -> set[str]:
+    """A secret as it may stand in an address."""
+    forms = {quote(secret, safe=safe) for safe in ("", "/", "/+=")}
+    return forms | {re.sub("%[0-9A-F]{2}", lambda match: match[0].lower(), form) for form in forms}
+
+
+def _advice_on_key() -> str:
+    if os.environ.get(KEY_NAME):
+        return f"is {KEY_NAME}, or the key in --header, right?"
+    return f"set {KEY_NAME}, or check the key in --header"
 
 
 def base_url(url: str) -> str:

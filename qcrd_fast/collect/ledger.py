@@ -43,6 +43,7 @@ class Totals:
     samples: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    longest: float = 0.0  # tokens a sample of the reply with the most
     reported_cost: float = 0.0  # by servers that say what a request cost
     estimated: int = 0  # replies and failures whose tokens the server did not report
     lost: int = 0  # requests in flight when a collector was killed; charged as they were expected to come out
@@ -166,6 +167,8 @@ class Ledger:
             totals.replies += 1
             found = [self._kept(record["id"], sample) for sample in record["samples"]]
             totals.samples += len(found)
+            if came := len(found) + record.get("faults", {}).get("surplus", 0):
+                totals.longest = max(totals.longest, record["completion_tokens"] / came)
             self.samples.setdefault(record["id"], []).extend(found)
             self.prompts[record["id"]] = record["prompt"]
         else:

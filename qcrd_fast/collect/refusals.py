@@ -44,6 +44,28 @@ _STREAM = re.compile(
     re.IGNORECASE,
 )
 _LIMITS = ("max_tokens", "max_completion_tokens")
+_CHOICES = re.compile(r"\b(?:one|single|several|multiple|number of|more than \w+) (?:\w+ ){0,2}choices?\b", re.IGNORECASE)
+_REFUSES = re.compile(
+    r"not\b|n't\b|only|must|should|most|maximum|greater|more than|exceed|exactly|single|\b(?:1|one)\b", re.IGNORECASE
+)
+_SYSTEM = re.compile(
+    r"['\"`\u2018\u201c]system['\"`\u2019\u201d]|system (?:role|prompt|message|instruction)|"
+    r"role\W{0,3}system|\bsystem\b.{0,20}\brole",
+    re.IGNORECASE,
+)
+_NO_SYSTEM = re.compile(
+    r"developer instruction is not|roles must alternate|only (?:the )?user and assistant roles", re.IGNORECASE
+)
+_FLAGGED = re.compile(
+    r"flagged|moderation|content[ _-](?:policy|filter|management)|data_inspection|inappropriate|prohibited|sensitive",
+    re.IGNORECASE,
+)
+_BAD_KEY = re.compile(
+    r"(?:invalid|incorrect|wrong|expired|missing) api[ _-]?key|"
+    r"api[ _-]?key (?:is )?(?:not valid|invalid|expired|missing|not found)|API_KEY_INVALID",
+    re.IGNORECASE,
+)
+_TITLE = re.compile(r"<title[^>]{0,80}>(.{1,300}?)</title>", re.IGNORECASE | re.DOTALL)
 
 
 class ErrorBody(NamedTuple):
@@ -59,7 +81,12 @@ class ErrorBody(NamedTuple):
 
 
 def read_error(body: str) -> ErrorBody:
-    """OpenAI's {"error": {...}}, a bare string at error, message or detail, and FastAPI's list of faults; else the text."""
+    """OpenAI's {"error": {...}}, a bare string at error, message or detail, and FastAPI's list of faults; else the text, of a
+    page its title."""
+    body = body.removeprefix("\ufeff")
+    if body.lstrip()[:1] == "<":
+        title = _TITLE.search(body)
+        return ErrorBody(title[1].strip() if title else "an HTML page", "", "")
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -91,12 +118,38 @@ def _words(value: Mapping[str, Any], *keys: str) -> str:
     return " ".join(str(value[key]) for key in keys if isinstance(value.get(key), str | int))
 
 
-def refused_parameter(error: ErrorBody, sent: Collection[str]) -> str | None:
-    """Which of the parameters that were sent a server does not take at all; None where only a value is out of range."""
+def error_within(value: Any) -> dict[str, Any] | None:
+    """The error that came as a reply: the whole of it, or that of its first choice; None where it has choices and no error."""
+    if not isinstance(value, dict):
+        return None
+    choices = value.get("choices")
+    if value.get("error") or not isinstance(choices, list):
+        return {name: item for name, item in value.items() if name != "choices"}
+    errors = (choice.get("error") for choice in choices if isinstance(choice, dict))
+    return next(({"error": error} for error in errors if error), None)
+
+
+def status_within(value: Mapping[str, Any], error: ErrorBody) -> int | None:
+    """The status that an error names, or means, which came as a reply with status 200."""
+    for found in (value.get("error"), value):
+        if not isinstance(found, Mapping):
+            continue
+        for name in ("code", "status", "status_code"):
+            said = str(found[name]) if isinstance(found.get(name), str | int) else ""
+            if re.fullmatch(r"[45]\d\d", said):
+                return int(said)
+    return 429 if _QUOTA_CODES.search(error.code) or "rate_limit" in error.code.lower() else None
+
+
+def refused_parameter(error: ErrorBody, sent: Collection[str], prompt: str = "") -> str | None:
+    """Which of the parameters that were sent a server does not take at all; None where only a value is out of range.
+
+    A word of the `prompt`, which an error may repeat, names a parameter only between quotation marks.
+    """
     text = error.text
     named = error.parameter if error.parameter in sent else None
     if named is None:
-        found = [(match.start(), name) for name in sent if (match := _mention(name, text))]
+        found = [(match.start(), name) for name in sent if (match := _mention(name, text, prompt))]
         named = min(found)[1] if found else None
     if named is None or not _UNKNOWN.search(text):
         return None
@@ -105,10 +158,10 @@ def refused_parameter(error: ErrorBody, sent: Collection[str]) -> str | None:
     return None if _OUT_OF_RANGE.search(error.message) else named
 
 
-def _mention(name: str, text: str) -> re.Match[str] | None:
-    if len(name) < 3:  # `n` is a letter of other words
-        return re.search(rf"['\"`\u2018\u201c]{name}['\"`\u2019\u201d]|(?<![\w-]){name}(?![\w'-])", text)
-    return re.search(rf"(?<![\w]){re.escape(name)}(?![\w])", text)
+def _mention(name: str, text: str, prompt: str) -> re.Match[str] | None:
+    bare = rf"(?<![\w\\-]){name}(?![\w'-])" if len(name) < 3 else rf"(?<!\w){re.escape(name)}(?!\w)"  # `n` is also a letter
+    quoted = rf"['\"`\u2018\u201c]{re.escape(name)}['\"`\u2019\u201d]"
+    return re.search(quoted if re.search(bare, prompt) else f"{quoted}|{bare}", text)
 
 
 def refused_names(body: Mapping[str, Any]) -> list[str]:
@@ -116,9 +169,12 @@ def refused_names(body: Mapping[str, Any]) -> list[str]:
     return [name for name in body if name not in ("model", "messages", "prompt")]
 
 
-def refuses_several(error: ErrorBody) -> bool:
+def refuses_several(error: ErrorBody, prompt: str = "") -> bool:
     """Whether a server gives one choice a request only."""
-    return bool(error.parameter in ("n", "best_of") or re.search(r"(?<![\w-])n(?![\w'-])|\bchoices?\b", error.text))
+    if error.parameter in ("n", "best_of"):
+        return True
+    named = _mention("n", error.text, prompt) or _CHOICES.search(error.text.replace(prompt, "") if prompt else error.text)
+    return bool(named and _REFUSES.search(error.text))
 
 
 def wants_stream(error: ErrorBody) -> bool:
@@ -128,7 +184,19 @@ def wants_stream(error: ErrorBody) -> bool:
 
 def refuses_system(error: ErrorBody) -> bool:
     """Whether a server, or the template of its model, knows no system prompt."""
-    return bool(re.search(r"\bsystem\b", error.text, re.IGNORECASE) and _UNKNOWN.search(error.text))
+    if _NO_SYSTEM.search(error.text):
+        return True
+    return bool(_SYSTEM.search(f"{error.parameter} {error.text}") and _UNKNOWN.search(error.text))
+
+
+def flags_prompt(status: int, error: ErrorBody) -> bool:
+    """Whether it is this prompt that a server will not answer, as opposed to this key."""
+    return status == 403 and bool(_FLAGGED.search(error.text))
+
+
+def refuses_key(status: int, error: ErrorBody) -> bool:
+    """Whether the key is not right; some servers say so with status 400."""
+    return status == 401 or (status == 400 and bool(_BAD_KEY.search(error.text)))
 
 
 def wants_money(status: int, error: ErrorBody, wait_s: float | None) -> bool:
@@ -164,6 +232,15 @@ def _retry_after_s(value: str | None) -> float | None:
             return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
         except (TypeError, ValueError, OverflowError):
             return None
+
+
+def advice_on_money(error: ErrorBody, max_tokens: int) -> str:
+    """What helps where the account of the key has too little credit for a request, or none."""
+    if any(name in error.message for name in (*_LIMITS, "afford")):
+        return f"lower --max-tokens ({max_tokens}), which the server counts in full, or add credit; the same command goes on"
+    if re.search(r"per[- ]day|daily", error.message, re.IGNORECASE):
+        return "the key has used up what it may ask for in a day; the same command goes on when it may ask again"
+    return "the account of the key has no credit left; the same command goes on when it has"
 
 
 def advice_on_length(error: ErrorBody, max_tokens: int) -> str:

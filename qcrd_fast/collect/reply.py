@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from qcrd_fast.data.formats.samples import is_cut
 from qcrd_fast.data.messages import read_message
 
 DEEPEST = 32  # nesting of a message that is kept
+_FILTERED = re.compile(r"content_?filter|safety|recitation|prohibited|blocklist|spii|sensitive|refusal", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +43,11 @@ class Reply:
     usage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str) -> Reply:
-    """The choices of a decoded reply, whatever it is, each text through `clean`; what is no text is a counted fault."""
+def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str, max_tokens: int = 0) -> Reply:
+    """The choices of a decoded reply, whatever it is, each text through `clean`; what is no text is a counted fault.
+
+    Tokens that the server does not say are estimated, of a choice that was cut as `max_tokens`: its thoughts may be hidden.
+    """
     value = value if isinstance(value, dict) else {}
     faults: dict[str, int] = {}
     choices = []
@@ -68,14 +73,18 @@ def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str) -> R
     usage = value.get("usage")
     usage = _cleaned(usage, clean) if isinstance(usage, dict) else {}
     prompt_tokens, completion_tokens, total = (
-        _count(usage.get(f"{name}_tokens")) for name in ("prompt", "completion", "total")
+        next((count for name in names if (count := _count(usage.get(f"{name}_tokens"))) is not None), None)
+        for names in (("prompt", "input"), ("completion", "output"), ("total",))
     )
-    if prompt_tokens is None or completion_tokens is None:
-        estimate = sum(estimate_tokens(choice.text) for choice in choices)
-        return Reply(choices, estimate_tokens(prompt), estimate, True, faults, usage=usage)
+    estimated = prompt_tokens is None or completion_tokens is None
+    if estimated:  # but at least what it does say
+        prompt_tokens = max(prompt_tokens or 0, estimate_tokens(prompt))
+        estimates = (max(estimate_tokens(choice.text), max_tokens if choice.cut else 0) for choice in choices)
+        completion_tokens = max(completion_tokens or 0, sum(estimates))
+    assert prompt_tokens is not None and completion_tokens is not None
     if total is not None:  # some servers count reasoning in the total alone
         completion_tokens = max(completion_tokens, total - prompt_tokens)
-    return Reply(choices, prompt_tokens, completion_tokens, False, faults, usage=usage)
+    return Reply(choices, prompt_tokens, completion_tokens, estimated, faults, usage=usage)
 
 
 def _choice(item: Mapping[str, Any]) -> Choice | None:
@@ -87,7 +96,7 @@ def _choice(item: Mapping[str, Any]) -> Choice | None:
     text, cut = said.text, is_cut(item)
     if not text.strip() and isinstance(message, dict) and isinstance(message.get("refusal"), str):
         text = message["refusal"]
-    if not text.strip() and not cut and item.get("finish_reason") != "content_filter":
+    if not text.strip() and not cut and not _FILTERED.match(str(item.get("finish_reason"))):
         return None
     return Choice(text if text.strip() else "", cut, message if isinstance(message, dict) else None)
 
@@ -106,6 +115,7 @@ def _cleaned(value: Any, clean: Callable[[str], str], depth: int = 0) -> Any:
 
 
 def _count(value: Any) -> int | None:
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40 else None
 
 

@@ -32,6 +32,7 @@ def read_message(message: Mapping[str, Any]) -> Message:
     content, between tags, is taken from there.
     """
     value = message.get("content")
+    value = [value] if isinstance(value, Mapping) else value
     thoughts: list[str] = []
     content = None
     if isinstance(value, list):

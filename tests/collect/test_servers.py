@@ -13,11 +13,12 @@ import pytest
 
 from cli.main import entry
 from qcrd_fast.collect import progress
-from qcrd_fast.collect.credentials import looks_secret, read_pairs
-from qcrd_fast.collect.events import assemble
+from qcrd_fast.collect.credentials import looks_secret, read_pairs, without_secrets
+from qcrd_fast.collect.events import assemble, is_events
 from qcrd_fast.collect.progress import duration
 from qcrd_fast.collect.refusals import (
     advice_on_length,
+    advice_on_money,
     read_error,
     refused_parameter,
     refuses_several,
@@ -26,6 +27,8 @@ from qcrd_fast.collect.refusals import (
     wants_money,
     wants_stream,
 )
+from qcrd_fast.collect.reply import parse_reply
+from qcrd_fast.data.messages import read_message
 from qcrd_fast.errors import InputError
 from tests.support import fake_teacher as fake
 from tests.support import teacher_forms as forms
@@ -501,3 +504,289 @@ def test_many_events_take_no_longer_than_their_length() -> None:
     begun = time.process_time()
     assert len(assemble(body)["choices"][0]["message"]["content"]) == 8 * count
     assert time.process_time() - begun < 10
+
+
+# Errors that come as replies, and what is one question's fault alone
+
+
+def given(*texts: str, **more: Any) -> bytes:
+    return json.dumps({"choices": [fake.choice(text) for text in texts], **more}).encode()
+
+
+def one_choice(handler: fake.Handler, seen: fake.Seen) -> None:
+    """As llama.cpp's server once did: the fault of a request with the status of a fault of its own."""
+    if seen.body["n"] > 1:
+        return forms.error(500, "Only one completion choice is allowed", type="server_error", code=500)(handler, seen)
+    return handler.send(200, given(f"Way {len(handler.server.seen)}.\nAnswer: 1"))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"error": "Unexpected endpoint or method. (POST /chat/completions)"}, "Unexpected endpoint or method"),
+        ({"error": {"message": "Model m is overloaded", "type": "server_error"}}, "Model m is overloaded"),
+        ({"base_resp": {"status_code": 1004, "status_msg": "login fail"}, "choices": None}, "login fail"),
+        ({"object": "error", "message": "Only m2 is served", "code": 40301}, "Only m2 is served"),
+        ({"choices": [{"error": {"code": 502, "message": "Idle timeout"}, "finish_reason": "error"}]}, "Idle timeout"),
+    ],
+    ids=["a string", "no code", "a vendor's own", "an object", "of a choice"],
+)
+def test_an_error_with_status_200_is_said(
+    body: dict[str, Any], words: str, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with fake.serving(lambda handler, seen: handler.send_json(body)) as server:
+        result = run(capsys, command(questions, server.url, "--max-failures", "1", "--concurrency", "1"), 1)
+    assert words in result["stopped"] and len(server.seen) == 3  # it may have been paid: no more than BAD_REPLIES
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"error": {"message": "No quota", "code": "insufficient_quota"}}, "no credit left"),
+        ({"error": {"message": "Who are you?", "code": "401"}}, "set OPENAI_API_KEY"),
+        ({"choices": [{"error": {"code": 402, "message": "Broke"}, "finish_reason": "error"}]}, "no credit left"),
+    ],
+)
+def test_a_fatal_error_with_status_200_stops_at_once(
+    body: dict[str, Any], words: str, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with fake.serving(lambda handler, seen: handler.send_json(body)) as server:
+        result = run(capsys, command(questions, server.url, "--concurrency", "1"), 1)
+    assert words in result["stopped"] and len(server.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("This request requires more credits, or fewer max_tokens. You can only afford 40.", "lower --max-tokens (512)"),
+        ("Rate limit exceeded: free-models-per-day. Add 10 credits to unlock 1000 requests", "in a day"),
+        ("Insufficient balance", "no credit left"),
+    ],
+)
+def test_what_helps_where_money_is_short(message: str, words: str) -> None:
+    assert words in advice_on_money(read_error(said(message)), 512)
+
+
+def test_a_deployment_that_is_not_found(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving(forms.error(404, "Resource not found", code="404")) as server:
+        address = f"{server.url.removesuffix('/v1')}/openai/deployments/D"
+        assert "--query api-version=" in run(capsys, command(questions, address), 1)["stopped"]
+
+
+@pytest.mark.parametrize("finish", ["content_filter", "content_filter: PROHIBITED_CONTENT", "SAFETY", "refusal"])
+def test_a_reply_that_was_filtered_is_paid_once(finish: str) -> None:
+    choice = {"message": {"role": "assistant", "content": None}, "finish_reason": finish}
+    reply = parse_reply({"choices": [choice]}, "p")
+    assert [sample.text for sample in reply.choices] == [""] and not reply.faults
+
+
+def test_a_key_that_is_refused_with_status_400(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refuse = forms.error(400, "API key not valid. Please pass a valid API key.", type="INVALID_ARGUMENT")
+    with fake.serving(refuse) as server:
+        result = run(capsys, command(questions, server.url, "--concurrency", "1"), 1)
+    assert "set OPENAI_API_KEY" in result["stopped"] and len(server.seen) == 1
+
+
+def test_a_flagged_question_does_not_stop_the_others(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def moderated(handler: fake.Handler, seen: fake.Seen) -> None:
+        if "What is 0" in seen.prompt:
+            message = 'm requires moderation. Your input was flagged for "violence"'
+            return forms.error(403, message, code=403, metadata={"reasons": ["violence"]})(handler, seen)
+        return fake.samples()(handler, seen)
+
+    with fake.serving(moderated) as server:
+        result = run(capsys, command(questions, server.url, "--concurrency", "1"))
+    assert (result["complete"], result["failures"], len(server.seen)) == (5, {"403": 1}, 6) and "flagged" in result["log"]
+
+
+def test_words_of_a_question_in_an_error_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "questions.jsonl"
+    asked = ("What temperature has the stream of n choices?", "What is 1 + 1?")
+    path.write_text("".join(json.dumps({"question": text, "answer": "2"}) + "\n" for text in asked), encoding="utf-8")
+
+    def policy(handler: fake.Handler, seen: fake.Seen) -> None:
+        if "temperature" in seen.prompt:
+            return forms.error(400, f"Not allowed, see the policy: {seen.prompt[:60]}")(handler, seen)
+        return fake.samples()(handler, seen)
+
+    with fake.serving(policy) as server:
+        result = run(capsys, command(path, server.url, "--concurrency", "1"))
+    assert (result["samples"], len(server.seen)) == (5, 2) and server.seen[1].body["temperature"] == 0.7
+    assert refused_parameter(read_error(said("'temperature' is not supported")), SENT, "What temperature?") == "temperature"
+    assert not refuses_several(read_error(said("Bad input: 'the choices\\n are'"))) and refuses_several(
+        read_error(said("n: Input should be 1; it must not be 5"))
+    )
+
+
+@pytest.mark.parametrize(
+    "message", ["Developer instruction is not enabled for models/g", "Conversation roles must alternate user/assistant/..."]
+)
+def test_other_words_for_no_system_prompt(message: str, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def strict(handler: fake.Handler, seen: fake.Seen) -> None:
+        alone = seen.body["messages"][0]["role"] == "user"
+        return (fake.samples() if alone else forms.error(400, message))(handler, seen)
+
+    with fake.serving(strict) as server:
+        assert run(capsys, command(questions, server.url, "--system-prompt", "Be brief."))["samples"] == 30
+    assert not refuses_system(read_error(said("Unexpected system error")))
+
+
+def test_a_server_that_blames_itself_for_n(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving(one_choice) as server:
+        result = run(capsys, command(questions, server.url, "--concurrency", "1", "--num-samples", "2"))
+    assert (result["samples"], result["failures"]) == (12, {"500": 1})
+
+
+def test_a_server_that_always_says_now(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Retry-After: 0 is no reason to ask five times a second."""
+    args = ("--max-failures", "1", "--concurrency", "1", "--deadline", "3")
+    with fake.serving(fake.status(429, "slow down", retry_after="0")) as server:
+        run(capsys, command(questions, server.url, *args), 1)
+    assert len(server.seen) < 14
+
+
+def test_bodies_that_are_hard_to_read(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A byte order mark, a character that was cut in its middle, and an error page."""
+    good = given(*["Half a \u20ac.\nAnswer: 1"] * 5)
+    with fake.serving(fake.raw(b"\xef\xbb\xbf" + good)) as server:
+        assert run(capsys, command(questions, server.url, "--max-requests", "1"), 75)["samples"] == 5
+        server.usual = fake.raw(good.replace(b"\\u20ac", b"\xe2\x82"))
+        assert run(capsys, command(questions, server.url, "--max-requests", "2"), 75)["samples"] == 10
+    assert read_error('\ufeff{"error": {"message": "no"}}').message == "no"
+    assert read_error("<html><head><title>502 Bad\nGateway</title></head>" + "x" * 999).message == "502 Bad\nGateway"
+    assert read_error("<html>").message == "an HTML page"
+
+
+def test_models_in_a_bare_list(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def together(handler: fake.Handler, seen: fake.Seen) -> None:
+        return handler.send_json([{"id": "only"}]) if seen.path.endswith("/models") else fake.samples()(handler, seen)
+
+    with fake.serving(together) as server:
+        args = [word for word in command(questions, server.url) if word not in ("--teacher-model", "m")]
+        assert run(capsys, args)["samples"] == 30 and server.seen[-1].body["model"] == "only"
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ({"completion_tokens": 5000}, (True, 10, 5000)),
+        ({"total_tokens": 5000}, (True, 10, 4990)),
+        ({"input_tokens": 7, "output_tokens": 5000}, (False, 7, 5000)),
+        ({"prompt_tokens": 7.0, "completion_tokens": 8.0}, (False, 7, 8)),
+    ],
+)
+def test_usage_in_part_is_no_reason_to_charge_less(usage: dict[str, Any], tokens: tuple[bool, int, int]) -> None:
+    reply = parse_reply({"choices": [fake.choice("abcd")], "usage": usage}, "p" * 40)
+    assert (reply.estimated, reply.prompt_tokens, reply.completion_tokens) == tokens
+
+
+def test_hidden_thoughts_that_were_cut_are_charged_in_full() -> None:
+    reply = parse_reply({"choices": [fake.choice(None, finish="length")] * 2}, "p", str, 512)
+    assert (reply.estimated, reply.completion_tokens) == (True, 1024)
+
+
+# Streams
+
+
+def events(*deltas: dict[str, Any], first: str = "") -> bytes:
+    parts: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    parts.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    return (first + "".join(f"data: {json.dumps(part, ensure_ascii=False)}\r\n\r\n" for part in parts)).encode()
+
+
+def test_lines_of_a_stream_end_at_line_feeds_alone() -> None:
+    text = "So\u2028it\x85 is.\x0c"
+    assert assemble(events({"content": text}))["choices"][0]["message"]["content"] == text
+
+
+@pytest.mark.parametrize("first", [": OPENROUTER PROCESSING\n\n", "event: message\n", "\ufeff", "\n\nid: 7\n"])
+def test_streams_are_known_by_their_first_line(first: str) -> None:
+    body = events({"content": "Ha"}, first=first)
+    assert is_events("application/octet-stream", body) and assemble(body)["choices"][0]["message"]["content"] == "Ha"
+    assert not is_events("text/event-stream", b' {"choices": []}') and is_events("text/event-stream", b"")
+
+
+def test_parts_of_a_stream_are_put_together() -> None:
+    """Thoughts that come word by word are one text; content may be parts first and strings then."""
+
+    def thought(text: str) -> dict[str, Any]:
+        return {"type": "thinking", "thinking": [{"type": "text", "text": text}]}
+
+    whole = assemble(
+        events({"content": ""}, {"content": [thought("Three ")]}, {"content": [thought("fours.")]}, {"content": "It is "},
+               {"content": "12."})
+    )  # fmt: skip
+    assert read_message(whole["choices"][0]["message"]) == ("Three fours.", "It is 12.")
+    details = [{"type": "reasoning.text", "text": text, "index": 0} for text in ("Three ", "fours.")]
+    details += [
+        {"type": "reasoning.encrypted", "data": "A", "index": 1},
+        {"type": "reasoning.encrypted", "data": "B", "index": 1},
+    ]
+    whole = assemble(events(*({"reasoning_details": [detail]} for detail in details), {"content": "12"}))
+    assert read_message(whole["choices"][0]["message"]) == ("Three fours.", "12")
+    assert len(whole["choices"][0]["message"]["reasoning_details"]) == 3
+
+
+def test_an_error_that_is_an_event() -> None:
+    assert assemble(b'data: {"object": "error", "message": "busy", "code": 503}\n\n')["error"]["message"] == "busy"
+
+
+# Secrets
+
+
+ECHOED = '{"api_key": "AIzaSyDextra0123456", "provider": {"secret": "s3cr3tvalue99"}, "stop": ["</answer>"]}'
+
+
+def test_keys_in_the_body_or_encoded_in_an_address_come_out_nowhere(
+    questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def echo(handler: fake.Handler, seen: fake.Seen) -> None:
+        text = f"{seen.path} {json.dumps(seen.body)}"
+        if len(handler.server.seen) == 1:
+            return forms.error(400, text)(handler, seen)
+        return handler.send(200, given(f"{text}</answer>\nAnswer: 1"))
+
+    key = "AIzaSyD+a/b=c0123456789xyz"
+    with fake.serving(echo) as server:
+        args = command(questions, server.url, "--query", f"key={key}", "--extra-body", ECHOED)
+        shown = json.dumps(run(capsys, [*args, "--dry-run"]))
+        assert not server.seen
+        shown += json.dumps(run(capsys, args))
+    files = "".join(path.read_text(encoding="utf-8") for path in questions.parent.iterdir())
+    for secret in (key, "AIzaSyD%2B", "AIzaSyDextra0123456", "s3cr3tvalue99"):
+        assert secret not in shown + files, secret
+    assert server.seen[0].body["api_key"] == "AIzaSyDextra0123456" and "</answer>" in files
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "stop_token", "prompt_cache_key", "tokenizer", "eos_token", "authors"])
+def test_fields_that_are_no_keys(name: str) -> None:
+    assert without_secrets({name: "abcdefgh1234"}) == {name: "abcdefgh1234"}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "words"),
+    [
+        ("http://127.0.0.1:9/v1?key=s3cr3tvalue99", "--seed has no meaning"),
+        ("u:s3cr3tvalue99@127.0.0.1:9/v1", "begins with http"),
+        ("localhost:9/v1?key=s3cr3tvalue99", "begins with http"),
+        ("api.example.com/v1", "begins with http"),
+    ],
+)
+def test_addresses_in_messages_hold_no_key(
+    teacher: str, words: str, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["collect", "--questions", str(questions), "-o", str(questions.with_name("samples.jsonl")), "--seed", "3"]
+    log = run(capsys, [*args, "--teacher", teacher, "--teacher-model", "m"], 2)["log"]
+    assert words in log and "s3cr3t" not in log
+
+
+def test_what_a_server_says_moves_no_cursor(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving(forms.error(400, "bad \x1b[2J thing")) as server:
+        log = run(capsys, command(questions, server.url), 1)["log"]
+    assert "bad ?[2J thing" in log and "\x1b" not in log
+
+
+@pytest.mark.parametrize("option", [("--system-prompt", "x\udcff"), ("--extra-body", '{"stop": "\\ud800"}')])
+def test_text_that_cannot_be_sent(option: tuple[str, str], questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake.serving() as server:
+        assert "no UTF-8" in run(capsys, command(questions, server.url, *option), 2)["log"] and not server.seen

@@ -324,6 +324,22 @@ class TestTrial20:
             result = run(capsys, command(questions, server.url, *args, "--max-cost", "1.7"), 75)
         assert result["cost"] == pytest.approx(1.6) and len(server.seen) == 2
 
+    def test_long_replies_among_short_ones_do_not_pass_the_limit(
+        self, questions: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """By the mean, 313 tokens, the fourth request would be begun."""
+
+        def mixed(handler: fake.Handler, seen: fake.Seen) -> None:
+            tokens = 20 if len(handler.server.seen) < 3 else 900
+            usage = {"prompt_tokens": 10, "completion_tokens": tokens}
+            handler.send_json({"choices": [fake.choice("Long.\nAnswer: 1")], "usage": usage})
+
+        args = ("--price-output", "1000", "--max-tokens", "1000", "--num-samples", "1", "--concurrency", "1")
+        with fake.serving(mixed) as server:
+            result = run(capsys, command(questions, server.url, *args, "--max-cost", "1.3"), 75)
+            assert (result["cost"], len(server.seen)) == (0.94, 3)
+            assert run(capsys, command(questions, server.url, *args, "--max-cost", "1.3"), 75)["requests"] == 3
+
 
 class TestTrial21:
     """Secrets in environment, configuration and error bodies come out nowhere."""

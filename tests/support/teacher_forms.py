@@ -55,6 +55,11 @@ FORMS: dict[str, Form] = {
         lambda why, said: {"type": "reasoning", "summary": [{"type": "summary_text", "text": why}]},
         lambda why, said: {"type": "output_text", "text": said},
     ),
+    "one part": lambda why, said: {
+        "role": "assistant",
+        "content": {"type": "text", "text": said},
+        "reasoning": {"content": why},
+    },
     "lm studio, together": lambda why, said: {"role": "assistant", "content": f"<think>\n{why}\n</think>\n\n{said}"},
     "an end tag alone": lambda why, said: {"role": "assistant", "content": f"{why}\n</think>\n\n{said}"},
     "both field and tags": lambda why, said: {

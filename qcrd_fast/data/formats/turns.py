@@ -81,6 +81,7 @@ def reply_text(turn: dict[str, Any]) -> str:
         RowError: it says nothing, or no text.
     """
     content = next((turn[key] for key in (*_CONTENT_KEYS, "text") if turn.get(key) is not None), None)
+    content = [content] if is_text_part(content) else content
     if isinstance(content, list) and not all(is_reasoning_part(part) or is_text_part(part) for part in content):
         raise RowError("content has parts that are not text")
     if not isinstance(content, list | None):
