@@ -33,7 +33,7 @@ from qcrd_fast.ops.philox import key_words
 from . import timing
 from .peers import one_line
 from .record import WHERE, run_cases
-from .shapes import SHAPES, draw_lengths, draw_tokens, make_student, table
+from .shapes import SHAPES, draw_lengths, draw_tokens, make_student, plain_layers, table
 
 RESULTS = Path(__file__).parent / "results" / "sampler.csv"
 LENGTHS = ("fixed", "ragged")
@@ -112,6 +112,8 @@ def load_generate(cache: str | None, compiled: bool) -> Callable[[Work], Draw]:
     def load(work: Work) -> Draw:
         model, case, pad = work.student.model, work.case, work.student.pad_id
         device = work.student.device
+        if device.type == "cpu":
+            model = plain_layers(copy.deepcopy(model))
         config = GenerationConfig(
             do_sample=True, temperature=TEMPERATURE, top_k=case.top_k, max_new_tokens=case.new, pad_token_id=pad,
             decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None), cache_implementation=cache,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, LlamaConfig, T5Config
 
+from qcrd_fast.models.cpu_linear import CPULinear
 from qcrd_fast.models.prompts import PromptSettings, TokenIds
 from qcrd_fast.models.student import Student
 
@@ -62,6 +63,14 @@ def make_student(shape: str, device: torch.device, dtype: torch.dtype = torch.fl
         parameter.data = parameter.data.to(dtype)
     model.generation_config = GenerationConfig()
     return Student(model.eval(), NumberTokenizer(config.vocab_size), PromptSettings())
+
+
+def plain_layers(model: Any) -> Any:
+    """The model with torch's own linear layers, as one who does not have this package has it."""
+    for module in model.modules():
+        if type(module) is CPULinear:
+            module.__class__ = torch.nn.Linear  # type: ignore[assignment]
+    return model
 
 
 def draw_lengths(count: int, low: int, high: int, seed: int) -> list[int]:

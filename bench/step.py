@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import logging
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from .peers import SOURCES, PerToken, eager_nll, one_line
 from .record import WHERE, run_cases
 from .sampler import TEMPERATURE, Work, known, load_generate
 from .sampler import Case as SamplerCase
-from .shapes import SHAPES, draw_lengths, draw_tokens, make_student, table
+from .shapes import SHAPES, draw_lengths, draw_tokens, make_student, plain_layers, table
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
 OVERLAPS = ("serial", "stream", "priority", "green-context")
@@ -177,6 +176,7 @@ class Plain(Arm):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.per_token: PerToken = SOURCES[name].load(device, dtype) if name else eager_nll
         self.packed = bool(name)
+        plain_layers(self.student.model)
         self.old: Student | None = None if kind.endswith("given") else make_student(case.shape, device, dtype)
         self.kept: dict[int, dict[str, Tensor]] = {}
 
@@ -192,13 +192,13 @@ class Plain(Arm):
     def negatives(self, step: int) -> dict[str, Negative]:
         if self.old is None:
             return super().negatives(step)
-        started = time.perf_counter()
+        started = timing.clock(self.device)
         case = self.case
         asked = [self.examples[i] for i in self.schedule.questions(step)]
         sampling = SamplerCase(case.shape, len(asked), case.new, "fixed", case.top_k)
         work = Work(sampling, self.old, [e.explain for e in asked], [case.new] * len(asked))
         drawn = load_generate(None, compiled=False)(work)()
-        self.sampling_s += time.perf_counter() - started
+        self.sampling_s += timing.clock(self.device) - started
         return {e.id: Negative(t, self.student.text(t)) for e, t in zip(asked, drawn, strict=True)}
 
     def losses(self, batch: list[Example], said: dict[str, Negative], step: int) -> Tensor:
@@ -271,13 +271,21 @@ def given_negatives(case: Case, chunks: int = 4) -> dict[str, Negative]:
 # ---- the run ------------------------------------------------------------------------------------------------------------
 
 
-def find_cases(device: torch.device, *, shapes: Sequence[str] = (), questions: int | None = None) -> list[Case]:
+def find_cases(
+    device: torch.device,
+    *,
+    shapes: Sequence[str] = (),
+    questions: int | None = None,
+    positives: int | None = None,
+    new_tokens: int | None = None,
+) -> list[Case]:
     """On a GPU by default: T5-base and SmolLM2-135M, 64 questions a step, 128 new tokens; on a CPU small ones."""
     gpu = device.type == "cuda"
     shapes = known("shape", shapes, SHAPES) or (("t5-base", "smollm2-135m") if gpu else ("tiny-t5",))
     count = questions or (64 if gpu else 4)
     micro = next(n for n in (8, 4, 2, 1) if count % n == 0)
-    return [Case(shape, count, micro) if gpu else Case(shape, count, micro, positives=3, new=24) for shape in shapes]
+    sizes = {"positives": positives or (5 if gpu else 3), "new": new_tokens or (128 if gpu else 24)}
+    return [Case(shape, count, micro, **sizes) for shape in shapes]
 
 
 def find_names(device: torch.device, providers: Sequence[str]) -> tuple[str, ...]:
@@ -336,7 +344,7 @@ def run_case(
 
 
 def time_steps(arm: Arm, steps: int) -> float:
-    """Milliseconds a step in the steady state. Nothing waits for the sampling stream but the arm itself."""
+    """Milliseconds a step in the steady state (a CPU: user time). Nothing waits for the sampling stream but the arm itself."""
 
     def finish() -> None:
         if arm.device.type == "cuda":
@@ -345,11 +353,11 @@ def time_steps(arm: Arm, steps: int) -> float:
     for _ in range(WARM_STEPS):
         arm.step()
     finish()
-    started = time.perf_counter()
+    started = timing.clock(arm.device)
     for _ in range(steps):
         arm.step()
     finish()
-    taken = time.perf_counter() - started
+    taken = timing.clock(arm.device) - started
     arm.rest()
     return 1e3 * taken / steps
 

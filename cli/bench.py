@@ -94,6 +94,8 @@ def bench_sampler(**options: Any) -> None:
 @bench.command("step", cls=Verb)
 @names("--shapes", help="t5-base, smollm2-135m, tiny-t5, tiny-llama; random weights")
 @positive("--questions", default=None, show_default=False, help="of a step; default: 64 on a GPU, 4 on a CPU")
+@positive("--positives", default=None, show_default=False, help="of a question; default: 5 on a GPU, 3 on a CPU")
+@positive("--new-tokens", default=None, show_default=False, help="of a sampled negative; default: 128 on a GPU, 24 on a CPU")
 @measured("step.csv", "5 on a GPU, 3 on a CPU, of 8 and 2 steps")
 def bench_step(**options: Any) -> None:
     """A training step with its negatives: ours in every arm of --overlap, and plain Hugging Face code with generate.

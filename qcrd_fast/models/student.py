@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.models import prefix_packing
+from qcrd_fast.models.cpu_linear import use_fast_products
 from qcrd_fast.models.decoder_start import decoder_start
 from qcrd_fast.models.lm_head import Head, body, check_head, read_head
 from qcrd_fast.models.loading import load_pretrained
@@ -57,6 +58,7 @@ class Student(Prompter):
                 f"student: the tokenizer has {max(len(tokenizer), highest + 1)} tokens but the model only {rows} rows"
             )
         self.start_id = self._start(rows) if self.is_encoder_decoder else -1  # the decoder's first input
+        use_fast_products(model)
         check_head(model, self.head)
         check_causal(model)
 

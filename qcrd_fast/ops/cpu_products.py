@@ -14,13 +14,14 @@ from torch import Tensor
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] @ b [K, N] in their type, accumulated in fp32 (float64 for float64)."""
-    if a.dtype == torch.float32 and a.device.type == "cpu" and _onednn_is_faster() and a.numel() and b.numel():
+    if a.dtype == torch.float32 and a.device.type == "cpu" and onednn_is_faster() and a.numel() and b.numel():
         return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
     return torch.mm(a, b)
 
 
 @functools.cache
-def _onednn_is_faster() -> bool:
+def onednn_is_faster() -> bool:
+    """Whether torch has oneDNN's fp32 products here, and MKL's are slower."""
     backend = torch.backends.mkldnn
     usable = backend.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return usable and torch.backends.cpu.get_cpu_capability() == "AVX512"
