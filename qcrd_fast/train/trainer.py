@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,16 @@ log = logging.getLogger(__name__)
 IDLE_QUALITY = 0.9  # negatives that are rated higher weigh less than a tenth (Eq. 7)
 
 
-def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = False) -> dict[str, Any]:
+def train(
+    config: TrainConfig,
+    run: RunFolder | None = None,
+    *,
+    dry_run: bool = False,
+    make_objective: Callable[..., Objective] = Objective,
+) -> dict[str, Any]:
     """Train a student as `config` says and return what `eval_results.json` holds.
 
+    `make_objective` takes the arguments of `Objective` and gives what computes the loss, for experiments with one.
     Raises `InputError` for options or data at fault, `RunError` when training fails (a loss that is not finite, a full
     disk), `Stopped` after a signal, with everything saved. With `dry_run`, loads and checks everything, writes nothing
     and returns the plan.
@@ -63,11 +71,11 @@ def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = 
         raise InputError("--student is needed: a local folder or a hub id")
     if run is None and not dry_run:
         with RunFolder(config) as run:
-            return train(config, run)
+            return train(config, run, make_objective=make_objective)
     config = dataclasses.replace(config, impl=os.environ.get("QCRD_FAST_IMPL") or config.impl)
     device = resolve_device(own_device(config.device))
     if run is None:
-        return _train(config, None, device, ALONE)
+        return _train(config, None, device, ALONE, make_objective)
     logs = logging_to(run.path / LOG)
     with (
         joined(device, config.ddp_timeout) as ranks,
@@ -75,10 +83,16 @@ def train(config: TrainConfig, run: RunFolder | None = None, *, dry_run: bool = 
         deterministic(config.deterministic),
         relieved_by(for_weights(config)),
     ):
-        return _train(config, run, device, ranks)
+        return _train(config, run, device, ranks, make_objective)
 
 
-def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+def _train(
+    config: TrainConfig,
+    run: RunFolder | None,
+    device: torch.device,
+    ranks: Ranks,
+    make_objective: Callable[..., Objective],
+) -> dict[str, Any]:
     require_impl(config.impl, device)
     choose_overlap(config, device)
     require_deterministic(config, device, samples_student(config))
@@ -102,7 +116,8 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
         return _plan(config, data, schedule, student) | survey(student, examples, data.validation, schedule)
     if unused := config.unused():
         log.info("--method %s does not use %s", config.method, ", ".join(unused))
-    session = Session(config, run.path, data, schedule, student, examples, ranks, Path(found) if found else None)
+    resumed = Path(found) if found else None
+    session = Session(config, run.path, data, schedule, student, examples, ranks, resumed, make_objective)
     try:
         if found:
             session.restore(Path(found))
@@ -148,6 +163,7 @@ class Session:
         examples: list[Example],
         ranks: Ranks = ALONE,
         found: Path | None = None,
+        make_objective: Callable[..., Objective] = Objective,
     ):
         self.config, self.run, self.data, self.schedule, self.ranks = config, run, data, schedule, ranks
         self.student, self.examples = student, examples
@@ -179,7 +195,7 @@ class Session:
         self.keeper = Keeper(config, run, data, schedule, student, self.optimizer, self.trainer, self.engine, snapshots)
         warmup = round(config.redi_warmup * schedule.total_steps)
         judge = self.trainer.discriminator if self.trainer else None
-        self.objective = Objective(student, config, judge, self.autocast, warmup, self.engine)
+        self.objective = make_objective(student, config, judge, self.autocast, warmup, self.engine)
         self.audits = Audits(config, student.device, ranks)
         self.step = 0  # optimizer steps done
         self.best: Best = None
