@@ -29,6 +29,9 @@ POSITIVE_SELECT = ("min", "max", "mean", "wmean", "sampling")
 NEGATIVE_SELECT = ("max", "max-active", "min", "mean", "wmean", "sampling")
 TASKS = ("number", "equation", "math", "choice", "yes-no", "text")
 DISCRIMINATOR_LOSSES = ("ratio", "infonce", "bce", "bce-all")
+QUALITIES = ("vote", "text", "discriminator", "none")
+BEFORE_QUALITIES = {"positive_quality": None, "negative_quality": None, "agreeing_negatives": "weigh"}  # of runs before them
+DEFAULT_QUALITY = "discriminator"  # of --quality, where neither it nor --discriminator none is given
 AUGMENTATIONS = ("mask", "replace", "answer-swap", "sentence-drop")
 IMPLS = ("auto", "triton", "torch", "eager")
 
@@ -158,10 +161,36 @@ class TrainConfig:
     )
     sample_batch_size: int = option(64, "questions of a sampling batch, and fewest of a chunk", low=1, group="Negatives")
 
+    # Quality
+    quality: str | None = option(
+        None,
+        "what weighs the rationales (s of Eq. 6 and 7); vote: the share of the question's samples that give the same answer; "
+        "text: the vote, and for numbers what the rationale's equations say; discriminator: a trained encoder (the paper's); "
+        f"none: no weights; default: none with --discriminator none, else {DEFAULT_QUALITY}",
+        choices=QUALITIES,
+        group="Quality",
+    )
+    positive_quality: str | None = option(
+        None,
+        "the same for positives alone; sft-all takes it too: the mean over a question's positives is weighted; "
+        "default: as --quality, of sft-all none",
+        choices=QUALITIES,
+        group="Quality",
+    )
+    negative_quality: str | None = option(
+        None, "the same for negatives alone; default: as --quality", choices=QUALITIES, group="Quality"
+    )
+    agreeing_negatives: str = option(
+        "weigh",
+        "a sample of the student whose answer is the majority's; weigh: it is a negative of the weight 1 - s; drop: it is none",
+        choices=("weigh", "drop"),
+        group="Quality",
+    )
+
     # Discriminator
     discriminator: str = option(
         "auto",
-        "auto: a T5 student's encoder, copied, or a small own one; none: no quality weights; "
+        "auto: a T5 student's encoder, copied, or a small own one; none: as --quality none; "
         "else folder or hub id of an encoder",
         group="Discriminator",
     )
@@ -235,10 +264,22 @@ class TrainConfig:
             object.__setattr__(self, field.name, value)
         if self.max_steps == 0:
             raise InputError("--max-steps must be positive, or -1 for num_train_epochs; got 0")
+        self._check_quality()
         for kind in self.augmentations:
             if kind not in AUGMENTATIONS:
                 known = f"none or some of {', '.join(AUGMENTATIONS)}"
                 raise InputError(f"--discriminator-augment is {known}; got {kind!r}{nearest(kind, AUGMENTATIONS)}")
+
+    def _check_quality(self) -> None:
+        without = self.discriminator == "none"
+        if without and self.quality not in (None, "none"):
+            raise InputError(f"--discriminator none is --quality none, but --quality {self.quality} is given; leave one out")
+        for name in ("positive_quality", "negative_quality"):
+            if without and getattr(self, name) == "discriminator":
+                raise InputError(f"--{name.replace('_', '-')} discriminator needs one, but --discriminator none is given")
+        named = self.discriminator not in ("none", "auto")
+        if named and self.quality == "none" and "discriminator" not in (self.positive_quality, self.negative_quality):
+            raise InputError(f"--quality none has no use for --discriminator {self.discriminator}; leave one out")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "options") -> TrainConfig:
@@ -254,6 +295,14 @@ class TrainConfig:
             resolved[name] = value
         return cls(**resolved)
 
+    def resolved(self, before: Mapping[str, Any] | None = None) -> TrainConfig:
+        """The config with its quality spelled out: the one given, else that of a run which began with the options `before`,
+        else the default."""
+        if self.quality is not None or self.method != "qcrd":
+            return self
+        quality = DEFAULT_QUALITY if before is None else before.get("quality", "discriminator")
+        return dataclasses.replace(self, quality="none" if self.discriminator == "none" else quality)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -261,7 +310,8 @@ class TrainConfig:
         """Options that were set though the method has no use for them."""
         if self.method == "qcrd":
             return []
-        alone = {"scheme", "positive_select", "negative_select", "beta", "delta", "forward"}
+        alone = {"scheme", "positive_select", "negative_select", "beta", "delta", "forward", "agreeing_negatives"}
+        alone |= {"quality", "negative_quality"} | ({"positive_quality"} if self.method != "sft-all" else set())
         return [
             "--" + field.name.replace("_", "-")
             for field in dataclasses.fields(self)
@@ -273,6 +323,16 @@ class TrainConfig:
     def augmentations(self) -> tuple[str, ...]:
         """The ways of `--discriminator-augment`."""
         return () if self.discriminator_augment == "none" else tuple(k.strip() for k in self.discriminator_augment.split(","))
+
+    @property
+    def qualities(self) -> tuple[str, str]:
+        """What weighs (positives, negatives), after the defaults and for the method: a name of `QUALITIES` each."""
+        if self.method == "sft-all":
+            return self.positive_quality or "none", "none"
+        if self.method != "qcrd":
+            return "none", "none"
+        quality = self.quality or ("none" if self.discriminator == "none" else DEFAULT_QUALITY)
+        return self.positive_quality or quality, self.negative_quality or quality
 
     @property
     def selects(self) -> tuple[str, str]:

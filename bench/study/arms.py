@@ -35,6 +35,13 @@ class Arm:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     rules: Rules | None = None
 
+    @property
+    def product(self) -> bool:
+        """Whether `train` has these rules itself: sft-all shares a question's weight by quality."""
+        rules = self.rules or Rules()
+        plain = Rules("wmean", positive_judge=rules.positive_judge)
+        return self.rules is None or (self.options["method"] == "sft-all" and rules == plain)
+
 
 def _positives(select: str, judge: str, **options: Any) -> Arm:
     return Arm({"method": "sft-all", **options}, Rules(positives=select, positive_judge=judge))

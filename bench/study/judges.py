@@ -1,27 +1,40 @@
-"""Weights of rationales, 0..1, by what a judge can see: votes, equations, the other chains of the question, or (oracles) all.
+"""Judges of rationales by what they can see: votes, equations, the other chains of the question, or (oracles) everything.
 
-A judge is a function of a prepared question and one of its texts with its answer. Nothing but an oracle looks at gold.
+A rule is a function of a prepared question and one of its texts with its answer, to s in 0..1. Only an oracle looks at gold.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from qcrd_fast.data.schema import Question
+from qcrd_fast.quality.cases import Case
+from qcrd_fast.quality.votes import vote_score
 
 from .problems import OPERATIONS, Problem, is_faithful, is_sound, stated_steps
 
-Judge = Callable[[Question, str, "str | None"], float]
+Rule = Callable[[Question, str, "str | None"], float]
+
+
+class RuleJudge:
+    """A rule as a judge of `train`; each text is scored once."""
+
+    def __init__(self, rule: Rule):
+        self.rule, self._known = rule, dict[tuple[str, str], float]()
+
+    def scores(self, cases: Sequence[Case]) -> list[float]:
+        found = []
+        for case in cases:
+            key = case.question.id, case.rationale.text
+            if key not in self._known:
+                self._known[key] = self.rule(case.question, case.rationale.text, case.rationale.answer)
+            found.append(self._known[key])
+        return found
 
 
 def vote(question: Question, text: str, answer: str | None) -> float:
-    """The smoothed vote: s = r^2 / (r^2 + (K - n + 1/2)^2), r = n + 1/2, of n of K samples with this answer."""
-    total = sum(question.votes.values())
-    n = question.votes.get(answer or "", 0)
-    exponent = 1 if total < 2 else 2
-    a, b = (n + 0.5) ** exponent, (total - n + 0.5) ** exponent
-    return a / (a + b)
+    return vote_score(question.votes.get(answer or "", 0), sum(question.votes.values()))
 
 
 def checks(question: Question, text: str) -> tuple[bool, bool]:
@@ -74,15 +87,15 @@ def _all_results(chain: str) -> list[int]:
     return [number for left, _, right, stated in stated_steps(chain) for number in (left, right, stated)]
 
 
-def power(judge: Judge, exponent: float) -> Judge:
+def power(judge: Rule, exponent: float) -> Rule:
     return lambda question, text, answer: judge(question, text, answer) ** exponent
 
 
-def product(*judges: Judge) -> Judge:
+def product(*judges: Rule) -> Rule:
     return lambda question, text, answer: math.prod(judge(question, text, answer) for judge in judges)
 
 
-def oracle(problems: dict[str, Problem], faithful: bool = False) -> Judge:
+def oracle(problems: dict[str, Problem], faithful: bool = False) -> Rule:
     """1 for a sound chain, by the gold answer, else 0.02; `faithful`: for the problem's own computation."""
 
     def judge(question: Question, text: str, answer: str | None) -> float:
@@ -97,7 +110,7 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-JUDGES: dict[str, Judge] = {
+JUDGES: dict[str, Rule] = {
     "vote": vote,
     "text": text,
     "equations": equations,
@@ -112,9 +125,9 @@ JUDGES: dict[str, Judge] = {
 }
 
 
-def find_judge(name: str, problems: dict[str, Problem]) -> Judge | None:
+def find_judge(name: str, problems: dict[str, Problem]) -> RuleJudge | None:
     if name == "none":
         return None
     if name in ("oracle", "faithful"):
-        return oracle(problems, faithful=name == "faithful")
-    return JUDGES[name]
+        return RuleJudge(oracle(problems, faithful=name == "faithful"))
+    return RuleJudge(JUDGES[name])

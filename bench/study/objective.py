@@ -14,13 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcrd_fast.data.replies import read_reply
-from qcrd_fast.data.schema import Question
 from qcrd_fast.train.examples import Candidate, Example
 from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.train.objective import Objective
-
-from .judges import Judge
 
 SELECTS = ("mean", "wmean", "min", "max", "softmin", "sampling")
 GATES = ("all", "different", "first")
@@ -48,22 +44,11 @@ class Rules:
 
 
 class StudyObjective(Objective):
-    """`Objective` with `Rules`; `questions` by id, and judges for positives and negatives (None: weight 1)."""
+    """`Objective` with `Rules`, for a run of so many steps; its judges are `train`'s."""
 
-    def __init__(
-        self,
-        *args: Any,
-        rules: Rules,
-        questions: Mapping[str, Question],
-        positive_judge: Judge | None,
-        negative_judge: Judge | None,
-        total_steps: int,
-        **options: Any,
-    ):
+    def __init__(self, *args: Any, rules: Rules, total_steps: int, **options: Any):
         super().__init__(*args, **options)
-        self.rules, self.questions, self.total_steps = rules, questions, total_steps
-        self.judges = positive_judge, negative_judge
-        self._known: dict[tuple[str, str], float] = {}
+        self.rules, self.total_steps = rules, total_steps
 
     def step(
         self,
@@ -114,24 +99,16 @@ class StudyObjective(Objective):
             found += example.minority
         if rules.negatives in ("lagged", "both"):
             for candidate in example.candidates(lagged):
-                if candidate.source == "lagged" and not (rules.agreeing == "drop" and self._agrees(example, candidate)):
+                if candidate.source == "lagged" and not (rules.agreeing == "drop" and _agrees(candidate)):
                     found.append(candidate)
         return found
 
-    def _agrees(self, example: Example, candidate: Candidate) -> bool:
-        return read_reply(candidate.text, "number", ()).answer == self.questions[example.id].majority
-
-    def _judge(self, example: Example, candidate: Candidate) -> float:
-        """The weight of a rationale: s of a positive, 1 - s of a negative."""
-        judge = self.judges[0 if candidate.positive else 1]
-        if judge is None:
-            return 1.0
-        key = example.id, candidate.text
-        if key not in self._known:
-            question = self.questions[example.id]
-            answer = read_reply(candidate.text, "number", ()).answer
-            self._known[key] = judge(question, candidate.text, answer)
-        return self._known[key] if candidate.positive else 1 - self._known[key]
+    def _weights(self, example: Example, candidates: list[Candidate]) -> list[float]:
+        """s of each positive, 1 - s of each negative."""
+        quality_R = self._quality([example], candidates, [0] * len(candidates))
+        if quality_R is None:
+            return [1.0] * len(candidates)
+        return [s if c.positive else 1 - s for s, c in zip(quality_R.tolist(), candidates, strict=True)]
 
     def _pull(
         self, example: Example, positives: list[tuple[int, Candidate]], nll_R: Tensor, iteration: int, stats: Counter[str]
@@ -139,7 +116,7 @@ class StudyObjective(Objective):
         if not positives:
             return torch.zeros(())
         rows = [r for r, _ in positives]
-        nll_J, s_J = nll_R[rows], torch.tensor([self._judge(example, c) for _, c in positives])
+        nll_J, s_J = nll_R[rows], torch.tensor(self._weights(example, [c for _, c in positives]))
         known_J = nll_J.detach()
         stats["num_positive"] += len(rows)
         stats["quality_positive"] += float(s_J.sum())
@@ -177,7 +154,8 @@ class StudyObjective(Objective):
         if rules.relative and positives:
             delta += float(nll_R[[r for r, _ in positives]].detach().mean())
         values, weights = [], []
-        for r, candidate in negatives:
+        judged = self._weights(example, [c for _, c in negatives])
+        for (r, candidate), weight in zip(negatives, judged, strict=True):
             tokens = gated(candidate.tokens, [c.tokens for _, c in positives], rules.gate)
             value = -logprob_T[[start_R[r] + t for t in tokens]].sum() / len(candidate.tokens) if tokens else torch.zeros(())
             if rules.gate != "all":  # over the tokens that are pushed: few of a rationale's
@@ -186,7 +164,7 @@ class StudyObjective(Objective):
             stats[candidate.source] += 1
             stats[f"{candidate.source}_active"] += active
             values.append(value)
-            weights.append(self._judge(example, candidate) * active)
+            weights.append(weight * active)
         stats["num_negative"] += len(values)
         if rules.negative_select == "mean":
             pushed = sum((w * v for w, v in zip(weights, values, strict=True)), torch.zeros(())) / len(values)
@@ -197,6 +175,10 @@ class StudyObjective(Objective):
             best = max(rows, key=lambda i: float(values[i].detach()))
             pushed = weights[best] * values[best]
         return -config.beta * pushed
+
+
+def _agrees(candidate: Candidate) -> bool:
+    return candidate.case is not None and bool(candidate.case.agrees)
 
 
 def gated(tokens: Sequence[int], positives: Sequence[Sequence[int]], gate: str) -> list[int]:

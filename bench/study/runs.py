@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question
 from qcrd_fast.evaluate import predict
 from qcrd_fast.generation.engine import SampleSettings
@@ -24,6 +23,7 @@ from qcrd_fast.models.prompts import EXPLAIN, REASON
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
 from qcrd_fast.runs.load import load_student
+from qcrd_fast.train.judging import Judges
 from qcrd_fast.train.objective import Objective
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.trainer import train
@@ -31,7 +31,7 @@ from qcrd_fast.utils.files import write_lines
 
 from .arms import ARMS, COMMON
 from .judges import find_judge
-from .objective import StudyObjective
+from .objective import Rules, StudyObjective
 from .problems import Problem, draw_problems, is_faithful, is_sound, write_chain, write_rows
 from .problems import result as result_of
 from .students import student_folder
@@ -76,18 +76,13 @@ def run_case(case: Case, cache: Path) -> dict[str, Any]:
             options | {"data": str(data), "student": str(student), "output_dir": str(folder / "run"), "seed": case.seed}
         )
         make: Any = Objective
-        if arm.rules:
-            questions = {q.id: q for q in load_questions(data, task="number").questions}
-            make = functools.partial(
-                StudyObjective,
-                rules=arm.rules,
-                questions=questions,
-                positive_judge=find_judge(arm.rules.positive_judge, problems),
-                negative_judge=find_judge(arm.rules.negative_judge, problems),
-                total_steps=Schedule(len(questions), config).total_steps,
-            )
+        rules = arm.rules or Rules()
+        if arm.rules and not arm.product:
+            make = functools.partial(StudyObjective, rules=rules, total_steps=Schedule(len(problems), config).total_steps)
+        judged = rules.positive_judge, rules.negative_judge
+        judges = Judges(*(find_judge(name, problems) for name in judged)) if any(n != "none" for n in judged) else None
         started = time.process_time()
-        train(config, make_objective=make)
+        train(config, judges=judges, make_objective=make)
         train_s = time.process_time() - started
         trained, _ = load_student(str(folder / "run"))
         records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

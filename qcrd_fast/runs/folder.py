@@ -6,13 +6,14 @@ import contextlib
 import fcntl
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import yaml
 
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import BEFORE_QUALITIES, TrainConfig
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.files import FULL, remove_tree, shown, write_text
 from qcrd_fast.utils.torchrun import rank
@@ -110,12 +111,15 @@ class RunFolder:
         path = self.path / CONFIG
         states = sorted(self.path.glob(f"checkpoint-*/{STATE}"))
         if not path.exists() and not states:
+            self.config = self.config.resolved()
             return
         try:
             text = (path if path.exists() else states[0]).read_text(encoding="utf-8")
             before = yaml.safe_load(text) if path.exists() else json.loads(text).get("config")
         except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
             raise InputError(f"{path}: unreadable, only plain values are read: {error}") from error
+        if isinstance(before, dict):
+            self.config = self.config.resolved(before)
         check_same_config(self.config, before, path)
 
     def write_config(self) -> None:
@@ -123,10 +127,17 @@ class RunFolder:
         write_text(self.path / CONFIG, text)
 
 
-def check_same_config(config: TrainConfig, before: Any, where: Path) -> None:
+def check_same_config(
+    config: TrainConfig, before: Any, where: Path, free: Collection[str] = frozenset(FREE_OPTIONS | DEALT)
+) -> None:
     """Raises `InputError` with both values for an option that a resumed run may not change; `where` says what it was."""
+    if not isinstance(before, dict):
+        return
+    config = config.resolved(before)
+    if config.method == "qcrd" and "quality" not in before:
+        before = {"quality": "none" if before.get("discriminator") == "none" else "discriminator", **BEFORE_QUALITIES, **before}
     for name, value in config.to_dict().items():
-        if name not in FREE_OPTIONS | DEALT and isinstance(before, dict) and name in before and before[name] != value:
+        if name not in free and name in before and before[name] != value:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{where}: the run began with {flag} {before[name]!r}, now it is {value!r}")
 

@@ -12,7 +12,7 @@ import yaml
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.runs.folder import CONFIG, FREE_OPTIONS, RESULTS
+from qcrd_fast.runs.folder import CONFIG, FREE_OPTIONS, RESULTS, check_same_config
 from qcrd_fast.utils.config_files import read_object
 from qcrd_fast.utils.files import sha256
 
@@ -58,10 +58,7 @@ class Job:
             raise InputError(f"{began}: unreadable: {error}") from error
         if not isinstance(before, dict):
             raise InputError(f"{began}: unreadable: it holds no options")
-        for name, value in self.config.to_dict().items():
-            if name not in FREE_OPTIONS and name in before and before[name] != value:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{began}: the run began with {flag} {before[name]!r}, now it is {value!r}")
+        check_same_config(self.config, before, began, FREE_OPTIONS)
         needed = {WHERE: self.options.is_file(), JUDGED: self.judge}
         missing = [name for name, is_needed in needed.items() if is_needed and not (self.folder / name).is_file()]
         if missing or "accuracy" not in read_object(self.folder / RESULTS):

@@ -13,6 +13,7 @@ from qcrd_fast.data.splits import label_of
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, TokenIds
 from qcrd_fast.models.student import Student
+from qcrd_fast.quality.cases import MINORITY, POSITIVE, Case, teacher_case
 from qcrd_fast.train.methods import label_kind, method_of
 from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.utils.oom import relieved_by
@@ -27,6 +28,7 @@ class Candidate:
     text: str
     tokens: TokenIds
     source: str  # teacher, minority, lagged
+    case: Case | None = None  # what a judge is shown of it
 
     @property
     def positive(self) -> bool:
@@ -49,7 +51,11 @@ class Example:
         """Positives, the teacher's minority, and the student's own negative unless it says what a positive says."""
         own = lagged.get(self.id)
         said = own is not None and own.text.strip() not in {p.text.strip() for p in self.positives}
-        return [*self.positives, *self.minority, *([Candidate(own.text, own.tokens, "lagged")] if own and said else [])]
+        return [
+            *self.positives,
+            *self.minority,
+            *([Candidate(own.text, own.tokens, "lagged", own.case)] if own and said else []),
+        ]
 
 
 def longest_row(examples: Sequence[Example]) -> dict[str, Any]:
@@ -134,7 +140,11 @@ def _example(question: Question, label: str | None, student: Student, config: Tr
         predict=student.source_ids(PREDICT, text),
         explain=student.source_ids(EXPLAIN, text),
         label=student.target_ids(label),
-        positives=tuple(Candidate(r.text, student.target_ids(r.text), "teacher") for r in positives),
-        minority=tuple(Candidate(r.text, student.target_ids(r.text), "minority") for r in minority),
+        positives=tuple(
+            Candidate(r.text, student.target_ids(r.text), "teacher", teacher_case(question, r, POSITIVE)) for r in positives
+        ),
+        minority=tuple(
+            Candidate(r.text, student.target_ids(r.text), "minority", teacher_case(question, r, MINORITY)) for r in minority
+        ),
         reason=reason,
     )

@@ -37,7 +37,7 @@ from qcrd_fast.ops import chunked, rationale_loss, reference
 from qcrd_fast.ops.dispatch import choose_impl
 from qcrd_fast.ops.selection import SELECTIONS
 from qcrd_fast.train.examples import Candidate, Example, longest_row
-from qcrd_fast.train.methods import method_of, samples_student
+from qcrd_fast.train.methods import has_discriminator, method_of, samples_student
 from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.train.objective import Objective, Weighted
 from qcrd_fast.train.schedule import Schedule
@@ -91,7 +91,7 @@ class Worst:
 def survey(student: Student, examples: Sequence[Example], validation: Sequence[Question], schedule: Schedule) -> dict[str, Any]:
     """{longest_row, memory} of a run that is not begun; the student is made what training would make of it."""
     config, model = schedule.config, student.model
-    judge = build_discriminator(config.discriminator, model, student.tokenizer) if method_of(config).has_discriminator else None
+    judge = build_discriminator(config.discriminator, model, student.tokenizer) if has_discriminator(config) else None
     if config.use_peft:
         add_lora(model, config)
     if config.gradient_checkpointing:

@@ -44,12 +44,11 @@ class Method(NamedTuple):
     mutual_information: bool = False  # a loss of its own
     teaches_rationales: bool = True
     samples_student: bool = False  # unless --negative-source is of the teacher alone
-    has_discriminator: bool = False
     default_label: str | None = None  # gold, majority; None: gold where known, else the majority
 
 
 METHODS = {
-    "qcrd": Method(contrastive=True, samples_student=True, has_discriminator=True),
+    "qcrd": Method(contrastive=True, samples_student=True),
     "sft-all": Method(all_positives),
     "dss": Method(first_positive),
     "finetune": Method(teaches_rationales=False, default_label="gold"),
@@ -66,6 +65,11 @@ def method_of(config: TrainConfig) -> Method:
 def samples_student(config: TrainConfig) -> bool:
     """Whether the run draws negatives from its student."""
     return method_of(config).samples_student and config.negative_source in ("lagged", "fixed")
+
+
+def has_discriminator(config: TrainConfig) -> bool:
+    """Whether the run trains a discriminator: one of its qualities is its score."""
+    return "discriminator" in config.qualities
 
 
 def label_kind(config: TrainConfig) -> str | None:

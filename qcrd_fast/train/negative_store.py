@@ -14,6 +14,7 @@ from typing import Any
 
 from qcrd_fast.distributed.comm import ALONE, Ranks
 from qcrd_fast.models.prompts import TokenIds
+from qcrd_fast.quality.cases import Case
 from qcrd_fast.runs.folder import negatives_name
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.utils.files import append_lines, read_lines, write_lines
@@ -21,10 +22,12 @@ from qcrd_fast.utils.files import append_lines, read_lines, write_lines
 
 @dataclasses.dataclass(frozen=True)
 class Negative:
-    """A sampled rationale: its tokens (with EOS where the sampling reached it) and its text."""
+    """A sampled rationale: its tokens (with EOS where the sampling reached it), its text, and what it says (see
+    `student_answers`)."""
 
     tokens: TokenIds
     text: str
+    case: Case | None = None
 
 
 class NegativeStore:

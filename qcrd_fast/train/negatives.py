@@ -30,6 +30,7 @@ from qcrd_fast.train.negative_store import Negative, NegativeStore
 from qcrd_fast.train.overlap import Lane
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
+from qcrd_fast.train.student_answers import StudentAnswers
 from qcrd_fast.utils.oom import for_sampling, relieved
 
 AHEAD = 2  # chunks drawn before their steps
@@ -53,6 +54,7 @@ class LaggedNegatives:
     earlier beside training (`--overlap`).
 
     Iteration t samples from the snapshot of iteration max(t - j, 0) (`fixed`: always 0) and keeps what was said in its `store`.
+    With `answers` each negative carries what it says, beside its text.
     Of several ranks each draws for its share of a chunk's questions; all of them know what was said, and rank 0 keeps it.
     """
 
@@ -67,7 +69,9 @@ class LaggedNegatives:
         autocast: Callable[[], torch.autocast],
         lane: Lane | None = None,
         ranks: Ranks = ALONE,
+        answers: StudentAnswers | None = None,
     ):
+        self.answers = answers
         self.questions, self.schedule, self.snapshots = questions, schedule, snapshots
         self.config, self.autocast = config, autocast
         self.settings = SampleSettings(
@@ -126,7 +130,17 @@ class LaggedNegatives:
         """Negatives by question id for the questions of a step (and of its chunk)."""
         iteration, chunk = self.schedule.chunk(step)
         said = self.store.chunks(iteration)
-        if chunk not in said:
+        if self.answers:
+            for earlier in range(chunk):  # there, but where damage took them
+                self._fetch(iteration, earlier)
+        self._fetch(iteration, chunk)
+        if self.lane.kind != "serial":
+            self._look_ahead(step)
+        return self.answers.read(iteration, chunk, said) if self.answers else said[chunk]
+
+    def _fetch(self, iteration: int, chunk: int) -> None:
+        """Have a chunk in the store, drawn now where it is not."""
+        if chunk not in self.store.chunks(iteration):
             started = time.perf_counter()
             drawn = self._draw(iteration, chunk).result()
             self.wait_s += time.perf_counter() - started
@@ -136,9 +150,6 @@ class LaggedNegatives:
             asked = self._asked(iteration, chunk)
             found = {q.id: Negative(t, self._student.text(t)) for q, t in zip(asked, tokens, strict=True)}
             self.store.append(iteration, chunk, found)
-        if self.lane.kind != "serial":
-            self._look_ahead(step)
-        return said[chunk]
 
     def of_iteration(self, iteration: int) -> dict[str, Negative]:
         """All negatives of an iteration, by question id; chunks that are missing are drawn."""

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.discriminator.model import Discriminator
 from qcrd_fast.distributed.parallel import Engine
 from qcrd_fast.errors import RunError
 from qcrd_fast.losses import ContrastiveOutput, contrastive_loss, weighted_rationale_loss
@@ -29,6 +28,7 @@ from qcrd_fast.ops.linear_logprob import linear_logprob
 from qcrd_fast.ops.rationale_loss import linear_rationale_loss, loss_terms
 from qcrd_fast.train.audit import Audit
 from qcrd_fast.train.examples import Candidate, Example, longest_text
+from qcrd_fast.train.judging import Judges, weight_kind
 from qcrd_fast.train.methods import method_of
 from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.utils.oom import for_training, relieved
@@ -63,12 +63,12 @@ class Objective:
         self,
         student: Student,
         config: TrainConfig,
-        discriminator: Discriminator | None,
+        judges: Judges | None,
         autocast: Callable[[], torch.autocast],
         warmup_steps: int = 0,
         engine: Engine | None = None,
     ):
-        self.student, self.config, self.discriminator, self.autocast = student, config, discriminator, autocast
+        self.student, self.config, self.judges, self.autocast = student, config, judges or Judges(), autocast
         self.engine = engine or Engine(student.model)
         self.warmup_steps = warmup_steps
         self.audit: Audit | None = None  # what watches the passes of the next step
@@ -115,8 +115,11 @@ class Objective:
         warm = self.method.warmup is not None and step < self.warmup_steps
         weights = self.method.warmup if warm and self.method.warmup else self.method.weights
         chosen = Weighted([], [], [], beta=0.0 if warm else self.method.beta)
+        judged = self.judges.positive is not None and weights is self.method.weights
         for q, example in enumerate(batch):
             of_positives, of_minority = weights(1 / num_questions, len(example.positives), len(example.minority))
+            if judged and of_positives:
+                of_positives = self._shared_by_quality(sum(of_positives), example, stats)
             for candidates, found in ((example.positives, of_positives), (example.minority, of_minority)):
                 for candidate, weight in zip(candidates, found, strict=False):
                     chosen.add(candidate, q, weight)
@@ -184,13 +187,33 @@ class Objective:
         return out
 
     def _quality(self, batch: Sequence[Example], candidates: list[Candidate], question: list[int]) -> Tensor | None:
-        if self.discriminator is None:
+        """s [R] of the candidates; None: every weight is 1."""
+        if self.judges.positive is None and self.judges.negative is None:
             return None
-        score_R = self.discriminator.score([(batch[q].text, c.text) for c, q in zip(candidates, question, strict=True)])
+        device = self.student.device
+        score_R = torch.tensor([float(c.positive) for c in candidates], device=device)
+        for judge in dict.fromkeys(j for j in self.judges if j is not None):
+            judged = [i for i, c in enumerate(candidates) if self.judges[not c.positive] is judge]
+            cases = [case for i in judged if (case := candidates[i].case) is not None]
+            assert len(cases) == len(judged)
+            found = torch.tensor(list(judge.scores(cases)), dtype=score_R.dtype, device=device)
+            score_R[torch.tensor(judged, dtype=torch.long, device=device)] = found
         if not torch.isfinite(score_R).all():
             ids = ", ".join(sorted({batch[question[i]].id for i in (~torch.isfinite(score_R)).nonzero()[:, 0].tolist()}))
-            raise RunError(f"the discriminator gave a score that is not finite; questions {ids}")
+            raise RunError(f"{self.judges.name} gave a score that is not finite; questions {ids}")
         return score_R
+
+    def _shared_by_quality(self, share: float, example: Example, stats: Counter[str]) -> list[float]:
+        """`share` dealt to a question's positives by their quality, so that the question counts as before; nothing where every
+        quality is 0."""
+        quality_R = self._quality([example], list(example.positives), [0] * len(example.positives))
+        assert quality_R is not None
+        found = quality_R.tolist()
+        for name in ("quality_positive", "weight_majority"):
+            stats[name] += sum(found)  # type: ignore[assignment]
+        for name in ("num_positive", "weighed_majority"):
+            stats[name] += len(found)
+        return [share * s / sum(found) if sum(found) else 0.0 for s in found]
 
     # Losses with gradient
 
@@ -345,7 +368,7 @@ def _count(
     out: ContrastiveOutput,
     quality_R: Tensor | None,
 ) -> None:
-    """Active hinges by source, masked minorities and quality sums, for the log."""
+    """Active hinges by source, masked minorities, quality sums and weights by kind, for the log."""
     active_R, selected_R = out.active_R.tolist(), out.selected_R.tolist()
     minority_active, pushed = set(), set()
     for r, (c, q) in enumerate(zip(candidates, question, strict=True)):
@@ -361,9 +384,11 @@ def _count(
     stats["masked_minorities"] += len(minority_active - pushed)
     if quality_R is not None:
         for c, s in zip(candidates, quality_R.tolist(), strict=True):
-            kind = "positive" if c.positive else "negative"
+            weight, kind = (s, "positive") if c.positive else (1 - s, "negative")  # Eq. 6 and 7
             stats[f"quality_{kind}"] += s
             stats[f"num_{kind}"] += 1
             stats["weighed"] += 1
-            stats["weight"] += s if c.positive else 1 - s  # Eq. 6 and 7
+            stats["weight"] += weight
+            stats[f"weight_{weight_kind(c)}"] += weight
+            stats[f"weighed_{weight_kind(c)}"] += 1
     stats["tokens"] += sum(len(c.tokens) for c in candidates)

@@ -74,10 +74,14 @@ class Data:
             missing = [q.id for q in some if label_of(q, None) is None]
             if missing:
                 raise InputError(f"{name}: {len(missing)} questions have no answer, such as {missing[0]}")
-        if config.method == "qcrd" and all(sum(question.votes.values()) < 2 for question in rows):
+        if config.method == "qcrd" and all(_samples(question) < 2 for question in rows):
             log.warning("--data: no question has more than one sample: there was nothing to vote on, and qcrd has no minority")
         task = config.task or main_task(rows)
         return cls(rows, validation, test, task, dropped, _digest(rows, validation, test))
+
+
+def _samples(question: Question) -> int:
+    return max(sum(question.votes.values()), len(question.positives) + len(question.negatives))
 
 
 def _digest(*parts: list[Question]) -> str:

@@ -32,8 +32,9 @@ from qcrd_fast.train.audit import Audit, Audits
 from qcrd_fast.train.checkpointer import Keeper, resume_point
 from qcrd_fast.train.evaluation import Best, Evaluation
 from qcrd_fast.train.examples import Example, make_examples
+from qcrd_fast.train.judging import WEIGHT_KINDS, Judges, make_judges
 from qcrd_fast.train.memory_estimate import checkpoint_activations, survey
-from qcrd_fast.train.methods import method_of, samples_student
+from qcrd_fast.train.methods import has_discriminator, method_of, samples_student
 from qcrd_fast.train.metrics_log import MetricsLog, Progress, mean, share
 from qcrd_fast.train.negatives import Asked, LaggedNegatives
 from qcrd_fast.train.objective import Objective
@@ -41,6 +42,7 @@ from qcrd_fast.train.overlap import Lane, choose_overlap
 from qcrd_fast.train.questions import Data
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
+from qcrd_fast.train.student_answers import StudentAnswers
 from qcrd_fast.utils.determinism import deterministic, require_deterministic
 from qcrd_fast.utils.device import make_autocast, resolve_device
 from qcrd_fast.utils.files import told_room
@@ -58,11 +60,14 @@ def train(
     run: RunFolder | None = None,
     *,
     dry_run: bool = False,
+    judges: Judges | None = None,
     make_objective: Callable[..., Objective] = Objective,
 ) -> dict[str, Any]:
     """Train a student as `config` says and return what `eval_results.json` holds.
 
+    `judges` take the place of those of `--quality`: objects with `scores(cases)`, for positives and for negatives.
     `make_objective` takes the arguments of `Objective` and gives what computes the loss, for experiments with one.
+
     Raises `InputError` for options or data at fault, `RunError` when training fails (a loss that is not finite, a full
     disk), `Stopped` after a signal, with everything saved. With `dry_run`, loads and checks everything, writes nothing
     and returns the plan.
@@ -71,11 +76,11 @@ def train(
         raise InputError("--student is needed: a local folder or a hub id")
     if run is None and not dry_run:
         with RunFolder(config) as run:
-            return train(config, run, make_objective=make_objective)
+            return train(config, run, judges=judges, make_objective=make_objective)
     config = dataclasses.replace(config, impl=os.environ.get("QCRD_FAST_IMPL") or config.impl)
     device = resolve_device(own_device(config.device))
     if run is None:
-        return _train(config, None, device, ALONE, make_objective)
+        return _train(config, None, device, ALONE)
     logs = logging_to(run.path / LOG)
     with (
         joined(device, config.ddp_timeout) as ranks,
@@ -83,7 +88,8 @@ def train(
         deterministic(config.deterministic),
         relieved_by(for_weights(config)),
     ):
-        return _train(config, run, device, ranks, make_objective)
+        quality = ranks.on_first(lambda: run.config.quality)  # of a run that is resumed, the one that it began with
+        return _train(dataclasses.replace(config, quality=quality), run, device, ranks, judges, make_objective)
 
 
 def _train(
@@ -91,7 +97,8 @@ def _train(
     run: RunFolder | None,
     device: torch.device,
     ranks: Ranks,
-    make_objective: Callable[..., Objective],
+    judges: Judges | None = None,
+    make_objective: Callable[..., Objective] = Objective,
 ) -> dict[str, Any]:
     require_impl(config.impl, device)
     choose_overlap(config, device)
@@ -117,7 +124,7 @@ def _train(
     if unused := config.unused():
         log.info("--method %s does not use %s", config.method, ", ".join(unused))
     resumed = Path(found) if found else None
-    session = Session(config, run.path, data, schedule, student, examples, ranks, resumed, make_objective)
+    session = Session(config, run.path, data, schedule, student, examples, ranks, resumed, judges, make_objective)
     try:
         if found:
             session.restore(Path(found))
@@ -163,6 +170,7 @@ class Session:
         examples: list[Example],
         ranks: Ranks = ALONE,
         found: Path | None = None,
+        judges: Judges | None = None,
         make_objective: Callable[..., Objective] = Objective,
     ):
         self.config, self.run, self.data, self.schedule, self.ranks = config, run, data, schedule, ranks
@@ -171,7 +179,7 @@ class Session:
         self.evaluation = Evaluation(config, run, data, self.autocast, ranks)
         self.log = MetricsLog(run, config.report_to, ranks)
         self.trainer: DiscriminatorTrainer | None = None
-        if method_of(config).has_discriminator:
+        if has_discriminator(config) and judges is None:
             judge = build_discriminator(config.discriminator, student.model, student.tokenizer, seed=config.seed)
             self.trainer = DiscriminatorTrainer(judge, config) if judge else None
         if config.use_peft:  # after the discriminator has copied what it needs
@@ -185,8 +193,9 @@ class Session:
             asked = [Asked(e.id, e.explain) for e in examples]
             lane = Lane(choose_overlap(config, student.device), student.device)
             self.lagged = LaggedNegatives(
-                student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, lane, ranks
-            )
+                student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, lane, ranks,
+                StudentAnswers(data.train, student.tokenizer.eos_token_id),
+            )  # fmt: skip
         if config.gradient_checkpointing:
             checkpoint_activations(student.model)
         self.engine = self._share_model()
@@ -194,8 +203,9 @@ class Session:
         snapshots = self.snapshots if self.lagged else None
         self.keeper = Keeper(config, run, data, schedule, student, self.optimizer, self.trainer, self.engine, snapshots)
         warmup = round(config.redi_warmup * schedule.total_steps)
-        judge = self.trainer.discriminator if self.trainer else None
-        self.objective = make_objective(student, config, judge, self.autocast, warmup, self.engine)
+        if judges is None:
+            judges = make_judges(config, data.train, self.trainer.discriminator if self.trainer else None)
+        self.objective = make_objective(student, config, judges, self.autocast, warmup, self.engine)
         self.audits = Audits(config, student.device, ranks)
         self.step = 0  # optimizer steps done
         self.best: Best = None
@@ -254,6 +264,10 @@ class Session:
         lagged = self.lagged.for_step(step) if self.lagged else {}
         sampled = time.perf_counter()
         questions = self.schedule.questions(step)
+        drawn = [lagged[i] for index in questions if (i := self.examples[index].id) in lagged]
+        agreeing = [n for n in drawn if n.case and n.case.agrees]
+        if self.config.agreeing_negatives == "drop":
+            lagged = {i: n for i, n in lagged.items() if not (n.case and n.case.agrees)}
         batches = self.schedule.micro_batches(step, self.ranks.rank)
 
         def compute(watched: int, audit: Audit | None) -> tuple[dict[str, torch.Tensor], Counter[str]]:
@@ -277,7 +291,7 @@ class Session:
         (losses, counts), audited = self.audits.run(step, len(batches), compute, self._fall_back)
         counts = sum(map(Counter, self.ranks.gather(counts)), Counter())
         ids = [self.examples[i].id for i in questions]
-        if counts["weighed"] and not counts["weight"]:
+        if self.trainer and counts["weighed"] and not counts["weight"]:
             raise RunError(f"step {step + 1}: the discriminator weighs every rationale with 0; questions {', '.join(ids)}")
         losses = dict(zip(losses, self.ranks.sum(torch.stack(list(losses.values()))), strict=True))
         norm = full(torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf))
@@ -299,6 +313,8 @@ class Session:
             "loss_d": self.loss_d,
             "quality_positive": mean(counts, "quality_positive", "num_positive"),
             "quality_negative": mean(counts, "quality_negative", "num_negative"),
+            **{f"weight_{kind}": mean(counts, f"weight_{kind}", f"weighed_{kind}") for kind in WEIGHT_KINDS},
+            "lagged_agrees": len(agreeing) / len(drawn) if drawn else None,
             "active_hinge_lagged": share(counts, "lagged"),
             "active_hinge_minority": share(counts, "minority"),
             "masked_minority_share": mean(counts, "masked_minorities", "minority_questions"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import math
 from typing import Any
 
@@ -91,9 +90,7 @@ def _prepared(question: Question, row: dict[str, Any]) -> Question:
     majority = get_text(row, "majority", numbers=True)
     positives = get_list(row, "positives", lambda item, where: _rationale(item, where, majority))
     negatives = get_list(row, "negatives", lambda item, where: _rationale(item, where, None))
-    votes = row.get("votes")
-    if votes is None:
-        votes = dict(collections.Counter(r.answer for r in positives + negatives if r.answer is not None).most_common())
+    votes = {} if row.get("votes") is None else row["votes"]
     if not isinstance(votes, dict):
         raise RowError("votes expects an object of answer: count")
     for answer, count in votes.items():
