@@ -9,9 +9,9 @@ from .objective import Rules
 
 COMMON: dict[str, Any] = dict(
     task="number",
-    learning_rate=1e-3,
-    per_device_train_batch_size=32,
-    num_train_epochs=10,
+    learning_rate=3e-3,
+    per_device_train_batch_size=8,
+    num_train_epochs=6,
     warmup_ratio=0.05,
     max_source_length=96,
     max_target_length=48,
@@ -57,9 +57,12 @@ def _negatives(source: str, beta: float = 0.2, delta: float = 3.0, positives: st
 def _tuned(method: str) -> dict[str, Arm]:
     """A baseline's own learning rates and lengths, to be chosen on validation."""
     found = {}
-    for rate in (1e-3, 2e-3, 4e-3, 8e-3):
+    for rate in (1.5e-3, 3e-3, 6e-3):
         for epochs in (6, 12):
-            found[f"{method}@{rate:g}x{epochs}"] = Arm({"method": method, "learning_rate": rate, "num_train_epochs": epochs})
+            if (rate, epochs) != (COMMON["learning_rate"], COMMON["num_train_epochs"]):
+                found[f"{method}@{rate:g}x{epochs}"] = Arm(
+                    {"method": method, "learning_rate": rate, "num_train_epochs": epochs}
+                )
     return found
 
 
@@ -73,6 +76,7 @@ ARMS: dict[str, Arm] = {
     "qcrd-paper": Arm({"method": "qcrd"}),
     "qcrd-none": Arm({"method": "qcrd", "discriminator": "none"}),
     "qcrd-bce": Arm({"method": "qcrd", "discriminator_loss": "bce-all", "discriminator_augment": "none"}),
+    "qcrd-vote": Arm({"method": "qcrd", "quality": "vote"}),
     **_tuned("sft-all"),
     **_tuned("dss"),
     # positives: how they share a question's weight, and who weighs them

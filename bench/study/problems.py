@@ -21,7 +21,6 @@ SAMPLES = 5
 
 Step = tuple[int, str, int]
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-TASKS = ("mix", "shop")
 WORD = re.compile(r"\w+:|\w+|[^\w\s]")  # a token of the students'
 
 
@@ -33,6 +32,7 @@ def result(step: Step) -> int:
 class Problem:
     text: str
     steps: tuple[Step, ...]
+    kind: int = 0  # of its task
 
     @property
     def answer(self) -> int:
@@ -48,68 +48,73 @@ def _valid(steps: Sequence[Step]) -> bool:
     return all(0 < result(step) <= LARGEST for step in steps)
 
 
-def _mix(rng: random.Random) -> tuple[str, list[Step]]:
+Drawn = tuple[int, str, list[Step]]  # kind, text, computation
+
+
+def _mix(rng: random.Random, kinds: Sequence[int]) -> Drawn:
     n, m = rng.sample(NAMES, 2)
     thing, more, less = rng.choice(THINGS), rng.choice(MORE), rng.choice(LESS)
     a, b, c, d = (rng.randint(2, 9) for _ in range(4))
-    kind = rng.randrange(8)
-    if kind == 0:
-        return f"{n} has {a} {thing}, {more} {b} and {less} {c}. How many are left?", [(a, "+", b), (a + b, "-", c)]
-    if kind == 1:
-        return f"{n} packs {a} boxes of {b} {thing} and {less} {c}. How many are left?", [(a, "*", b), (a * b, "-", c)]
-    if kind == 2:
-        steps = [(a, "+", b), (a, "+", a + b)]
-        return f"{n} has {a} {thing}. {m} has {b} more than {n}. How many do both have?", steps
-    if kind == 3:
-        steps = [(a, "-", b), (a, "+", a - b)]
-        return f"{n} has {a} {thing}. {m} has {b} fewer than {n}. How many do both have?", steps
-    if kind == 4:
-        return f"{n} {more} {a} {thing} a day for {b} days and then {c} more. How many in all?", [(a, "*", b), (a * b, "+", c)]
-    if kind == 5:
-        steps = [(a, "*", b), (a * b, "-", a)]
-        return f"{n} has {a} {thing}. {m} has {b} times as many. How many more does {m} have?", steps
-    if kind == 6:
-        steps = [(a, "+", b), (c, "*", d), (a + b, "-", c * d)]
-        return f"{n} has {a} red and {b} blue {thing} and gives {c} to each of {d} others. How many are left?", steps
-    steps = [(a, "-", b), (a - b, "+", c), (a - b + c, "-", d)]
-    return f"{n} has {a} {thing}, {less} {b}, {more} {c} and {less} {d}. How many are left?", steps
+    kind = rng.choice(kinds)
+    left = "How many are left?"
+    texts: dict[int, tuple[str, list[Step]]] = {
+        0: (f"{n} has {a} {thing}, {more} {b} and {less} {c}. {left}", [(a, "+", b), (a + b, "-", c)]),
+        1: (f"{n} packs {a} boxes of {b} {thing} and {less} {c}. {left}", [(a, "*", b), (a * b, "-", c)]),
+        2: (f"{n} has {a} {thing}. {m} has {b} more than {n}. How many do both have?", [(a, "+", b), (a, "+", a + b)]),
+        3: (f"{n} has {a} {thing}. {m} has {b} fewer than {n}. How many do both have?", [(a, "-", b), (a, "+", a - b)]),
+        4: (
+            f"{n} has {a} {thing}, {less} {b}, {more} {c} and {less} {d}. {left}",
+            [(a, "-", b), (a - b, "+", c), (a - b + c, "-", d)],
+        ),
+        5: (f"{n} {more} {a} {thing} a day for {b} days and then {c} more. How many in all?", [(a, "*", b), (a * b, "+", c)]),
+        6: (f"{n} has {a} {thing}. {m} has {b} times as many. How many more does {m} have?", [(a, "*", b), (a * b, "-", a)]),
+        7: (
+            f"{n} has {a} red and {b} blue {thing} and gives {c} to each of {d} others. {left}",
+            [(a, "+", b), (c, "*", d), (a + b, "-", c * d)],
+        ),
+    }
+    return kind, *texts[kind]
 
 
-def _shop(rng: random.Random) -> tuple[str, list[Step]]:
+def _shop(rng: random.Random, kinds: Sequence[int]) -> Drawn:
     n = rng.choice(NAMES)
     x, y = rng.sample(THINGS, 2)
     a, b = (rng.randint(2, 5) for _ in range(2))
     p, q, c = (rng.randint(2, 7) for _ in range(3))
     d = rng.randint(15, 40)
-    kind = rng.randrange(6)
-    if kind == 0:
-        steps = [(a, "*", p), (b, "*", q), (a * p, "+", b * q)]
-        return f"{n} buys {a} {x} at {p} each and {b} {y} at {q} each. How much does {n} pay?", steps
-    if kind == 1:
-        return f"{n} buys {a} {x} at {p} each and pays with {d}. How much is left?", [(a, "*", p), (d, "-", a * p)]
-    if kind == 2:
-        steps = [(a, "*", p), (a * p, "-", c)]
-        return f"{n} buys {a} {x} at {p} each and has {c} off. How much does {n} pay?", steps
-    if kind == 3:
-        steps = [(p, "+", q), (p, "+", p + q)]
-        return f"{x} cost {p}. {y} cost {q} more than {x}. How much do both cost?", steps
-    if kind == 4:
-        steps = [(p, "+", q), (a, "*", p + q)]
-        return f"{n} buys {a} boxes, each with {x} at {p} and {y} at {q}. How much does {n} pay?", steps
-    steps = [(a, "*", p), (d, "-", a * p), (d - a * p, "-", q)]
-    return f"{n} has {d}, buys {a} {x} at {p} each and then {y} at {q}. How much is left?", steps
+    pays = f"How much does {n} pay?"
+    texts: dict[int, tuple[str, list[Step]]] = {
+        0: (f"{n} buys {a} {x} at {p} each and pays with {d}. How much is left?", [(a, "*", p), (d, "-", a * p)]),
+        1: (f"{n} buys {a} {x} at {p} each and has {c} off. {pays}", [(a, "*", p), (a * p, "-", c)]),
+        2: (f"{x} cost {p}. {y} cost {q} more than {x}. How much do both cost?", [(p, "+", q), (p, "+", p + q)]),
+        3: (
+            f"{n} buys {a} {x} at {p} each and {b} {y} at {q} each. {pays}",
+            [(a, "*", p), (b, "*", q), (a * p, "+", b * q)],
+        ),
+        4: (f"{n} buys {a} boxes, each with {x} at {p} and {y} at {q}. {pays}", [(p, "+", q), (a, "*", p + q)]),
+    }
+    kind = rng.choice(kinds)
+    return kind, *texts[kind]
+
+
+_DRAW: dict[str, Callable[[random.Random], Drawn]] = {
+    "mix": lambda rng: _mix(rng, range(5)),
+    "shop": lambda rng: _shop(rng, range(5)),
+    "times": lambda rng: _mix(rng, range(5, 8)),
+}
+TASKS = tuple(_DRAW)
 
 
 def draw_problems(task: str, count: int, rng: random.Random, taken: set[str] | None = None) -> list[Problem]:
     """Distinct problems, none of them in `taken`, to which they are added; a quarter states a number that is not needed."""
     seen, problems = set() if taken is None else taken, []
     while len(problems) < count:
-        text, steps = (_mix if task == "mix" else _shop)(rng)
+        kind, text, steps = _DRAW[task](rng)
         if rng.random() < 0.25:
             text = f"{rng.choice(NAMES)} is {rng.randint(5, 12)} years old. {text}"
         if _valid(steps) and text not in seen:
             seen.add(text)
-            problems.append(Problem(text, tuple(steps)))
+            problems.append(Problem(text, tuple(steps), kind))
     return problems
 
 
@@ -213,22 +218,36 @@ def _lucky(problem: Problem, rng: random.Random) -> Stated | None:
     return None
 
 
-WRONG, LUCKY = (_slip, _wrong_operation, _wrong_number), (_forced, _forced, _forced, _made_up, _made_up, _lucky)
-SOUND, RIGHT_BY_LUCK = 0.32, 0.5  # shares of the samples, on average; the rest is wrong
+def _habit(problem: Problem) -> Stated | None:
+    """A kind's own shortcut to the right answer: another operation first, or a slip, and the answer forced; else an equation of
+    numbers from nowhere."""
+    other = {"+": "-", "-": "+", "*": "+"}
+    if problem.kind % 3 == 1:
+        return _made_up(problem, random.Random(problem.text))
+
+    def change(i: int, step: Step) -> tuple[Step, int]:
+        if i == 0 and problem.kind % 3 == 0:
+            step = (step[0], other[step[1]], step[2])
+        return step, result(step) + (i == 0 and problem.kind % 3 == 2)
+
+    stated = _rerun(problem, change)
+    return [*stated[:-1], (stated[-1][0], problem.answer)] if stated else None
+
+
+WRONG, LUCKY = (_slip, _wrong_operation, _wrong_number), (_forced, _forced, _made_up, _lucky)
+FAULTS = (0.45, 0.85, 0.6, 0.8, 0.5)  # share of samples with a fault, by kind
+HABIT, WRONG_SHARE = 0.6, 0.5  # of the faults; of the others
 
 
 def teach(problem: Problem, rng: random.Random) -> list[tuple[str, str]]:
-    """`SAMPLES` sampled (rationale, answer) pairs. Some questions are harder, and each has a favourite fault."""
-    hard = rng.betavariate(2, 2) * 2  # factor on the faults, 1 on average
-    kinds = rng.choices((WRONG, LUCKY), (1 - SOUND - RIGHT_BY_LUCK, RIGHT_BY_LUCK))[0]
-    favourite = next((s for s in (rng.choice(kinds)(problem, rng) for _ in range(8)) if s), None)
+    """`SAMPLES` sampled (rationale, answer) pairs. Kinds differ in how hard they are, and faults are mostly a kind's habit."""
     samples = []
     for _ in range(SAMPLES):
         stated: Stated | None = None
-        if rng.random() < hard * (1 - SOUND):
-            if rng.random() < 0.5:
-                stated = favourite
-            kinds = rng.choices((WRONG, LUCKY), (1 - SOUND - RIGHT_BY_LUCK, RIGHT_BY_LUCK))[0]
+        if rng.random() < FAULTS[problem.kind % len(FAULTS)]:
+            if rng.random() < HABIT:
+                stated = _habit(problem)
+            kinds = WRONG if rng.random() < WRONG_SHARE else LUCKY
             for _ in range(4):
                 stated = stated or rng.choice(kinds)(problem, rng)
         stated = stated or _sound(problem)

@@ -37,7 +37,7 @@ from .problems import result as result_of
 from .students import student_folder
 
 log = logging.getLogger("qcrd_fast.bench")
-TRAIN_QUESTIONS, TEST_QUESTIONS = 300, 1000
+TRAIN_QUESTIONS, TEST_QUESTIONS = 500, 1000
 STAGES = ("screen", "confirm")
 
 

@@ -44,7 +44,7 @@ from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.train.student_answers import StudentAnswers
 from qcrd_fast.utils.determinism import deterministic, require_deterministic
-from qcrd_fast.utils.device import make_autocast, resolve_device
+from qcrd_fast.utils.device import choose_threads, make_autocast, resolve_device, threads_kept
 from qcrd_fast.utils.files import told_room
 from qcrd_fast.utils.keyed import seed_from
 from qcrd_fast.utils.oom import for_weights, relieved, relieved_by
@@ -86,6 +86,7 @@ def train(
         joined(device, config.ddp_timeout) as ranks,
         logs if ranks.first else quiet_logs(),
         deterministic(config.deterministic),
+        threads_kept(),
         relieved_by(for_weights(config)),
     ):
         quality = ranks.on_first(lambda: run.config.quality)  # of a run that is resumed, the one that it began with
@@ -124,6 +125,7 @@ def _train(
     if unused := config.unused():
         log.info("--method %s does not use %s", config.method, ", ".join(unused))
     resumed = Path(found) if found else None
+    choose_threads(device, sum(p.numel() for p in student.model.parameters()))
     session = Session(config, run.path, data, schedule, student, examples, ranks, resumed, judges, make_objective)
     try:
         if found:

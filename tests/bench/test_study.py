@@ -151,7 +151,7 @@ def test_a_softmin_leans_to_the_likeliest_and_a_judge_weighs(rows_file, llama_fo
 
 
 def test_a_study_runs_once_each_and_resumes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(students, "PHASES", (("symbol_pairs", 2), ("lookup_pairs", 1)))
+    monkeypatch.setattr(students, "PHASES", (("symbol_pairs", 2, 0), ("lookup_pairs", 1, 0)))
     monkeypatch.setattr(runs, "TRAIN_QUESTIONS", 16)
     monkeypatch.setattr(runs, "TEST_QUESTIONS", 12)
     monkeypatch.setitem(arms.COMMON, "num_train_epochs", 1)
