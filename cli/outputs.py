@@ -34,8 +34,20 @@ TRAINED_ALONE = ("loss", "augment", "learning_rate", "batch_size", "pretrain_ste
 
 
 @click.command(cls=Verb)
-@click.argument("run")
+@click.argument("run", required=False)
 @click.option("--data", required=True, metavar="FILE", help="rows whose rationales are scored")
+@click.option(
+    "--quality",
+    type=click.Choice(("vote", "text", "discriminator")),
+    help="what scores: the votes of the rows, the votes and the text, both without a RUN, or a run's discriminator; default: "
+    "discriminator",
+)
+@click.option(
+    "--samples",
+    metavar="FILE",
+    help="with --quality vote or text: score these samples of a student against the votes of --data; any format that prepare "
+    "reads, or a run's negatives/iteration-N.jsonl",
+)
 @click.option("--output", "-o", metavar="FILE", help="JSONL to write; default: standard output")
 @click.option(
     "--sample-student",
@@ -71,8 +83,10 @@ TRAINED_ALONE = ("loss", "augment", "learning_rate", "batch_size", "pretrain_ste
 @click.pass_context
 def score(
     ctx: click.Context,
-    run: str,
+    run: str | None,
     data: str,
+    quality: str | None,
+    samples: str | None,
     output: str | None,
     sample_student: str | None,
     train: str | None,
@@ -83,16 +97,28 @@ def score(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Score rationales with a run's discriminator.
+    """Score rationales: by the votes for their answers, or with a run's discriminator.
 
-    Each rationale of --data gets a "score" in (0, 1) beside it; AUC (95% interval over questions) and calibration of
-    positives against negatives are printed. The rows go to --output, else to standard output and the summary to standard
-    error; with --json the summary alone goes to standard output.
+    \b
+    qcrd-fast score --quality vote --data train.jsonl --json
+    qcrd-fast score runs/one --data train.jsonl
+
+    Each rationale of --data gets a "score" in (0, 1) beside it; AUC (95% interval over questions) and calibration of right
+    against wrong ones, by the gold answer, are printed. The rows go to --output, else to standard output and the summary to
+    standard error; with --json the summary alone goes to standard output.
 
     RUN is a run folder, a checkpoint, or a folder that --train wrote. With --train it is the student, a run or model, whose
     encoder (T5) or vocabulary the discriminator takes.
     """
     given = given_train_options(ctx)
+    by_votes = quality in ("vote", "text")
+    if not by_votes and run is None:
+        raise InputError("score needs a RUN, whose discriminator scores, or --quality vote or text, which need none")
+    if by_votes and (train or (run is not None and not sample_student) or (run is None and sample_student)):
+        extra = "--train" if train else "a RUN without --sample-student" if run else "--sample-student without a RUN"
+        raise InputError(f"--quality {quality} reads the votes of --data alone; it does not go with {extra}")
+    if samples and not by_votes:
+        raise InputError("--samples goes with --quality vote or text; of a run's own student: --sample-student")
     if given and not train:
         raise InputError(f"--{next(iter(given)).replace('_', '-')} is for --train; a run's discriminator is trained already")
     if train and sample_student:
@@ -112,20 +138,27 @@ def score(
         questions, skipped = library.load_rationales(data, seed=seed, **options)
         for bad in skipped:
             click.echo(f"set aside {bad}", err=True)
+        scored: Sequence[Any] = ()
+        summary: dict[str, Any]
         if dry_run:
-            summary: dict[str, Any] = library.plan(run, questions, train, device)
+            summary = library.plan(None if by_votes else run, questions, train, device)
+        elif by_votes and not temperatures:
+            scored, summary = library.score_by_votes(str(quality), questions, samples)
         elif train:
-            summary = library.train_alone(run, questions, config, train, held_out)
+            summary = library.train_alone(str(run), questions, config, train, held_out)
             scored = library.score_questions(library.load_discriminator(train, device)[0], questions)
         else:
-            scored, summary = library.score_run(run, questions, temperatures=temperatures, seed=seed, device=device)
+            scored, summary = library.score_run(
+                str(run), questions, temperatures=temperatures, seed=seed, device=device, quality=quality or "discriminator"
+            )
         if output and not dry_run:
             rows.write_prepared(output, scored)
     if dry_run or output or as_json:
         console.show(summary, as_json, summary_text(summary))
     else:
         for question in scored:
-            click.echo(json.dumps(rows.to_row(question), ensure_ascii=False))
+            row = question if isinstance(question, dict) else rows.to_row(question)
+            click.echo(json.dumps(row, ensure_ascii=False))
         click.echo(summary_text(summary), err=True)
 
 

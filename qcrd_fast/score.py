@@ -1,4 +1,4 @@
-"""`score`: the discriminator's score of every rationale, beside the data; and the discriminator trained alone.
+"""`score`: the quality of every rationale, by votes, text or a run's discriminator; and the discriminator trained alone.
 
 A discriminator's folder is a checkpoint of a run, or what `train_alone` writes: discriminator.safetensors and
 discriminator.json, which names the student whose encoder or vocabulary it was built on.
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data.load import load_questions
+from qcrd_fast.data.load import load_questions, to_row
 from qcrd_fast.data.schema import BadRow, Question, Rationale, question_text
 from qcrd_fast.data.splits import hold_out
 from qcrd_fast.discriminator.model import Discriminator, build_discriminator
@@ -29,8 +29,12 @@ from qcrd_fast.generation.sample import sample
 from qcrd_fast.models.prompts import EXPLAIN
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
+from qcrd_fast.quality.cases import Case, same, student_case, teacher_cases
+from qcrd_fast.quality.judges import Judge, make_judge
+from qcrd_fast.quality.samples import load_samples, with_expected
 from qcrd_fast.runs.folder import DISCRIMINATOR
 from qcrd_fast.runs.load import find_model, load_student
+from qcrd_fast.train.judging import DiscriminatorJudge
 from qcrd_fast.utils.device import make_autocast
 from qcrd_fast.utils.files import write_json, write_lines
 
@@ -92,25 +96,37 @@ def load_rationales(data: str, **options: Any) -> tuple[list[Question], list[Bad
     return loaded.questions, loaded.skipped
 
 
-def plan(run: str, questions: Sequence[Question], train: str | None, device: str = "auto") -> dict[str, Any]:
+def plan(run: str | None, questions: Sequence[Question], train: str | None, device: str = "auto") -> dict[str, Any]:
     """What scoring would do, after the checks that it would make."""
     if train:
         new_folder(train, "--train")
-    else:
+    elif run is not None:
         load_discriminator(run, device)
     return {"would_score": sum(len(q.positives) + len(q.negatives) for q in questions), "questions": len(questions)}
 
 
 def score_run(
-    run: str, questions: Sequence[Question], *, temperatures: Sequence[float] = (), seed: int = 0, device: str = "auto"
+    run: str,
+    questions: Sequence[Question],
+    *,
+    temperatures: Sequence[float] = (),
+    seed: int = 0,
+    device: str = "auto",
+    quality: str = "discriminator",
 ) -> tuple[list[Question], dict[str, Any]]:
-    """The questions with scores, and their summary.
+    """The questions with scores, of the run's discriminator or of `--quality vote` or `text`, and their summary.
 
     With `temperatures`, the student says one rationale a question at each, and the scores of all kinds go to the run's
-    `quality_scores.jsonl` (`report` draws their densities, Fig. 6).
+    `quality_scores.jsonl` (`report` draws their densities, Fig. 6), the student's with whether they agree with the majority.
     """
-    discriminator, student, settings = load_discriminator(run, device)
-    scored = score_questions(discriminator, questions)
+    judge: Judge
+    if quality == "discriminator":
+        discriminator, student, settings = load_discriminator(run, device)
+        scored, judge = score_questions(discriminator, questions), DiscriminatorJudge(discriminator)
+    else:
+        student, settings = load_student(run, device)
+        judge = make_judge(quality, questions)
+        scored = score_teacher(judge, questions)
     summary: dict[str, Any] = summarize_scores(scored)
     if temperatures:
         folder = Path(run)
@@ -121,12 +137,13 @@ def score_run(
             for r in side
         ]
         for temperature in temperatures:
-            texts = _say(student, scored, temperature, settings.get("config", {}), seed)
-            values = discriminator.score([(question_text(q), t) for q, t in zip(scored, texts, strict=True)]).tolist()
+            cases = _say(student, scored, temperature, settings.get("config", {}), seed)
+            values = list(judge.scores(cases))
             kind = f"student at {temperature:g}"
             records += [
-                {"kind": kind, "id": q.id, "question": question_text(q), "text": text, "score": round(value, 6)}
-                for q, text, value in zip(scored, texts, values, strict=True)
+                {"kind": kind, "id": case.question.id, "question": question_text(case.question), "text": case.rationale.text}
+                | {"score": round(value, 6), "agrees": case.agrees}
+                for case, value in zip(cases, values, strict=True)
             ]
             summary[f"mean_score_{kind.replace(' ', '_')}"] = math.fsum(values) / len(values)
         try:
@@ -137,16 +154,105 @@ def score_run(
     return scored, summary
 
 
-def summarize_scores(scored: Sequence[Question]) -> dict[str, Any]:
-    """Means by kind, AUC with its interval and calibration of questions that carry scores."""
+def score_teacher(judge: Judge, questions: Sequence[Question]) -> list[Question]:
+    """The questions, each rationale with its score."""
+
+    def scored(question: Question) -> Question:
+        scores = iter(judge.scores(teacher_cases(question)))
+        sides = (question.positives, question.negatives)
+        positives, negatives = (tuple(dataclasses.replace(r, score=round(next(scores), 6)) for r in side) for side in sides)
+        return dataclasses.replace(question, positives=positives, negatives=negatives)
+
+    return [scored(question) for question in questions]
+
+
+def score_by_votes(
+    quality: str, questions: Sequence[Question], samples: str | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The questions as rows with the scores of `--quality vote` or `text`, and their summary; no run and no model is needed.
+
+    With `samples`, a file of a student's samples, each question's are scored against its votes: they are the row's `student`,
+    and the summary is theirs. Right and wrong are told by the gold answer; without one, or a conclusion, a rationale is counted
+    in `without_gold` or `without_answer` alone.
+
+    Raises `InputError` for a file of samples that cannot be read, or of other questions.
+    """
+    judge = make_judge(quality, questions)
+    said = load_samples(samples, questions) if samples else None
+    rows = []
+    for question in score_teacher(judge, questions):
+        row = to_row(question)
+        if said is not None:
+            own = said.cases.get(question.id, [])
+            row["student"] = [
+                {"text": case.rationale.text, "answer": case.rationale.answer, "score": round(s, 6), "agrees": case.agrees}
+                for case, s in zip(own, judge.scores(own), strict=True)
+            ]
+        rows.append(row)
+    judged = [case for q in questions for case in (teacher_cases(q) if said is None else said.cases.get(q.id, []))]
+    counts = {"rationales": len(judged)} | ({} if said is None else {"of_other_questions": said.strangers})
+    if without := sum(not q.votes for q in questions):
+        counts["without_votes"] = without
+        log.warning("%d of %d questions have no votes: their positives score 1, all else 0", without, len(questions))
+    return rows, measure(judged, judge.scores(judged)) | counts
+
+
+def measure(cases: Sequence[Case], scores: Sequence[float]) -> dict[str, Any]:
+    """How scores tell right from wrong by the gold answer: AUC, its 95% interval (bootstrap over questions) and calibration;
+    `weight_on_right`: of the weights 1 - s that the cases have as negatives, the share on right ones."""
     from qcrd_fast.discriminator.metrics import judge
 
-    rows = [(q.id, r.score, right) for q in scored for right, side in ((True, q.positives), (False, q.negatives)) for r in side]
-    means = {}
-    for name, wanted in (("positives", True), ("negatives", False)):
-        values = [float(score) for _, score, right in rows if right is wanted and score is not None]
-        means[f"mean_score_{name}"] = math.fsum(values) / len(values) if values else None
-    return means | judge([score for _, score, _ in rows], [right for *_, right in rows], [i for i, *_ in rows])
+    rows, counts = [], {"without_gold": 0, "without_answer": 0}
+    for case, s in zip(cases, scores, strict=True):
+        right = is_right(case)
+        if right is None:
+            counts["without_gold" if case.question.gold is None else "without_answer"] += 1
+        else:
+            rows.append((case.question.id, float(s), right))
+    found = judge([s for _, s, _ in rows], [right for *_, right in rows], [i for i, *_ in rows])
+    weight = math.fsum(1 - s for _, s, _ in rows)
+    on_right = math.fsum(1 - s for _, s, right in rows if right)
+    sizes = {"right": found["positives"], "wrong": found["negatives"], "questions": found["questions"]}
+    share = {"weight_on_right": on_right / weight if weight else None}
+    return _figures(found, rows) | sizes | share | counts | {"reliability": found["reliability"]}
+
+
+def summarize_scores(scored: Sequence[Question]) -> dict[str, Any]:
+    """Means by side, AUC with its interval and calibration of questions that carry scores: right against wrong by the gold
+    answer, or, of a rationale where that cannot be told, positive against negative."""
+    from qcrd_fast.discriminator.metrics import judge
+
+    rows, of_sides = [], {"positives": list[float](), "negatives": list[float]()}
+    for case in (case for q in scored for case in teacher_cases(q)):
+        score, right = case.rationale.score, is_right(case)
+        if score is not None:
+            rows.append((case.question.id, float(score), case.positive if right is None else right))
+            of_sides["positives" if case.positive else "negatives"].append(float(score))
+    means = {f"mean_score_{side}": _mean(values) for side, values in of_sides.items()}
+    found = judge([score for _, score, _ in rows], [right for *_, right in rows], [i for i, *_ in rows])
+    return means | found | {side: len(values) for side, values in of_sides.items()} | _figures(found, rows)
+
+
+def _figures(found: dict[str, Any], rows: Sequence[tuple[str, float, bool]]) -> dict[str, Any]:
+    """The keys that every kind of score has; `rows`: (question, score, whether right)."""
+    low, high = found["auc_95"] or (None, None)
+    figures = {"auc": found["auc"], "auc_low": low, "auc_high": high, "ece": found["expected_calibration_error"]}
+    return figures | {f"mean_{name}": _mean([s for _, s, good in rows if good is wanted]) for name, wanted in KINDS}
+
+
+KINDS = (("right", True), ("wrong", False))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def is_right(case: Case) -> bool | None:
+    """Whether a rationale ends in the gold answer; None where either is not known."""
+    answer = case.question.majority if case.positive and case.rationale.answer is None else case.rationale.answer
+    if case.question.gold is None or answer is None:
+        return None
+    return same(case.question, answer, case.question.gold)
 
 
 def train_alone(model: str, questions: Sequence[Question], config: TrainConfig, output: str, held_out: float) -> dict[str, Any]:
@@ -193,7 +299,7 @@ def new_folder(path: str, option: str) -> Path:
     return folder
 
 
-def _say(student: Student, questions: Sequence[Question], temperature: float, config: dict[str, Any], seed: int) -> list[str]:
+def _say(student: Student, questions: Sequence[Question], temperature: float, config: dict[str, Any], seed: int) -> list[Case]:
     """One rationale a question from the student, sampled as the run samples its negatives but for the temperature."""
     known = TrainConfig().to_dict() | config
     settings = SampleSettings(
@@ -205,4 +311,7 @@ def _say(student: Student, questions: Sequence[Question], temperature: float, co
     )
     sources = [student.source_ids(EXPLAIN, question_text(q)) for q in questions]
     keys = [key_words(seed, q.id) for q in questions]
-    return [student.text(t) for t in sample(student, sources, keys, settings, autocast=make_autocast(student.device, None))]
+    said = sample(student, sources, keys, settings, autocast=make_autocast(student.device, None))
+    eos = student.tokenizer.eos_token_id
+    cases = [student_case(q, student.text(t), cut=eos not in t[-1:]) for q, t in zip(questions, said, strict=True)]
+    return with_expected(cases, questions)

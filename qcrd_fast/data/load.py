@@ -242,8 +242,9 @@ def validate_file(
                 reports += scanner.reports
 
 
-def write_prepared(path: str | Path, questions: Iterable[Question]) -> None:
-    """Write prepared JSONL under a temporary name beside `path`, then rename it: a reader sees the whole file or none.
+def write_prepared(path: str | Path, questions: Iterable[Question | dict[str, Any]]) -> None:
+    """Write questions, or rows made of them, as JSONL under a temporary name beside `path`, then rename it: a reader sees the
+    whole file or none.
 
     Raises:
         InputError: `path` is a device or pipe.
@@ -257,7 +258,8 @@ def write_prepared(path: str | Path, questions: Iterable[Question]) -> None:
             temporary.unlink(missing_ok=True)
             with open(temporary, "x", encoding="utf-8", newline="\n") as file:
                 for question in questions:
-                    file.write(json.dumps(to_row(question), ensure_ascii=False) + "\n")
+                    row = to_row(question) if isinstance(question, Question) else question
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-RESAMPLES, BINS = 2000, 10
+RESAMPLES, BINS = 1000, 10
 MAX_CELLS = 4_000_000  # of weight_BR held at once
 
 

@@ -54,17 +54,22 @@ def teacher_cases(question: Question) -> list[Case]:
     return positives + [teacher_case(question, r, MINORITY) for r in question.negatives]
 
 
-def student_case(question: Question, text: str, *, cut: bool = False) -> Case:
-    """The case of a rationale that the student wrote: its answer is read as that of any reply.
+def student_case(question: Question, said: str | Rationale, *, cut: bool = False) -> Case:
+    """The case of a rationale that the student wrote. Its answer is the one that came with it, else read as that of any reply.
 
     `cut`: the sampling stopped before EOS, so the text has no conclusion. A question of the task `text` has none either, since
     such answers cannot be compared.
     """
-    answer = None if cut or not comparable(question) else conclusion(question, text)
-    rationale = Rationale(text, answer, STUDENT, truncated=cut)
-    return Case(
-        question, rationale, STUDENT, None if answer is None else votes_for(question, answer), _agrees(question, answer)
-    )
+    said = Rationale(said) if isinstance(said, str) else said
+    cut, answer, text = cut or said.truncated, None, said.text
+    if comparable(question) and not cut:
+        if said.reply or said.answer is not None:
+            reading = DEFAULT.sample(said, question.task or "text", _choices(question.question))
+            answer, text = reading.answer, reading.rationale
+        else:
+            answer = conclusion(question, text)
+    votes = None if answer is None else votes_for(question, answer)
+    return Case(question, Rationale(text, answer, STUDENT, truncated=cut), STUDENT, votes, _agrees(question, answer))
 
 
 def comparable(question: Question) -> bool:

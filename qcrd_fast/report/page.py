@@ -16,9 +16,13 @@ from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import question_text
 from qcrd_fast.discriminator.metrics import judge
 from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.quality.cases import teacher_cases
+from qcrd_fast.quality.judges import JUDGES, make_judge
+from qcrd_fast.quality.samples import load_samples
 from qcrd_fast.report.charts import PALETTE, Line, Spot, density_chart, line_chart, scatter_chart
 from qcrd_fast.report.costs import OF_STEPS, Outcome, of_csv, of_view, points
 from qcrd_fast.report.run_view import RunView, negatives, read_run
+from qcrd_fast.runs.folder import NEGATIVES, negatives_name
 from qcrd_fast.sweep.intervals import wilson
 from qcrd_fast.utils.config_files import number
 from qcrd_fast.utils.files import write_text
@@ -27,7 +31,8 @@ from qcrd_fast.version import __version__
 SAMPLES, ANSWERS, LONGEST = 6, 8, 1200  # questions shown a run; characters shown of a text
 KEPT = "\n\t\u200c\u200d"  # and the joiners that Persian, Indic scripts and emoji need
 KINDS = ("teacher positive", "teacher minority")  # the rest is the student's
-KIND_COLORS = (PALETTE[2], PALETTE[4], PALETTE[0], PALETTE[3], PALETTE[5], PALETTE[6])
+KIND_COLORS = tuple(PALETTE[i] for i in (2, 4, 0, 3, 5, 6, 1, 7))
+OF_STUDENT = {True: ", agrees with the majority", False: ", differs from it", None: ", no conclusion"}
 CURVES: tuple[tuple[str, tuple[tuple[str, str, str], ...], bool], ...] = (  # title, (field, dash, what it is), within 0..1
     ("Validation accuracy", (("eval_accuracy", "-", ""),), True),
     ("Loss (Eq. 8)", (("loss", "-", ""),), False),
@@ -35,6 +40,16 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str, str], ...], bool], ...] = (  # ti
     ("Contrastive loss, L_cl (Eq. 3)", (("loss_cl", "-", ""),), False),
     ("Discriminator's loss, L_D (Eq. 2)", (("loss_d", "-", ""),), False),
     ("Mean quality score", (("quality_positive", "-", "positives"), ("quality_negative", "--", "negatives")), True),
+    (
+        "Mean weight of negatives",
+        (
+            ("weight_lagged_differs", "-", "student's that differ from the majority"),
+            ("weight_lagged_agrees", "--", "student's that agree"),
+            ("weight_minority", ":", "teacher's minority"),
+        ),
+        True,
+    ),
+    ("Share of the student's samples that agree with the majority", (("lagged_agrees", "-", ""),), True),
     (
         "Share of active hinges",
         (("active_hinge_lagged", "-", "student's negatives"), ("active_hinge_minority", "--", "teacher's minority")),
@@ -201,14 +216,15 @@ def _costs(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _densities(view: RunView, index: int) -> str:
-    if not view.scores:
+    stored = view.scores or _scores_by_votes(view)
+    if not stored:
         return (
             "<p>None are stored. The figure of the paper (Fig. 6) is drawn after<br>"
             f"<code>qcrd-fast score {_text(view.path)} --data FILE --output scores.jsonl --sample-student 1.5,2.0</code></p>"
         )
     groups: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for record in view.scores:
-        groups.setdefault(record["kind"], []).append(record["score"])
+    for record in stored:
+        groups.setdefault(_kind(record), []).append(record["score"])
     found = [(kind, scores) for kind, scores in groups.items() if scores][: len(KIND_COLORS)]
     colors = {kind: KIND_COLORS[i] for i, kind in enumerate(groups) if i < len(KIND_COLORS)}
     chart = density_chart(f"d{index}", [(scores, colors[kind]) for kind, scores in found], title="Densities of quality scores")
@@ -216,9 +232,11 @@ def _densities(view: RunView, index: int) -> str:
         f"<span>{_chip(colors[kind])}{_text(kind)}: n {len(scores)}, mean {sum(scores) / len(scores):.3f}</span>"
         for kind, scores in found
     )
-    rows = [r for r in view.scores if r["kind"] in KINDS]
+    rows = [r for r in stored if r["kind"] in KINDS]
     told = judge([r["score"] for r in rows], [r["kind"] == KINDS[0] for r in rows], [str(r.get("id")) for r in rows])
     text = "Densities by kind, as in the paper's Fig. 6."
+    if not view.scores:
+        text += " The student's are its last iteration's negatives."
     if told["auc"] is not None and told["auc_95"]:
         low, high = told["auc_95"]
         text += (
@@ -227,6 +245,38 @@ def _densities(view: RunView, index: int) -> str:
         )
     figure = f'<figure class="card">{chart}<figcaption class="legend">{legend}</figcaption></figure>'
     return f'<div class="grid">{figure}</div><p>{text}</p>'
+
+
+def _kind(record: dict[str, Any]) -> str:
+    """What a score is of: the student's are told apart by whether they agree with the majority, where that is known."""
+    agrees = record.get("agrees", "")
+    return record["kind"] + (OF_STUDENT[agrees] if agrees is None or isinstance(agrees, bool) else "")
+
+
+def _scores_by_votes(view: RunView) -> list[dict[str, Any]]:
+    """The scores of a run whose quality is the vote or the text: they are computed anew, of its data and last negatives."""
+    qualities = [view.option(name) or view.option("quality") for name in ("positive_quality", "negative_quality")]
+    data, (iteration, said) = view.config.get("data"), negatives(view.path)
+    if view.option("method") != "qcrd" or not isinstance(data, str) or not {*qualities} <= {*JUDGES}:
+        return []
+    try:
+        questions = load_questions(data, split="train", on_bad_row="skip", seed=int(number(view.option("seed")) or 0)).questions
+        samples = load_samples(view.path / NEGATIVES / negatives_name(iteration), questions).cases if said else {}
+    except (InputError, OSError, ValueError):
+        return []
+    judges = {name: make_judge(name, questions) for name in {*qualities}}
+    teacher = [case for q in questions for case in teacher_cases(q)]
+    student = [case for cases in samples.values() for case in cases]
+    found = []
+    for name, kind, agrees, cases in (
+        (qualities[0], KINDS[0], False, [case for case in teacher if case.positive]),
+        (qualities[1], KINDS[1], False, [case for case in teacher if not case.positive]),
+        (qualities[1], "student", True, student),
+    ):
+        for case, score in zip(cases, judges[name].scores(cases), strict=True):
+            record = {"kind": kind, "id": case.question.id, "score": score}
+            found.append(record | ({"agrees": case.agrees} if agrees else {}))
+    return found
 
 
 def _samples(view: RunView) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import DEFAULT_QUALITY, TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import CONFIG, LOCK, METRICS, NEGATIVES, PREDICTIONS, RESULTS
 from qcrd_fast.sweep.job import ATTEMPTS, WHERE
@@ -58,7 +58,9 @@ class RunView:
         found = []
         for field in dataclasses.fields(TrainConfig):
             value = self.config.get(field.name, field.default)
-            of_method = field.metadata["group"] in ("Method", "Negatives", "Discriminator") or field.name in SWITCHES
+            of_method = field.metadata["group"] in ("Method", "Negatives", "Quality", "Discriminator") or field.name in SWITCHES
+            if field.name == "quality" and value == DEFAULT_QUALITY:
+                continue  # the default, spelled out
             if of_method and value != field.default and field.name not in ("method", "scheme", "impl"):
                 text = os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
                 found.append(f"--{field.name.replace('_', '-')} {text}")

@@ -27,6 +27,7 @@ class Negative:
 
     tokens: TokenIds
     text: str
+    cut: bool = False  # before EOS
     case: Case | None = None
 
 
@@ -56,13 +57,18 @@ class NegativeStore:
         said = self._said[iteration] = {}
         for record in self.ranks.on_first(lambda: self._read(iteration)):
             if "end" not in record:
-                said.setdefault(record["chunk"], {})[record["id"]] = Negative(record["tokens"], record["text"])
+                said.setdefault(record["chunk"], {})[record["id"]] = Negative(
+                    record["tokens"], record["text"], record.get("cut", False)
+                )
         return said
 
     def append(self, iteration: int, chunk: int, found: Mapping[str, Negative]) -> None:
         """Keep a chunk that was drawn; it is on the disk when this returns."""
         self.chunks(iteration)[chunk] = dict(found)
-        records = [{"chunk": chunk, "id": i, "tokens": n.tokens, "text": n.text} for i, n in found.items()]
+        records: list[dict[str, Any]] = [
+            {"chunk": chunk, "id": i, "tokens": n.tokens, "text": n.text} | ({"cut": True} if n.cut else {})
+            for i, n in found.items()
+        ]
         end = {"chunk": chunk, "end": len(records), "sha256": digest(records)}
         self.ranks.on_first(lambda: append_lines(self.path(iteration), [*records, end], durable=True))
 

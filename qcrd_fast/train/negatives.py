@@ -136,7 +136,7 @@ class LaggedNegatives:
         self._fetch(iteration, chunk)
         if self.lane.kind != "serial":
             self._look_ahead(step)
-        return self.answers.read(iteration, chunk, said) if self.answers else said[chunk]
+        return self.answers.read(step, said) if self.answers else said[chunk]
 
     def _fetch(self, iteration: int, chunk: int) -> None:
         """Have a chunk in the store, drawn now where it is not."""
@@ -148,7 +148,8 @@ class LaggedNegatives:
             tokens = self.ranks.collect(drawn.tokens)
             self.tokens += sum(map(len, tokens))
             asked = self._asked(iteration, chunk)
-            found = {q.id: Negative(t, self._student.text(t)) for q, t in zip(asked, tokens, strict=True)}
+            eos = self._student.tokenizer.eos_token_id
+            found = {q.id: Negative(t, self._student.text(t), eos not in t[-1:]) for q, t in zip(asked, tokens, strict=True)}
             self.store.append(iteration, chunk, found)
 
     def of_iteration(self, iteration: int) -> dict[str, Negative]:

@@ -8,44 +8,46 @@ from collections.abc import Mapping, Sequence
 
 from qcrd_fast.data.schema import Question
 from qcrd_fast.quality.cases import Case, Tally, silent_share, student_case
+from qcrd_fast.quality.samples import TEACHER_READ
 from qcrd_fast.train.negative_store import Negative
-
-TEACHER_READ = 200  # questions whose positives show how often the teacher ends in no answer
+from qcrd_fast.train.schedule import Schedule
 
 
 class StudentAnswers:
-    """Reads sampled negatives, each once. What a chunk's samples are expected to say, where they do not tell, depends on the
-    chunks of its iteration up to it and on nothing later, so that a resumed run sees the same."""
+    """Reads sampled negatives, each once. What a sample without a conclusion is expected to say depends on the samples of its
+    iteration up to its step and on nothing later, nor on how they were drawn: a resumed run sees the same, and so do several
+    processes. `questions`: those that `schedule` counts."""
 
-    def __init__(self, questions: Sequence[Question], eos: int):
-        self.questions, self.eos = {q.id: q for q in questions}, eos
-        self._iteration = -1
-        self._cases: dict[int, dict[str, Case]] = {}  # by chunk, as read
-        self._filled: dict[int, dict[str, Negative]] = {}
+    def __init__(self, questions: Sequence[Question], schedule: Schedule, eos: int):
+        self.questions, self.schedule, self.eos = questions, schedule, eos
+        self._by_id = {q.id: q for q in questions}
+        self._iteration, self._next = -1, 0  # the step whose samples are counted next
+        self._tally, self._cases = Tally(), dict[str, Case]()
 
-    def read(self, iteration: int, chunk: int, chunks: Mapping[int, Mapping[str, Negative]]) -> dict[str, Negative]:
-        """The negatives of a chunk, with their cases; `chunks`: those of the iteration that are drawn."""
-        if iteration != self._iteration:
-            self._iteration, self._cases, self._filled = iteration, {}, {}
-        if chunk not in self._filled:
-            tally = Tally()
-            for earlier in sorted(c for c in chunks if c <= chunk):
-                for case in self._read(earlier, chunks[earlier]).values():
-                    tally.add(case)
-            silent = self._teacher_silent if tally.silent else 0.0
-            cases = self._read(chunk, chunks[chunk])
-            self._filled[chunk] = {
-                i: dataclasses.replace(n, case=tally.fill_unknown(cases[i], silent)) for i, n in chunks[chunk].items()
-            }
-        return self._filled[chunk]
+    def read(self, step: int, chunks: Mapping[int, Mapping[str, Negative]]) -> dict[str, Negative]:
+        """The negatives of a step's chunk, with their cases; `chunks`: those of its iteration, the ones up to it are there."""
+        iteration, chunk = self.schedule.chunk(step)
+        if iteration != self._iteration or step < self._next - 1:
+            if iteration != self._iteration:
+                self._cases = {}
+            self._iteration, self._next, self._tally = iteration, iteration * self.schedule.iteration_steps, Tally()
+        while self._next <= step:
+            said = chunks[self.schedule.chunk(self._next)[1]]
+            for index in self.schedule.questions(self._next):
+                self._tally.add(self._case(self.questions[index].id, said))
+            self._next += 1
+        silent = self._teacher_silent if self._tally.silent else 0.0
+        return {
+            i: dataclasses.replace(n, case=self._tally.fill_unknown(self._case(i, chunks[chunk]), silent))
+            for i, n in chunks[chunk].items()
+        }
 
-    def _read(self, chunk: int, said: Mapping[str, Negative]) -> dict[str, Case]:
-        if chunk not in self._cases:
-            self._cases[chunk] = {
-                i: student_case(self.questions[i], n.text, cut=self.eos not in n.tokens[-1:]) for i, n in said.items()
-            }
-        return self._cases[chunk]
+    def _case(self, question_id: str, said: Mapping[str, Negative]) -> Case:
+        if question_id not in self._cases:
+            own = said[question_id]
+            self._cases[question_id] = student_case(self._by_id[question_id], own.text, cut=self.eos not in own.tokens[-1:])
+        return self._cases[question_id]
 
     @functools.cached_property
     def _teacher_silent(self) -> float:
-        return silent_share(list(self.questions.values())[:TEACHER_READ])
+        return silent_share(self.questions[:TEACHER_READ])

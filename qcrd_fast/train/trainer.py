@@ -52,6 +52,7 @@ from qcrd_fast.utils.signals import StopSignals
 from qcrd_fast.utils.torchrun import world_size
 
 log = logging.getLogger(__name__)
+FEWEST_TO_COMPARE, BLIND = 20, 0.8  # samples that agree with the majority, and that do not; weights of a judge that is blind
 IDLE_QUALITY = 0.9  # negatives that are rated higher weigh less than a tenth (Eq. 7)
 
 
@@ -196,7 +197,7 @@ class Session:
             lane = Lane(choose_overlap(config, student.device), student.device)
             self.lagged = LaggedNegatives(
                 student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, lane, ranks,
-                StudentAnswers(data.train, student.tokenizer.eos_token_id),
+                StudentAnswers(data.train, schedule, student.tokenizer.eos_token_id),
             )  # fmt: skip
         if config.gradient_checkpointing:
             checkpoint_activations(student.model)
@@ -304,6 +305,7 @@ class Session:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         watched = ("lagged", "lagged_active", "quality_negative", "num_negative")
+        watched += tuple(f"{what}_lagged_{kind}" for what in ("weight", "weighed") for kind in ("agrees", "differs"))
         self.negatives_seen.update({name: counts[name] for name in watched})
         elapsed = time.perf_counter() - started
         record = {
@@ -358,9 +360,18 @@ class Session:
         if seen["quality_negative"] > IDLE_QUALITY * seen["num_negative"]:
             score = seen["quality_negative"] / seen["num_negative"]
             log.warning(
-                "iteration %d: the discriminator rates negatives %.2f on average, so they weigh %.2f and teach little "
-                "(see --discriminator-pretrain-steps, --discriminator-loss, --discriminator none)",
-                iteration, score, 1 - score,
+                "iteration %d: %s rates negatives %.2f on average, so they weigh %.2f and teach little "
+                "(see --quality vote, --discriminator-pretrain-steps, --discriminator-loss)",
+                iteration, self.objective.judges.name or "the judge", score, 1 - score,
+            )  # fmt: skip
+        agrees, differs = (mean(seen, f"weight_lagged_{kind}", f"weighed_lagged_{kind}") for kind in ("agrees", "differs"))
+        fewest = min(seen["weighed_lagged_agrees"], seen["weighed_lagged_differs"])
+        if self.trainer and fewest >= FEWEST_TO_COMPARE and (agrees or 0.0) > BLIND * (differs or 0.0):
+            log.warning(
+                "iteration %d: samples of the student that give the majority's answer weigh %.3f as negatives, those that give "
+                "another %.3f: the discriminator does not tell them apart, and may push away from right reasoning "
+                "(see --quality vote, --agreeing-negatives drop)",
+                iteration, agrees, differs,
             )  # fmt: skip
         if seen["lagged_active"] < 0.05 * seen["lagged"]:
             log.warning(

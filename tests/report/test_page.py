@@ -145,6 +145,30 @@ def test_student_negatives_stand_beside_the_teacher_without_scores(tmp_path: Pat
     assert "It is one." in text and "late words" in text and "early words" not in text and "iteration 1" in text
 
 
+def test_the_densities_of_a_run_by_votes(tmp_path: Path) -> None:
+    """They need no stored scores: teacher right and minority, student samples that agree, differ, or were cut."""
+    run = make_run(tmp_path / "run", data=str(tmp_path / "rows.jsonl"), quality="vote")
+    (run / "quality_scores.jsonl").unlink()
+    said = {"q1": ("So it is 7.", {}), "q2": ("So it is 9.", {}), "q3": ("So", {"cut": True})}
+    with open(tmp_path / "rows.jsonl", "w") as rows:
+        for i in said:
+            row = {"id": i, "question": f"What is {i}?", "majority": "7", "votes": {"7": 4, "9": 1}, "task": "number"}
+            row |= {"positives": [{"text": "It is 7.", "answer": "7"}], "negatives": [{"text": "It is 9.", "answer": "9"}]}
+            rows.write(json.dumps(row) + "\n")
+    (run / "negatives").mkdir()
+    lines = [{"chunk": 0, "id": i, "tokens": [1], "text": text, **more} for i, (text, more) in said.items()]
+    (run / "negatives" / "iteration-00001.jsonl").write_text(
+        "".join(json.dumps(x) + "\n" for x in [*lines, {"chunk": 0, "end": 3}])
+    )
+    text = check(render([read_run(run)])).text
+    for kind, mean in (
+        ("teacher positive: n 3", 0.900), ("teacher minority: n 3", 0.100), ("student, agrees with the majority: n 1", 0.900),
+        ("student, differs from it: n 1", 0.100), ("student, no conclusion: n 1", 0.500),
+    ):  # fmt: skip
+        assert f"{kind}, mean {mean:.3f}" in text, text[-3000:]
+    assert "last iteration's negatives" in text
+
+
 def test_what_is_refused(tmp_path: Path, capsys, monkeypatch) -> None:
     run = make_run(tmp_path / "run")
     for args, message in (
