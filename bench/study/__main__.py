@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--families", default=FAMILIES[0], help=f"of {','.join(FAMILIES)}; default: %(default)s")
     parser.add_argument("--arms", default="sft-all,dss", help="names, see --list")
     parser.add_argument("--seeds", default="0-3", help="such as 0-7 or 0,3,5; default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, default=Case._field_defaults["learning_rate"])
+    parser.add_argument("--epochs", type=float, default=Case._field_defaults["epochs"])
+    parser.add_argument("--questions", type=int, default=Case._field_defaults["questions"], help="to train on, of a seed")
     parser.add_argument("--budget-minutes", type=float, help="start no run after so many minutes")
     parser.add_argument("--results", type=Path, default=RESULTS, help="CSV file; rows that it has are not run again")
     parser.add_argument(
@@ -68,7 +71,9 @@ def _run(options: argparse.Namespace) -> int:
     seeds = _seeds(options.seeds)
     done = _done(options.results)
     cases = [
-        Case(options.stage, task, family, arm, seed)  # seeds outside: each is complete before the next
+        Case(
+            options.stage, task, family, arm, seed, options.learning_rate, options.epochs, options.questions
+        )  # seeds outside: each is complete before the next
         for seed in seeds
         for task in tasks
         for family in families
@@ -88,8 +93,8 @@ def _run(options: argparse.Namespace) -> int:
             return 75
         row = run_case(case, options.cache)
         append_row(options.results, row)
-        log.info("%d/%d %s: labels %.3f, sound %.3f, faithful %.3f, %.1f CPU-s", number, len(cases), " ".join(map(str, case)),
-                 row["accuracy"], row["sound"], row["faithful"], row["cpu_s"])  # fmt: skip
+        found = ", ".join(f"{name} {row[name]:.3f}" for name in ("accuracy", "sound", "faithful"))
+        log.info("%d/%d %s: %s, %.1f CPU-s", number, len(cases), " ".join(map(str, case[:5])), found, row["cpu_s"])
     return 0
 
 
@@ -119,7 +124,13 @@ def _done(path: Path) -> set[Case]:
     if not path.exists():
         return set()
     with open(path, newline="", encoding="utf-8") as file:
-        return {Case(r["stage"], r["task"], r["family"], r["arm"], int(r["seed"])) for r in csv.DictReader(file)}
+        return {
+            Case(
+                *(row[name] for name in ("stage", "task", "family", "arm")),
+                int(row["seed"]), float(row["learning_rate"]), float(row["epochs"]), int(row["questions"]),
+            )
+            for row in csv.DictReader(file)
+        }  # fmt: skip
 
 
 def append_row(path: Path, row: dict) -> None:

@@ -9,9 +9,7 @@ from .objective import Rules
 
 COMMON: dict[str, Any] = dict(
     task="number",
-    learning_rate=3e-3,
     per_device_train_batch_size=8,
-    num_train_epochs=6,
     warmup_ratio=0.05,
     max_source_length=96,
     max_target_length=48,
@@ -54,22 +52,12 @@ def _negatives(source: str, beta: float = 0.2, delta: float = 3.0, positives: st
     return Arm(options, Rules(positives, negatives=source, **rules))
 
 
-def _tuned(method: str) -> dict[str, Arm]:
-    """A baseline's own learning rates and lengths, to be chosen on validation."""
-    found = {}
-    for rate in (1.5e-3, 3e-3, 6e-3):
-        for epochs in (6, 12):
-            if (rate, epochs) != (COMMON["learning_rate"], COMMON["num_train_epochs"]):
-                found[f"{method}@{rate:g}x{epochs}"] = Arm(
-                    {"method": method, "learning_rate": rate, "num_train_epochs": epochs}
-                )
-    return found
-
-
 JUDGED = (
     *("none", "vote", "text", "equations", "traced", "consensus", "consensus2", "consensus4", "vote*consensus2"),
     *("equations*consensus2", "traced*consensus2", "traced*consensus4", "oracle", "faithful"),
 )
+SOFT = {"method": "qcrd", "positive_select": "softmin", "quality": "none", "negative_source": "none"}
+CHECKED = {"positive_quality": "checks", "negative_quality": "vote", "agreeing_negatives": "drop"}
 ARMS: dict[str, Arm] = {
     # methods of `train`
     **{method: Arm({"method": method}) for method in ("finetune", "dss", "sft-all", "redi")},
@@ -77,13 +65,23 @@ ARMS: dict[str, Arm] = {
     "qcrd-none": Arm({"method": "qcrd", "discriminator": "none"}),
     "qcrd-bce": Arm({"method": "qcrd", "discriminator_loss": "bce-all", "discriminator_augment": "none"}),
     "qcrd-vote": Arm({"method": "qcrd", "quality": "vote"}),
-    **_tuned("sft-all"),
-    **_tuned("dss"),
     # positives: how they share a question's weight, and who weighs them
     **{
         f"{select}/{judge}": _positives(select, judge)
         for select in ("mean", "wmean", "min", "softmin", "sampling")
         for judge in JUDGED
+    },
+    "sft-all checks": Arm({"method": "sft-all", "positive_quality": "checks"}),
+    "soft": Arm(SOFT),
+    "soft checks": Arm(SOFT | {"positive_quality": "checks"}),
+    "soft checks + minority": Arm(SOFT | CHECKED | {"negative_source": "minority"}),
+    "soft checks + lagged": Arm(SOFT | CHECKED | {"negative_source": "lagged"}),
+    "soft checks + lagged mean": Arm(SOFT | CHECKED | {"negative_source": "lagged", "negative_select": "mean", "beta": 0.05}),
+    "sft-all text": Arm({"method": "sft-all", "positive_quality": "text"}),
+    **{
+        f"softmin {t:g}/{judge}": Arm({"method": "sft-all"}, Rules("softmin", t, positive_judge=judge))
+        for t in (0.05, 0.1, 0.4)
+        for judge in ("none", "traced", "consensus2")
     },
     # negatives beside the mean of positives
     "minority": _negatives("minority"),
@@ -102,6 +100,9 @@ ARMS: dict[str, Arm] = {
     "minority first": _negatives("minority", beta=0.02, gate="first"),
     "minority first 0.1": _negatives("minority", beta=0.1, gate="first"),
     "lagged first vote": _negatives("lagged", beta=0.02, gate="first", negative_judge="vote"),
+    "checks + minority first": _negatives("minority", beta=0.02, gate="first", positives="wmean", positive_judge="checks"),
+    "checks + both vote": _negatives("both", positives="wmean", positive_judge="checks", negative_judge="vote"),
+    "softmin + minority first": _negatives("minority", beta=0.02, gate="first", positives="softmin"),
     "minority late": _negatives("minority", warmup=0.5),
     # the reasoning task
     "sft-all reason": Arm({"method": "sft-all", "reasoning_task": True}),

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 from qcrd_fast.data.schema import Question
 from qcrd_fast.quality.cases import Case
+from qcrd_fast.quality.checks import ChecksJudge
+from qcrd_fast.quality.judges import Judge
 from qcrd_fast.quality.votes import vote_score
 
 from .problems import OPERATIONS, Problem, is_faithful, is_sound, stated_steps
@@ -125,9 +127,11 @@ JUDGES: dict[str, Rule] = {
 }
 
 
-def find_judge(name: str, problems: dict[str, Problem]) -> RuleJudge | None:
+def find_judge(name: str, problems: dict[str, Problem]) -> Judge | None:
     if name == "none":
         return None
+    if name == "checks":  # one of the product's
+        return ChecksJudge()
     if name in ("oracle", "faithful"):
         return RuleJudge(oracle(problems, faithful=name == "faithful"))
     return RuleJudge(JUDGES[name])

@@ -37,18 +37,24 @@ from .problems import result as result_of
 from .students import student_folder
 
 log = logging.getLogger("qcrd_fast.bench")
-TRAIN_QUESTIONS, TEST_QUESTIONS = 500, 1000
+TEST_QUESTIONS = 1000
 STAGES = ("screen", "confirm")
 
 
 class Case(NamedTuple):
-    """What a CSV row is about. Seeds and test questions of `screen` and `confirm` have nothing in common."""
+    """What a CSV row is about. Seeds and test questions of `screen` and `confirm` have nothing in common.
+
+    learning_rate, epochs, questions: of the training, the same for all arms that are compared.
+    """
 
     stage: str
     task: str
     family: str
     arm: str
     seed: int
+    learning_rate: float = 1.5e-3
+    epochs: float = 10
+    questions: int = 400
 
 
 def draw_data(case: Case, folder: Path) -> tuple[Path, dict[str, Problem], list[Problem]]:
@@ -58,7 +64,7 @@ def draw_data(case: Case, folder: Path) -> tuple[Path, dict[str, Problem], list[
         stage: draw_problems(case.task, TEST_QUESTIONS, random.Random(f"{case.task} {stage} test"), taken) for stage in STAGES
     }
     rng = random.Random(f"{case.task} {case.stage} {case.seed}")
-    problems = draw_problems(case.task, TRAIN_QUESTIONS, rng, taken)
+    problems = draw_problems(case.task, case.questions, rng, taken)
     rows = write_rows(case.task, problems, rng)
     write_lines(folder / "train.jsonl", rows)
     return folder / "train.jsonl", {row["id"]: p for row, p in zip(rows, problems, strict=True)}, tests[case.stage]
@@ -71,7 +77,7 @@ def run_case(case: Case, cache: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data, problems, tests = draw_data(case, folder)
-        options = COMMON | arm.options
+        options = COMMON | arm.options | {"learning_rate": case.learning_rate, "num_train_epochs": case.epochs}
         config = TrainConfig.from_dict(
             options | {"data": str(data), "student": str(student), "output_dir": str(folder / "run"), "seed": case.seed}
         )

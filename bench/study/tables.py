@@ -22,30 +22,42 @@ COLUMNS = (
         "family",
         "arm",
         "seed",
+        "learning_rate",
+        "epochs",
+        "questions",
         "accuracy",
         "sound",
         "faithful",
         "nll_sound",
+    ),
+    *(
         "entropy",
         "loss_cl",
         "active_lagged",
+        "active_minority",
+        "steps",
+        "train_cpu_s",
+        "cpu_s",
+        "labels",
+        "sounds",
+        "faithfuls",
     ),
-    *("active_minority", "steps", "train_cpu_s", "cpu_s", "labels", "sounds", "faithfuls"),
     *("device", "threads", "torch", "transformers", "commit", "time"),
 )
 METRICS = {"accuracy": "labels", "sound": "sounds"}
 Rows = dict[int, dict[str, str]]  # by seed
 
 
-def read_runs(path: Path, stage: str) -> dict[tuple[str, str], dict[str, Rows]]:
-    """Rows by (task, family), arm and seed. Raises `InputError` where there is no file."""
+def read_runs(path: Path, stage: str) -> dict[tuple[str, ...], dict[str, Rows]]:
+    """Rows by (task, family, learning rate, epochs, questions), arm and seed. Raises `InputError` where there is no file."""
     if not path.exists():
         raise InputError(f"--results: there is no {path}")
-    found: dict[tuple[str, str], dict[str, Rows]] = defaultdict(lambda: defaultdict(dict))
+    found: dict[tuple[str, ...], dict[str, Rows]] = defaultdict(lambda: defaultdict(dict))
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row["stage"] == stage:
-                found[row["task"], row["family"]][row["arm"]][int(row["seed"])] = row
+                group = tuple(row[name] for name in ("task", "family", "learning_rate", "epochs", "questions"))
+                found[group][row["arm"]][int(row["seed"])] = row
     return found
 
 
@@ -79,8 +91,8 @@ def p_value(difference_SQ: np.ndarray) -> float:
 def print_tables(path: Path, stage: str, baselines: Sequence[str]) -> None:
     """A table for each task and family; in `confirm`, then every comparison with Holm's p over all of them."""
     tests: list[tuple[str, Estimate, float]] = []
-    for (task, family), runs in read_runs(path, stage).items():
-        print(f"\n## {stage}: {task}, {family}\n")
+    for (task, family, rate, epochs, questions), runs in read_runs(path, stage).items():
+        print(f"\n## {stage}: {task}, {family}; learning rate {rate}, {epochs} epochs of {questions} questions\n")
         known = [base for base in baselines if base in runs]
         heads = [f"{metric} - {base}" for base in known for metric in METRICS]
         print("| arm | seeds | labels (sd) | sound (sd) | faithful | nll | entropy | CPU-s | " + " | ".join(heads) + " |")

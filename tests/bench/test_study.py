@@ -7,7 +7,7 @@ import random
 
 import pytest
 from qcrd_fast.bench.study import __main__ as study
-from qcrd_fast.bench.study import arms, judges, objective, problems, runs, students
+from qcrd_fast.bench.study import judges, objective, problems, runs, students
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
@@ -152,10 +152,19 @@ def test_a_softmin_leans_to_the_likeliest_and_a_judge_weighs(rows_file, llama_fo
 
 def test_a_study_runs_once_each_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(students, "PHASES", (("symbol_pairs", 2, 0), ("lookup_pairs", 1, 0)))
-    monkeypatch.setattr(runs, "TRAIN_QUESTIONS", 16)
     monkeypatch.setattr(runs, "TEST_QUESTIONS", 12)
-    monkeypatch.setitem(arms.COMMON, "num_train_epochs", 1)
-    options = ["--results", str(tmp_path / "study.csv"), "--cache", str(tmp_path / "cache"), "--families", "decoder,t5"]
+    options = [
+        "--epochs",
+        "1",
+        "--questions",
+        "16",
+        "--results",
+        str(tmp_path / "study.csv"),
+        "--cache",
+        str(tmp_path / "cache"),
+        "--families",
+        "decoder,t5",
+    ]
     assert study.main([*options, "--arms", "sft-all", "--seeds", "0"]) == 0
     assert study.main([*options, "--arms", "sft-all,wmean/consensus2", "--seeds", "0", "--budget-minutes", "1e-9"]) == 75
     assert study.main([*options, "--arms", "sft-all,wmean/consensus2", "--seeds", "0,1"]) == 0
