@@ -117,7 +117,7 @@ def sample_cases(capability, rows):
 
 def small_cases(capability):
     flags = dict(HAS_BIAS=True, HAS_SCALE=True, HAS_SOFTCAP=True)
-    selects = [("min", "max"), ("wmean", "max-active"), ("sampling", "mean")]
+    selects = [("min", "max"), ("softmin", "max"), ("wmean", "max-active"), ("sampling", "mean")]
     cases = [
         (linear_logprob.combine_kernel, dict(**flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=True)),
         (linear_logprob.combine_kernel, dict(**flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=False)),
