@@ -1,15 +1,19 @@
 """How well a discriminator tells a teacher's right chains from its wrong ones, on questions that it has not seen:
 
-    python -m qcrd_fast.bench.discriminator --data svamp_aug_t5_large.json --encoder NAME --student NAME [--append]
+    python -m qcrd_fast.bench.discriminator --data svamp_aug_t5_large.json [--student NAME] [--encoder NAME] [--append]
+        [--arms bce-all/none ratio/mask,replace]
 
-Beside it stand two baselines on the same chains: their length, and the mean log-prob that the student gives them. Which sign
-of a baseline means good is read off the training questions. One CSV row a run, with the commit.
+An arm is LOSS/AUGMENT of `--discriminator-loss` and `--discriminator-augment`. Each is trained in K folds by question and
+judged by gold: out of fold, by the discriminator that has not seen the question, and in-sample, by one that has, as the printed
+method scores its own training set. One CSV row an arm, with the commit; `gain` is its AUC less the first arm's, on the same
+resamples of the questions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,135 +26,141 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.data.splits import hold_out
-from qcrd_fast.discriminator.metrics import auc, interval, judge, question_weights
-from qcrd_fast.discriminator.model import build_discriminator
-from qcrd_fast.discriminator.trainer import DiscriminatorTrainer
-from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
+from qcrd_fast.demo import build_student
+from qcrd_fast.discriminator.cross_fit import CrossFitted, CrossFitTrainer, build_judge, is_right
+from qcrd_fast.discriminator.metrics import auc_by_fold, auc_within, calibration, interval, question_weights
+from qcrd_fast.discriminator.model import Pair
+from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.utils.environment import commit
 
-from .record import append
+from .record import append, check_appendable
 
 RESULTS = Path(__file__).parent / "results" / "discriminator.csv"
-
-
-def chains(questions: list[Question]) -> list[tuple[str, str, str, bool]]:
-    """(question id, question, chain, right) of every chain."""
-    return [
-        (q.id, question_text(q), r.text, right)
-        for q in questions
-        for right, side in ((True, q.positives), (False, q.negatives))
-        for r in side
-    ]
+COLUMNS = (
+    "data", "encoder", "loss", "augment", "folds", "steps", "learning_rate", "seed", "auc", "auc_low", "auc_high", "gain",
+    "gain_low", "gain_high", "auc_within_questions", "in_sample_auc", "in_sample_low", "in_sample_high", "error_raw",
+    "error_platt", "mean_right", "mean_wrong", "train_loss", "questions", "right", "wrong", "wall_s", "threads", "torch",
+    "transformers", "commit",
+)  # fmt: skip
 
 
 @torch.no_grad()
-def student_logprob(student: Student, rows: list[tuple[str, str, str, bool]], batch_size: int = 16) -> list[float]:
-    """Mean log-prob of each chain behind `explain: question` [nats/token]."""
-    values = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        sources = [student.source_ids(EXPLAIN, question) for _, question, _, _ in batch]
-        targets = [student.target_ids(chain) for _, _, chain, _ in batch]
-        packed = student.hidden(sources, targets, list(range(len(batch))))
-        logprob_T = student.head.logits(packed.hidden).log_softmax(-1).gather(1, packed.target[:, None])[:, 0]
-        values += [float(logprob_T[packed.segment == i].mean()) for i in range(len(batch))]
-    return values
+def in_sample_logits(judge: CrossFitted, pairs: list[Pair]) -> list[float]:
+    """The logits of the next fold's discriminator, which was trained on the question, or of the single one."""
+    count = len(judge.models)
+    return judge.by_model(pairs, lambda text: (judge.fold(text) + 1) % count).double().tolist()
 
 
-def standardise(score_R: list[float], train_R: list[float], positive_train_R: list[bool]) -> np.ndarray:
-    """A baseline's scores, turned so that on the training questions the positives score higher."""
-    return np.asarray(score_R) * (1 if auc(train_R, positive_train_R) >= 0.5 else -1)
+def measure(arm: str, questions: list[Question], student: Student, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """(the row of an arm, its AUC on each resample of the questions)."""
+    loss, _, augment = arm.partition("/")
+    config = TrainConfig(
+        discriminator=args.encoder,
+        discriminator_loss=loss,
+        discriminator_augment=augment or "none",
+        discriminator_folds=args.folds,
+        discriminator_learning_rate=args.learning_rate,
+        discriminator_batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    started = time.perf_counter()
+    judge = build_judge(config.to_dict(), student.model, student.tokenizer)
+    assert judge is not None
+    trainer = CrossFitTrainer(judge, config)
+    trainer.set_alpha(1.0)
+
+    def watch(step: int) -> None:
+        if (step + 1) % 100 == 0:
+            print(f"{arm}: step {step + 1} of {args.steps * config.folds}, {time.perf_counter() - started:.0f} s", flush=True)
+
+    train_loss = trainer.pretrain(questions, args.steps, watch)
+    wall_s = time.perf_counter() - started
+    trainer.check(questions, [])
+    rows = [(q, r, up) for q in questions for up, side in ((True, q.positives), (False, q.negatives)) for r in side]
+    pairs = [(question_text(q), r.text) for q, r, _ in rows]
+    right, ids = np.array([is_right(q, r, up) for q, r, up in rows]), [q.id for q, *_ in rows]
+    weight_BR = question_weights(ids)
+    own, seen = judge.logits(pairs).double().tolist(), in_sample_logits(judge, pairs)
+    scores = np.array(judge.score(pairs).tolist())
+    folds, one = [judge.fold(text) for text, _ in pairs], np.ones((1, len(rows)))
+    beside = [(fold + 1) % len(judge.models) for fold in folds]
+    auc_B = auc_by_fold(own, right, folds, weight_BR)
+    row: dict[str, Any] = {
+        "data": " ".join(Path(d).stem for d in args.data),
+        "encoder": Path(args.encoder.rstrip("/")).name,
+        "loss": loss,
+        "augment": config.discriminator_augment,
+        "folds": config.folds,
+        "steps": args.steps,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "auc": float(auc_by_fold(own, right, folds, one)[0]),
+        "auc_within_questions": auc_within(own, right, ids),
+        "in_sample_auc": float(auc_by_fold(seen, right, beside, one)[0]),
+        "error_raw": calibration(1 / (1 + np.exp(-np.array(own))), right)["expected_calibration_error"],
+        "error_platt": calibration(scores, right)["expected_calibration_error"],
+        "mean_right": float(scores[right].mean()),
+        "mean_wrong": float(scores[~right].mean()),
+        "train_loss": train_loss,
+        "questions": len(questions),
+        "right": int(right.sum()),
+        "wrong": int((~right).sum()),
+        "wall_s": round(wall_s),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+    }
+    row["auc_low"], row["auc_high"] = interval(auc_B) or (None, None)
+    row["in_sample_low"], row["in_sample_high"] = interval(auc_by_fold(seen, right, beside, weight_BR)) or (None, None)
+    return row, auc_B
+
+
+def load_student(name: str | None, questions: list[Question], seed: int) -> Student:
+    """The student of that name, or an untrained T5 of 2 layers, 128 wide, over the words of the questions and rationales."""
+    if name:
+        return Student.load(name, PromptSettings(), "cpu")
+    texts = [question_text(q) for q in questions] + [r.text for q in questions for r in (*q.positives, *q.negatives)]
+    with tempfile.TemporaryDirectory() as folder:
+        build_student(Path(folder), texts, seed)
+        return Student.load(folder, PromptSettings(), "cpu")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument(
+        "--student", help="whose vocabulary or encoder auto takes; default: a T5 as the demo's, of the data's words"
+    )
     parser.add_argument("--encoder", default="auto", help="auto, or folder or hub id")
-    parser.add_argument("--student", required=True, help="whose vocabulary (auto) and log-probs are used")
-    parser.add_argument("--loss", default="ratio")
-    parser.add_argument("--augment", default="mask,replace")
+    parser.add_argument("--arms", nargs="+", default=["bce-all/none", "ratio/mask,replace"], metavar="LOSS/AUGMENT")
+    parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument("--questions", type=int, help="of the data, at most, drawn by a seeded hash of their ids")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--held-out", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--baselines", help="JSON file that keeps the student's log-probs between runs")
-    parser.add_argument("--append", action="store_true", help=f"add the row to {RESULTS.name}")
+    parser.add_argument("--append", action="store_true", help=f"add the rows to {RESULTS.name}")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("medium")  # products in bf16 where the CPU has them
-    loaded = load_questions(args.data, split_by="gold")
-    train, held_out = hold_out(loaded.questions, args.held_out, 0)
-    config = TrainConfig(
-        discriminator=args.encoder,
-        discriminator_loss=args.loss,
-        discriminator_augment=args.augment,
-        discriminator_learning_rate=args.learning_rate,
-        discriminator_batch_size=args.batch_size,
-        seed=args.seed,
-    )
-    student = Student.load(args.student, PromptSettings(), "cpu")
-    student.model.eval()
-    started = time.perf_counter()
-    discriminator = build_discriminator(args.encoder, student.model, student.tokenizer, seed=args.seed)
-    assert discriminator is not None
-    trainer = DiscriminatorTrainer(discriminator, config)
-    trainer.set_alpha(1.0)
-    rows = chains(held_out)
-    ids, positive = [i for i, *_ in rows], [right for *_, right in rows]
-
-    def scores() -> list[float]:
-        return discriminator.score([(question, chain) for _, question, chain, _ in rows]).tolist()
-
-    def watch(step: int) -> None:
-        if (step + 1) % 100 == 0:
-            print(f"step {step + 1}: AUC {auc(scores(), positive):.4f}, {time.perf_counter() - started:.0f} s", flush=True)
-
-    loss = trainer.pretrain(train, args.steps, watch)
-    own = scores()
-    wall_s = time.perf_counter() - started
-    result: dict[str, Any] = judge(own, positive, ids)
-    weight_BR = question_weights(ids)
-    baselines: dict[str, Any] = {}
-    past = chains(train)[:300]  # enough to see which way a baseline points
-    right = [r for *_, r in past]
-    baselines["length"] = standardise([len(c) for _, _, c, _ in rows], [len(c) for _, _, c, _ in past], right)
-    cache = Path(args.baselines) if args.baselines else None
-    if cache and cache.exists():
-        kept = json.loads(cache.read_text())
-    else:
-        kept = {"held_out": student_logprob(student, rows), "train": student_logprob(student, past)}
-        if cache:
-            cache.write_text(json.dumps(kept))
-    baselines["student_logprob"] = standardise(kept["held_out"], kept["train"], right)
-    row: dict[str, Any] = {
-        "data": " ".join(Path(d).stem for d in args.data),
-        "encoder": Path(args.encoder.rstrip("/")).name,
-        "loss": args.loss,
-        "augment": args.augment,
-        "steps": args.steps,
-        "learning_rate": args.learning_rate,
-        "seed": args.seed,
-        "auc": round(result["auc"], 4),
-        "auc_low": round(result["auc_95"][0], 4),
-        "auc_high": round(result["auc_95"][1], 4),
-        "auc_within_questions": round(result["auc_within_questions"], 4),
-        "calibration_error": round(result["expected_calibration_error"], 4),
-        "train_loss": None if loss is None else round(loss, 4),
-    }
-    for name, values in baselines.items():
-        low, high = interval(auc(values, positive, weight_BR)) or (None, None)
-        gain_low, gain_high = interval(auc(own, positive, weight_BR) - auc(values, positive, weight_BR)) or (None, None)
-        row |= {f"{name}_auc": auc(values, positive), f"{name}_low": low, f"{name}_high": high}
-        row |= {f"{name}_gain_low": gain_low, f"{name}_gain_high": gain_high}
-    row = {k: round(v, 4) if isinstance(v, float) and k != "learning_rate" else v for k, v in row.items()}
-    row |= {"questions": len(held_out), "right": sum(positive), "wrong": len(positive) - sum(positive), "wall_s": round(wall_s)}
-    row |= {"torch": torch.__version__, "transformers": transformers.__version__, "commit": commit()}
-    print(json.dumps(row), flush=True)
     if args.append:
-        append(RESULTS, list(row), [row])
+        check_appendable(RESULTS, COLUMNS)
+    torch.set_num_threads(args.threads)
+    questions = load_questions(args.data).questions
+    if args.questions and args.questions < len(questions):
+        questions = hold_out(questions, args.questions / len(questions), args.seed)[1]
+    student = load_student(args.student, questions, args.seed)
+    base: tuple[float, Any] | None = None  # the first arm's
+    for arm in args.arms:
+        row, auc_B = measure(arm, questions, student, args)
+        base = base or (row["auc"], auc_B)
+        if auc_B is not base[1]:
+            row["gain"] = row["auc"] - base[0]
+            row["gain_low"], row["gain_high"] = interval(auc_B - base[1]) or (None, None)
+        print(json.dumps(row), flush=True)
+        if args.append:
+            append(RESULTS, COLUMNS, [row])
 
 
 if __name__ == "__main__":

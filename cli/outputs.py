@@ -30,7 +30,7 @@ from .options import (
     train_options,
 )
 
-TRAINED_ALONE = ("loss", "augment", "learning_rate", "batch_size", "pretrain_steps")
+TRAINED_ALONE = ("loss", "augment", "folds", "calibration", "learning_rate", "batch_size", "pretrain_steps")
 
 
 @click.command(cls=Verb)

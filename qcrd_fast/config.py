@@ -32,7 +32,28 @@ DISCRIMINATOR_LOSSES = ("ratio", "infonce", "bce", "bce-all")
 QUALITIES = ("vote", "text", "checks", "discriminator", "none")
 BEFORE_QUALITIES = {"positive_quality": None, "negative_quality": None, "agreeing_negatives": "weigh"}  # of runs before them
 DEFAULT_QUALITY = "discriminator"  # of --quality, where neither it nor --discriminator none is given
+# Defaults that were others before, or are with `--paper`: see `TrainConfig.resolved`.
+DEFAULTS: dict[str, Any] = {
+    "discriminator_loss": "bce-all",
+    "discriminator_augment": "none",
+    "discriminator_folds": 3,
+    "discriminator_calibration": "platt",
+    "discriminator_min_auc": 0.6,
+    "discriminator_agreeing": "drop",
+}
+# What runs did before they had these options.
+LEGACY: dict[str, Any] = {
+    "discriminator_folds": 0,
+    "discriminator_calibration": "none",
+    "discriminator_min_auc": 0.0,
+    "discriminator_agreeing": "negative",
+}
+PAPER: dict[str, Any] = LEGACY | {"discriminator_loss": "ratio", "discriminator_augment": "mask,replace"}  # section 3.3
+PAPER_SELECTS = {"positive_select": "min", "negative_select": "max"}  # Eq. 6 and 7
+SPELLED_OUT = (*DEFAULTS, *PAPER_SELECTS, "paper", "quality")  # what `TrainConfig.resolved` may change
 AUGMENTATIONS = ("mask", "replace", "answer-swap", "sentence-drop")
+CALIBRATIONS = ("platt", "none")
+AGREEING_UPDATES = ("drop", "negative")
 IMPLS = ("auto", "triton", "torch", "eager")
 
 
@@ -117,6 +138,12 @@ class TrainConfig:
         choices=("two-pass", "joint"),
         group="Method",
     )
+    paper: bool = option(
+        False,
+        "defaults as the paper prints them: Eq. 2 with masked and replaced words, in-sample scores as they come out, min and "
+        "max selections; options that are given win",
+        group="Method",
+    )
     shared_prompts: bool = option(
         True, "a question's rationales ride on one copy of its prompt; else each has its own", group="Method"
     )
@@ -196,15 +223,48 @@ class TrainConfig:
         "else folder or hub id of an encoder",
         group="Discriminator",
     )
-    discriminator_loss: str = option(
-        "ratio",
-        "ratio: Eq. 2; infonce; bce; bce-all: bce, questions with one class alone too",
+    discriminator_loss: str | None = option(
+        None,
+        "bce-all: binary cross entropy; bce: without the questions that have one class alone; ratio: Eq. 2; infonce; "
+        f"default: {DEFAULTS['discriminator_loss']}",
         choices=DISCRIMINATOR_LOSSES,
         group="Discriminator",
     )
-    discriminator_augment: str = option(
-        "mask,replace",
-        "ways to make wrong rationales from right ones in pretraining, or none: " + ", ".join(AUGMENTATIONS),
+    discriminator_augment: str | None = option(
+        None,
+        f"ways to make wrong rationales from right ones in pretraining, or none: {', '.join(AUGMENTATIONS)}; "
+        f"default: {DEFAULTS['discriminator_augment']}",
+        group="Discriminator",
+    )
+    discriminator_folds: int | None = option(
+        None,
+        "K: each question is scored by the one of K discriminators that was trained without its fold of the questions; "
+        "0 or 1: one discriminator, which scores what it was trained on (in-sample); "
+        f"default: {DEFAULTS['discriminator_folds']}",
+        low=0,
+        high=20,
+        group="Discriminator",
+    )
+    discriminator_calibration: str | None = option(
+        None,
+        "platt: scores are probabilities, by Platt scaling on held-out questions; none: the sigmoid as it comes out; "
+        f"default: {DEFAULTS['discriminator_calibration']}",
+        choices=CALIBRATIONS,
+        group="Discriminator",
+    )
+    discriminator_min_auc: float | None = option(
+        None,
+        "where the lower bound of the held-out AUC (95% interval) is less, the vote weighs instead; 0: never; "
+        f"default: {DEFAULTS['discriminator_min_auc']}",
+        low=0,
+        high=1,
+        group="Discriminator",
+    )
+    discriminator_agreeing: str | None = option(
+        None,
+        "samples of the student in the updates whose answer is the majority's; drop: left out, as are those cut before their "
+        f"end; negative: negatives like the others; default: {DEFAULTS['discriminator_agreeing']}",
+        choices=AGREEING_UPDATES,
         group="Discriminator",
     )
     discriminator_learning_rate: float = option(
@@ -298,12 +358,29 @@ class TrainConfig:
         return cls(**resolved)
 
     def resolved(self, before: Mapping[str, Any] | None = None) -> TrainConfig:
-        """The config with its quality spelled out: the one given, else that of a run which began with the options `before`,
-        else the default."""
-        if self.quality is not None or self.method != "qcrd":
-            return self
+        """The config with the options of `DEFAULTS` and the quality spelled out.
+
+        What is not given is as `--paper` says, else as in a run which began with the options `before`, else the default.
+        """
+        found: dict[str, Any] = dict(DEFAULTS)
+        if before is not None:
+            found |= {name: before.get(name, LEGACY.get(name, value)) for name, value in found.items()}
         quality = DEFAULT_QUALITY if before is None else before.get("quality", "discriminator")
-        return dataclasses.replace(self, quality="none" if self.discriminator == "none" else quality)
+        if before is not None and before.get("paper") is True and not self.paper:
+            found |= {"paper": True} | {name: before.get(name) for name in PAPER_SELECTS}
+        if self.paper:
+            quality = "discriminator"
+            found |= PAPER | (PAPER_SELECTS if self.scheme == "minmax" else {})
+        if self.method == "qcrd":
+            found["quality"] = "none" if self.discriminator == "none" else quality
+        return dataclasses.replace(
+            self, **{name: value for name, value in found.items() if getattr(self, name) is None or name == "paper"}
+        )
+
+    def effective(self, name: str) -> Any:
+        """The value of an option of `DEFAULTS`, given or not."""
+        value = getattr(self, name)
+        return value if value is not None else (PAPER if self.paper else DEFAULTS)[name]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -313,18 +390,25 @@ class TrainConfig:
         if self.method == "qcrd":
             return []
         alone = {"scheme", "positive_select", "negative_select", "beta", "delta", "forward", "agreeing_negatives"}
+        defaults = PAPER | PAPER_SELECTS if self.paper else DEFAULTS
         alone |= {"quality", "negative_quality"} | ({"positive_quality"} if self.method != "sft-all" else set())
         return [
             "--" + field.name.replace("_", "-")
             for field in dataclasses.fields(self)
             if (field.metadata["group"] in ("Negatives", "Discriminator") or field.name in alone)
-            and getattr(self, field.name) != field.default
+            and getattr(self, field.name) not in (field.default, defaults.get(field.name))
         ]
+
+    @property
+    def folds(self) -> int:
+        """How many discriminators are trained; 1 scores in-sample."""
+        return max(self.effective("discriminator_folds"), 1)
 
     @property
     def augmentations(self) -> tuple[str, ...]:
         """The ways of `--discriminator-augment`."""
-        return () if self.discriminator_augment == "none" else tuple(k.strip() for k in self.discriminator_augment.split(","))
+        ways = self.effective("discriminator_augment")
+        return () if ways == "none" else tuple(kind.strip() for kind in ways.split(","))
 
     @property
     def qualities(self) -> tuple[str, str]:

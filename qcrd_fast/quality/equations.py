@@ -29,6 +29,8 @@ _WORDS = {  # that stand for a sign; longest first
     ("equals",): "=", ("equal",): "=", ("plus",): "+", ("minus",): "-", ("times",): "*",
 }  # fmt: skip
 _CROSS = re.compile(r"(?<=[\d)\]%])(\s*)[xX\u2715\u2716](?=\s*[\d(\[]|\s+[^\W\d_])")
+_EMPHASIS = re.compile(r"(?<![^\s(\[])(?<!\d )(?<![)%] )[*_]{1,3}(?=[^\s*_])")  # **5 + 3 = 8**, but 5 *3
+_EMPHASIS_END = re.compile(r"(?<=[^\s*_(+/-])[*_]{1,3}(?![^\s.,;:!?)\]])(?!\s*[\d(])")
 _ASIDE = re.compile(r"\s*\([^()\d=]{1,60}\)")  # 6 (in the morning) + 3
 _PERCENT = re.compile(r"(?<=\d)\s+per\s?cent(?![\w])", re.IGNORECASE)
 _ABOUT = {"about", "approximately", "approx", "roughly", "around", "nearly", "remainder", "r", "rounded", "rounding"}
@@ -100,7 +102,8 @@ def numbers_in(text: str) -> list[Fraction]:
 
 
 def _tokens(text: str) -> Iterator[Token]:
-    text = _ASIDE.sub(" ", _PERCENT.sub("%", plain(visible(text[:MAX_TEXT]))))
+    text = _EMPHASIS_END.sub("", _EMPHASIS.sub("", text[:MAX_TEXT]))
+    text = _ASIDE.sub(" ", _PERCENT.sub("%", plain(visible(text))))
     text = _CROSS.sub(r"\1*", text)
     found = []
     for match in _TOKEN.finditer(text):
@@ -179,7 +182,7 @@ def _before(tokens: Sequence[Token], at: int) -> _Side | None:
         return None  # x + 2 - 7: an operand cannot be computed
     while taken and taken[-1].kind in ("operator", "close", "word") and taken[-1].text != "-":
         taken.pop()
-    return _side(taken[::-1])
+    return _side(taken[::-1], listed=True)
 
 
 def _skip_unit(tokens: Sequence[Token], at: int, taken: list[Token]) -> int:
@@ -241,7 +244,8 @@ def _mixed(tokens: Sequence[Token], at: int) -> bool:
     return kinds[:4] == ["number", "number", "operator", "number"] and tokens[at + 2].text == "/" and tokens[at].text.isdigit()
 
 
-def _side(tokens: Sequence[Token]) -> _Side | None:
+def _side(tokens: Sequence[Token], listed: bool = False) -> _Side | None:
+    """An expression read; where it is `listed`, a sign before it may be the mark of a list."""
     numbers = [t for t in tokens if t.kind == "number"]
     if not numbers:
         return None
@@ -259,7 +263,7 @@ def _side(tokens: Sequence[Token]) -> _Side | None:
             elif token.kind == "operator":
                 parts.append(token.text)
         text = "".join(parts)
-        for each in (text, text.removeprefix("-")):  # the sign may be a bullet
+        for each in (text, text.removeprefix("-") if listed else text):
             value = evaluate_expression(each)
             if value is not None:
                 values.add(value)
@@ -271,7 +275,7 @@ def _side(tokens: Sequence[Token]) -> _Side | None:
         read,
         frozenset(values),
         read[0],
-        max(values) if len(values) == 1 and len(read) > 1 else read[-1],
+        next(iter(values)) if len(values) == 1 else read[-1],
         any(t.kind == "operator" for t in tokens[1:]) or any(t.percent for t in tokens),
         len(numbers[-1].text.rstrip("% ").partition(".")[2]),
         any(t.kind == "word" and len(t.text) == 1 for t in tokens),

@@ -106,7 +106,7 @@ def render(views: Sequence[RunView], rows: Sequence[Outcome] = ()) -> str:
             continue  # the table says that there is nothing yet
         of_run = f": {_text(view.title)}" if len(views) > 1 else ""
         body += [
-            _section(f"Quality scores{of_run}", _densities(view, i)),
+            _section(f"Quality scores{of_run}", _discriminator(view) + _densities(view, i)),
             _section(f"Rationales side by side{of_run}", _samples(view)),
             _section(f"Answers{of_run}", _answers(view)),
         ]
@@ -213,6 +213,18 @@ def _costs(outcomes: Sequence[Outcome]) -> list[str]:
         note += " Minutes are those of the whole run on the wall, all attempts together."
     axes = " and ".join(dict.fromkeys(chart.axis for chart in charts))
     return [_section(f"Accuracy against {axes}", f'<div class="grid">{"".join(cards)}</div><p>{note}</p>')]
+
+
+def _discriminator(view: RunView) -> str:
+    """How the run's discriminator does on questions that it has not seen, and whether it was refused for that."""
+    value, low = (view.series(name)[1] for name in ("discriminator_auc", "discriminator_auc_low"))
+    least = number(view.option("discriminator_min_auc")) or 0.0
+    refused = view.results.get("discriminator_refused") is True or bool(low and low[-1] < least)
+    if not low and not refused:
+        return ""
+    text = f"held-out AUC {value[-1]:.3f}, lower bound {low[-1]:.3f}" if value and low else "held-out AUC unknown"
+    judged = f"refused (the lower bound must reach {least:g}); the vote weighs the rationales instead" if refused else "in use"
+    return f"<p>The discriminator, on questions that it was not trained on: {text}; {judged}.</p>"
 
 
 def _densities(view: RunView, index: int) -> str:

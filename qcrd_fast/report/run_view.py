@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qcrd_fast.config import DEFAULT_QUALITY, TrainConfig
+from qcrd_fast.config import DEFAULT_QUALITY, DEFAULTS, TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import CONFIG, LOCK, METRICS, NEGATIVES, PREDICTIONS, RESULTS
 from qcrd_fast.sweep.job import ATTEMPTS, WHERE
@@ -59,9 +59,8 @@ class RunView:
         for field in dataclasses.fields(TrainConfig):
             value = self.config.get(field.name, field.default)
             of_method = field.metadata["group"] in ("Method", "Negatives", "Quality", "Discriminator") or field.name in SWITCHES
-            if field.name == "quality" and value == DEFAULT_QUALITY:
-                continue  # the default, spelled out
-            if of_method and value != field.default and field.name not in ("method", "scheme", "impl"):
+            default = DEFAULT_QUALITY if field.name == "quality" else DEFAULTS.get(field.name)  # spelled out
+            if of_method and value not in (field.default, default) and field.name not in ("method", "scheme", "impl"):
                 text = os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
                 found.append(f"--{field.name.replace('_', '-')} {text}")
         return found

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from qcrd_fast.config import BEFORE_QUALITIES, TrainConfig
+from qcrd_fast.config import BEFORE_QUALITIES, LEGACY, TrainConfig
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.files import FULL, remove_tree, shown, write_text
 from qcrd_fast.utils.torchrun import rank
@@ -136,6 +136,8 @@ def check_same_config(
     config = config.resolved(before)
     if config.method == "qcrd" and "quality" not in before:
         before = {"quality": "none" if before.get("discriminator") == "none" else "discriminator", **BEFORE_QUALITIES, **before}
+    if config.method == "qcrd":
+        before = LEGACY | before
     for name, value in config.to_dict().items():
         if name not in free and name in before and before[name] != value:
             flag = "--" + name.replace("_", "-")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.discriminator.trainer import DiscriminatorTrainer
+from qcrd_fast.discriminator.cross_fit import CrossFitTrainer
 from qcrd_fast.distributed.parallel import Engine, like
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.loading import save_tokenizer
@@ -95,7 +95,7 @@ class Keeper:
         schedule: Schedule,
         student: Student,
         optimizer: torch.optim.Optimizer,
-        trainer: DiscriminatorTrainer | None,
+        trainer: CrossFitTrainer | None,
         engine: Engine,
         snapshots: Snapshots | None,
     ):
@@ -169,7 +169,7 @@ def save_checkpoint(
     step: int,
     student: Student,
     optimizer: torch.optim.Optimizer,
-    trainer: DiscriminatorTrainer | None,
+    trainer: CrossFitTrainer | None,
     state: dict[str, Any],
     engine: Engine | None = None,
 ) -> Path:
@@ -231,7 +231,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    checkpoint: Path, student: Student, optimizer: torch.optim.Optimizer, trainer: DiscriminatorTrainer | None
+    checkpoint: Path, student: Student, optimizer: torch.optim.Optimizer, trainer: CrossFitTrainer | None
 ) -> dict[str, Any]:
     """Put a whole checkpoint's optimizer and discriminator state back; returns its `state.json`.
 
@@ -279,16 +279,16 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
     }
 
 
-def checkpoint_bytes(student: Student, trainer: DiscriminatorTrainer | None) -> int:
+def checkpoint_bytes(student: Student, trainer: CrossFitTrainer | None) -> int:
     """About what a checkpoint takes on disk: weights, AdamW's two moments of those that are trained, tokenizer."""
     parameters = list(student.model.parameters())
     needed = _bytes(parameters) + 2 * _bytes(p for p in parameters if p.requires_grad)
     if trainer is not None:
-        needed += 3 * _bytes(trainer.discriminator.parameters())
+        needed += _bytes(trainer.discriminator.parameters()) + trainer.optimizer_bytes
     return needed + TOKENIZER_BYTES * len(student.tokenizer) + 2**16
 
 
-def require_room(run: Path, student: Student, trainer: DiscriminatorTrainer | None, snapshots: int, kept: int) -> None:
+def require_room(run: Path, student: Student, trainer: CrossFitTrainer | None, snapshots: int, kept: int) -> None:
     """Raises `RunError` where the disk has no room for a checkpoint and, unless `snapshots` is 0, a snapshot; warns where it
     has none for `kept` checkpoints, the one being written and that many snapshots."""
     one, weights = checkpoint_bytes(student, trainer), 2 * sum(p.numel() for p in student.model.parameters())

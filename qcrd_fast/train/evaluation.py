@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,12 @@ class Evaluation:
         assert value is not None
         return value
 
-    def finish(self, student: Student, log: MetricsLog, best: Best, step: int) -> dict[str, Any]:
+    def finish(
+        self, student: Student, log: MetricsLog, best: Best, step: int, more: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Point `final` at the best checkpoint of a run that ended behind `step`, and evaluate it and the untrained student, on
-        the test set, else on the validation set. `student`: whose device and prompts are taken."""
+        the test set, else on the validation set. `student`: whose device and prompts are taken. `more` is added to the
+        results."""
         chosen = self.ranks.on_first(lambda: self._choose_final(log, best, step))
         if chosen["finished"] is not None:
             return dict(chosen["finished"])
@@ -80,6 +83,7 @@ class Evaluation:
             "steps": step,
             "train_questions": len(self.data.train),
             "dropped_from_train": self.data.dropped,
+            **(more or {}),
         }
 
         def write() -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, question_text
-from qcrd_fast.discriminator.model import Discriminator
+from qcrd_fast.discriminator.cross_fit import CrossFitted
 from qcrd_fast.quality.cases import Case
 from qcrd_fast.quality.judges import Judge, make_judge
 from qcrd_fast.train.examples import Candidate
@@ -37,7 +37,7 @@ class DiscriminatorJudge:
 
     name = "the discriminator"
 
-    def __init__(self, discriminator: Discriminator):
+    def __init__(self, discriminator: CrossFitted):
         self.discriminator = discriminator
 
     def scores(self, cases: Sequence[Case]) -> list[float]:
@@ -45,12 +45,15 @@ class DiscriminatorJudge:
         return found
 
 
-def make_judges(config: TrainConfig, questions: Sequence[Question], discriminator: Discriminator | None) -> Judges:
-    """The judges of `--quality`, `--positive-quality` and `--negative-quality`; one of a name serves both."""
+def make_judges(config: TrainConfig, questions: Sequence[Question], discriminator: CrossFitted | None) -> Judges:
+    """The judges of `--quality`, `--positive-quality` and `--negative-quality`; one of a name serves both.
+
+    Where the discriminator was refused, and is None, the vote is in its place.
+    """
     made: dict[str, Any] = {"none": None}
-    for name in config.qualities:
-        if name == "discriminator":
-            assert discriminator is not None
+    names = ["vote" if name == "discriminator" and discriminator is None else name for name in config.qualities]
+    for name in names:
+        if name == "discriminator" and discriminator is not None:
             made.setdefault(name, DiscriminatorJudge(discriminator))
         elif name not in made:
             made[name] = make_judge(name, questions)
@@ -60,7 +63,7 @@ def make_judges(config: TrainConfig, questions: Sequence[Question], discriminato
                     "(`qcrd-fast prepare` keeps the votes in its rows)",
                     name, without, len(questions),
                 )  # fmt: skip
-    return Judges(*(made[name] for name in config.qualities))
+    return Judges(*(made[name] for name in names))
 
 
 def weight_kind(candidate: Candidate) -> str:

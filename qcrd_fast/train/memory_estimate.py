@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, question_text
-from qcrd_fast.discriminator.model import Discriminator, build_discriminator
+from qcrd_fast.discriminator.cross_fit import CrossFitted, build_judge
+from qcrd_fast.discriminator.model import Discriminator
 from qcrd_fast.distributed.parallel import blocks_of
 from qcrd_fast.generation.decoder import Decoder
 from qcrd_fast.generation.engine import CACHE_BYTES
@@ -91,7 +92,7 @@ class Worst:
 def survey(student: Student, examples: Sequence[Example], validation: Sequence[Question], schedule: Schedule) -> dict[str, Any]:
     """{longest_row, memory} of a run that is not begun; the student is made what training would make of it."""
     config, model = schedule.config, student.model
-    judge = build_discriminator(config.discriminator, model, student.tokenizer) if has_discriminator(config) else None
+    judge = build_judge(config.to_dict(), model, student.tokenizer) if has_discriminator(config) else None
     if config.use_peft:
         add_lora(model, config)
     if config.gradient_checkpointing:
@@ -112,13 +113,13 @@ def predict_memory(
     examples: Sequence[Example],
     schedule: Schedule,
     autocast: Callable[[], torch.autocast],
-    discriminator: Discriminator | None,
+    discriminator: CrossFitted | None,
     eval_sources: Sequence[int],
 ) -> dict[str, Any]:
     """Bytes on the device, for the largest micro-batch that the schedule holds: {parameters, gradients, optimizer,
-    discriminator (its weights, gradients and moments), sampler (the copy of the student that negatives are drawn from, and its
-    caches), activations (held when the backward pass begins), workspace (of the loss), peak, peak_in, host_snapshots (pinned
-    on the host), micro_batch_questions, micro_batch_tokens}.
+    discriminator (weights and moments of each fold, gradients of one), sampler (the copy of the student that negatives are
+    drawn from, and its caches), activations (held when the backward pass begins), workspace (of the loss), peak, peak_in,
+    host_snapshots (pinned on the host), micro_batch_questions, micro_batch_tokens}.
 
     `eval_sources`: lengths of the prompts that are validated on. The student may be one with LoRA. What cannot be counted is
     None, and the log says why.
@@ -134,7 +135,7 @@ def predict_memory(
         "parameters": whole // ranks,
         "gradients": (grads + buckets) // ranks,
         "optimizer": 2 * grads // ranks,
-        "discriminator": 4 * _bytes(discriminator.parameters()) if discriminator else 0,
+        "discriminator": _judge_bytes(discriminator) if discriminator else 0,
     }
     on_gpu, lagged = device.type == "cuda", samples_student(config)
     snapshots = sum(2 * p.numel() for p in parameters) * (config.negative_lag + 3) if on_gpu and lagged else 0
@@ -158,7 +159,7 @@ def predict_memory(
         if method_of(config).contrastive and config.forward == "two-pass":
             phases["scoring pass"] = base + kept + fake.scoring(worst)
         if discriminator:
-            phases["discriminator's training"] = base + fake.judging(discriminator, examples)
+            phases["discriminator's training"] = base + fake.judging(discriminator._model(0), examples)
         peak_in = max(phases, key=lambda name: phases[name])
         counted = {"sampler": sampler, "activations": held, "workspace": workspace, "peak": phases[peak_in], "peak_in": peak_in}
     except Exception as error:  # architectures do things that fake tensors cannot
@@ -371,6 +372,12 @@ class _Fake:
         with self.ledger(fake) as ledger:
             fake.rate([pair for e in largest for pair in pairs(e)]).sum().backward()
         return ledger.peak
+
+
+def _judge_bytes(judge: CrossFitted) -> int:
+    """Weights and both moments of each fold's discriminator, and the gradients of the one that is trained."""
+    own = _bytes(judge.parameters())
+    return 3 * own + own // len(judge.models)
 
 
 def _drop(parameter: Tensor) -> None:

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from qcrd_fast.config import TrainConfig
-from qcrd_fast.discriminator.model import build_discriminator
-from qcrd_fast.discriminator.trainer import DiscriminatorTrainer, judge_questions
+from qcrd_fast.config import SPELLED_OUT, TrainConfig
+from qcrd_fast.discriminator.cross_fit import Check, CrossFitTrainer, build_judge
 from qcrd_fast.distributed.comm import ALONE, Ranks, joined, own_device
 from qcrd_fast.distributed.parallel import Engine, full, make_engine
 from qcrd_fast.errors import InputError, RunError, Stopped
@@ -31,7 +30,7 @@ from qcrd_fast.train import checkpointer
 from qcrd_fast.train.audit import Audit, Audits
 from qcrd_fast.train.checkpointer import Keeper, resume_point
 from qcrd_fast.train.evaluation import Best, Evaluation
-from qcrd_fast.train.examples import Example, make_examples
+from qcrd_fast.train.examples import Candidate, Example, make_examples
 from qcrd_fast.train.judging import WEIGHT_KINDS, Judges, make_judges
 from qcrd_fast.train.memory_estimate import checkpoint_activations, survey
 from qcrd_fast.train.methods import has_discriminator, method_of, samples_student
@@ -81,7 +80,7 @@ def train(
     config = dataclasses.replace(config, impl=os.environ.get("QCRD_FAST_IMPL") or config.impl)
     device = resolve_device(own_device(config.device))
     if run is None:
-        return _train(config, None, device, ALONE)
+        return _train(config.resolved(), None, device, ALONE)
     logs = logging_to(run.path / LOG)
     with (
         joined(device, config.ddp_timeout) as ranks,
@@ -90,8 +89,9 @@ def train(
         threads_kept(),
         relieved_by(for_weights(config)),
     ):
-        quality = ranks.on_first(lambda: run.config.quality)  # of a run that is resumed, the one that it began with
-        return _train(dataclasses.replace(config, quality=quality), run, device, ranks, judges, make_objective)
+        # of a run that is resumed, those that it began with
+        spelled = ranks.on_first(lambda: {name: getattr(run.config, name) for name in SPELLED_OUT})
+        return _train(dataclasses.replace(config, **spelled), run, device, ranks, judges, make_objective)
 
 
 def _train(
@@ -181,10 +181,11 @@ class Session:
         self.autocast = make_autocast(student.device, config.bf16)
         self.evaluation = Evaluation(config, run, data, self.autocast, ranks)
         self.log = MetricsLog(run, config.report_to, ranks)
-        self.trainer: DiscriminatorTrainer | None = None
+        self.trainer: CrossFitTrainer | None = None
+        self.check: Check | None = None  # of the discriminator, the last one
         if has_discriminator(config) and judges is None:
-            judge = build_discriminator(config.discriminator, student.model, student.tokenizer, seed=config.seed)
-            self.trainer = DiscriminatorTrainer(judge, config) if judge else None
+            judge = build_judge(config.to_dict(), student.model, student.tokenizer)
+            self.trainer = CrossFitTrainer(judge, config) if judge else None
         if config.use_peft:  # after the discriminator has copied what it needs
             add_lora(student.model, config)
             if found:
@@ -304,7 +305,7 @@ class Session:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        watched = ("lagged", "lagged_active", "quality_negative", "num_negative")
+        watched: tuple[str, ...] = ("lagged", "lagged_active", "quality_negative", "num_negative")
         watched += tuple(f"{what}_lagged_{kind}" for what in ("weight", "weighed") for kind in ("agrees", "differs"))
         self.negatives_seen.update({name: counts[name] for name in watched})
         elapsed = time.perf_counter() - started
@@ -329,6 +330,8 @@ class Session:
             "sample_wait_ms": 1e3 * (sampled - started),
             "sampled_tokens_per_s": self.lagged.tokens_per_s if self.lagged else None,
             "sample_hidden_share": self.lagged.hidden_share if self.lagged else None,
+            "discriminator_auc": self.check.auc if self.check else None,
+            "discriminator_auc_low": self.check.auc_low if self.check else None,
             **audited,
         }
         if self.student.device.type == "cuda":
@@ -350,9 +353,11 @@ class Session:
         if self.trainer and iteration:
             self.trainer.set_alpha(self.schedule.alpha_d(iteration - 1))  # of the iteration that is learnt from
             drawn = self.lagged.of_iteration(iteration - 1) if self.lagged else {}
-            texts = {e.id: [c.text] for e in self.examples for c in e.candidates(drawn) if c.source == "lagged"}
+            texts = {e.id: [c.text] for e in self.examples for c in e.candidates(drawn) if self._is_wrong(c)}
             loss = self.trainer.update(self.data.train, texts, iteration)
             self.loss_d = self.loss_d if loss is None else loss
+            if loss is not None:
+                self._check_discriminator(f"iteration {iteration}")
         self.keeper.snapshot(self.step)
 
     def _warn_of_idle_negatives(self, iteration: int) -> None:
@@ -389,13 +394,45 @@ class Session:
                 raise Stopped(signum)
 
         if steps:
-            log.info("pretraining the discriminator for %d steps", steps)
+            folds = self.config.folds
+            log.info("pretraining the discriminator for %d steps%s", steps, f" on each of {folds} folds" if folds > 1 else "")
             self.trainer.set_alpha(1.0)  # a3 weighs the online updates alone
             self.loss_d = self.trainer.pretrain(self.data.train, steps, check)
-            told = judge_questions(self.trainer.discriminator, self.data.validation)
-            if told["auc"] is not None and told["auc_95"]:
-                log.info("discriminator, %d held-out questions: AUC %.3f (95%% interval %.3f to %.3f), calibration error %.3f",
-                         told["questions"], told["auc"], *told["auc_95"], told["expected_calibration_error"])  # fmt: skip
+        self._check_discriminator("pretrained")
+
+    def _is_wrong(self, candidate: Candidate) -> bool:
+        """Whether the discriminator learns from a candidate as from a wrong rationale of the student."""
+        if candidate.source != "lagged" or self.config.effective("discriminator_agreeing") == "negative":
+            return candidate.source == "lagged"
+        case = candidate.case
+        return case is None or not (case.agrees or case.rationale.truncated)
+
+    def _check_discriminator(self, when: str) -> None:
+        """Calibrate the scores; where they do not tell right from wrong, weigh by the vote from here on."""
+        trainer = self.trainer
+        assert trainer
+
+        def check() -> dict[str, Any]:
+            assert trainer
+            found = trainer.check(self.data.train, self.data.validation)
+            return {"check": found.to_dict(), "platt": trainer.discriminator.platt}
+
+        told = self.ranks.on_first(check)  # ranks whose GPUs round otherwise must not decide otherwise
+        self.check = Check(**told["check"])
+        trainer.discriminator.platt = told["platt"] and [(slope, offset) for slope, offset in told["platt"]]
+        log.info("discriminator, %s: %s", when, self.check.text)
+        if self.check.refused:
+            log.warning(
+                "discriminator, %s: refused, since its held-out AUC %s (--discriminator-min-auc %g); the vote weighs the "
+                "rationales instead, as with --quality vote",
+                when, self.check.low_text, self.config.effective("discriminator_min_auc"),
+            )  # fmt: skip
+            self._drop_discriminator()
+
+    def _drop_discriminator(self) -> None:
+        self.trainer = self.keeper.trainer = None
+        self.objective.judges = make_judges(self.config, self.data.train, None)
+        self.loss_d = None
 
     # Validation, checkpoints, results
 
@@ -411,7 +448,12 @@ class Session:
     def _save(self) -> None:
         if self.keeper.saved_step != self.step:
             self.log.sync()  # a loss that is not finite stops here, before anything is overwritten
-            self.keeper.save(self.step, self.best, {"loss_d": self.loss_d, "failed_impl": self.audits.failed})
+            self.keeper.save(
+                self.step, self.best, {"loss_d": self.loss_d, "failed_impl": self.audits.failed, **self._checked()}
+            )
+
+    def _checked(self) -> dict[str, Any]:
+        return {"discriminator_check": self.check.to_dict()} if self.check else {}
 
     def cut(self, step: int) -> None:
         """Cut the log and the negatives back to a step, 0 being all of what a run left that had no checkpoint yet; results of a
@@ -424,6 +466,10 @@ class Session:
 
     def restore(self, found: Path) -> None:
         """Continue from a checkpoint; the student's weights are loaded already."""
+        if told := checkpoints.read_state(found).get("discriminator_check"):
+            self.check = Check(**told)
+            if self.check.refused:
+                self._drop_discriminator()
         state = self.keeper.restore(found)
         self.step, self.best, self.loss_d = state["step"], state["best"], state["loss_d"]
         if self.audits.restore(state.get("failed_impl")):
@@ -436,7 +482,8 @@ class Session:
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint; returns what `eval_results.json` holds."""
         self.optimizer.state.clear()
-        return self.evaluation.finish(self.student, self.log, self.best, self.step)
+        told = self.check.results if self.check else {}
+        return self.evaluation.finish(self.student, self.log, self.best, self.step, told)
 
 
 def _adamw(model: Any, config: TrainConfig) -> torch.optim.AdamW:

@@ -341,7 +341,8 @@ def test_augmentation_balances(positives, negatives):
 
 
 def make_trainer(discriminator, **options):
-    return DiscriminatorTrainer(discriminator, TrainConfig(discriminator_learning_rate=5e-3, **options))
+    """The printed method's, unless `options` say otherwise."""
+    return DiscriminatorTrainer(discriminator, TrainConfig(paper=True, discriminator_learning_rate=5e-3, **options))
 
 
 def test_learns_to_tell_clean_from_corrupted(small):

@@ -37,7 +37,11 @@ from qcrd_fast.quality.equations import find_equations, numbers_in
         ("4 + 4\n= 9", [False]),
         ("So 12.5 / 5 = 2.5. 4 + 4 = 9", [True, False]),
         ("Mary has 5 apples and Tom has 3 + 4 = 7", [True]),
-        ("2^3 = 8", [True]),
+        ("2^3 = 8, 2**3 = 8, 2 *3 = 6, 2* 3 = 6", [True, True, True, True]),
+        ("So **5 + 3 = 9**. *4 + 4* = **8**", [False, True]),
+        ("48/2 = <<48/2=24>>24 clips", [True]),
+        (r"$5 \times 3 = \boxed{15}$ and \(5 \times 3 = 16\)", [True, False]),
+        ("1. 5 + 3 = 8\n2) 5 + 4 = 9\n* 2 + 2 = 4", [True, True, True]),
         ("", []),
     ],
 )
@@ -57,6 +61,7 @@ def test_what_is_no_equation(text):
 def test_operands_and_results():
     first, second = find_equations("He had 3 eggs + 4 eggs = 7 eggs. 5 = 7 - 2.")
     assert (first.operands, first.result) == ((3, 4), 7) and (second.operands, second.result) == ((7, 2), 5)
+    assert find_equations("3 - 5 = -2")[0].result == -2 and find_equations("- 5 + 3 = 8")[0].operands == (5, 3)
     chain = find_equations("3 + 4 = 7 - 2 = 5")
     assert [equation.result for equation in chain] == [7, 5]
 

@@ -33,8 +33,7 @@ def settings(rows: Path, student: Path, run: Path, **changes: Any) -> TrainConfi
     values = dict(
         data=str(rows), student=str(student), output_dir=str(run), max_steps=2, per_device_train_batch_size=4,
         iteration_steps=1, negative_lag=1, max_new_tokens=4, discriminator_pretrain_steps=1, discriminator_update_batches=1,
-        save_steps=1,
-        max_answer_tokens=4,
+        discriminator_folds=2, discriminator_min_auc=0.0, save_steps=1, max_answer_tokens=4,
     )  # fmt: skip
     return TrainConfig(**(values | changes))
 

@@ -34,7 +34,7 @@ class TestTrial9:
             (0, "term", 4, SAMPLE, 5),
             (1, "int", 0, "qcrd_fast.train.evaluation:predict", 4),
             (0, "term", "write .tmp-checkpoint-2/optimizer.safetensors", "disk", 2),
-            (1, "int", 1, "qcrd_fast.discriminator.trainer:DiscriminatorTrainer.update", 5),
+            (1, "int", 3, "qcrd_fast.discriminator.trainer:DiscriminatorTrainer.update", 5),  # between two folds
         ],
         ids=["step", "micro-batch", "sampling", "eval", "save", "discriminator"],
     )
@@ -81,8 +81,8 @@ class TestTrial10:
             (0, "nan", 5, "qcrd_fast.train.objective:linear_rationale_loss", "loss nan"),
             (1, "inf", 4, "qcrd_fast.train.objective:linear_rationale_loss", "loss inf"),
             (0, "gradient", 5, STEP, "grad_norm nan"),
-            (1, "nan", 5, "qcrd_fast.discriminator.model:Discriminator.score", "a score that is not finite"),
-            (0, "inf", 6, "qcrd_fast.discriminator.model:Discriminator.score", "a score that is not finite"),
+            (1, "nan", 4, "qcrd_fast.discriminator.cross_fit:CrossFitted.score", "a score that is not finite"),
+            (0, "inf", 5, "qcrd_fast.discriminator.cross_fit:CrossFitted.score", "a score that is not finite"),
         ],
         ids=["nan loss", "inf loss", "nan gradient", "nan quality", "inf quality"],
     )

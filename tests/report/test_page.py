@@ -72,6 +72,22 @@ def test_switches_that_all_runs_share_stand_once(tmp_path: Path) -> None:
     assert all(text.count(f"--negative-lag {i}") == 1 for i in (1, 2, 3))
 
 
+def test_a_refused_discriminator_is_said(tmp_path: Path) -> None:
+    for low, refused, wanted in (
+        (0.55, False, "held-out AUC 0.700, lower bound 0.550; refused (the lower bound must reach 0.6); the vote weighs"),
+        (0.65, False, "held-out AUC 0.700, lower bound 0.650; in use"),
+        (None, True, "held-out AUC unknown; refused"),
+    ):
+        run = make_run(tmp_path / str(low), discriminator_min_auc=0.6)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        told = {"discriminator_auc": 0.7 if low else None, "discriminator_auc_low": low}
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line | told) + "\n" for line in lines))
+        results = json.loads((run / "eval_results.json").read_text())
+        (run / "eval_results.json").write_text(json.dumps(results | {"discriminator_refused": refused}))
+        assert wanted in check(render([read_run(run)])).text
+    assert "The discriminator, on questions" not in check(render([read_run(make_run(tmp_path / "none"))])).text
+
+
 @pytest.mark.parametrize("state", ["empty", "crashed", "garbage"])
 def test_runs_in_any_state(tmp_path: Path, state: str) -> None:
     run = tmp_path / state

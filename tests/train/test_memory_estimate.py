@@ -11,6 +11,7 @@ import torch
 from bench.timing import peak_mib
 from cli.main import entry
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.discriminator.cross_fit import CrossFitTrainer, build_judge
 from qcrd_fast.discriminator.model import build_discriminator
 from qcrd_fast.models.lora import add_lora
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
@@ -81,6 +82,23 @@ def test_the_discriminator_takes_what_was_predicted(t5_folder, llama_folder, row
         fake.mode = contextlib.nullcontext()  # type: ignore[assignment]
         measured = peak_mib(lambda: fake.judging(judge, examples), CPU) * 2**20  # noqa: B023 (called at once)
         assert predicted / measured == pytest.approx(1, abs=0.05)
+
+
+def test_each_fold_of_the_discriminator_counts(t5_folder, rows_file) -> None:
+    """Weights and two moments of each, which is what a checkpoint holds of them, and the gradients of one."""
+    sizes = {}
+    for folds in (0, 1, 3):
+        config, student, examples, schedule = prepared(t5_folder, rows_file, discriminator_folds=folds)
+        judge = build_judge(config.to_dict(), student.model, student.tokenizer)
+        told = memory_estimate.predict_memory(student, examples, schedule, make_autocast(CPU, None), judge, [])
+        sizes[folds] = told["discriminator"]
+        trainer = CrossFitTrainer(judge, config)
+        trainer.pretrain(Data.load(config).train, 1)
+        held = [t for t in (*trainer.tensors().values(), *trainer.optimizer_tensors()[0].values()) if t.dim()]
+        gradients = sum(p.numel() * 4 for p in judge.models[0].parameters())
+        assert told["discriminator"] == sum(t.numel() * t.element_size() for t in held) + gradients
+        assert all(p.grad is None for p in judge.parameters())
+    assert sizes[0] == sizes[1] and sizes[3] * 4 == sizes[1] * 10
 
 
 @pytest.mark.slow

@@ -190,6 +190,20 @@ def test_an_older_checkpoint_is_of_the_discriminator(rows_file, t5_folder, tmp_p
     assert yaml.safe_load(before.read_text())["quality"] == "discriminator"
 
 
+@pytest.mark.parametrize("quality", ["vote", "text", "none"])
+def test_no_discriminator_is_made_where_none_is_used(quality, rows_file, llama_folder, tmp_path, monkeypatch):
+    def made(*_, **__):
+        raise AssertionError("a discriminator was made")
+
+    monkeypatch.setattr("qcrd_fast.discriminator.model.Discriminator.__init__", made)
+    config = settings(rows_file, llama_folder, tmp_path / "run", quality=quality, max_steps=1)
+    assert train(config, dry_run=True)["memory"]["discriminator"] == 0
+    train(config)
+    mixed = dataclasses.replace(config, negative_quality="discriminator")
+    with pytest.raises(AssertionError, match="was made"):
+        train(mixed, dry_run=True)
+
+
 def test_a_judge_of_ones_own(rows_file, llama_folder, tmp_path):
     judge = Halves()
     train(settings(rows_file, llama_folder, tmp_path / "run", max_steps=2), judges=Judges(judge, judge))

@@ -247,7 +247,8 @@ def test_golden_step(method, rows_file, llama_folder, tmp_path, float64):
     config = settings(
         rows_file, llama_folder, tmp_path / "run", max_steps=1, validation_fraction=0.0, negative_source="minority",
         method=method.removesuffix("-judged"), discriminator="auto" if method == "qcrd-judged" else "none", redi_warmup=0.0,
-        discriminator_pretrain_steps=0, beta=beta, delta=delta, alpha_pred=a1, alpha_cl=a2,
+        discriminator_pretrain_steps=0, beta=beta, delta=delta, alpha_pred=a1, alpha_cl=a2, discriminator_folds=0,
+        discriminator_calibration="none",
     )  # fmt: skip
     train(config)
     logged = metrics(tmp_path / "run")[0]
