@@ -126,8 +126,8 @@ def _done(path: Path) -> set[Case]:
     with open(path, newline="", encoding="utf-8") as file:
         return {
             Case(
-                *(row[name] for name in ("stage", "task", "family", "arm")),
-                int(row["seed"]), float(row["learning_rate"]), float(row["epochs"]), int(row["questions"]),
+                row["stage"], row["task"], row["family"], row["arm"], int(row["seed"]),
+                float(row["learning_rate"]), float(row["epochs"]), int(row["questions"]),
             )
             for row in csv.DictReader(file)
         }  # fmt: skip

@@ -119,9 +119,9 @@ class StudyObjective(Objective):
         nll_J, s_J = nll_R[rows], torch.tensor(self._weights(example, [c for _, c in positives]))
         known_J = nll_J.detach()
         stats["num_positive"] += len(rows)
-        stats["quality_positive"] += float(s_J.sum())
+        stats["quality_positive"] += float(s_J.sum())  # type: ignore[assignment]
         stats["weighed"] += len(rows)
-        stats["weight"] += float(s_J.sum())
+        stats["weight"] += float(s_J.sum())  # type: ignore[assignment]
         select = self.rules.positives
         if select == "mean":
             weight_J = s_J / len(rows)

@@ -107,7 +107,8 @@ TASKS = tuple(_DRAW)
 
 def draw_problems(task: str, count: int, rng: random.Random, taken: set[str] | None = None) -> list[Problem]:
     """Distinct problems, none of them in `taken`, to which they are added; a quarter states a number that is not needed."""
-    seen, problems = set() if taken is None else taken, []
+    problems: list[Problem] = []
+    seen = set() if taken is None else taken
     while len(problems) < count:
         kind, text, steps = _DRAW[task](rng)
         if rng.random() < 0.25:
@@ -289,7 +290,7 @@ def symbol_pairs(count: int, rng: random.Random) -> list[tuple[str, str, str]]:
         "boxes",
         "days",
     ]
-    pairs = []
+    pairs: list[tuple[str, str, str]] = []
     while len(pairs) < count:
         steps: list[Step] = [(rng.randint(2, 9 if rng.random() < 0.6 else 40), rng.choice("+-*"), rng.randint(2, 9))]
         for _ in range(rng.randint(0, 2)):
@@ -307,7 +308,7 @@ def lookup_pairs(count: int, rng: random.Random) -> list[tuple[str, str, str]]:
     """As `symbol_pairs`: words with numbers in any order, then a computation over the words. They teach to find a number by
     what stands beside it, and nothing of what the words of a task ask for."""
     verbs = ["has", "and", "at", "each", *MORE, *LESS, "packs", "cost"]
-    pairs = []
+    pairs: list[tuple[str, str, str]] = []
     while len(pairs) < count:
         keys = rng.sample((*NAMES, *THINGS), rng.randint(2, 4))
         value = {key: rng.randint(2, 9 if rng.random() < 0.8 else 40) for key in keys}

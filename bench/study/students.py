@@ -56,7 +56,7 @@ def _build(family: str, tokenizer: Any) -> Any:
         return T5ForConditionalGeneration(
             T5Config(
                 d_model=WIDTH, d_kv=16, d_ff=192, num_layers=2, num_decoder_layers=3, num_heads=4, dropout_rate=0.0,
-                decoder_start_token_id=tokenizer.pad_token_id, **ends,
+                decoder_start_token_id=tokenizer.pad_token_id, **ends,  # type: ignore[call-arg]
             )
         )  # fmt: skip
     return LlamaForCausalLM(
