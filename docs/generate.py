@@ -81,6 +81,13 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
             *("nll_sound", "entropy", "cpu_s", "commit"),
         ),
     ),
+    "threads": (
+        "Threads of a small student",
+        "A training step's wall time [ms] with one CPU thread and with two, medians; `load`: of the machine, which other processes "
+        "kept busy. `python -m qcrd_fast.bench.threads --append`",
+        ("parameters",),
+        ("parameters", "width", "layers", "ms_1", "ms_2", "of_one", "load", "cores", "commit"),
+    ),
     "sampler": (
         "Sampling the student",
         "Tokens a second, against transformers' `generate`.",
