@@ -288,7 +288,7 @@ def launch_small() -> None:
     linear_logprob.backward_kept(kept[2], *operands, options, (False, False, False))
     R, positive = torch.arange(8), torch.ones(8, dtype=torch.bool)
     valid, quality, count_ = torch.ones(64, dtype=torch.bool), torch.empty(8), torch.ones(8, dtype=torch.int64)
-    for selects in (("min", "max"), ("wmean", "max-active"), ("sampling", "mean")):
+    for selects in (("min", "max"), ("softmin", "max"), ("wmean", "max-active"), ("sampling", "mean")):
         contrastive.forward(of_rows, target, valid, R, positive, quality, quality, selects, 3.0, torch.tensor(8.0))
     contrastive.backward(quality[0], quality[0], target, valid, positive, quality, count_)
 

@@ -38,7 +38,7 @@ TRAINED_ALONE = ("loss", "augment", "folds", "calibration", "learning_rate", "ba
 @click.option("--data", required=True, metavar="FILE", help="rows whose rationales are scored")
 @click.option(
     "--quality",
-    type=click.Choice(("vote", "text", "discriminator")),
+    type=click.Choice(("vote", "text", "checks", "discriminator")),
     help="what scores: the votes of the rows, the votes and the text, both without a RUN, or a run's discriminator; default: "
     "discriminator",
 )
@@ -111,7 +111,7 @@ def score(
     encoder (T5) or vocabulary the discriminator takes.
     """
     given = given_train_options(ctx)
-    by_votes = quality in ("vote", "text")
+    by_votes = quality in ("vote", "text", "checks")
     if not by_votes and run is None:
         raise InputError("score needs a RUN, whose discriminator scores, or --quality vote or text, which need none")
     if by_votes and (train or (run is not None and not sample_student) or (run is None and sample_student)):

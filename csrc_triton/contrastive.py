@@ -14,6 +14,7 @@ from torch import Tensor
 from csrc_triton.product import LAUNCH
 
 NO_ONE = tl.constexpr(2**31 - 1)
+SOFTMIN_RATE = tl.constexpr(5.0)  # 1 / selection.SOFTMIN_TEMPERATURE
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _rank(nll_b, score_ptr, r_b, mask_b, SELECT: tl.constexpr):
     """What the selected rationale has the largest of. A NaN ranks first, so that it reaches the loss."""
     if SELECT == "sampling":
         rank_b = tl.load(score_ptr + r_b, mask=mask_b, other=0.0)
-    elif SELECT == "min":
+    elif SELECT == "min" or SELECT == "softmin":
         rank_b = -nll_b
     else:
         rank_b = nll_b
@@ -60,11 +61,19 @@ def _leader(rank_b, candidate_b, r_b, best, winner):
 
 
 @triton.jit
+def _softened(s_b, rank_b, best, SELECT: tl.constexpr):
+    """s, and under softmin s exp((best - l) / temperature) with `best` the smallest -log p, as it is known so far."""
+    if SELECT == "softmin":
+        s_b = s_b * tl.exp((rank_b - best) * SOFTMIN_RATE)
+    return s_b
+
+
+@triton.jit
 def _share(s_b, r_b, winner, members, total, SELECT: tl.constexpr):
     """The part of the term that each rationale carries, before 1/N."""
     if SELECT == "mean":
         share_b = s_b / tl.maximum(members, 1.0)
-    elif SELECT == "wmean":
+    elif SELECT == "wmean" or SELECT == "softmin":
         share_b = tl.where(total == 0, 0.0, s_b / tl.where(total == 0, 1.0, total))
     else:
         share_b = tl.where(r_b == winner, s_b, 0.0)
@@ -119,11 +128,14 @@ def question_kernel(
         is_pos_b, is_neg_b = candidate_b & positive_b, candidate_b & (positive_b == 0)
         pos_rank_b = _rank(nll_b, score_ptr, r_b, mask_b, POSITIVE)
         neg_rank_b = _rank(nll_b, score_ptr, r_b, mask_b, NEGATIVE)
+        before_best = pos_best
         pos_best, pos_winner = _leader(pos_rank_b, is_pos_b, r_b, pos_best, pos_winner)
         neg_best, neg_winner = _leader(neg_rank_b, is_neg_b, r_b, neg_best, neg_winner)
         pos_members += tl.sum(is_pos_b.to(tl.float32), 0)
         neg_members += tl.sum(is_neg_b.to(tl.float32), 0)
-        pos_total += tl.sum(tl.where(is_pos_b, s_b, 0.0), 0)
+        if POSITIVE == "softmin":  # what was added up for a larger -log p
+            pos_total *= tl.where(before_best == pos_best, 1.0, tl.exp((before_best - pos_best) * SOFTMIN_RATE))
+        pos_total += tl.sum(tl.where(is_pos_b, _softened(s_b, pos_rank_b, pos_best, POSITIVE), 0.0), 0)
         neg_total += tl.sum(tl.where(is_neg_b, s_b, 0.0), 0)
 
     num_questions = tl.load(num_questions_ptr)
@@ -133,7 +145,8 @@ def question_kernel(
         mask_b, r_b, positive_b, candidate_b, nll_b, s_b = _candidates(
             first + lane, end, order_ptr, positive_ptr, quality_ptr, nll_ptr, count_ptr, delta, HAS_QUALITY, ACTIVE_ONLY
         )
-        pos_share_b = _share(s_b, r_b, pos_winner, pos_members, pos_total, POSITIVE)
+        pos_rank_b = _rank(nll_b, score_ptr, r_b, mask_b, POSITIVE)
+        pos_share_b = _share(_softened(s_b, pos_rank_b, pos_best, POSITIVE), r_b, pos_winner, pos_members, pos_total, POSITIVE)
         neg_share_b = _share(s_b, r_b, neg_winner, neg_members, neg_total, NEGATIVE)
         weight_b = tl.where(positive_b, pos_share_b, neg_share_b) / num_questions
         inactive_b = (positive_b == 0) & (nll_b >= delta)

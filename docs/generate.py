@@ -79,6 +79,35 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
         ("recipe", "student", "method", "options", "seed", "data"),
         ("recipe", "method", "options", "seed", "accuracy", "n", "evaluated_on", "gpu_minutes", "device", "commit"),
     ),
+    "study": (
+        "What helps a student",
+        "Every run of the study (docs/study.md), bits of single questions left out: "
+        "`python -m qcrd_fast.bench.study`, read with `--table`.",
+        ("stage", "task", "family", "arm", "seed", "learning_rate", "epochs", "questions"),
+        (
+            *(
+                "stage",
+                "task",
+                "family",
+                "arm",
+                "seed",
+                "learning_rate",
+                "epochs",
+                "questions",
+                "accuracy",
+                "sound",
+                "faithful",
+            ),
+            *("nll_sound", "entropy", "cpu_s", "commit"),
+        ),
+    ),
+    "threads": (
+        "Threads of a small student",
+        "A training step's wall time [ms] with one CPU thread and with two, medians; `load`: of the machine, which other "
+        "processes kept busy. `python -m qcrd_fast.bench.threads --append`",
+        ("parameters",),
+        ("parameters", "width", "layers", "ms_1", "ms_2", "of_one", "load", "cores", "commit"),
+    ),
     "sampler": (
         "Sampling the student",
         "Tokens a second, against transformers' `generate`.",

@@ -25,11 +25,11 @@ SCHEMES = {  # Table 5: (positive selection, negative selection)
     "mean": ("mean", "mean"),
     "wmean": ("wmean", "wmean"),
 }
-POSITIVE_SELECT = ("min", "max", "mean", "wmean", "sampling")
+POSITIVE_SELECT = ("min", "softmin", "max", "mean", "wmean", "sampling")
 NEGATIVE_SELECT = ("max", "max-active", "min", "mean", "wmean", "sampling")
 TASKS = ("number", "equation", "math", "choice", "yes-no", "text")
 DISCRIMINATOR_LOSSES = ("ratio", "infonce", "bce", "bce-all")
-QUALITIES = ("vote", "text", "discriminator", "none")
+QUALITIES = ("vote", "text", "checks", "discriminator", "none")
 BEFORE_QUALITIES = {"positive_quality": None, "negative_quality": None, "agreeing_negatives": "weigh"}  # of runs before them
 DEFAULT_QUALITY = "discriminator"  # of --quality, where neither it nor --discriminator none is given
 # Defaults that were others before, or are with `--paper`: see `TrainConfig.resolved`.
@@ -232,7 +232,9 @@ class TrainConfig:
     quality: str | None = option(
         None,
         "what weighs the rationales (s of Eq. 6 and 7); vote: the share of the question's samples that give the same answer; "
-        "text: the vote, and for numbers what the rationale's equations say; discriminator: a trained encoder (the paper's); "
+        "text: the vote, and for numbers what the rationale's equations say; "
+        "checks: the vote, times fixed factors where an equation is false or starts from numbers from nowhere; "
+        "discriminator: a trained encoder (the paper's); "
         f"none: no weights; default: none with --discriminator none, else {DEFAULT_QUALITY}",
         choices=QUALITIES,
         group="Quality",

@@ -488,7 +488,10 @@ def test_errors_name_what_was_expected_and_what_came():
         (dict(num_questions=0), "num_questions must be above 0, got 0"),
         (dict(num_questions=torch.tensor(-2)), "num_questions must be above 0, got -2"),
         (dict(scheme="minmx"), r"scheme is one of minmax, maxmin, sampling, mean, wmean; got 'minmx'; did you mean 'minmax'\?"),
-        (dict(positive_select="max-active"), "positive_select is one of min, max, mean, wmean, sampling; got 'max-active'"),
+        (
+            dict(positive_select="max-active"),
+            "positive_select is one of min, softmin, max, mean, wmean, sampling; got 'max-active'",
+        ),
         (dict(negative_select="none"), "negative_select is one of max, max-active, min, mean, wmean, sampling; got 'none'"),
         (dict(impl="fused"), "impl is one of auto, triton, torch, eager; got 'fused'"),
         (dict(beta=-0.1), "beta must be finite and at least 0, got -0.1"),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qcrd_fast.ops.selection import SELECTIONS, sampling_score
+from qcrd_fast.ops.selection import SELECTIONS, SOFTMIN_TEMPERATURE, sampling_score
 
 
 class HeadOptions(NamedTuple):
@@ -116,6 +116,9 @@ def contrastive_eager(
                 s = {r: zero + 1 for r in candidates}  # weights of 1: s_pos = 1, s_neg = 0
             else:
                 s = {r: quality[r] if is_positive else 1 - quality[r] for r in candidates}
+            if select.soft:  # weights are constants, and the same whatever is taken off every nll
+                least = min(nll[r].detach() for r in candidates)
+                s = {r: w * torch.exp((least - nll[r].detach()) / SOFTMIN_TEMPERATURE) for r, w in s.items()}
             if not select.single:
                 total = sum(s.values()) if select.by_quality else zero + len(candidates)
                 chosen = {r: s[r] / total if total != 0 else zero for r in candidates}

@@ -20,6 +20,7 @@ class Selection(NamedTuple):
     active_only: bool = False  # candidates are negatives inside the margin
     random: bool = False  # the largest keyed hash wins
     by_quality: bool = False  # the mean is weighted by quality
+    soft: bool = False  # and by exp(-l / SOFTMIN_TEMPERATURE): the likelier, the more
 
 
 SELECTIONS = {
@@ -29,7 +30,9 @@ SELECTIONS = {
     "sampling": Selection(single=True, random=True),
     "mean": Selection(single=False),
     "wmean": Selection(single=False, by_quality=True),
+    "softmin": Selection(single=False, order=-1, by_quality=True, soft=True),
 }
+SOFTMIN_TEMPERATURE = 0.2  # nats/token; towards 0 it is min, towards infinity wmean
 MASK64 = 2**64 - 1
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from qcrd_fast.data.schema import Question
 from qcrd_fast.quality.cases import Case
+from qcrd_fast.quality.checks import ChecksJudge
 from qcrd_fast.quality.text import TextJudge
 from qcrd_fast.quality.votes import VoteJudge
 
@@ -23,7 +24,7 @@ class Judge(Protocol):
         ...
 
 
-JUDGES: dict[str, Callable[[Sequence[Question]], Judge]] = {"vote": VoteJudge, "text": TextJudge}
+JUDGES: dict[str, Callable[[Sequence[Question]], Judge]] = {"vote": VoteJudge, "text": TextJudge, "checks": ChecksJudge}
 
 
 def make_judge(name: str, questions: Sequence[Question]) -> Judge:

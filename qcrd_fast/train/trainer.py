@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.train.student_answers import StudentAnswers
 from qcrd_fast.utils.determinism import deterministic, require_deterministic
-from qcrd_fast.utils.device import make_autocast, resolve_device
+from qcrd_fast.utils.device import choose_threads, make_autocast, resolve_device, threads_kept
 from qcrd_fast.utils.files import told_room
 from qcrd_fast.utils.keyed import seed_from
 from qcrd_fast.utils.oom import for_weights, relieved, relieved_by
@@ -66,11 +66,13 @@ def train(
     dry_run: bool = False,
     data: Data | None = None,
     judges: Judges | None = None,
+    make_objective: Callable[..., Objective] = Objective,
 ) -> dict[str, Any]:
     """Train a student as `config` says and return what `eval_results.json` holds. `data`: what `Data.load` made of `config`,
     where that is done already.
 
     `judges` take the place of those of `--quality`: objects with `scores(cases)`, for positives and for negatives.
+    `make_objective` takes the arguments of `Objective` and gives what computes the loss, for experiments with one.
 
     Raises `InputError` for options or data at fault, `RunError` when training fails (a loss that is not finite, a full
     disk), `Stopped` after a signal, with everything saved. With `dry_run`, loads and checks everything, writes nothing
@@ -81,7 +83,7 @@ def train(
     check_start(config, dry_run=dry_run)
     if run is None and not dry_run:
         with RunFolder(config) as run:
-            return train(config, run, data=data, judges=judges)
+            return train(config, run, data=data, judges=judges, make_objective=make_objective)
     config = dataclasses.replace(config, impl=os.environ.get("QCRD_FAST_IMPL") or config.impl)
     device = resolve_device(own_device(config.device))
     if device.type == "cuda" and (parameters := count_parameters(Path(str(config.student)))):
@@ -91,11 +93,12 @@ def train(
     with (
         joined(device, config.ddp_timeout) as ranks,
         deterministic(config.deterministic),
+        threads_kept(),
         relieved_by(for_weights(config)),
     ):
         # of a run that is resumed, those that it began with
         spelled = ranks.on_first(lambda: {name: getattr(run.config, name) for name in SPELLED_OUT})
-        return _train(dataclasses.replace(config, **spelled), run, device, ranks, data, judges)
+        return _train(dataclasses.replace(config, **spelled), run, device, ranks, data, judges, make_objective)
 
 
 def _train(
@@ -105,6 +108,7 @@ def _train(
     ranks: Ranks,
     data: Data | None,
     judges: Judges | None = None,
+    make_objective: Callable[..., Objective] = Objective,
 ) -> dict[str, Any]:
     require_impl(config.impl, device)
     choose_overlap(config, device)
@@ -134,7 +138,9 @@ def _train(
         return _plan(config, data, schedule, student) | survey(student, examples, data.validation, schedule)
     if unused := config.unused():
         log.info("--method %s does not use %s", config.method, ", ".join(unused))
-    session = Session(config, run.path, data, schedule, student, examples, ranks, Path(found) if found else None, judges)
+    resumed = Path(found) if found else None
+    choose_threads(device, sum(p.numel() for p in student.model.parameters()))
+    session = Session(config, run.path, data, schedule, student, examples, ranks, resumed, judges, make_objective)
     try:
         if found:
             session.restore(Path(found))
@@ -185,6 +191,7 @@ class Session:
         ranks: Ranks = ALONE,
         found: Path | None = None,
         judges: Judges | None = None,
+        make_objective: Callable[..., Objective] = Objective,
     ):
         self.config, self.run, self.data, self.schedule, self.ranks = config, run, data, schedule, ranks
         self.student, self.examples = student, examples
@@ -219,7 +226,7 @@ class Session:
         warmup = round(config.redi_warmup * schedule.total_steps)
         if judges is None:
             judges = make_judges(config, data.train, self.trainer.discriminator if self.trainer else None)
-        self.objective = Objective(student, config, judges, self.autocast, warmup, self.engine)
+        self.objective = make_objective(student, config, judges, self.autocast, warmup, self.engine)
         self.audits = Audits(config, student.device, ranks)
         self.step = 0  # optimizer steps done
         self.best: Best = None

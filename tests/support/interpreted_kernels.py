@@ -141,7 +141,7 @@ def test_every_pair_of_selections(selects):
         assert torch.equal(got, want) if got.dtype == torch.bool else error(got, want) < 6e-6
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, "softmin"])
 def test_questions_of_many_rationales(scheme):
     """More candidates than a block, ties among them, empty rationales, ragged lengths up to several blocks of tokens."""
     generator = torch.Generator().manual_seed(5)
@@ -152,10 +152,11 @@ def test_questions_of_many_rationales(scheme):
     question = torch.randint(0, 2, (150,), generator=generator) * 7
     positive, quality = torch.rand(150, generator=generator) < 0.6, torch.rand(150, generator=generator)
     valid = torch.rand(len(rationale), generator=generator) < 0.9
+    selects = {"positive_select": "softmin"} if scheme == "softmin" else {"scheme": scheme}
     results = []
     for impl in ("triton", "torch", "eager"):
         logprob = logprob.clone().requires_grad_()
-        out = contrastive_loss(logprob, rationale, question, positive, quality, scheme=scheme, valid_T=valid, impl=impl)
+        out = contrastive_loss(logprob, rationale, question, positive, quality, **selects, valid_T=valid, impl=impl)
         results.append([*out, torch.autograd.grad(out.loss, logprob)[0]])
     for i in (0, 1):
         for got, want in zip(results[i], results[2], strict=True):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
-from qcrd_fast.ops.selection import sampling_score
+from qcrd_fast.ops.selection import SOFTMIN_TEMPERATURE, sampling_score
 
 DELTA, BETA = 8.6, 0.2  # the margin lies amid the losses of the random batches, so that some hinges are active and some are not
 
@@ -101,6 +102,10 @@ def expected_terms(
             elif select == "sampling":
                 scores = [sampling_score(0, i, 0, name == "pos", ranked.index(r)) for r, _ in members]
                 keep = {scores.index(max(scores)): 1.0}
+            elif select == "softmin":
+                soft = [math.exp((min(nll for _, nll in members) - nll) / SOFTMIN_TEMPERATURE) for _, nll in members]
+                total = sum(w * x for w, x in zip(weights, soft, strict=True))
+                keep = {j: x / total for j, x in enumerate(soft)}
             else:
                 total = len(members) if select == "mean" else sum(weights)
                 keep = {j: 1 / total for j in range(len(members))}

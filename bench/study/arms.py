@@ -1,0 +1,109 @@
+"""The arms: what differs from the common settings, as options of `train` and, for what `train` does not offer, as `Rules`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .objective import Rules
+
+COMMON: dict[str, Any] = dict(
+    task="number",
+    per_device_train_batch_size=8,
+    warmup_ratio=0.05,
+    max_source_length=96,
+    max_target_length=48,
+    max_new_tokens=36,
+    negative_top_k=5,  # of fewer than two hundred tokens; 50 would be no truncation
+    negative_lag=2,
+    sample_batch_size=512,
+    validation_fraction=0.0,
+    save_steps=100_000,
+    logging_steps=1,
+    discriminator_pretrain_steps=60,
+    discriminator_update_batches=8,
+    discriminator_learning_rate=5e-4,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """`options` of `train` beside `COMMON`; `rules`: with the experimental objective."""
+
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rules: Rules | None = None
+
+    @property
+    def product(self) -> bool:
+        """Whether `train` has these rules itself: sft-all shares a question's weight by quality."""
+        rules = self.rules or Rules()
+        plain = Rules("wmean", positive_judge=rules.positive_judge)
+        return self.rules is None or (self.options["method"] == "sft-all" and rules == plain)
+
+
+def _positives(select: str, judge: str, **options: Any) -> Arm:
+    return Arm({"method": "sft-all", **options}, Rules(positives=select, positive_judge=judge))
+
+
+def _negatives(source: str, beta: float = 0.2, delta: float = 3.0, positives: str = "mean", **rules: Any) -> Arm:
+    """Positives and pushed negatives; the minority alone costs no sampling."""
+    options: dict[str, Any] = {"method": "qcrd", "discriminator": "none", "beta": beta, "delta": delta}
+    options["negative_source"] = "minority" if source == "minority" else "lagged"
+    return Arm(options, Rules(positives, negatives=source, **rules))
+
+
+JUDGED = (
+    *("none", "vote", "text", "equations", "traced", "consensus", "consensus2", "consensus4", "vote*consensus2"),
+    *("equations*consensus2", "traced*consensus2", "traced*consensus4", "oracle", "faithful"),
+)
+SOFT = {"method": "qcrd", "positive_select": "softmin", "quality": "none", "negative_source": "none"}
+CHECKED = {"positive_quality": "checks", "negative_quality": "vote", "agreeing_negatives": "drop"}
+ARMS: dict[str, Arm] = {
+    # methods of `train`
+    **{method: Arm({"method": method}) for method in ("finetune", "dss", "sft-all", "redi")},
+    "qcrd-paper": Arm({"method": "qcrd"}),
+    "qcrd-none": Arm({"method": "qcrd", "discriminator": "none"}),
+    "qcrd-bce": Arm({"method": "qcrd", "discriminator_loss": "bce-all", "discriminator_augment": "none"}),
+    "qcrd-vote": Arm({"method": "qcrd", "quality": "vote"}),
+    # positives: how they share a question's weight, and who weighs them
+    **{
+        f"{select}/{judge}": _positives(select, judge)
+        for select in ("mean", "wmean", "min", "softmin", "sampling")
+        for judge in JUDGED
+    },
+    "sft-all checks": Arm({"method": "sft-all", "positive_quality": "checks"}),
+    "soft": Arm(SOFT),
+    "soft checks": Arm(SOFT | {"positive_quality": "checks"}),
+    "soft checks + minority": Arm(SOFT | CHECKED | {"negative_source": "minority"}),
+    "soft checks + lagged": Arm(SOFT | CHECKED | {"negative_source": "lagged"}),
+    "soft checks + lagged mean": Arm(SOFT | CHECKED | {"negative_source": "lagged", "negative_select": "mean", "beta": 0.05}),
+    "sft-all text": Arm({"method": "sft-all", "positive_quality": "text"}),
+    **{
+        f"softmin {t:g}/{judge}": Arm({"method": "sft-all"}, Rules("softmin", t, positive_judge=judge))
+        for t in (0.05, 0.1, 0.4)
+        for judge in ("none", "traced", "consensus2")
+    },
+    # negatives beside the mean of positives
+    "minority": _negatives("minority"),
+    "lagged": _negatives("lagged"),
+    "lagged vote": _negatives("lagged", negative_judge="vote"),
+    "lagged drop": _negatives("lagged", agreeing="drop"),
+    "both": _negatives("both"),
+    "both vote": _negatives("both", negative_judge="vote"),
+    "both text": _negatives("both", negative_judge="text"),
+    "both oracle": _negatives("both", negative_judge="oracle"),
+    "both max": _negatives("both", negative_select="max"),
+    "both max-active": _negatives("both", negative_select="max-active"),
+    "minority relative": _negatives("minority", relative=True, delta=0.5),
+    "minority beta 0.05": _negatives("minority", beta=0.05),
+    "minority different": _negatives("minority", beta=0.02, gate="different"),
+    "minority first": _negatives("minority", beta=0.02, gate="first"),
+    "minority first 0.1": _negatives("minority", beta=0.1, gate="first"),
+    "lagged first vote": _negatives("lagged", beta=0.02, gate="first", negative_judge="vote"),
+    "checks + minority first": _negatives("minority", beta=0.02, gate="first", positives="wmean", positive_judge="checks"),
+    "checks + both vote": _negatives("both", positives="wmean", positive_judge="checks", negative_judge="vote"),
+    "softmin + minority first": _negatives("minority", beta=0.02, gate="first", positives="softmin"),
+    "minority late": _negatives("minority", warmup=0.5),
+    # the reasoning task
+    "sft-all reason": Arm({"method": "sft-all", "reasoning_task": True}),
+}

@@ -1,0 +1,146 @@
+"""One run of the study: data of a seed, the common student, `train`, and what the trained student answers and writes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.data.schema import Question
+from qcrd_fast.evaluate import predict
+from qcrd_fast.generation.engine import SampleSettings
+from qcrd_fast.generation.sample import sample
+from qcrd_fast.models.prompts import EXPLAIN, REASON
+from qcrd_fast.models.student import Student
+from qcrd_fast.ops.linear_logprob import linear_logprob
+from qcrd_fast.runs.load import load_student
+from qcrd_fast.train.judging import Judges
+from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.schedule import Schedule
+from qcrd_fast.train.trainer import train
+from qcrd_fast.utils.files import write_lines
+
+from .arms import ARMS, COMMON
+from .judges import find_judge
+from .objective import Rules, StudyObjective
+from .problems import Problem, draw_problems, is_faithful, is_sound, write_chain, write_rows
+from .problems import result as result_of
+from .students import student_folder
+
+log = logging.getLogger("qcrd_fast.bench")
+TEST_QUESTIONS = 1000
+STAGES = ("screen", "confirm")
+
+
+class Case(NamedTuple):
+    """What a CSV row is about. Seeds and test questions of `screen` and `confirm` have nothing in common.
+
+    learning_rate, epochs, questions: of the training, the same for all arms that are compared.
+    """
+
+    stage: str
+    task: str
+    family: str
+    arm: str
+    seed: int
+    learning_rate: float = 1.5e-3
+    epochs: float = 10
+    questions: int = 400
+
+
+def draw_data(case: Case, folder: Path) -> tuple[Path, dict[str, Problem], list[Problem]]:
+    """(training rows, their problems by id, the stage's test problems). The same for all arms of a seed."""
+    taken: set[str] = set()
+    tests = {
+        stage: draw_problems(case.task, TEST_QUESTIONS, random.Random(f"{case.task} {stage} test"), taken) for stage in STAGES
+    }
+    rng = random.Random(f"{case.task} {case.stage} {case.seed}")
+    problems = draw_problems(case.task, case.questions, rng, taken)
+    rows = write_rows(case.task, problems, rng)
+    write_lines(folder / "train.jsonl", rows)
+    return folder / "train.jsonl", {row["id"]: p for row, p in zip(rows, problems, strict=True)}, tests[case.stage]
+
+
+def run_case(case: Case, cache: Path) -> dict[str, Any]:
+    """Train and judge; returns the CSV row."""
+    arm = ARMS[case.arm]
+    student = student_folder(case.family, cache)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data, problems, tests = draw_data(case, folder)
+        options = COMMON | arm.options | {"learning_rate": case.learning_rate, "num_train_epochs": case.epochs}
+        config = TrainConfig.from_dict(
+            options | {"data": str(data), "student": str(student), "output_dir": str(folder / "run"), "seed": case.seed}
+        )
+        make: Any = Objective
+        rules = arm.rules or Rules()
+        if arm.rules and not arm.product:
+            make = functools.partial(StudyObjective, rules=rules, total_steps=Schedule(len(problems), config).total_steps)
+        judged = rules.positive_judge, rules.negative_judge
+        judges = Judges(*(find_judge(name, problems) for name in judged)) if any(n != "none" for n in judged) else None
+        started = time.process_time()
+        train(config, judges=judges, make_objective=make)
+        train_s = time.process_time() - started
+        trained, _ = load_student(str(folder / "run"))
+        records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        row = {**case._asdict(), **judge_student(trained, tests, bool(options.get("reasoning_task")))}
+    last = records[-1]
+    return row | {
+        "steps": last["step"],
+        "loss_cl": np.mean([r["loss_cl"] for r in records[-10:]]),
+        "active_lagged": last.get("active_hinge_lagged"),
+        "active_minority": last.get("active_hinge_minority"),
+        "train_cpu_s": train_s,
+        "cpu_s": time.process_time() - started,
+    }
+
+
+@torch.no_grad()
+def judge_student(student: Student, tests: list[Problem], reasoning: bool = False) -> dict[str, Any]:
+    """Shares of right labels, sound and faithful rationales (greedy), with a bit a question, and what the student finds likely:
+    nll of sound chains and of ones with a fault [nats/token], entropy at the sound ones [nats]."""
+    questions = [Question(f"q{i}", p.text, gold=str(p.answer), task="number") for i, p in enumerate(tests)]
+    labels = [r["correct"] for r in predict(student, questions, "number", batch_size=1000, max_answer_tokens=4)]
+    settings = SampleSettings(max_new_tokens=40, batch_size=1000)
+    prefixes = [EXPLAIN, *([REASON] if reasoning else [])]
+    sources = [student.source_ids(prefixes[-1], p.text) for p in tests]
+    texts = [student.text(tokens) for tokens in sample(student, sources, [(0, 0)] * len(sources), settings)]
+    if reasoning:
+        answers = [t.partition("Answer:")[2].strip() for t in texts]
+        labels = [a == str(p.answer) for a, p in zip(answers, tests, strict=True)]
+        texts = [t.partition("Answer:")[0] for t in texts]
+    sound = [is_sound(t, p.text, str(p.answer)) for t, p in zip(texts, tests, strict=True)]
+    faithful = [is_faithful(t, p) for t, p in zip(texts, tests, strict=True)]
+    some, rng = tests[:200], random.Random(0)
+    sources = [student.source_ids(EXPLAIN, p.text) for p in some]
+    good = [write_chain([(s, result_of(s)) for s in p.steps], rng) for p in some]
+    packed = student.hidden(sources, [student.target_ids(t) for t in good], list(range(len(some))), shared=False)
+    head = student.head
+    found = linear_logprob(packed.hidden, head.weight, packed.target, **head.options, return_entropy=True)
+    return {
+        "accuracy": np.mean(labels),
+        "sound": np.mean(sound),
+        "faithful": np.mean(faithful),
+        "nll_sound": -float(found.logprob.mean()),
+        "entropy": float(found.entropy.mean()),
+        "labels": to_hex(labels),
+        "sounds": to_hex(sound),
+        "faithfuls": to_hex(faithful),
+    }
+
+
+def to_hex(bits: list[bool]) -> str:
+    return np.packbits(np.array(bits, bool)).tobytes().hex()
+
+
+def from_hex(text: str, count: int = TEST_QUESTIONS) -> list[bool]:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:count].astype(bool).tolist()

@@ -1,0 +1,126 @@
+"""The study's tables: means over seeds with their spread, and paired differences with Holm's correction."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qcrd_fast.errors import InputError
+from qcrd_fast.sweep.intervals import Estimate, compare, crossed_variance, student_t
+
+from .runs import from_hex
+
+COLUMNS = (
+    *(
+        "stage",
+        "task",
+        "family",
+        "arm",
+        "seed",
+        "learning_rate",
+        "epochs",
+        "questions",
+        "accuracy",
+        "sound",
+        "faithful",
+        "nll_sound",
+    ),
+    *(
+        "entropy",
+        "loss_cl",
+        "active_lagged",
+        "active_minority",
+        "steps",
+        "train_cpu_s",
+        "cpu_s",
+        "labels",
+        "sounds",
+        "faithfuls",
+    ),
+    *("device", "threads", "torch", "transformers", "commit", "time"),
+)
+METRICS = {"accuracy": "labels", "sound": "sounds"}
+Rows = dict[int, dict[str, str]]  # by seed
+
+
+def read_runs(path: Path, stage: str) -> dict[tuple[str, ...], dict[str, Rows]]:
+    """Rows by (task, family, learning rate, epochs, questions), arm and seed. Raises `InputError` where there is no file."""
+    if not path.exists():
+        raise InputError(f"--results: there is no {path}")
+    found: dict[tuple[str, ...], dict[str, Rows]] = defaultdict(lambda: defaultdict(dict))
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["stage"] == stage:
+                group = tuple(row[name] for name in ("task", "family", "learning_rate", "epochs", "questions"))
+                found[group][row["arm"]][int(row["seed"])] = row
+    return found
+
+
+def bits_of(rows: Rows, metric: str, seeds: Sequence[int]) -> np.ndarray:
+    """[S, Q] of 0 and 1."""
+    return np.array([from_hex(rows[seed][METRICS[metric]]) for seed in seeds], float)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given."""
+    order, adjusted, worst = np.argsort(p_values), [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = worst
+    return adjusted
+
+
+def p_value(difference_SQ: np.ndarray) -> float:
+    """Two-sided p of a mean of 0, by the crossed design's standard error and degrees of freedom."""
+    variance, freedom = crossed_variance(difference_SQ)
+    if not variance:
+        return 1.0 if not difference_SQ.mean() else 0.0
+    t = abs(float(difference_SQ.mean())) / math.sqrt(variance)
+    low, high = 0.5, 1 - 1e-12  # the share of Student's t below `t`, by bisection
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_t(middle, freedom) < t else (low, middle)
+    return 2 * (1 - low)
+
+
+def print_tables(path: Path, stage: str, baselines: Sequence[str]) -> None:
+    """A table for each task and family; in `confirm`, then every comparison with Holm's p over all of them."""
+    tests: list[tuple[str, Estimate, float]] = []
+    for (task, family, rate, epochs, questions), runs in read_runs(path, stage).items():
+        print(f"\n## {stage}: {task}, {family}; learning rate {rate}, {epochs} epochs of {questions} questions\n")
+        known = [base for base in baselines if base in runs]
+        heads = [f"{metric} - {base}" for base in known for metric in METRICS]
+        print("| arm | seeds | labels (sd) | sound (sd) | faithful | nll | entropy | CPU-s | " + " | ".join(heads) + " |")
+        print("|---" * (8 + len(heads)) + "|")
+        for arm, rows in runs.items():
+            cells = [arm, str(len(rows))]
+            for metric in METRICS:
+                values = [float(r[metric]) for r in rows.values()]
+                spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
+                cells.append(f"{np.mean(values):.3f} ({spread:.3f})")
+            cells += [
+                f"{np.mean([float(r[name]) for r in rows.values()]):.3g}"
+                for name in ("faithful", "nll_sound", "entropy", "cpu_s")
+            ]
+            for base in known:
+                seeds = sorted(set(rows) & set(runs[base]))
+                for metric in METRICS:
+                    if base == arm or not seeds:
+                        cells.append("-")
+                        continue
+                    a, b = bits_of(rows, metric, seeds), bits_of(runs[base], metric, seeds)
+                    found = compare(a, b, resamples=1000)
+                    cells.append(f"{found.mean:+.3f} ({found.low:+.3f}, {found.high:+.3f})")
+                    if arm not in baselines:
+                        tests.append((f"{task} | {family} | {arm} | {base} | {metric}", found, p_value(a - b)))
+            print("| " + " | ".join(cells) + " |")
+    if stage == "confirm" and tests:
+        print("\n## Every comparison, Holm over all of them\n")
+        print("| task | family | arm | against | metric | difference | 95% interval | seeds | p (Holm) |\n" + "|---" * 9 + "|")
+        for (name, found, _), p in zip(tests, holm([p for _, _, p in tests]), strict=True):
+            print(f"| {name} | {found.mean:+.3f} | {found.low:+.3f} to {found.high:+.3f} | {found.seeds} | {p:.2g} |")
