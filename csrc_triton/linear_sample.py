@@ -22,7 +22,7 @@ from csrc_triton.product import (
     LOWEST,
     Tile,
     bend,
-    fetched_on_hopper,
+    fetchable,
     flags_of,
     layout,
     numbers,
@@ -203,10 +203,10 @@ def pick_kernel(
 
 def choose_sample_tile(hidden: Tensor, weight: Tensor, grouped: bool) -> Tile:
     """Noise and the search for the largest take registers beside a tile of the product: a smaller one holds all unspilled, on
-    an H100 where the copy engine keeps the addresses."""
+    an H100 or B200 where the copy engine keeps the addresses."""
     if grouped:
         return plain_tile(hidden.dtype, len(hidden))
-    return Tile(64, 64, 32 if hidden.dtype == torch.float32 else 64, 8, 3, fetched_on_hopper(hidden, weight))
+    return Tile(64, 64, 32 if hidden.dtype == torch.float32 else 64, 8, 3, fetchable(hidden, weight))
 
 
 def sample(
@@ -227,7 +227,7 @@ def sample(
     if B == 0:
         return hidden_BH.new_empty(0, dtype=torch.int64)
     tile = choose_sample_tile(hidden_BH, weight_VH, grouped)
-    blocks, _, parts, part_size = layout(tile, B, V, hidden_BH.device, heavy=noisy and not grouped)
+    blocks, _, parts, part_size = layout(tile, B, V, hidden_BH.device)
     G = triton.cdiv(V, GROUP)
     head, flags = (hidden_BH, weight_VH, bias_V), flags_of(bias_V, options)
     scale, inverse_softcap, slope = numbers(bias_V, options)

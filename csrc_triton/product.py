@@ -53,17 +53,17 @@ def choose_tile(hidden: Tensor, weight: Tensor, heavy: bool = False, wide: bool 
     if forced_tile is not None:
         return forced_tile
     H, tile = hidden.shape[1], plain_tile(hidden.dtype, len(hidden))
-    if tile.block_t < 128 or not fetched_on_hopper(hidden, weight):
+    if tile.block_t < 128 or architecture(hidden.device) // 10 != 9 or not fetchable(hidden, weight):
         return tile
     if wide and H >= 1024:
         return Tile(128, 256, 64, 8, 3, True)
     return tile._replace(descriptors=heavy)
 
 
-def fetched_on_hopper(*operands: Tensor) -> bool:
-    """Whether this is an H100 whose copy engine can fetch these: of 16 bits, rows that begin at multiples of 16 bytes."""
+def fetchable(*operands: Tensor) -> bool:
+    """Whether an H100's or B200's copy engine can fetch these: of 16 bits, rows that begin at multiples of 16 bytes."""
     fits = all(x.element_size() == 2 and x.data_ptr() % 16 == 0 and x.shape[1] % 8 == 0 for x in operands)
-    return fits and architecture(operands[0].device) // 10 == 9
+    return fits and architecture(operands[0].device) // 10 in (9, 10)
 
 
 def choose_parts(blocks: int, tiles: int, slots: int) -> int:
