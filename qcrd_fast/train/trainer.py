@@ -31,7 +31,7 @@ from qcrd_fast.runs import checkpoints
 from qcrd_fast.runs.folder import NEGATIVES, RESULTS, SNAPSHOTS, RunFolder
 from qcrd_fast.train import checkpointer
 from qcrd_fast.train.audit import Audit, Audits
-from qcrd_fast.train.checkpointer import Keeper, require_same_prompts, resume_point
+from qcrd_fast.train.checkpointer import Keeper, as_before, resume_point
 from qcrd_fast.train.evaluation import Best, Evaluation
 from qcrd_fast.train.examples import Example, make_examples
 from qcrd_fast.train.memory_estimate import checkpoint_activations, survey
@@ -104,7 +104,7 @@ def _train(config: TrainConfig, run: RunFolder | None, device: torch.device, ran
         config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt
     )
     if found:
-        require_same_prompts(Path(found), prompts)
+        prompts = as_before(Path(found), prompts)
     else:
         checkpoints.require_whole(Path(str(config.student)))
     name = str(config.student) if config.use_peft else found or str(config.student)
