@@ -47,9 +47,7 @@ def export_run(
     `output`.
     """
     folder, target = _source(run, checkpoint), Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--output: {output} is not an empty folder; choose another")
-    require_writable(target.parent, "--output")
+    _check_target(target)
     if public and push_to_hub is None:
         raise InputError("--public is for --push-to-hub")
     config = read_options(Path(run) / CONFIG)
@@ -115,6 +113,21 @@ def export_run(
     if repository is not None:
         summary["url"] = hub.push(target, repository, public=public)
     return summary | {"files": sorted(p.name for p in target.iterdir())}
+
+
+def _check_target(target: Path) -> None:
+    """Raises `InputError` unless a new folder can be put there."""
+    if "\0" in str(target) or len(os.fsencode(target.name)) > 200:  # a temporary one has a longer name
+        raise InputError(f"--output: {str(target)[:80]!r} is no name of a folder, or too long a one")
+    if target.is_symlink():
+        raise InputError(f"--output: {target} is a link; choose another")
+    if not target.name or target.resolve() == Path.cwd():
+        raise InputError(f"--output: {target} is the current folder; name one within it, or call from another")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"--output: {target} is not an empty folder; choose another")
+    if (target.parent / MANIFEST).is_file():
+        raise InputError(f"--output: {target.parent} is a checkpoint, which training deletes; choose another folder")
+    require_writable(target.parent, "--output")
 
 
 def _save_model(student: Student, folder: Path) -> None:

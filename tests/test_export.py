@@ -125,6 +125,23 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_where_no_folder_can_be_put(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcrd_fast.export.load_student", None)  # each is said before the model is loaded
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("nothing")
+    for output, said in (
+        (".", "is the current folder"),
+        (str(tmp_path), "is the current folder"),
+        ("link", "is a link"),
+        ("a\0b", "no name of a folder"),
+        ("n" * 250, "too long"),
+        (str(run / "final" / "x"), "is a checkpoint"),
+    ):
+        with pytest.raises(InputError, match=f"--output: .*{said}"):
+            export_run(str(run), output)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 def test_a_full_disk_leaves_nothing_behind(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
