@@ -16,6 +16,7 @@ from qcrd_fast.model_card import Exported, model_card, usage
 from qcrd_fast.models import lora
 from qcrd_fast.models.chat_template import chat_template, modelfile
 from qcrd_fast.models.loading import save_tokenizer
+from qcrd_fast.models.model_folder import check_model_name
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON
 from qcrd_fast.models.student import Student
 from qcrd_fast.runs.checkpoints import step_of
@@ -167,6 +168,7 @@ def _check_alone(folder: Path, config: dict[str, Any], push_to_hub: str | None) 
     student = config.get("student")
     if not isinstance(student, str):
         raise InputError(f"--adapter: the run does not say which base model its adapter is for ({CONFIG})")
+    check_model_name(student, "--adapter: the base model")  # a path may be relative to where training began
     if push_to_hub is not None and os.path.exists(student):
         raise InputError(
             f"--adapter: the base model {student} is a folder of this machine, which others cannot load; push the merged "

@@ -282,6 +282,11 @@ def test_an_adapter_that_cannot_be_written_alone(lora_run: Path, run: Path, tmp_
     assert "has no lora.safetensors; it takes a run of train --use-peft" in capsys.readouterr().err
     assert entry(["export", str(lora_run), "--output", str(tmp_path / "x"), "--adapter", "--push-to-hub", "a/b"]) == 2
     assert "is a folder of this machine, which others cannot load" in capsys.readouterr().err
+    moved = Path(shutil.copytree(lora_run, tmp_path / "moved", symlinks=True))
+    config = yaml.safe_load((moved / "config.resolved.yaml").read_text())
+    (moved / "config.resolved.yaml").write_text(yaml.safe_dump(config | {"student": "./base"}))  # of another folder
+    assert entry(["export", str(moved), "--output", str(tmp_path / "x"), "--adapter"]) == 2
+    assert "--adapter: the base model: folder './base' does not exist" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
