@@ -46,7 +46,8 @@ class PromptSettings:
     @classmethod
     def of_state(cls, saved: Mapping[str, Any]) -> PromptSettings:
         """What a `state.json` holds under `prompt`. One without a version is older: 1, unless it knows of system prompts."""
-        return cls(**({"version": 2 if "system" in saved else 1} | dict(saved)))
+        unsaid: dict[str, Any] = {"version": 2 if "system" in saved else 1}
+        return cls(**unsaid | dict(saved))
 
     @classmethod
     def from_option(
