@@ -16,6 +16,7 @@ from qcrd_fast.model_card import Exported, model_card, usage
 from qcrd_fast.models import lora
 from qcrd_fast.models.chat_template import chat_template, modelfile
 from qcrd_fast.models.loading import save_tokenizer
+from qcrd_fast.models.model_folder import check_model_name
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON
 from qcrd_fast.models.student import Student
 from qcrd_fast.runs.checkpoints import step_of
@@ -47,9 +48,7 @@ def export_run(
     `output`.
     """
     folder, target = _source(run, checkpoint), Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--output: {output} is not an empty folder; choose another")
-    require_writable(target.parent, "--output")
+    _check_target(target)
     if public and push_to_hub is None:
         raise InputError("--public is for --push-to-hub")
     config = read_options(Path(run) / CONFIG)
@@ -117,6 +116,21 @@ def export_run(
     return summary | {"files": sorted(p.name for p in target.iterdir())}
 
 
+def _check_target(target: Path) -> None:
+    """Raises `InputError` unless a new folder can be put there."""
+    if "\0" in str(target) or len(os.fsencode(target.name)) > 200:  # a temporary one has a longer name
+        raise InputError(f"--output: {str(target)[:80]!r} is no name of a folder, or too long a one")
+    if target.is_symlink():
+        raise InputError(f"--output: {target} is a link; choose another")
+    if not target.name or target.resolve() == Path.cwd():
+        raise InputError(f"--output: {target} is the current folder; name one within it, or call from another")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"--output: {target} is not an empty folder; choose another")
+    if (target.parent / MANIFEST).is_file():
+        raise InputError(f"--output: {target.parent} is a checkpoint, which training deletes; choose another folder")
+    require_writable(target.parent, "--output")
+
+
 def _save_model(student: Student, folder: Path) -> None:
     """The model with its generation settings; its configuration, which some servers read instead, names the same tokens."""
     model = student.model
@@ -154,6 +168,7 @@ def _check_alone(folder: Path, config: dict[str, Any], push_to_hub: str | None) 
     student = config.get("student")
     if not isinstance(student, str):
         raise InputError(f"--adapter: the run does not say which base model its adapter is for ({CONFIG})")
+    check_model_name(student, "--adapter: the base model")  # a path may be relative to where training began
     if push_to_hub is not None and os.path.exists(student):
         raise InputError(
             f"--adapter: the base model {student} is a folder of this machine, which others cannot load; push the merged "

@@ -115,20 +115,28 @@ def usage(student: Student, served: bool = False, adapter: bool = False) -> str:
         f"model = {auto}.from_pretrained(folder){'  # with its base model; needs peft' if adapter else ''}",
         'prompt = "predict: " + question.strip()  # or "explain: " for a rationale',
     ]
-    if served or template == "chat":
-        system = (
-            "" if served or not student.prompts.system else f'{{"role": "system", "content": {student.prompts.system!r}}}, '
-        )
+    if served:
         lines += [
-            f'chat = [{system}{{"role": "user", "content": prompt}}]',
+            'chat = [{"role": "user", "content": prompt}]',
             "text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)",
             "input_ids = tokenizer(text, add_special_tokens=False).input_ids",
         ]
+    elif template == "chat":  # the base model's, which the folder's tokenizer has not
+        lines += [
+            f'text = {student.chat_text("{prompt}")!r}.replace("{{prompt}}", prompt)',
+            "input_ids = tokenizer(text, add_special_tokens=False).input_ids",
+        ]
     else:
-        text = "prompt" if student.form == "{prompt}" else f'{student.form!r}.replace("{{prompt}}", prompt)'
+        text = (
+            "prompt"
+            if student.newline_apart or student.form == "{prompt}"
+            else f'{student.form!r}.replace("{{prompt}}", prompt)'
+        )
         lines.append(f"input_ids = tokenizer({text}).input_ids")
         if not seq2seq:
             lines += ["if input_ids[-1:] == [tokenizer.eos_token_id]:", "    input_ids.pop()"]
+        if student.newline_apart:
+            lines.append('input_ids += tokenizer("\\n", add_special_tokens=False).input_ids')
     if adapter:  # whose base model may have other settings
         lines.append("model.generation_config = GenerationConfig.from_pretrained(folder)")
     start = "" if seq2seq else "[len(input_ids):]"

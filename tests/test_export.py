@@ -125,6 +125,23 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_where_no_folder_can_be_put(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcrd_fast.export.load_student", None)  # each is said before the model is loaded
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("nothing")
+    for output, said in (
+        (".", "is the current folder"),
+        (str(tmp_path), "is the current folder"),
+        ("link", "is a link"),
+        ("a\0b", "no name of a folder"),
+        ("n" * 250, "too long"),
+        (str(run / "final" / "x"), "is a checkpoint"),
+    ):
+        with pytest.raises(InputError, match=f"--output: .*{said}"):
+            export_run(str(run), output)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 def test_a_full_disk_leaves_nothing_behind(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -265,6 +282,11 @@ def test_an_adapter_that_cannot_be_written_alone(lora_run: Path, run: Path, tmp_
     assert "has no lora.safetensors; it takes a run of train --use-peft" in capsys.readouterr().err
     assert entry(["export", str(lora_run), "--output", str(tmp_path / "x"), "--adapter", "--push-to-hub", "a/b"]) == 2
     assert "is a folder of this machine, which others cannot load" in capsys.readouterr().err
+    moved = Path(shutil.copytree(lora_run, tmp_path / "moved", symlinks=True))
+    config = yaml.safe_load((moved / "config.resolved.yaml").read_text())
+    (moved / "config.resolved.yaml").write_text(yaml.safe_dump(config | {"student": "./base"}))  # of another folder
+    assert entry(["export", str(moved), "--output", str(tmp_path / "x"), "--adapter"]) == 2
+    assert "--adapter: the base model: folder './base' does not exist" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from qcrd_fast.models.prompts import PREDICT, Prompter
+from qcrd_fast.models.prompts import PREDICT, Prompter, quoted
 
 UNBOUND = 1 << 30  # tokens; a server does not cut questions
 PROBES = (
@@ -24,23 +24,34 @@ PROBES = (
 _PRELUDE = """\
 {#- Sends the last user message as the prompt of training. `task` (%(names)s), or such a word and a colon before the question,
     says what is wanted; without either it is %(default)s. Texts of special tokens in a message are no tokens. -#}
-{%%- set ns = namespace(text='', task='', after=[]) -%%}
-{%%- for message in messages -%%}
-{%%- if message['role'] == 'user' -%%}
-{%%- set ns.text = message['content'] -%%}
-{%%- set ns.after = [] -%%}
-{%%- elif message['role'] == 'assistant' -%%}
-{%%- set ns.after = ns.after + [message] -%%}
+{%%- set ns = namespace(content='', text='', task='', after=[]) -%%}
+{%%- for message in messages if message['role'] in ['user', 'assistant'] -%%}
+{%%- set ns.content = message['content'] or '' -%%}
+{%%- if ns.content is not string -%%}
+{%%- for part in ns.content -%%}
+{%%- if part['text'] is not string -%%}
+{{- raise_exception('this model reads text, and no other part of a message') -}}
 {%%- endif -%%}
 {%%- endfor -%%}
-{%%- if ns.text is not string -%%}
-{%%- set ns.text = ns.text | map(attribute='text') | join(' ') -%%}
+{%%- set ns.content = ns.content | map(attribute='text') | join(' ') -%%}
 {%%- endif -%%}
-{%%- set ns.text = ns.text | trim -%%}
-{%%- if task is defined -%%}
+{%%- if message['role'] == 'user' -%%}
+{%%- set ns.text = ns.content | trim -%%}
+{%%- set ns.after = [] -%%}
+{%%- else -%%}
+{%%- set ns.after = ns.after + [{'role': 'assistant', 'content': ns.content}] -%%}
+{%%- endif -%%}
+{%%- endfor -%%}
+{%%- if task is defined and task -%%}
+{%%- if task not in [%(tasks)s] -%%}
+{{- raise_exception('task is one of %(names)s') -}}
+{%%- endif -%%}
 {%%- set ns.task = task -%%}
 %(branches)s{%%- else -%%}
 {%%- set ns.task = %(default)s -%%}
+{%%- endif -%%}
+{%%- if not ns.text -%%}
+{{- raise_exception('the last user message is the question; it is empty') -}}
 {%%- endif -%%}
 {%%- for special in %(specials)s -%%}
 {%%- set ns.text = ns.text.replace(special, special[:1] + ' ' + special[1:]) -%%}
@@ -52,6 +63,7 @@ _BRANCH = """\
 {%%- set ns.task = %(name)s -%%}
 {%%- set ns.text = ns.text[%(length)d:] | trim -%%}
 """
+_ALONE = "{%- set tools = none -%}{%- set documents = none -%}"  # of a request; training had none
 _ANSWERS = "{%- for message in ns.after -%}{{- message['content'] + eos_token -}}{%- endfor -%}"
 
 
@@ -66,6 +78,7 @@ def chat_template(prompter: Prompter, prefixes: Sequence[str]) -> str | None:
     names = [prefix.removesuffix(": ") for prefix in prefixes]
     prelude = _PRELUDE % {
         "names": ", ".join(names),
+        "tasks": ", ".join(map(quoted, names)),
         "default": quoted(names[0]),
         "branches": "".join(
             _BRANCH % {"word": quoted(f"{name}:"), "name": quoted(name), "length": len(name) + 1} for name in names
@@ -121,19 +134,13 @@ def modelfile(prompter: Prompter, prefix: str) -> str | None:
     )
 
 
-def quoted(text: str) -> str:
-    """A Jinja string."""
-    text = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-    return f"'{text}'"
-
-
 def _bodies(prompter: Prompter) -> list[str]:
     """What comes after the prelude, the likeliest first."""
-    tokenizer = prompter.tokenizer
     if prompter.prompts.template == "chat":
-        own = tokenizer.get_chat_template()
+        own = prompter.own_template()
         system = f"{{'role': 'system', 'content': {quoted(prompter.prompts.system)}}}, " if prompter.prompts.system else ""
-        return ["{%- set messages = [" + system + "{'role': 'user', 'content': ns.text}] + ns.after -%}{{- '' }}" + own]
+        messages = "{%- set messages = [" + system + "{'role': 'user', 'content': ns.text}] + ns.after -%}"
+        return [_ALONE + messages + "{{- '' }}" + own]
     added = _tokens_in_front(prompter)
     found = []
     for front in ([*added], [*added, quoted(" ")], []):

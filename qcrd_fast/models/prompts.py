@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ class PromptSettings:
     max_source_length: int = 1024
     max_target_length: int = 256
     system: str = ""  # text of the system message; with the chat template alone
+    version: int = 2  # how texts become tokens; 1: a raw prompt's newline by itself, and texts of special tokens as tokens
+    date: str = ""  # the day, as YYYY-MM-DD, that a chat template which writes the date is told; empty: today
 
     def __post_init__(self) -> None:
         lengths = self.max_source_length, self.max_target_length
@@ -32,6 +36,18 @@ class PromptSettings:
             raise InputError(f"a prompt's template is raw, chat or a text with {{prompt}} in it; got {self.template[:80]!r}")
         if not isinstance(self.system, str) or (self.system and self.template != "chat"):
             raise InputError("--system-prompt needs --prompt-template chat; a template FILE holds such a text itself")
+        if type(self.version) is not int or self.version not in (1, 2):
+            raise InputError(f"a prompt's version is 1 or 2, or that of a newer qcrd-fast; got {self.version!r}")
+        try:
+            _ = self.date and datetime.date.fromisoformat(self.date)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"a prompt's date is YYYY-MM-DD; got {self.date!r}") from error
+
+    @classmethod
+    def of_state(cls, saved: Mapping[str, Any]) -> PromptSettings:
+        """What a `state.json` holds under `prompt`. One without a version is older: 1, unless it knows of system prompts."""
+        unsaid: dict[str, Any] = {"version": 2 if "system" in saved else 1}
+        return cls(**unsaid | dict(saved))
 
     @classmethod
     def from_option(
@@ -48,7 +64,8 @@ class PromptSettings:
                 raise InputError(f"--prompt-template: {path} does not contain {{prompt}}")
         if system and os.path.isfile(system):
             system = _read_text(Path(system), "--system-prompt").strip()
-        return cls(value, max_source_length, max_target_length, system or "")
+        date = datetime.date.today().isoformat() if value == "chat" else ""
+        return cls(value, max_source_length, max_target_length, system or "", date=date)
 
 
 def _read_text(path: Path, option: str) -> str:
@@ -75,7 +92,7 @@ class Prompter:
 
     def __init__(self, tokenizer: Any, prompts: PromptSettings, is_encoder_decoder: bool):
         self.tokenizer, self.prompts, self.is_encoder_decoder = tokenizer, prompts, is_encoder_decoder
-        self.special_texts = special_texts(tokenizer)
+        self._special_texts = special_texts(tokenizer)
         self._lengths: Lengths | None = None
         if tokenizer.eos_token_id is None:
             raise InputError("student: the tokenizer has no end-of-sequence token")
@@ -97,7 +114,21 @@ class Prompter:
         """The chat template's text of a user message, after the system message if there is one."""
         system = [{"role": "system", "content": self.prompts.system}] if self.prompts.system else []
         chat = [*system, {"role": "user", "content": text}]
-        return str(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat, chat_template=self.own_template(), add_generation_prompt=True, tokenize=False
+            )
+        )
+
+    def own_template(self) -> str:
+        """The tokenizer's chat template, which takes the date of training for today's."""
+        own = str(self.tokenizer.get_chat_template())
+        forms = {form for _, form in re.findall(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)", own)} if self.prompts.date else set()
+        if not forms:
+            return own
+        date = datetime.datetime.fromisoformat(self.prompts.date)
+        dates = ", ".join(f"{quoted(form)}: {quoted(date.strftime(form))}" for form in sorted(forms))
+        return "{%- macro strftime_now(form) -%}{{- {" + dates + "}[form] -}}{%- endmacro -%}{{- '' }}" + own
 
     def source_ids(self, prefix: str, question: str) -> TokenIds:
         """Tokens of a task's input. A text over the maximum length loses its beginning, which is the context, or else the story
@@ -117,13 +148,14 @@ class Prompter:
         if template == "chat":
             ids = self._plain_ids(self.chat_text(text))
         else:
-            ids = list(tokenizer(self.form.replace("{prompt}", text)).input_ids)
+            ids = list(tokenizer(text if self.newline_apart else self.form.replace("{prompt}", text)).input_ids)
             if self.is_encoder_decoder:
                 return ids
             if ids and ids[-1] == tokenizer.eos_token_id:  # a prompt goes on
                 ids.pop()
-            if ids[:2] == [tokenizer.bos_token_id] * 2:  # the template's own, and the tokenizer's
+            if ids[:2] == [tokenizer.bos_token_id] * 2 and self.prompts.version > 1:  # the template's own, and the tokenizer's
                 ids.pop(0)
+            ids += self._plain_ids("\n") if self.newline_apart else []
         if not ids:
             raise InputError(f"the prompt {text[:80]!r} has no token in the model's vocabulary")
         return ids
@@ -135,6 +167,16 @@ class Prompter:
         if self.prompts.template != "raw":
             return self.prompts.template
         return "{prompt}" if self.is_encoder_decoder else "{prompt}\n"
+
+    @property
+    def newline_apart(self) -> bool:
+        """Whether the newline after a raw prompt is tokenised by itself, not with the prompt."""
+        return self.prompts.version == 1 and self.prompts.template == "raw" and not self.is_encoder_decoder
+
+    @property
+    def special_texts(self) -> list[str]:
+        """The special tokens of the tokenizer that are broken up where a text spells them."""
+        return self._special_texts if self.prompts.version > 1 else []
 
     def target_ids(self, text: str) -> TokenIds:
         """Tokens of a label or rationale with EOS; a text cut at the maximum length gets no EOS."""
@@ -170,3 +212,9 @@ def special_texts(tokenizer: Any) -> list[str]:
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     found = {token.content for token in added if token.special} | set(getattr(tokenizer, "all_special_tokens", []))
     return sorted((text for text in found if len(text) > 1), key=lambda text: (-len(text), text))
+
+
+def quoted(text: str) -> str:
+    """A Jinja string."""
+    text = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    return f"'{text}'"

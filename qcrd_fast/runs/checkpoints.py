@@ -90,7 +90,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         wrong = [name for name, kind in _KINDS.items() if type(state[name]) is not kind]
         wrong += [f"snapshots of {i!r}" for i, d in state["snapshots"].items() if not i.isdecimal() or type(d) is not str]
-        PromptSettings(**state["prompt"])
+        PromptSettings.of_state(state["prompt"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{checkpoint / STATE} is unreadable: {type(error).__name__} {error}") from error
     if wrong:

@@ -65,7 +65,7 @@ def load_student(run_or_model: str, device: str = "auto") -> tuple[Student, dict
     if path is not None:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            prompts = PromptSettings(**state["prompt"])
+            prompts = PromptSettings.of_state(state["prompt"])
             if state.get("task") not in (None, "mixed", *TASKS):
                 raise ValueError(f"task {state['task']!r} is none of {', '.join(TASKS)}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -85,13 +85,15 @@ def resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | No
     return str(found)
 
 
-def require_same_prompts(found: Path, prompts: PromptSettings) -> None:
-    """Raises `InputError` where a template or system prompt that stands in a file has changed since the checkpoint `found`."""
-    before = PromptSettings(**checkpoints.read_state(found)["prompt"])
+def as_before(found: Path, prompts: PromptSettings) -> PromptSettings:
+    """`prompts` with the version and date of the checkpoint `found`. Raises `InputError` where a template or system
+    prompt that stands in a file has changed since."""
+    before = PromptSettings.of_state(checkpoints.read_state(found)["prompt"])
     for name, option in (("template", "--prompt-template"), ("system", "--system-prompt")):
         was, now = getattr(before, name), getattr(prompts, name)
         if was != now:
             raise InputError(f"{found}: the run began with {option} {was[:80]!r}, now it is {now[:80]!r}")
+    return dataclasses.replace(prompts, version=before.version, date=before.date)
 
 
 class Keeper:

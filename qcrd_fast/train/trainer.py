@@ -30,7 +30,7 @@ from qcrd_fast.runs import checkpoints
 from qcrd_fast.runs.folder import NEGATIVES, RESULTS, SNAPSHOTS, RunFolder
 from qcrd_fast.train import checkpointer
 from qcrd_fast.train.audit import Audit, Audits
-from qcrd_fast.train.checkpointer import Keeper, require_same_prompts, resume_point
+from qcrd_fast.train.checkpointer import Keeper, as_before, resume_point
 from qcrd_fast.train.evaluation import Best, Evaluation
 from qcrd_fast.train.examples import Candidate, Example, make_examples
 from qcrd_fast.train.judging import WEIGHT_KINDS, Judges, make_judges
@@ -126,7 +126,7 @@ def _train(
         config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt
     )
     if found:
-        require_same_prompts(Path(found), prompts)
+        prompts = as_before(Path(found), prompts)
     else:
         checkpoints.require_whole(Path(str(config.student)))
     name = str(config.student) if config.use_peft else found or str(config.student)

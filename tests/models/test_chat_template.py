@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 
+from qcrd_fast.errors import InputError
+from qcrd_fast.model_card import usage
 from qcrd_fast.models.chat_template import chat_template, modelfile, sends_the_prompt, tokens_sent
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, Prompter, PromptSettings
-from tests.support.tokenizers import KINDS
+from tests.support.tokenizers import KINDS, bytes_bpe
 
 QUESTIONS = (
     "Tom has 3 bags of 4 nuts. How many nuts?",
@@ -81,6 +84,47 @@ def test_a_conversation_is_its_last_question() -> None:
     assert read([*chat, {"role": "assistant", "content": "3"}]) == "<s>predict: Tom has 3 nuts.\n3</s>"  # as a trainer reads it
 
 
+def test_what_is_no_question_is_refused() -> None:
+    tokenizer_ = tokenizer("bytes, BOS, chat")
+    for template in ("raw", "chat"):
+        found = chat_template(Prompter(tokenizer_, PromptSettings(template), False), (PREDICT, EXPLAIN))
+        read = functools.partial(tokenizer_.apply_chat_template, chat_template=found, tokenize=False)
+        for content in ("", None, " \n", [], "predict: "):
+            with pytest.raises(Exception, match="the last user message is the question; it is empty"):
+                read([{"role": "user", "content": content}])
+        with pytest.raises(Exception, match="it is empty"):
+            read([{"role": "system", "content": "Be brief."}])
+        for part in ("a", {"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": None}):
+            with pytest.raises(Exception, match="reads text, and no other part"):
+                read([{"role": "user", "content": [{"type": "text", "text": "What is it?"}, part]}])
+        chat = [{"role": "user", "content": "2 + 3?"}]
+        with pytest.raises(Exception, match="task is one of predict, explain"):
+            read(chat, task="reason")
+        assert read(chat, task=None) == read(chat, task="") == read(chat)
+        called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+        parts = {"role": "assistant", "content": [{"type": "text", "text": "5"}]}
+        assert "predict: 2 + 3?" in read([*chat, called]) and "5</s>" in read([*chat, parts])
+
+
+TODAY = (
+    "{% if tools %}{{ tools }}{% endif %}{% if strftime_now is defined %}{{ 'On ' + strftime_now('%d %b %Y') }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_the_day_of_training_is_sent_and_no_tools() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    student = Prompter(bytes_bpe(bos=True, merging=True, chat=TODAY), PromptSettings("chat", date="2024-02-29"), False)
+    assert student.chat_text("7").startswith("On 29 Feb 2024<user>7\n")
+    found = chat_template(student, (PREDICT,))
+    assert found is not None
+    assert tokens_sent(student.tokenizer, found, "2 + 3?", tools=tools) == student.source_ids(PREDICT, "2 + 3?")
+    assert PromptSettings.from_option("chat", 64, 64).date and not PromptSettings.from_option("raw", 64, 64).date
+    with pytest.raises(InputError, match="date is YYYY-MM-DD"):
+        PromptSettings("chat", date="today")
+
+
 def test_a_template_that_gives_other_tokens_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     student = Prompter(tokenizer("bytes, BOS"), PromptSettings("raw"), False)
     found = chat_template(student, (PREDICT,))
@@ -118,3 +162,15 @@ def test_modelfile(kind: str, template: str, wanted: str | None) -> None:
         assert found is None
     else:
         assert found == f'FROM .\nTEMPLATE """{wanted}"""\nPARAMETER temperature 0\nPARAMETER num_predict 256\n'
+
+
+@pytest.mark.parametrize("kind", ["bytes, chat", "bytes, BOS, chat"])
+def test_the_code_of_a_card_without_a_chat_template(kind: str, tmp_path: Path) -> None:
+    student = Prompter(tokenizer(kind), PromptSettings("chat"), False)
+    tokenizer(kind).save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    code = usage(student, served=False).replace('"."', f'"{tmp_path}"')
+    made: dict = {}
+    exec("\n".join(line for line in code.partition("output =")[0].splitlines() if not line.startswith("model")), made)
+    assert made["tokenizer"].chat_template is None
+    assert made["input_ids"] == student.source_ids(PREDICT, made["question"])
