@@ -36,7 +36,7 @@ def check_model_name(name_or_path: str, option: str) -> None:
         _check_folder(folder, option)
     elif not is_online() and not _is_cached(name_or_path):
         raise InputError(
-            f"{option}: cannot load {name_or_path!r}: there is no such folder here, and the hub cannot be reached (no network?) "
+            f"{option}: cannot load {name_or_path!r}: there is no such folder here, the hub cannot be reached (no network?), "
             "and nothing of that name is in the cache"
         )
 
