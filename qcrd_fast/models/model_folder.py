@@ -81,14 +81,6 @@ def _check_folder(folder: Path, option: str) -> None:
                 f"{option}: {str(folder)!r} has its weights in {pickled[0]}, a pickle, which is never loaded; convert them to "
                 "safetensors"
             )
-        raise InputError(f"{option}: {str(folder)!r} holds no weights, such as model.safetensors")
-    if not any(part in name.lower() for part in _TOKENIZER for name in names):
-        raise InputError(f"{option}: {str(folder)!r} holds no tokenizer, such as tokenizer.json")
-    try:
-        if not isinstance(json.loads((folder / "config.json").read_text(encoding="utf-8")), dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{option}: {folder / 'config.json'} is unreadable: {error}") from error
     for index in sorted(name for name in names if name.endswith(".index.json")):
         try:
             shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
@@ -97,3 +89,12 @@ def _check_folder(folder: Path, option: str) -> None:
             raise InputError(f"{option}: {folder / index} is unreadable: {error}") from error
         if wrong:
             raise InputError(f"{option}: {folder / index} names {wrong[0]!r}, which is not a file of this folder")
+    if not any(name.endswith(WEIGHTS) for name in names):
+        raise InputError(f"{option}: {str(folder)!r} holds no weights, such as model.safetensors")
+    if not any(part in name.lower() for part in _TOKENIZER for name in names):
+        raise InputError(f"{option}: {str(folder)!r} holds no tokenizer, such as tokenizer.json")
+    try:
+        if not isinstance(json.loads((folder / "config.json").read_text(encoding="utf-8")), dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{option}: {folder / 'config.json'} is unreadable: {error}") from error

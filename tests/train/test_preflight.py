@@ -142,9 +142,7 @@ def test_no_torch_is_loaded_for_a_wrong_option_or_row(rows_file, t5_folder, tmp_
 
 def test_without_the_network_a_name_of_the_hub_fails_at_once(config, monkeypatch):
     monkeypatch.setattr(model_folder, "is_online", lambda: False)
-    with pytest.raises(
-        InputError, match="cannot load 'owner/model': there is no such folder here, the hub cannot be reached"
-    ):
+    with pytest.raises(InputError, match="cannot load 'owner/model': there is no such folder here, the hub cannot be reached"):
         check_start(config(student="owner/model"))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "/cache/config.json")
     check_start(config(student="owner/model"))
