@@ -21,7 +21,7 @@ _LONGEST_HEADER = 1 << 26  # bytes
 
 def check_model_name(name_or_path: str, option: str) -> None:
     """Raises `InputError`, naming `option`, for a path without a model, weights that are no safetensors, and an index that
-    names files of another folder, for a folder where something is missing or cut short, and for a name of the hub where that
+    names files of another folder, for a folder where something is missing, and for a name of the hub where that
     cannot be reached and nothing of it is cached. A name such as `runs/one` is a path where the folder `runs` is here, else one
     of the hub."""
     folder = Path(name_or_path)
