@@ -20,7 +20,7 @@ import click
 
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.utils.oom import is_exhausted
-from qcrd_fast.utils.redact import RedactingFormatter, redact
+from qcrd_fast.utils.redact import RedactingFormatter, harmless, redact
 
 from .options import suggest
 
@@ -114,7 +114,7 @@ def _usage_message(error: click.ClickException) -> str:
 
 
 def _say(text: str) -> None:
-    print(redact(text), file=sys.stderr, flush=True)
+    print(harmless(redact(text)), file=sys.stderr, flush=True)
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):

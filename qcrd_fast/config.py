@@ -144,7 +144,9 @@ class TrainConfig:
         "raw", "raw, chat (the tokenizer's chat template), or a file containing {prompt}", group="Data", usual=True
     )
     system_prompt: str | None = option(
-        None, "system message of the chat template, or a file that holds it; saved with the checkpoints", group="Data"
+        None,
+        "system message of the chat template, or a file that holds it (also @FILE); saved with the checkpoints",
+        group="Data",
     )
     reasoning_task: bool = option(False, "add a third task: `reason: x` -> rationale, then `Answer: a`", group="Data")
     max_source_length: int = option(
@@ -363,7 +365,9 @@ class TrainConfig:
         64, "questions of an evaluation batch", low=1, aliases=("per_device_eval_batch_size",), group="Run"
     )
     zero_shot: bool = option(
-        True, "at the end also ask the untrained student by its chat template, where it has one: the baseline", group="Run"
+        True,
+        "at the end also ask the untrained student by its chat template, where it has one, 64 questions at most: the baseline",
+        group="Run",
     )
     max_answer_tokens: int = option(48, "longest answer generated in evaluation [tokens]", low=1, group="Run")
     report_to: str = option("none", "also log to", choices=("none", "tensorboard", "wandb"), group="Run")
@@ -398,6 +402,11 @@ class TrainConfig:
             )
         if self.system_prompt and self.prompt_template != "chat":
             raise InputError("--system-prompt needs --prompt-template chat; a template FILE holds such a text itself")
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            raise InputError("--system-prompt is empty; leave it out for none")
+        name = self.run_name
+        if name is not None and (not name.strip(" .") or not name.isprintable() or "/" in name or "\\" in name):
+            raise InputError(f"--run-name is the name of a folder and of a line, without / and \\; got {name!r}")
         if self.max_samples and self.train_fraction < 1:
             raise InputError("--max-samples and --train-fraction are given; one of them says how many questions to use")
         alone = [f for f in dataclasses.fields(self) if f.name.startswith("lora_") and getattr(self, f.name) != f.default]

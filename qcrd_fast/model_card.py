@@ -191,8 +191,10 @@ def _figures(results: dict[str, Any], config: dict[str, Any]) -> str:
     ):
         if (value := _share(results.get(name))) is not None:
             same = name != "accuracy_validation"
-            low, high = wilson(value, n)
-            span = f"{n} | {low:.4f} to {high:.4f}" if same else "| "
+            asked = results.get("n_zero_shot") if name == "accuracy_zero_shot" else None
+            asked = asked if type(asked) is int and 0 < asked <= n else n
+            low, high = wilson(value, asked)
+            span = f"{asked} | {low:.4f} to {high:.4f}" if same else "| "
             rows.append(f"| {text} | {value:.4f} | {span} |")
     return "| figure | value | n | 95% interval (Wilson) |\n|---|---|---|---|\n" + "\n".join(rows)
 

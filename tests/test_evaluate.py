@@ -110,7 +110,7 @@ def test_a_model_without_a_chat_template_has_no_zero_shot(t5_folder: Path, llama
 def test_a_run_ends_with_the_baseline_and_rationales(run: Path) -> None:
     results = json.loads((run / "eval_results.json").read_text())
     assert list(results)[:4] == ["accuracy", "accuracy_validation", "accuracy_untrained", "n"]
-    assert 0 <= results["accuracy_zero_shot"] <= 1
+    assert 0 <= results["accuracy_zero_shot"] <= 1 and 0 < results["n_zero_shot"] <= min(results["n"], 64)
     lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert all(isinstance(line["rationale"], str) for line in lines[:8])  # of a method that taught none, too
 

@@ -13,10 +13,7 @@ import io
 import math
 import os
 import re
-import socket
 import sys
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from qcrd_fast.data.splits import SPLITS
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils.files import shown
 from qcrd_fast.utils.memory import free_bytes
+from qcrd_fast.utils.network import is_online
 
 BATCH_ROWS = 64  # of a parquet file or a dataset that are converted at a time
 _OPTION = re.compile(r"(?:(?:option|choice|answer|opt)?[ _-]?[a-j]|(?:option|choice|opt)[ _-]?\d{1,2})", re.IGNORECASE)
@@ -204,7 +202,7 @@ def load_dataset(
     Raises:
         InputError: `datasets` is not installed, the data set is not readable, or has no such split.
     """
-    if not folder and not _is_online():
+    if not folder and not is_online():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # from the cache or not at all, without its retries
     datasets = _library("datasets", path)
     if not sys.stderr.isatty():
@@ -221,17 +219,6 @@ def load_dataset(
         return found, split if split and split in names else "", []
     chosen = _split(list(found), split, part, path)
     return found[chosen], chosen, [name for name in found if name != chosen]
-
-
-def _is_online() -> bool:
-    """Whether the host of the hub has an address, or a proxy will know it."""
-    if urllib.request.getproxies().keys() & {"http", "https", "all"}:
-        return True
-    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
-    try:
-        return bool(socket.getaddrinfo(host, None))
-    except OSError:
-        return False
 
 
 def _split(names: list[str], split: str | None, part: str | None, path: str | Path) -> str:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.model_folder import WEIGHTS, check_model_name
+from qcrd_fast.utils.network import is_online
 
 
 def read_config(name_or_path: str, option: str) -> Any:
@@ -27,7 +28,7 @@ def read_config(name_or_path: str, option: str) -> Any:
     """
     check_model_name(name_or_path, option)
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=_only_local(name_or_path))
     except Exception as error:  # whatever a configuration of anybody's can make a library raise
         raise _cannot_load(name_or_path, option, error) from error
     _check_config(config, name_or_path, option)
@@ -43,13 +44,15 @@ def load_pretrained(
     weight that has another than the configuration says, names of weights that it lacks or has too many of.
     """
     config = read_config(name_or_path, option)
+    local = _only_local(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=local)
         model, info = choose(config).from_pretrained(
             name_or_path,
             config=config,
             use_safetensors=True,
             trust_remote_code=False,
+            local_files_only=local,
             ignore_mismatched_sizes=True,  # so that they can be named
             output_loading_info=True,
             **settings,
@@ -60,6 +63,11 @@ def load_pretrained(
         raise _cannot_load(name_or_path, option, error) from error
     _check_loaded(model, info, name_or_path, option, whole)
     return model, tokenizer
+
+
+def _only_local(name: str) -> bool:
+    """Whether a model is read from its folder or the cache alone, without the retries of a hub that cannot be reached."""
+    return os.path.isdir(name) or not is_online()
 
 
 def _check_loaded(model: Any, info: Any, name: str, option: str, whole: bool) -> None:

@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from qcrd_fast.errors import InputError
+from qcrd_fast.utils.network import is_online
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
+_TOKENIZER = ("token", "vocab", "spiece", "sentencepiece", "merges", "tekken")  # one of them is in the name of one of its files
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _LONGEST_HEADER = 1 << 26  # bytes
 
 
 def check_model_name(name_or_path: str, option: str) -> None:
     """Raises `InputError`, naming `option`, for a path without a model, weights that are no safetensors, and an index that
-    names files of another folder. A name such as `runs/one` is a path where the folder `runs` is here, else one of the hub."""
+    names files of another folder, for a folder where something is missing, and for a name of the hub where that
+    cannot be reached and nothing of it is cached. A name such as `runs/one` is a path where the folder `runs` is here, else one
+    of the hub."""
     folder = Path(name_or_path)
     if os.path.isfile(folder):
         raise InputError(f"{option}: {name_or_path!r} is a file; name the folder with config.json and model.safetensors")
@@ -30,6 +34,20 @@ def check_model_name(name_or_path: str, option: str) -> None:
         if not (folder / "config.json").is_file():
             raise InputError(f"{option}: {name_or_path!r} holds no config.json, so it is not a Hugging Face model folder")
         _check_folder(folder, option)
+    elif not is_online() and not _is_cached(name_or_path):
+        raise InputError(
+            f"{option}: cannot load {name_or_path!r}: there is no such folder here, the hub cannot be reached (no network?), "
+            "and nothing of that name is in the cache"
+        )
+
+
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    with contextlib.suppress(HFValidationError):
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    return False
 
 
 def count_parameters(folder: Path) -> int | None:
@@ -71,3 +89,12 @@ def _check_folder(folder: Path, option: str) -> None:
             raise InputError(f"{option}: {folder / index} is unreadable: {error}") from error
         if wrong:
             raise InputError(f"{option}: {folder / index} names {wrong[0]!r}, which is not a file of this folder")
+    if not any(name.endswith(WEIGHTS) for name in names):
+        raise InputError(f"{option}: {str(folder)!r} holds no weights, such as model.safetensors")
+    if not any(part in name.lower() for part in _TOKENIZER for name in names):
+        raise InputError(f"{option}: {str(folder)!r} holds no tokenizer, such as tokenizer.json")
+    try:
+        if not isinstance(json.loads((folder / "config.json").read_text(encoding="utf-8")), dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{option}: {folder / 'config.json'} is unreadable: {error}") from error

@@ -15,6 +15,7 @@ from qcrd_fast.errors import InputError
 
 PREDICT, EXPLAIN, REASON = "predict: ", "explain: ", "reason: "
 TokenIds = list[int]
+_TEXT_FILE = re.compile(r"\S+\.(txt|md|jinja2?)")  # a name of a file, and no system prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,11 @@ class PromptSettings:
             value = _read_text(path, "--prompt-template")
             if "{prompt}" not in value:
                 raise InputError(f"--prompt-template: {path} does not contain {{prompt}}")
-        if system and os.path.isfile(system):
-            system = _read_text(Path(system), "--system-prompt").strip()
+        if system and (system.startswith("@") or os.path.isfile(system) or _TEXT_FILE.fullmatch(system)):
+            path = Path(system.removeprefix("@"))
+            system = _read_text(path, "--system-prompt").strip()
+            if not system:
+                raise InputError(f"--system-prompt: {path} is empty")
         date = datetime.date.today().isoformat() if value == "chat" else ""
         return cls(value, max_source_length, max_target_length, system or "", date=date)
 

@@ -165,7 +165,7 @@ def _table(views: Sequence[RunView]) -> str:
             str(int(view.steps[-1]["step"])) if view.steps else "0",
             _share(view.results.get("accuracy_validation"), max(view.series("eval_accuracy")[1], default=None)),
             _share(view.results.get("accuracy_untrained")),
-            _share(view.results.get("accuracy_zero_shot")),
+            _share(view.results.get("accuracy_zero_shot")) + _of_fewer(view.results.get("n_zero_shot"), n),
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     names = "".join(f"<th>{name}</th>" for name in head)
@@ -174,6 +174,11 @@ def _table(views: Sequence[RunView]) -> str:
         of_all = "Not at their defaults" + (", in all runs" if len(views) > 1 else "")
         note += f'<p class="switches">{of_all}: {_spans(shared)}</p>'
     return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
+
+
+def _of_fewer(asked: Any, n: Any) -> str:
+    """Says of how many questions a figure is, where it is not of all."""
+    return f"<br><small>of {asked}</small>" if type(asked) is int and asked != n else ""
 
 
 def _curves(views: Sequence[RunView]) -> str:

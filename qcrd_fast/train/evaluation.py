@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from qcrd_fast.train.run_text import accuracy_text, rationales_text
 from qcrd_fast.utils.files import write_json, write_lines
 from qcrd_fast.utils.intervals import wilson
 
+logger = logging.getLogger(__name__)
 EXPLAINED = 8  # questions of the end whose greedy rationales are kept beside the answers, for `report`
 RATIONALES = 2  # that a validation shows
+ZERO_SHOT = 64  # questions of the end that the untrained student is asked in words: each reply takes up to 256 tokens
 Best = dict[str, Any] | None  # {step, accuracy} of the best checkpoint on validation
 
 
@@ -86,13 +89,14 @@ class Evaluation:
             "accuracy_untrained": None,
         }
         records: list[dict[str, Any]] = []
-        zero_shot = None
+        zero_shot, in_words = None, self.questions[:ZERO_SHOT]
         if self.questions:
             device, prompts = student.device, student.prompts
             untrained = Student.load(str(self.config.student), prompts, device, self.config.attn_implementation)
             results["accuracy_untrained"] = accuracy(self.predict(untrained, self.questions))
             if self.config.zero_shot and ask_by_chat_template(untrained):
-                zero_shot = accuracy(self.predict(untrained, self.questions, zero_shot=True))
+                logger.info("asking the untrained student %d questions by its chat template, for a baseline", len(in_words))
+                zero_shot = accuracy(self.predict(untrained, in_words, zero_shot=True))
             del untrained
             trained = Student.load(str(final), prompts, device, self.config.attn_implementation)
             records = self.predict(trained, self.questions)
@@ -103,6 +107,7 @@ class Evaluation:
             "n": n,
             "accuracy_95": [round(bound, 6) for bound in wilson(results["accuracy"], n)] if n else None,
             "accuracy_zero_shot": zero_shot,
+            "n_zero_shot": len(in_words) if zero_shot is not None else None,
             "evaluated_on": "test" if self.data.test else "validation" if self.data.validation else None,
             "task": self.data.task,
             "method": self.config.method,

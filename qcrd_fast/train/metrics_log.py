@@ -61,9 +61,13 @@ class Progress:
         """What is done between two steps, such as a validation."""
         self._bar.set_description_str(name)
 
-    def close(self, record: Mapping[str, Any] | None) -> None:
+    def last(self, record: Mapping[str, Any] | None) -> None:
+        """After the last step."""
         if record is not None and record["step"] > self._said_step:
             self._say(record, "", time.monotonic())
+
+    def close(self) -> None:
+        """Leave the bar as it stands, whatever ended the steps, so that what is said next has a line of its own."""
         self._bar.close()
 
     def _say(self, record: Mapping[str, Any], left: str, now: float) -> None:

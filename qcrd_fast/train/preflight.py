@@ -17,6 +17,7 @@ from qcrd_fast.data.files import is_hub_name
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.model_folder import check_model_name, count_parameters
 from qcrd_fast.models.prompts import PromptSettings
+from qcrd_fast.runs.folder import RESULTS
 from qcrd_fast.utils.files import require_writable, shown, told_room
 from qcrd_fast.utils.memory import free_bytes, swap_bytes
 from qcrd_fast.utils.oom import for_weights
@@ -63,6 +64,8 @@ def require_memory(config: TrainConfig, parameters: int, free: int, where: str) 
 
 def _check_sizes(config: TrainConfig) -> None:
     """What a local student takes at least, against the disk and, where it will be trained on the CPU, the memory."""
+    if config.resume and os.path.isfile(os.path.join(str(config.output_dir), RESULTS)):
+        return  # a run that is done: there is nothing to train and nothing to write
     student = Path(str(config.student))
     parameters = count_parameters(student) if student.is_dir() else None
     if parameters is None:
@@ -70,7 +73,7 @@ def _check_sizes(config: TrainConfig) -> None:
     if config.device == "cpu" or not _has_gpu_driver():
         require_memory(config, parameters, free_bytes() + swap_bytes(), "memory")
     folder = Path(config.output_dir or ".")
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     needed = 4 * parameters * (1 if config.use_peft else 3)
     with contextlib.suppress(OSError):  # a folder that cannot be looked at is named by who writes to it

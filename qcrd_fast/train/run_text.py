@@ -16,7 +16,7 @@ from qcrd_fast.utils.intervals import wilson
 if TYPE_CHECKING:
     from qcrd_fast.train.examples import Candidate, Example
 
-LONGEST_RATIONALE = 600  # characters of a sampled rationale that are printed
+LONGEST = 600  # characters of a question, rationale or answer that are printed
 
 
 # ---- the start ----
@@ -33,7 +33,7 @@ def example_text(example: Example, student: Prompter, config: TrainConfig) -> st
     if example.reason:
         tasks.append(("reasoning", example.reason[0], [("target", example.reason[1])]))
     where = "for the encoder" if student.is_encoder_decoder else "before each target, masked"
-    lines = [f"a training example, question {example.id}, as the student sees it (loss on the targets alone):"]
+    lines = [f"a training example, question {shown(example.id)}, as the student sees it (loss on the targets alone):"]
     for task, prompt, targets in tasks:
         lines += [f"  {task}, prompt, {len(prompt)} tokens {where}:", *_barred(student, prompt)]
         for name, tokens in targets:
@@ -94,18 +94,21 @@ def rationales_text(questions: Sequence[Question], rationales: Sequence[str], an
     """What the student says of some validation questions; `answers` are the records of their answers."""
     lines = []
     for question, rationale, record in zip(questions, rationales, answers, strict=True):
-        text = rationale if len(rationale) <= LONGEST_RATIONALE else rationale[:LONGEST_RATIONALE] + " ..."
-        right = "right" if record["correct"] else f"wrong, it is {record['gold']}"
+        right = "right" if record["correct"] else f"wrong, it is {_flat(record['gold'])}"
         lines += [
-            f"  question {question.id}: {_flat(question_text(question))}",
-            f"    the student explains: {_flat(text)}",
+            f"  question {shown(question.id)}: {_flat(question_text(question), end=True)}",
+            f"    the student explains: {_flat(rationale) or '(nothing)'}",
             f"    and answers: {_flat(record['output']) or '(nothing)'} ({right})",
         ]
     return "\n".join(lines)
 
 
-def _flat(text: str) -> str:
-    return shown(" ".join(text.split()))
+def _flat(text: str, end: bool = False) -> str:
+    """One printable line of at most `LONGEST` characters: the first ones, or those at the end, where a question asks."""
+    line = " ".join(text.split())
+    if len(line) > LONGEST:
+        line = f"... {line[-LONGEST:]}" if end else f"{line[:LONGEST]} ..."
+    return shown(line)
 
 
 # ---- the end ----

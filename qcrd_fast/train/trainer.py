@@ -287,7 +287,15 @@ class Session:
             self.lagged.prepare()
         if self.step == 0 and self.trainer:
             self._pretrain_discriminator(stop)
-        progress = Progress(self.schedule.total_steps, self.step, shown=self.ranks.first)
+        with contextlib.closing(Progress(self.schedule.total_steps, self.step, shown=self.ranks.first)) as progress:
+            self._steps(progress, stop)
+        self._warn_of_idle_negatives(self.schedule.iteration(self.step - 1))
+        if self.step < self.schedule.total_steps:
+            many = "validation was" if self.stale == 1 else f"{self.stale} validations in a row were"
+            log.info("stopped early after step %d of %d: %s no better than %.4f at step %d",
+                     self.step, self.schedule.total_steps, many, *_accuracy_and_step(self.best))  # fmt: skip
+
+    def _steps(self, progress: Progress, stop: StopSignals) -> None:
         while not self.ended:
             if self.step % self.schedule.iteration_steps == 0:
                 self._begin_iteration(self.schedule.iteration(self.step))
@@ -304,11 +312,7 @@ class Session:
             if signum := self.ranks.max(stop.signum):  # also after the last step: a resume evaluates
                 self._save()
                 raise Stopped(signum)
-        self._warn_of_idle_negatives(self.schedule.iteration(self.step - 1))
-        progress.close(self.log.last)
-        if self.step < self.schedule.total_steps:
-            log.info("stopped early after step %d of %d: %d validations in a row were no better than %.4f at step %d",
-                     self.step, self.schedule.total_steps, self.stale, *_accuracy_and_step(self.best))  # fmt: skip
+        progress.last(self.log.last)
 
     @relieved("the optimizer's step", for_weights)
     def _train_step(self) -> None:

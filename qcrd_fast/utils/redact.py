@@ -15,7 +15,7 @@ _PATTERNS = (
     (re.compile(r"(?i)\b((?:api[_-]?key|password|secret)\s*[=:]\s*['\"]?)[^\s'\"&,;]{6,}"), r"\1***"),
     (re.compile(r"://[^\s/@]+@"), "://***@"),
 )
-
+_ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 _given: set[str] = set()  # values that options gave
 
@@ -39,5 +39,12 @@ def redact(text: str) -> str:
 
 
 class RedactingFormatter(logging.Formatter):
+    """Without secrets, and without characters that would act on a terminal: rows and models hold what anybody wrote."""
+
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return harmless(redact(super().format(record)))
+
+
+def harmless(text: str) -> str:
+    """`text` with control characters, all but newline and tab, and those that change the direction of writing as escapes."""
+    return _ACTING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

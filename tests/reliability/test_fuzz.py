@@ -39,7 +39,7 @@ from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.utils.files import sha256, write_json
 
 LONG = int(os.environ.get("QCRD_FAST_FUZZ", "0"))
-SLOW_S = 2.0
+SLOW_S = 20.0  # of the processor: what hangs takes forever, and machines are slow
 FUZZ = settings(
     max_examples=LONG or 150,
     derandomize=not LONG,

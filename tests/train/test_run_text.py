@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import pty
 import struct
@@ -21,6 +22,7 @@ from qcrd_fast.models.student import Student
 from qcrd_fast.train.examples import make_examples
 from qcrd_fast.train.metrics_log import Progress
 from qcrd_fast.train.run_text import accuracy_text, duration, example_text, progress_line, rationales_text, summary_text
+from qcrd_fast.utils.redact import RedactingFormatter
 
 QUESTION = Question(
     id="q1", question="Ann has 3 coins, finds 4 and sells 2. How many are left?", gold="5", majority="5",
@@ -76,7 +78,8 @@ def test_piped_progress_is_lines_now_and_then(monkeypatch, caplog):
     for step in range(11, 41):
         clock[0] += 1
         progress.step(step, None if step == 11 else RECORD | {"step": step - 1})
-    progress.close(RECORD | {"step": 40})
+    progress.last(RECORD | {"step": 40})
+    progress.close()
     lines = [record.getMessage().partition(": ")[0] for record in caplog.records]
     assert lines == [
         "step 11/40 (28%), 28 s left", "step 21/40 (52%), 18 s left", "step 31/40 (78%), 8 s left", "step 40/40 (100%)",
@@ -159,3 +162,13 @@ def test_on_a_terminal_there_is_a_bar(args):
     line = next(line for line in text.splitlines() if "validation accuracy" in line)
     assert line.rpartition("\r")[2][2] == ":"  # it begins with the time: nothing of the bar is left on it
     assert "Writing model" not in text
+
+
+def test_rows_cannot_act_on_a_terminal_or_flood_it():
+    question = Question(id="\x1b[31mq\n1", question="\x1b]0;t\x07" + "long " * 2000 + "How many?", gold="5\x1b[0m")
+    record = {"correct": False, "gold": question.gold, "output": "\u202e9"}
+    text = rationales_text([question], [" "], [record])
+    assert all(c.isprintable() or c == "\n" for c in text) and text.count("\n") == 2 and len(text) < 1000
+    assert text.startswith("  question \\x1b[31mq\\n1: ... ") and "How many?\n" in text and "explains: (nothing)" in text
+    line = logging.LogRecord("qcrd_fast", logging.WARNING, "", 0, "questions \x1b[2J\x9b\u202ex\ty\n全角", (), None)
+    assert RedactingFormatter().format(line) == "questions \\x1b[2J\\x9b\\u202ex\ty\n全角"
