@@ -83,8 +83,8 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
     ),
     "threads": (
         "Threads of a small student",
-        "A training step's wall time [ms] with one CPU thread and with two, medians; `load`: of the machine, which other processes "
-        "kept busy. `python -m qcrd_fast.bench.threads --append`",
+        "A training step's wall time [ms] with one CPU thread and with two, medians; `load`: of the machine, which other "
+        "processes kept busy. `python -m qcrd_fast.bench.threads --append`",
         ("parameters",),
         ("parameters", "width", "layers", "ms_1", "ms_2", "of_one", "load", "cores", "commit"),
     ),
