@@ -20,6 +20,8 @@ from qcrd_fast.score import load_discriminator, score_run, train_alone
 from qcrd_fast.train.trainer import train
 
 OPTIONS = dict(
+    negative_source="lagged",
+    quality="discriminator",
     max_steps=2,
     save_steps=1,
     discriminator_folds=2,
