@@ -29,7 +29,7 @@ OPTIONS = {
     "default": {},
     "joint": {"forward": "joint", "negative_source": "lagged"},
     "mi": {"method": "mi"},
-    "bf16": {"bf16": True, "scheme": "minmax", "negative_source": "lagged"},
+    "bf16": {"bf16": True},
     "checkpointing": {"gradient_checkpointing": True},
     "alone": {"shared_prompts": False},
     "lora": {"use_peft": True},
