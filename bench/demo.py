@@ -13,6 +13,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from qcrd_fast.config import PARTS
+
 RESULTS = Path(__file__).parent / "results" / "demo.csv"
 RUN = "import json, sys; from qcrd_fast.demo import run_demo; print(json.dumps(run_demo(json.loads(sys.argv[1]), sys.argv[2])))"
 
@@ -21,7 +23,8 @@ def run(method: str, seed: int, threads: int) -> dict[str, object]:
     """One demo run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        options = json.dumps({"method": method, "seed": seed})
+        chosen = {} if method == "default" else {"method": method} | (PARTS if method == "qcrd" else {})
+        options = json.dumps(chosen | {"seed": seed})
         done = subprocess.run(
             [sys.executable, "-c", RUN, options, f"{folder}/run"],
             stdout=subprocess.PIPE,
@@ -43,7 +46,7 @@ def main() -> None:
     from qcrd_fast.utils.environment import commit
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", default="finetune,dss,qcrd")
+    parser.add_argument("--methods", default="finetune,dss,qcrd", help="or default")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of each run")

@@ -43,7 +43,7 @@ def exposure(method: str, examples: Sequence[Example], config: TrainConfig) -> d
     positives, minority = total(lambda e: len(e.positives)), total(lambda e: len(e.minority))
     first = total(lambda e: sum(lengths(e.positives[:1])))
     every, wrong = total(lambda e: sum(lengths(e.positives))), total(lambda e: sum(lengths(e.minority)))
-    own = config.max_new_tokens if config.negative_source in ("lagged", "fixed") else 0
+    own = config.max_new_tokens if config.effective("negative_source") in ("lagged", "fixed") else 0
     fewest = total(lambda e: min(lengths(e.positives), default=0))
     most = total(lambda e: max(lengths(e.positives), default=0) + max([own, *lengths(e.minority)]))
     seen, gradient, scored = {
@@ -83,7 +83,7 @@ def table(recipe: str, student: str | None = None) -> str:
     prompter: Any = Prompter(tokenizer, settings, bool(encoder_decoder))
     lines = [_line(HEAD), _line(["---"] * len(HEAD))]
     for method in METHODS:
-        config = dataclasses.replace(base, method=method)
+        config = dataclasses.replace(base, method=method, scheme="minmax", negative_source="lagged")
         found = exposure(method, make_examples(Data.load(config).train, prompter, config), config)
         low, high = found["rationale tokens with gradient"]
         found["rationale tokens with gradient"] = f"{low:,}" if low == high else f"{low:,} to {high:,}"

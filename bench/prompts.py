@@ -58,7 +58,7 @@ def load_student(folder: str, shape: str | None, device: torch.device) -> Studen
 def make_objectives(student: Student, bf16: bool) -> dict[str, Objective]:
     """{shared, alone}: the same objective with and without shared prompts; every hinge is active, so two of each question's
     rationales are trained."""
-    config = TrainConfig(delta=1e3, discriminator="none")
+    config = TrainConfig(delta=1e3, discriminator="none", scheme="minmax", negative_source="lagged")
     autocast = make_autocast(student.device, bf16)
     return {
         name: Objective(student, dataclasses.replace(config, shared_prompts=name == "shared"), None, autocast)
@@ -154,7 +154,7 @@ def main(args: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     student.model.train()
     objectives = make_objectives(student, given.bf16)
-    examples = make_examples(questions_of_data, student, TrainConfig())
+    examples = make_examples(questions_of_data, student, TrainConfig(negative_source="minority"))
     for questions in map(int, given.questions.split(",")):
         for what, row in measure(objectives, examples, questions, given.repeats, device).items():
             case = {"student": given.shape or Path(given.student).name, "data": Path(given.data).stem, "questions": questions}

@@ -84,6 +84,7 @@ class Arm:
             per_device_train_batch_size=case.micro, gradient_accumulation_steps=case.questions // case.micro, max_steps=10**9,
             iteration_steps=4, negative_lag=1, negative_temperature=TEMPERATURE, negative_top_k=case.top_k, delta=DELTA,
             max_new_tokens=case.new, sample_batch_size=case.questions, discriminator="none", overlap=_overlap(kind),
+            scheme="minmax", negative_source="lagged",
         )  # fmt: skip
         self.autocast = make_autocast(device, None)
         self.examples = make_examples(case)

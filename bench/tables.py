@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import PARTS, TrainConfig
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.sweep.intervals import pair, single
 from qcrd_fast.sweep.job import Job, key
@@ -58,23 +58,26 @@ class Table:
 
 
 def qcrd(label: str, paper: float | None = None, **options: Any) -> Variant:
-    return Variant(label, {"method": "qcrd", **options}, paper)
+    """The paper's method, whose parts the defaults leave out."""
+    return Variant(label, {"method": "qcrd", **PARTS, **options}, paper)
 
 
 PAPER = {"finetune": 63.0, "single-task": 59.0, "dss": 65.5, "mi": 67.5, "qcrd": 69.0}
-NAMES = ("finetune", "single-task", "dss", "sft-all", "mi", "redi", "qcrd")
+NAMES = ("finetune", "single-task", "dss", "sft-all", "mi", "redi", "qcrd", "default")
 METHOD = {name: Variant(name, {"method": name}, PAPER.get(name)) for name in NAMES}
+METHOD |= {"qcrd": qcrd("qcrd", PAPER["qcrd"]), "default": Variant("default", {"method": TrainConfig.method})}
 MAIN, SMALL = ("pooled-smollm2", "svamp-equation-smollm2"), ("svamp-mentors-smollm2",)
 TABLES = (
     Table("tuning", "Learning rates, on validation alone: the best of each method is used in all other tables", MAIN + SMALL,
-          tuple(Variant(f"{m}, {rate:g}", {"method": m, "learning_rate": rate}) for m in METHOD for rate in RATES), tune=True),
+          tuple(Variant(f"{m}, {rate:g}", {**METHOD[m].options, "learning_rate": rate}) for m in METHOD for rate in RATES),
+          tune=True),
     Table("methods", "Methods", MAIN, tuple(METHOD.values()), ("dss", "sft-all")),
     Table("ablation", "Ablation", SMALL, (
         METHOD["dss"],
-        qcrd("+ all positives", 67.0, negative_source="none", discriminator="none"),
-        qcrd("+ negatives", 68.5, discriminator="none"),
+        qcrd("+ all positives", 67.0, negative_source="none", quality="none"),
+        qcrd("+ negatives", 68.5, quality="none"),
         Variant("+ discriminator as printed (qcrd)", {"method": "qcrd", "paper": True}, 69.0),
-        qcrd("qcrd, discriminator out of fold (ours)", quality="discriminator"),
+        qcrd("qcrd, discriminator out of fold (ours)"),
         qcrd("qcrd without student negatives", negative_source="minority"),
         METHOD["sft-all"],
     ), ("dss",)),
@@ -93,13 +96,18 @@ TABLES = (
         qcrd("whole softmax", negative_top_k=0),
     ), ("top-k 50",)),
     Table("size", "Training-set size, as many steps", SMALL, tuple(
-        Variant(f"{m}, {share:.0%}", {"method": m, **({"train_fraction": share} if share < 1 else {})})
-        for share in (0.25, 0.5, 0.75, 1.0) for m in ("dss", "sft-all", "qcrd")
+        Variant(f"{m}, {share:.0%}", {**METHOD[m].options, **({"train_fraction": share} if share < 1 else {})})
+        for share in (0.25, 0.5, 0.75, 1.0) for m in ("dss", "sft-all", "qcrd", "default")
     )),
     Table("rationales", "Rationales on the test questions: shares", MAIN,
-          tuple(METHOD[m] for m in ("dss", "sft-all", "mi", "redi", "qcrd")), columns=JUDGEMENTS),
+          tuple(METHOD[m] for m in ("dss", "sft-all", "mi", "redi", "qcrd", "default")), columns=JUDGEMENTS),
     Table("logs", "What the logs say of the negatives: means over the steps", MAIN + SMALL, (qcrd("qcrd"),), columns=MEANS),
 )  # fmt: skip
+
+
+def arm(options: Mapping[str, Any]) -> str:
+    """What a line's learning rate is tuned as, of `NAMES`."""
+    return "default" if options["method"] == "qcrd" and not {"scheme", "paper"} & options.keys() else str(options["method"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,19 +125,19 @@ class Settings:
         if table.tune:
             values["test_data"] = None
         else:
-            values |= self.tuned(recipe, rows).get(variant.options["method"], {})
+            values |= self.tuned(recipe, rows).get(arm(variant.options), {})
         config = TrainConfig.from_dict(values | dict(variant.options) | {"seed": seed, "resume": "auto"}, recipe)
         same = repr([config.test_data, {k: v for k, v in key(Job(config, recipe)).items() if k != "seed"}])
         name = f"{config.method}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
         config = dataclasses.replace(config, output_dir=str(self.output_dir / recipe / name / f"seed-{seed}"))
-        return Job(config, recipe, judge=not table.tune and set(variant.options) == {"method"})
+        return Job(config, recipe, judge=not table.tune and any(variant.options == m.options for m in METHOD.values()))
 
     def jobs(self, table: Table, recipe: str, variant: Variant, rows: Rows) -> list[Job]:
         return [self.job(table, recipe, variant, s, rows) for s in (self.tune_seeds if table.tune else self.seeds)]
 
     def tuned(self, recipe: str, rows: Rows) -> dict[str, dict[str, Any]]:
-        """{method: the learning rate of the best mean validation accuracy, ties to the smaller}; {} unless all that were to be
-        tried for all methods are there, so that no method is tuned longer than another."""
+        """{name of `NAMES`: the learning rate of the best mean validation accuracy, ties to the smaller}; {} unless all that
+        were to be tried for all are there, so that no method is tuned longer than another."""
         known = (recipe, len(rows))
         if known not in self.rates:
             best: dict[str, tuple[float, float]] = {}
@@ -138,7 +146,7 @@ class Settings:
                 if len(found) < len(self.tune_seeds):
                     best = {}
                     break
-                tried, value = variant.options["method"], mean(found, "accuracy_validation")
+                tried, value = arm(variant.options), mean(found, "accuracy_validation")
                 if tried not in best or value > best[tried][0]:
                     best[tried] = value, variant.options["learning_rate"]
             self.rates[known] = {method: {"learning_rate": rate} for method, (_, rate) in best.items()}

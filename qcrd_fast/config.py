@@ -31,9 +31,11 @@ TASKS = ("number", "equation", "math", "choice", "yes-no", "text")
 DISCRIMINATOR_LOSSES = ("ratio", "infonce", "bce", "bce-all")
 QUALITIES = ("vote", "text", "checks", "discriminator", "none")
 BEFORE_QUALITIES = {"positive_quality": None, "negative_quality": None, "agreeing_negatives": "weigh"}  # of runs before them
-DEFAULT_QUALITY = "discriminator"  # of --quality, where neither it nor --discriminator none is given
+DEFAULT_QUALITIES = ("checks", "vote")  # of positives and negatives, where neither --quality nor a discriminator is named
+DEFAULT_SELECTS = ("softmin", "max")  # of positives and negatives, without a scheme
 # Defaults that were others before, or are with `--paper`: see `TrainConfig.resolved`.
 DEFAULTS: dict[str, Any] = {
+    "negative_source": "none",
     "discriminator_loss": "bce-all",
     "discriminator_augment": "none",
     "discriminator_folds": 3,
@@ -43,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
 }
 # What runs did before they had these options.
 LEGACY: dict[str, Any] = {
+    "negative_source": "lagged",
     "discriminator_folds": 0,
     "discriminator_calibration": "none",
     "discriminator_min_auc": 0.0,
@@ -50,7 +53,14 @@ LEGACY: dict[str, Any] = {
 }
 PAPER: dict[str, Any] = LEGACY | {"discriminator_loss": "ratio", "discriminator_augment": "mask,replace"}  # section 3.3
 PAPER_SELECTS = {"positive_select": "min", "negative_select": "max"}  # Eq. 6 and 7
-SPELLED_OUT = (*DEFAULTS, *PAPER_SELECTS, "paper", "quality")  # what `TrainConfig.resolved` may change
+SELECTS = ("scheme", "positive_select", "negative_select")
+QUALITY_OPTIONS = ("quality", "positive_quality", "negative_quality")
+PARTS = {
+    "scheme": "minmax",
+    "negative_source": "lagged",
+    "quality": "discriminator",
+}  # of the paper's method, left out by default
+SPELLED_OUT = (*DEFAULTS, *SELECTS, *QUALITY_OPTIONS, "paper")  # what `TrainConfig.resolved` may change
 AUGMENTATIONS = ("mask", "replace", "answer-swap", "sentence-drop")
 CALIBRATIONS = ("platt", "none")
 AGREEING_UPDATES = ("drop", "negative")
@@ -156,12 +166,18 @@ class TrainConfig:
 
     # Method
     method: str = option("qcrd", "training objective", choices=METHODS, group="Method", usual=True)
-    scheme: str = option("minmax", "named pair of selections (Table 5)", choices=tuple(SCHEMES), group="Method")
+    scheme: str | None = option(None, "named pair of selections (Table 5)", choices=tuple(SCHEMES), group="Method")
     positive_select: str | None = option(
-        None, "selection of positives; default: the scheme's", choices=POSITIVE_SELECT, group="Method"
+        None,
+        f"selection of positives; default: the scheme's, else {DEFAULT_SELECTS[0]}",
+        choices=POSITIVE_SELECT,
+        group="Method",
     )
     negative_select: str | None = option(
-        None, "selection of negatives; default: the scheme's", choices=NEGATIVE_SELECT, group="Method"
+        None,
+        f"selection of negatives; default: the scheme's, else {DEFAULT_SELECTS[1]}",
+        choices=NEGATIVE_SELECT,
+        group="Method",
     )
     beta: float = option(0.2, "weight of the negative term (Eq. 3)", low=0, group="Method")
     delta: float = option(3.0, "margin of the hinge (Eq. 7) [nats/token]", low=0, group="Method")
@@ -182,8 +198,8 @@ class TrainConfig:
     )
     paper: bool = option(
         False,
-        "defaults as the paper prints them: Eq. 2 with masked and replaced words, in-sample scores as they come out, min and "
-        "max selections; options that are given win",
+        "defaults as the paper prints them: min and max selections, lagged negatives, a discriminator by Eq. 2 with masked and "
+        "replaced words, in-sample scores as they come out; options that are given win",
         group="Method",
     )
     shared_prompts: bool = option(
@@ -205,10 +221,10 @@ class TrainConfig:
     )
 
     # Negatives
-    negative_source: str = option(
-        "lagged",
+    negative_source: str | None = option(
+        None,
         "lagged: the teacher's minority and the student as it was; fixed: the initial student instead; "
-        "minority: the minority alone; none: no negatives",
+        f"minority: the minority alone; none: no negatives; default: {DEFAULTS['negative_source']}, of redi minority",
         choices=("lagged", "fixed", "minority", "none"),
         group="Negatives",
     )
@@ -237,7 +253,8 @@ class TrainConfig:
         "text: the vote, and for numbers what the rationale's equations say; "
         "checks: the vote, times fixed factors where an equation is false or starts from numbers from nowhere; "
         "discriminator: a trained encoder (the paper's); "
-        f"none: no weights; default: none with --discriminator none, else {DEFAULT_QUALITY}",
+        "none: no weights; default: none with --discriminator none, discriminator where one is named, else "
+        f"{DEFAULT_QUALITIES[0]} for positives and {DEFAULT_QUALITIES[1]} for negatives",
         choices=QUALITIES,
         group="Quality",
     )
@@ -443,41 +460,68 @@ class TrainConfig:
 
         What is not given is as `--paper` says, else as in a run which began with the options `before`, else the default.
         """
-        found: dict[str, Any] = dict(DEFAULTS)
+        found = self._defaults()
         if before is not None:
             found |= {name: before.get(name, LEGACY.get(name, value)) for name, value in found.items()}
-        quality = DEFAULT_QUALITY if before is None else before.get("quality", "discriminator")
-        if before is not None and before.get("paper") is True and not self.paper:
-            found |= {"paper": True} | {name: before.get(name) for name in PAPER_SELECTS}
+            found |= {"scheme": before.get("scheme", "minmax")} | {name: before.get(name) for name in PAPER_SELECTS}
+            found["paper"] = self.paper or before.get("paper") is True
+        elif self.scheme is None:
+            found |= dict(zip(PAPER_SELECTS, DEFAULT_SELECTS, strict=True))
         if self.paper:
-            quality = "discriminator"
-            found |= PAPER | (PAPER_SELECTS if self.scheme == "minmax" else {})
-        if self.method == "qcrd":
-            found["quality"] = "none" if self.discriminator == "none" else quality
+            found |= PAPER | (PAPER_SELECTS if (self.scheme or found.get("scheme")) in (None, "minmax") else {})
+        if self.method == "qcrd" and self.quality is None:
+            if before is None or self.paper or self.discriminator == "none":
+                found |= self._default_quality()
+            else:
+                found |= {"quality": "discriminator"} | {name: before[name] for name in QUALITY_OPTIONS if name in before}
         return dataclasses.replace(
             self, **{name: value for name, value in found.items() if getattr(self, name) is None or name == "paper"}
         )
 
+    def _defaults(self) -> dict[str, Any]:
+        return DEFAULTS | ({} if self.method == "qcrd" else {"negative_source": "minority"})  # which redi takes
+
+    def _default_quality(self) -> dict[str, str]:
+        """What weighs where `--quality` is not given: options by name."""
+        if self.discriminator == "none":
+            return {"quality": "none"}
+        if self.paper or self.discriminator != "auto":
+            return {"quality": "discriminator"}
+        return dict(zip(QUALITY_OPTIONS[1:], DEFAULT_QUALITIES, strict=True))
+
     def effective(self, name: str) -> Any:
         """The value of an option of `DEFAULTS`, given or not."""
         value = getattr(self, name)
-        return value if value is not None else (PAPER if self.paper else DEFAULTS)[name]
+        return value if value is not None else (self._defaults() | (PAPER if self.paper else {}))[name]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def unused(self) -> list[str]:
-        """Options that were set though the method has no use for them."""
-        if self.method == "qcrd":
-            return []
-        alone = {"scheme", "positive_select", "negative_select", "beta", "delta", "forward", "agreeing_negatives"}
-        defaults = PAPER | PAPER_SELECTS if self.paper else DEFAULTS
-        alone |= {"quality", "negative_quality"} | ({"positive_quality"} if self.method != "sft-all" else set())
+        """Options that were set though the run has no use for them."""
+        groups, alone = {"Negatives", "Discriminator"}, set[str]()
+        if self.method != "qcrd":
+            alone = {*SELECTS, "beta", "delta", "forward", "agreeing_negatives", "quality", "negative_quality"}
+            alone |= set() if self.method == "sft-all" else {"positive_quality"}
+            kept = set()
+        else:
+            kept = {"negative_source", "iteration_steps"}
+            source = self.effective("negative_source")
+            if source == "none":
+                alone = {"beta", "delta", "negative_select", "negative_quality", "agreeing_negatives"}
+            elif source == "minority":
+                alone = {"agreeing_negatives"}
+            else:
+                groups = {"Discriminator"}
+            groups -= {"Discriminator"} if "discriminator" in self.qualities else set()
+            kept |= {"discriminator"}  # none: --quality none
+        resolved = TrainConfig(method=self.method, paper=self.paper).resolved()
         return [
             "--" + field.name.replace("_", "-")
             for field in dataclasses.fields(self)
-            if (field.metadata["group"] in ("Negatives", "Discriminator") or field.name in alone)
-            and getattr(self, field.name) not in (field.default, defaults.get(field.name))
+            if (field.metadata["group"] in groups or field.name in alone)
+            and field.name not in kept
+            and getattr(self, field.name) not in (field.default, getattr(resolved, field.name), LEGACY.get(field.name))
         ]
 
     @property
@@ -503,13 +547,15 @@ class TrainConfig:
             return self.positive_quality or "none", "none"
         if self.method != "qcrd":
             return "none", "none"
-        quality = self.quality or ("none" if self.discriminator == "none" else DEFAULT_QUALITY)
-        return self.positive_quality or quality, self.negative_quality or quality
+        found: dict[str, str] = self._default_quality() if self.quality is None else {"quality": self.quality}
+        positive, negative = (found[name if name in found else "quality"] for name in QUALITY_OPTIONS[1:])
+        return self.positive_quality or positive, self.negative_quality or negative
 
     @property
     def selects(self) -> tuple[str, str]:
         """(positive selection, negative selection) after the scheme's defaults."""
-        positive, negative = SCHEMES[self.scheme]
+        scheme = self.scheme or ("minmax" if self.paper else None)
+        positive, negative = SCHEMES[scheme] if scheme else DEFAULT_SELECTS
         return self.positive_select or positive, self.negative_select or negative
 
 

@@ -190,6 +190,11 @@ def run_demo(overrides: dict[str, Any], output_dir: str, *, dry_run: bool = Fals
         if overrides.get(name) is not None:
             raise InputError(f"demo brings its own --{name.replace('_', '-')}; to use yours, run: qcrd-fast train")
     config = TrainConfig.from_dict(DEFAULTS | overrides | paths | {"output_dir": output_dir})
+    idle = {
+        flag[2:].replace("-", "_") for flag in config.unused()
+    }  # what only an option would bring, such as a discriminator's
+    ours = {name: value for name, value in DEFAULTS.items() if name not in idle}
+    config = TrainConfig.from_dict(ours | overrides | paths | {"output_dir": output_dir})
     if dry_run:
         return {"questions": QUESTIONS, "test": TEST_QUESTIONS, "config": config.resolved().to_dict()}
     with RunFolder(config) as run:

@@ -67,6 +67,8 @@ def load_discriminator(run: str, device: str = "auto") -> tuple[CrossFitted, Stu
         if not (folder / DISCRIMINATOR).is_file():
             told = settings.get("discriminator_check") or {}
             why = f" (it was trained with --method {settings['method']})" if "method" in settings else ""
+            if settings.get("method") == "qcrd":
+                why = " (it was trained without --quality discriminator)"
             if told.get("refused"):
                 why = f" (it was refused, since its held-out AUC {Check(**told).low_text}; the vote weighed)"
             raise InputError(f"{folder} has no discriminator{why}; --train DIR trains one on --data")

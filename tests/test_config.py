@@ -41,11 +41,18 @@ def test_yaml_floats_and_aliases():
 
 
 def test_options_without_a_use_are_known():
-    assert TrainConfig(beta=0.3, negative_lag=2).unused() == []
+    assert TrainConfig(beta=0.3, negative_lag=2, negative_source="lagged").unused() == []
+    assert TrainConfig(beta=0.3, negative_lag=2, discriminator_folds=2).unused() == [
+        "--beta",
+        "--negative-lag",
+        "--discriminator-folds",
+    ]
+    assert TrainConfig(beta=0.3, negative_lag=2, paper=True).unused() == []
     assert TrainConfig(method="dss", beta=0.3, negative_lag=2, seed=3).unused() == ["--beta", "--negative-lag"]
 
 
 def test_selections_follow_the_scheme_unless_set_apart():
-    assert TrainConfig().selects == ("min", "max")
+    assert TrainConfig().selects == ("softmin", "max")
+    assert TrainConfig(scheme="minmax").selects == TrainConfig(paper=True).selects == ("min", "max")
     assert TrainConfig(scheme="wmean").selects == ("wmean", "wmean")
-    assert TrainConfig(negative_select="max-active").selects == ("min", "max-active")
+    assert TrainConfig(negative_select="max-active").selects == ("softmin", "max-active")

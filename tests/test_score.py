@@ -20,6 +20,8 @@ from qcrd_fast.score import load_discriminator, score_run, train_alone
 from qcrd_fast.train.trainer import train
 
 OPTIONS = dict(
+    negative_source="lagged",
+    quality="discriminator",
     max_steps=2,
     save_steps=1,
     discriminator_folds=2,
@@ -188,6 +190,9 @@ def test_a_run_without_a_discriminator_says_so(rows_file: Path, t5_folder: Path,
     train(TrainConfig(**options))
     with pytest.raises(InputError, match=r"has no discriminator .it was trained with --method dss."):
         load_discriminator(str(tmp_path / "run"))
+    train(TrainConfig(**options | {"method": "qcrd", "quality": None, "output_dir": str(tmp_path / "default")}))
+    with pytest.raises(InputError, match=r"has no discriminator .it was trained without --quality discriminator."):
+        load_discriminator(str(tmp_path / "default"))
 
 
 def minilm() -> str | None:

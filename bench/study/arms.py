@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from qcrd_fast.config import PARTS
+
 from .objective import Rules
 
 COMMON: dict[str, Any] = dict(
@@ -61,10 +63,10 @@ CHECKED = {"positive_quality": "checks", "negative_quality": "vote", "agreeing_n
 ARMS: dict[str, Arm] = {
     # methods of `train`
     **{method: Arm({"method": method}) for method in ("finetune", "dss", "sft-all", "redi")},
-    "qcrd-paper": Arm({"method": "qcrd"}),
-    "qcrd-none": Arm({"method": "qcrd", "discriminator": "none"}),
-    "qcrd-bce": Arm({"method": "qcrd", "discriminator_loss": "bce-all", "discriminator_augment": "none"}),
-    "qcrd-vote": Arm({"method": "qcrd", "quality": "vote"}),
+    "qcrd-paper": Arm({"method": "qcrd", **PARTS}),
+    "qcrd-none": Arm({"method": "qcrd", **PARTS, "quality": "none"}),
+    "qcrd-bce": Arm({"method": "qcrd", **PARTS, "discriminator_loss": "bce-all", "discriminator_augment": "none"}),
+    "qcrd-vote": Arm({"method": "qcrd", **PARTS, "quality": "vote"}),
     # positives: how they share a question's weight, and who weighs them
     **{
         f"{select}/{judge}": _positives(select, judge)

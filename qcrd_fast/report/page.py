@@ -158,7 +158,7 @@ def _table(views: Sequence[RunView]) -> str:
             _text(n),
             _text(view.results.get("evaluated_on")),
             _text(method),
-            _text(scheme) if method == "qcrd" else "",
+            _text(scheme) if method == "qcrd" and scheme is not None else "",
             f'<div class="switches">{_spans(own)}</div>' if own else "",
             _text(view.state),
             _text(seed),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qcrd_fast.config import DEFAULT_QUALITY, DEFAULTS, TrainConfig
+from qcrd_fast.config import LEGACY, METHODS, TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import CONFIG, LOCK, METRICS, NEGATIVES, PREDICTIONS, RESULTS
 from qcrd_fast.sweep.job import ATTEMPTS, WHERE
@@ -63,12 +63,14 @@ class RunView:
 
     def switches(self) -> list[str]:
         """Options of the method that are not at their defaults, as on a command line."""
-        found = []
+        found, method = [], self.config.get("method")
+        defaults = TrainConfig(method=method if method in METHODS else "qcrd").resolved()
+        idle = {} if method == "qcrd" else LEGACY  # what other methods have no use for
         for field in dataclasses.fields(TrainConfig):
             value = self.config.get(field.name, field.default)
             of_method = field.metadata["group"] in ("Method", "Negatives", "Quality", "Discriminator") or field.name in SWITCHES
-            default = DEFAULT_QUALITY if field.name == "quality" else DEFAULTS.get(field.name)  # spelled out
-            if of_method and value not in (field.default, default) and field.name not in ("method", "scheme", "impl"):
+            usual = (field.default, getattr(defaults, field.name), idle.get(field.name, field.default))
+            if of_method and value not in usual and field.name not in ("method", "scheme", "impl"):
                 text = os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
                 found.append(f"--{field.name.replace('_', '-')} {text}")
         return found

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import PARTS, QUALITY_OPTIONS, SELECTS, TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import CONFIG, FREE_OPTIONS, RESULTS, check_same_config
 from qcrd_fast.utils.config_files import read_object
@@ -88,11 +88,17 @@ def _student_name(student: str) -> str:
 
 
 def options_text(config: TrainConfig) -> str:
-    """The options that are not at their defaults, as on a command line, but for those with a column of their own."""
-    found = []
+    """The options that are not at their defaults, as on a command line, but for those with a column of their own.
+
+    Of qcrd, what the defaults were when the first rows were written (`PARTS`) is left out instead: those rows keep their
+    meaning.
+    """
+    found, parts = [], PARTS if config.method == "qcrd" and not config.paper else {}
+    if parts:
+        config = dataclasses.replace(config, **{n: getattr(config.resolved(), n) for n in (*SELECTS, *QUALITY_OPTIONS, *parts)})
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in {*APART, "method"} and value != field.default:
+        if field.name not in {*APART, "method"} and value not in (field.default, parts.get(field.name, field.default)):
             name = field.name.replace("_", "-")
             shown = f"{value:g}" if isinstance(value, float) else str(value)
             found.append(f"--{'' if value is not False else 'no-'}{name}" + ("" if isinstance(value, bool) else f" {shown}"))

@@ -162,7 +162,7 @@ class Keeper:
         """Keep the student as it is at the start of an iteration, and delete the snapshots that nobody will ask for."""
         if not self.snapshots:
             return
-        fixed, iteration = self.config.negative_source == "fixed", self.schedule.iteration(step)
+        fixed, iteration = self.config.effective("negative_source") == "fixed", self.schedule.iteration(step)
         if not fixed or iteration == 0:
             self.snapshots.save(iteration, self.student.model)
         resumable = checkpoints.resumable(self.run, step, self.config.save_total_limit, self._passed_over)
@@ -171,7 +171,7 @@ class Keeper:
 
     def _oldest_for(self, step: int) -> int:
         """The oldest snapshot that a resume at `step` may ask for: the discriminator looks one iteration back."""
-        if self.config.negative_source == "fixed":
+        if self.config.effective("negative_source") == "fixed":
             return 0
         return max(self.schedule.iteration(step) - 1 - self.config.negative_lag, 0)
 

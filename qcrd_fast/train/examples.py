@@ -125,7 +125,7 @@ def _example(question: Question, label: str | None, student: Student, config: Tr
     assert label is not None  # others were set aside when the data were loaded
     text = question_text(question)
     positives = question.positives[: config.num_positives]
-    minority = () if config.negative_source == "none" else question.negatives
+    minority = () if config.effective("negative_source") == "none" else question.negatives
     reason = None
     if config.reasoning_task and positives:
         worked = f"{positives[0].text.strip()}\nAnswer: {label}"

@@ -57,7 +57,8 @@ def make_judges(config: TrainConfig, questions: Sequence[Question], discriminato
             made.setdefault(name, DiscriminatorJudge(discriminator))
         elif name not in made:
             made[name] = make_judge(name, questions)
-            if without := sum(not q.votes for q in questions):
+            idle = name != names[0] and config.effective("negative_source") == "none"
+            if not idle and (without := sum(not q.votes for q in questions)):
                 log.warning(
                     "--quality %s: %d of %d questions have no votes; their positives weigh 1, as do their negatives "
                     "(`qcrd-fast prepare` keeps the votes in its rows)",

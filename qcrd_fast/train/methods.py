@@ -64,7 +64,7 @@ def method_of(config: TrainConfig) -> Method:
 
 def samples_student(config: TrainConfig) -> bool:
     """Whether the run draws negatives from its student."""
-    return method_of(config).samples_student and config.negative_source in ("lagged", "fixed")
+    return method_of(config).samples_student and config.effective("negative_source") in ("lagged", "fixed")
 
 
 def has_discriminator(config: TrainConfig) -> bool:

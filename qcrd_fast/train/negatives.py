@@ -95,7 +95,7 @@ class LaggedNegatives:
 
     def source_iteration(self, iteration: int) -> int:
         """Whose snapshot speaks in an iteration."""
-        return 0 if self.config.negative_source == "fixed" else max(iteration - self.config.negative_lag, 0)
+        return 0 if self.config.effective("negative_source") == "fixed" else max(iteration - self.config.negative_lag, 0)
 
     @relieved("the sampler", for_sampling, _longest_prompt)
     def prepare(self) -> None:

@@ -174,7 +174,6 @@ class Objective:
             quality_R,
             beta=self.config.beta,
             delta=self.config.delta,
-            scheme=self.config.scheme,
             positive_select=positive_select,
             negative_select=negative_select,
             num_questions=num_questions,

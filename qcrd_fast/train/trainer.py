@@ -137,7 +137,7 @@ def _train(
     if run is None:
         return _plan(config, data, schedule, student) | survey(student, examples, data.validation, schedule)
     if unused := config.unused():
-        log.info("--method %s does not use %s", config.method, ", ".join(unused))
+        log.info("this run (--method %s) does not use %s", config.method, ", ".join(unused))
     resumed = Path(found) if found else None
     choose_threads(device, sum(p.numel() for p in student.model.parameters()))
     session = Session(config, run.path, data, schedule, student, examples, ranks, resumed, judges, make_objective)

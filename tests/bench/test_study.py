@@ -9,7 +9,7 @@ import pytest
 from qcrd_fast.bench.study import __main__ as study
 from qcrd_fast.bench.study import judges, objective, problems, runs, students
 
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import PARTS, TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, Rationale
 from qcrd_fast.models.prompts import PromptSettings
@@ -105,9 +105,12 @@ def test_gates_by_hand():
     [
         ({"method": "sft-all"}, objective.Rules("mean")),
         ({"method": "sft-all", "reasoning_task": True}, objective.Rules("wmean")),
-        ({"method": "qcrd", "negative_source": "none"}, objective.Rules("min")),
+        ({"method": "qcrd", "positive_select": "min", "negative_source": "none"}, objective.Rules("min")),
         ({"method": "qcrd", "scheme": "mean", "negative_source": "minority"}, objective.Rules("mean", negatives="minority")),
-        ({"method": "qcrd", "negative_select": "max"}, objective.Rules("min", negatives="both", negative_select="max")),
+        (
+            {"method": "qcrd", **PARTS, "quality": "none"},
+            objective.Rules("min", negatives="both", negative_select="max"),
+        ),
     ],
 )
 def test_rules_that_the_product_has_give_its_gradients(options, rules, rows_file, llama_folder):

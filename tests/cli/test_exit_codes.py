@@ -213,7 +213,10 @@ def runs(rows_file: Path, t5_folder: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("codes")
     sizes = dict(data=str(rows_file), student=str(t5_folder), max_steps=1, max_answer_tokens=4, max_new_tokens=4)
     train(TrainConfig(method="dss", output_dir=str(folder / "run"), **sizes))
-    train(TrainConfig(output_dir=str(folder / "judged"), discriminator_pretrain_steps=1, discriminator_min_auc=0.0, **sizes))
+    judged = dict(
+        quality="discriminator", discriminator_pretrain_steps=1, discriminator_min_auc=0.0, output_dir=str(folder / "judged")
+    )
+    train(TrainConfig(**judged, **sizes))
     (folder / "bad.jsonl").write_text('{"question"\n', encoding="utf-8")
     (folder / "unanswered.jsonl").write_text('{"question": "1+1?", "samples": []}\n', encoding="utf-8")
     names = {"run": folder / "run", "judged": folder / "judged", "rows": rows_file, "student": t5_folder}

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 
 COMMON = {
     "iteration_steps": 5, "negative_lag": 1, "max_new_tokens": 6, "learning_rate": 5e-4, "discriminator_pretrain_steps": 2,
-    "discriminator_folds": 2, "discriminator_min_auc": 0.0,
+    "discriminator_folds": 2, "discriminator_min_auc": 0.0, "scheme": "minmax", "negative_source": "lagged",
+    "quality": "discriminator",
     "discriminator_update_batches": 1, "sample_batch_size": 4, "max_answer_tokens": 4, "delta": 8.0, "ddp_timeout": 60,
 }  # fmt: skip
 ONE, TWO = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2}
@@ -125,7 +126,7 @@ def test_every_way_of_training_in_two_ranks(run_all):
         "joint, checkpointing": ({"forward": "joint", "gradient_checkpointing": True}, True),
         "peft, stream": ({"use_peft": True, "lora_r": 2, "overlap": "stream"}, True),
         "by votes": ({"quality": "vote", "agreeing_negatives": "drop", "max_new_tokens": 24}, False),
-        "fixed, no quality": ({"negative_source": "fixed", "discriminator": "none"}, False),
+        "fixed, no quality": ({"negative_source": "fixed", "quality": "none"}, False),
     }
     scenarios = {}
     for name, (options, sharded) in kinds.items():

@@ -44,7 +44,7 @@ def test_prompts_and_targets_are_the_trainers(kind, t5_folder, llama_folder):
     folder, auto = (t5_folder, AutoModelForSeq2SeqLM) if kind == "t5" else (llama_folder, AutoModelForCausalLM)
     student = load(folder, auto)
     questions = [native_row({**row, "votes": None})[0] for row in ROWS]
-    examples = make_examples(questions, student, TrainConfig())
+    examples = make_examples(questions, student, TrainConfig(negative_source="minority"))
     expected = [(0, e.explain, c.tokens) for e in examples for c in e.candidates({})]
     expected += [(q, e.predict, e.label) for q, e in enumerate(examples)]
     batch = RationaleCollator(student.tokenizer, student.model)(ROWS)

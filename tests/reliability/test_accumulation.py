@@ -47,7 +47,7 @@ class TestTrial11:
                 data=str(rows), student=str(student), output_dir=str(out), max_steps=2, per_device_train_batch_size=batch,
                 gradient_accumulation_steps=accumulation, max_grad_norm=0.0, learning_rate=2e-3, delta=8.0, max_new_tokens=6,
                 discriminator=str(judge), sample_batch_size=4, discriminator_pretrain_steps=2, discriminator_min_auc=0.0,
-                validation_fraction=0.0, iteration_steps=1, negative_lag=1,
+                validation_fraction=0.0, iteration_steps=1, negative_lag=1, negative_source="lagged", scheme="minmax",
             ))  # fmt: skip
         finally:
             hook.remove()

@@ -34,6 +34,7 @@ def settings(rows: Path, student: Path, run: Path, **changes: Any) -> TrainConfi
         data=str(rows), student=str(student), output_dir=str(run), max_steps=2, per_device_train_batch_size=4,
         iteration_steps=1, negative_lag=1, max_new_tokens=4, discriminator_pretrain_steps=1, discriminator_update_batches=1,
         discriminator_folds=2, discriminator_min_auc=0.0, save_steps=1, max_answer_tokens=4,
+        scheme="minmax", negative_source="lagged", quality="discriminator",
     )  # fmt: skip
     return TrainConfig(**(values | changes))
 

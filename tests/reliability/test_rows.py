@@ -367,6 +367,7 @@ class TestTrial17:
             data=str(prepared), student=str(request.getfixturevalue(student)), output_dir=str(tmp_path / "run"), max_steps=7,
             per_device_train_batch_size=1, iteration_steps=3, max_new_tokens=4, discriminator_pretrain_steps=2,
             discriminator_update_batches=1, discriminator_min_auc=0.0, validation_fraction=0.0, save_steps=100,
+            scheme="minmax", negative_source="lagged", quality="discriminator",
         )  # fmt: skip
         train(config)
         logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

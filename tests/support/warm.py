@@ -181,7 +181,7 @@ def short_run(rows: Path, student: Path, judge: Path, out: Path, **options: Any)
         "data": rows, "student": student, "output_dir": out, "discriminator": judge, "max_steps": 6,
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "iteration_steps": 2, "negative_lag": 1,
         "max_new_tokens": 6, "learning_rate": 1e-3, "discriminator_pretrain_steps": 2, "discriminator_update_batches": 1,
-        "discriminator_folds": 2, "discriminator_min_auc": 0,
+        "discriminator_folds": 2, "discriminator_min_auc": 0, "scheme": "minmax", "negative_source": "lagged",
         "save_steps": 2, "eval_steps": 4, "save_total_limit": 1, "sample_batch_size": 4, "max_answer_tokens": 4, "delta": 8.0,
     }  # fmt: skip
     args = ["train"]

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from cli.main import entry
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import PARTS, TrainConfig
 from qcrd_fast.data import splits
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.sweep import intervals, results_csv, runner
@@ -306,7 +306,11 @@ def test_other_options_or_other_data_are_not_taken_for_the_same_run(jobs, tmp_pa
 
 def test_options_are_told_apart_but_not_paths() -> None:
     config = TrainConfig(data="a", student="b/c", seed=3, method="qcrd", beta=0.3, bf16=False, use_peft=True, negative_lag=3)
-    assert options_text(config) == "--beta 0.3 --negative-lag 3 --no-bf16 --use-peft"
+    ours = "--positive-select softmin --negative-select max --beta 0.3 --negative-source none --negative-lag 3"
+    ours += " --positive-quality checks --negative-quality vote --no-bf16 --use-peft"
+    assert options_text(config) == ours
+    assert options_text(dataclasses.replace(config, **PARTS)) == "--beta 0.3 --negative-lag 3 --no-bf16 --use-peft"
+    assert options_text(dataclasses.replace(config, method="dss")) == "--beta 0.3 --negative-lag 3 --no-bf16 --use-peft"
 
 
 @pytest.mark.parametrize(
@@ -444,7 +448,7 @@ def test_tuning_is_used_once_all_methods_have_theirs(filled) -> None:
     for variant in tables.TABLES[0].variants:
         assert settings.tuned("svamp-toy", results_csv.read_csv(filled.results)) == {}
         for seed in (0, 1):
-            best = 1e-4 if variant.options["method"] == "qcrd" else 2e-5
+            best = 1e-4 if tables.arm(variant.options) == "qcrd" else 2e-5
             share = 0.6 if variant.options["learning_rate"] == best else 0.5
             filled.add(tables.TABLES[0], variant, seed, share, accuracy_validation=share)
     rows = results_csv.read_csv(filled.results)
@@ -482,7 +486,9 @@ def test_exposure_counts_what_each_method_sees(rows_file, t5_folder) -> None:
     student = Student.load(str(t5_folder), PromptSettings())
     told = {}
     for method in ("finetune", "dss", "sft-all", "redi", "qcrd"):
-        config = TrainConfig(data=str(rows_file), student=str(t5_folder), method=method, max_new_tokens=9)
+        config = TrainConfig(
+            data=str(rows_file), student=str(t5_folder), method=method, max_new_tokens=9, negative_source="lagged"
+        )
         examples = make_examples(Data.load(config).train, student, config)
         told[method] = exposure(method, examples, config)
     tokens = {m: t["rationale tokens with gradient"] for m, t in told.items()}

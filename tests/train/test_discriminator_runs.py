@@ -136,11 +136,13 @@ def test_a_run_of_an_earlier_version_is_resumed_as_it_was_trained(rows_file, t5_
     whole = tmp_path / "whole"
     train(settings(rows_file, t5_folder, whole, paper=True, **UNSET))
     config = settings(rows_file, t5_folder, tmp_path / "run", paper=True, **UNSET)
-    run = killed_and_resumed(monkeypatch, config, between=without_new_keys, paper=False)
+    unsaid = dict(paper=False, scheme=None, negative_source=None)
+    run = killed_and_resumed(monkeypatch, config, between=without_new_keys, **unsaid)
     assert same(weights(run), weights(whole))
     assert unchecked(run) == unchecked(whole)  # whose checkpoint knew of no held-out AUC
     kept = yaml.safe_load((run / "config.resolved.yaml").read_text())
     assert kept["discriminator_loss"] == "ratio" and kept["discriminator_folds"] == 0 and kept["quality"] == "discriminator"
+    assert (kept["scheme"], kept["positive_select"], kept["negative_source"]) == ("minmax", None, "lagged")
     with pytest.raises(InputError, match="began with --discriminator-folds 0, now it is 3"):
         train(dataclasses.replace(config, paper=False, resume="auto", discriminator_folds=3))
 
@@ -148,7 +150,7 @@ def test_a_run_of_an_earlier_version_is_resumed_as_it_was_trained(rows_file, t5_
 def test_paper_sets_defaults(rows_file, t5_folder, tmp_path):
     wanted = LEGACY | {
         "discriminator_loss": "ratio", "discriminator_augment": "mask,replace", "quality": "discriminator",
-        "positive_select": "min", "negative_select": "max", "paper": True,
+        "positive_select": "min", "negative_select": "max", "paper": True, "negative_source": "lagged",
     }  # fmt: skip
     config = TrainConfig(paper=True)
     assert wanted.items() <= config.resolved().to_dict().items() and config.augmentations == ("mask", "replace")
@@ -162,7 +164,8 @@ def test_paper_sets_defaults(rows_file, t5_folder, tmp_path):
     assert wanted.items() <= TrainConfig().resolved(before).to_dict().items()  # a resume need not say it again
     ours = TrainConfig().resolved()
     assert (ours.discriminator_loss, ours.discriminator_augment, ours.discriminator_folds) == ("bce-all", "none", 3)
-    assert ours.positive_select is None and not ours.paper
+    assert (ours.selects, ours.negative_source, ours.qualities) == (("softmin", "max"), "none", ("checks", "vote"))
+    assert not ours.paper and ours.resolved() == ours == TrainConfig().resolved(ours.to_dict())
 
 
 def test_only_samples_that_are_wrong_are_negatives_of_the_updates(rows_file, t5_folder, tmp_path, monkeypatch):

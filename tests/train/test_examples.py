@@ -34,7 +34,7 @@ def test_the_label_is_gold_where_known_unless_told():
 
 
 def test_candidates_are_positives_minority_and_the_students_own(student):
-    example = make_examples([QUESTION], student, TrainConfig())[0]
+    example = make_examples([QUESTION], student, TrainConfig(negative_source="lagged"))[0]
     own = Negative(student.target_ids("3 + 2 = 5."), "3 + 2 = 5.")
     assert [c.source for c in example.candidates({"q": own})] == ["teacher", "teacher", "minority", "lagged"]
     assert [c.positive for c in example.candidates({"q": own})] == [True, True, False, False]
@@ -46,6 +46,10 @@ def test_candidates_are_positives_minority_and_the_students_own(student):
 def test_switches_leave_candidates_out(student):
     example = make_examples([QUESTION], student, TrainConfig(num_positives=1, negative_source="none"))[0]
     assert [c.source for c in example.candidates({})] == ["teacher"]
+    by_default = {m: make_examples([QUESTION], student, TrainConfig(method=m))[0].candidates({}) for m in ("qcrd", "redi")}
+    assert {m: sum(not c.positive for c in found) for m, found in by_default.items()} == {"qcrd": 0, "redi": 1}
+    resolved = TrainConfig(method="redi").resolved()
+    assert len(make_examples([QUESTION], student, resolved)[0].candidates({})) == 3
 
 
 def test_the_reasoning_target_ends_in_the_answer(student):

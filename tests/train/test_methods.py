@@ -29,8 +29,8 @@ def test_weights_of_a_question_among_four(method, positives, minority, expected)
 
 
 def test_only_qcrd_samples_its_student_and_only_where_negatives_are_its_own():
-    assert [m for m in METHODS if samples_student(TrainConfig(method=m))] == ["qcrd"]
-    assert not samples_student(TrainConfig(negative_source="minority"))
+    assert [m for m in METHODS if samples_student(TrainConfig(method=m, negative_source="lagged"))] == ["qcrd"]
+    assert not samples_student(TrainConfig(negative_source="minority")) and not samples_student(TrainConfig())
 
 
 def test_the_label_is_the_methods_own_unless_told():

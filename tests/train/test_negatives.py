@@ -33,7 +33,14 @@ def student(request):
 
 def lagged(folder, student=None, kind="serial", **options):
     """Negatives of 8 questions with steps of 2, chunks of 4, iterations of 4 steps, unless told otherwise."""
-    shape = dict(per_device_train_batch_size=2, sample_batch_size=4, max_new_tokens=6, negative_lag=1, max_steps=12)
+    shape = dict(
+        negative_source="lagged",
+        per_device_train_batch_size=2,
+        sample_batch_size=4,
+        max_new_tokens=6,
+        negative_lag=1,
+        max_steps=12,
+    )
     config = TrainConfig(**(shape | options))
     questions = [Asked(f"q{i}", student.source_ids(EXPLAIN, f"Ann has {i} apples.")) for i in range(8)] if student else []
     snapshots = Snapshots(folder / "snapshots")
@@ -268,7 +275,7 @@ def test_overlaps_that_cannot_be_are_refused(kind, message):
 
 
 def test_what_has_no_deterministic_form_is_refused_with_deterministic():
-    wanted = TrainConfig(deterministic=True, negative_top_p=0.9)
+    wanted = TrainConfig(negative_source="lagged", deterministic=True, negative_top_p=0.9)
     with pytest.raises(InputError, match=r"--negative-top-p 0\.9"):
         require_deterministic(wanted, torch.device("cuda"), samples_student(wanted))
     for config in (dataclasses.replace(wanted, method="dss"), dataclasses.replace(wanted, negative_top_p=1.0)):

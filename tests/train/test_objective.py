@@ -16,6 +16,7 @@ from qcrd_fast.train.examples import make_examples
 from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.train.objective import MI_WEIGHT, Objective
 from qcrd_fast.utils.device import make_autocast
+from tests.support.short_runs import PARTS
 
 LAGGED = "First 3 + 4 = 9 apples. Then 9 - 2 = 5."
 
@@ -73,6 +74,7 @@ def check_equal(student, config, rows_file, tolerance=1e-9):
     [
         {},
         {"forward": "joint"},
+        {"scheme": None},  # the default selections
         {"scheme": "mean", "reasoning_task": True},
         {"method": "sft-all"},
         {"method": "redi", "redi_warmup": 0.0},
@@ -81,18 +83,18 @@ def check_equal(student, config, rows_file, tolerance=1e-9):
 )
 @pytest.mark.usefixtures("float64")
 def test_shared_prompts_change_no_loss_and_no_gradient(changes, student, rows_file):
-    losses = check_equal(student, TrainConfig(**{"delta": 9.0, "discriminator": "none", **changes}), rows_file)
+    losses = check_equal(student, TrainConfig(**{"delta": 9.0, "discriminator": "none", **PARTS, **changes}), rows_file)
     assert losses["loss_pred"] > 0 and losses["loss_cl"] != 0
 
 
 @pytest.mark.usefixtures("float64")
 def test_with_gradient_checkpointing(student, rows_file):
     student.model.gradient_checkpointing_enable({"use_reentrant": False})
-    check_equal(student, TrainConfig(delta=9.0), rows_file)
+    check_equal(student, TrainConfig(delta=9.0, **PARTS), rows_file)
 
 
 def test_in_bf16(student, rows_file):
-    check_equal(student, TrainConfig(delta=9.0, bf16=True), rows_file, tolerance=5e-2)
+    check_equal(student, TrainConfig(delta=9.0, bf16=True, **PARTS), rows_file, tolerance=5e-2)
 
 
 def test_dropout_is_drawn_from_the_seed_alone(student, rows_file):
@@ -100,7 +102,7 @@ def test_dropout_is_drawn_from_the_seed_alone(student, rows_file):
     runs = []
     for _ in range(2):  # the first one also tries out how the student takes packed rows
         torch.manual_seed(3)
-        runs.append(step(student, TrainConfig(delta=9.0), rows_file))
+        runs.append(step(student, TrainConfig(delta=9.0, **PARTS), rows_file))
     assert runs[0][0] == runs[1][0] and runs[0][2] == runs[1][2]
     assert all(torch.equal(runs[0][1][n], runs[1][1][n]) for n in runs[0][1])
 

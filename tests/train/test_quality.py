@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import yaml
 
-from qcrd_fast.config import DEFAULT_QUALITY, TrainConfig
+from qcrd_fast.config import DEFAULT_QUALITIES, TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, Rationale
 from qcrd_fast.errors import InputError
@@ -64,7 +64,7 @@ def candidates_of(student, config, judges):
 
 
 def test_positives_and_negatives_have_judges_of_their_own(student):
-    config, vote = TrainConfig(), make_judge("vote", [QUESTION])
+    config, vote = TrainConfig(negative_source="lagged"), make_judge("vote", [QUESTION])
     n3, n1 = vote_score(3, 4), vote_score(1, 4)
     assert candidates_of(student, config, None) is None
     assert candidates_of(student, config, Judges(vote, vote)).tolist() == pytest.approx([n3, n3, n1, n3])
@@ -90,7 +90,11 @@ def test_positives_of_sft_all_are_weighted_and_count_as_before(student):
 @pytest.mark.parametrize(
     "options, qualities",
     [
-        ({}, (DEFAULT_QUALITY, DEFAULT_QUALITY)),
+        ({}, DEFAULT_QUALITIES),
+        ({"positive_quality": "text"}, ("text", DEFAULT_QUALITIES[1])),
+        ({"discriminator": "some/encoder"}, ("discriminator", "discriminator")),
+        ({"paper": True}, ("discriminator", "discriminator")),
+        ({"paper": True, "positive_quality": "none"}, ("none", "discriminator")),
         ({"discriminator": "none"}, ("none", "none")),
         ({"quality": "vote"}, ("vote", "vote")),
         ({"quality": "text", "negative_quality": "none"}, ("text", "none")),
@@ -146,11 +150,13 @@ def test_a_run_by_votes(voted, rows_file):
     assert (resolved["quality"], resolved["positive_quality"], resolved["agreeing_negatives"]) == ("vote", None, "weigh")
 
 
-@pytest.mark.parametrize("quality", ["vote", "text", "discriminator", "none"])
+@pytest.mark.parametrize("quality", ["vote", "text", "discriminator", "none", None])
 def test_killed_and_resumed(quality, rows_file, t5_folder, tmp_path, monkeypatch):
     """Stopped between two saves, within an iteration: metrics, weights and negatives are the unbroken run's."""
     whole, out = tmp_path / "whole", tmp_path / "run"
     changes = {"quality": quality, "agreeing_negatives": "drop", "max_new_tokens": 24, "iteration_steps": 3}
+    if quality is None:  # the defaults
+        changes |= {"scheme": None, "negative_source": None}
     train(settings(rows_file, t5_folder, whole, **changes))
     real = Session._train_step
 
@@ -168,11 +174,12 @@ def test_killed_and_resumed(quality, rows_file, t5_folder, tmp_path, monkeypatch
     monkeypatch.setattr(Session, "_train_step", real)
     train(settings(rows_file, t5_folder, out, resume="auto", **changes))
     assert metrics(out) == metrics(whole) and same(weights(out), weights(whole))
-    for path in (whole / "negatives").iterdir():
+    assert (whole / "negatives").exists() == (quality is not None)
+    for path in (whole / "negatives").glob("*"):
         assert (out / "negatives" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_an_older_checkpoint_is_of_the_discriminator(rows_file, t5_folder, tmp_path, monkeypatch):
+def test_an_older_checkpoint_is_of_the_discriminator(rows_file, t5_folder, tmp_path):
     """Its options lack the quality: it goes on as it began, whatever the default is by then."""
     out = tmp_path / "run"
     train(settings(rows_file, t5_folder, out, max_steps=3))
@@ -182,12 +189,13 @@ def test_an_older_checkpoint_is_of_the_discriminator(rows_file, t5_folder, tmp_p
     for name in ("positive_quality", "negative_quality", "agreeing_negatives"):
         del options[name]
     before.write_text(yaml.safe_dump(options))
-    monkeypatch.setattr("qcrd_fast.config.DEFAULT_QUALITY", "vote")
     for changes, said in (({"quality": "vote"}, "'discriminator', now it is 'vote'"), ({"agreeing_negatives": "drop"}, "drop")):
         with pytest.raises(InputError, match=said):
             train(settings(rows_file, t5_folder, out, max_steps=3, resume="auto", **changes))
-    train(settings(rows_file, t5_folder, out, max_steps=3, resume="auto"))
-    assert yaml.safe_load(before.read_text())["quality"] == "discriminator"
+    unsaid = dict(quality=None, scheme=None, negative_source=None)
+    train(settings(rows_file, t5_folder, out, max_steps=3, resume="auto", **unsaid))
+    kept = yaml.safe_load(before.read_text())
+    assert (kept["quality"], kept["scheme"], kept["negative_source"]) == ("discriminator", "minmax", "lagged")
 
 
 @pytest.mark.parametrize("quality", ["vote", "text", "none"])

@@ -43,7 +43,7 @@ def shown_example(folder: Path, **options) -> str:
 
 
 def test_an_example_has_every_token_that_the_student_sees(llama_folder):
-    text = shown_example(llama_folder)
+    text = shown_example(llama_folder, negative_source="lagged")
     assert "  answer, prompt, 18 tokens before each target, masked:\n    | predict: Ann has 3 coins" in text
     assert "  answer, target, 2 tokens:\n    | 5 </s>" in text
     assert (

@@ -186,6 +186,7 @@ def test_every_method_trains(method, rows_file, t5_folder, tmp_path):
         {"negative_source": "fixed"},
         {"negative_source": "minority"},
         {"negative_source": "none", "discriminator": "none"},
+        {"scheme": None, "quality": None, "negative_source": "none"},  # the defaults
         {"scheme": "mean"},
         {"scheme": "wmean", "num_positives": 2},
         {"scheme": "sampling"},
