@@ -69,7 +69,8 @@ def test_the_training_pass_takes_what_was_predicted(kind, name, t5_folder, llama
     student.model.zero_grad(set_to_none=True)
     measured = peak_mib(step, CPU) * 2**20
     assert 0 < held <= peak
-    assert -0.05 < peak / measured - 1 < (0.2 if name == "alone" else 0.05)  # a padding mask without padding is left out there
+    low = -0.1 if config.bf16 else -0.05  # products of bf16 take copies of their own, where the processor has them
+    assert low < peak / measured - 1 < (0.2 if name == "alone" else 0.05)  # a padding mask without padding is left out there
 
 
 def test_the_discriminator_takes_what_was_predicted(t5_folder, llama_folder, rows_file) -> None:
