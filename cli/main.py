@@ -242,11 +242,14 @@ def train(
     with console.quiet_stdout():
         from qcrd_fast.train import preflight
 
-        preflight.check_start(config, dry_run=dry_run)  # what can be wrong is looked for first, and torch is loaded last
+        preflight.check_start(
+            config, dry_run=dry_run, names=dry_run
+        )  # what can be wrong is looked for first, and torch is loaded last
         with contextlib.nullcontext() if dry_run else RunFolder(config) as run:
             from qcrd_fast.train.questions import Data
 
             data = Data.load(config)
+            preflight.check_names(config)
             from qcrd_fast.train.trainer import train
 
             told = train(config, run, dry_run=dry_run, data=data)

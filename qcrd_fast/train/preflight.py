@@ -26,19 +26,19 @@ from qcrd_fast.utils.torchrun import world_size
 PACKAGES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "peft": "PEFT"}  # each is an extra of that name
 
 
-def check_start(config: TrainConfig, *, dry_run: bool = False) -> None:
+def check_start(config: TrainConfig, *, dry_run: bool = False, names: bool = True) -> None:
     """Check what an option names: a file, folder, package or device; and whether the student fits. Rows are not read.
 
-    With `dry_run` the output folder is checked as well, as `RunFolder` does. Raises `InputError` naming the option,
+    With `dry_run` the output folder is checked as well, as `RunFolder` does. `names` False leaves names of the hub to
+    `check_names`, which comes behind what is wrong with folders and rows. Raises `InputError` naming the option,
     `RunError` where the disk has no room for a checkpoint.
     """
     for option in ("data", "eval_data", "test_data"):
         path = getattr(config, option)
         if path and not os.path.exists(path) and not is_hub_name(path):
             raise InputError(f"--{option.replace('_', '-')}: {shown(path)} does not exist")
-    check_model_name(str(config.student), "student")  # as loading it says
-    if config.discriminator not in ("auto", "none"):
-        check_model_name(config.discriminator, "--discriminator")
+    if names or os.path.isdir(str(config.student)):
+        check_names(config)
     PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt)
     if config.resume not in (None, "auto") and not os.path.isdir(str(config.resume)):
         raise InputError(f"--resume: {shown(str(config.resume))}: no such folder; auto finds the latest checkpoint")
@@ -50,6 +50,13 @@ def check_start(config: TrainConfig, *, dry_run: bool = False) -> None:
     if dry_run and config.output_dir:
         require_writable(Path(config.output_dir), "--output-dir")
     _check_sizes(config)
+
+
+def check_names(config: TrainConfig) -> None:
+    """Raises `InputError` for a student or discriminator that is no model's folder, and none that the hub could have."""
+    check_model_name(str(config.student), "student")  # as loading it says
+    if config.discriminator not in ("auto", "none"):
+        check_model_name(config.discriminator, "--discriminator")
 
 
 def require_memory(config: TrainConfig, parameters: int, free: int, where: str) -> None:

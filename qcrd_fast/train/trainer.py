@@ -80,7 +80,7 @@ def train(
     """
     if not config.student:
         raise InputError("--student is needed: a local folder or a hub id")
-    check_start(config, dry_run=dry_run)
+    check_start(config, dry_run=dry_run, names=dry_run or run is not None)
     if run is None and not dry_run:
         with RunFolder(config) as run:
             return train(config, run, data=data, judges=judges, make_objective=make_objective)

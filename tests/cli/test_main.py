@@ -39,7 +39,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return call
 
     monkeypatch.setitem(sys.modules, "qcrd_fast.train.trainer", SimpleNamespace(train=fake("train")))
-    monkeypatch.setattr("qcrd_fast.train.preflight.check_start", lambda config, **_: None)
+    for name in ("check_start", "check_names"):
+        monkeypatch.setattr(f"qcrd_fast.train.preflight.{name}", lambda config, **_: None)
     monkeypatch.setattr("qcrd_fast.train.questions.Data.load", lambda config: None)
     evaluate = SimpleNamespace(evaluate_run=fake("evaluate_run"), generate_text=fake("generate_text"))
     monkeypatch.setitem(sys.modules, "qcrd_fast.evaluate", evaluate)

@@ -50,7 +50,11 @@ def test_seeds_of_a_method_are_one_point_with_an_interval(tmp_path: Path) -> Non
     ((chart, (dss, qcrd)),) = found(*runs).items()
     assert chart.axis == "minutes of training" and chart.device == "CPU x2"
     assert dss.label == "dss" and dss.minutes == [0.5]  # cheapest first
-    assert qcrd.label == "qcrd" and sorted(qcrd.minutes) == [1.0, 1.5, 2.0] and qcrd.mean_minutes == 1.5
+    assert (
+        qcrd.label.startswith("qcrd --positive-select softmin")
+        and sorted(qcrd.minutes) == [1.0, 1.5, 2.0]
+        and qcrd.mean_minutes == 1.5
+    )
     assert qcrd.accuracy.mean == pytest.approx(11 / 20) and qcrd.accuracy.low < 0.5 < qcrd.accuracy.high
     assert qcrd.accuracy.seeds == 3 and qcrd.accuracy.questions == 20
 
