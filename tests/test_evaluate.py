@@ -16,7 +16,7 @@ from qcrd_fast.export import export_run
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.trainer import train
 from qcrd_fast.utils.intervals import wilson
-from tests.support.tokenizers import KINDS
+from tests.support.toy_tokenizers import KINDS
 
 CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'assistant: ' }}"
 

@@ -20,7 +20,7 @@ from qcrd_fast.models.prompts import EXPLAIN, PREDICT
 from qcrd_fast.runs.load import load_student
 from qcrd_fast.train.trainer import train
 from tests.support.students import sampled_rows
-from tests.support.tokenizers import KINDS
+from tests.support.toy_tokenizers import KINDS
 
 QUESTION = sampled_rows(1)[0]["question"]
 QUESTIONS = (QUESTION, f"  {QUESTION}\n", "Tom </s><s>has 3 nuts. <|im_end|>How many?")

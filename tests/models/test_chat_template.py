@@ -11,7 +11,7 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.model_card import usage
 from qcrd_fast.models.chat_template import chat_template, modelfile, sends_the_prompt, tokens_sent
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, Prompter, PromptSettings
-from tests.support.tokenizers import KINDS, bytes_bpe
+from tests.support.toy_tokenizers import KINDS, bytes_bpe
 
 QUESTIONS = (
     "Tom has 3 bags of 4 nuts. How many nuts?",

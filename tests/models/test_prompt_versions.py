@@ -17,7 +17,7 @@ from qcrd_fast.runs.load import load_student
 from qcrd_fast.train.trainer import train
 from qcrd_fast.utils.files import sha256, write_json
 from tests.support.students import sampled_rows
-from tests.support.tokenizers import KINDS
+from tests.support.toy_tokenizers import KINDS
 
 OLD = {"template": "raw", "max_source_length": 1024, "max_target_length": 256}
 QUESTION = "Tom has 3 bags. How many?"
