@@ -69,7 +69,7 @@ def train(
     make_objective: Callable[..., Objective] = Objective,
 ) -> dict[str, Any]:
     """Train a student as `config` says and return what `eval_results.json` holds. `data`: what `Data.load` made of `config`,
-    where that is done already.
+    of a caller that has done that and, before it, what `preflight` checks.
 
     `judges` take the place of those of `--quality`: objects with `scores(cases)`, for positives and for negatives.
     `make_objective` takes the arguments of `Objective` and gives what computes the loss, for experiments with one.
@@ -80,7 +80,8 @@ def train(
     """
     if not config.student:
         raise InputError("--student is needed: a local folder or a hub id")
-    check_start(config, dry_run=dry_run, names=dry_run or run is not None)
+    if data is None:
+        check_start(config, dry_run=dry_run, names=dry_run or run is not None)
     if run is None and not dry_run:
         with RunFolder(config) as run:
             return train(config, run, data=data, judges=judges, make_objective=make_objective)
