@@ -31,6 +31,11 @@ class Negative:
     case: Case | None = None
 
 
+def was_cut(tokens: TokenIds, eos: int) -> bool:
+    """Whether the sampling stopped before EOS."""
+    return eos not in tokens[-1:]
+
+
 class NegativeStore:
     """What was said in each iteration, by chunk and question id. Rank 0 reads and writes the files, all ranks know them.
 

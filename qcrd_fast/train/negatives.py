@@ -26,7 +26,7 @@ from qcrd_fast.generation.sample import make_sampler
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
-from qcrd_fast.train.negative_store import Negative, NegativeStore
+from qcrd_fast.train.negative_store import Negative, NegativeStore, was_cut
 from qcrd_fast.train.overlap import Lane
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
@@ -149,7 +149,7 @@ class LaggedNegatives:
             self.tokens += sum(map(len, tokens))
             asked = self._asked(iteration, chunk)
             eos = self._student.tokenizer.eos_token_id
-            found = {q.id: Negative(t, self._student.text(t), eos not in t[-1:]) for q, t in zip(asked, tokens, strict=True)}
+            found = {q.id: Negative(t, self._student.text(t), was_cut(t, eos)) for q, t in zip(asked, tokens, strict=True)}
             self.store.append(iteration, chunk, found)
 
     def of_iteration(self, iteration: int) -> dict[str, Negative]:

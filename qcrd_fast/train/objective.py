@@ -383,11 +383,11 @@ def _count(
     stats["masked_minorities"] += len(minority_active - pushed)
     if quality_R is not None:
         for c, s in zip(candidates, quality_R.tolist(), strict=True):
-            weight, kind = (s, "positive") if c.positive else (1 - s, "negative")  # Eq. 6 and 7
-            stats[f"quality_{kind}"] += s
-            stats[f"num_{kind}"] += 1
-            stats["weighed"] += 1
-            stats["weight"] += weight
-            stats[f"weight_{weight_kind(c)}"] += weight
-            stats[f"weighed_{weight_kind(c)}"] += 1
+            weight, side = (s, "positive") if c.positive else (1 - s, "negative")  # Eq. 6 and 7
+            stats[f"quality_{side}"] += s
+            stats[f"num_{side}"] += 1
+            kind = weight_kind(c)
+            for suffix in ("", f"_{kind}"):
+                stats[f"weighed{suffix}"] += 1
+                stats[f"weight{suffix}"] += weight
     stats["tokens"] += sum(len(c.tokens) for c in candidates)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from qcrd_fast.data.schema import Question
 from qcrd_fast.quality.cases import Case, Tally, silent_share, student_case
 from qcrd_fast.quality.samples import TEACHER_READ
-from qcrd_fast.train.negative_store import Negative
+from qcrd_fast.train.negative_store import Negative, was_cut
 from qcrd_fast.train.schedule import Schedule
 
 
@@ -45,7 +45,7 @@ class StudentAnswers:
     def _case(self, question_id: str, said: Mapping[str, Negative]) -> Case:
         if question_id not in self._cases:
             own = said[question_id]
-            self._cases[question_id] = student_case(self._by_id[question_id], own.text, cut=self.eos not in own.tokens[-1:])
+            self._cases[question_id] = student_case(self._by_id[question_id], own.text, cut=was_cut(own.tokens, self.eos))
         return self._cases[question_id]
 
     @functools.cached_property
