@@ -106,7 +106,7 @@ def test_each_fold_of_the_discriminator_counts(t5_folder, rows_file) -> None:
 @pytest.mark.slow
 def test_a_dry_run_says_what_a_run_needs(t5_folder, rows_file, tmp_path, capsys) -> None:
     args = ["train", "--data", str(rows_file), "--student", str(t5_folder), "--output-dir", str(tmp_path / "run")]
-    assert entry([*args, "--per-device-train-batch-size", "4", "--quality", "discriminator", "--dry-run", "--json"]) == 0
+    assert entry([*args, "--per-device-train-batch-size", "4", "--paper", "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     memory, row, weights = plan["memory"], plan["longest_row"], 4 * plan["parameters"]
     assert weights <= memory["parameters"] < 1.01 * weights and memory["gradients"] == weights  # buffers are not trained
