@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import struct
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +21,12 @@ from csrc_triton.product import Tile
 from qcrd_fast import linear_logprob
 from qcrd_fast.ops.linear_sample import linear_sample as sampled
 from qcrd_fast.ops.philox import gumbel
+from tests.support.ptx import arithmetic
 from tests.support.ptx.grid import judge
 from tests.support.ptx.launch import Execution, compare_orders, executing
 from tests.support.ptx.machine import Block
 from tests.support.ptx.mutations import mutants
+from tests.support.ptx.program import Instruction
 from tests.support.ptx.values import Fault
 
 CPU = torch.device("cpu")
@@ -207,6 +211,14 @@ def test_an_order_that_leaves_other_bytes_is_a_fault() -> None:
     tensor, left = np.ones(4, np.uint8), iter((1, 2))
     with pytest.raises(Fault, match="k: order 2 leaves other bytes in argument 0"):
         compare_orders("k", [tensor], [np.zeros(4, np.uint8)], 2, lambda seed: tensor.fill(next(left)))
+
+
+def test_a_register_pair_may_lack_the_half_that_nothing_reads() -> None:
+    """As on sm_120 in top-k; the missing half is a NaN, so that a result which does depend on it is noticed."""
+    pack = Instruction("mov", ("mov", "b64"), ("%rd1", "{%r1, %r2}"), None, False, "")
+    warp: Any = SimpleNamespace(registers={"%r1": np.full(32, 7, np.uint32)})
+    arithmetic.move(pack)(warp)
+    assert (warp.registers["%rd1"] == 0xFFFFFFFF_00000007).all()
 
 
 def test_checks_are_the_whole_of_the_kernels() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.support.ptx.machine import Gang, Step
-from tests.support.ptx.operands import computes, makes, predicate, put_into, source
+from tests.support.ptx.operands import computes, half, makes, predicate, put_into, source
 from tests.support.ptx.program import Instruction, elements
 from tests.support.ptx.values import (
     FLOATS,
@@ -290,7 +290,7 @@ def move(instruction: Instruction) -> Step:
                 bits = bits | word.astype(UNSIGNED[width]) << UNSIGNED[width](i * part)
             return bits
 
-        return computes(instruction, pack, *(source(x, part) for x in origins))
+        return computes(instruction, pack, *(half(x, part) for x in origins))
     return computes(instruction, lambda x: x, source(of, width))
 
 

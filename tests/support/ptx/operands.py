@@ -52,6 +52,14 @@ def source(token: str, width: int) -> Source:
     return lambda warp: constant
 
 
+def half(token: str, width: int) -> Source:
+    """Part of a register pair. LLVM leaves a part undefined if nothing reads it: such a part holds ones, a NaN as a float."""
+    get, undefined = source(token, width), np.full(32, (1 << width) - 1, UNSIGNED[width])
+    if token[0] != "%" or "." in token or token in ("%laneid", "%warpid"):
+        return get
+    return lambda warp: warp.registers.get(token, undefined)
+
+
 def predicate(token: str) -> Source:
     """32 bools."""
     if token in ("-1", "1", "true", "0", "false"):
