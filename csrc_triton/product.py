@@ -101,8 +101,8 @@ def programs_at_once(tile: Tile, capability: int, heavy: bool = False) -> int:
     family = capability // 10
     if tile.block_t * tile.block_v > 64 * 32 * tile.num_warps:  # more than 64 sums a thread
         return 1
-    few = tile.block_t * tile.block_v <= 32 * 32 * tile.num_warps and capability != 80  # sums a thread; sm_80: 129 registers
-    if tile.num_warps == 8 and not few and (family in (8, 12) or (heavy and family == 10)):
+    fp32 = tile.block_h == 16 and capability != 80  # no matrix instructions; sm_80 takes one register too many
+    if tile.num_warps == 8 and not fp32 and (family in (8, 12) or (heavy and family == 10)):
         return 1
     return 3 if tile.num_warps == 4 and (family == 9 or (capability == 80 and tile.block_h == 32)) else 2
 
