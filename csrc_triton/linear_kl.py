@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton import linear_logprob
+from csrc_triton import linear_logprob, product
 from csrc_triton.product import (
     LAUNCH,
     LOG2_E,
@@ -257,14 +257,22 @@ class Head(NamedTuple):
     options: Any
 
 
-def choose_tile(student: Head, teacher: Head) -> Tile:
-    """Of two products at once."""
-    from csrc_triton import product
-
+def choose_tile(student: Head, teacher: Head, gradient: bool, mixture: bool) -> Tile:
+    """The tile of two products at once: 128 columns where their sums and the epilogue fit in registers, else 64, which fit
+    everywhere. On an H100 operands come by the copy engine where it can fetch them, which keeps their addresses for itself."""
     if product.forced_tile is not None:
         return product.forced_tile._replace(products=2)
-    wide = max(student.hidden_TH.dtype, teacher.hidden_TH.dtype, key=lambda dtype: dtype.itemsize)
-    return plain_tile(wide, len(student.hidden_TH))._replace(products=2)
+    tile = plain_tile(max(student.hidden_TH.dtype, teacher.hidden_TH.dtype, key=lambda x: x.itemsize), len(student.hidden_TH))
+    hopper = product.architecture(student.hidden_TH.device) // 10 == 9
+    of_both = (student.hidden_TH, student.weight_VH, teacher.hidden_TH, teacher.weight_VH)
+    if tile.block_t == 128 and hopper and product.fetchable(*of_both):
+        tile = tile._replace(descriptors=True)
+    options = any(
+        head.bias_V is not None or head.options[1] != 0 or len(head.weight_VH) % 128 != 0 or head.hidden_TH.shape[1] % 64 != 0
+        for head in (student, teacher)
+    )
+    wide = not mixture and not options and (gradient or tile.descriptors)
+    return tile._replace(products=2) if wide else tile._replace(block_v=64, products=3)
 
 
 def ready(head: Head) -> Head:
@@ -290,7 +298,7 @@ def forward(student: Head, teacher: Head, valid_T: Tensor, beta: float) -> tuple
     T, V = len(student.hidden_TH), len(student.weight_VH)
     if T == 0:
         return tuple(student.hidden_TH.new_empty((4, 0), dtype=torch.float32))  # type: ignore[return-value]
-    tile = choose_tile(student, teacher)
+    tile = choose_tile(student, teacher, False, 0 < beta < 1)
     blocks, _, parts, part_size = layout(tile, T, V, student.hidden_TH.device)
     grid, target_T = (blocks, parts), valid_T.long() - 1  # -1 where ignored
 
@@ -347,7 +355,7 @@ def backward(
     dhidden_SH = student.hidden_TH.new_zeros((S, H), dtype=torch.float32) if need_hidden else None
     kind = FORWARD if beta == 0 else REVERSE if beta == 1 else MIXTURE
     grad_S = dkl_S * ((1 - beta if kind == MIXTURE else 1) / temperature)
-    tile = choose_tile(student, teacher)
+    tile = choose_tile(student, teacher, True, kind == MIXTURE)
     most = max(linear_logprob.most_columns(S, H, student.hidden_TH.element_size()) // tile.block_v, 1)
     C = choose_chunk(tile, S, V, H, most, slots_of(tile, student.hidden_TH.device, heavy=True)) * tile.block_v
     da_SC = student.hidden_TH.new_empty((S, C))

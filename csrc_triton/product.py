@@ -34,7 +34,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     descriptors: bool = False  # operands are fetched by the copy engine of sm_90 and newer (TMA)
-    products: int = 1  # that a program holds at once
+    products: int = 1  # as many registers' worth of sums a program holds at once
 
 
 forced_tile: Tile | None = None  # what a benchmark wants every launch to take
