@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qcrd_fast import contrastive_loss, linear_logprob
+from qcrd_fast import contrastive_loss, linear_kl, linear_logprob
 from qcrd_fast.config import NEGATIVE_SELECT, POSITIVE_SELECT
 from qcrd_fast.ops.linear_sample import linear_sample
 from qcrd_fast.ops.rationale_loss import linear_rationale_loss
@@ -77,6 +77,9 @@ def find_checks(sizes: Sizes) -> list[Check]:
         Check("log p of few rows", logprob, _bound(check_logprob, few)),
         Check("loss of known weights", kept, _bound(check_rationale_loss, sizes)),
         Check("loss of known weights, bias", kept, _bound(check_rationale_loss, sizes, bias=True, temperature=0.7)),
+        Check("KL", ("kl_kernel", "kl_combine_kernel", "kl_da_kernel"), _bound(check_kl, sizes)),
+        Check("KL, reverse", ("kl_kernel", "kl_da_kernel"), _bound(check_kl, few, beta=1.0, scale=-0.4, softcap=2.0)),
+        Check("KL, mixture", ("mixture_kernel", "kl_da_kernel"), _bound(check_kl, sizes, beta=0.3, **every)),
         Check("selections", ("mean_kernel", "question_kernel", "backward_kernel"), _bound(check_selections, sizes), ("fp32",)),
         Check("tokens", drawn[:1], _bound(check_sample, half, temperature=1.5)),
         Check("tokens, top-k 50", drawn, _bound(check_sample, fewer, bias=True, temperature=1.5, top_k=50)),
@@ -133,6 +136,26 @@ def check_logprob(
         out = out if extras else (out,)
         total = sum((x.double() * weight_T).sum() / (i + 1) for i, x in enumerate(out))
         results.append((out, torch.autograd.grad(total, mine)))
+    return _compare(*results)
+
+
+def check_kl(
+    dtype: torch.dtype, device: torch.device, T: int, H: int, V: int, beta: float = 0.0, bias: bool = False, **options: Any
+) -> Errors:
+    """The divergence from a teacher of another hidden size, and the gradients of a sum that spares a third of the rows."""
+    leaves, target_T = make_operands(T, H, V, dtype, device, bias)
+    (teacher_TG, teacher_VG, *teacher_bias), _ = make_operands(T, 3 * H // 2 + 4, V, dtype, device, bias)
+    weight_T = torch.randn(T, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(device)
+    weight_T[1::3] = 0
+    results = []
+    for mine, theirs, impl in (
+        (leaves, [teacher_TG, teacher_VG, *teacher_bias], "triton"),
+        (doubled(leaves), doubled([teacher_TG, teacher_VG, *teacher_bias]), "eager"),
+    ):
+        biases: dict[str, Any] = dict(bias=mine[2], teacher_bias=theirs[2]) if bias else {}
+        head = (mine[0], mine[1], theirs[0], theirs[1], target_T)
+        out = linear_kl(*head, beta=beta, impl=impl, **biases, **options)
+        results.append(((out,), torch.autograd.grad((out.double() * weight_T).sum(), mine)))
     return _compare(*results)
 
 

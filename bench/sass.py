@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 import triton
 
-from csrc_triton import contrastive, linear_logprob, linear_sample, product
+from csrc_triton import contrastive, linear_kl, linear_logprob, linear_sample, product
 from qcrd_fast.utils.files import write_json
 
 from .compiling import Launch, compiling
@@ -203,7 +203,7 @@ def count(code: Code) -> Counts | None:
         return None
     _, step, product = best
     loop = set(range(len(after)))
-    if code.kernel != "da_kernel":
+    if code.kernel not in ("da_kernel", "kl_da_kernel"):
         loop = _reach([product], after).keys() & _reach([product], before).keys()
     else:
         loop = set(_reach([0], after))
@@ -228,8 +228,11 @@ class Variant(NamedTuple):
     entropy: bool = False
     keep: bool = False
     top_k: int = 0
+    teacher_H: int = 0  # of a divergence
+    beta: float = 0.0
 
 
+KL, MIXTURE = ("kl_kernel", "kl_da_kernel"), ("mixture_kernel", "kl_da_kernel")
 FORWARD, BOTH = ("forward_kernel",), ("forward_kernel", "da_kernel")
 EVERY: dict[str, Any] = dict(bias=True, options=(0.3, 30.0, 1.4))
 WIDE: dict[str, Any] = dict(H=4096, V=128256)
@@ -249,12 +252,18 @@ VARIANTS = [
     Variant("H = 4096, softcap", BOTH, options=(1.0, 30.0, 1.0), **WIDE),
     Variant("H = 4096, entropy", BOTH, entropy=True, **WIDE),
     Variant("H = 4096, keeps the exponentials", FORWARD, keep=True, **WIDE),
+    Variant("KL", KL, teacher_H=896),
+    Variant("KL, mixture", MIXTURE, teacher_H=896, beta=0.5),
+    Variant("KL, every option, ragged H and V", KL, H=592, V=50257, teacher_H=904, beta=1.0, **EVERY),
+    Variant("KL, mixture, every option, ragged H and V", MIXTURE, H=592, V=50257, teacher_H=904, beta=0.5, **EVERY),
+    Variant("KL, 32 rows", KL, rows=32, teacher_H=896),
+    Variant("KL, fp32", KL, dtype=torch.float32, teacher_H=896),
     Variant("noise, no top-k", ("product_kernel",), rows=256),
     Variant("greedy", ("product_kernel",), rows=256, options=(1.0, 0.0, 0.0)),
     Variant("top-k", ("product_kernel", "select_kernel", "gather_kernel", "pick_kernel"), rows=256, top_k=50),
     Variant("top-k, 262144 entries", ("select_kernel",), rows=256, top_k=50, V=262144),
 ]
-SMALL_KERNELS = ("combine_kernel", "kept_kernel", "mean_kernel", "question_kernel", "backward_kernel")
+SMALL_KERNELS = ("combine_kernel", "kl_combine_kernel", "kept_kernel", "mean_kernel", "question_kernel", "backward_kernel")
 
 
 def launch_variant(variant: Variant) -> None:
@@ -267,6 +276,13 @@ def launch_variant(variant: Variant) -> None:
         linear_sample.sample(hidden, weight, key, counter, bias, options, variant.top_k)
         return
     target, of_rows = torch.empty(T, dtype=torch.int64), torch.empty(T)
+    if variant.teacher_H:
+        teacher_hidden, teacher_weight = (torch.empty(n, variant.teacher_H, dtype=dtype) for n in (T, V))
+        student = linear_kl.Head(hidden, weight, bias, options)
+        teacher = linear_kl.Head(teacher_hidden, teacher_weight, bias, options)
+        linear_kl.forward(student, teacher, torch.ones(T, dtype=torch.bool), variant.beta)
+        linear_kl.backward(student, teacher, variant.beta, of_rows, of_rows, of_rows, of_rows, (False, False, False))
+        return
     if variant.keep:
         linear_logprob.forward_keeping(hidden, weight, target, bias, options, -100, 2**62)
         return
@@ -280,6 +296,7 @@ def launch_small() -> None:
     every = Variant("", BOTH, rows=64, H=128, V=1024, **EVERY, entropy=True)
     launch_variant(every)
     launch_variant(every._replace(entropy=False))
+    launch_variant(every._replace(teacher_H=64))
     hidden, weight, bias = torch.empty(64, 128), torch.empty(1024, 128), torch.empty(1024)
     target, of_rows, options = torch.zeros(64, dtype=torch.int64), torch.empty(64), (0.3, 0.0, 1.4)
     kept = linear_logprob.forward_keeping(hidden, weight, target, bias, options, -100, 2**62)
@@ -339,7 +356,7 @@ def rows_of(capability: int, only: str = "", names: Collection[str] | None = Non
                 launches = list(compile_variants(capability, [variant]))
             for _, launch in launches:
                 row = describe(variant.name, launch)
-                if row["kernel"] in ("forward_kernel", "product_kernel"):
+                if row["kernel"] in ("forward_kernel", "product_kernel", "kl_kernel", "mixture_kernel"):
                     row["counted"] = counted[0]
                 yield row
     if capability == 90 and only in "small" and names is None:

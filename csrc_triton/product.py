@@ -34,6 +34,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     descriptors: bool = False  # operands are fetched by the copy engine of sm_90 and newer (TMA)
+    products: int = 1  # as many registers' worth of sums a program holds at once
 
 
 forced_tile: Tile | None = None  # what a benchmark wants every launch to take
@@ -99,7 +100,7 @@ def programs_at_once(tile: Tile, capability: int, heavy: bool = False) -> int:
     is what `shape_of` has the compiler keep to. With matrix instructions of a warp (Ampere, Ada, and Blackwell's workstation
     GPUs) the registers of 8 warps leave room for one; on a B200 those of a `heavy` epilogue do."""
     family = capability // 10
-    if tile.block_t * tile.block_v > 64 * 32 * tile.num_warps:  # more than 64 sums a thread
+    if tile.block_t * tile.block_v * tile.products > 64 * 32 * tile.num_warps:  # more than 64 sums a thread
         return 1
     fp32 = tile.block_h == 16 and capability != 80  # no matrix instructions; sm_80 takes one register too many
     if tile.num_warps == 8 and not fp32 and (family in (8, 12) or (heavy and family == 10)):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qcrd_fast.integrations.compute_loss import make_compute_loss_func as make_compute_loss_func
     from qcrd_fast.losses import QCRDLoss as QCRDLoss
     from qcrd_fast.losses import contrastive_loss as contrastive_loss
+    from qcrd_fast.ops.linear_kl import linear_kl as linear_kl
     from qcrd_fast.ops.linear_logprob import LogProbOutput as LogProbOutput
     from qcrd_fast.ops.linear_logprob import linear_logprob as linear_logprob
 
@@ -31,6 +32,7 @@ __all__ = [
     "attach",
     "contrastive_loss",
     "detach",
+    "linear_kl",
     "linear_logprob",
     "make_compute_loss_func",
     "score_then_train",
@@ -44,6 +46,7 @@ _HOME = {
     "attach": "integrations.attach",
     "contrastive_loss": "losses",
     "detach": "integrations.attach",
+    "linear_kl": "ops.linear_kl",
     "linear_logprob": "ops.linear_logprob",
     "make_compute_loss_func": "integrations.compute_loss",
     "score_then_train": "integrations.batch_loss",

@@ -23,38 +23,43 @@ def check_head(
     softcap: float | None,
     temperature: float | Tensor,
     ignore_index: int,
+    of: str = "",
 ) -> tuple[Tensor, Tensor, HeadOptions]:
     """(hidden [T, H] in the type it is multiplied in, target [T] int64, options). `ValueError` for what does not fit.
 
-    A temperature for each token becomes [T, 1] in the options.
+    A temperature for each token becomes [T, 1] in the options. `of`: what the names of hidden, weight, bias, scale and softcap
+    begin with in messages.
     """
-    require_tensors(hidden=hidden, weight=weight, target=target, **({} if bias is None else {"bias": bias}))
+    given = {f"{of}hidden": hidden, f"{of}weight": weight, "target": target}
+    require_tensors(**given, **({} if bias is None else {f"{of}bias": bias}))
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None:
-            require_whole(name, x, hidden.device)
-    require_constants(scale=scale, softcap=softcap, temperature=temperature)
+            require_whole(of + name, x, hidden.device)
+    require_constants(**{f"{of}scale": scale, f"{of}softcap": softcap, "temperature": temperature})
     H, V = hidden.shape[-1], weight.shape[0]
-    require(hidden.is_floating_point(), lambda: f"hidden must be floating point, got {hidden.dtype}")
-    require(weight.is_floating_point(), lambda: f"weight must be floating point, got {weight.dtype}")
+    require(hidden.is_floating_point(), lambda: f"{of}hidden must be floating point, got {hidden.dtype}")
+    require(weight.is_floating_point(), lambda: f"{of}weight must be floating point, got {weight.dtype}")
     require(
         weight.dim() == 2 and weight.shape[1] == H,
-        lambda: f"weight must be [V, {H}] to match hidden {list(hidden.shape)}, got {list(weight.shape)}",
+        lambda: f"{of}weight must be [V, {H}] to match {of}hidden {list(hidden.shape)}, got {list(weight.shape)}",
     )
     require(
         target.shape == hidden.shape[:-1],
-        lambda: f"target must be {list(hidden.shape[:-1])} to match hidden, got {list(target.shape)}",
+        lambda: f"target must be {list(hidden.shape[:-1])} to match {of}hidden, got {list(target.shape)}",
     )
     require(target.dtype in (torch.int64, torch.int32), lambda: f"target must be int64 or int32, got {target.dtype}")
     require(
         bias is None or bias.shape == (V,),
-        lambda: f"bias must be [{V}] to match weight, got {list(bias.shape) if bias is not None else None}",
+        lambda: f"{of}bias must be [{V}] to match {of}weight, got {list(bias.shape) if bias is not None else None}",
     )
     require(
         all(x is None or x.device == hidden.device for x in (weight, target, bias)),
-        lambda: f"weight, target and bias must be on {hidden.device} with hidden",
+        lambda: f"{of}weight, target and {of}bias must be on {hidden.device} with {of}hidden",
     )
-    require(is_finite(scale), lambda: f"scale must be finite, got {scale}")
-    require(softcap is None or 0 < softcap < INFINITY, lambda: f"softcap must be above 0 and finite, or None, got {softcap}")
+    require(is_finite(scale), lambda: f"{of}scale must be finite, got {scale}")
+    require(
+        softcap is None or 0 < softcap < INFINITY, lambda: f"{of}softcap must be above 0 and finite, or None, got {softcap}"
+    )
     hidden_TH, target_T = hidden.reshape(-1, H), target.reshape(-1).long()
     require(
         ((target_T == ignore_index) | ((target_T >= 0) & (target_T < V))).all(),

@@ -98,25 +98,19 @@ def chunked_backward(
     Where the processor multiplies bf16, the two products of bf16 operands with the logits' gradient, rounded to bf16, are
     its own: summed in fp32 and rounded once, chunk by chunk for dHidden.
     """
-    dtype = accumulation_dtype(hidden_SH.dtype)
     onehot_S, prob_S, problog_S = coefficients
-    need_hidden, need_weight, need_bias = needs
-    (S, H), V = hidden_SH.shape, len(weight_VH)
-    dhidden_SH = hidden_SH.new_zeros((S, H), dtype=dtype) if need_hidden else None
-    dweight_VH = torch.empty_like(weight_VH, memory_format=torch.contiguous_format) if need_weight else None
-    dbias_V = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
-    compute_dtype = hidden_SH.dtype
-    narrow = compute_dtype if compute_dtype == torch.bfloat16 and has_bf16_products(hidden_SH.device) else None
-    narrow_SH, hidden_SH = hidden_SH, operand(hidden_SH)
+    S, V = len(hidden_SH), len(weight_VH)
+    out = HeadGradients(hidden_SH, weight_VH, bias_V, options.scale, needs)
+    compute_dtype, hidden_SH = hidden_SH.dtype, out.hidden_SH
     T = num_rows or S
     K = 0 if kept is None else len(kept) // max(T, 1)
-    for start, stop in [*(c for c in chunks(V, T) if c[1] <= K), *((K + a, K + b) for a, b in chunks(V - K, S))]:
+    for start, stop in chunks_of_kept(V, T, S, K):
         raw_CH = weight_VH[start:stop].to(compute_dtype)
         bias_C = None if bias_V is None else bias_V[start:stop]
         if kept is not None and stop <= K:
             kept_TC = kept[T * start : T * stop].view(T, stop - start)
             logits_SC = kept_TC.clone() if rows_S is None else kept_TC[rows_S]
-            weight_CH = raw_CH if narrow or not need_hidden else operand(raw_CH)
+            weight_CH = raw_CH if out.narrow or not needs[0] else operand(raw_CH)
             slope_SC = softcap_slope(logits_SC * options.temperature / options.softcap, options) if options.softcap else None
         else:
             weight_CH = operand(raw_CH)
@@ -131,18 +125,45 @@ def chunked_backward(
         dz_SC.scatter_add_(1, local_S[:, None], onehot_S.where(hit_S, 0)[:, None])
         if slope_SC is not None or tempered(options):
             dz_SC *= 1 / options.temperature if slope_SC is None else slope_SC
-        if dbias_V is not None:
-            dbias_V[start:stop] = dz_SC.sum(0)
-        if options.scale != 1:
-            dz_SC *= options.scale
-        narrow_SC = dz_SC.to(narrow or hidden_SH.dtype)
-        if dhidden_SH is not None:
-            dhidden_SH += matmul(narrow_SC, raw_CH if narrow else weight_CH)
-        if dweight_VH is not None:
-            half = narrow and dweight_VH.dtype == narrow
-            rounded_SC = narrow_SC if half else dz_SC.to(hidden_SH.dtype)
-            dweight_VH[start:stop] = matmul(rounded_SC.T, narrow_SH if half else hidden_SH)
-    return dhidden_SH, dweight_VH, dbias_V
+        out.add(start, stop, dz_SC, raw_CH, weight_CH)
+    return out.dhidden_SH, out.dweight_VH, out.dbias_V
+
+
+class HeadGradients:
+    """(dHidden [S, H] fp32, dWeight [V, H], dBias [V]) of a head, added up chunk by chunk; None where `needs` says no.
+
+    Where the processor multiplies bf16 (`narrow`), the products of bf16 operands with the logits' gradient are its own.
+    """
+
+    def __init__(
+        self, hidden_SH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, scale: float, needs: tuple[bool, bool, bool]
+    ):
+        dtype, dense = accumulation_dtype(hidden_SH.dtype), torch.contiguous_format
+        self.dhidden_SH = hidden_SH.new_zeros(hidden_SH.shape, dtype=dtype) if needs[0] else None
+        self.dweight_VH = torch.empty_like(weight_VH, memory_format=dense) if needs[1] else None
+        self.dbias_V = torch.empty_like(bias_V) if needs[2] and bias_V is not None else None
+        bf16 = hidden_SH.dtype == torch.bfloat16 and has_bf16_products(hidden_SH.device)
+        self.narrow = torch.bfloat16 if bf16 else None
+        self.narrow_SH, self.hidden_SH, self.scale = hidden_SH, operand(hidden_SH), scale
+
+    def add(self, start: int, stop: int, da_SC: Tensor, raw_CH: Tensor, weight_CH: Tensor) -> None:
+        """Of a chunk: d loss / d a, which is overwritten, the head's rows in the hidden states' type, and as `operand`."""
+        if self.dbias_V is not None:
+            self.dbias_V[start:stop] = da_SC.sum(0)
+        if self.scale != 1:
+            da_SC *= self.scale
+        narrow_SC = da_SC.to(self.narrow or self.hidden_SH.dtype)
+        if self.dhidden_SH is not None:
+            self.dhidden_SH += matmul(narrow_SC, raw_CH if self.narrow else weight_CH)
+        if self.dweight_VH is not None:
+            half = self.narrow and self.dweight_VH.dtype == self.narrow
+            rounded_SC = narrow_SC if half else da_SC.to(self.hidden_SH.dtype)
+            self.dweight_VH[start:stop] = matmul(rounded_SC.T, self.narrow_SH if half else self.hidden_SH)
+
+
+def chunks_of_kept(V: int, T: int, S: int, columns: int) -> list[tuple[int, int]]:
+    """(start, stop) of chunks for S rows, those of the first `columns` as they were for T rows, whose logits were kept."""
+    return [*(c for c in chunks(V, T) if c[1] <= columns), *((columns + a, columns + b) for a, b in chunks(V - columns, S))]
 
 
 def kept_columns(V: int, T: int, dtype: torch.dtype, kept_bytes: int) -> int:

@@ -249,11 +249,7 @@ def _linear_logprob_backward(
         dhidden_SH, dweight_VH, dbias_V = twin(*head, coefficients, options, tuple(needs), *of_kept)
     dhidden_TH, empty = None, hidden_TH.new_empty(0)
     if dhidden_SH is not None:
-        # One row more than there are tokens takes what the padding of `rows_S` writes.
-        dhidden_TH = hidden_TH.new_zeros((T + 1, hidden_TH.shape[1]))
-        slots_S = rows_S if real_S is None else rows_S.where(real_S, T)
-        dhidden_TH[slots_S] = dhidden_SH.to(hidden_TH.dtype)
-        dhidden_TH = dhidden_TH[:T]
+        dhidden_TH = scatter_rows(dhidden_SH.to(hidden_TH.dtype), rows_S, real_S, T)
     grads = (dhidden_TH, dweight_VH, dbias_V)
     return tuple(empty.clone() if grad is None else grad for grad in grads)  # type: ignore[return-value]
 
@@ -284,6 +280,13 @@ def compact(wanted_T: Tensor, max_rows: int | None) -> tuple[Tensor, Tensor | No
     index_T = torch.arange(T, device=wanted_T.device)
     rows_S = torch.zeros(S + 1, dtype=torch.int64, device=wanted_T.device).scatter(0, slot_T, index_T)[:S]
     return rows_S, torch.arange(S, device=wanted_T.device) < count
+
+
+def scatter_rows(x_SH: Tensor, rows_S: Tensor, real_S: Tensor | None, T: int) -> Tensor:
+    """[T, H] with the rows of `x_SH` where `compact` took them from, 0 elsewhere."""
+    x_TH = x_SH.new_zeros((T + 1, x_SH.shape[1]))  # the last row takes what the padding of `rows_S` writes
+    x_TH[rows_S if real_S is None else rows_S.where(real_S, T)] = x_SH
+    return x_TH[:T]
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, H hidden, V vocabulary, R rationales. Equation numbers
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,15 @@ class HeadOptions(NamedTuple):
     scale: float = 1.0
     softcap: float = 0.0  # 0: none
     temperature: Any = 1.0  # a number; for eager and chunks also one for each token, a tensor [T, 1]
+
+
+class Head(NamedTuple):
+    """Hidden states and what makes logits of them."""
+
+    hidden_TH: Tensor
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    options: HeadOptions
 
 
 class Contrast(NamedTuple):
@@ -40,17 +50,8 @@ def linear_logprob_eager(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(log p of the target, log-sum-exp, entropy, whether the target's logit is the largest, sum of p^2), each [T]: the first
     three in nats and differentiated by autograd, all 0 where ignored.
-
-    Operands are rounded to `hidden`'s type and multiplied in fp32 (float64 stays float64).
     """
-    weight_VH = accumulable(weight_VH.to(hidden_TH.dtype))
-    hidden_TH = accumulable(hidden_TH)
-    logits_TV = options.scale * (hidden_TH @ weight_VH.T)
-    if bias_V is not None:
-        logits_TV = logits_TV + bias_V.to(logits_TV.dtype)
-    if options.softcap:
-        logits_TV = options.softcap * torch.tanh(logits_TV / options.softcap)
-    logits_TV = logits_TV / options.temperature
+    logits_TV = eager_logits(Head(hidden_TH, weight_VH, bias_V, options))
     logprob_TV = torch.log_softmax(logits_TV, dim=1)
     valid_T = target_T != ignore_index
     picked_T = logprob_TV.gather(1, target_T.where(valid_T, 0)[:, None])[:, 0]
@@ -67,12 +68,45 @@ def linear_logprob_eager(
     )
 
 
+def eager_logits(head: Head) -> Tensor:
+    """[T, V]. Operands are rounded to `hidden_TH`'s type and multiplied in fp32 (float64 stays float64)."""
+    hidden_TH, weight_VH, bias_V, options = head
+    logits_TV = options.scale * (accumulable(hidden_TH) @ accumulable(weight_VH.to(hidden_TH.dtype)).T)
+    if bias_V is not None:
+        logits_TV = logits_TV + bias_V.to(logits_TV.dtype)
+    if options.softcap:
+        logits_TV = options.softcap * torch.tanh(logits_TV / options.softcap)
+    return logits_TV / options.temperature
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def accumulable(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.dtype))
+
+
+# ---- divergence of two distributions ------------------------------------------------------------------------------------
+
+
+def linear_kl_eager(student: Head, teacher: Head, valid_T: Tensor, beta: float) -> Tensor:
+    """The divergence of each token [T] in nats, 0 where not valid, differentiated by autograd in the student alone."""
+    logp_TV = torch.log_softmax(eager_logits(student), dim=1)
+    logq_TV = torch.log_softmax(eager_logits(teacher), dim=1).detach().to(logp_TV.dtype)
+
+    def kl(a_TV: Tensor, b_TV: Tensor) -> Tensor:
+        masked_TV = a_TV == -torch.inf
+        return (a_TV.exp() * (a_TV.masked_fill(masked_TV, 0) - b_TV.masked_fill(masked_TV, 0))).sum(1)
+
+    if beta == 0:
+        kl_T = kl(logq_TV, logp_TV)
+    elif beta == 1:
+        kl_T = kl(logp_TV, logq_TV)
+    else:
+        logm_TV = torch.logaddexp(logp_TV + math.log(1 - beta), logq_TV + math.log(beta))
+        kl_T = beta * kl(logq_TV, logm_TV) + (1 - beta) * kl(logp_TV, logm_TV)
+    return kl_T.where(valid_T, 0)
 
 
 # ---- many-to-one contrastive loss ---------------------------------------------------------------------------------------

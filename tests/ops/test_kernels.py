@@ -31,6 +31,7 @@ def test_kernels_under_the_interpreter():
         "-p",
         "no:cacheprovider",
         str(SUPPORT / "interpreted_kernels.py"),
+        str(SUPPORT / "interpreted_kl.py"),
     ]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
     if "only 0-dimensional arrays can be converted" in done.stdout:
