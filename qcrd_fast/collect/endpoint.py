@@ -273,6 +273,22 @@ class Endpoint:
         names = [row.get("id") for row in rows if isinstance(row, dict)]
         return [self.hide(name) for name in names if isinstance(name, str)]
 
+    async def post(self, path: str, body: Mapping[str, Any], request: str) -> Any:
+        """The JSON of a request that asks for no sample; repeated like one, under one deadline. Raises `Failed`."""
+        s, attempt, begun = self.settings, 0, time.monotonic()
+        while True:
+            attempt += 1
+            await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
+            left_s = s.deadline_s - (time.monotonic() - begun)
+            try:
+                return await self._exchange("POST", path, request, body, min(s.timeout_s, max(left_s, 0.1)))
+            except Failed as error:
+                wait_s = self._wait_s(attempt, error)
+                if not error.retry or wait_s >= s.deadline_s - (time.monotonic() - begun):
+                    raise
+                log.info("%s; trying again in %.1f s", error, wait_s)
+                await asyncio.sleep(wait_s)
+
     def _wait_s(self, attempt: int, error: Failed) -> float:
         """What the server asks for, or twice as long at each attempt; always with jitter, so that workers spread."""
         jitter = random.uniform(0.5, 1.0)

@@ -37,6 +37,9 @@ def check_start(config: TrainConfig, *, dry_run: bool = False, names: bool = Tru
         path = getattr(config, option)
         if path and not os.path.exists(path) and not is_hub_name(path):
             raise InputError(f"--{option.replace('_', '-')}: {shown(path)} does not exist")
+    config.check_teacher()
+    if config.teacher_logprobs and not os.path.isdir(config.teacher_logprobs):
+        raise InputError(f"--teacher-logprobs: {shown(config.teacher_logprobs)} is no folder")
     if names or os.path.isdir(str(config.student)):
         check_names(config)
     PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt)
@@ -53,10 +56,12 @@ def check_start(config: TrainConfig, *, dry_run: bool = False, names: bool = Tru
 
 
 def check_names(config: TrainConfig) -> None:
-    """Raises `InputError` for a student or discriminator that is no model's folder, and none that the hub could have."""
+    """Raises `InputError` for a student, discriminator or teacher that is no folder of a model, and none of the hub."""
     check_model_name(str(config.student), "student")  # as loading it says
     if config.discriminator not in ("auto", "none"):
         check_model_name(config.discriminator, "--discriminator")
+    if config.teacher and not config.teacher_is_url:
+        check_model_name(config.teacher, "--teacher")
 
 
 def require_memory(config: TrainConfig, parameters: int, free: int, where: str) -> None:
