@@ -99,6 +99,7 @@ class EndpointSettings:
     headers: Sequence[tuple[str, str]] = dataclasses.field(default=(), repr=False)
     query: Sequence[tuple[str, str]] = dataclasses.field(default=(), repr=False)
     allow_plain_http: bool = False
+    top_logprobs: int = 0
 
 
 class Endpoint:
@@ -175,6 +176,8 @@ class Endpoint:
             prompt = f"{s.system}\n\n{prompt}" if s.system else prompt
             said = {"messages": [{"role": "user", "content": prompt}]} if s.api == "chat" else {"prompt": prompt}
         wanted: dict[str, Any] = {"n": n, "temperature": s.temperature, "max_tokens": s.max_tokens, "stream": self._streams}
+        if s.top_logprobs:
+            wanted |= {"logprobs": True, "top_logprobs": s.top_logprobs} if s.api == "chat" else {"logprobs": s.top_logprobs}
         wanted |= {"stream_options": {"include_usage": True}} if self._streams else {}
         sampling = {self._renamed.get(name, name) or "": value for name, value in wanted.items()}
         body = {"model": s.model, **said, **sampling, **s.extra}

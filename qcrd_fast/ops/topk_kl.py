@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from qcrd_fast.ops.checks import product_type
-from qcrd_fast.ops.reference import accumulation_dtype
+from qcrd_fast.ops.chunked import head_logits
+from qcrd_fast.ops.reference import HeadOptions, accumulation_dtype
 
+LOGITS_BYTES = 64 * 2**20  # of one block of logits [C, V] from which the likeliest tokens are taken
 GATHERED_BYTES = 64 * 2**20  # of the head's rows [C, K, H] that are held at once
 
 
@@ -57,6 +59,31 @@ def topk_kl(
         if tail and ids_TK.shape[1] < len(weight_VH):
             kl_T = kl_T + _tail(logq_TK, logp_TK.where(used_TK, -math.inf), dtype)
     return kl_T
+
+
+@torch.no_grad()
+def linear_top(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p [T] of the targets, the k likeliest tokens [T, K], their log p [T, K] in falling order) in nats, detached."""
+    hidden_TH = hidden_TH.to(product_type(hidden_TH))
+    options, V = HeadOptions(scale, float(softcap or 0), temperature), len(weight_VH)
+    rows, parts = max(1, LOGITS_BYTES // (8 * V)), []
+    with torch.autocast(hidden_TH.device.type, enabled=False):
+        for hidden_CH, target_C in zip(hidden_TH.split(rows), target_T.split(rows), strict=True):
+            logp_CV = head_logits(hidden_CH, weight_VH, bias, options).log_softmax(1)
+            best = logp_CV.topk(min(k, V), dim=1)
+            parts.append((logp_CV.gather(1, target_C[:, None])[:, 0], best.indices, best.values))
+    logprob_T, ids_TK, logprob_TK = (torch.cat(each) for each in zip(*parts, strict=True))
+    return logprob_T, ids_TK, logprob_TK
 
 
 def _tail(logq_TK: Tensor, logp_TK: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,10 +19,10 @@ from qcrd_fast.models.lm_head import Head
 from qcrd_fast.models.prompts import PromptSettings, TokenIds
 from qcrd_fast.models.student import PackedHidden, Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
+from qcrd_fast.ops.topk_kl import linear_top
+from qcrd_fast.runs.load import ADAPTER, find_model, find_state, load_student
 from qcrd_fast.teacher_signal.tokenizers import check_same_tokenizer
 from qcrd_fast.utils.device import Autocast
-
-LOGITS_BYTES = 64 * 2**20  # of one block of logits from which the likeliest are taken
 
 
 class TopK(NamedTuple):
@@ -71,7 +72,9 @@ class LocalTeacher:
         """(log p [T] of each token itself, the k likeliest at its place) of the softmax of logits / tau."""
         with self._context():
             packed = self.model.hidden(sources, targets, source_of)
-            return head_top(packed.hidden, self.head, packed.target, k, tau)
+            options = dict(**self.head.options, temperature=tau)
+            logprob_T, ids_TK, logprob_TK = linear_top(packed.hidden, self.head.weight, packed.target, k, **options)
+            return logprob_T, TopK(ids_TK, logprob_TK)
 
     @contextlib.contextmanager
     def _context(self) -> Any:
@@ -79,24 +82,14 @@ class LocalTeacher:
             yield
 
 
-def head_top(hidden_TH: Tensor, head: Head, target_T: Tensor, k: int, tau: float = 1.0) -> tuple[Tensor, TopK]:
-    """(log p [T] of the targets, the k likeliest tokens) of the softmax of logits / tau, a block of tokens at a time."""
-    V = len(head.weight)
-    rows, parts = max(1, LOGITS_BYTES // (4 * V)), []
-    for hidden_CH, target_C in zip(hidden_TH.split(rows), target_T.split(rows), strict=True):
-        logits_CV = head.logits(hidden_CH)
-        logits_CV = (logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()) / tau
-        logp_CV = logits_CV.log_softmax(1)
-        best = logp_CV.topk(min(k, V), dim=1)
-        parts.append((logp_CV.gather(1, target_C[:, None])[:, 0], best.indices, best.values))
-    logprob_T, ids_TK, logprob_TK = (torch.cat(each) for each in zip(*parts, strict=True))
-    return logprob_T, TopK(ids_TK, logprob_TK)
-
-
 def load_model(name: str, prompts: PromptSettings, device: torch.device, option: str = "--teacher") -> Student:
-    """A model that is to teach, in fp32. Raises `InputError` naming `option`."""
+    """A model that is to teach, in fp32: a run, a checkpoint or an export with the prompts that it was trained with; any other
+    folder or hub id with `prompts`. Raises `InputError` naming `option`."""
     try:
-        return Student.load(name, prompts, device)
+        folder = find_model(name)
+        if find_state(folder) is not None or os.path.isfile(os.path.join(folder, ADAPTER)):
+            return load_student(folder, str(device))[0]
+        return Student.load(folder, prompts, device)
     except InputError as error:
         raise InputError(f"{option}: {str(error).removeprefix('student: ')}") from error
 

@@ -17,7 +17,7 @@ from qcrd_fast.data.files import is_hub_name
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.model_folder import check_model_name, count_parameters
 from qcrd_fast.models.prompts import PromptSettings
-from qcrd_fast.runs.folder import RESULTS
+from qcrd_fast.runs.folder import CONFIG, RESULTS
 from qcrd_fast.utils.files import require_writable, shown, told_room
 from qcrd_fast.utils.memory import free_bytes, swap_bytes
 from qcrd_fast.utils.oom import for_weights
@@ -60,7 +60,8 @@ def check_names(config: TrainConfig) -> None:
     check_model_name(str(config.student), "student")  # as loading it says
     if config.discriminator not in ("auto", "none"):
         check_model_name(config.discriminator, "--discriminator")
-    if config.teacher and not config.teacher_is_url:
+    is_run = os.path.isfile(os.path.join(config.teacher or "", CONFIG))  # whose `final` teaches
+    if config.teacher and not config.teacher_is_url and not is_run:
         check_model_name(config.teacher, "--teacher")
 
 

@@ -23,7 +23,7 @@ from qcrd_fast.models.prompts import EXPLAIN, PREDICT, TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
 from qcrd_fast.runs.folder import REFERENCE
-from qcrd_fast.teacher_signal.local import LocalTeacher, TopK, load_model, load_teacher
+from qcrd_fast.teacher_signal.local import LocalTeacher, TopK, load_teacher
 from qcrd_fast.teacher_signal.server import ServerScorer
 from qcrd_fast.teacher_signal.shards import LogProbs, find_top, read_logprobs
 from qcrd_fast.train.examples import Candidate, Example
@@ -193,7 +193,7 @@ def make_teaching(
         known = reference_logprobs(config, student, examples, autocast, run, digest, ranks, resumed)
         return ReferenceTeaching(known, student.device)
     if method.teacher == "self":
-        model = load_model(str(config.student), student.prompts, student.device, "--student")
+        model = Student.load(str(config.student), student.prompts, student.device, config.attn_implementation)
         return SelfTeaching(LocalTeacher(model, autocast, config.impl), config)
     if method.teacher is None or (method.teacher == "mentor" and not config.kd_lambda):
         return None
@@ -256,7 +256,9 @@ def reference_logprobs(
 
     if resumed and (known := ranks.on_first(read)) is not None:
         return dict(known)
-    source = load_model(str(config.student), student.prompts, student.device, "--student") if resumed else student
+    source = student
+    if resumed:
+        source = Student.load(str(config.student), student.prompts, student.device, config.attn_implementation)
     training = source.model.training
     asked = [e for e in examples if e.minority]
     own = list(ranks.share(asked))
