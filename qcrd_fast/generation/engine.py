@@ -127,8 +127,8 @@ class Sampler:
     ) -> list[TokenIds]:
         """One continuation for each source, EOS included where it was reached; see `qcrd_fast.generation.sample.sample`.
 
-        limits: tokens of each at most, 1 or more, where that is fewer than `max_new_tokens`. prefixes: what each begins with, of
-        a sampler that is `forced`; they are part of what is returned, and of what the limits count.
+        limits: tokens of each at most, 1 or more, where that is fewer than `max_new_tokens`. prefixes: what each begins with,
+        of a sampler that is `forced`; they are part of what is returned, and of what the limits count.
 
         Raises `Cancelled` within a few tokens of `stop` being set, `ValueError` for a prompt, a limit or a prefix that does not
         fit.

@@ -1,8 +1,9 @@
 """Short texts that follow the prefixes of a longer one, all of them scored in one pass over the longer one.
 
 A trunk is a text behind a source, such as an explanation behind its question; a branch follows its first tokens, such as an
-answer behind the first steps. The trunk runs through the model once, and each branch sees the prefix that it follows: n prefixes
-cost one pass over the trunk and one over the branches, not n passes. Suffixes: B rows, L padded length, h heads, T branch tokens.
+answer behind the first steps. The trunk runs through the model once, and each branch sees the prefix that it follows: n
+prefixes cost one pass over the trunk and one over the branches, not n passes. Suffixes: B rows, L padded length, h heads, T
+branch tokens.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def branch_hidden(
     """Hidden states at the tokens of `branches`, in their order: branch i follows the first `depths[i]` tokens of
     `trunks[trunk_of[i]]`, and trunk u follows `sources[u]` (what an encoder reads, of an encoder-decoder).
 
-    Trunks of similar length run together, at most `max_tokens` padded tokens at a time. `packed` False, and a model that does not
-    follow the mask (tried once, on a few tokens), runs each prefix by itself. Call it in eval mode, without gradient.
+    Trunks of similar length run together, at most `max_tokens` padded tokens at a time. `packed` False, and a model that does
+    not follow the mask (tried once, on a few tokens), runs each prefix by itself. Call it in eval mode, without gradient.
     """
     mode = _mode(student) if packed else None
     return _branches(student, sources, trunks, branches, trunk_of, depths, mode, max_tokens)
@@ -76,7 +77,7 @@ def _branches(
     before = [[student.start_id] if shared else list(source) for source in sources]  # of the trunk, in its row
     prompts = [head + list(trunk) for head, trunk in zip(before, trunks, strict=True)]
     reach = [len(before[u]) + depth for u, depth in zip(trunk_of, depths, strict=True)]
-    source_of = range(len(prompts))
+    source_of: Sequence[int] = range(len(prompts))
     if mode is None:  # a row a prefix
         prompts = [prompts[u][:n] for u, n in zip(trunk_of, reach, strict=True)]
         source_of, groups = trunk_of, [Group(i, [i]) for i in range(len(branches))]
@@ -86,7 +87,7 @@ def _branches(
             members[u].append(i)
         groups = [Group(u, found) for u, found in enumerate(members) if found]
     widths = [len(prompts[group.source]) + sum(len(branches[i]) - 1 for i in group.targets) for group in groups]
-    parts, order, body_tokens = [], [], encoded[1].numel() if shared else 0
+    parts, order, body_tokens = [], [], encoded[1].numel() if encoded else 0
     for batch in length_batches(widths, max_tokens, prefix_packing.MAX_PAIRS if mode == "dense" else None):
         multiple = prefix_packing.BLOCK if mode == "flex" else 1
         rows = [[groups[g]] for g in batch]

@@ -1,8 +1,8 @@
 """Targets that ride on one prompt: which go into a row of the model, and what each token of a row may see.
 
 A group is a prompt with targets behind it: every target sees the prompt (or its first tokens, the target's depth) and itself,
-as if the others were not there, and its position ids go on where what it sees ends. A row holds one group or several. An encoder-decoder's groups have no prompt
-(the encoder has read it), so that they are targets side by side.
+as if the others were not there, and its position ids go on where what it sees ends. A row holds one group or several. An
+encoder-decoder's groups have no prompt (the encoder has read it), so that they are targets side by side.
 
 Suffixes: B rows, L padded length, T target tokens.
 """

@@ -32,8 +32,8 @@ def split_steps(text: str) -> list[str]:
 
 
 def split_reply(text: str) -> tuple[str, str | None]:
-    """(explanation, answer) of a student's reply: what is before its last `Answer:`, and the line behind it; None where there is
-    none. The explanation is as it stands, without white space at its end."""
+    """(explanation, answer) of a student's reply: what is before its last `Answer:`, and the line behind it; None where there
+    is none. The explanation is as it stands, without white space at its end."""
     before, found, after = text.rpartition(ANSWER)
     if not found:
         return text.rstrip(), None
