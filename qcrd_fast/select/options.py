@@ -8,6 +8,7 @@ from qcrd_fast.errors import InputError
 
 ASK = ("auto", "reason", "predict", "zero-shot")
 IFD_FORMS = ("loss", "ppl")
+JUDGES = ("checks", "vote")  # of `quality`; others learn from the rows around a row, and a score is of the row alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +18,9 @@ class SelectOptions:
     num_samples: M answers a question for `answer-entropy` and `known`. num_continuations: of each prefix of the explanation for
     the inter part of `step-uncertainty`, 0 for none. inter_weight: lambda, what the inter part is multiplied by [nats].
     window: tokens before a step that `local-naturalness` lets it see. temperature, top_k, max_new_tokens: of every sample.
-    ask: how the student is asked for an answer (`reason: x`, `predict: x`, or in words by its chat template; `auto`: as it was
-    trained). quality: the judge of `quality`. block_size: questions that are scored together.
+    ask: how the student is asked for an answer (`reason: x`, `predict: x`, or in words by its chat template; `auto` is settled
+    by `select.asking.choose_ask`, and counts as `reason` where nobody did). quality: the judge of `quality`. block_size:
+    questions that are scored together.
     """
 
     seed: int = 0
@@ -36,10 +38,16 @@ class SelectOptions:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, low in (("num_samples", 1), ("num_continuations", 0), ("window", 1), ("max_new_tokens", 1), ("block_size", 1)):
+        for name, low in (
+            ("num_samples", 1),
+            ("num_continuations", 0),
+            ("window", 1),
+            ("max_new_tokens", 1),
+            ("block_size", 1),
+        ):
             if getattr(self, name) < low:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
-        for name, known in (("ask", ASK), ("ifd_form", IFD_FORMS)):
+        for name, known in (("ask", ASK), ("ifd_form", IFD_FORMS), ("quality", JUDGES)):
             if getattr(self, name) not in known:
                 raise InputError(f"--{name.replace('_', '-')} is one of {', '.join(known)}; got {getattr(self, name)!r}")
         if not 0 <= self.inter_weight < float("inf") or not 0 < self.temperature < float("inf"):

@@ -17,8 +17,8 @@ from qcrd_fast.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Selector:
-    """A score. `score` maps a `Block` of rows to one value a row (`per` question), or to one list a row with a value for each of
-    its positives (`per` rationale); None where a row cannot be scored.
+    """A score. `score` maps a `Block` of rows to one value a row (`per` question), or to one list a row with a value for each
+    of its positives (`per` rationale); None where a row cannot be scored.
 
     higher_is_chosen: which end of the scores `--top` takes. needs_samples: M sampled answers of the student. at_most: rows and
     rationales above it are never chosen by `--top`.

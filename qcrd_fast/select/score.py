@@ -6,6 +6,7 @@ A score is a function of the checkpoint and the row, to the bit for the same set
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.errors import InputError
 from qcrd_fast.select.options import SelectOptions
 from qcrd_fast.select.registry import SELECTORS
+from qcrd_fast.utils.oom import relieved_by
 
 if TYPE_CHECKING:
     from qcrd_fast.models.student import Student
@@ -31,11 +33,19 @@ class RowScores:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Rows that are scored together."""
+    """Rows that are scored together, and what several scores of them share."""
 
     rows: Sequence[Question]
     student: Student | None
     options: SelectOptions
+
+    @functools.cached_property
+    def answers(self) -> list[list[str | None]]:
+        """The M sampled answers of each row."""
+        from qcrd_fast.select.asking import sampled_answers
+
+        assert self.student is not None
+        return sampled_answers(self.student, self.rows, self.options)
 
 
 def score_rows(
@@ -62,8 +72,8 @@ def score_all(
 ) -> list[RowScores]:
     """The scores of each row, by the names of `SELECTORS`.
 
-    finished: scores by id of an earlier call on the same rows, whose whole blocks are not computed again. on_block: told of each
-    block that was computed, {id: scores}. An exception of it, such as for a stop, passes through.
+    finished: scores by id of an earlier call on the same rows, whose whole blocks are not computed again. on_block: told of
+    each block that was computed, {id: scores}. An exception of it, such as for a stop, passes through.
 
     Raises:
         InputError: two rows have one id, or a name needs a student and there is none.
@@ -81,7 +91,8 @@ def score_all(
         if all(row.id in finished for row in some):
             found |= {row.id: finished[row.id] for row in some}
             continue
-        scored = dict(zip((row.id for row in some), _score(Block(some, student, options), names), strict=True))
+        with relieved_by(f"--block-size {max(options.block_size // 2, 1)}, or fewer --max-new-tokens", "scoring"):
+            scored = dict(zip((row.id for row in some), _score(Block(some, student, options), names), strict=True))
         if on_block:
             on_block(scored)
         found |= scored
