@@ -38,12 +38,12 @@ class Limits:
 class Conversation:
     """One question's revision: the request that waits for a reply, or what came of it."""
 
-    def __init__(self, round: int, question: Question, said: Explanation, mode: str, prompts: Prompts):
+    def __init__(self, round: int, question: Question, said: Explanation, mode: str, prompts: Prompts, show: str = "one"):
         self.round, self.question = round, question
         self.replies: list[Reply] = []
         self.outcome: Outcome | None = None
         self._said, self._mode = said, mode
-        self._talk: Generator[Request, Choice, Outcome] = revise(question, said, mode, prompts)
+        self._talk: Generator[Request, Choice, Outcome] = revise(question, said, mode, prompts, show)
         self.request: Request | None = next(self._talk)
 
     @property

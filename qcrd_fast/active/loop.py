@@ -172,7 +172,8 @@ class ActiveRun(Setup):
         if (found := read_json(path)) is None:
             with StopSignals() as signals:
                 options = SelectOptions(
-                    seed=self.base.seed, num_samples=self.config.num_samples, max_new_tokens=self.base.max_target_length,
+                    seed=self.base.seed, num_samples=self.config.num_samples, num_continuations=self.config.num_continuations,
+                    ifd_form=self.config.ifd_form, max_new_tokens=self.base.max_target_length, ask="reason",
                     impl=self.base.impl,
                 )  # fmt: skip
                 use = needs_explanations(by)
@@ -216,7 +217,7 @@ class ActiveRun(Setup):
         if rows is not None:
             return rows, (read_json(folder / ASKED) or {}).get("exhausted")
         with StopSignals() as signals:
-            talks = [asking.Conversation(round, q, e, mode, self.prompts) for q, e in picked]
+            talks = [asking.Conversation(round, q, e, mode, self.prompts, self.config.show) for q, e in picked]
             limits = asking.Limits(int(self.config.budget_tokens or 0), self.config.round_tokens, self.config.max_tokens)
             session = asking.Asking(round, ledger, limits, signals)
             if self.teacher is not None:

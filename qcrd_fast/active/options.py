@@ -6,9 +6,10 @@ import dataclasses
 import typing
 from typing import Any
 
-from qcrd_fast.active.revision import REVISE
+from qcrd_fast.active.revision import REVISE, SHOW
 from qcrd_fast.config import check_field, option
 from qcrd_fast.errors import InputError
+from qcrd_fast.select.options import IFD_FORMS
 from qcrd_fast.select.registry import SELECTORS
 
 # Of `train`, in a round: the student reasons before it answers, and the rounds are compared by `active` itself.
@@ -18,6 +19,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "zero_shot": False,
 }
+BY = tuple(name for name in SELECTORS if name != "agree")  # which is of a teacher's votes, that a pool has none of
 OWN = ("data", "eval_data", "test_data", "output_dir", "resume", "student")  # of `train`, which `active` sets for each round
 FREE = {"concurrency", "timeout", "deadline", "batch_size"}  # what a resumed run may change
 
@@ -37,9 +39,7 @@ class ActiveConfig:
         usual=True,
     )
     teacher_model: str | None = option(None, "name of the model at an endpoint", group="Active", usual=True)
-    by: str = option(
-        "step-uncertainty", "the score that questions are chosen by", choices=tuple(SELECTORS), group="Active", usual=True
-    )
+    by: str = option("step-uncertainty", "the score that questions are chosen by", choices=BY, group="Active", usual=True)
     top: int = option(32, "B: questions chosen a round", low=1, group="Active", usual=True)
     rounds: int = option(5, "R: rounds at most", low=1, group="Active", usual=True)
     budget_tokens: int | None = option(
@@ -68,9 +68,17 @@ class ActiveConfig:
         2, "stop after this many rounds in a row whose validation accuracy was no better than the best before; none: never",
         low=1, group="Active",
     )  # fmt: skip
+    show: str = option(
+        "one", "one: the teacher sees the student's steps one at a time, a request each; all: in one request, which costs less",
+        choices=SHOW, group="Active",
+    )  # fmt: skip
     num_samples: int = option(8, "M: answers sampled a question, for the scores that need them", low=1, group="Active")
+    num_continuations: int = option(4, "continuations of each step for step-uncertainty; 0: none", low=0, group="Active")
+    ifd_form: str = option("loss", "ratio of losses or of perplexities in ifd", choices=IFD_FORMS, group="Active")
     prompts: str | None = option(
-        None, "folder whose repair.txt, rewrite.txt and new.txt take the place of the built-in prompts", group="Active"
+        None,
+        "folder whose files repair.txt, repair-all.txt, rewrite.txt, ... take the place of the built-in prompts",
+        group="Active",
     )
     max_tokens: int = option(512, "longest reply of the teacher [tokens]", low=1, group="Active")
     temperature: float = option(0.0, "of the teacher's sampling", low=0, group="Active")

@@ -16,7 +16,7 @@ from qcrd_fast.select.score import score_rows
 
 def needs_explanations(name: str) -> bool:
     """Whether a score looks at a rationale, which in a pool is the student's own."""
-    return SELECTORS[name].needs_student and not SELECTORS[name].needs_samples
+    return SELECTORS[name].per == "rationale"
 
 
 def pick(

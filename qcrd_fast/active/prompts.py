@@ -12,13 +12,14 @@ from qcrd_fast.data.schema import Question
 from qcrd_fast.data.thinking import split_thinking
 from qcrd_fast.errors import InputError
 
-NAMES = ("repair", "rewrite", "new")
-FIELDS = {"repair": ("question", "step"), "rewrite": ("question", "step"), "new": ("question",)}
+FIELDS = {name: ("question", "step") for name in ("repair", "rewrite", "repair-all", "rewrite-all")} | {"new": ("question",)}
+NAMES = tuple(FIELDS)
 _FIELD = re.compile(r"\{(question|context|kept|step|form)\}")
 _MARK = r"[*_`\"']{0,3}"
 _RIGHT = re.compile(rf"{_MARK}(?:right|correct){_MARK}[.!]?{_MARK}", re.IGNORECASE)
 _WRONG = re.compile(
-    rf"{_MARK}(?:wrong|incorrect){_MARK}(?:[.!]?{_MARK}|{_MARK}\s*[:,.\u2013\u2014-]{_MARK}\s+(?P<why>\S.*))", re.IGNORECASE
+    rf"{_MARK}(?:wrong|incorrect)(?:\s+(?P<number>\d{{1,4}}))?{_MARK}(?:[.!]?{_MARK}|\s*[:,.\u2013\u2014-]{_MARK}\s+(?P<why>\S.*))",
+    re.IGNORECASE,
 )
 
 
@@ -62,16 +63,18 @@ class Prompts:
 
 
 class Verdict(NamedTuple):
-    """right: True, False, or None where the reply does not say so in the form that was asked for. why: of a wrong step. rest:
-    what follows the verdict."""
+    """right: True, False, or None where the reply does not say so in the form that was asked for. number: of the wrong step,
+    where the reply gives one. why: it is wrong. rest: what follows the verdict."""
 
     right: bool | None
+    number: int | None = None
     why: str = ""
     rest: str = ""
 
 
 def read_verdict(reply: str) -> Verdict:
-    """The verdict in a reply: its first line is `right`, and no later one `wrong`; or `wrong`, perhaps with a reason.
+    """The verdict in a reply: its first line is `right`, and no later one `wrong`; or `wrong`, perhaps with the number of a
+    step and a reason.
 
     Reasoning blocks such as <think> are left out. Anything else is no verdict: it is never guessed.
     """
@@ -83,5 +86,6 @@ def read_verdict(reply: str) -> Verdict:
     if _RIGHT.fullmatch(first):
         return Verdict(None if any(_WRONG.fullmatch(line.strip()) for line in rest.splitlines()) else True)
     if match := _WRONG.fullmatch(first):
-        return Verdict(False, (match["why"] or "").strip(), rest)
+        number = int(match["number"]) if match["number"] else None
+        return Verdict(False, number, (match["why"] or "").strip(), rest)
     return Verdict(None)

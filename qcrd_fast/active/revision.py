@@ -1,7 +1,7 @@
 """The revision of a student's explanation: a conversation with a teacher, as a generator of requests that is sent replies.
 
-After ELAD (arXiv 2402.13098); prompts and rules ours. The teacher sees the question and the student's steps one at a time, says
-right or wrong, and at the first wrong step goes on:
+After ELAD (arXiv 2402.13098); prompts and rules ours. The teacher sees the question and the student's steps one at a time, or
+all of them in one request, says right or wrong, and at the first wrong step goes on:
 
     repair     the student's steps before the wrong one, byte for byte, then the teacher's, in the student's style
     rewrite    the whole rationale in the teacher's own words
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
-from qcrd_fast.active.prompts import Prompts, read_verdict
+from qcrd_fast.active.prompts import Prompts, Verdict, read_verdict
 from qcrd_fast.collect.prompts import take_apart
 from qcrd_fast.collect.reply import Choice
 from qcrd_fast.data import replies
@@ -27,6 +27,7 @@ from qcrd_fast.data.splits import label_of
 from qcrd_fast.select.steps import split_steps
 
 REVISE = ("repair", "rewrite", "new")
+SHOW = ("one", "all")
 LABEL, REVISION = "label", "revise"  # purposes of the ledger: a fresh rationale, a verdict with perhaps a revision
 KEPT, NO_FAULT = "kept", "no fault"  # of `Outcome.result`: what is learnt from
 MISSED, UNREADABLE, NO_ANSWER, OTHER_ANSWER, UNCHANGED = (
@@ -47,15 +48,15 @@ class Explanation:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One request to the teacher. For teachers that do not read prompts: `kept` are the student's steps that are right, `step`
-    the one in question, with the answer behind it where it is the `last`."""
+    """One request to the teacher. For teachers that do not read prompts: `kept` are the student's steps that are right, `steps`
+    the one in question or all of them, with the `answer` where the last is among them."""
 
     purpose: str
     prompt: str
     mode: str
     kept: tuple[str, ...] = ()
-    step: str = ""
-    last: bool = False
+    steps: tuple[str, ...] = ()
+    answer: str | None = None
 
 
 @dataclasses.dataclass
@@ -97,9 +98,11 @@ class Outcome:
         return dataclasses.asdict(self)
 
 
-def revise(question: Question, said: Explanation, mode: str, prompts: Prompts) -> Generator[Request, Choice, Outcome]:
+def revise(
+    question: Question, said: Explanation, mode: str, prompts: Prompts, show: str = "one"
+) -> Generator[Request, Choice, Outcome]:
     """The conversation about one question. An explanation without a step or a readable answer cannot be revised: then it is
-    about a fresh rationale."""
+    about a fresh rationale. `show`: one step at a time, a request each, or all in one."""
     outcome = Outcome(question.id, mode, said.text, said.answer)
     steps = split_steps(said.text)
     outcome.steps = len(steps)
@@ -107,26 +110,43 @@ def revise(question: Question, said: Explanation, mode: str, prompts: Prompts) -
         outcome.mode = "new"
         reply = yield Request(LABEL, prompts.fill("new", question), "new")
         return _finish(outcome, question, "", reply.text, reply.cut)
-    for k, step in enumerate(steps):
-        kept, last = tuple(map(str.strip, steps[:k])), k == len(steps) - 1
-        told = f"{step.strip()}\nAnswer: {said.answer}" if last else step.strip()
-        reply = yield Request(REVISION, prompts.fill(mode, question, kept, told), mode, kept, told, last)
+    told = [step.strip() for step in steps]
+    last = f"Answer: {said.answer}"
+    at = 0
+    while at < len(steps):
+        if show == "all":
+            end, listed = len(steps), [f"{i}. {step}" for i, step in enumerate(told, 1)]
+            prompt = prompts.fill(f"{mode}-all", question, (), "\n".join([*listed, last]))
+        else:
+            end, listed = at + 1, told[at : at + 1]
+            shown = [*listed, last] if end == len(steps) else listed
+            prompt = prompts.fill(mode, question, told[:at], "\n".join(shown))
+        answer = said.answer if end == len(steps) else None
+        reply = yield Request(REVISION, prompt, mode, tuple(told[:at]), tuple(told[at:end]), answer)
         verdict = read_verdict(reply.text)
-        if verdict.right is None:
+        wrong = at + 1 if show == "one" else verdict.number
+        readable = wrong is not None and at < wrong <= end and verdict.number in (None, wrong)
+        if verdict.right is None or (not verdict.right and not readable):
             outcome.result = UNREADABLE
             return outcome
-        if verdict.right:
-            outcome.right_steps += 1
-            continue
-        outcome.wrong_step, outcome.critique = k + 1, verdict.why or None
-        space = step[: len(step) - len(step.lstrip())]  # that stands before the wrong step
-        prefix = "".join(steps[:k]) + space if mode == "repair" else ""
-        return _finish(outcome, question, prefix, verdict.rest, reply.cut)
+        if not verdict.right:
+            assert wrong is not None
+            return _finish_at(outcome, question, steps, wrong, verdict, reply.cut)
+        at = outcome.right_steps = end
     right = same_answer(question, said.answer)
     outcome.result = NO_FAULT if right else MISSED
     if right:
         outcome.text, outcome.answer = said.text, said.answer
     return outcome
+
+
+def _finish_at(outcome: Outcome, question: Question, steps: Sequence[str], wrong: int, verdict: Verdict, cut: bool) -> Outcome:
+    """Of a repair, what stands before the wrong step is kept byte for byte, white space before it included."""
+    outcome.wrong_step, outcome.critique, outcome.right_steps = wrong, verdict.why or None, wrong - 1
+    step = steps[wrong - 1]
+    space = step[: len(step) - len(step.lstrip())]
+    prefix = "".join(steps[: wrong - 1]) + space if outcome.mode == "repair" else ""
+    return _finish(outcome, question, prefix, verdict.rest, cut)
 
 
 def _finish(outcome: Outcome, question: Question, prefix: str, reply: str, cut: bool) -> Outcome:

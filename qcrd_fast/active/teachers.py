@@ -114,19 +114,24 @@ class OracleTeacher:
         whole = "\n".join([" ".join(own), f"Answer: {solution.answer}"])
         if request.mode == "new":
             return whole
-        step, _, answer = request.step.partition("\nAnswer:")
         true = [_meaning(each) for each in solution.wordings[0]]
-        stated = _meaning(step)
-        if stated and stated <= set().union(*true) and (not request.last or answer.strip() == solution.answer):
+        every, count = set().union(*true), len(request.steps)
+        right = next((i for i, step in enumerate(request.steps) if not (m := _meaning(step)) or not m <= every), count)
+        if right == count and request.answer not in (None, solution.answer):
+            right, why = count - 1, "the answer is another"
+        elif right < count:
+            why = "this is not a step of the solution"
+        else:
             return "right"
-        why = "wrong: this is not a step of the solution" if not request.last or stated else "wrong: the answer is another"
+        number = f" {right + 1}" if request.answer and not request.kept else ""  # all steps are shown
+        verdict = f"wrong{number}: {why}"
         if request.mode == "rewrite":
-            return f"{why}.\n{whole}"
-        known = set().union(*map(_meaning, request.kept)) if request.kept else set()
-        said = " ".join([*request.kept, step])
-        wording = max(solution.wordings, key=lambda steps: _likeness(said, " ".join(steps[: len(request.kept) + 1])))
+            return f"{verdict}\n{whole}"
+        kept = [*request.kept, *request.steps[:right]]
+        said, known = " ".join([*kept, request.steps[right]]), set().union(*map(_meaning, kept))
+        wording = max(solution.wordings, key=lambda steps: _likeness(said, " ".join(steps[: len(kept) + 1])))
         rest = [each for each, meaning in zip(wording, true, strict=True) if not meaning <= known]
-        return "\n".join([f"{why}.", " ".join(rest), f"Answer: {solution.answer}"])
+        return "\n".join([verdict, " ".join(rest), f"Answer: {solution.answer}"])
 
 
 def _likeness(a: str, b: str) -> float:

@@ -35,7 +35,9 @@ def conversations(count: int, mode: str = "repair", round: int = 1) -> list[Conv
     said = Explanation("2 + 3 = 5. 5 - 1 = 3.", "3")
     prompts = Prompts()
     return [
-        Conversation(round, Question(f"q{i}", f"What is 2 + 3 - 1 in the case {i}?", gold="4", task="number"), said, mode, prompts)
+        Conversation(
+            round, Question(f"q{i}", f"What is 2 + 3 - 1 in the case {i}?", gold="4", task="number"), said, mode, prompts
+        )
         for i in range(count)
     ]
 
@@ -49,7 +51,9 @@ def judge(handler: fake_teacher.Handler, seen: fake_teacher.Seen) -> None:
 
 
 def ask(path, server, talks, budget, round_tokens=None, concurrency=8, round=1):
-    settings = EndpointSettings(server.url, model="m", max_tokens=MAX_TOKENS, concurrency=concurrency, deadline_s=5.0, timeout_s=2.0)
+    settings = EndpointSettings(
+        server.url, model="m", max_tokens=MAX_TOKENS, concurrency=concurrency, deadline_s=5.0, timeout_s=2.0
+    )
     with ActiveLedger(path) as ledger, StopSignals() as signals:
         ledger.start({"model": "m", "api": "chat", "temperature": 0.0, "max_tokens": MAX_TOKENS})
         asking = Asking(round, ledger, Limits(budget, round_tokens, MAX_TOKENS), signals)
@@ -136,7 +140,10 @@ def test_a_server_that_refuses_stops_the_run(tmp_path):
 
 
 def test_questions_that_fail_one_after_the_other_stop_the_run(tmp_path):
-    with fake_teacher.serving(fake_teacher.status(400)) as server, pytest.raises(RunError, match="10 questions in a row failed"):
+    with (
+        fake_teacher.serving(fake_teacher.status(400)) as server,
+        pytest.raises(RunError, match="10 questions in a row failed"),
+    ):
         ask(tmp_path / "ledger.jsonl", server, conversations(30), 100_000, concurrency=1)
 
 
@@ -218,7 +225,9 @@ def test_earlier_samples_are_fresh_rationales(tmp_path):
     assert (talk.outcome.text, talk.outcome.result) == ("5 - 1 = 4.", "kept")
 
 
-@pytest.mark.parametrize("row", ['{"question": "x"}', "[]", "{", '{"question": "x", "answer": "1", "solutions": [["a"], ["b", "c"]]}'])
+@pytest.mark.parametrize(
+    "row", ['{"question": "x"}', "[]", "{", '{"question": "x", "answer": "1", "solutions": [["a"], ["b", "c"]]}']
+)
 def test_a_bad_row_of_an_oracle_is_named(tmp_path, row):
     path = tmp_path / "oracle.jsonl"
     path.write_text(json.dumps(ORACLE[0]) + "\n" + row + "\n")

@@ -18,7 +18,9 @@ SAID = Explanation("".join(STEPS), "8")
 WRONG = "wrong: 12 - 5 is 7\nShe eats 5: 12 - 5 = 7.\nSo 7 are left.\nAnswer: 7"
 
 
-def talk(replies: list[str], said: Explanation = SAID, mode: str = "repair", question: Question = QUESTION) -> tuple[Outcome, list]:
+def talk(
+    replies: list[str], said: Explanation = SAID, mode: str = "repair", question: Question = QUESTION
+) -> tuple[Outcome, list]:
     """The outcome of a conversation in which the teacher says these replies, and the requests."""
     conversation = revise(question, said, mode, Prompts())
     request, asked = next(conversation), []
@@ -62,7 +64,12 @@ def test_a_rewrite_has_nothing_of_the_students():
 def test_a_fresh_rationale_shows_nothing_of_the_students():
     outcome, [request] = talk(["3 * 4 = 12. 12 - 5 = 7.\nAnswer: 7"], mode="new")
     assert not any(step.strip() in request.prompt for step in STEPS)
-    assert (request.purpose, outcome.text, outcome.result, outcome.wrong_step) == ("label", "3 * 4 = 12. 12 - 5 = 7.", "kept", None)
+    assert (request.purpose, outcome.text, outcome.result, outcome.wrong_step) == (
+        "label",
+        "3 * 4 = 12. 12 - 5 = 7.",
+        "kept",
+        None,
+    )
 
 
 @pytest.mark.parametrize("said", [Explanation("", None), Explanation("Ann has 12 apples.", None), Explanation(" \n", "7")])
@@ -116,7 +123,9 @@ def test_a_repair_that_changes_nothing_is_no_revision():
 )
 def test_steps_that_the_teacher_repeats_stand_once(rest):
     outcome, _ = talk(["right", f"wrong: no\n{rest}\nAnswer: 7"])
-    assert outcome.text.count("12 apples") == 1 and outcome.text.startswith(STEPS[0]) and outcome.text.endswith("So 7 are left.")
+    assert (
+        outcome.text.count("12 apples") == 1 and outcome.text.startswith(STEPS[0]) and outcome.text.endswith("So 7 are left.")
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +152,7 @@ def test_steps_that_the_teacher_repeats_stand_once(rest):
     ],
 )
 def test_a_verdict_is_read_exactly_or_not_at_all(reply, right, why):
-    assert read_verdict(reply)[:2] == (right, why)
+    assert read_verdict(reply)[::2][:2] == (right, why)
 
 
 def test_a_row_marks_the_wrong_step_and_keeps_the_verdict(tmp_path):
