@@ -17,6 +17,7 @@ from qcrd_fast.utils.torchrun import only_process, rank
 from qcrd_fast.version import __version__
 
 from . import console
+from .active import active
 from .bench import bench
 from .collect import collect
 from .options import (
@@ -67,7 +68,7 @@ def cli() -> None:
     """
 
 
-for command in (bench, collect, export, report, score, score_teacher):
+for command in (active, bench, collect, export, report, score, score_teacher):
     cli.add_command(command)
 
 

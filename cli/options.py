@@ -37,6 +37,8 @@ METAVARS = {
     "lora_target_modules": "NAMES",
     "run_name": "NAME",
     "discriminator_augment": "NAMES",
+    "pool": "FILE",
+    "prompts": "DIR",
     "teacher": "PATH|URL",
     "teacher_model": "NAME",
     "teacher_logprobs": "DIR",
@@ -91,8 +93,8 @@ class Verb(click.Command):
             formatter.write(f"\n  {more} more: {ctx.command_path} --help-all\n")
 
 
-class TrainOption(click.Option):
-    """The option of one field of `TrainConfig`."""
+class ConfigOption(click.Option):
+    """The option of one field of a config class."""
 
     def __init__(self, field: dataclasses.Field[Any], hint: Any, default: Any, hidden: bool):
         meta = field.metadata
@@ -107,7 +109,7 @@ class TrainOption(click.Option):
             default=default,
             show_default=default is not None,
             hidden=hidden,
-            metavar=METAVARS.get(field.name) or {int: "INT|none" if can_be_none else "INT", float: "FLOAT"}.get(kind),
+            metavar=METAVARS.get(field.name) or {int: "INT", float: "FLOAT"}.get(kind, "") + ("|none" if can_be_none else "") or None,
             help=meta["help"],
         )
         self.group, self.usual = meta["group"], meta["usual"]
@@ -127,6 +129,10 @@ class TrainOption(click.Option):
         return names, text + (f"  [default: {self.default}]" if shown else "")
 
 
+class TrainOption(ConfigOption):
+    """The option of one field of `TrainConfig`."""
+
+
 class RareOption(click.Option):
     """An option that `--help-all` lists, but not `--help`."""
 
@@ -135,6 +141,13 @@ class RareOption(click.Option):
 
 class _IntOrNone(click.IntRange):
     """An integer, or the word none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return None if value == "none" else super().convert(value, param, ctx)
+
+
+class _FloatOrNone(click.FloatRange):
+    """A number, or the word none."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return None if value == "none" else super().convert(value, param, ctx)
@@ -156,7 +169,7 @@ def _type(kind: type, meta: Any, can_be_none: bool) -> click.ParamType:
     if kind is int:
         return (_IntOrNone if can_be_none else click.IntRange)(meta["low"], meta["high"])
     if kind is float:
-        return click.FloatRange(meta["low"], meta["high"], min_open=meta["open_low"])
+        return (_FloatOrNone if can_be_none else click.FloatRange)(meta["low"], meta["high"], min_open=meta["open_low"])
     return click.BOOL if kind is bool else click.STRING
 
 
@@ -164,16 +177,32 @@ def train_options(
     defaults: Mapping[str, Any] | None = None, hidden: Sequence[str] = (), only: Sequence[str] | None = None
 ) -> Callable[[Any], Any]:
     """Decorator: every field of `TrainConfig`, or `only` these, as an option; `defaults` are shown instead of their own."""
-    hints = typing.get_type_hints(TrainConfig)
+    return config_options(TrainConfig, TrainOption, defaults, hidden, only)
+
+
+def config_options(
+    config: Any,
+    kind: type[ConfigOption] = ConfigOption,
+    defaults: Mapping[str, Any] | None = None,
+    hidden: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+) -> Callable[[Any], Any]:
+    """Decorator: every field of a config class, or `only` these, as an option."""
+    hints = typing.get_type_hints(config)
 
     def decorate(command: Any) -> Any:
-        for field in reversed([f for f in dataclasses.fields(TrainConfig) if only is None or f.name in only]):
+        for field in reversed([f for f in dataclasses.fields(config) if only is None or f.name in only]):
             shown = (defaults or {}).get(field.name, field.default)
-            option = TrainOption(field, hints[field.name], shown, hidden=field.name in hidden)
+            option = kind(field, hints[field.name], shown, hidden=field.name in hidden)
             command.__dict__.setdefault("__click_params__", []).append(option)
         return command
 
     return decorate
+
+
+def given_options(ctx: click.Context, config: Any) -> dict[str, Any]:
+    """The values of a config class's options: of the command line, `--config`, or their defaults."""
+    return {field.name: ctx.params[field.name] for field in dataclasses.fields(config)}
 
 
 def given_train_options(ctx: click.Context) -> dict[str, Any]:

@@ -457,7 +457,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = _check(field, hints[field.name], getattr(self, field.name))
+            value = check_field(field, hints[field.name], getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         if self.max_steps == 0:
             raise InputError("--max-steps must be positive, or -1 for num_train_epochs; got 0")
@@ -683,7 +683,7 @@ def options_markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+def check_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     """`value` in the field's type, or `InputError` with the option, what was expected and what came."""
     flag, meta = "--" + field.name.replace("_", "-"), field.metadata
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)

@@ -18,6 +18,7 @@ THINGS = ("apples", "books", "cards", "coins", "eggs", "keys", "pens", "shells")
 MORE, LESS = ("finds", "buys", "gets", "makes"), ("loses", "sells", "eats", "drops")
 LARGEST = 40  # of any result
 SAMPLES = 5
+WORDINGS = 4
 
 Step = tuple[int, str, int]
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
@@ -124,7 +125,12 @@ def draw_problems(task: str, count: int, rng: random.Random, taken: set[str] | N
 
 def write_chain(steps: Sequence[tuple[Step, int]], rng: random.Random) -> str:
     """Equations with the results as stated, in one of four wordings."""
-    style, sentences = rng.randrange(4), []
+    return " ".join(write_sentences(steps, rng.randrange(WORDINGS)))
+
+
+def write_sentences(steps: Sequence[tuple[Step, int]], style: int) -> list[str]:
+    """A sentence a step, in the wording `style`."""
+    sentences = []
     for i, ((left, operation, right), stated) in enumerate(steps):
         equation = f"{left} {operation} {right} = {stated}"
         last = i == len(steps) - 1
@@ -136,7 +142,7 @@ def write_chain(steps: Sequence[tuple[Step, int]], rng: random.Random) -> str:
             f"{'There are' if i == 0 else 'That makes'} {equation}.",
         )[style]
         sentences.append(sentence)
-    return " ".join(sentences)
+    return sentences
 
 
 Stated = list[tuple[Step, int]]

@@ -73,6 +73,8 @@ class Ledger:
     Raises `InputError` when the file cannot be written, is no ledger, or belongs to a running collector (named by its PID).
     """
 
+    option = "--output"  # that named the file, for messages
+
     def __init__(self, path: Path, thinking: str = "auto", reread: Reread | None = None):
         self.path, self.thinking, self.reread = path, thinking, reread
         self.totals = Totals()
@@ -89,7 +91,7 @@ class Ledger:
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
-            raise InputError(f"--output: cannot write {shown(self.path)}: {error.strerror}") from error
+            raise InputError(f"{self.option}: cannot write {shown(self.path)}: {error.strerror}") from error
         try:
             self._lock()
             self.read(repair=True)
@@ -115,7 +117,7 @@ class Ledger:
                 for line in file:
                     if line.startswith(b'{"kind": "start"'):
                         owner = str(json.loads(line)["pid"])
-            raise InputError(f"--output: {shown(self.path)} is in use by process {owner}; choose another file") from None
+            raise InputError(f"{self.option}: {shown(self.path)} is in use by process {owner}; choose another") from None
 
     # Reading
 
@@ -138,7 +140,7 @@ class Ledger:
                     self._take(record)
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise InputError(
-                        f"{shown(self.path)}:{number}: no record of a ledger; move the file away, or choose another --output"
+                        f"{shown(self.path)}:{number}: no record of a ledger; move it away, or choose another {self.option}"
                     ) from None
         self.lost, self.open = self.open, {}
         self.totals.lost = len(self.lost)
@@ -219,7 +221,8 @@ class Ledger:
                 continue
             if self.samples and name in self.settings and before != settings[name]:
                 raise InputError(
-                    f"{shown(self.path)}: sampled with {name} {before!r}, now it is {settings[name]!r}; choose another --output"
+                    f"{shown(self.path)}: sampled with {name} {before!r}, now it is {settings[name]!r}; "
+                    f"choose another {self.option}"
                 )
         self._append({"kind": "start", "version": 1, "pid": os.getpid(), **settings})
 

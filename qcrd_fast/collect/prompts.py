@@ -79,6 +79,11 @@ class Template:
         return question.task or "text"
 
 
+def answer_form(question: Question) -> str:
+    """The sentence of a prompt that says how the reply is to end."""
+    return _FORMS[question.task or "text"]
+
+
 def prompt_digest(prompt: str, system: str = "") -> str:
     text = f"{system}\0{prompt}" if system else prompt
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -87,7 +92,7 @@ def prompt_digest(prompt: str, system: str = "") -> str:
 def take_apart(text: str, question: Question, *, cut: bool = False, thinking: str = "auto") -> replies.Reading:
     """Reasoning, rationale and answer of a reply, read as `prepare` reads one; `cut`: it ended at its maximum length."""
     task, choices = question.task or "text", parse_choices(question.question)
-    return replies.read_reply(_clean(text), task, choices, truncated=cut, thinking=thinking)
+    return replies.read_reply(clean(text), task, choices, truncated=cut, thinking=thinking)
 
 
 def read_reply(text: str, question: Question, *, cut: bool = False, thinking: str = "auto") -> Reading:
@@ -103,7 +108,7 @@ def written(reading: replies.Reading, source: str | None, thinking: str) -> dict
     return sample | ({"reasoning": reading.reasoning} if beside else {})
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """`text` as it can be written to a row: no NUL, no lone surrogates, line feeds alone."""
     text = text.replace("\r\n", "\n").replace("\0", "")
     return text.encode("utf-8", "replace").decode() if not text.isascii() else text

@@ -137,7 +137,7 @@ class Pool:
             return source, record
         question = record.question
         sides = [record.samples] if not record.prepared else [question.positives, question.negatives]
-        packed = [[(r.text, _packed(r.answer), r.source, r.score, r.reply, r.truncated) for r in side] for side in sides]
+        packed = [[(r.text, _packed(r.answer), *dataclasses.astuple(r)[2:]) for r in side] for side in sides]
         values = [source, record.line, record.prepared, [_packed(getattr(question, name)) for name in _FIELDS], packed]
         place = self._end
         self._end += self._spool.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")

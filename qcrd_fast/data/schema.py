@@ -19,6 +19,7 @@ class Rationale:
 
     `reply`: `text` is a raw reply from which reasoning, rationale and answer are still to be read; never written to a file.
     `truncated`: the reply was cut at its maximum length, so only an announced answer counts; never written either.
+    `critique`: what a teacher said of it, or of what it is a revision of. `wrong_step`: its first wrong step, from 1.
     """
 
     text: str
@@ -27,6 +28,8 @@ class Rationale:
     score: float | None = None
     reply: bool = False
     truncated: bool = False
+    critique: str | None = None
+    wrong_step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

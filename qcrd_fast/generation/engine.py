@@ -67,7 +67,7 @@ class Cancelled(Exception):
 
 class Sampler:
     """Draws continuations of prompts of at most `longest` tokens from a student, whose weights may change between two draws but
-    stay where they are in memory.
+    stay where they are in memory. `forced`: a draw may say how continuations begin.
 
     Noise belongs to the question (`ops.philox`), so a draw depends on the batch through rounding alone. `static`: decode
     as a CUDA graph does, all rows always and a few tokens at a time; graphs are captured at the first draw or by `warm_up`.
@@ -83,6 +83,7 @@ class Sampler:
         style: str = "tensor",
         autocast: Autocast | None = None,
         static: bool | None = None,
+        forced: bool = False,
     ):
         self.student, self.settings, self.autocast = student, settings, autocast
         self.head = student.head
@@ -100,6 +101,7 @@ class Sampler:
         self.key_B2 = torch.zeros(rows, 2, dtype=torch.long, device=device)
         self.done_B = torch.ones(rows, dtype=torch.bool, device=device)
         self.out_BN = torch.zeros(rows, settings.max_new_tokens, dtype=torch.long, device=device)
+        self.forced_BN = torch.full_like(self.out_BN, -1) if forced else None  # -1: drawn
         self._top_p = nucleus(settings.top_p)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.drawn_tokens = 0
@@ -121,12 +123,15 @@ class Sampler:
         iteration: int = 0,
         stop: threading.Event | None = None,
         limits: Sequence[int] | None = None,
+        prefixes: Sequence[TokenIds] | None = None,
     ) -> list[TokenIds]:
         """One continuation for each source, EOS included where it was reached; see `qcrd_fast.generation.sample.sample`.
 
-        limits: tokens of each at most, 1 or more, where that is fewer than `max_new_tokens`.
+        limits: tokens of each at most, 1 or more, where that is fewer than `max_new_tokens`. prefixes: what each begins with,
+        of a sampler that is `forced`; they are part of what is returned, and of what the limits count.
 
-        Raises `Cancelled` within a few tokens of `stop` being set, `ValueError` for a prompt or a limit that does not fit.
+        Raises `Cancelled` within a few tokens of `stop` being set, `ValueError` for a prompt, a limit or a prefix that does not
+        fit.
         """
         most, longest = self.settings.max_new_tokens, self.decoder.prompt
         for i, source in enumerate(sources):
@@ -134,10 +139,15 @@ class Sampler:
                 raise ValueError(f"prompt {i} has {len(source)} tokens, expected 1 to {longest}")
         if limits and min(limits) < 1:
             raise ValueError(f"limits must be at least 1, got {min(limits)}")
+        if prefixes and (self.forced_BN is None or max(map(len, prefixes)) > most):
+            raise ValueError(f"a prefix has {max(map(len, prefixes))} tokens, expected at most {most}, of a forced sampler")
         requests = [
-            _Request(list(s), keys[i], indices[i] if indices else 0, min(limits[i], most) if limits else most, i)
+            _Request(
+                list(s), keys[i], indices[i] if indices else 0, min(limits[i], most) if limits else most, i,
+                prefix=list(prefixes[i]) if prefixes else [],
+            )
             for i, s in enumerate(sources)
-        ]
+        ]  # fmt: skip
         queue = deque(sorted(requests, key=lambda r: (-len(r.source), r.source, r.index, r.number)))
         results: list[TokenIds] = [[] for _ in sources]
         row: list[_Request | None] = [None] * self.rows  # who is in it
@@ -192,6 +202,10 @@ class Sampler:
             ):
                 state_B[at] = torch.tensor(values, device=device)
             self.key_B2[at] = torch.tensor([r.key for _, r in some], device=device)
+            if self.forced_BN is not None:
+                width = self.forced_BN.shape[1]
+                prefixes = [r.prefix + [-1] * (width - len(r.prefix)) for _, r in some]
+                self.forced_BN[at] = torch.tensor(prefixes, device=device)
             self.new_B[at] = 0
             self.done_B[at] = False
             for (b, request), p in zip(some, position, strict=True):
@@ -207,6 +221,8 @@ class Sampler:
             for state in (self.token_B, self.position_B, self.new_B, self.limit_B, self.index_B, self.key_B2, self.done_B):
                 state[gaps] = state[last]
             self.out_BN[gaps] = self.out_BN[last]
+            if self.forced_BN is not None:
+                self.forced_BN[gaps] = self.forced_BN[last]
             for to, source in zip(gaps, last, strict=True):
                 row[to], row[source] = row[source], None
         return active
@@ -249,6 +265,9 @@ class Sampler:
         counter_B3 = torch.stack([new_B, self.index_B[:active], self.iteration_B[:active]], 1)
         chosen_B = self._pick(hidden_BH, self.key_B2[:active], counter_B3)
         at_B1, out_BN = new_B.clamp(max=self.settings.max_new_tokens - 1)[:, None], self.out_BN[:active]
+        if self.forced_BN is not None:
+            forced_B = self.forced_BN[:active].gather(1, at_B1)[:, 0]
+            chosen_B = torch.where(forced_B < 0, chosen_B, forced_B)
         out_BN.scatter_(1, at_B1, torch.where(done_B[:, None], out_BN.gather(1, at_B1), chosen_B[:, None]))
         new_B += ~done_B
         done_B |= (chosen_B == self.eos) | (new_B >= self.limit_B[:active])
@@ -345,3 +364,4 @@ class _Request:
     limit: int
     number: int  # in the caller's order
     position: int = 0  # of its row's next token, or a little more
+    prefix: TokenIds = dataclasses.field(default_factory=list)  # what the continuation begins with

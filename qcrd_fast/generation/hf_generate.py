@@ -40,6 +40,21 @@ class KeyedSampling(LogitsProcessor):
         return self.top_p(scores_BV) if self.top_p else scores_BV
 
 
+class ForcedPrefix(LogitsProcessor):
+    """Leaves the next token of each row's prefix alone above -inf, until the prefix ends."""
+
+    def __init__(self, prefixes: Sequence[TokenIds], start: int):
+        self.prefixes, self.start = prefixes, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        at = input_ids.shape[1] - self.start
+        for b, prefix in enumerate(self.prefixes):
+            if at < len(prefix):
+                scores[b] = -torch.inf
+                scores[b, prefix[at]] = 0.0
+        return scores
+
+
 class GenerateSampler:
     """What `Sampler` does, through the model's own `generate`, in padded batches that wait for their longest row."""
 
@@ -62,6 +77,7 @@ class GenerateSampler:
         iteration: int = 0,
         stop: threading.Event | None = None,
         limits: Sequence[int] | None = None,
+        prefixes: Sequence[TokenIds] | None = None,
     ) -> list[TokenIds]:
         """As `Sampler.draw`; looks at `stop` between batches."""
         if limits and min(limits) < 1:
@@ -96,6 +112,8 @@ class GenerateSampler:
                     processors.append(
                         KeyedSampling(key_B2, index_B, iteration, start, settings.temperature, settings.top_k, settings.top_p)
                     )
+                if prefixes:
+                    processors.append(ForcedPrefix([prefixes[i] for i in rows], start))
                 with self.autocast() if self.autocast else torch.autocast(device.type, enabled=False):
                     out = model.generate(
                         input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors

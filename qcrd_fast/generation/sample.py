@@ -7,6 +7,7 @@ from the softmax of logits / temperature. Students that the engine cannot run go
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import weakref
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ def sample(
     indices: Sequence[int] | None = None,
     iteration: int = 0,
     autocast: Autocast | None = None,
+    prefixes: Sequence[TokenIds] | None = None,
 ) -> list[TokenIds]:
     """One continuation for each source, EOS included where it was reached within `max_new_tokens`.
 
@@ -42,11 +44,21 @@ def sample(
         keys: the two words of `key_words` for each source.
         indices: which sample of its question each one is (0 unless told).
         autocast: makes the autocast context to run under; None: none.
+        prefixes: the beginning of the reply that each continuation goes on from; neither returned nor counted in
+            `max_new_tokens`. A decoder-only student reads it with the prompt, an encoder-decoder's decoder token by token.
     """
     if not sources:
         return []
-    sampler = make_sampler(student, settings, max(map(len, sources)), len(sources), autocast)
-    return sampler.draw(sources, keys, indices, iteration)
+    if prefixes is None or not student.is_encoder_decoder:
+        if prefixes is not None:
+            sources = [[*source, *prefix] for source, prefix in zip(sources, prefixes, strict=True)]
+        sampler = make_sampler(student, settings, max(map(len, sources)), len(sources), autocast)
+        return sampler.draw(sources, keys, indices, iteration)
+    limits = [len(prefix) + settings.max_new_tokens for prefix in prefixes]
+    longer = dataclasses.replace(settings, max_new_tokens=max(limits))
+    sampler = make_sampler(student, longer, max(map(len, sources)), len(sources), autocast, forced=True)
+    drawn = sampler.draw(sources, keys, indices, iteration, limits=limits, prefixes=prefixes)
+    return [tokens[len(prefix) :] for tokens, prefix in zip(drawn, prefixes, strict=True)]
 
 
 def make_sampler(
@@ -56,14 +68,15 @@ def make_sampler(
     most: int | None = None,
     autocast: Autocast | None = None,
     static: bool | None = None,
+    forced: bool = False,
 ) -> Sampler | GenerateSampler:
-    """A sampler for prompts of at most `longest` tokens, at most `most` of them at once. Raises `InputError` where
-    `settings.impl` cannot run."""
+    """A sampler for prompts of at most `longest` tokens, at most `most` of them at once; `forced`: its draws take prefixes.
+    Raises `InputError` where `settings.impl` cannot run."""
     require_impl(settings.impl, student.device)
     style = _style(student, longest + settings.max_new_tokens)
     if style is None:
         return GenerateSampler(student, settings, autocast)
-    return Sampler(student, settings, longest, most=most, style=style, autocast=autocast, static=static)
+    return Sampler(student, settings, longest, most=most, style=style, autocast=autocast, static=static, forced=forced)
 
 
 def _style(student: Student, longest: int) -> str | None:

@@ -1,8 +1,8 @@
 """Targets that ride on one prompt: which go into a row of the model, and what each token of a row may see.
 
-A group is a prompt with targets behind it: every target sees the prompt and itself, as if the others were not there, and
-its position ids go on where the prompt's end. A row holds one group or several. An encoder-decoder's groups have no prompt
-(the encoder has read it), so that they are targets side by side.
+A group is a prompt with targets behind it: every target sees the prompt (or its first tokens, the target's depth) and itself,
+as if the others were not there, and its position ids go on where what it sees ends. A row holds one group or several. An
+encoder-decoder's groups have no prompt (the encoder has read it), so that they are targets side by side.
 
 Suffixes: B rows, L padded length, T target tokens.
 """
@@ -45,6 +45,7 @@ class Layout:
     sources: list[int]  # [B] of each row's first group
     first: list[int]  # [B] where in its row the first target's first token is predicted
     plain: bool  # every row is one prompt and one target, so a causal model needs no help
+    depth_BL: Tensor | None = None  # how many tokens of its prompt a target's token sees; None: all
 
 
 def best_room(prompt: int, hidden_size: int) -> int:
@@ -119,30 +120,34 @@ def lay_out(
     pad: int,
     device: torch.device,
     multiple: int = 1,
+    depths: Sequence[int] | None = None,
 ) -> Layout:
     """The padded batch of `rows`, its length a multiple of `multiple`.
 
     `start` begins each target: the decoder's start token, or nothing where `prompts` stand in the rows (decoder-only).
+    `depths`: of each target, how many tokens of its prompt it follows, 1 or more; None: all.
     """
-    packed: list[list[tuple[int, int, int, int]]] = []  # (id, position, group, part) of each token
+    packed: list[list[tuple[int, int, int, int, int]]] = []  # (id, position, group, part, depth) of each token
     where, order, first = [], [], []
     for b, row in enumerate(rows):
-        tokens: list[tuple[int, int, int, int]] = []
+        tokens: list[tuple[int, int, int, int, int]] = []
         for g, group in enumerate(row):
             prompt = prompts[group.source] if prompts is not None else []
-            tokens += [(token, t, g, 0) for t, token in enumerate(prompt)]
-            predicts_first = [] if start else [len(tokens) - 1]  # the prompt's last token, for all of the group's targets
+            begin = len(tokens)
+            tokens += [(token, t, g, 0, 0) for t, token in enumerate(prompt)]
             for part, i in enumerate(group.targets, 1):
                 piece = start + targets[i][:-1]
+                depth = len(prompt) if depths is None else depths[i]
+                predicts_first = [] if start else [begin + depth - 1]  # the last token of the prompt that it sees
                 at = predicts_first + [len(tokens) + t for t in range(len(piece))]
-                tokens += [(token, len(prompt) + t, g, part) for t, token in enumerate(piece)]
+                tokens += [(token, depth + t, g, part, depth) for t, token in enumerate(piece)]
                 where += [(b, column) for column in at[: len(targets[i])]]
                 order.append(i)
                 first += at[:1] if g == 0 and part == 1 else []
         packed.append(tokens)
     width = -(-max(map(len, packed)) // multiple) * multiple
-    filled = [tokens + [(pad, 0, -1, 0)] * (width - len(tokens)) for tokens in packed]
-    ids_BL, position_BL, group_BL, part_BL = torch.tensor(filled, dtype=torch.long, device=device).unbind(-1)
+    filled = [tokens + [(pad, 0, -1, 0, 0)] * (width - len(tokens)) for tokens in packed]
+    ids_BL, position_BL, group_BL, part_BL, depth_BL = torch.tensor(filled, dtype=torch.long, device=device).unbind(-1)
     return Layout(
         ids_BL=ids_BL,
         position_BL=position_BL,
@@ -152,7 +157,8 @@ def lay_out(
         order=order,
         sources=[row[0].source for row in rows],
         first=first,
-        plain=all(len(row) == 1 and len(row[0].targets) == 1 for row in rows),
+        plain=depths is None and all(len(row) == 1 and len(row[0].targets) == 1 for row in rows),
+        depth_BL=None if depths is None else depth_BL,
     )
 
 
@@ -162,10 +168,13 @@ def visible(layout: Layout, window: int | None = None) -> Callable[[Tensor, Tens
     `window`: how far back a query sees, by position in its own text and itself included. Padding sees padding, so that no
     softmax is empty.
     """
-    group, part, position = layout.group_BL, layout.part_BL, layout.position_BL
+    group, part, position, depth = layout.group_BL, layout.part_BL, layout.position_BL, layout.depth_BL
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same = (part[b, k] == 0) | (part[b, k] == part[b, q])
+        prompt = part[b, k] == 0
+        if depth is not None:
+            prompt = prompt & (position[b, k] < depth[b, q])
+        same = prompt | (part[b, k] == part[b, q])
         seen = (k <= q) & (group[b, k] == group[b, q]) & same
         return seen if window is None else seen & (position[b, q] - position[b, k] < window)
 

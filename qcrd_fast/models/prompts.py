@@ -189,6 +189,10 @@ class Prompter:
             self._lengths.targets.append(len(ids) + 1)
         return [*ids, self.tokenizer.eos_token_id] if len(ids) < limit else ids[:limit]
 
+    def piece_ids(self, text: str) -> TokenIds:
+        """Tokens of a piece of a target as it stands: white space kept, no EOS, nothing cut."""
+        return self._plain_ids(self._without_specials(text))
+
     @contextlib.contextmanager
     def measuring(self) -> Iterator[Lengths]:
         """Inside, the length of every prompt and target is noted, as it is before anything is cut."""

@@ -5,7 +5,7 @@ import torch
 
 from qcrd_fast.generation.engine import SampleSettings
 from qcrd_fast.generation.hf_generate import KeyedSampling
-from qcrd_fast.generation.sample import sample
+from qcrd_fast.generation.sample import make_sampler, sample
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words, philox
@@ -100,3 +100,32 @@ def test_the_models_own_generation_settings_stay_out(student):
     own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams = 50.0, 1, 4
     assert [sample(student, source, keys, settings) for settings in both] == before
     assert student.model.generation_config is own
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("own_engine", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_reply_goes_on_from_its_own_beginning(student, own_engine, temperature, monkeypatch):
+    """Ragged beginnings, none among them; a batch of 3, so that rows are refilled and moved."""
+    if not own_engine:
+        monkeypatch.setattr("qcrd_fast.generation.sample._style", lambda *_: None)
+    sources = [student.source_ids(EXPLAIN, q) for q in QUESTIONS]
+    keys = [key_words(0, str(i)) for i in range(len(sources))]
+    settings = SampleSettings(temperature, max_new_tokens=12, batch_size=3)
+    replies = sample(student, sources, keys, settings)
+    cuts = [min(n, len(reply) - 1) for n, reply in zip((0, 1, 4, 3, 11, 2, 5, 0), replies, strict=True)]
+    prefixes = [reply[:n] for n, reply in zip(cuts, replies, strict=True)]
+    rest = sample(student, sources, keys, settings, prefixes=prefixes)
+    if temperature and not student.is_encoder_decoder:  # whose noise begins behind the prefix
+        again = sample(student, [s + p for s, p in zip(sources, prefixes, strict=True)], keys, settings)
+        assert rest == again
+        return
+    for reply, n, tokens in zip(replies, cuts, rest, strict=True):
+        assert tokens[: len(reply) - n] == reply[n:]
+        assert len(tokens) <= 12
+
+
+def test_a_prefix_needs_a_sampler_for_it(student):
+    sampler = make_sampler(student, SampleSettings(max_new_tokens=4), 8)
+    with pytest.raises(ValueError, match="forced"):
+        sampler.draw([[5, 6]], [(0, 0)], prefixes=[[7]])

@@ -13,7 +13,7 @@ from qcrd_fast.data.schema import Question, Rationale, RowError, check_text, get
 
 _PREPARED_KEYS = ("positives", "negatives", "majority", "votes")
 _SAMPLED_KEYS = {"id", "question", "context", "gold", "answer", "samples", "choices", "task", "domain", "split"}
-_RATIONALE_KEYS = {"text", "answer", "source", "score"}
+_RATIONALE_KEYS = {"text", "answer", "source", "score", "critique", "wrong_step"}
 
 
 def is_native(row: Row) -> bool:
@@ -113,6 +113,10 @@ def _rationale(item: Any, where: str, answer: str | None) -> Rationale:
         text = get_text(item, "text", required=True) or ""
         if not text.strip():
             raise RowError("text is empty")
-        return Rationale(text, get_text(item, "answer", numbers=True), get_text(item, "source"), score)
+        wrong_step = item.get("wrong_step")
+        if wrong_step is not None and (type(wrong_step) is not int or wrong_step < 1):
+            raise RowError("wrong_step expects a number of a step, from 1")
+        answer, source, critique = get_text(item, "answer", numbers=True), get_text(item, "source"), get_text(item, "critique")
+        return Rationale(text, answer, source, score, critique=critique, wrong_step=wrong_step)
     except RowError as error:
         raise RowError(f"{where}: {error}") from None
