@@ -10,7 +10,7 @@ DEV = $(VENV)/.ready-dev
 .PHONY: demo test test-slow test-machines lint venv
 
 demo: $(READY)
-	$(BIN)/qcrd-fast demo --output-dir runs/demo --resume auto
+	$(BIN)/qcrd-fast demo --output-dir runs/demo --compare dss --resume auto
 
 # Files in their order, two at a time: by the number of their tests, as xdist would have it, the longest file comes last.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -39,7 +39,7 @@ $(READY): pyproject.toml
 	  { echo "$(PYTHON) cannot make virtual environments (no ensurepip); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install "torch==2.13.0"
-	$(BIN)/pip install -e .
+	$(BIN)/pip install -e ".[report]"
 	touch $@
 
 $(DEV): $(READY)

@@ -27,15 +27,15 @@ import torch
 
 from qcrd_fast.active.loop import run_active
 from qcrd_fast.active.options import ActiveConfig
+from qcrd_fast.demo.problems import WORDINGS, Problem, draw_problems, result, write_sentences
+from qcrd_fast.demo.students import student_folder
 from qcrd_fast.errors import InputError
 from qcrd_fast.sweep.intervals import compare, estimate
 from qcrd_fast.utils.files import write_lines
 
 from .record import append, describe_machine
 from .study.__main__ import _seeds as parse_seeds
-from .study.problems import WORDINGS, Problem, draw_problems, result, write_sentences
-from .study.runs import from_hex, to_hex
-from .study.students import student_folder
+from .study.runs import RECIPES, from_hex, to_hex
 
 RESULTS = Path(__file__).parent / "results" / "active.csv"
 TEST_QUESTIONS = 500
@@ -144,7 +144,7 @@ def _run_active(seed: int, arm: Arm, settings: Settings, cache: Path, files: dic
         num_continuations=2,
     )  # fmt: skip
     options = dict(
-        student=str(student_folder("decoder", cache)), eval_data=files["test"], output_dir=str(run), resume="auto", seed=seed,
+        student=str(student_folder(RECIPES["decoder"], cache)), eval_data=files["test"], output_dir=str(run), resume="auto", seed=seed,
         task="number", method="sft-all", max_steps=settings.max_steps, per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate, warmup_ratio=0.05, max_source_length=96, max_target_length=48,
         save_steps=100_000, logging_steps=100, eval_batch_size=512,

@@ -1,68 +1,79 @@
-"""The demo with several methods and seeds, one CSV row a run: python bench/demo.py --methods finetune,dss,qcrd --seeds 0,1,2"""
+"""The demo over seeds, one CSV row a student: python -m qcrd_fast.bench.demo --seeds 0-7
+
+Each seed is one `qcrd-fast demo --compare METHOD` in a process of its own. The student is pretrained once, for all of them, and
+timed by itself: what a user waits for is `pretrain_s` + `wall_s`, and on later days `wall_s`. Beside busy processes (`load`, of
+the last minute) wall times say little, and `cpu_s` (user and system) is what to read.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from qcrd_fast.config import PARTS
+import torch
+
+from .record import append, describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "demo.csv"
-RUN = "import json, sys; from qcrd_fast.demo import run_demo; print(json.dumps(run_demo(json.loads(sys.argv[1]), sys.argv[2])))"
+COLUMNS = (
+    "student", "seed", "accuracy", "accuracy_reasoned", "sound_reasoning", "n", "wall_s", "cpu_s", "pretrain_s",
+    "pretrain_cpu_s", "load", "cores", "device", "torch", "transformers", "commit", "time",
+)  # fmt: skip
+SPENT = "import resource; u = resource.getrusage(resource.RUSAGE_SELF); spent = u.ru_utime + u.ru_stime"
+RUN = "from qcrd_fast.demo.runner import run_demo; found = run_demo(json.loads(sys.argv[1]), sys.argv[2], compare=sys.argv[3])"
+PRETRAIN = "from pathlib import Path; from qcrd_fast.demo.runner import write_student as w; found = w(Path(sys.argv[1]))"
 
 
-def run(method: str, seed: int, threads: int) -> dict[str, object]:
-    """One demo run in a process of its own."""
+def call(code: str, arguments: list[str], cache: str) -> tuple[Any, float, float]:
+    """(what the code calls `found`, seconds on the wall, CPU seconds) of a process whose threads the student's size chooses."""
+    code = f"import json, sys; {code}; {SPENT}; print(json.dumps([found, spent]))"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=environment | {"XDG_CACHE_HOME": cache},
+    )
+    found, spent = json.loads(done.stdout)
+    return found, time.perf_counter() - started, spent
+
+
+def run(seed: int, compare: str, cache: str) -> list[dict[str, Any]]:
+    """The rows of one seed."""
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        chosen = {} if method == "default" else {"method": method} | (PARTS if method == "qcrd" else {})
-        options = json.dumps(chosen | {"seed": seed})
-        done = subprocess.run(
-            [sys.executable, "-c", RUN, options, f"{folder}/run"],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )
-        results = json.loads(done.stdout)
-        wall_s = round(time.perf_counter() - started, 1)
-    row = {name: results[name] for name in ("accuracy_untrained", "accuracy", "accuracy_validation", "n", "steps")}
-    return {"method": method, "seed": seed, **row, "wall_s": wall_s, "threads": threads}
+        results, wall_s, cpu_s = call(RUN, [json.dumps({"seed": seed}), f"{folder}/run", compare], cache)
+    told = {"seed": seed, "n": results["n"], "wall_s": wall_s, "cpu_s": cpu_s, "load": os.getloadavg()[0]}
+    return [told | row for row in results["comparison"]]
 
 
 def main() -> None:
-    import torch
-    import transformers
-    from qcrd_fast.bench.record import append
-
-    from qcrd_fast.utils.environment import commit
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", default="finetune,dss,qcrd", help="or default")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", default="dss")
+    parser.add_argument("--seeds", default="0-7", help="such as 0-7 or 0,3,5; default: %(default)s")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of each run")
     args = parser.parse_args()
-    where = {
-        "device": f"CPU {platform.machine()} x{os.cpu_count()}",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit(),
-    }
-    cases = [(method, int(seed)) for method in args.methods.split(",") for seed in args.seeds.split(",")]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(lambda case: run(*case, args.threads), cases):
-            row |= where
-            print(row, flush=True)
-            append(RESULTS, list(row), [row])
+    seeds = [
+        seed
+        for part in args.seeds.split(",")
+        for seed in range(int(part.partition("-")[0]), int(part.partition("-")[2] or part) + 1)
+    ]
+    where = describe_machine(torch.device("cpu")) | {"cores": os.cpu_count()}
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(args.jobs) as pool:
+        _, where["pretrain_s"], where["pretrain_cpu_s"] = call(PRETRAIN, [f"{cache}/student"], cache)
+        for rows in pool.map(lambda seed: run(seed, args.compare, cache), seeds):
+            for row in rows:
+                print({name: row[name] for name in COLUMNS if name in row}, flush=True)
+            append(RESULTS, COLUMNS, [where | row for row in rows], digits=4)
 
 
 if __name__ == "__main__":

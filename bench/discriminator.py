@@ -26,7 +26,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.data.splits import hold_out
-from qcrd_fast.demo import build_student
+from qcrd_fast.demo.students import build_tokenizer
 from qcrd_fast.discriminator.cross_fit import CrossFitted, CrossFitTrainer, build_judge, is_right
 from qcrd_fast.discriminator.metrics import auc_by_fold, auc_within, calibration, interval, question_weights
 from qcrd_fast.discriminator.model import Pair
@@ -127,12 +127,33 @@ def load_student(name: str | None, questions: list[Question], seed: int) -> Stud
         return Student.load(folder, PromptSettings(), "cpu")
 
 
+def build_student(folder: Path, texts: list[str], seed: int) -> None:
+    """An untrained T5 of 2 + 2 layers, 128 wide, over the words of `texts`."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = build_tokenizer(texts)
+    tokenizer.save_pretrained(folder)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,  # type: ignore[call-arg]
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        T5ForConditionalGeneration(config).save_pretrained(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True)
-    parser.add_argument(
-        "--student", help="whose vocabulary or encoder auto takes; default: a T5 as the demo's, of the data's words"
-    )
+    parser.add_argument("--student", help="whose vocabulary or encoder auto takes; default: a small T5 of the data's words")
     parser.add_argument("--encoder", default="auto", help="auto, or folder or hub id")
     parser.add_argument("--arms", nargs="+", default=["bce-all/none", "ratio/mask,replace"], metavar="LOSS/AUGMENT")
     parser.add_argument("--folds", type=int, default=3)

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from qcrd_fast.config import TrainConfig
-from qcrd_fast.demo import DEFAULTS as DEMO_DEFAULTS
-from qcrd_fast.demo import demo_paths, run_demo
+from qcrd_fast.config import METHODS, TrainConfig
+from qcrd_fast.demo.runner import DEFAULTS as DEMO_DEFAULTS
+from qcrd_fast.demo.runner import run_demo
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import RunFolder
 from qcrd_fast.utils.torchrun import only_process, rank
@@ -74,25 +74,27 @@ for command in (active, bench, collect, export, report, score, score_teacher):
 
 @cli.command(cls=Verb)
 @train_options(DEMO_DEFAULTS, hidden=("data", "test_data", "student"))
+@click.option("--compare", type=click.Choice(METHODS), help="also train by this method, in DIR/compare/METHOD")
 @config_option
 @dry_run_option
 @json_option
 @help_all_option
 @click.pass_context
-def demo(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
+def demo(ctx: click.Context, dry_run: bool, as_json: bool, compare: str | None, **_: Any) -> None:
     """Train the built-in student on built-in data.
 
     Minutes on a CPU. Takes train's options but for the data and the student, with defaults of its own.
     """
+    from qcrd_fast.demo.comparison import summary_text
+
     only_process("demo")
     options = given_train_options(ctx)
     output_dir = options.pop("output_dir", None)
     if not output_dir:
         raise InputError("demo needs --output-dir DIR, the run folder to write")
     with console.quiet_stdout():
-        results = run_demo(options, output_dir, dry_run=dry_run)
-    config = TrainConfig(output_dir=output_dir, test_data=demo_paths(Path(output_dir) / "demo")["test_data"])
-    console.show(results, as_json, console.lines(results) if dry_run else _results_text(results, config))
+        results = run_demo(options, output_dir, compare=compare, dry_run=dry_run)
+    console.show(results, as_json, console.lines(results) if dry_run else summary_text(results, output_dir))
 
 
 @cli.command(cls=Verb)

@@ -109,7 +109,9 @@ class ConfigOption(click.Option):
             default=default,
             show_default=default is not None,
             hidden=hidden,
-            metavar=METAVARS.get(field.name) or {int: "INT", float: "FLOAT"}.get(kind, "") + ("|none" if can_be_none else "") or None,
+            metavar=METAVARS.get(field.name)
+            or {int: "INT", float: "FLOAT"}.get(kind, "") + ("|none" if can_be_none else "")
+            or None,
             help=meta["help"],
         )
         self.group, self.usual = meta["group"], meta["usual"]

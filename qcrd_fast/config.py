@@ -172,7 +172,12 @@ class TrainConfig:
         "system message of the chat template, or a file that holds it (also @FILE); saved with the checkpoints",
         group="Data",
     )
-    reasoning_task: bool = option(False, "add a third task: `reason: x` -> rationale, then `Answer: a`", group="Data")
+    reasoning_task: bool = option(
+        False,
+        "add a third task: `reason: x` -> rationale, then `Answer: a`; the rationale is the first positive, or with "
+        "--positive-quality checks the first of those that pass best",
+        group="Data",
+    )
     max_source_length: int = option(
         1024, "tokens kept of a prompt: the last ones, so that the question stays", low=8, group="Data"
     )

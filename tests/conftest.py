@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory) -> Path:
-    """24 sampled questions of the demo's kind."""
+    """24 sampled questions."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in sampled_rows(24)), encoding="utf-8")
     return path

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
+from qcrd_fast.demo.problems import TASKS
+from qcrd_fast.demo.students import FAMILIES, cache_folder
 from qcrd_fast.errors import InputError
 
 from .arms import ARMS
-from .problems import TASKS
 from .runs import STAGES, Case, run_case
-from .students import FAMILIES
 from .tables import COLUMNS, print_tables
 
 RESULTS = Path(__file__).parents[1] / "results" / "study.csv"
@@ -41,9 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=Case._field_defaults["questions"], help="to train on, of a seed")
     parser.add_argument("--budget-minutes", type=float, help="start no run after so many minutes")
     parser.add_argument("--results", type=Path, default=RESULTS, help="CSV file; rows that it has are not run again")
-    parser.add_argument(
-        "--cache", type=Path, default=Path.home() / ".cache" / "qcrd-fast" / "study", help="of pretrained students"
-    )
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="of pretrained students; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--baselines", default="sft-all,dss", help="arms that --table compares with")
     parser.add_argument("--table", action="store_true", help="print what the CSV holds of the chosen stage, and run nothing")
@@ -66,6 +64,7 @@ def _run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("qcrd_fast").setLevel(logging.WARNING)
     log.setLevel(logging.INFO)
+    logging.getLogger("qcrd_fast.demo").setLevel(logging.INFO)  # a student in the making
     torch.set_num_threads(options.threads)
     tasks, families, arms = (_names(options, name, known) for name, known in _KNOWN.items())
     seeds = _seeds(options.seeds)

@@ -28,7 +28,7 @@ COMMON: dict[str, Any] = dict(
 )
 
 
-MENTOR = "mentor"  # stands for the folder of `students.mentor_folder`
+MENTOR = "mentor"  # stands for the folder of `mentors.mentor_folder`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,11 @@ import math
 from collections.abc import Callable, Sequence
 
 from qcrd_fast.data.schema import Question
+from qcrd_fast.demo.problems import OPERATIONS, Problem, is_faithful, is_sound, stated_steps
 from qcrd_fast.quality.cases import Case
 from qcrd_fast.quality.checks import ChecksJudge
 from qcrd_fast.quality.judges import Judge
 from qcrd_fast.quality.votes import vote_score
-
-from .problems import OPERATIONS, Problem, is_faithful, is_sound, stated_steps
 
 Rule = Callable[[Question, str, "str | None"], float]
 

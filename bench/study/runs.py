@@ -18,6 +18,9 @@ from transformers import AutoTokenizer
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question
+from qcrd_fast.demo.problems import Problem, draw_problems, is_faithful, is_sound, write_chain, write_rows
+from qcrd_fast.demo.problems import result as result_of
+from qcrd_fast.demo.students import FAMILIES, Recipe, student_folder
 from qcrd_fast.evaluate import predict
 from qcrd_fast.generation.engine import SampleSettings
 from qcrd_fast.generation.sample import sample
@@ -33,14 +36,13 @@ from qcrd_fast.utils.files import write_lines
 
 from .arms import ARMS, COMMON, MENTOR
 from .judges import find_judge
+from .mentors import mentor_folder
 from .objective import Rules, StudyObjective
-from .problems import Problem, draw_problems, is_faithful, is_sound, write_chain, write_rows
-from .problems import result as result_of
-from .students import mentor_folder, student_folder
 
 log = logging.getLogger("qcrd_fast.bench")
 TEST_QUESTIONS = 1000
 STAGES = ("screen", "confirm")
+RECIPES = {family: Recipe(family) for family in FAMILIES}  # of the students
 
 
 class Case(NamedTuple):
@@ -75,8 +77,8 @@ def draw_data(case: Case, folder: Path) -> tuple[Path, dict[str, Problem], list[
 def run_case(case: Case, cache: Path) -> dict[str, Any]:
     """Train and judge; returns the CSV row."""
     arm = ARMS[case.arm]
-    student = student_folder(case.family, cache)
-    teacher = {"teacher": str(mentor_folder(case.task, case.family, cache))} if arm.options.get("teacher") == MENTOR else {}
+    student = student_folder(RECIPES[case.family], cache)
+    teacher = {"teacher": str(mentor_folder(case.task, student, cache))} if arm.options.get("teacher") == MENTOR else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data, problems, tests = draw_data(case, folder)

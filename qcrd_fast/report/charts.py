@@ -67,6 +67,32 @@ def scatter_chart(name: str, spots: Sequence[Spot], *, title: str, x_label: str)
     return _svg(name, draw, title, x_label)
 
 
+class Bar(NamedTuple):
+    """A share with its interval, and its colour."""
+
+    share: float
+    low: float
+    high: float
+    color: str
+
+
+def bar_chart(name: str, groups: Sequence[tuple[str, Sequence[Bar]]], *, title: str) -> str:
+    """An SVG of shares, 0..1, side by side in each group, with its label and their intervals."""
+
+    def draw(axes: Any) -> None:
+        for at, (_, bars) in enumerate(groups):
+            width = 0.8 / max(len(bars), 1)
+            for i, bar in enumerate(bars):
+                x = at - 0.4 + (i + 0.5) * width
+                axes.bar(x, bar.share, 0.92 * width, color=bar.color)
+                axes.plot([x, x], [bar.low, bar.high], color=_INK, linewidth=1.2)
+        axes.set_xticks(range(len(groups)), [label for label, _ in groups])
+        axes.grid(visible=False, axis="x")
+        axes.set_ylim(0, 1.03)
+
+    return _svg(name, draw, title, "")
+
+
 def density_chart(name: str, groups: Sequence[tuple[Sequence[float], str]], *, title: str) -> str:
     """An SVG of densities of scores in [0, 1], each with its colour."""
     grid = np.linspace(0, 1, 201)

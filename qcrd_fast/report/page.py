@@ -19,9 +19,9 @@ from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.quality.cases import teacher_cases
 from qcrd_fast.quality.judges import JUDGES, make_judge
 from qcrd_fast.quality.samples import load_samples
-from qcrd_fast.report.charts import PALETTE, Line, Spot, density_chart, line_chart, scatter_chart
+from qcrd_fast.report.charts import PALETTE, Bar, Line, Spot, bar_chart, density_chart, line_chart, scatter_chart
 from qcrd_fast.report.costs import OF_STEPS, Outcome, of_csv, of_view, points
-from qcrd_fast.report.run_view import RunView, negatives, read_run
+from qcrd_fast.report.run_view import MEASURES, RunView, negatives, read_run
 from qcrd_fast.runs.folder import NEGATIVES, negatives_name
 from qcrd_fast.utils.config_files import number
 from qcrd_fast.utils.files import write_text
@@ -98,6 +98,7 @@ def render(views: Sequence[RunView], rows: Sequence[Outcome] = ()) -> str:
         f"<header><h1>{_text(title)}</h1><p>qcrd-fast {__version__}, quality-guided contrastive rationale distillation</p>"
         "</header>",
         *([_section("Runs", _table(views))] if views else []),
+        *_reasoning(views),
         *_costs([*(one for view in views if (one := of_view(view))), *rows]),
         *([_section("While training", _curves(views))] if views else []),
     ]
@@ -199,6 +200,32 @@ def _curves(views: Sequence[RunView]) -> str:
         return "<p>Nothing is logged yet.</p>"
     runs = "".join(f"<span>{_chip(_color(i))}{_text(v.title)}</span>" for i, v in enumerate(views)) if len(views) > 1 else ""
     return (f'<p class="legend">{runs}</p>' if runs else "") + f'<div class="grid">{"".join(cards)}</div>'
+
+
+def _reasoning(views: Sequence[RunView]) -> list[str]:
+    """The section of answers and reasoning, or none where no run's reasoning was judged."""
+    told = [view for view in views if number(view.results.get("sound_reasoning")) is not None]
+    if not told:
+        return []
+    students = [(told[0], "_untrained", PALETTE[-1], "untrained")]
+    students += [(view, "", _color(views.index(view)), view.title) for view in told]
+    groups = []
+    for name, label in MEASURES.items():
+        bars = []
+        for view, suffix, color, _ in students:
+            share, n = number(view.results.get(name + suffix)), view.results.get("n")
+            if share is not None and 0 <= share <= 1 and isinstance(n, int) and n > 0:
+                bars.append(Bar(share, *wilson(share, n), color))
+        if bars:
+            groups.append((label.replace(" after ", "\nafter "), bars))
+    chart = bar_chart("b0", groups, title="Answers and reasoning")
+    legend = "".join(f"<span>{_chip(color)}{_text(name)}</span>" for *_, color, name in students)
+    note = (
+        "<p>Shares of the test questions, with 95% intervals. Sound: every equation holds, every number comes from the "
+        "question or an earlier result, and it ends in the gold answer.</p>"
+    )
+    figure = f'<figure class="card">{chart}<figcaption class="legend">{legend}</figcaption></figure>'
+    return [_section("Answers and reasoning", f'<div class="grid">{figure}</div>{note}')]
 
 
 def _costs(outcomes: Sequence[Outcome]) -> list[str]:

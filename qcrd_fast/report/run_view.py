@@ -23,6 +23,11 @@ from qcrd_fast.utils.config_files import is_plain, number, read_object, read_opt
 QUALITY_SCORES = "quality_scores.jsonl"
 MAX_LINE = 1 << 20  # bytes; a longer line is passed over
 MAX_RECORDS = 1_000_000
+MEASURES = {  # of eval_results.json, where a run's reasoning was judged; NAME_untrained: of the student before
+    "accuracy": "answers at once",
+    "accuracy_reasoned": "answers after reasoning",
+    "sound_reasoning": "sound reasoning",
+}
 
 
 @dataclasses.dataclass

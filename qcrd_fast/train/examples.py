@@ -13,6 +13,7 @@ from qcrd_fast.data.splits import label_of
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.quality.cases import MINORITY, POSITIVE, Case, teacher_case
+from qcrd_fast.quality.checks import factor
 from qcrd_fast.train.methods import label_kind
 from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.utils.oom import relieved_by
@@ -129,7 +130,10 @@ def _example(question: Question, label: str | None, student: Student, config: Tr
     minority = () if config.effective("negative_source") == "none" else question.negatives
     reason = None
     if config.reasoning_task and positives:
-        worked = f"{positives[0].text.strip()}\nAnswer: {label}"
+        best = positives[0]
+        if config.qualities[0] == "checks":  # the first of those that pass most
+            best = max(positives, key=lambda r: factor(teacher_case(question, r, POSITIVE)))
+        worked = f"{best.text.strip()}\nAnswer: {label}"
         reason = (student.source_ids(REASON, text), student.target_ids(worked))
     return Example(
         id=question.id,

@@ -1,17 +1,17 @@
-"""The study: its problems and teacher, judges and rules by hand, its objective beside the product's, a run that resumes."""
+"""The study: judges and rules by hand, its objective beside the product's, a run that resumes."""
 
 import csv
 import dataclasses
 import functools
-import random
 
 import pytest
 from qcrd_fast.bench.study import __main__ as study
-from qcrd_fast.bench.study import judges, objective, problems, runs, students
+from qcrd_fast.bench.study import judges, objective, runs
 
 from qcrd_fast.config import PARTS, TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, Rationale
+from qcrd_fast.demo import problems, students
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.examples import make_examples
@@ -22,54 +22,6 @@ from qcrd_fast.utils.device import make_autocast
 
 ASKED = "Ann has 3 red and 4 blue keys and gives 2 to each of 2 others. How many are left?"
 SOUND = "First 3 + 4 = 7. Then 2 * 2 = 4. So 7 - 4 = 3."
-
-
-@pytest.mark.parametrize(
-    "chain, sound, faithful",
-    [
-        (SOUND, True, True),
-        ("Multiply: 2 * 2 = 4. Add: 4 + 3 = 7. Subtract: 7 - 4 = 3.", True, True),  # sums and factors in any order
-        ("First 3 + 4 = 8. Then 2 * 2 = 5. So 8 - 5 = 3.", False, False),  # false equations
-        ("There are 9 - 6 = 3.", False, False),  # numbers from nowhere
-        ("First 4 - 2 = 2. So 2 + 2 = 4.", False, False),  # another answer
-        ("First 4 + 2 = 6. So 6 - 3 = 3.", True, False),  # holds, but is no reason
-        ("So 3.", False, False),
-    ],
-)
-def test_soundness_by_hand(chain, sound, faithful):
-    problem = problems.Problem(ASKED, ((3, "+", 4), (2, "*", 2), (7, "-", 4)))
-    assert problems.is_sound(chain, ASKED, "3") is sound
-    assert problems.is_faithful(chain, problem) is faithful
-
-
-@pytest.mark.parametrize("task", problems.TASKS)
-def test_the_teacher_is_right_for_the_wrong_reason_as_often_as_it_is_meant_to_be(task):
-    rng = random.Random(1)
-    drawn = problems.draw_problems(task, 400, rng)
-    assert len({p.text for p in drawn}) == 400
-    right, sound = 0, 0
-    for problem in drawn:
-        assert problems.is_sound(
-            problems.write_chain([(s, problems.result(s)) for s in problem.steps], rng), problem.text, str(problem.answer)
-        )
-        for chain, answer in set(problems.teach(problem, rng)):
-            if answer == str(problem.answer):
-                right, sound = right + 1, sound + problems.is_sound(chain, problem.text, answer)
-    assert 2.5 < right / 400 < 4.5 and 0.48 < sound / right < 0.64
-    again = random.Random(1)
-    assert problems.draw_problems(task, 400, again) == drawn
-
-
-def test_no_word_of_a_task_is_unknown_and_no_neutral_text_reasons():
-    words = set(problems.vocabulary())
-    rng = random.Random(9)
-    for task in problems.TASKS:
-        for row in problems.write_rows(task, problems.draw_problems(task, 100, rng), rng):
-            text = " ".join([row["question"], *(s["rationale"] for s in row["samples"])])
-            assert set(problems.WORD.findall(text)) <= words
-    for _, prompt, target in problems.lookup_pairs(100, rng):
-        assert not set(prompt.partition("How many")[2].split()) & {"left", "both", "all", "than", "does"}
-        assert all(problems.OPERATIONS[o](a, b) == c for a, o, b, c in problems.stated_steps(target))
 
 
 def question(*chains, negatives=()):
@@ -154,7 +106,8 @@ def test_a_softmin_leans_to_the_likeliest_and_a_judge_weighs(rows_file, llama_fo
 
 
 def test_a_study_runs_once_each_and_resumes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(students, "PHASES", (("symbol_pairs", 2, 0), ("lookup_pairs", 1, 0)))
+    phases = ("symbol_pairs", 2, 0), ("lookup_pairs", 1, 0)
+    monkeypatch.setattr(runs, "RECIPES", {family: students.Recipe(family, phases) for family in students.FAMILIES})
     monkeypatch.setattr(runs, "TEST_QUESTIONS", 12)
     options = [
         "--epochs",

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -290,7 +291,19 @@ def test_generate_prints_rationale_and_answer(
 
 def test_demo_passes_on_only_what_was_given(library: SimpleNamespace, tmp_path: Path) -> None:
     assert entry(["demo", "--output-dir", str(tmp_path), "--seed", "3", "--dry-run"]) == 0
-    assert library.calls == [("run_demo", ({"seed": 3}, str(tmp_path)), {"dry_run": True})]
+    assert library.calls == [("run_demo", ({"seed": 3}, str(tmp_path)), {"compare": None, "dry_run": True})]
+
+
+def test_demo_ends_with_the_table_and_the_next_commands(
+    library: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"student": name, "accuracy": 0.5, "accuracy_reasoned": 0.25, "sound_reasoning": 0.125} for name in ("dss", "qcrd")]
+    library.behave = lambda: RESULTS | {"comparison": rows, "accuracy_reasoned": 0.25}
+    assert entry(["demo", "--output-dir", str(tmp_path), "--compare", "dss"]) == 0
+    assert library.calls[-1][2] == {"compare": "dss", "dry_run": False}
+    told = capsys.readouterr().out
+    assert re.search(r"^dss +0\.500 +0\.250 +0\.125$", told, re.MULTILINE) and "qcrd-fast generate" in told
+    assert entry(["demo", "--output-dir", str(tmp_path), "--compare", "none-such"]) == 2
 
 
 def test_train_dry_run_writes_nothing(library: SimpleNamespace, train_args: list[str]) -> None:

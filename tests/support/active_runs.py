@@ -46,10 +46,9 @@ def write_files(folder: Path, pool: int = 24, validation: int = 12, test: int = 
 
 def teach_to_reason(base: Path, out: Path, steps: int = 150, **options: Any) -> str:
     """A run folder: a small student that was trained to reason first, on rows that nothing else uses."""
-    from tests.support.students import sampled_rows
-
     from qcrd_fast.config import TrainConfig
     from qcrd_fast.train.trainer import train
+    from tests.support.students import sampled_rows
 
     data = write(out.with_name(f"{out.name}.jsonl"), sampled_rows(200, seed=11))
     config = TrainConfig(

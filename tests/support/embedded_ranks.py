@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
 from qcrd_fast import QCRDLoss, RationaleCollator, attach, score_then_train
-from qcrd_fast.demo import build_tokenizer
+from qcrd_fast.demo.students import build_tokenizer
 from tests.support.doubles import doubles
 from tests.support.eager_equations import relative_error
 

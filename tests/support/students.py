@@ -5,20 +5,22 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from tests.support import problems
+
 
 def sampled_rows(count: int, seed: int = 0) -> list[dict]:
-    from qcrd_fast import demo
-
     rng = random.Random(seed)
     rows = []
-    for i, problem in enumerate(demo.draw_problems(count, rng)):
-        samples = [dict(zip(("rationale", "answer"), demo.teach(problem, rng), strict=True)) for _ in range(demo.SAMPLES)]
+    for i, problem in enumerate(problems.draw_problems(count, rng)):
+        samples = [
+            dict(zip(("rationale", "answer"), problems.teach(problem, rng), strict=True)) for _ in range(problems.SAMPLES)
+        ]
         rows.append({"id": f"q{i}", "question": problem.question, "answer": problem.answer, "samples": samples})
     return rows
 
 
 def make_t5(folder: Path, layers: int = 2) -> Path:
-    """A T5 of width 32 with dropout, over the demo's words."""
+    """A T5 of width 32 with dropout, over the words of `problems`."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     tokenizer = _tokenizer(folder)
@@ -31,7 +33,7 @@ def make_t5(folder: Path, layers: int = 2) -> Path:
 
 
 def make_llama(folder: Path, layers: int = 2) -> Path:
-    """A Llama of width 32 with tied embeddings, over the demo's words."""
+    """A Llama of width 32 with tied embeddings, over the words of `problems`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _tokenizer(folder)
@@ -44,11 +46,11 @@ def make_llama(folder: Path, layers: int = 2) -> Path:
 
 
 def _tokenizer(folder: Path):
-    from qcrd_fast import demo
+    from qcrd_fast.demo.students import build_tokenizer
 
     rows = sampled_rows(300)
     texts = [row["question"] for row in rows] + [s["rationale"] for row in rows for s in row["samples"]]
-    tokenizer = demo.build_tokenizer([*texts, "\n"])
+    tokenizer = build_tokenizer([*texts, "\n"])
     tokenizer.save_pretrained(folder)
     return tokenizer
 

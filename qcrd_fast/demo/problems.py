@@ -16,7 +16,7 @@ from typing import Any
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eva", "Finn", "Gus", "Hana")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "keys", "pens", "shells")
 MORE, LESS = ("finds", "buys", "gets", "makes"), ("loses", "sells", "eats", "drops")
-LARGEST = 40  # of any result
+LARGEST = 40  # of any number, unless fewer are asked for
 SAMPLES = 5
 WORDINGS = 4
 
@@ -45,8 +45,8 @@ class Problem:
         return {int(word) for word in self.text.replace(".", " ").replace(",", " ").split() if word.isdigit()}
 
 
-def _valid(steps: Sequence[Step]) -> bool:
-    return all(0 < result(step) <= LARGEST for step in steps)
+def _valid(steps: Sequence[Step], largest: int = LARGEST) -> bool:
+    return all(0 < result(step) <= largest for step in steps)
 
 
 Drawn = tuple[int, str, list[Step]]  # kind, text, computation
@@ -106,15 +106,18 @@ _DRAW: dict[str, Callable[[random.Random], Drawn]] = {
 TASKS = tuple(_DRAW)
 
 
-def draw_problems(task: str, count: int, rng: random.Random, taken: set[str] | None = None) -> list[Problem]:
-    """Distinct problems, none of them in `taken`, to which they are added; a quarter states a number that is not needed."""
+def draw_problems(
+    task: str, count: int, rng: random.Random, taken: set[str] | None = None, largest: int = LARGEST
+) -> list[Problem]:
+    """Distinct problems, none of them in `taken`, to which they are added; a quarter states a number that is not needed.
+    `largest`: of the results."""
     problems: list[Problem] = []
     seen = set() if taken is None else taken
     while len(problems) < count:
         kind, text, steps = _DRAW[task](rng)
         if rng.random() < 0.25:
             text = f"{rng.choice(NAMES)} is {rng.randint(5, 12)} years old. {text}"
-        if _valid(steps) and text not in seen:
+        if _valid(steps, largest) and text not in seen:
             seen.add(text)
             problems.append(Problem(text, tuple(steps), kind))
     return problems
@@ -276,7 +279,7 @@ def write_rows(task: str, problems: Sequence[Problem], rng: random.Random | None
 # ---- neutral text ----
 
 
-def symbol_pairs(count: int, rng: random.Random) -> list[tuple[str, str, str]]:
+def symbol_pairs(count: int, rng: random.Random, largest: int = LARGEST) -> list[tuple[str, str, str]]:
     """(prefix, prompt, target): computations in symbols, with words thrown in that mean nothing. They teach arithmetic and the
     shape of a chain."""
     words = [
@@ -303,14 +306,14 @@ def symbol_pairs(count: int, rng: random.Random) -> list[tuple[str, str, str]]:
             left, other = result(steps[-1]), rng.randint(2, 12)
             operation = rng.choice("+-*") if left < 14 else rng.choice("+-")
             steps.append((left, operation, other) if rng.random() < 0.7 or operation == "-" else (other, operation, left))
-        if _valid(steps):
+        if _valid(steps, largest):
             noise = [" ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in steps]
             prompt = ". ".join(f"{w} {a} {o} {b}" for w, (a, o, b) in zip(noise, steps, strict=True)) + "."
             pairs.append(_neutral(prompt, steps, rng))
     return pairs
 
 
-def lookup_pairs(count: int, rng: random.Random) -> list[tuple[str, str, str]]:
+def lookup_pairs(count: int, rng: random.Random, largest: int = LARGEST) -> list[tuple[str, str, str]]:
     """As `symbol_pairs`: words with numbers in any order, then a computation over the words. They teach to find a number by
     what stands beside it, and nothing of what the words of a task ask for."""
     verbs = ["has", "and", "at", "each", *MORE, *LESS, "packs", "cost"]
@@ -326,7 +329,7 @@ def lookup_pairs(count: int, rng: random.Random) -> list[tuple[str, str, str]]:
             asked += f" {operation} {key}"
             steps.append((left, operation, value[key]))
             left = result(steps[-1])
-        if _valid(steps):
+        if _valid(steps, largest):
             told = " ".join(fact + rng.choice((",", ".", " and", "")) for fact in facts)
             pairs.append(_neutral(f"{told} How many {asked}?", steps, rng))
     return pairs
