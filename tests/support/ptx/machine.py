@@ -27,6 +27,7 @@ SPINS = 1000  # rounds without progress until the block counts as stuck
 class Signal(enum.Enum):
     EXIT = "the warp ends"
     YIELD = "the warp waits for memory: others first"
+    RETRY = "the same, and then the same instruction again"
 
 
 class Jump(NamedTuple):
@@ -89,6 +90,15 @@ class GlobalMemory:
             tensor[where] = data[mask]
 
 
+class Arrival(NamedTuple):
+    """What a copy of the copy engine brings: by which warp, what it knew when it asked, and the bytes."""
+
+    warp: int
+    clock: np.ndarray
+    places: np.ndarray
+    data: np.ndarray
+
+
 @dataclasses.dataclass
 class MBarrier:
     """A barrier in shared memory, with a phase; `clock` is what a thread knows that has waited for the last one."""
@@ -96,9 +106,22 @@ class MBarrier:
     count: int
     clock: np.ndarray
     next: np.ndarray
+    maker: int = 0  # the warp that made it, and when
+    made_at: int = 0
     pending: int = 0
     bytes: int = 0
     phase: int = 0
+    coming: list[Arrival] = dataclasses.field(default_factory=list)  # copies in flight that will count here
+
+    def deliver(self, block: Block) -> None:
+        """The copies in flight land, and who waits for the phase knows what their warp knew when it asked for them."""
+        while self.coming:
+            warp, clock, places, data = self.coming.pop(0)
+            block.shared[places] = data
+            block.written_at[places] = clock[warp]
+            self.next = np.maximum(self.next, clock)
+            self.bytes -= len(data)
+            self.settle()
 
     def settle(self) -> None:
         if self.pending < 0:
@@ -172,6 +195,7 @@ class Warp:
         self.registers = Registers(block.registers, block.warp_count, index)
         self.at = 0
         self.state = "runs"  # waits | done
+        self.register_count = block.program.registers or 0  # a thread's
         self.clock = block.clocks[index]
         self.clock[index] = 1
         self.copies: list[Any] = []  # cp.async not yet in a group, and the groups not yet waited for
@@ -217,6 +241,8 @@ class Block:
         self.written_at = np.zeros(len(self.shared), np.int64)
         self.read_at = np.zeros((self.warp_count, len(self.shared)), np.int64)
         self.mbarriers: dict[int, MBarrier] = {}
+        self.free_registers = 0  # a thread's, that warps gave back (setmaxnreg)
+        self.random: np.random.Generator | None = None
         self.barriers: dict[int, list[Warp]] = {}
         self.warps = [Warp(self, i) for i in range(self.warp_count)]
 
@@ -289,13 +315,15 @@ class Block:
 
     def run(self, random: np.random.Generator | None) -> None:
         """Until every warp has ended; with `random`, in another order each round."""
-        idle_rounds = 0
+        idle_rounds, self.random = 0, random
         while any(warp.state != "done" for warp in self.warps):
             moved = [self._advance(gang) for gang in self._gangs(random)]
             idle_rounds = 0 if any(moved) else idle_rounds + 1
             if idle_rounds > SPINS or not moved:
                 live = [warp for warp in self.warps if warp.state != "done"]
                 raise Fault(f"deadlock: {[(warp.index, warp.state, self.program.code[warp.at].text) for warp in live]}")
+        if any(barrier.coming for barrier in self.mbarriers.values()):
+            raise Fault("the block ends with copies in flight")
 
     def _gangs(self, random: np.random.Generator | None) -> list[Gang]:
         """The warps that can run, by their place; with `random` in two parts, of which the first runs as far as it can."""
@@ -340,6 +368,8 @@ class Block:
             self._arrive(warp, signal)
         elif isinstance(signal, Jump):
             warp.at = self.program.labels[signal.label]
+        elif signal is Signal.RETRY:
+            return warp.at != began
         elif signal is Signal.EXIT:
             warp.state = "done"
             if not warp.is_idle():
