@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.support.ptx.machine import Arrival, Arrive, Descriptor, Gang, Jump, MBarrier, Signal, Step, Warp
+from tests.support.ptx.machine import Arrive, Descriptor, Gang, Jump, MBarrier, Signal, Step, Warp
 from tests.support.ptx.operands import address, makes, mask_of, put_into, register_width, source
 from tests.support.ptx.program import Instruction, elements, split
 from tests.support.ptx.values import SIGNED, UNSIGNED, Fault, NotModelled, width_of
@@ -188,8 +188,7 @@ def _bring(warp: Warp, tensor: Descriptor, to: int, first: list[int], bar: int, 
     every, owners = np.ones(at.size, bool), np.full(at.size, warp.index)
     places = block.promise(owners, at, tensor.element, every, text)
     barrier = _mbarrier(warp, bar, text)
-    barrier.coming.append(Arrival(warp.index, warp.clock.copy(), places, data.reshape(-1)))
-    warp.clock[warp.index] += 1
+    barrier.coming.append((places, data.reshape(-1)))
     if block.random is not None and block.random.random() < 0.5:
         barrier.deliver(block)
 
@@ -223,12 +222,7 @@ def mbarrier(instruction: Instruction) -> Step:
                         raise Fault(f"copies in flight will count at the mbarrier at {place}: {text}")
                     del warp.block.mbarriers[place]
                 else:
-                    n, zero, now = (
-                        int(count(warp)[lane]),
-                        np.zeros(warp.block.warp_count, np.int64),
-                        int(warp.clock[warp.index]),
-                    )
-                    warp.block.mbarriers[place] = MBarrier(n, zero, zero.copy(), warp.index, now, pending=n)
+                    warp.block.make_mbarrier(warp, place, int(count(warp)[lane]))
 
         return make
     if verb == "arrive":
