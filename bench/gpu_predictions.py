@@ -23,6 +23,8 @@ def compare(results: Mapping[str, Mapping[str, Any]], device: str) -> list[dict[
         if row["supposed"] or not row["limited"]:
             continue
         for head, shares in row["shares"].items():
+            if shares is None:  # no room for this design
+                continue
             way = row["tile"][head]
             share, by = measured.get((row["variant"], way, head), (None, ""))
             found.append({
@@ -50,7 +52,8 @@ def _of_tuning(results: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str,
         for row in result.get("rows", ()) if part.startswith("tuning-") else ():
             if row["pass"] == "forward" and "ms" in row and row["dtype"] == "bf16":
                 tflops = 2e-9 * Case(row["head"], row["tokens"]).unit / row["ms"]
-                found["plain", row["way"], row["head"]] = tflops / MACHINE.peak_tflops, part
+                variant = "hidden resident" if row["way"].endswith(" resident") else "plain"
+                found[variant, row["way"], row["head"]] = tflops / MACHINE.peak_tflops, part
     return found
 
 

@@ -70,6 +70,7 @@ class Work(NamedTuple):
     serial: float  # of the epilogue, before the exponentials
     shared: float  # exponentials and the multiply-adds beside them: the programs take turns
     refills: bool  # the ring of operands is empty after a tile, for no load was issued ahead of the epilogue
+    shares_ring: bool = False  # the programs are warpgroups of one, and a stage is free when all gave it back
 
     @property
     def step_clocks(self) -> float:
@@ -77,17 +78,23 @@ class Work(NamedTuple):
 
 
 def work_of(tile: Tile, threads: int, programs: int, counts: sass.Counts) -> Work:
-    """From a warp's instructions of a tile: all that are no exponential and no multiply-add come first, one after another."""
+    """From a warp's instructions of a tile: all that are no exponential and no multiply-add come first, one after another.
+    Where the hidden states are resident, half of the tile is a warpgroup's, and the head alone is fetched, once for both."""
     _, units = counts.by_pipe()
+    step_bytes = 2.0 * (tile.block_t + tile.block_v) * tile.block_h
+    if tile.resident:
+        tile, threads, programs = tile._replace(block_t=tile.block_t // 2), 128, 2
+        step_bytes = 2.0 * tile.block_v * tile.block_h
     warps, mufu, fma = threads // 32, units["mufu"], units["fma"]
     issue = warps / MACHINE.schedulers
     return Work(
         tile,
         programs,
-        step_bytes=2.0 * (tile.block_t + tile.block_v) * tile.block_h,
+        step_bytes,
         serial=(units.total() - mufu - fma) * issue + MACHINE.drain,
         shared=max(mufu * warps * 32 / MACHINE.mufu, (mufu + fma) * issue),
         refills=units["copy"] > 0,
+        shares_ring=tile.resident,
     )
 
 
@@ -97,6 +104,8 @@ def simulate(work: Work, H: int, l2_bytes: float) -> float:
     Each program: step g asks for the operands of step g + stages - 1, waits for its own and issues its product; the product
     before it must have ended. After a tile's last product comes the epilogue. L2, tensor cores and exponentials serve in order.
     """
+    if work.shares_ring:
+        return simulate_ring(work, H, l2_bytes)
     steps, ahead = -(-H // work.tile.block_h), work.tile.num_stages - 1
     load, matrix = work.step_bytes / l2_bytes, work.step_clocks
     l2_free = tensor_free = shared_free = 0.0
@@ -141,6 +150,59 @@ def simulate(work: Work, H: int, l2_bytes: float) -> float:
     return work.programs * (TILES - 1 - warm) * steps * matrix / (finished[-1] - finished[warm])
 
 
+def simulate_ring(work: Work, H: int, l2_bytes: float) -> float:
+    """As `simulate`, of warpgroups that share a ring: a warp of its own asks for step g + stages once all gave back step g.
+    A warpgroup does so when it notices that the product has ended: behind the issue of its next one, or at a tile's end."""
+    steps, groups = -(-H // work.tile.block_h), range(work.programs)
+    load, matrix = work.step_bytes / l2_bytes, work.step_clocks
+    l2_free = tensor_free = shared_free = 0.0
+    landed: list[float] = []  # when the operands of each step are there
+    waiting: dict[int, list[int]] = {}  # warpgroups, by the step that they wait for
+    given_back, ended = [0] * work.programs, [0.0] * work.programs  # steps; the end of each one's latest product
+    finished: list[float] = []  # tiles of the first warpgroup
+    events = [(0.0, group, 0, "step") for group in groups]
+
+    def ask(now: float) -> None:
+        nonlocal l2_free
+        while len(landed) < min(given_back) + work.tile.num_stages:
+            l2_free = max(l2_free, now) + load
+            landed.append(l2_free + MACHINE.latency)
+            for group in waiting.pop(len(landed) - 1, ()):
+                heapq.heappush(events, (landed[-1], group, len(landed) - 1, "product"))
+
+    ask(0.0)
+    while len(finished) < TILES:
+        now, group, step, what = heapq.heappop(events)
+        done = (step + 1) % steps == 0
+        if what == "step":
+            if step < len(landed):
+                heapq.heappush(events, (max(now, landed[step]), group, step, "product"))
+            else:
+                waiting.setdefault(step, []).append(group)
+        elif what == "product":
+            tensor_free = max(now, tensor_free) + matrix
+            before, ended[group] = ended[group], tensor_free
+            if step % steps:
+                heapq.heappush(events, (max(now, before), group, step - 1, "free"))
+            if done:
+                heapq.heappush(events, (tensor_free, group, step, "free"))
+            heapq.heappush(
+                events, (tensor_free, group, step, "serial") if done else (max(now, before), group, step + 1, "step")
+            )
+        elif what == "free":
+            given_back[group] = step + 1
+            ask(now)
+        elif what == "serial":
+            heapq.heappush(events, (now + work.serial, group, step, "shared"))
+        else:
+            shared_free = max(shared_free, now) + work.shared
+            if group == 0:
+                finished.append(shared_free)
+            heapq.heappush(events, (shared_free, group, step + 1, "step"))
+    warm = TILES // 4
+    return work.programs * (TILES - 1 - warm) * steps * matrix / (finished[-1] - finished[warm])
+
+
 class Design(NamedTuple):
     """A variant of `sass.VARIANTS` at a tile; None: at the tile that it is launched with at that H."""
 
@@ -155,21 +217,16 @@ class Design(NamedTuple):
         t, v, h = work.tile[:3]
         if self.hypothetical == MULTICAST:
             return work._replace(step_bytes=2.0 * (t + v / 2) * h)
-        if self.hypothetical == RESIDENT:  # two halves of the rows, each a program; a stage of the head serves both
-            half = work.tile._replace(block_t=t // 2, num_stages=4)
-            costs = dict(serial=work.serial / 2, shared=work.shared / 2)
-            return work._replace(tile=half, programs=2, step_bytes=2.0 * v * h / 2, refills=False, **costs)
         if self.hypothetical == ONE_PROGRAM:
             return work._replace(programs=1)
         return work
 
     def fits(self, H: int) -> bool:
         """A resident hidden tile leaves room for two stages of the head or more."""
-        return self.hypothetical != RESIDENT or 2 * 128 * (H + 2 * 64) <= 227 * 1024
+        return not self.variant.startswith("hidden resident") or product.resident_tile(H).num_stages > 1
 
 
 MULTICAST = "two row blocks of a cluster share the head's loads"
-RESIDENT = "the hidden tile stays in shared memory, two warpgroups run free"
 ONE_PROGRAM = "one program a multiprocessor"
 DEFAULT, WIDE, WIDE_TMA = Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3, descriptors=True)
 DESIGNS = [
@@ -185,7 +242,9 @@ DESIGNS = [
     Design("128 x 256, cp.async", WIDE),
     Design("128 x 256, descriptors", WIDE_TMA),
     Design("128 x 256, descriptors", WIDE_TMA, hypothetical=MULTICAST),
-    Design("128 x 128, descriptors", DEFAULT._replace(descriptors=True), hypothetical=RESIDENT),
+    Design("128 x 128, hidden resident", None, "hidden resident"),
+    Design("128 x 128, hidden resident, keeps the exponentials", None, "hidden resident, keeps the exponentials"),
+    Design("128 x 128, hidden resident, entropy, a ragged V", None, "hidden resident, entropy, ragged V"),
 ]
 
 
@@ -196,13 +255,14 @@ _codes: dict[str, tuple[sass.Code, sass.Counts | None]] = {}  # by a compiled ke
 def counted(variant: str, tile: Tile | None, limited: bool, head: str) -> tuple[Work, sass.Code]:
     """Of the forward kernel as it is launched on an H100."""
     H, V, _ = HEADS[head]
-    asked = next(v for v in sass.VARIANTS if v.name == variant)._replace(H=H, V=V, kernels=("forward_kernel",))
+    found = next(v for v in sass.VARIANTS if v.name == variant)
+    asked = found._replace(H=H, V=V + found.V % 128, kernels=found.kernels[:1])
     shape_of, tiles = linear_logprob.shape_of, list[Tile]()
 
     def recorded(tile: Tile, *sizes: Any) -> dict[str, Any]:
         tiles.append(tile)
-        found = shape_of(tile, *sizes)
-        return found if limited else {**found, "maxnreg": None}
+        shape = shape_of(tile, *sizes)
+        return shape if limited else {**shape, "maxnreg": None}
 
     with mock.patch.object(product, "forced_tile", tile), mock.patch.object(linear_logprob, "shape_of", recorded):
         ((_, launch),) = sass.compile_variants(90, [asked])
@@ -211,7 +271,7 @@ def counted(variant: str, tile: Tile | None, limited: bool, head: str) -> tuple[
         _codes[launch.kernel.hash] = code, sass.count(code)
     code, counts = _codes[launch.kernel.hash]
     assert counts is not None
-    return work_of(tiles[0], code.threads, code.programs, counts), code
+    return work_of(tiles[0] if tiles else product.resident_tile(H), code.threads, code.programs, counts), code
 
 
 def predict(design: Design, head: str) -> tuple[float, float] | None:
@@ -230,13 +290,16 @@ def rows(only: str = "") -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = {"design": design.name, "supposed": design.hypothetical, "variant": design.variant}
         row["limited"] = design.limited
         for head in ORDER:
+            if not design.fits(HEADS[head].H):
+                row.setdefault("shares", {})[head] = None
+                continue
             counted_work, code = counted(design.variant, design.tile, design.limited, head)
             work = design.change(counted_work)
             found = {
                 "tile": way_name(counted_work.tile),
                 "registers": code.registers,
                 "spills": code.spills,
-                "programs": work.programs,
+                "programs": 1 if work.shares_ring else work.programs,
                 "epilogue_clocks": round(work.serial + work.shared),
                 "shares": predict(design, head),
             }

@@ -178,13 +178,14 @@ class Counts(NamedTuple):
 
 def count(code: Code) -> Counts | None:
     """The step is the shortest way around through a product. A tile's other instructions (address, mask, exponentials) are the
-    rest of the loop over tiles, or where a program has one tile alone, of the program. None without products."""
+    rest of the loop over tiles, or where a program has one tile alone, of the program. Where several groups of warps have a
+    loop each, it is the shortest of these. None without products."""
     after = successors(code)
     before: list[list[int]] = [[] for _ in after]
     for at, ways in enumerate(after):
         for to in ways:
             before[to].append(at)
-    best: tuple[int, list[int], int] | None = None
+    best: tuple[tuple[int, int], list[int], set[int]] | None = None
     seen: set[int] = set()
     for at, instruction in enumerate(code.instructions):
         if not opcode(instruction).startswith(("HGMMA", "HMMA", "UTCHMMA")) or at in seen:
@@ -197,15 +198,13 @@ def count(code: Code) -> Counts | None:
             way.append(here)
             here = found[here]
         seen.update(way)
-        if best is None or len(way) < best[0]:
-            best = len(way), way, at
+        around = _reach([at], after).keys() & _reach([at], before).keys()
+        if best is None or (len(around), len(way)) < best[0]:
+            best = (len(around), len(way)), way, set(around)
     if best is None:
         return None
-    _, step, product = best
-    loop = set(range(len(after)))
-    if code.kernel not in ("da_kernel", "kl_da_kernel"):
-        loop = _reach([product], after).keys() & _reach([product], before).keys()
-    else:
+    _, step, loop = best
+    if code.kernel in ("da_kernel", "kl_da_kernel"):
         loop = set(_reach([0], after))
     rest = sorted(loop - set(step))
     return Counts([code.instructions[i] for i in sorted(step)], [code.instructions[i] for i in rest])
@@ -230,10 +229,11 @@ class Variant(NamedTuple):
     top_k: int = 0
     teacher_H: int = 0  # of a divergence
     beta: float = 0.0
+    resident: bool = False  # at `product.resident_tile`
 
 
 KL, MIXTURE = ("kl_kernel", "kl_da_kernel"), ("mixture_kernel", "kl_da_kernel")
-FORWARD, BOTH = ("forward_kernel",), ("forward_kernel", "da_kernel")
+FORWARD, BOTH, RESIDENT = ("forward_kernel",), ("forward_kernel", "da_kernel"), ("resident_kernel",)
 EVERY: dict[str, Any] = dict(bias=True, options=(0.3, 30.0, 1.4))
 WIDE: dict[str, Any] = dict(H=4096, V=128256)
 VARIANTS = [
@@ -258,6 +258,11 @@ VARIANTS = [
     Variant("KL, mixture, every option, ragged H and V", MIXTURE, H=592, V=50257, teacher_H=904, beta=0.5, **EVERY),
     Variant("KL, 32 rows", KL, rows=32, teacher_H=896),
     Variant("KL, fp32", KL, dtype=torch.float32, teacher_H=896),
+    Variant("hidden resident", RESIDENT, resident=True),
+    Variant("hidden resident, H = 640, fp16", RESIDENT, H=640, V=262144, dtype=torch.float16, resident=True),
+    Variant("hidden resident, H = 768", RESIDENT, H=768, V=32128, resident=True),
+    Variant("hidden resident, entropy, ragged V", RESIDENT, V=50257, entropy=True, resident=True),
+    Variant("hidden resident, keeps the exponentials", RESIDENT, keep=True, resident=True),
     Variant("noise, no top-k", ("product_kernel",), rows=256),
     Variant("greedy", ("product_kernel",), rows=256, options=(1.0, 0.0, 0.0)),
     Variant("top-k", ("product_kernel", "select_kernel", "gather_kernel", "pick_kernel"), rows=256, top_k=50),
@@ -268,6 +273,9 @@ SMALL_KERNELS = ("combine_kernel", "kl_combine_kernel", "kept_kernel", "mean_ker
 
 def launch_variant(variant: Variant) -> None:
     """Within `compiling`: the launches of a variant. Nothing of the operands is read."""
+    if variant.resident:
+        with mock.patch.object(product, "forced_tile", product.resident_tile(variant.H)):
+            return launch_variant(variant._replace(resident=False))
     T, H, V, dtype = variant.rows, variant.H, variant.V, variant.dtype
     hidden, weight = torch.empty(T, H, dtype=dtype), torch.empty(V, H, dtype=dtype)
     bias, options = torch.empty(V, dtype=dtype) if variant.bias else None, variant.options
@@ -287,6 +295,8 @@ def launch_variant(variant: Variant) -> None:
         linear_logprob.forward_keeping(hidden, weight, target, bias, options, -100, 2**62)
         return
     linear_logprob.forward(hidden, weight, target, bias, options, -100, variant.entropy)
+    if variant.kernels == RESIDENT:
+        return
     coefficients = (of_rows, of_rows, of_rows if variant.entropy else None)
     linear_logprob.backward(hidden, weight, target, bias, of_rows, coefficients, options, (False, False, False))
 
@@ -352,11 +362,13 @@ def rows_of(capability: int, only: str = "", names: Collection[str] | None = Non
                 counted.append(product.programs_at_once(arguments[0], capability, arguments[2]))
                 return counted[-1] * 132
 
+            if variant.resident and (capability != 90 or product.gluon_obstacle()):
+                continue
             with mock.patch.object(product, "slots_of", count_on):
                 launches = list(compile_variants(capability, [variant]))
             for _, launch in launches:
                 row = describe(variant.name, launch)
-                if row["kernel"] in ("forward_kernel", "product_kernel", "kl_kernel", "mixture_kernel"):
+                if row["kernel"] in ("forward_kernel", "product_kernel", "resident_kernel", "kl_kernel", "mixture_kernel"):
                     row["counted"] = counted[0]
                 yield row
     if capability == 90 and only in "small" and names is None:

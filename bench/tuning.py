@@ -50,13 +50,19 @@ Grads = tuple[Tensor, Tensor]  # dHidden [S, H], dWeight [V, H]
 
 
 def way_name(tile: Tile) -> str:
-    return f"{'x'.join(map(str, tile[:3]))} w{tile.num_warps} s{tile.num_stages}" + " descriptors" * tile.descriptors
+    return (
+        f"{'x'.join(map(str, tile[:3]))} w{tile.num_warps} s{tile.num_stages}"
+        + " descriptors" * tile.descriptors
+        + " resident" * tile.resident
+    )
 
 
-def tiles(dtype: torch.dtype, short: bool = False) -> dict[str, Tile]:
+def tiles(dtype: torch.dtype, H: int, short: bool = False) -> dict[str, Tile]:
     found: dict[str, Tile] = {}
     for shape in SHORT if short and dtype != torch.float32 else SHAPES[dtype]:
         found |= {way_name(tile): tile for tile in (Tile(*shape), Tile(*shape, descriptors=True))}
+    if dtype != torch.float32 and (tile := product.resident_tile(H)).num_stages > 1:
+        found[way_name(tile)] = tile
     return found
 
 
@@ -91,7 +97,7 @@ def forward_ways(
             torch.mm(rows_CH, head[1].T)
 
     ways: dict[str, Callable[[], Any]] = {"products": products, "default": functools.partial(call, None)}
-    ways |= {name: functools.partial(call, tile) for name, tile in tiles(DTYPES[case.dtype], short).items()}
+    ways |= {name: functools.partial(call, tile) for name, tile in tiles(DTYPES[case.dtype], HEADS[case.head].H, short).items()}
     return ways, lambda out: float((out - truth_T).norm() / truth_T.norm())
 
 

@@ -252,18 +252,26 @@ def _forward(
         return logprob_T, lse_T, entropy_T, rest_T, None
     head, flags = (hidden_TH, weight_VH, bias_V, target_T.contiguous()), flags_of(bias_V, options)
     heavy = keep or is_heavy(flags, V, H, want_entropy)
-    tile = choose_tile(hidden_TH, weight_VH, heavy)
+    tile = choose_tile(hidden_TH, weight_VH, heavy, resident=bias_V is None and not options[1])
     blocks, tiles, parts, part_size = layout(tile, T, V, hidden_TH.device, heavy)
     partial_PT = [hidden_TH.new_empty((parts, T if i < 2 or want_entropy else 0), dtype=torch.float32) for i in range(3)]
     pitch = triton.cdiv(V, 16) * 16
     kept = None
     if keep:
         kept = Kept(hidden_TH.new_empty((T, pitch)), hidden_TH.new_empty((tiles, T), dtype=torch.float32), tile.block_v)
-    forward_kernel[(blocks, parts)](
-        *sources(hidden_TH, weight_VH, tile), *head[2:], *partial_PT, *(kept[:2] if kept else (None, None)),
-        T, V, H, part_size, pitch, *numbers(bias_V, options), ignore_index,
-        **flags, **shape_of(tile, V, H, hidden_TH.device), WANT_ENTROPY=want_entropy, KEEP=keep,
-    )  # fmt: skip
+    if tile.resident:
+        from csrc_triton import linear_logprob_hopper
+
+        linear_logprob_hopper.forward(
+            hidden_TH, weight_VH, head[3], partial_PT, kept[:2] if kept else None,
+            tile, part_size, pitch, options, ignore_index, want_entropy,
+        )  # fmt: skip
+    else:
+        forward_kernel[(blocks, parts)](
+            *sources(hidden_TH, weight_VH, tile), *head[2:], *partial_PT, *(kept[:2] if kept else (None, None)),
+            T, V, H, part_size, pitch, *numbers(bias_V, options), ignore_index,
+            **flags, **shape_of(tile, V, H, hidden_TH.device), WANT_ENTROPY=want_entropy, KEEP=keep,
+        )  # fmt: skip
     combine_kernel[(triton.cdiv(T, 16),)](
         *head, *partial_PT, logprob_T, lse_T, entropy_T, rest_T,
         T, H, parts, *numbers(bias_V, options), ignore_index,

@@ -10,6 +10,7 @@ then the largest u gives the largest z, and exp(z - m) is one multiply-add and o
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import os
 from typing import Any, NamedTuple
@@ -35,8 +36,10 @@ class Tile(NamedTuple):
     num_stages: int
     descriptors: bool = False  # operands are fetched by the copy engine of sm_90 and newer (TMA)
     products: int = 1  # as many registers' worth of sums a program holds at once
+    resident: bool = False  # all of a row's hidden states stay in shared memory; stages are of the head alone (sm_90)
 
 
+RESIDENT_BYTES = 227 * 1024 - 1024  # of an H100's shared memory: all but the barriers
 forced_tile: Tile | None = None  # what a benchmark wants every launch to take
 
 
@@ -47,18 +50,53 @@ def plain_tile(dtype: torch.dtype, rows: int) -> Tile:
     return Tile(128, 128, 64, 8, 3) if rows > 64 else Tile(64, 128, 64, 4, 3)
 
 
-def choose_tile(hidden: Tensor, weight: Tensor, heavy: bool = False, wide: bool = True) -> Tile:
+def choose_tile(hidden: Tensor, weight: Tensor, heavy: bool = False, wide: bool = True, resident: bool = False) -> Tile:
     """The tile of a product of these operands. On an H100, where the copy engine can fetch them, 256 columns from H = 1024 on:
     each byte that comes from the L2 cache is used more often. `heavy`: an epilogue whose registers leave two programs room
-    there only if the copy engine keeps the addresses. `wide`: whether 256 columns' worth of the epilogue fits in registers."""
-    if forced_tile is not None:
+    there only if the copy engine keeps the addresses. `wide`: whether 256 columns' worth of the epilogue fits in registers.
+    `resident`: whether there is a kernel that holds hidden in shared memory."""
+    if forced_tile is not None and (resident or not forced_tile.resident):
         return forced_tile
     H, tile = hidden.shape[1], plain_tile(hidden.dtype, len(hidden))
     if tile.block_t < 128 or architecture(hidden.device) // 10 != 9 or not fetchable(hidden, weight):
         return tile
+    if resident and gluon_wanted() and resident_tile(H).num_stages >= 4 and gluon_obstacle() is None:
+        return resident_tile(H)
     if wide and H >= 1024:
         return Tile(128, 256, 64, 8, 3, True)
     return tile._replace(descriptors=heavy)
+
+
+def resident_tile(H: int) -> Tile:
+    """128 rows of hidden states of 16 bits in shared memory, and in what is left as many stages of the head, 8 at most.
+
+    A stage is 64 deep, or 32 where there would be fewer than 4: the copy engine fetches one when it was given back, and idles
+    where few are large. Beyond H = 832 there is no room for 2; `num_stages` is then less.
+    """
+
+    def made(block_h: int) -> Tile:
+        hidden, stage = 2 * 128 * -(-H // block_h) * block_h, 2 * 128 * block_h
+        return Tile(128, 128, block_h, 8, min(8, (RESIDENT_BYTES - hidden) // stage), True, True)
+
+    return made(64) if made(64).num_stages >= 4 else made(32)
+
+
+def gluon_wanted() -> bool:
+    """Whether QCRD_FAST_GLUON=1 asks for the kernel of `linear_logprob_hopper`, which no GPU has timed yet."""
+    value = os.environ.get("QCRD_FAST_GLUON", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"QCRD_FAST_GLUON={value}: expected 0 or 1")
+    return value == "1"
+
+
+@functools.cache
+def gluon_obstacle() -> str | None:
+    """Why this Triton cannot compile `linear_logprob_hopper`, or None."""
+    try:
+        importlib.import_module(f"{__package__}.linear_logprob_hopper")
+    except Exception as error:  # Gluon is experimental: names come and go between versions of Triton
+        return f"triton {triton.__version__} lacks what linear_logprob_hopper needs: {error}"
+    return None
 
 
 def fetchable(*operands: Tensor) -> bool:
@@ -100,6 +138,8 @@ def programs_at_once(tile: Tile, capability: int, heavy: bool = False) -> int:
     is what `shape_of` has the compiler keep to. With matrix instructions of a warp (Ampere, Ada, and Blackwell's workstation
     GPUs) the registers of 8 warps leave room for one; on a B200 those of a `heavy` epilogue do."""
     family = capability // 10
+    if tile.resident:
+        return 1
     if tile.block_t * tile.block_v * tile.products > 64 * 32 * tile.num_warps:  # more than 64 sums a thread
         return 1
     fp32 = tile.block_h == 16 and capability != 80  # no matrix instructions; sm_80 takes one register too many

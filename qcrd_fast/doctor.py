@@ -12,7 +12,7 @@ from typing import Any
 from qcrd_fast.utils.environment import GIB, PACKAGES, cpu_cores, dotted, list_gpus, package_version
 from qcrd_fast.version import __version__
 
-VARIABLES = ("QCRD_FAST_IMPL", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+VARIABLES = ("QCRD_FAST_IMPL", "QCRD_FAST_GLUON", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
 def examine() -> dict[str, Any]:
@@ -21,7 +21,7 @@ def examine() -> dict[str, Any]:
     gpus = list_gpus(torch) if torch else []
     impl, why = kernel_path(torch, gpus) if torch else (None, f"torch cannot be imported: {torch_error}")
     return {
-        "kernels": {"impl": impl, "why": why},
+        "kernels": {"impl": impl, "why": why, "hopper": _hopper_kernel() if torch else None},
         "versions": {
             "qcrd-fast": __version__,
             "python": platform.python_version(),
@@ -57,10 +57,18 @@ def kernel_path(torch: Any, gpus: list[dict[str, Any]]) -> tuple[str, str]:
     return impl, why
 
 
+def _hopper_kernel() -> str | None:
+    from qcrd_fast.ops.dispatch import describe_gluon
+
+    return describe_gluon()
+
+
 def as_text(report: dict[str, Any]) -> str:
     """The report in lines."""
     cpu, kernels = report["cpu"], report["kernels"]
     lines = [f"kernels      {kernels['impl'] or 'unknown'}: {kernels['why']}"]
+    if kernels["hopper"]:
+        lines.append(f"hopper       {kernels['hopper']}")
     if "TRITON_INTERPRET" in report["environment"]:
         lines.append("             TRITON_INTERPRET is set: kernels run in Triton's interpreter, for tests only")
     lines += [

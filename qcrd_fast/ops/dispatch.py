@@ -35,6 +35,21 @@ def require_impl(impl: str, device: torch.device) -> None:
         raise InputError(f"--impl: {error}") from error
 
 
+def describe_gluon() -> str | None:
+    """What follows from QCRD_FAST_GLUON, the kernel of `csrc_triton.linear_logprob_hopper`; None where it is not asked for."""
+    if os.environ.get("QCRD_FAST_GLUON", "0") == "0" or _triton_import_error():
+        return None
+    from csrc_triton.product import gluon_obstacle, gluon_wanted
+
+    try:
+        gluon_wanted()
+    except ValueError as error:
+        return f"{error}; a run would refuse this"
+    if obstacle := gluon_obstacle():
+        return f"no: {obstacle}; the Triton kernel runs"
+    return "QCRD_FAST_GLUON=1: the Gluon kernel on an H100 or H200, up to H = 768, without bias and softcap"
+
+
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels do not run by themselves, or None."""
     if dtype == torch.float64:

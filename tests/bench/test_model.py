@@ -10,7 +10,7 @@ import pytest
 from bench import model, sass
 from bench.cases import HEADS
 from bench.model import MACHINE, Work, simulate
-from csrc_triton.product import Tile
+from csrc_triton.product import Tile, resident_tile
 from tests.support.paths import ROOT
 
 TRITON = "3.9.0"  # which the docs' table was made with
@@ -68,8 +68,34 @@ def test_operands_of_the_next_tile_come_during_the_epilogue() -> None:
 
 
 def test_room_of_a_resident_tile() -> None:
-    design = next(design for design in model.DESIGNS if design.hypothetical == model.RESIDENT)
+    design = next(design for design in model.DESIGNS if design.variant == "hidden resident")
     assert [design.fits(HEADS[head].H) for head in model.ORDER] == [True, True, True, False]
+    assert (
+        resident_tile(576)[2:5] == (64, 8, 5)
+        and resident_tile(640)[2:5] == (64, 8, 4)
+        and resident_tile(768)[2:5] == (32, 8, 4)
+    )
+    assert resident_tile(64).num_stages == 8 and resident_tile(832).num_stages == 2 and resident_tile(840).num_stages < 2
+
+
+RING = Work(Tile(64, 128, 64, 8, 5, True, True), 2, step_bytes=16384, serial=0, shared=0, refills=False, shares_ring=True)
+
+
+def test_a_shared_ring_fills_the_tensor_cores() -> None:
+    assert simulate(RING, 576, FAST) == pytest.approx(1, abs=1e-9)
+    assert simulate(RING._replace(serial=180, shared=528), 256, FAST) > 0.85
+
+
+def test_a_shared_ring_is_bound_by_its_round_trip() -> None:
+    """Of two stages one is given back behind the issue of the other's product, and a step takes a load and the latency; at the
+    end of a tile of nine steps both are."""
+    share = simulate(RING._replace(tile=RING.tile._replace(num_stages=2)), 576, 33.5)
+    assert share == pytest.approx(512 / (16384 / 33.5 + MACHINE.latency), rel=0.1)
+
+
+def test_a_shared_ring_is_bound_by_bandwidth() -> None:
+    """16 KiB serve 512 clocks of products: at 16 bytes a clock they take 1,024."""
+    assert simulate(RING, 576, 16.0) == pytest.approx(0.5, rel=0.02)
 
 
 def test_a_page_is_updated() -> None:

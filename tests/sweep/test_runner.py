@@ -504,7 +504,7 @@ def test_exposure_counts_what_each_method_sees(rows_file, t5_folder) -> None:
 @pytest.mark.slow
 def test_the_ci_recipe_from_data_to_tables(tmp_path) -> None:
     """Two seeds of two methods in processes of their own, rows, rationales judged, Markdown; then nothing is left to run."""
-    from qcrd_fast.demo import write_demo
+    from qcrd_fast.demo.runner import write_demo
 
     (tmp_path / "data").mkdir()
     write_demo(tmp_path / "data" / "demo", 0)

@@ -16,17 +16,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.support.ptx.program import Program
-from tests.support.ptx.values import LANES, Fault
+from tests.support.ptx.values import LANES, Fault, NotModelled
 
 SHARED_BASE = 1024  # address of the first byte of shared memory
 DESCRIPTORS = 0xDD000  # address of the first parameter, for those that are descriptors of tensors
 NOT_YET = 1 << 40  # a time after all others: a copy or product in flight
+MBARRIERS = 64  # of a block, at most
 SPINS = 1000  # rounds without progress until the block counts as stuck
 
 
 class Signal(enum.Enum):
     EXIT = "the warp ends"
     YIELD = "the warp waits for memory: others first"
+    RETRY = "the same, and then the same instruction again"
 
 
 class Jump(NamedTuple):
@@ -91,14 +93,32 @@ class GlobalMemory:
 
 @dataclasses.dataclass
 class MBarrier:
-    """A barrier in shared memory, with a phase; `clock` is what a thread knows that has waited for the last one."""
+    """A barrier in shared memory, with a phase; `clock` is what a thread knows that has waited for the last one.
+
+    Copies that count here are the writes of a thread of their own, `engine`: only who waits here knows that they landed, and
+    knowing what the warp did that asked for them is not enough."""
 
     count: int
     clock: np.ndarray
     next: np.ndarray
+    engine: int
+    maker: int  # the warp that made it, and when
+    made_at: int
+    landed: int = 0  # copies
     pending: int = 0
     bytes: int = 0
     phase: int = 0
+    coming: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)  # in flight: places, bytes
+
+    def deliver(self, block: Block) -> None:
+        """The copies in flight land."""
+        while self.coming:
+            places, data = self.coming.pop(0)
+            self.landed += 1
+            block.shared[places], block.writer[places], block.written_at[places] = data, self.engine, self.landed
+            self.next[self.engine] = self.landed
+            self.bytes -= len(data)
+            self.settle()
 
     def settle(self) -> None:
         if self.pending < 0:
@@ -172,6 +192,7 @@ class Warp:
         self.registers = Registers(block.registers, block.warp_count, index)
         self.at = 0
         self.state = "runs"  # waits | done
+        self.register_count = block.program.registers or 0  # a thread's
         self.clock = block.clocks[index]
         self.clock[index] = 1
         self.copies: list[Any] = []  # cp.async not yet in a group, and the groups not yet waited for
@@ -210,13 +231,17 @@ class Block:
         self.parameters, self.descriptors = parameters, descriptors
         self.warp_count = program.threads // 32
         self.registers: dict[str, np.ndarray] = {}
-        self.clocks = np.zeros((self.warp_count, self.warp_count), np.int64)  # what each warp knows of the others' times
+        # what each warp knows of the others' times, and of the copies that count at each mbarrier
+        self.clocks = np.zeros((self.warp_count, self.warp_count + MBARRIERS), np.int64)
         self.size = shared_bytes
         self.shared = np.full(max(shared_bytes, 16), 0xFF, np.uint8)
         self.writer = np.zeros(len(self.shared), np.int16)
         self.written_at = np.zeros(len(self.shared), np.int64)
         self.read_at = np.zeros((self.warp_count, len(self.shared)), np.int64)
         self.mbarriers: dict[int, MBarrier] = {}
+        self.mbarriers_made = 0
+        self.free_registers = 0  # a thread's, that warps gave back (setmaxnreg)
+        self.random: np.random.Generator | None = None
         self.barriers: dict[int, list[Warp]] = {}
         self.warps = [Warp(self, i) for i in range(self.warp_count)]
 
@@ -231,12 +256,16 @@ class Block:
             raise Fault(f"misaligned in shared memory: {text}")
         return (offset[:, None] + np.arange(size)).reshape(-1)
 
+    def wrote(self, place: int) -> str:
+        writer = self.writer[place]
+        return f"warp {writer} wrote" if writer < self.warp_count else "a copy of the copy engine brought"
+
     def check_read(self, warps: int | np.ndarray, places: np.ndarray, text: str) -> None:
         """Raises `Fault` unless the last writer of each byte is before the warp that reads it."""
         late = self.written_at[places] > self.clocks[warps, self.writer[places]]
         if late.any():
             place, reader = places[late][0], np.broadcast_to(warps, late.shape)[late][0]
-            raise Fault(f"race: warp {reader} reads shared byte {place} that warp {self.writer[place]} wrote: {text}")
+            raise Fault(f"race: warp {reader} reads shared byte {place} that {self.wrote(place)}: {text}")
 
     def check_write(self, warps: np.ndarray, places: np.ndarray, text: str, data: np.ndarray | None = None) -> None:
         """Raises `Fault` unless the last writer and every reader of each byte is before the warp that writes it. The same value
@@ -246,8 +275,8 @@ class Block:
             late &= self.shared[places] != data
         if late.any():
             place, warp = places[late][0], warps[late][0]
-            raise Fault(f"race: warp {warp} writes shared byte {place} that warp {self.writer[place]} wrote: {text}")
-        if (late := self.read_at[:, places] > self.clocks[warps].T).any():
+            raise Fault(f"race: warp {warp} writes shared byte {place} that {self.wrote(place)}: {text}")
+        if (late := self.read_at[:, places] > self.clocks[warps, : self.warp_count].T).any():
             reader, which = np.argwhere(late)[0]
             raise Fault(f"race: warp {warps[which]} writes shared byte {places[which]} that warp {reader} reads: {text}")
 
@@ -285,17 +314,26 @@ class Block:
         self.shared[places] = data
         self.writer[places], self.written_at[places] = warps, self.clocks[warps, warps]
 
+    def make_mbarrier(self, warp: Warp, place: int, count: int) -> None:
+        self.mbarriers_made += 1
+        if self.mbarriers_made > MBARRIERS:
+            raise NotModelled(f"more than {MBARRIERS} mbarriers")
+        clock, engine, now = np.zeros_like(warp.clock), self.warp_count + self.mbarriers_made - 1, int(warp.clock[warp.index])
+        self.mbarriers[place] = MBarrier(count, clock, clock.copy(), engine, warp.index, now, pending=count)
+
     # ---- the run ----
 
     def run(self, random: np.random.Generator | None) -> None:
         """Until every warp has ended; with `random`, in another order each round."""
-        idle_rounds = 0
+        idle_rounds, self.random = 0, random
         while any(warp.state != "done" for warp in self.warps):
             moved = [self._advance(gang) for gang in self._gangs(random)]
             idle_rounds = 0 if any(moved) else idle_rounds + 1
             if idle_rounds > SPINS or not moved:
                 live = [warp for warp in self.warps if warp.state != "done"]
                 raise Fault(f"deadlock: {[(warp.index, warp.state, self.program.code[warp.at].text) for warp in live]}")
+        if any(barrier.coming for barrier in self.mbarriers.values()):
+            raise Fault("the block ends with copies in flight")
 
     def _gangs(self, random: np.random.Generator | None) -> list[Gang]:
         """The warps that can run, by their place; with `random` in two parts, of which the first runs as far as it can."""
@@ -340,6 +378,8 @@ class Block:
             self._arrive(warp, signal)
         elif isinstance(signal, Jump):
             warp.at = self.program.labels[signal.label]
+        elif signal is Signal.RETRY:
+            return warp.at != began
         elif signal is Signal.EXIT:
             warp.state = "done"
             if not warp.is_idle():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.support.ptx.machine import Arrive, Block, Descriptor, Gang, Jump, MBarrier, Signal, Step, Warp
+from tests.support.ptx.machine import Arrive, Descriptor, Gang, Jump, MBarrier, Signal, Step, Warp
 from tests.support.ptx.operands import address, makes, mask_of, put_into, register_width, source
 from tests.support.ptx.program import Instruction, elements, split
 from tests.support.ptx.values import SIGNED, UNSIGNED, Fault, NotModelled, width_of
@@ -185,19 +185,21 @@ def _bring(warp: Warp, tensor: Descriptor, to: int, first: list[int], bar: int, 
     data[~inside] = 0
     at = to + (row * columns + column) * tensor.element
     at = swizzled(at, (0, 1, 3, 7)[tensor.swizzle]).reshape(-1).astype(np.int64)
-    places = block.places(at, tensor.element, np.ones(at.size, bool), text)
-    block.check_write(np.full(len(places), warp.index), places, text)
-    block.land(warp.index, places, data.reshape(-1))
-    barrier = _mbarrier(block, bar, text)
-    _publish(warp, barrier)
-    barrier.bytes -= rows * columns * tensor.element
-    barrier.settle()
+    every, owners = np.ones(at.size, bool), np.full(at.size, warp.index)
+    places = block.promise(owners, at, tensor.element, every, text)
+    barrier = _mbarrier(warp, bar, text)
+    barrier.coming.append((places, data.reshape(-1)))
+    if block.random is not None and block.random.random() < 0.5:
+        barrier.deliver(block)
 
 
-def _mbarrier(block: Block, at: int, text: str) -> MBarrier:
-    if at not in block.mbarriers:
+def _mbarrier(warp: Warp, at: int, text: str) -> MBarrier:
+    found = warp.block.mbarriers.get(at)
+    if found is None:
         raise Fault(f"no mbarrier was made at {at}: {text}")
-    return block.mbarriers[at]
+    if found.made_at > warp.clock[found.maker]:
+        raise Fault(f"race: warp {warp.index} uses the mbarrier at {at} that warp {found.maker} made: {text}")
+    return found
 
 
 def _publish(warp: Warp, barrier: MBarrier) -> None:
@@ -214,11 +216,13 @@ def mbarrier(instruction: Instruction) -> Step:
 
         def make(warp: Warp) -> None:
             for lane in np.flatnonzero(mask(warp)):
+                place = int(at(warp)[lane])
                 if count is None:
-                    del warp.block.mbarriers[int(at(warp)[lane])]
+                    if _mbarrier(warp, place, text).coming:
+                        raise Fault(f"copies in flight will count at the mbarrier at {place}: {text}")
+                    del warp.block.mbarriers[place]
                 else:
-                    n, zero = int(count(warp)[lane]), np.zeros(warp.block.warp_count, np.int64)
-                    warp.block.mbarriers[int(at(warp)[lane])] = MBarrier(n, zero, zero.copy(), pending=n)
+                    warp.block.make_mbarrier(warp, place, int(count(warp)[lane]))
 
         return make
     if verb == "arrive":
@@ -227,7 +231,7 @@ def mbarrier(instruction: Instruction) -> Step:
 
         def arrive(warp: Warp) -> None:
             for lane in np.flatnonzero(mask(warp)):
-                barrier, number = _mbarrier(warp.block, int(at(warp)[lane]), text), int(amount(warp)[lane])
+                barrier, number = _mbarrier(warp, int(at(warp)[lane]), text), int(amount(warp)[lane])
                 _publish(warp, barrier)
                 barrier.bytes += number if expects else 0
                 barrier.pending -= 1 if expects else number
@@ -238,8 +242,10 @@ def mbarrier(instruction: Instruction) -> Step:
         at, parity, put = address(operands[1]), source(operands[2], 32), put_into(instruction, operands[0])
 
         def wait(warp: Warp) -> Signal | None:
-            barrier = _mbarrier(warp.block, int(at(warp)[0]), text)
+            barrier = _mbarrier(warp, int(at(warp)[0]), text)
             done = (barrier.phase & 1) != (int(parity(warp)[0]) & 1)
+            if not done:
+                barrier.deliver(warp.block)  # as late as can be: now that somebody waits
             if done:
                 np.maximum(warp.clock, barrier.clock, out=warp.clock)
             put(warp, np.full(32, done))
@@ -256,6 +262,8 @@ def mbarrier(instruction: Instruction) -> Step:
 def barrier(instruction: Instruction) -> Step:
     if "sync" not in instruction.parts:
         raise NotModelled(instruction.text)
+    if "warp" in instruction.parts:  # a warp's own lanes, which are together
+        return lambda warp: None
     which = source(instruction.operands[0], 32)
     threads = int(instruction.operands[1]) if len(instruction.operands) > 1 else None
     return lambda warp: Arrive(int(which(warp)[0]), threads)
@@ -275,12 +283,48 @@ def branch(instruction: Instruction) -> Step:
     return step
 
 
+@makes("brx", each=True)
+def branch_by_index(instruction: Instruction) -> Step:
+    """To one of several labels: how the warps of a specialised kernel find their partition."""
+    index, jumps = source(instruction.operands[0], 32), [Jump(label) for label in instruction.operands[1:]]
+
+    def step(warp: Warp) -> Jump:
+        which = np.unique(index(warp))
+        if len(which) > 1:
+            raise NotModelled(f"a warp divides: {instruction.text}")
+        if which[0] >= len(jumps):
+            raise Fault(f"no branch of number {which[0]}: {instruction.text}")
+        return jumps[which[0]]
+
+    return step
+
+
+@makes("setmaxnreg", each=True)
+def set_registers(instruction: Instruction) -> Step:
+    """A thread's registers: what one warpgroup gives back is for others, and who asks for more waits until there are enough."""
+    verb, wanted, text = instruction.parts[1], int(instruction.operands[0]), instruction.text
+    if not (24 <= wanted <= 256 and wanted % 8 == 0):
+        raise NotModelled(text)
+
+    def step(warp: Warp) -> Signal | None:
+        more = wanted - warp.register_count
+        if more and (more > 0) != (verb == "inc"):
+            raise Fault(f"warp {warp.index} has {warp.register_count} registers a thread: {text}")
+        if more > warp.block.free_registers:
+            return Signal.RETRY
+        warp.block.free_registers -= more
+        warp.register_count = wanted
+        return None
+
+    return step
+
+
 @makes("ret", "exit", each=True)
 def leave(instruction: Instruction) -> Step:
     return lambda warp: Signal.EXIT
 
 
-@makes("fence", "setmaxnreg", "membar", "griddepcontrol", "prefetch", "nanosleep", "pragma")
+@makes("fence", "membar", "griddepcontrol", "prefetch", "nanosleep", "pragma")
 def nothing(instruction: Instruction) -> Step:
     """Orders what is in order here anyway, or has no result."""
     return lambda warp: None

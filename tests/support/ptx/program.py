@@ -38,9 +38,13 @@ class Program:
         found = [PARAMETER.match(line.strip().rstrip(",")) for line in header.splitlines()]
         self.parameters = [match[2] for match in found if match]
         self.threads = int(re.search(r"\.reqntid (\d+)", header)[1])  # type: ignore[index]
+        registers = re.search(r"\.maxnreg (\d+)", header)
+        self.registers = int(registers[1]) if registers else None  # of a thread at the start, where the kernel says so
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
+        self.tables: dict[int, tuple[str, ...]] = {}  # labels to choose from, by the place behind the table's own label
         self._read(body)
+        self.code = [self._with_targets(each) for each in self.code]
 
     def _read(self, body: str) -> None:
         at, count = 0, 0
@@ -66,6 +70,8 @@ class Program:
                 at = end + 1
 
     def _statement(self, text: str, scopes: list[tuple[int, set[str]]]) -> None:
+        if text.startswith(".branchtargets"):
+            self.tables[len(self.code)] = tuple(name.strip() for name in text.removeprefix(".branchtargets").split(","))
         if text.startswith(".reg") and len(scopes) > 1:
             scopes[-1][1].update(name.strip() for name in re.sub(r"\.reg\s+\.\w+", "", text).split(","))
         if not text or text.startswith("."):
@@ -80,6 +86,13 @@ class Program:
         self.code.append(
             Instruction(opcode.split(".")[0], (*opcode.split("."),), (*operands,), predicate, negated == "!", text)
         )
+
+    def _with_targets(self, instruction: Instruction) -> Instruction:
+        """`brx.idx index, table` with the table's labels in its place."""
+        if instruction.name != "brx":
+            return instruction
+        index, table = instruction.operands
+        return instruction._replace(operands=(index, *self.tables[self.labels[table]]))
 
 
 def _local(label: str, scopes: list[tuple[int, set[str]]]) -> str:
