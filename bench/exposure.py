@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qcrd_fast.config import METHODS, TrainConfig
+from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import Prompter, PromptSettings
 from qcrd_fast.sweep.runner import read_recipe
 from qcrd_fast.train.examples import Example, make_examples
-from qcrd_fast.train.methods import label_kind
+from qcrd_fast.train.methods import METHODS, label_kind
 from qcrd_fast.train.questions import Data
 
 STAGES = {
@@ -82,7 +82,7 @@ def table(recipe: str, student: str | None = None) -> str:
     settings = PromptSettings.from_option(base.prompt_template, base.max_source_length, base.max_target_length)
     prompter: Any = Prompter(tokenizer, settings, bool(encoder_decoder))
     lines = [_line(HEAD), _line(["---"] * len(HEAD))]
-    for method in METHODS:
+    for method in [name for name, found in METHODS.items() if not (found.token_weights or found.teacher)]:
         config = dataclasses.replace(base, method=method, scheme="minmax", negative_source="lagged")
         found = exposure(method, make_examples(Data.load(config).train, prompter, config), config)
         low, high = found["rationale tokens with gradient"]

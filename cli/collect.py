@@ -34,6 +34,7 @@ _ENDPOINT_ONLY = (
     "max_requests", "extra_body", "header", "query", "allow_plain_http", "teacher_model",
 )  # fmt: skip
 _LOCAL_ONLY = ("device", "seed", "batch_size")
+_LOGPROBS = ("top_logprobs", "student")
 _SAMPLING = ("temperature", "max_tokens", "api", "system_prompt")
 
 _seconds = partial(click.option, type=click.FloatRange(0, min_open=True), metavar="SECONDS", show_default=True)
@@ -85,6 +86,10 @@ _amount = partial(click.option, type=click.FloatRange(0), metavar="FLOAT", show_
 )
 @click.option("--query", multiple=True, metavar="NAME=VALUE", help="query of each request, such as api-version=2024-10-21")
 @click.option("--allow-plain-http", is_flag=True, help="send the key unencrypted to another machine")
+@natural("--top-logprobs", default=0, help="K: keep log-probs of the K likeliest tokens too, in OUTPUT.logprobs; 0: none")
+@click.option(
+    "--student", metavar="NAME_OR_PATH", help="with --top-logprobs of an endpoint: the student, whose tokens the teacher's are"
+)
 @natural("--seed", default=0, help="of a local model's samples")
 @positive("--batch-size", default=16, help="samples that a local model draws at a time")
 @device_option
@@ -113,7 +118,7 @@ def collect(ctx: click.Context, dry_run: bool, as_json: bool, **options: Any) ->
     if settings.is_url:
         kind, refused = "an endpoint", _LOCAL_ONLY
     elif settings.is_replay:
-        kind, refused = "a replay", (*_ENDPOINT_ONLY, *_LOCAL_ONLY, *_SAMPLING)
+        kind, refused = "a replay", (*_ENDPOINT_ONLY, *_LOCAL_ONLY, *_SAMPLING, *_LOGPROBS)
     else:
         kind, refused = "a local model", _ENDPOINT_ONLY
     for param in ctx.command.params:
@@ -121,8 +126,16 @@ def collect(ctx: click.Context, dry_run: bool, as_json: bool, **options: Any) ->
         if name in refused and ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None):
             teacher = redact(settings.teacher.partition("?")[0])  # a query may hold a key
             raise InputError(f"{param.opts[0]} has no meaning for {kind} ({teacher})")
+    if settings.student and not settings.top_logprobs:
+        raise InputError("--student says whose tokens log-probs are of; it goes with --top-logprobs")
     with console.quiet_stdout():
-        result, why = run(settings, dry_run=dry_run)
+        if settings.top_logprobs and not dry_run:
+            from qcrd_fast.teacher_signal.collecting import keeping
+
+            with keeping(settings) as keep:
+                result, why = run(settings, keep=keep)
+        else:
+            result, why = run(settings, dry_run=dry_run)
     console.show(result, as_json, _dry_run_text(result) if dry_run else _text(result))
     if why is not None:
         raise why

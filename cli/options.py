@@ -37,6 +37,9 @@ METAVARS = {
     "lora_target_modules": "NAMES",
     "run_name": "NAME",
     "discriminator_augment": "NAMES",
+    "teacher": "PATH|URL",
+    "teacher_model": "NAME",
+    "teacher_logprobs": "DIR",
 }
 _PATHS = re.compile("FILE|DIR|PATH|^(INPUT|RUN)")  # metavars of what may be the name of a file or folder
 _CONFIG_KEY = "qcrd_fast.config_file"  # where ctx.meta holds what --config said of TrainConfig's fields

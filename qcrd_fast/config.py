@@ -17,7 +17,10 @@ from typing import Any
 
 from qcrd_fast.errors import InputError
 
-METHODS = ("qcrd", "sft-all", "dss", "finetune", "single-task", "mi", "redi")
+METHODS = (
+    *("qcrd", "sft-all", "dss", "finetune", "single-task", "mi", "redi"),
+    *("dft", "npo", "opd", "sdft", "mentor-kd"),
+)
 SCHEMES = {  # Table 5: (positive selection, negative selection)
     "minmax": ("min", "max"),
     "maxmin": ("max", "min"),
@@ -60,6 +63,17 @@ PARTS = {
     "negative_source": "lagged",
     "quality": "discriminator",
 }  # of the paper's method, left out by default
+QUALITY_METHODS = ("sft-all", "dft", "npo", "mentor-kd")  # the mean over a question's positives, by --positive-quality
+_SAMPLED = ("iteration_steps", "max_new_tokens", "sample_batch_size", "overlap")
+USED: dict[str, tuple[str, ...]] = {  # options that methods beside qcrd take of the groups Negatives and Teacher, and of beta
+    "redi": ("negative_source",),
+    "npo": ("negative_source", "beta", "npo_beta"),
+    "opd": (*_SAMPLED, "teacher", "teacher_model"),
+    "sdft": (*_SAMPLED, "teacher_ema"),
+    "mentor-kd": (
+        *("teacher", "teacher_logprobs", "top_logprobs", "teacher_tail", "kd_lambda", "kd_temperature", "mentor_kd_literal"),
+    ),
+}
 SPELLED_OUT = (*DEFAULTS, *SELECTS, *QUALITY_OPTIONS, "paper")  # what `TrainConfig.resolved` may change
 AUGMENTATIONS = ("mask", "replace", "answer-swap", "sentence-drop")
 CALIBRATIONS = ("platt", "none")
@@ -260,8 +274,8 @@ class TrainConfig:
     )
     positive_quality: str | None = option(
         None,
-        "the same for positives alone; sft-all takes it too: the mean over a question's positives is weighted; "
-        "default: as --quality, of sft-all none",
+        "the same for positives alone; sft-all, dft, npo and mentor-kd take it too: the mean over a question's positives is "
+        "weighted; default: as --quality, of those four none",
         choices=QUALITIES,
         group="Quality",
     )
@@ -335,6 +349,49 @@ class TrainConfig:
     )
     discriminator_update_batches: int = option(
         64, "batches at most of the update after each iteration", low=0, group="Discriminator"
+    )
+
+    # Teacher
+    teacher: str | None = option(
+        None,
+        "what scores tokens: the folder or hub id of a model with the student's tokenizer (opd, mentor-kd), or the URL of a "
+        "server that scores prompts as vLLM does (opd)",
+        group="Teacher",
+    )
+    teacher_model: str | None = option(
+        None, "name of the model at the URL of --teacher; default: the one that it offers", group="Teacher"
+    )
+    teacher_logprobs: str | None = option(
+        None, "folder that score-teacher or collect --top-logprobs wrote, for mentor-kd", group="Teacher"
+    )
+    top_logprobs: int = option(
+        16, "K: likeliest tokens that a --teacher's distribution is cut to (mentor-kd)", low=1, group="Teacher"
+    )
+    teacher_tail: bool = option(
+        True,
+        "the teacher's probability beside its K tokens counts as one more token; without, the K are renormalised (mentor-kd)",
+        group="Teacher",
+    )
+    teacher_ema: float = option(
+        1.0,
+        "d: after each step a weight of sdft's teacher is d times itself plus 1 - d times the student's; 1: frozen",
+        low=0,
+        high=1,
+        group="Teacher",
+    )
+    kd_lambda: float = option(
+        0.3, "lambda of mentor-kd: (1 - lambda) CE + lambda KL(teacher || student)", low=0, high=1, group="Teacher"
+    )
+    kd_temperature: float = option(
+        1.0, "tau of mentor-kd: both distributions are of logits / tau", low=0, open_low=True, group="Teacher"
+    )
+    mentor_kd_literal: bool = option(
+        False,
+        "mentor-kd as in its released code: the KL is a mean over all positions of the padded batch, padding included",
+        group="Teacher",
+    )
+    npo_beta: float = option(
+        0.1, "b of npo: (2 / b) log(1 + (p / p_ref)^b) of each negative", low=0, open_low=True, group="Teacher"
     )
 
     # Optimization, as in Hugging Face
@@ -430,6 +487,37 @@ class TrainConfig:
         if alone and not self.use_peft:
             raise InputError(f"--{alone[0].name.replace('_', '-')} needs --use-peft")
 
+    def check_teacher(self) -> None:
+        """Raises `InputError` for a method without the teacher that it needs, and for a teacher that a method cannot ask."""
+        method, url = self.method, self.teacher_is_url
+        if method == "opd" and not self.teacher:
+            raise InputError(
+                "--method opd needs --teacher: a model with the student's tokenizer, or the URL of a server that scores prompts"
+            )
+        if method == "sdft" and self.teacher:
+            raise InputError("--method sdft is taught by the student itself; leave --teacher out, or choose --method opd")
+        if self.teacher_model and not url:
+            raise InputError("--teacher-model names a model of a server; --teacher is no URL")
+        if method == "mentor-kd" and self.kd_lambda:
+            if bool(self.teacher) == bool(self.teacher_logprobs):
+                raise InputError(
+                    "--method mentor-kd needs either --teacher-logprobs DIR, which score-teacher writes, or --teacher, a local "
+                    f"model; {'both' if self.teacher else 'neither'} is given"
+                )
+            if url:
+                raise InputError(
+                    "--method mentor-kd asks no server while it trains: qcrd-fast score-teacher --teacher URL, then "
+                    "--teacher-logprobs DIR"
+                )
+            if self.mentor_kd_literal and not self.teacher:
+                raise InputError("--mentor-kd-literal needs --teacher, a local model: --teacher-logprobs has no padding in it")
+        if self.mentor_kd_literal and method != "mentor-kd":
+            raise InputError(f"--mentor-kd-literal is for --method mentor-kd, not {method}")
+
+    @property
+    def teacher_is_url(self) -> bool:
+        return bool(self.teacher and self.teacher.startswith(("http://", "https://")))
+
     def _check_quality(self) -> None:
         without = self.discriminator == "none"
         if without and self.quality not in (None, "none"):
@@ -499,11 +587,11 @@ class TrainConfig:
 
     def unused(self) -> list[str]:
         """Options that were set though the run has no use for them."""
-        groups, alone = {"Negatives", "Discriminator"}, set[str]()
+        groups, alone = {"Negatives", "Discriminator", "Teacher"}, set[str]()
         if self.method != "qcrd":
             alone = {*SELECTS, "beta", "delta", "forward", "agreeing_negatives", "quality", "negative_quality"}
-            alone |= set() if self.method == "sft-all" else {"positive_quality"}
-            kept = set()
+            alone |= set() if self.method in QUALITY_METHODS else {"positive_quality"}
+            kept = set(USED.get(self.method, ()))
         else:
             kept = {"negative_source", "iteration_steps"}
             source = self.effective("negative_source")
@@ -512,7 +600,7 @@ class TrainConfig:
             elif source == "minority":
                 alone = {"agreeing_negatives"}
             else:
-                groups = {"Discriminator"}
+                groups = {"Discriminator", "Teacher"}
             groups -= {"Discriminator"} if "discriminator" in self.qualities else set()
             kept |= {"discriminator"}  # none: --quality none
         resolved = TrainConfig(method=self.method, paper=self.paper).resolved()
@@ -543,7 +631,7 @@ class TrainConfig:
     @property
     def qualities(self) -> tuple[str, str]:
         """What weighs (positives, negatives), after the defaults and for the method: a name of `QUALITIES` each."""
-        if self.method == "sft-all":
+        if self.method in QUALITY_METHODS:
             return self.positive_quality or "none", "none"
         if self.method != "qcrd":
             return "none", "none"

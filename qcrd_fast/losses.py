@@ -239,11 +239,13 @@ def weighted_rationale_loss(
     beta: float,
     delta: float | None,
     valid_T: Tensor | None = None,
+    token_weight_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The training pass of score-then-train: (loss, loss_pos, loss_neg, nll_R [detached]) of rationales with known weights.
 
     loss = loss_pos - beta * loss_neg, loss_pos = sum over positives of w l, loss_neg = sum over negatives of w h(l), with the
     hinge h(u) = min(u - delta, 0) of this pass's own l; `delta` None: h(u) = u. `weight_R`: as `ContrastiveOutput` gives it.
+    `token_weight_T`, detached: l is the mean of -w_t log p_t; w = 1 changes no bit.
     """
     require(
         logprob_T.shape == rationale_T.shape,
@@ -255,6 +257,8 @@ def weighted_rationale_loss(
     )
     R = len(positive_R)
     flat_T, valid_T = reference.accumulable(logprob_T.reshape(-1)), None if valid_T is None else valid_T.reshape(-1)
+    if token_weight_T is not None:
+        flat_T = flat_T * token_weight_T.detach().reshape(-1).to(flat_T.dtype)
     nll_R, _ = chunked.rationale_mean(flat_T, rationale_T.reshape(-1).long(), valid_T, R)
     term_R, _ = chunked.hinge_terms(nll_R, positive_R, weight_R.detach().to(nll_R.dtype), delta)
     loss_pos, loss_neg = term_R.where(positive_R, 0).sum(), term_R.where(~positive_R, 0).sum()

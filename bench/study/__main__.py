@@ -136,7 +136,11 @@ def _done(path: Path) -> set[Case]:
 def append_row(path: Path, row: dict) -> None:
     from ..record import append, describe_machine
 
-    append(path, COLUMNS, [describe_machine(torch.device("cpu")) | row], digits=4)
+    columns = COLUMNS
+    if path.exists():  # one of before a column came has those of its first line
+        with open(path, newline="", encoding="utf-8") as file:
+            columns = tuple(next(csv.reader(file), COLUMNS))
+    append(path, columns, [describe_machine(torch.device("cpu")) | row], digits=4)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,19 @@ COMMON: dict[str, Any] = dict(
 )
 
 
+MENTOR = "mentor"  # stands for the folder of `students.mentor_folder`
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """`options` of `train` beside `COMMON`; `rules`: with the experimental objective."""
+    """`options` of `train` beside `COMMON`; `rules`: with the experimental objective. `MENTOR` as a teacher is the task's own.
+
+    equal_tokens: as many epochs as bring it the tokens that sft-all trains on, a sample taken to be as long as a positive.
+    """
 
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     rules: Rules | None = None
+    equal_tokens: bool = False
 
     @property
     def product(self) -> bool:
@@ -106,6 +113,11 @@ ARMS: dict[str, Arm] = {
     "checks + both vote": _negatives("both", positives="wmean", positive_judge="checks", negative_judge="vote"),
     "softmin + minority first": _negatives("minority", beta=0.02, gate="first", positives="softmin"),
     "minority late": _negatives("minority", warmup=0.5),
+    # more of a teacher than its text (`docs/teacher-signal.md`)
+    "dft": Arm({"method": "dft"}),
+    "opd mentor": Arm({"method": "opd", "teacher": MENTOR, "sample_batch_size": 64}, equal_tokens=True),
+    "sdft": Arm({"method": "sdft", "sample_batch_size": 64}, equal_tokens=True),
+    **{f"top-{k} KL": Arm({"method": "mentor-kd", "teacher": MENTOR, "kd_lambda": 1.0, "top_logprobs": k}) for k in (1, 4, 16)},
     # the reasoning task
     "sft-all reason": Arm({"method": "sft-all", "reasoning_task": True}),
 }

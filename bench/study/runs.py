@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question
 from qcrd_fast.evaluate import predict
 from qcrd_fast.generation.engine import SampleSettings
@@ -29,12 +31,12 @@ from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.trainer import train
 from qcrd_fast.utils.files import write_lines
 
-from .arms import ARMS, COMMON
+from .arms import ARMS, COMMON, MENTOR
 from .judges import find_judge
 from .objective import Rules, StudyObjective
 from .problems import Problem, draw_problems, is_faithful, is_sound, write_chain, write_rows
 from .problems import result as result_of
-from .students import student_folder
+from .students import mentor_folder, student_folder
 
 log = logging.getLogger("qcrd_fast.bench")
 TEST_QUESTIONS = 1000
@@ -74,10 +76,12 @@ def run_case(case: Case, cache: Path) -> dict[str, Any]:
     """Train and judge; returns the CSV row."""
     arm = ARMS[case.arm]
     student = student_folder(case.family, cache)
+    teacher = {"teacher": str(mentor_folder(case.task, case.family, cache))} if arm.options.get("teacher") == MENTOR else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data, problems, tests = draw_data(case, folder)
-        options = COMMON | arm.options | {"learning_rate": case.learning_rate, "num_train_epochs": case.epochs}
+        epochs = case.epochs * (_tokens_ratio(data, student) if arm.equal_tokens else 1.0)
+        options = COMMON | arm.options | teacher | {"learning_rate": case.learning_rate, "num_train_epochs": epochs}
         config = TrainConfig.from_dict(
             options | {"data": str(data), "student": str(student), "output_dir": str(folder / "run"), "seed": case.seed}
         )
@@ -99,9 +103,25 @@ def run_case(case: Case, cache: Path) -> dict[str, Any]:
         "loss_cl": np.mean([r["loss_cl"] for r in records[-10:]]),
         "active_lagged": last.get("active_hinge_lagged"),
         "active_minority": last.get("active_hinge_minority"),
+        "student_tokens": round(sum(r["tokens_per_s"] * r["step_ms"] / 1e3 for r in records if "loss" in r)),
         "train_cpu_s": train_s,
         "cpu_s": time.process_time() - started,
     }
+
+
+def _tokens_ratio(data: Path, student: Path) -> float:
+    """Tokens that an epoch of sft-all trains on, over those of one sample a question."""
+    tokenizer = AutoTokenizer.from_pretrained(student)
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids) + 1
+
+    every = alone = 0.0
+    for question in load_questions(str(data), split="train").questions:
+        lengths, label = [count(r.text) for r in question.positives], count(str(question.gold or question.majority))
+        every += label + sum(lengths)
+        alone += label + sum(lengths) / max(len(lengths), 1)
+    return every / alone
 
 
 @torch.no_grad()

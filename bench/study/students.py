@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +15,11 @@ from typing import Any
 
 import torch
 
+from qcrd_fast.config import TrainConfig
 from qcrd_fast.demo import build_tokenizer
 from qcrd_fast.models.padding import pad_right
+from qcrd_fast.train.trainer import train
+from qcrd_fast.utils.files import write_lines
 
 from . import problems
 
@@ -25,6 +29,11 @@ PHASES = ("symbol_pairs", 1500, 0), ("lookup_pairs", 600, 0)  # text, steps, see
 BATCH, LEARNING_RATE, WIDTH = 64, 3e-3, 64
 RECIPE = 1  # counts changes of `_build` and `pretrain`, which make other students
 IGNORED = -100
+MENTOR_QUESTIONS = 2000  # none of them a test question, but by chance
+MENTOR_OPTIONS: dict[str, Any] = dict(
+    task="number", method="sft-all", learning_rate=1.5e-3, num_train_epochs=8, per_device_train_batch_size=16,
+    warmup_ratio=0.05, max_source_length=96, max_target_length=48, validation_fraction=0.0, save_steps=100_000,
+)  # fmt: skip
 
 
 @functools.cache
@@ -39,6 +48,37 @@ def student_folder(family: str, cache: Path) -> Path:
                 return folder
             os.replace(Path(temporary) / "student", folder)
     return folder
+
+
+@functools.cache
+def mentor_folder(task: str, family: str, cache: Path) -> Path:
+    """A teacher of local weights for a task: the student of the family, trained on sound chains of questions of its own."""
+    student = student_folder(family, cache)
+    settings = (student.name, task, MENTOR_QUESTIONS, MENTOR_OPTIONS)
+    folder = cache / f"mentor-{task}-{family}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}"
+    if not folder.is_dir():
+        log.info("training the mentor of %s, %s", task, family)
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            rows, rng = Path(temporary) / "rows.jsonl", random.Random(f"{task} mentor")
+            write_lines(rows, sound_rows(problems.draw_problems(task, MENTOR_QUESTIONS, rng), rng))
+            run = Path(temporary) / "run"
+            options = {**MENTOR_OPTIONS, "data": str(rows), "student": str(student), "output_dir": str(run)}
+            train(TrainConfig.from_dict(options))
+            model = Path(temporary) / "model"
+            shutil.copytree((run / "final").resolve(), model)
+            if not folder.is_dir():
+                os.replace(model, folder)
+    return folder
+
+
+def sound_rows(drawn: Sequence[problems.Problem], rng: random.Random) -> list[dict[str, Any]]:
+    """Prepared rows with a sound chain each, in one of the wordings."""
+    rows = []
+    for i, problem in enumerate(drawn):
+        chain, answer = problems.write_chain([(s, problems.result(s)) for s in problem.steps], rng), str(problem.answer)
+        sample = {"rationale": chain, "answer": answer}
+        rows.append({"id": f"m{i}", "question": problem.text, "answer": answer, "task": "number", "samples": [sample]})
+    return rows
 
 
 def _digest(family: str) -> str:

@@ -43,6 +43,7 @@ COLUMNS = (
         "faithfuls",
     ),
     *("device", "threads", "torch", "transformers", "commit", "time"),
+    "student_tokens",
 )
 METRICS = {"accuracy": "labels", "sound": "sounds"}
 Rows = dict[int, dict[str, str]]  # by seed

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from qcrd_fast.utils.redact import redact
 log = logging.getLogger(__name__)
 
 REPLAY = "replay:"
+Keep = Callable[[Question, str, Choice], bool]  # keeps the log-probs of a rationale's reply; False where it has none
 _ADDRESS = re.compile(r"(?:[^/@\s]*@)?(?:[\w.-]+:\d+(?:[/?]|$)|[\w-]+(?:\.[\w-]+)+/(?:\w+/)*v\d\w*(?:[/?]|$))")
 EARLY = 5  # questions after which a teacher that repeats itself is reported
 
@@ -64,6 +65,8 @@ class CollectSettings:
     header: Pairs = dataclasses.field(default=(), repr=False)
     query: Pairs = dataclasses.field(default=(), repr=False)
     allow_plain_http: bool = False
+    top_logprobs: int = 0
+    student: str | None = None
     seed: int = 0
     batch_size: int = 16
     device: str = "auto"
@@ -89,6 +92,11 @@ class CollectSettings:
     @property
     def is_replay(self) -> bool:
         return self.teacher.startswith(REPLAY)
+
+    @property
+    def logprobs(self) -> Path:
+        """The folder of log-probs."""
+        return Path(self.output + ".logprobs")
 
     @property
     def ledger(self) -> Path:
@@ -128,6 +136,7 @@ class Collection:
         self._by_id = {question.id: question for question in self.questions}
         self.ledger = Ledger(settings.ledger, settings.thinking, self._reread)
         self.model = settings.teacher_model or settings.teacher.removeprefix(REPLAY)
+        self.keep: Keep | None = None  # takes a sample's log-probs
         self.why: Exception | None = None
         self.given_up: dict[str, str] = {}
         self.begun = time.monotonic()
@@ -238,6 +247,9 @@ class Collection:
     def take(self, request: str | None, question: Question, reply: Reply, texts: list[dict[str, Any]]) -> None:
         """Append a reply's samples to the ledger, and the question's row to the output once it is complete."""
         faults = dict(reply.faults)
+        for sample, choice in zip(texts[: self.missing(question)], reply.choices, strict=False):
+            if self.keep and not self.keep(question, sample["rationale"], choice):
+                faults["no log-probs"] = faults.get("no log-probs", 0) + 1
         if len(texts) > self.missing(question):
             faults["surplus"] = len(texts) - self.missing(question)
         for sample in texts:

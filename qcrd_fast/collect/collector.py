@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from qcrd_fast.collect.collection import REPLAY, Collection, CollectSettings
+from qcrd_fast.collect.collection import REPLAY, Collection, CollectSettings, Keep
 from qcrd_fast.collect.credentials import printable, without_secrets
 from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, Failed, Interrupted, refusal
 from qcrd_fast.collect.progress import Progress
@@ -29,15 +29,19 @@ log = logging.getLogger(__name__)
 TICK_S = 0.05
 
 
-def collect(settings: CollectSettings, *, dry_run: bool = False) -> tuple[dict[str, Any], Exception | None]:
+def collect(
+    settings: CollectSettings, *, dry_run: bool = False, keep: Keep | None = None
+) -> tuple[dict[str, Any], Exception | None]:
     """(summary, why it stopped before the end, if it did): `LimitReached`, `Stopped` or `RunError`, for the caller to raise.
 
+    `keep` is given the log-probs of each sample (`--top-logprobs`) before the sample itself is written down.
     A dry run sends and writes nothing; its summary has one prompt, the request that would be sent and the prediction.
 
     Raises:
         InputError: a file, an option or the ledger of an earlier run does not fit.
     """
     run = Collection(settings)
+    run.keep = keep
     if dry_run:
         return _dry_run(run), None
     if settings.is_url:
@@ -142,6 +146,7 @@ def _sample_locally(run: Collection, signals: StopSignals) -> None:
         batch_size=s.batch_size,
         device=s.device,
         system=s.system_prompt,
+        top_logprobs=s.top_logprobs,
     )
     if not _begin(run, teacher.api):
         return
@@ -178,6 +183,7 @@ def _endpoint_settings(run: Collection, model: str) -> EndpointSettings:
         headers=s.header,
         query=s.query,
         allow_plain_http=s.allow_plain_http,
+        top_logprobs=s.top_logprobs,
     )
 
 

@@ -99,6 +99,7 @@ class EndpointSettings:
     headers: Sequence[tuple[str, str]] = dataclasses.field(default=(), repr=False)
     query: Sequence[tuple[str, str]] = dataclasses.field(default=(), repr=False)
     allow_plain_http: bool = False
+    top_logprobs: int = 0
 
 
 class Endpoint:
@@ -175,6 +176,8 @@ class Endpoint:
             prompt = f"{s.system}\n\n{prompt}" if s.system else prompt
             said = {"messages": [{"role": "user", "content": prompt}]} if s.api == "chat" else {"prompt": prompt}
         wanted: dict[str, Any] = {"n": n, "temperature": s.temperature, "max_tokens": s.max_tokens, "stream": self._streams}
+        if s.top_logprobs:
+            wanted |= {"logprobs": True, "top_logprobs": s.top_logprobs} if s.api == "chat" else {"logprobs": s.top_logprobs}
         wanted |= {"stream_options": {"include_usage": True}} if self._streams else {}
         sampling = {self._renamed.get(name, name) or "": value for name, value in wanted.items()}
         body = {"model": s.model, **said, **sampling, **s.extra}
@@ -272,6 +275,22 @@ class Endpoint:
         journal.came(request, Reply([], 0, 0, seconds=time.monotonic() - sent))
         names = [row.get("id") for row in rows if isinstance(row, dict)]
         return [self.hide(name) for name in names if isinstance(name, str)]
+
+    async def post(self, path: str, body: Mapping[str, Any], request: str) -> Any:
+        """The JSON of a request that asks for no sample; repeated like one, under one deadline. Raises `Failed`."""
+        s, attempt, begun = self.settings, 0, time.monotonic()
+        while True:
+            attempt += 1
+            await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
+            left_s = s.deadline_s - (time.monotonic() - begun)
+            try:
+                return await self._exchange("POST", path, request, body, min(s.timeout_s, max(left_s, 0.1)))
+            except Failed as error:
+                wait_s = self._wait_s(attempt, error)
+                if not error.retry or wait_s >= s.deadline_s - (time.monotonic() - begun):
+                    raise
+                log.info("%s; trying again in %.1f s", error, wait_s)
+                await asyncio.sleep(wait_s)
 
     def _wait_s(self, attempt: int, error: Failed) -> float:
         """What the server asks for, or twice as long at each attempt; always with jitter, so that workers spread."""

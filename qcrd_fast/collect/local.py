@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qcrd_fast.collect.prompts import take_apart, written
-from qcrd_fast.collect.reply import Choice
+from qcrd_fast.collect.reply import Choice, TokenLogProb
 from qcrd_fast.data.load import iter_records
 from qcrd_fast.data.replies import Reader, parse_choices
 from qcrd_fast.data.schema import BadRow, Question, Rationale, text_key
@@ -41,6 +41,7 @@ class LocalTeacher:
         batch_size: int,
         device: str,
         system: str = "",
+        top_logprobs: int = 0,
     ):
         from qcrd_fast.generation.engine import SampleSettings
         from qcrd_fast.generation.sample import sample
@@ -50,7 +51,7 @@ class LocalTeacher:
         from qcrd_fast.utils.device import resolve_device
 
         self._key_words, self._sample = key_words, sample
-        self.seed, self.max_tokens = seed, max_tokens
+        self.seed, self.max_tokens, self.top_logprobs = seed, max_tokens, top_logprobs
         try:
             model = Student.load(name, PromptSettings("raw", max_source_length=4096), resolve_device(device))
         except InputError as error:
@@ -72,10 +73,26 @@ class LocalTeacher:
         keys = [self._key_words(self.seed, question.id) for question, _, _ in asked]
         drawn = self._sample(self.model, sources, keys, self.settings, indices=[index for _, _, index in asked])
         eos = self.model.tokenizer.eos_token_id
+        known = self._logprobs(sources, drawn) if self.top_logprobs else [()] * len(drawn)
         return [
-            Sampled(Choice(self.model.text(ids), cut=not ids or ids[-1] != eos), len(source), len(ids))
-            for source, ids in zip(sources, drawn, strict=True)
+            Sampled(Choice(self.model.text(ids), cut=not ids or ids[-1] != eos, logprobs=logprobs), len(source), len(ids))
+            for source, ids, logprobs in zip(sources, drawn, known, strict=True)
         ]
+
+    def _logprobs(self, sources: list[list[int]], drawn: list[list[int]]) -> Sequence[Sequence[TokenLogProb]]:
+        """Of each token that was drawn, at temperature 1, from one more pass."""
+        import torch
+
+        from qcrd_fast.models.lm_head import evaluating
+        from qcrd_fast.ops.topk_kl import linear_top
+
+        head = self.model.head
+        with torch.no_grad(), evaluating(self.model.model):
+            packed = self.model.hidden(sources, drawn, list(range(len(drawn))))
+            found = linear_top(packed.hidden, head.weight, packed.target, self.top_logprobs, **head.options)
+        own, ids, top = (x.tolist() for x in found)
+        places = ((lp, list(zip(k_ids, k_lps, strict=True))) for lp, k_ids, k_lps in zip(own, ids, top, strict=True))
+        return [[TokenLogProb(token, *next(places)) for token in tokens] for tokens in drawn]
 
     def _source(self, prompt: str) -> list[int]:
         if not self.system:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from qcrd_fast.data.formats.samples import is_cut
 from qcrd_fast.data.messages import read_message
@@ -17,7 +17,7 @@ _FILTERED = re.compile(r"content_?filter|safety|recitation|prohibited|blocklist|
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One sample as it came; `cut` at the maximum length.
+    """One sample as it came; `cut` at the maximum length. `logprobs`: of its tokens, where they were asked for.
 
     `text` is the whole reply, its reasoning in <think> tags before what was said; `message` is the message of a chat, whole.
     """
@@ -25,6 +25,15 @@ class Choice:
     text: str
     cut: bool = False
     message: Mapping[str, Any] | None = None
+    logprobs: Sequence[TokenLogProb] = ()
+
+
+class TokenLogProb(NamedTuple):
+    """One token of a sample, as the teacher spells it or as its id, with its log p and the likeliest tokens of its place."""
+
+    token: str | int
+    logprob: float
+    top: list[tuple[str | int, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +107,39 @@ def _choice(item: Mapping[str, Any]) -> Choice | None:
         text = message["refusal"]
     if not text.strip() and not cut and not _FILTERED.match(str(item.get("finish_reason"))):
         return None
-    return Choice(text if text.strip() else "", cut, message if isinstance(message, dict) else None)
+    return Choice(text if text.strip() else "", cut, message if isinstance(message, dict) else None, read_logprobs(item))
+
+
+def read_logprobs(item: Mapping[str, Any]) -> list[TokenLogProb]:
+    """The log-probs of a choice, of a chat or of a completion; [] where it has none, or some that cannot be read."""
+    found = item.get("logprobs")
+    if not isinstance(found, dict):
+        return []
+    try:
+        if isinstance(found.get("content"), list):
+            return [TokenLogProb(*_pair(t), list(map(_pair, t["top_logprobs"]))) for t in found["content"]]
+        each = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
+        return [
+            TokenLogProb(_token(token), _nats(logprob), [(_token(t), _nats(x)) for t, x in (top or {}).items()])
+            for token, logprob, top in each
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def _pair(item: Mapping[str, Any]) -> tuple[str | int, float]:
+    return _token(item["token"]), _nats(item["logprob"])
+
+
+def _token(text: Any) -> str | int:
+    """A token's text; its id where the server gives that (vLLM's return_tokens_as_token_ids)."""
+    if not isinstance(text, str):
+        raise TypeError(text)
+    return int(text[9:]) if text.startswith("token_id:") else text
+
+
+def _nats(value: Any) -> float:
+    return min(float(value), 0.0)
 
 
 def _cleaned(value: Any, clean: Callable[[str], str], depth: int = 0) -> Any:

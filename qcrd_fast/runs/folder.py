@@ -23,10 +23,11 @@ from qcrd_fast.utils.torchrun import rank
 CONFIG, METRICS, RESULTS, PREDICTIONS = "config.resolved.yaml", "metrics.jsonl", "eval_results.json", "predictions.jsonl"
 LOCK, LOG, FINAL, SNAPSHOTS, NEGATIVES = ".lock", "run.log", "final", "snapshots", "negatives"
 STATE, MANIFEST, OPTIMIZER, DISCRIMINATOR = "state.json", "MANIFEST.json", "optimizer.safetensors", "discriminator.safetensors"
+TEACHER, REFERENCE = "teacher.safetensors", "reference.json"
 OWN = (CONFIG, METRICS, RESULTS, PREDICTIONS, LOG, LOCK)
 UNFINISHED = (
     ".tmp-checkpoint-*", f".{CONFIG}.tmp", f".{METRICS}.tmp", f".{FINAL}.tmp", f".{PREDICTIONS}.tmp", f".{RESULTS}.tmp",
-    f"{SNAPSHOTS}/.iteration-*.tmp", f"{SNAPSHOTS}/.tmp*", f"{NEGATIVES}/.iteration-*.tmp",
+    f".{REFERENCE}.tmp",    f"{SNAPSHOTS}/.iteration-*.tmp", f"{SNAPSHOTS}/.tmp*", f"{NEGATIVES}/.iteration-*.tmp",
 )  # fmt: skip
 # Options that a resumed run may change: they do not touch what is computed, but for rounding (--impl, the kill-switch).
 FREE_OPTIONS = {

@@ -39,10 +39,12 @@ from qcrd_fast.runs.folder import (
     OPTIMIZER,
     SNAPSHOTS,
     STATE,
+    TEACHER,
     check_same_config,
     checkpoint_path,
 )
 from qcrd_fast.train.evaluation import Best
+from qcrd_fast.train.methods import lag_of, samples_the_first
 from qcrd_fast.train.questions import Data
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
@@ -110,7 +112,9 @@ class Keeper:
         trainer: CrossFitTrainer | None,
         engine: Engine,
         snapshots: Snapshots | None,
+        moving: torch.nn.Module | None = None,
     ):
+        self.moving = moving  # a teacher whose weights change
         self.config, self.run, self.data, self.schedule = config, run, data, schedule
         self.student, self.optimizer, self.trainer, self.engine = student, optimizer, trainer, engine
         self.snapshots = snapshots
@@ -130,7 +134,7 @@ class Keeper:
             "snapshots": self.snapshots.digests(self._oldest_for(step)) if self.snapshots else {},
             **progress,
         }
-        save_checkpoint(self.run, step, self.student, self.optimizer, self.trainer, state, self.engine)
+        save_checkpoint(self.run, step, self.student, self.optimizer, self.trainer, state, self.engine, self.moving)
         self.saved_step = step
         self._passed_over.discard(step)
         at, keep = best["step"] if best else None, self.config.save_total_limit
@@ -138,7 +142,7 @@ class Keeper:
 
     def restore(self, found: Path) -> dict[str, Any]:
         """Put back what a checkpoint holds beside the student's weights, which are loaded already; returns its state."""
-        state = load_checkpoint(found, self.student, self.optimizer, self.trainer)
+        state = load_checkpoint(found, self.student, self.optimizer, self.trainer, self.moving)
         if state["data_sha256"] != self.data.digest:
             raise InputError(f"--data: the rows differ from those that {found} was trained on")
         self.saved_step = state["step"]
@@ -154,7 +158,7 @@ class Keeper:
             return
         saves = math.ceil(left / min(self.schedule.save_steps, self.schedule.eval_steps))
         iterations = self.schedule.iteration(self.schedule.total_steps - 1) + 1
-        snapshots = min(iterations, self.config.negative_lag + 3) if self.snapshots else 0
+        snapshots = min(iterations, lag_of(self.config) + 3) if self.snapshots else 0
         kept = min(saves, (self.config.save_total_limit or saves) + bool(self.data.validation))
         require_room(self.run, self.student, self.trainer, snapshots, kept)
 
@@ -162,7 +166,7 @@ class Keeper:
         """Keep the student as it is at the start of an iteration, and delete the snapshots that nobody will ask for."""
         if not self.snapshots:
             return
-        fixed, iteration = self.config.effective("negative_source") == "fixed", self.schedule.iteration(step)
+        fixed, iteration = samples_the_first(self.config), self.schedule.iteration(step)
         if not fixed or iteration == 0:
             self.snapshots.save(iteration, self.student.model)
         resumable = checkpoints.resumable(self.run, step, self.config.save_total_limit, self._passed_over)
@@ -171,9 +175,9 @@ class Keeper:
 
     def _oldest_for(self, step: int) -> int:
         """The oldest snapshot that a resume at `step` may ask for: the discriminator looks one iteration back."""
-        if self.config.effective("negative_source") == "fixed":
+        if samples_the_first(self.config):
             return 0
-        return max(self.schedule.iteration(step) - 1 - self.config.negative_lag, 0)
+        return max(self.schedule.iteration(step) - 1 - lag_of(self.config), 0)
 
 
 def save_checkpoint(
@@ -184,6 +188,7 @@ def save_checkpoint(
     trainer: CrossFitTrainer | None,
     state: dict[str, Any],
     engine: Engine | None = None,
+    moving: torch.nn.Module | None = None,
 ) -> Path:
     """Write checkpoint-`step`; the earlier ones stay untouched if that fails. Raises `RunError` when the disk is full.
 
@@ -201,6 +206,8 @@ def save_checkpoint(
         save_tokenizer(student.tokenizer, temporary)
         if trainer is not None:
             save_file({n: t.cpu() for n, t in trainer.tensors().items()}, temporary / DISCRIMINATOR)
+        if moving is not None:
+            save_file({n: p.detach().cpu().contiguous() for n, p in moving.named_parameters()}, temporary / TEACHER)
 
     def write_optimizer() -> str | None:
         if not (engine.sharded or ranks.first):
@@ -243,7 +250,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    checkpoint: Path, student: Student, optimizer: torch.optim.Optimizer, trainer: CrossFitTrainer | None
+    checkpoint: Path,
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    trainer: CrossFitTrainer | None,
+    moving: torch.nn.Module | None = None,
 ) -> dict[str, Any]:
     """Put a whole checkpoint's optimizer and discriminator state back; returns its `state.json`.
 
@@ -264,6 +275,11 @@ def load_checkpoint(
             optimizer.state[parameter][moment] = tensor if moment == "step" else like(tensor, parameter)
         if trainer is not None:
             trainer.load(load_file(checkpoint / DISCRIMINATOR), own, state["discriminator_optimizer"])
+        if moving is not None:
+            weights = load_file(checkpoint / TEACHER)
+            with torch.no_grad():
+                for name, parameter in moving.named_parameters():
+                    parameter.copy_(weights[name])
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}"
         raise InputError(f"{checkpoint}: optimizer or discriminator are not this student's safetensors: {reason}") from error

@@ -26,12 +26,12 @@ class Candidate:
 
     text: str
     tokens: TokenIds
-    source: str  # teacher, minority, lagged
+    source: str  # teacher, minority, lagged; sampled: by the student, for an on-policy method
     case: Case | None = None  # what a judge is shown of it
 
     @property
     def positive(self) -> bool:
-        return self.source == "teacher"
+        return self.source in ("teacher", "sampled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Example:
     label: TokenIds
     positives: tuple[Candidate, ...]
     minority: tuple[Candidate, ...]
+    answer: str = ""  # text of the label
     reason: tuple[TokenIds, TokenIds] | None = None  # (prompt, rationale then answer) of the third task
 
     def candidates(self, lagged: Mapping[str, Negative]) -> list[Candidate]:
@@ -137,6 +138,7 @@ def _example(question: Question, label: str | None, student: Student, config: Tr
         predict=student.source_ids(PREDICT, text),
         explain=student.source_ids(EXPLAIN, text),
         label=student.target_ids(label),
+        answer=label,
         positives=tuple(
             Candidate(r.text, student.target_ids(r.text), "teacher", teacher_case(question, r, POSITIVE)) for r in positives
         ),

@@ -26,6 +26,7 @@ from qcrd_fast.generation.sample import make_sampler
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
+from qcrd_fast.train.methods import lag_of, method_of, samples_the_first
 from qcrd_fast.train.negative_store import Negative, NegativeStore, was_cut
 from qcrd_fast.train.overlap import Lane
 from qcrd_fast.train.schedule import Schedule
@@ -74,14 +75,10 @@ class LaggedNegatives:
         self.answers = answers
         self.questions, self.schedule, self.snapshots = questions, schedule, snapshots
         self.config, self.autocast = config, autocast
-        self.settings = SampleSettings(
-            config.negative_temperature,
-            config.negative_top_k,
-            config.negative_top_p,
-            config.max_new_tokens,
-            config.sample_batch_size,
-            config.impl,
-        )
+        truncation = (config.negative_temperature, config.negative_top_k, config.negative_top_p)
+        if method_of(config).on_policy:
+            truncation = 1.0, 0, 1.0  # from the student's own distribution, all of it
+        self.settings = SampleSettings(*truncation, config.max_new_tokens, config.sample_batch_size, config.impl)
         self.lane = lane or Lane("serial", torch.device("cpu"))
         self.wait_s = self.busy_s = 0.0  # the caller waited; drawing took
         self.tokens = 0
@@ -95,7 +92,7 @@ class LaggedNegatives:
 
     def source_iteration(self, iteration: int) -> int:
         """Whose snapshot speaks in an iteration."""
-        return 0 if self.config.effective("negative_source") == "fixed" else max(iteration - self.config.negative_lag, 0)
+        return 0 if samples_the_first(self.config) else max(iteration - lag_of(self.config), 0)
 
     @relieved("the sampler", for_sampling, _longest_prompt)
     def prepare(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,19 @@ from qcrd_fast.distributed.parallel import Engine
 from qcrd_fast.errors import RunError
 from qcrd_fast.losses import ContrastiveOutput, contrastive_loss, weighted_rationale_loss
 from qcrd_fast.models.lm_head import evaluating
-from qcrd_fast.models.prompts import TokenIds
+from qcrd_fast.models.prompts import PREDICT, REASON, TokenIds
 from qcrd_fast.models.student import PackedHidden, Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
-from qcrd_fast.ops.rationale_loss import linear_rationale_loss, loss_terms
+from qcrd_fast.ops.rationale_loss import KEPT_BYTES, linear_rationale_loss, loss_terms
+from qcrd_fast.ops.topk_kl import topk_kl
+from qcrd_fast.teacher_signal.local import TopK
 from qcrd_fast.train.audit import Audit
 from qcrd_fast.train.examples import Candidate, Example, longest_text
 from qcrd_fast.train.judging import Judges, weight_kind
 from qcrd_fast.train.methods import method_of
 from qcrd_fast.train.negative_store import Negative
+from qcrd_fast.train.teaching import Asked, Covered, Teaching, asked_of, pad_all, padded
+from qcrd_fast.train.token_weights import TokenScores, log_ratio
 from qcrd_fast.utils.oom import for_training, relieved
 
 MI_WEIGHT = 0.1
@@ -50,6 +55,22 @@ class Weighted:
         self.candidates.append(candidate)
         self.question.append(question)
         self.weight.append(weight)
+
+
+class Pass(NamedTuple):
+    """A training pass's targets: which are not negatives, their weights with the factors of Eq. 8, and the negatives' terms."""
+
+    positive_R: Tensor
+    weight_R: Tensor
+    beta: float
+    delta: float | None
+
+
+class Signal(NamedTuple):
+    """What a teacher says of a pass: log p of the candidates' tokens, or its likeliest tokens at those of all targets."""
+
+    other_T: Tensor | None = None
+    covered: Covered | None = None
 
 
 class Objective:
@@ -74,6 +95,8 @@ class Objective:
         self.audit: Audit | None = None  # what watches the passes of the next step
         self.method = method_of(config)
         self.alpha_pred = config.alpha_pred if self.method.teaches_rationales else 1.0
+        self.teaching: Teaching | None = None  # whom the passes ask, for a method with a teacher or a reference
+        self.sampled_tokens = 0  # of the next step's questions, on all ranks: the normaliser of on-policy methods
 
     @relieved("a training step", for_training, longest_text)
     def step(
@@ -94,7 +117,8 @@ class Objective:
             losses = training(lambda: self._mutual_information(batch, num_questions, stats))
         else:
             weighted = self._weigh(batch, lagged, num_questions, step, iteration, stats)
-            losses = training(lambda: self._train(batch, weighted, num_questions, stats))
+            signal = self._ask_teacher(batch, weighted)
+            losses = training(lambda: self._train(batch, weighted, num_questions, stats, signal))
         if losses["loss"].requires_grad:
             (losses["loss"] * (weight * self.engine.scale)).backward()
         return {name: weight * value.detach() for name, value in losses.items()}, stats if weight else Counter()
@@ -112,16 +136,22 @@ class Objective:
     ) -> Weighted:
         if self.method.contrastive:
             return self._score_and_select(batch, lagged, num_questions, iteration, stats)
+        if self.method.on_policy:
+            own = [(q, lagged[e.id]) for q, e in enumerate(batch) if e.id in lagged]
+            candidates = [Candidate(n.text, n.tokens, "sampled", n.case) for _, n in own]
+            tokens = max(self.sampled_tokens, 1)
+            return Weighted(candidates, [q for q, _ in own], [len(c.tokens) / tokens for c in candidates])
         warm = self.method.warmup is not None and step < self.warmup_steps
         weights = self.method.warmup if warm and self.method.warmup else self.method.weights
-        chosen = Weighted([], [], [], beta=0.0 if warm else self.method.beta)
+        beta = self.config.beta if self.method.reference else self.method.beta
+        chosen = Weighted([], [], [], beta=0.0 if warm else beta)
         judged = self.judges.positive is not None and weights is self.method.weights
         for q, example in enumerate(batch):
             of_positives, of_minority = weights(1 / num_questions, len(example.positives), len(example.minority))
             if judged and of_positives:
                 of_positives = self._shared_by_quality(sum(of_positives), example, stats)
-            for candidates, found in ((example.positives, of_positives), (example.minority, of_minority)):
-                for candidate, weight in zip(candidates, found, strict=False):
+            for of_kind, found in ((example.positives, of_positives), (example.minority, of_minority)):
+                for candidate, weight in zip(of_kind, found, strict=False):
                     chosen.add(candidate, q, weight)
         return chosen
 
@@ -216,8 +246,27 @@ class Objective:
 
     # Losses with gradient
 
+    def _ask_teacher(self, batch: Sequence[Example], weighted: Weighted) -> Signal | None:
+        """What the teacher says of the tokens that `_train` trains on; None where nobody is asked."""
+        if self.teaching is None:
+            return None
+        chosen = asked_of(batch, weighted.candidates, weighted.question)
+        if self.method.token_weights:
+            return Signal(other_T=self.teaching.scores(chosen) if chosen else None)
+        return Signal(covered=self.teaching.top(padded(self._label_asked(batch) + chosen, self._pad)))
+
+    @property
+    def _pad(self) -> int | None:
+        """The token that targets are padded with to one length, as the released code of mentor-kd does."""
+        return self.student.pad_id if self.config.mentor_kd_literal else None
+
     def _train(
-        self, batch: Sequence[Example], weighted: Weighted, num_questions: int, stats: Counter[str]
+        self,
+        batch: Sequence[Example],
+        weighted: Weighted,
+        num_questions: int,
+        stats: Counter[str],
+        signal: Signal | None = None,
     ) -> dict[str, Tensor]:
         """Second pass: labels, the optional reasoning task and the chosen candidates in one forward pass."""
         sources, targets, source_of, weights = self._label_targets(batch, num_questions)
@@ -235,6 +284,17 @@ class Objective:
         weight_R = torch.tensor(weights + weighted.weight, dtype=torch.float32, device=device)
         is_label_R = torch.arange(len(targets), device=device) < labels
         scaled_R = weight_R * torch.where(is_label_R, self.alpha_pred, self.config.alpha_cl)  # Eq. 8 less a3 L_D
+        pass_ = Pass(positive_R, scaled_R, weighted.beta, weighted.delta)
+        if self.method.token_weights:
+            with self.autocast():
+                packed = self._hidden(sources, targets, source_of, stats)
+                loss, nll_R, extras = self._token_weighted(packed, pass_, labels, signal)
+            return {"loss": loss, **self._shares(nll_R, is_label_R, weight_R, pass_), **extras}
+        if self.method.teacher == "mentor" and self.config.kd_lambda:
+            share = len(batch) / num_questions
+            with self.autocast():
+                loss, nll_R, extras = self._mentor_kd(sources, targets, source_of, pass_, share, stats, signal)
+            return {"loss": loss, **self._shares(nll_R, is_label_R, weight_R, pass_), **extras}
         with self.autocast():
             packed = self._hidden(sources, targets, source_of, stats)
             loss, nll_R, logprob_T = linear_rationale_loss(
@@ -255,10 +315,94 @@ class Objective:
                 dlogprob_T = (-dnll_R / torch.bincount(packed.segment, minlength=len(nll_R)))[packed.segment]
                 self.audit.watch(packed.hidden, head, packed.target, logprob_T, loss, dlogprob_T)
 
-        def share(which_R: Tensor) -> Tensor:
-            return loss_terms(nll_R, positive_R, weight_R * which_R, weighted.beta, weighted.delta)[0]
+        return {"loss": loss, **self._shares(nll_R, is_label_R, weight_R, pass_)}
 
-        return {"loss": loss, "loss_pred": share(is_label_R), "loss_cl": share(~is_label_R)}
+    def _shares(self, nll_R: Tensor, is_label_R: Tensor, weight_R: Tensor, of: Pass) -> dict[str, Tensor]:
+        """The loss's two terms, without their factors a1 and a2."""
+        parts = {"loss_pred": is_label_R, "loss_cl": ~is_label_R}
+        return {name: loss_terms(nll_R, of.positive_R, weight_R * which, of.beta, of.delta)[0] for name, which in parts.items()}
+
+    def _token_weighted(
+        self, packed: PackedHidden, of: Pass, labels: int, signal: Signal | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(loss, weighted l of each target, more to log): the tokens of labels weigh 1, those of rationales as the method says.
+
+        What is logged beside the loss sums over micro-batches as the loss does: of on-policy methods the mean over sampled
+        tokens of log pi_S - log pi_T, an unbiased estimate of KL(pi_S || pi_T); of npo its own loss, of its negatives.
+        """
+        assert self.method.token_weights
+        logprob_T = self._logprob(packed, KEPT_BYTES)
+        detached_T, is_label_T = logprob_T.detach(), packed.segment < labels
+        other_T = torch.zeros_like(detached_T)
+        if signal is not None and signal.other_T is not None:
+            other_T = other_T.masked_scatter(~is_label_T, signal.other_T.to(detached_T.dtype))
+        scores = TokenScores(detached_T, other_T, packed.segment, of.positive_R, self.config.npo_beta)
+        token_weight_T = self.method.token_weights(scores).masked_fill(is_label_T, 1.0)
+        loss, _, _, nll_R = weighted_rationale_loss(
+            logprob_T, packed.segment, of.positive_R, of.weight_R, beta=of.beta, delta=of.delta, token_weight_T=token_weight_T
+        )
+        extras: dict[str, Tensor] = {}
+        if self.method.on_policy:
+            gap_T = (detached_T - other_T).masked_fill(is_label_T, 0)
+            extras["teacher_kl"] = gap_T.double().sum().to(gap_T.dtype) / max(self.sampled_tokens, 1)
+        elif self.method.reference:
+            b, count_R = self.config.npo_beta, torch.bincount(packed.segment, minlength=len(nll_R)).clamp(min=1)
+            npo_R = 2 / (b * count_R) * F.softplus(b * log_ratio(scores))
+            scale = self.config.alpha_cl or 1.0
+            extras["loss_npo"] = (npo_R * of.weight_R / scale).masked_fill(of.positive_R, 0).sum()
+        return loss, nll_R, extras
+
+    def _mentor_kd(
+        self,
+        sources: list[TokenIds],
+        targets: list[TokenIds],
+        source_of: list[int],
+        of: Pass,
+        share: float,
+        stats: Counter[str],
+        signal: Signal | None,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(1 - lambda) CE + lambda KL(teacher || student) over the tokens of labels and rationales, both means over a target's
+        tokens with the same weights; with `--mentor-kd-literal` the KL is a mean over all positions of the padded targets.
+
+        share: of the optimizer batch's questions, those of this pass.
+        """
+        config, head, lengths = self.config, self.student.head, [len(t) for t in targets]
+        literal = self._pad is not None
+        if self._pad is not None:
+            targets = pad_all(targets, self._pad)
+        packed = self._hidden(sources, targets, source_of, stats)
+        segment_T, T = packed.segment, len(packed.segment)
+        valid_T = torch.ones(T, dtype=torch.bool, device=segment_T.device)
+        if literal:
+            valid_T = torch.tensor([t < n for n in lengths for t in range(len(targets[0]))], device=segment_T.device)
+        options: dict[str, Any] = dict(**head.options, impl=config.impl, workspace_bytes=KEPT_BYTES)
+        out = linear_logprob(packed.hidden, head.weight, packed.target, return_lse=True, **options)
+        if self.audit:
+            self.audit.watch(packed.hidden.detach(), head, packed.target, out.logprob.detach())
+        ce, _, _, nll_R = weighted_rationale_loss(
+            out.logprob, segment_T, of.positive_R, of.weight_R, beta=0.0, delta=None, valid_T=valid_T
+        )
+        lse_T, tau = out.lse, config.kd_temperature
+        if tau != 1:
+            lse_T = linear_logprob(packed.hidden, head.weight, packed.target, return_lse=True, temperature=tau, **options).lse
+        covered = signal.covered if signal and signal.covered else _unknown(T, config.top_logprobs, packed.hidden)
+        kl_T = topk_kl(
+            packed.hidden, head.weight, lse_T, *covered.top, **head.options, temperature=tau, tail=config.teacher_tail
+        ).where(covered.covered_T, 0)
+        if literal:
+            kl = share * kl_T.mean()
+        else:
+            kl = weighted_rationale_loss(
+                -kl_T, segment_T, of.positive_R, of.weight_R, beta=0.0, delta=None, valid_T=covered.covered_T
+            )[0]
+        loss = (1 - config.kd_lambda) * ce + config.kd_lambda * kl
+        return loss, nll_R, {"teacher_kl": kl.detach()}
+
+    def _label_asked(self, batch: Sequence[Example]) -> list[Asked]:
+        """`_label_targets` as a teacher is asked for them."""
+        labels = [Asked(e, PREDICT, e.label, e.answer) for e in batch]
+        return labels + [Asked(e, REASON, e.reason[1]) for e in batch if e.reason]
 
     def _label_targets(
         self, batch: Sequence[Example], num_questions: int
@@ -342,13 +486,22 @@ class Objective:
         stats["body_tokens"] += packed.body_tokens
         return packed
 
-    def _logprob(self, packed: PackedHidden) -> Tensor:
+    def _logprob(self, packed: PackedHidden, workspace_bytes: int = 0) -> Tensor:
         head = self.student.head
-        result = linear_logprob(packed.hidden, head.weight, packed.target, **head.options, impl=self.config.impl)
+        result = linear_logprob(
+            packed.hidden, head.weight, packed.target, **head.options, impl=self.config.impl, workspace_bytes=workspace_bytes
+        )
         assert isinstance(result, Tensor)
         if self.audit:
             self.audit.watch(packed.hidden, head, packed.target, result)
         return result
+
+
+def _unknown(T: int, k: int, hidden_TH: Tensor) -> Covered:
+    """A teacher's K tokens that weigh nothing, for a pass that is only counted."""
+    ids_TK = torch.zeros(T, k, dtype=torch.long, device=hidden_TH.device)
+    none_T = torch.zeros(T, dtype=torch.bool, device=hidden_TH.device)
+    return Covered(TopK(ids_TK, torch.zeros(T, k, dtype=torch.float32, device=hidden_TH.device)), none_T)
 
 
 def _candidates(batch: Sequence[Example], lagged: Mapping[str, Negative]) -> tuple[list[Candidate], list[int]]:

@@ -17,7 +17,7 @@ from qcrd_fast.data.files import is_hub_name
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.model_folder import check_model_name, count_parameters
 from qcrd_fast.models.prompts import PromptSettings
-from qcrd_fast.runs.folder import RESULTS
+from qcrd_fast.runs.folder import CONFIG, RESULTS
 from qcrd_fast.utils.files import require_writable, shown, told_room
 from qcrd_fast.utils.memory import free_bytes, swap_bytes
 from qcrd_fast.utils.oom import for_weights
@@ -37,6 +37,9 @@ def check_start(config: TrainConfig, *, dry_run: bool = False, names: bool = Tru
         path = getattr(config, option)
         if path and not os.path.exists(path) and not is_hub_name(path):
             raise InputError(f"--{option.replace('_', '-')}: {shown(path)} does not exist")
+    config.check_teacher()
+    if config.teacher_logprobs and not os.path.isdir(config.teacher_logprobs):
+        raise InputError(f"--teacher-logprobs: {shown(config.teacher_logprobs)} is no folder")
     if names or os.path.isdir(str(config.student)):
         check_names(config)
     PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt)
@@ -53,10 +56,13 @@ def check_start(config: TrainConfig, *, dry_run: bool = False, names: bool = Tru
 
 
 def check_names(config: TrainConfig) -> None:
-    """Raises `InputError` for a student or discriminator that is no model's folder, and none that the hub could have."""
+    """Raises `InputError` for a student, discriminator or teacher that is no folder of a model, and none of the hub."""
     check_model_name(str(config.student), "student")  # as loading it says
     if config.discriminator not in ("auto", "none"):
         check_model_name(config.discriminator, "--discriminator")
+    is_run = os.path.isfile(os.path.join(config.teacher or "", CONFIG))  # whose `final` teaches
+    if config.teacher and not config.teacher_is_url and not is_run:
+        check_model_name(config.teacher, "--teacher")
 
 
 def require_memory(config: TrainConfig, parameters: int, free: int, where: str) -> None:

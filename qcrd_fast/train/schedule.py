@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from qcrd_fast.config import TrainConfig
+from qcrd_fast.train.methods import method_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,10 @@ class Schedule:
 
     @property
     def iteration_steps(self) -> int:
-        return self.config.iteration_steps or self.steps_per_epoch
+        """As given; else one pass over the data, or, of an on-policy method, as many steps as one sampling batch feeds."""
+        if self.config.iteration_steps or not method_of(self.config).on_policy:
+            return self.config.iteration_steps or self.steps_per_epoch
+        return min(math.ceil(self.config.sample_batch_size / self.questions_per_step), self.steps_per_epoch)
 
     @property
     def save_steps(self) -> int:

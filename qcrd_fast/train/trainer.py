@@ -35,7 +35,7 @@ from qcrd_fast.train.evaluation import Best, Evaluation
 from qcrd_fast.train.examples import Candidate, Example, make_examples
 from qcrd_fast.train.judging import WEIGHT_KINDS, Judges, make_judges
 from qcrd_fast.train.memory_estimate import checkpoint_activations, survey
-from qcrd_fast.train.methods import has_discriminator, method_of, samples_student
+from qcrd_fast.train.methods import has_discriminator, lag_of, method_of, samples_student
 from qcrd_fast.train.metrics_log import MetricsLog, Progress, mean, share
 from qcrd_fast.train.negatives import Asked, LaggedNegatives
 from qcrd_fast.train.objective import Objective
@@ -46,6 +46,7 @@ from qcrd_fast.train.run_text import example_text
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.train.student_answers import StudentAnswers
+from qcrd_fast.train.teaching import make_teaching
 from qcrd_fast.utils.determinism import deterministic, require_deterministic
 from qcrd_fast.utils.device import choose_threads, make_autocast, resolve_device, threads_kept
 from qcrd_fast.utils.files import told_room
@@ -209,7 +210,7 @@ class Session:
             if found:
                 load_adapter(found, student.model)
         on_gpu = student.device.type == "cuda"
-        self.snapshots = Snapshots(run / SNAPSHOTS, config.negative_lag + 3 if on_gpu else 0, ranks)
+        self.snapshots = Snapshots(run / SNAPSHOTS, lag_of(config) + 3 if on_gpu else 0, ranks)
         self.lagged: LaggedNegatives | None = None
         if samples_student(config):
             asked = [Asked(e.id, e.explain) for e in examples]
@@ -218,16 +219,21 @@ class Session:
                 student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, lane, ranks,
                 StudentAnswers(data.train, schedule, student.tokenizer.eos_token_id),
             )  # fmt: skip
+        self.teaching = make_teaching(config, student, examples, self.autocast, run, data.digest, ranks, found is not None)
         if config.gradient_checkpointing:
             checkpoint_activations(student.model)
         self.engine = self._share_model()
         self.optimizer = _adamw(student.model, config)
         snapshots = self.snapshots if self.lagged else None
-        self.keeper = Keeper(config, run, data, schedule, student, self.optimizer, self.trainer, self.engine, snapshots)
+        self.keeper = Keeper(
+            config, run, data, schedule, student, self.optimizer, self.trainer, self.engine, snapshots,
+            self.teaching.moving if self.teaching else None,
+        )  # fmt: skip
         warmup = round(config.redi_warmup * schedule.total_steps)
         if judges is None:
             judges = make_judges(config, data.train, self.trainer.discriminator if self.trainer else None)
         self.objective = make_objective(student, config, judges, self.autocast, warmup, self.engine)
+        self.objective.teaching = self.teaching
         self.audits = Audits(config, student.device, ranks)
         self.step = 0  # optimizer steps done
         self.best: Best = None
@@ -324,7 +330,8 @@ class Session:
         questions = self.schedule.questions(step)
         drawn = [lagged[i] for index in questions if (i := self.examples[index].id) in lagged]
         agreeing = [n for n in drawn if n.case and n.case.agrees]
-        if self.config.agreeing_negatives == "drop":
+        self.objective.sampled_tokens = sum(len(n.tokens) for n in drawn)
+        if self.config.agreeing_negatives == "drop" and not method_of(self.config).on_policy:
             lagged = {i: n for i, n in lagged.items() if not (n.case and n.case.agrees)}
         batches = self.schedule.micro_batches(step, self.ranks.rank)
 
@@ -358,6 +365,8 @@ class Session:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.teaching:
+            self.teaching.after_step(self.student.model)
         self.step += 1
         watched = ["lagged", "lagged_active", "quality_negative", "num_negative"]
         watched += [f"{what}_lagged_{kind}" for what in ("weight", "weighed") for kind in ("agrees", "differs")]
