@@ -271,7 +271,7 @@ def choose_tile(student: Head, teacher: Head, gradient: bool, mixture: bool) -> 
         head.bias_V is not None or head.options[1] != 0 or len(head.weight_VH) % 128 != 0 or head.hidden_TH.shape[1] % 64 != 0
         for head in (student, teacher)
     )
-    wide = not mixture and not options and (gradient or tile.descriptors)
+    wide = not mixture and not options and tile.block_v == 128 and (gradient or tile.descriptors)
     return tile._replace(products=2) if wide else tile._replace(block_v=64, products=3)
 
 

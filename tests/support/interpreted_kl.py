@@ -31,14 +31,18 @@ def check(pair, beta, dtype, options):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("dtype, options", [(torch.float32, OPTIONS[3]), (torch.float16, OPTIONS[1])], ids=str)
-def test_values_and_gradients(beta, dtype, options):
-    check(Pair(V=300).to(dtype), beta, dtype, options)
+def test_values_and_gradients(beta):
+    check(Pair(V=150).to(torch.float32), beta, torch.float32, OPTIONS[3])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_halves(beta):
+    check(Pair(V=150).to(torch.float16), beta, torch.float16, OPTIONS[1])
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_parts_and_chunks(beta, split):
-    check(Pair(T=67, V=700).to(torch.float32), beta, torch.float32, OPTIONS[2])
+    check(Pair(T=67, V=530).to(torch.float32), beta, torch.float32, OPTIONS[2])
 
 
 @pytest.mark.parametrize("T, H, G, V", [(1, 8, 16, 1), (130, 64, 17, 256), (129, 17, 64, 5)])
@@ -54,21 +58,21 @@ def test_shapes(T, H, G, V, beta):
         assert error(got, want) < 1e-5
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_equal_heads_masked_entries_and_ignored_tiles(beta, split):
-    pair = Pair(T=140, V=403).to(torch.float32)
-    mask = torch.zeros(403)
-    mask[:300] = -math.inf
+    pair = Pair(T=140, V=280).to(torch.float32)
+    mask = torch.zeros(280)
+    mask[:200] = -math.inf
     pair.target[:130] = -100
     hidden, weight = 30 * pair.hidden, pair.weight
     same = linear_kl(hidden, weight, hidden, weight, pair.target, beta=beta, bias=mask, teacher_bias=mask, impl="triton")
     assert same.abs().max() == 0
     leaves, teacher = [pair.hidden.requires_grad_(), weight.requires_grad_()], (pair.teacher_hidden, pair.teacher_weight)
     out = linear_kl(*leaves, *teacher, pair.target, beta=beta, bias=mask, teacher_bias=mask, impl="triton")
-    truth = [x.detach().double() for x in (pair.hidden, weight[300:], teacher[0], teacher[1][300:])]
+    truth = [x.detach().double() for x in (pair.hidden, weight[200:], teacher[0], teacher[1][200:])]
     assert error(out, linear_kl(*truth, pair.target, beta=beta, impl="eager")) < 1e-6
     dhidden, dweight = torch.autograd.grad(out.sum(), leaves)
-    assert dhidden.isfinite().all() and (dweight[:300] == 0).all() and (dhidden[:130] == 0).all()
+    assert dhidden.isfinite().all() and (dweight[:200] == 0).all() and (dhidden[:130] == 0).all()
 
 
 def test_a_teacher_of_another_type():
