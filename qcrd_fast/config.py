@@ -501,6 +501,8 @@ class TrainConfig:
             )
         if method == "sdft" and self.teacher:
             raise InputError("--method sdft is taught by the student itself; leave --teacher out, or choose --method opd")
+        if method == "sdft" and self.teacher_ema < 1 and self.use_peft:
+            raise InputError("--teacher-ema below 1 moves all weights of the teacher; with --use-peft it is frozen (1)")
         if self.teacher_model and not url:
             raise InputError("--teacher-model names a model of a server; --teacher is no URL")
         if method == "mentor-kd" and self.kd_lambda:

@@ -135,7 +135,7 @@ def _done(path: Path) -> set[Case]:
 def append_row(path: Path, row: dict) -> None:
     from ..record import append, describe_machine
 
-    columns = COLUMNS
+    columns: tuple[str, ...] = COLUMNS
     if path.exists():  # one of before a column came has those of its first line
         with open(path, newline="", encoding="utf-8") as file:
             columns = tuple(next(csv.reader(file), COLUMNS))

@@ -15,6 +15,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,13 +33,15 @@ from qcrd_fast.generation.decoder import Decoder
 from qcrd_fast.generation.engine import CACHE_BYTES
 from qcrd_fast.models.lm_head import evaluating, output_layer
 from qcrd_fast.models.lora import add_lora
+from qcrd_fast.models.model_folder import count_parameters
 from qcrd_fast.models.prompts import PREDICT
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops import chunked, rationale_loss, reference
 from qcrd_fast.ops.dispatch import choose_impl
 from qcrd_fast.ops.selection import SELECTIONS
+from qcrd_fast.runs.load import find_model
 from qcrd_fast.train.examples import Candidate, Example, longest_row
-from qcrd_fast.train.methods import has_discriminator, method_of, samples_student
+from qcrd_fast.train.methods import has_discriminator, lag_of, method_of, samples_student
 from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.train.objective import Objective, Weighted
 from qcrd_fast.train.schedule import Schedule
@@ -117,9 +120,9 @@ def predict_memory(
     eval_sources: Sequence[int],
 ) -> dict[str, Any]:
     """Bytes on the device, for the largest micro-batch that the schedule holds: {parameters, gradients, optimizer,
-    discriminator (weights and moments of each fold, gradients of one), sampler (the copy of the student that negatives are
-    drawn from, and its caches), activations (held when the backward pass begins), workspace (of the loss), peak, peak_in,
-    host_snapshots (pinned on the host), micro_batch_questions, micro_batch_tokens}.
+    discriminator (weights and moments of each fold, gradients of one), teacher (weights of a local one), sampler (the copy of
+    the student that is sampled, and its caches), activations (held when the backward pass begins), workspace (of the loss),
+    peak, peak_in, host_snapshots (pinned on the host), micro_batch_questions, micro_batch_tokens}.
 
     `eval_sources`: lengths of the prompts that are validated on. The student may be one with LoRA. What cannot be counted is
     None, and the log says why.
@@ -136,9 +139,10 @@ def predict_memory(
         "gradients": (grads + buckets) // ranks,
         "optimizer": 2 * grads // ranks,
         "discriminator": _judge_bytes(discriminator) if discriminator else 0,
+        "teacher": teacher_bytes(config, student, autocast),
     }
     on_gpu, lagged = device.type == "cuda", samples_student(config)
-    snapshots = sum(2 * p.numel() for p in parameters) * (config.negative_lag + 3) if on_gpu and lagged else 0
+    snapshots = sum(2 * p.numel() for p in parameters) * (lag_of(config) + 3) if on_gpu and lagged else 0
     counted: dict[str, Any] = dict.fromkeys(("sampler", "activations", "workspace", "peak", "peak_in"))
     worst = find_worst(student, examples, schedule)
     try:
@@ -158,6 +162,8 @@ def predict_memory(
         }
         if method_of(config).contrastive and config.forward == "two-pass":
             phases["scoring pass"] = base + kept + fake.scoring(worst)
+        if sizes["teacher"]:  # its pass holds the hidden states that the student's scoring of the same tokens does
+            phases["teacher's pass"] = base + kept + fake.scoring(worst)
         if discriminator:
             phases["discriminator's training"] = base + fake.judging(discriminator._model(0), examples)
         peak_in = max(phases, key=lambda name: phases[name])
@@ -187,9 +193,8 @@ def _weigh(objective: Objective, batch: Sequence[Example]) -> Weighted:
     """The candidates that a pass over these questions may have to hold activations of."""
     config = objective.config
     if not method_of(config).contrastive:
-        return objective._weigh(batch, {}, len(batch), objective.warmup_steps, 0, Counter())
-    own = Negative([0] * config.max_new_tokens, "")
-    lagged = {e.id: own for e in batch} if samples_student(config) else {}
+        return objective._weigh(batch, _samples(batch, config), len(batch), objective.warmup_steps, 0, Counter())
+    lagged = _samples(batch, config)
     chosen = Weighted([], [], [], config.beta, config.delta)
     for q, example in enumerate(batch):
         candidates = example.candidates(lagged)
@@ -199,6 +204,25 @@ def _weigh(objective: Objective, batch: Sequence[Example]) -> Weighted:
             for candidate in found if every else found[:1]:
                 chosen.add(candidate, q, 1.0)
     return chosen
+
+
+def _samples(batch: Sequence[Example], config: TrainConfig) -> dict[str, Negative]:
+    """What the student may say of each question, at its longest; {} where it is not asked."""
+    return {e.id: Negative([0] * config.max_new_tokens, "") for e in batch} if samples_student(config) else {}
+
+
+def teacher_bytes(config: TrainConfig, student: Student, autocast: Callable[[], torch.autocast]) -> int:
+    """Weights of a teacher that this process holds: a local folder's as its files count them, or a copy of the student."""
+    kind = method_of(config).teacher
+    own = _bytes(student.model.parameters())
+    if kind == "self":
+        return own
+    local = config.teacher and not config.teacher_is_url and not (kind == "mentor" and not config.kd_lambda)
+    if kind is None or not local:
+        return 0
+    with autocast():
+        size = 2 if student.device.type == "cuda" and torch.is_autocast_enabled("cuda") else 4
+    return size * (count_parameters(Path(find_model(str(config.teacher)))) or own // 4)
 
 
 def _tokens(batch: Sequence[Example], weighted: Weighted) -> int:
@@ -292,9 +316,9 @@ class _Fake:
     def scoring(self, worst: Worst) -> int:
         """The most that the pass without gradient holds, over all candidates of the same questions."""
         every = Weighted([], [], [])
-        own = {e.id: Negative([0] * self.config.max_new_tokens, "") for e in worst.batch}
+        own = _samples(worst.batch, self.config)
         for q, example in enumerate(worst.batch):
-            for candidate in example.candidates(own if samples_student(self.config) else {}):
+            for candidate in example.candidates(own):
                 every.add(candidate, q, 1.0)
         if not every.candidates:
             return 0

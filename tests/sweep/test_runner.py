@@ -26,7 +26,8 @@ from qcrd_fast.sweep.job import key, options_text
 from qcrd_fast.sweep.rationale_checks import equations, judge_rationale, summarize
 from tests.support.paths import DATA, ROOT
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+EVERY_RECIPE = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = [r for r in EVERY_RECIPE if not r.stem.startswith("teacher-")]  # of every data set; the others show a teacher's use
 MAIN = [f"{name}_{part}.json" for name in ("svamp", "asdiv", "strategy_qa") for part in ("3_train", "test")]
 PUBLISHED = {  # where Mentor-KD's repository has the files of the shared folder
     **{f"data/main/{name}": name for name in MAIN},
@@ -56,6 +57,16 @@ def test_a_recipe_says_how_its_data_is_made(recipe: Path) -> None:
         assert [c[c.index("--output") + 1] for c in commands(recipe)] == [config.data, config.test_data]
         assert ("t5" in recipe.stem) == ("Not measured" in text) == ("t5" in str(config.student))
         assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 64
+
+
+@pytest.mark.parametrize("recipe", [r for r in EVERY_RECIPE if r not in RECIPES], ids=lambda r: r.stem)
+def test_a_recipe_with_a_teacher_makes_it_first(recipe: Path) -> None:
+    config, text = TrainConfig.from_dict(runner.read_recipe(recipe)), recipe.read_text()
+    config.check_teacher()
+    assert f"--config recipes/{recipe.name} " in text and config.output_dir == f"runs/{recipe.stem}" and "Not measured" in text
+    assert [c[c.index("--output") + 1] for c in commands(recipe)] == [config.data, config.test_data]
+    made = config.teacher or config.teacher_logprobs
+    assert made and (f"--output-dir {made}\n" in text or f"--output {made}\n" in text)
 
 
 def test_every_data_set_has_three_students() -> None:
