@@ -78,7 +78,7 @@ def run(data: Path, student: str, output: Path, seeds: int, rehearse: bool) -> N
     """Every run, and its row in OUTPUT/runs.csv. Raises what `run_jobs` raises."""
     values: dict[str, Any]
     if rehearse:
-        from qcrd_fast.demo import write_demo
+        from qcrd_fast.demo.runner import write_demo
 
         if not (output / "demo" / "student").is_dir():
             write_demo(output / "demo", 0)
