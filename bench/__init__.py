@@ -1,1 +1,1 @@
-"""Benchmarks: `qcrd-fast bench loss`, and the demo over methods and seeds (`python bench/demo.py`)."""
+"""Benchmarks: `qcrd-fast bench loss`, and the demo over seeds (`python -m qcrd_fast.bench.demo`)."""

@@ -94,7 +94,8 @@ def demo(ctx: click.Context, dry_run: bool, as_json: bool, compare: str | None, 
         raise InputError("demo needs --output-dir DIR, the run folder to write")
     with console.quiet_stdout():
         results = run_demo(options, output_dir, compare=compare, dry_run=dry_run)
-    console.show(results, as_json, console.lines(results) if dry_run else summary_text(results, output_dir))
+    text = console.lines(results)
+    console.show(results, as_json, text if dry_run else f"{text}\n\n{summary_text(results, output_dir)}")
 
 
 @cli.command(cls=Verb)

@@ -63,9 +63,13 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
     ),
     "demo": (
         "The demo",
-        "Accuracy on 300 new questions. `python bench/demo.py --threads 1`",
-        ("method", "seed", "threads"),
-        ("method", "seed", "accuracy_untrained", "accuracy", "accuracy_validation", "steps", "threads", "wall_s", "commit"),
+        "Shares of 500 new questions, a row a student. Times are those of both methods; the student is pretrained once. "
+        "`python -m qcrd_fast.bench.demo`",
+        ("student", "seed"),
+        (
+            *("student", "seed", "accuracy", "accuracy_reasoned", "sound_reasoning", "wall_s", "cpu_s", "pretrain_s"),
+            *("pretrain_cpu_s", "load", "device", "commit"),
+        ),
     ),
     "prompts": (
         "Shared prompts",

@@ -20,13 +20,13 @@ from qcrd_fast.utils.files import remove_tree, write_lines
 
 log = logging.getLogger(__name__)
 TASK, LARGEST = "mix", 20  # of `problems`; largest result
-QUESTIONS, TEST_QUESTIONS = 440, 500
+QUESTIONS, TEST_QUESTIONS = 660, 500
 COMPARE = "compare"  # folder of the run to compare with
 DEFAULTS: dict[str, Any] = dict(
     task="number",
     reasoning_task=True,
     learning_rate=1.5e-3,
-    num_train_epochs=10,
+    num_train_epochs=7,
     warmup_ratio=0.05,
     negative_lag=2,
     negative_top_k=5,  # of a vocabulary of less than two hundred; 50 would be no truncation
@@ -36,8 +36,8 @@ DEFAULTS: dict[str, Any] = dict(
     max_answer_tokens=4,
     sample_batch_size=512,
     eval_batch_size=512,
-    eval_steps=125,
-    save_steps=125,
+    eval_steps=131,
+    save_steps=131,  # four in 525 steps
     discriminator_pretrain_steps=60,
     discriminator_update_batches=8,
     discriminator_learning_rate=5e-4,
@@ -53,14 +53,15 @@ def demo_paths(folder: Path) -> dict[str, str]:
 
 
 def write_demo(folder: Path, seed: int) -> dict[str, str]:
-    """Write train.jsonl (sampled rows), test.jsonl and last the pretrained student; returns their paths as train's options."""
+    """Write test.jsonl, the same for all seeds, train.jsonl (sampled rows), and last the pretrained student; returns their paths
+    as train's options."""
     paths = demo_paths(folder)
     folder.mkdir(exist_ok=True)
     rng, taken = random.Random(seed), set[str]()
+    test = problems.draw_problems(TASK, TEST_QUESTIONS, random.Random("test"), taken, LARGEST)
+    write_lines(Path(paths["test_data"]), problems.write_rows("test", test, None))
     train = problems.draw_problems(TASK, QUESTIONS, rng, taken, LARGEST)
     write_lines(Path(paths["data"]), problems.write_rows("train", train, rng))
-    test = problems.draw_problems(TASK, TEST_QUESTIONS, rng, taken, LARGEST)
-    write_lines(Path(paths["test_data"]), problems.write_rows("test", test, None))
     write_student(Path(paths["student"]))
     return paths
 

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import random
 
 import pytest
 from qcrd_fast.bench.study import __main__ as study
@@ -147,3 +148,25 @@ def test_data_of_a_seed_are_one_for_all_arms_and_apart_from_the_tests(tmp_path):
         assert not drawn[-1][1] & drawn[-1][2]
     assert drawn[0][0] == drawn[1][0] and len({text for text, _, _ in drawn}) == 3
     assert drawn[0][2] == drawn[2][2] and not drawn[0][2] & drawn[3][2]
+
+
+def test_a_p_value_needs_five_seeds_and_holm_counts_the_others(tmp_path, capsys):
+    rng = random.Random(0)
+
+    def bits(share):
+        return runs.to_hex([rng.random() < share for _ in range(1000)])
+
+    for arm, share, seeds in (("sft-all", 0.4, 6), ("soft checks", 0.7, 6), ("soft", 0.7, 4)):
+        for seed in range(seeds):
+            row = runs.Case("confirm", "mix", "decoder", arm, seed)._asdict()
+            study.append_row(
+                tmp_path / "runs.csv",
+                row
+                | {"labels": bits(0.5), "sounds": bits(share), "accuracy": 0.5, "sound": share}
+                | dict.fromkeys(("faithful", "nll_sound", "entropy", "cpu_s"), 0.1),
+            )
+    assert study.main(["--results", str(tmp_path / "runs.csv"), "--stage", "confirm", "--table"]) == 0
+    told = {tuple(line.split(" | ")[2:5]): line for line in capsys.readouterr().out.splitlines() if "| mix |" in line}
+    assert told["soft", "sft-all", "sound"].endswith("| 4 | - |")
+    assert float(told["soft checks", "sft-all", "sound"].split(" | ")[-1].rstrip(" |")) < 0.01
+    assert told["soft checks", "sft-all", "accuracy"].endswith("| 1 |")

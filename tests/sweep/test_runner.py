@@ -529,7 +529,7 @@ def test_the_ci_recipe_from_data_to_tables(tmp_path) -> None:
         assert ("starts" in done.stderr) != again
     rows = table(tmp_path / "runs.csv")
     assert sorted((r["method"], r["seed"]) for r in rows) == [(m, s) for m in ("dss", "qcrd") for s in "01"]
-    assert all(r["n"] == "300" and r["recipe"] == "ci" and r["torch"] and r["commit"] and float(r["wall_s"]) > 0 for r in rows)
+    assert all(r["n"] == "500" and r["recipe"] == "ci" and r["torch"] and r["commit"] and float(r["wall_s"]) > 0 for r in rows)
     assert all(r["gpu_minutes"] == "" or not r["device"].startswith("CPU") for r in rows)
     assert all(r["active_hinge_lagged"] for r in rows if r["method"] == "qcrd")
     text = (tmp_path / "out.md").read_text()

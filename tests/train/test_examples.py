@@ -57,3 +57,15 @@ def test_the_reasoning_target_ends_in_the_answer(student):
     assert example.reason is not None
     text = student.text(example.reason[1])
     assert text.startswith("First 3 + 4 = 7") and text.split("Answer:")[1].strip() == "5"
+
+
+def test_the_reasoning_target_is_the_first_rationale_that_passes_the_checks(student):
+    false = Rationale("First 3 + 4 = 8. Then 8 - 2 = 5.", "5")
+    asked = dataclasses.replace(QUESTION, positives=(false, *QUESTION.positives), task="number")
+
+    def taught(**options):
+        example = make_examples([asked], student, TrainConfig(reasoning_task=True, **options))[0]
+        return student.text(example.reason[1])
+
+    assert taught().startswith("First 3 + 4 = 7") and taught(method="sft-all").startswith("First 3 + 4 = 8")
+    assert taught(method="sft-all", positive_quality="checks") == taught()
