@@ -227,9 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m qcrd_fast.bench.active", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--arms", default=",".join(ARMS).replace("random one by one", "random: one by one"), help=argparse.SUPPRESS
-    )
+    parser.add_argument("--arms", default=",".join(ARMS), help="of: %(default)s")
     parser.add_argument("--seeds", default="0-3", help="such as 0-7 or 0,3,5; default: %(default)s")
     for name, value in Settings._field_defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")

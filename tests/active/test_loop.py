@@ -19,7 +19,7 @@ from qcrd_fast.active.revision import Explanation
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.utils import signals
 from tests.support import fake_teacher
-from tests.support.active_runs import arguments, solutions, write, write_files
+from tests.support.active_runs import arguments, contents, read, solutions, write, write_files
 from tests.support.students import make_llama
 
 
@@ -87,10 +87,6 @@ def run(capsys, args, code=0):
     return json.loads(out) if out else err
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def test_a_run_repairs_trains_and_says_why_it_stopped(files, tmp_path, capsys, explains, reasons):
     explains(lambda i: i % 2)
     out = tmp_path / "run"
@@ -136,7 +132,7 @@ def test_it_stops_where_the_teacher_finds_no_fault(files, tmp_path, capsys, expl
 
 def test_it_stops_where_validation_is_flat(files, tmp_path, capsys, explains, reasons, untrained):
     explains(lambda i: 1)
-    found = run(capsys, arguments(files, output_dir=tmp_path / "run", flat_rounds=1, rounds=3, max_steps=1, learning_rate=1e-9))
+    found = run(capsys, arguments(files, output_dir=tmp_path / "run", flat_rounds=1, rounds=3))
     assert found["stopped"].startswith("flat: no validation of the last 1 rounds was better") and found["rounds"] == 1
     assert found["best_round"] == 0  # the earlier of equals
 
@@ -170,7 +166,8 @@ def test_earlier_samples_test_the_loop_and_not_the_revision(files, tmp_path, cap
     rows = [json.loads(line) for line in Path(files["pool"]).read_text().splitlines()]
     rng = random.Random(0)
     for row in rows[:10]:
-        row["samples"] = [{"rationale": f"It is {row['answer']}.", "answer": row["answer"]}, {"rationale": "No.", "answer": "0"}]
+        row["samples"] = [{"rationale": f"It is {row['answer']}.", "answer": row["answer"]}]
+        row["samples"].append({"rationale": "No.", "answer": "0"})
         rng.shuffle(row["samples"])
     replay = write(tmp_path / "samples.jsonl", rows[:10])
     out = tmp_path / "run"
@@ -196,24 +193,6 @@ def test_a_server_revises_and_malformed_verdicts_are_counted(files, tmp_path, ca
 
 
 # Resumes
-
-QUIET = {"run.log", "config.resolved.yaml", "active.resolved.yaml"}
-UNTIMED = {"time", "seconds", "pid", "tokens_per_s", "step_ms", "sample_wait_ms"}
-
-
-def contents(run: Path) -> dict[str, object]:
-    """What a run is, without clocks: every file, of lines those that are not of a start."""
-    found: dict[str, object] = {}
-    for path in sorted(run.rglob("*")):
-        if not path.is_file() or path.name in QUIET or path.name == ".lock" or "final" in path.parts:
-            continue
-        name = str(path.relative_to(run))
-        if path.name in ("ledger.jsonl", "metrics.jsonl"):
-            records = [{k: v for k, v in row.items() if k not in UNTIMED} for row in read(path)]
-            found[name] = [row for row in records if row.get("kind") != "start"]
-        else:
-            found[name] = path.read_bytes()
-    return found
 
 
 class Cut(BaseException):
