@@ -42,7 +42,17 @@ TEST_QUESTIONS = 500
 PARTS = ("pool", "test", "oracle")
 COLUMNS = (
     *("seed", "arm", "by", "revise", "show", "round", "tokens", "asked", "positives", "no_fault", "kept", "accuracy", "labels"),
-    *("mean_nll_kept", "mean_nll_explanation", "pool", "max_steps", "batch_size", "round_tokens", "learning_rate", "cpu_s"),
+    *(
+        "mean_nll_kept",
+        "mean_nll_explanation",
+        "pool",
+        "first_steps",
+        "max_steps",
+        "batch_size",
+        "round_tokens",
+        "learning_rate",
+        "cpu_s",
+    ),
     *("device", "threads", "torch", "transformers", "commit", "time"),
 )
 log = logging.getLogger("qcrd_fast.bench")
@@ -68,12 +78,13 @@ BASE = "random"
 
 
 class Settings(NamedTuple):
-    """The same for all arms that are compared. Tokens are of a round."""
+    """The same for all arms that are compared. Tokens and steps are of a round; later ones go on from the last student."""
 
     pool: int = 400
     rounds: int = 3
     round_tokens: int = 6000
-    max_steps: int = 200
+    first_steps: int = 200
+    max_steps: int = 80
     batch_size: int = 8
     learning_rate: float = 2e-3
 
@@ -108,7 +119,7 @@ def first_round(seed: int, settings: Settings, cache: Path, folder: Path) -> Pat
     run = folder / f"first-{seed}"
     if not run.exists():
         files = write_files(folder, seed, settings)
-        _run_active(seed, Arm("random", "new"), settings._replace(rounds=1), cache, files, run)
+        _run_active(seed, Arm("random", "new"), settings._replace(rounds=1, max_steps=settings.first_steps), cache, files, run)
     return run
 
 
@@ -141,7 +152,7 @@ def _run_active(seed: int, arm: Arm, settings: Settings, cache: Path, files: dic
         pool=files["pool"], teacher=f"oracle:{files['oracle']}", by=arm.by, revise=arm.revise, show=arm.show,
         top=settings.pool, rounds=settings.rounds, budget_tokens=(settings.rounds + 1) * settings.round_tokens,
         round_tokens=settings.round_tokens, max_tokens=64, flat_rounds=None, no_fault_share=None, num_samples=4,
-        num_continuations=2,
+        num_continuations=2, continue_student=True,
     )  # fmt: skip
     options = dict(
         student=str(student_folder(RECIPES["decoder"], cache)), eval_data=files["test"], output_dir=str(run), resume="auto", seed=seed,
@@ -216,9 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m qcrd_fast.bench.active", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--arms", default=",".join(ARMS).replace("random one by one", "random: one by one"), help=argparse.SUPPRESS
-    )
+    parser.add_argument("--arms", default=",".join(ARMS), help="of: %(default)s")
     parser.add_argument("--seeds", default="0-3", help="such as 0-7 or 0,3,5; default: %(default)s")
     for name, value in Settings._field_defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")

@@ -109,9 +109,7 @@ class ConfigOption(click.Option):
             default=default,
             show_default=default is not None,
             hidden=hidden,
-            metavar=METAVARS.get(field.name)
-            or {int: "INT", float: "FLOAT"}.get(kind, "") + ("|none" if can_be_none else "")
-            or None,
+            metavar=METAVARS.get(field.name) or _metavar(kind, can_be_none),
             help=meta["help"],
         )
         self.group, self.usual = meta["group"], meta["usual"]
@@ -163,6 +161,11 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+def _metavar(kind: type, can_be_none: bool) -> str | None:
+    name = {int: "INT", float: "FLOAT"}.get(kind)
+    return f"{name}|none" if name and can_be_none else name
 
 
 def _type(kind: type, meta: Any, can_be_none: bool) -> click.ParamType:

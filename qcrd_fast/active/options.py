@@ -21,7 +21,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 }
 BY = tuple(name for name in SELECTORS if name != "agree")  # which is of a teacher's votes, that a pool has none of
 OWN = ("data", "eval_data", "test_data", "output_dir", "resume", "student")  # of `train`, which `active` sets for each round
-FREE = {"concurrency", "timeout", "deadline", "batch_size"}  # what a resumed run may change
+FREE = {"concurrency", "timeout", "deadline", "pool"}  # what a resumed run may change; the questions are compared
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from qcrd_fast.active import teachers
 from qcrd_fast.active.folder import CONFIG
 from qcrd_fast.active.options import FREE, OWN, TRAIN_DEFAULTS, ActiveConfig
 from qcrd_fast.active.prompts import Prompts
-from qcrd_fast.collect.collection import REPLAY
+from qcrd_fast.collect.collection import REPLAY, check_teacher
 from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.files import is_hub_name
@@ -82,6 +82,7 @@ class Setup:
         if config.is_url:
             Endpoint(self.endpoint())
             return None
+        check_teacher(name)
         if name.startswith(REPLAY):
             return teachers.ReplayTeacher(name.removeprefix(REPLAY))
         if name.startswith(teachers.ORACLE):

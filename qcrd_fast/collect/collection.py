@@ -77,8 +77,7 @@ class CollectSettings:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"--{field.name.removesuffix('_s').replace('_', '-')} must be finite; got {value}")
-        if _ADDRESS.match(self.teacher) and not Path(self.teacher).exists():
-            raise InputError("--teacher: an address begins with http:// or https://")
+        check_teacher(self.teacher)
         for name in ("teacher_model", "system_prompt", "extra_body"):
             try:
                 json.dumps(getattr(self, name), ensure_ascii=False).encode()
@@ -105,6 +104,12 @@ class CollectSettings:
     @property
     def prices(self) -> Prices:
         return Prices(self.price_input or 0.0, self.price_output or 0.0)
+
+
+def check_teacher(teacher: str) -> None:
+    """Raises `InputError` for an address without its scheme."""
+    if _ADDRESS.match(teacher) and not Path(teacher).exists():
+        raise InputError("--teacher: an address begins with http:// or https://")
 
 
 class Collection:

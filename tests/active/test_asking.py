@@ -43,7 +43,7 @@ def conversations(count: int, mode: str = "repair", round: int = 1) -> list[Conv
 
 
 def judge(handler: fake_teacher.Handler, seen: fake_teacher.Seen) -> None:
-    """The first step is right, the second wrong; says how many tokens it used: as many as it may, and a frame around the prompt."""
+    """The first step is right, the second wrong; used as many tokens as it may, and a frame around the prompt."""
     text = "right" if "There is no step" in seen.prompt else "wrong: no\n5 - 1 = 4.\nAnswer: 4"
     tokens = {"prompt_tokens": len(seen.prompt.encode()) + FRAME_TOKENS, "completion_tokens": seen.body["max_tokens"]}
     handler.server.released.wait(0.01)
@@ -231,5 +231,5 @@ def test_earlier_samples_are_fresh_rationales(tmp_path):
 def test_a_bad_row_of_an_oracle_is_named(tmp_path, row):
     path = tmp_path / "oracle.jsonl"
     path.write_text(json.dumps(ORACLE[0]) + "\n" + row + "\n")
-    with pytest.raises(InputError, match="oracle.jsonl:2: expected"):
+    with pytest.raises(InputError, match=r"oracle\.jsonl:2: expected"):
         OracleTeacher(str(path))

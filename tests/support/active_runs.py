@@ -1,4 +1,4 @@
-"""Active runs on the demo's problems: their files, an oracle that knows the true steps, a student that reasons, more or less."""
+"""Active runs on the demo's problems: their files, an oracle of the true steps, a student that reasons, more or less."""
 
 from __future__ import annotations
 
@@ -71,3 +71,28 @@ def arguments(files: dict[str, str], **options: Any) -> list[str]:
         if value is not None and value is not False:
             args += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return args
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# A folder, to compare
+
+QUIET = {"run.log", "config.resolved.yaml", "active.resolved.yaml"}
+UNTIMED = {"time", "seconds", "pid", "tokens_per_s", "step_ms", "sample_wait_ms"}
+
+
+def contents(run: Path) -> dict[str, object]:
+    """What a run is, without clocks: every file, of lines those that are not of a start."""
+    found: dict[str, object] = {}
+    for path in sorted(run.rglob("*")):
+        if not path.is_file() or path.name in QUIET or path.name == ".lock" or "final" in path.parts:
+            continue
+        name = str(path.relative_to(run))
+        if path.name in ("ledger.jsonl", "metrics.jsonl"):
+            records = [{k: v for k, v in row.items() if k not in UNTIMED} for row in read(path)]
+            found[name] = [row for row in records if row.get("kind") != "start"]
+        else:
+            found[name] = path.read_bytes()
+    return found
