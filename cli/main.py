@@ -41,6 +41,7 @@ from .options import (
     train_options,
 )
 from .outputs import check_file, export, report, score
+from .select import select
 
 
 def entry(args: list[str] | None = None) -> int:
@@ -66,7 +67,7 @@ def cli() -> None:
     """
 
 
-for command in (bench, collect, export, report, score):
+for command in (bench, collect, export, report, score, select):
     cli.add_command(command)
 
 

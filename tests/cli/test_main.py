@@ -22,7 +22,21 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError, Stopped
 from tests.support.paths import ROOT
 
-VERBS = ("bench", "collect", "demo", "doctor", "eval", "export", "generate", "prepare", "report", "score", "train", "validate")
+VERBS = (
+    "bench",
+    "collect",
+    "demo",
+    "doctor",
+    "eval",
+    "export",
+    "generate",
+    "prepare",
+    "report",
+    "score",
+    "select",
+    "train",
+    "validate",
+)
 RESULTS = {"accuracy": 0.5, "accuracy_validation": 0.25, "accuracy_untrained": 0.0, "n": 8, "task": "number"}
 
 
