@@ -17,6 +17,7 @@ from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, Rationale
 from qcrd_fast.errors import InputError
 from qcrd_fast.select import policy
+from qcrd_fast.select.progress import Progress
 from qcrd_fast.select.score import RowScores
 from qcrd_fast.select.selection import Policy
 from tests.support.paths import ROOT
@@ -103,27 +104,62 @@ def test_commands_that_are_refused(more, said, rows_file, tmp_path, capsys) -> N
     assert not (tmp_path / "o.jsonl").exists()
 
 
+def command(rows_file, student, output: Path) -> list[str]:
+    options = ["--by", "step-uncertainty", "--max-new-tokens", "8", "--block-size", "5", "--top", "9"]
+    return ["select", "--data", str(rows_file), "--student", str(student), "--output", str(output), *options]
+
+
+def test_a_stop_and_the_same_command_again_give_the_same_bytes(rows_file, llama_folder, tmp_path: Path, monkeypatch) -> None:
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    assert entry(command(rows_file, llama_folder, whole)) == 0
+    kept = tmp_path / ".broken.jsonl.scores.jsonl"
+    add = Progress.add
+
+    def stop(self: Progress, scores: dict) -> None:
+        add(self, scores)
+        if kept.read_bytes().count(b"\n") > 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "add", stop)
+        assert entry(command(rows_file, llama_folder, broken)) == 130
+    assert not broken.exists()
+    with open(kept, "ab") as file:
+        file.write(b'{"id": "q2", "row": {"step-unc')  # a line that a kill would cut
+    scored: list[dict] = []
+    monkeypatch.setattr(Progress, "add", lambda self, scores: (scored.append(scores), add(self, scores))[1])
+    assert entry(command(rows_file, llama_folder, broken)) == 0
+    assert broken.read_bytes() == whole.read_bytes()
+    assert sum(map(len, scored)) == 24 - 10
+    assert not kept.exists()
+
+
+def test_two_commands_do_not_write_the_same_output(tmp_path: Path) -> None:
+    with Progress(tmp_path / "o.jsonl", "x") as first:
+        first.add({"a": RowScores({"ifd": 0.1}, {})})
+        with pytest.raises(InputError, match="another process"), Progress(tmp_path / "o.jsonl", "x"):
+            pass
+    with Progress(tmp_path / "o.jsonl", "x") as again:
+        assert again.finished == {"a": RowScores({"ifd": 0.1}, {})}
+    with Progress(tmp_path / "o.jsonl", "other rows") as other:
+        assert not other.finished
+
+
+@pytest.mark.slow
 def test_a_kill_and_the_same_command_again_give_the_same_bytes(rows_file, llama_folder, tmp_path: Path) -> None:
     def start(output: Path) -> subprocess.Popen:
         code = "import sys; from cli.main import entry; sys.exit(entry())"
-        options = ["--by", "step-uncertainty", "--max-new-tokens", "16", "--block-size", "3", "--top", "9"]
-        files = ["--data", str(rows_file), "--student", str(llama_folder), "--output", str(output)]
-        return subprocess.Popen([sys.executable, "-c", code, "select", *files, *options], cwd=ROOT, stdout=subprocess.DEVNULL)
+        arguments = [sys.executable, "-c", code, *command(rows_file, llama_folder, output)]
+        return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL)
 
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
-    assert start(whole).wait(120) == 0
+    assert start(whole).wait() == 0
     kept = tmp_path / ".broken.jsonl.scores.jsonl"
     process = start(broken)
-    end = time.monotonic() + 120
-    while not (kept.exists() and kept.read_bytes().count(b"\n") > 3) and process.poll() is None:
-        assert time.monotonic() < end
+    while process.poll() is None and not (kept.exists() and kept.read_bytes().count(b"\n") > 3):
         time.sleep(0.005)
-    if process.poll() is None:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not broken.exists()
-        with open(kept, "ab") as file:
-            file.write(b'{"id": "q2", "row": {"step-unc')  # a line that the kill cut
-    assert start(broken).wait(120) == 0
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not broken.exists()
+    assert start(broken).wait() == 0
     assert broken.read_bytes() == whole.read_bytes()
     assert not kept.exists()
