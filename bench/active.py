@@ -155,8 +155,9 @@ def _run_active(seed: int, arm: Arm, settings: Settings, cache: Path, files: dic
         num_continuations=2, continue_student=True,
     )  # fmt: skip
     options = dict(
-        student=str(student_folder(RECIPES["decoder"], cache)), eval_data=files["test"], output_dir=str(run), resume="auto", seed=seed,
-        task="number", method="sft-all", max_steps=settings.max_steps, per_device_train_batch_size=settings.batch_size,
+        student=str(student_folder(RECIPES["decoder"], cache)), eval_data=files["test"], output_dir=str(run),
+        resume="auto", seed=seed, task="number", method="sft-all",
+        max_steps=settings.max_steps, per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate, warmup_ratio=0.05, max_source_length=96, max_target_length=48,
         save_steps=100_000, logging_steps=100, eval_batch_size=512,
     )  # fmt: skip

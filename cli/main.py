@@ -43,6 +43,7 @@ from .options import (
 )
 from .outputs import check_file, export, report, score
 from .score_teacher import score_teacher
+from .select import select
 
 
 def entry(args: list[str] | None = None) -> int:
@@ -68,7 +69,7 @@ def cli() -> None:
     """
 
 
-for command in (active, bench, collect, export, report, score, score_teacher):
+for command in (active, bench, collect, export, report, score, score_teacher, select):
     cli.add_command(command)
 
 

@@ -178,6 +178,19 @@ class TrainConfig:
         "--positive-quality checks the first of those that pass best",
         group="Data",
     )
+    views: str | None = option(
+        None,
+        "YAML table `view: text` of what a prompt says to ask for rationales of a row's view; beside the built-in one",
+        group="Data",
+    )
+    domain_weights: str = option(
+        "none",
+        "weights of the rows' domains, by the student's loss in each over the teacher's; ddk: by the teacher's error in the "
+        "rows; ddk-like: with every teacher's loss 1",
+        choices=("none", "ddk", "ddk-like"),
+        group="Data",
+    )
+    domain_weight_steps: int = option(100, "K: steps between updates of the domains' weights", low=1, group="Data")
     max_source_length: int = option(
         1024, "tokens kept of a prompt: the last ones, so that the question stays", low=8, group="Data"
     )

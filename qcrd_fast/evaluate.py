@@ -69,7 +69,7 @@ def predict(
         sources = [student.source_ids("", zero_shot_text(q, kind)) for q, kind in zip(questions, kinds, strict=True)]
     else:
         prefix = REASON if reasoning else PREDICT
-        sources = [student.source_ids(prefix, question_text(q)) for q in questions]
+        sources = [student.source_ids(prefix, question_text(q), q.view if reasoning else None) for q in questions]
 
     def longest() -> str:
         at = max(range(len(sources)), key=lambda i: len(sources[i]))
@@ -94,6 +94,7 @@ def predict(
                 "output": output,
                 "prediction": prediction,
                 "correct": bool(gold and prediction and replies.is_correct(prediction, gold, kind, choices)),
+                **{name: value for name in ("domain", "view") if (value := getattr(question, name)) is not None},
             }
         )
     return records
@@ -111,7 +112,7 @@ def explain(
 ) -> list[str]:
     """The student's greedy rationale for the question of each record of `predict`."""
     settings = SampleSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, impl=impl)
-    sources = [student.source_ids(EXPLAIN, record["question"]) for record in records]
+    sources = [student.source_ids(EXPLAIN, record["question"], record.get("view")) for record in records]
     with relieved_by(for_answers(batch_option, batch_size, settings.max_new_tokens), "explaining"):
         said = sample(student, sources, [(0, 0)] * len(sources), settings, autocast=autocast)
     return [student.text(tokens) for tokens in said]
@@ -129,6 +130,19 @@ def ask_by_chat_template(student: Student) -> bool:
         return False
     student.prompts = PromptSettings("chat", student.prompts.max_source_length)
     return True
+
+
+def by_field(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{accuracy_by_domain, accuracy_by_view: {value: {accuracy, n}}} of records with more than one value of the field."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in ("domain", "view"):
+        parts: dict[str, list[dict[str, Any]]] = {}
+        for record in records:
+            parts.setdefault(record.get(name, "(none)"), []).append(record)
+        if len(parts) > 1:
+            rows = {value: {"accuracy": accuracy(some), "n": len(some)} for value, some in sorted(parts.items())}
+            found[f"accuracy_by_{name}"] = rows
+    return found
 
 
 def accuracy(records: Sequence[dict[str, Any]]) -> float | None:
@@ -199,6 +213,7 @@ def evaluate_run(
         "accuracy_95": list(wilson(share, len(records))),
         "unreadable": len(unreadable),
         "task": task,
+        **by_field(records),
         "without_answer": loaded - len(questions),
         "predictions": str(folder / PREDICTIONS),
     }

@@ -125,9 +125,9 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str]) -> None:
     if stage == "confirm" and tests:
         print("\n## Every comparison, Holm over all of them\n")
         print("| task | family | arm | against | metric | difference | 95% interval | seeds | p (Holm) |\n" + "|---" * 9 + "|")
-        known = [found.seeds >= FEWEST_SEEDS for _, found, _ in tests]
-        adjusted = holm([p if enough else 1.0 for (_, _, p), enough in zip(tests, known, strict=True)])
-        for (name, found, _), p, enough in zip(tests, adjusted, known, strict=True):
+        many = [found.seeds >= FEWEST_SEEDS for _, found, _ in tests]
+        adjusted = holm([p if enough else 1.0 for (_, _, p), enough in zip(tests, many, strict=True)])
+        for (name, found, _), p, enough in zip(tests, adjusted, many, strict=True):
             told = f"{p:.2g}" if enough else "-"
             print(f"| {name} | {found.mean:+.3f} | {found.low:+.3f} to {found.high:+.3f} | {found.seeds} | {told} |")
         print(f"\nHolm over all {len(tests)}; one of fewer than {FEWEST_SEEDS} seeds counts as p = 1, and none is printed.")

@@ -21,7 +21,9 @@ from qcrd_fast.data.schema import BadRow, NumberText, Question, Rationale, RowEr
 from qcrd_fast.data.voting import Vote, vote
 
 SPOOL_BYTES = 16 * 1024 * 1024  # of rows that wait in memory before they go to the disk
-_FIELDS = ("id", "question", "context", "gold", "majority", "votes", "task", "domain", "split")
+_FIELDS = (
+    "id", "question", "context", "gold", "majority", "votes", "task", "domain", "split", "view", "critique", "weight",
+)  # fmt: skip
 
 
 class Record(NamedTuple):
@@ -150,7 +152,8 @@ class Pool:
             self._spool.seek(place)
             source, line, prepared, fields, sides = json.loads(self._spool.readline())
             found = [tuple(Rationale(text, _unpacked(answer), *rest) for text, answer, *rest in side) for side in sides]
-            question = Question(*map(_unpacked, fields), *(found if prepared else ()))
+            own: dict[str, Any] = dict(zip(_FIELDS, map(_unpacked, fields), strict=True))
+            question = Question(**own | (dict(zip(("positives", "negatives"), found, strict=True)) if prepared else {}))
             record = Record(question, sum(found, ()), prepared, self._paths[source], line)
         if record.question.task is None:
             golds, said = self._guesses[source]
@@ -193,7 +196,7 @@ def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tup
     """One question from its rows: the first value of each field, and the vote of all samples."""
     first = group[0].question
     fields: dict[str, Any] = {}
-    for name in ("context", "gold", "domain", "split"):
+    for name in ("context", "gold", "domain", "split", "critique", "weight"):
         fields[name] = next((v for r in group if (v := getattr(r.question, name)) is not None), None)
     task, choices = first.task or "text", parse_choices(first.question)
     for record in group:
@@ -207,7 +210,9 @@ def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tup
     if fields["gold"] is not None:
         solution = reader.solution(fields["gold"], task, choices)
         fields["gold"] = _taught_gold(fields["gold"], task, choices, reader)
-    samples = [sample for record in group for sample in record.samples]
+    views = {record.question.view for record in group}
+    fields["view"] = views.pop() if len(views) == 1 else None  # rows of several styles: each sample keeps its own
+    samples = [_viewed(sample, record.question.view) for record in group for sample in record.samples]
     if split_by == "gold" and samples:
         if fields["gold"] is None:
             raise RowError(f"question {first.id!r} has no gold answer to split by")
@@ -231,6 +236,11 @@ def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tup
         result = Vote(fields["gold"], {fields["gold"]: len(shown)}, shown, ())
     fields.update(majority=result.majority, votes=result.votes, positives=result.positives, negatives=result.negatives)
     return dataclasses.replace(first, **fields), result
+
+
+def _viewed(sample: Rationale, view: str | None) -> Rationale:
+    """The sample with the view of its row, unless it has its own."""
+    return sample if view is None or sample.view is not None else dataclasses.replace(sample, view=view)
 
 
 def _same_gold(a: str, b: str, task: str, choices: Sequence[str], reader: Reader) -> bool:

@@ -17,6 +17,7 @@ REJECTED = "rejected"
 class Rationale:
     """One rationale, with the answer it ends in, who said it and the discriminator's score.
 
+    `view`: the style that it is written in, which its prompt names (`models.views`).
     `reply`: `text` is a raw reply from which reasoning, rationale and answer are still to be read; never written to a file.
     `truncated`: the reply was cut at its maximum length, so only an announced answer counts; never written either.
     `critique`: what a teacher said of it, or of what it is a revision of. `wrong_step`: its first wrong step, from 1.
@@ -28,13 +29,18 @@ class Rationale:
     score: float | None = None
     reply: bool = False
     truncated: bool = False
-    critique: str | None = None
-    wrong_step: int | None = None
+    view: str | None = field(default=None, repr=False)
+    critique: str | None = field(default=None, repr=False)
+    wrong_step: int | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prepared row: a question with its gold answer, the vote, and the rationales on either side of it."""
+    """One prepared row: a question with its gold answer, the vote, and the rationales on either side of it.
+
+    view: the style of its rationales that name none, and of what a student is asked for. weight: what the question counts in
+    training, 1 unless set; of mean 1 over the rows where `select --weight` wrote it.
+    """
 
     id: str
     question: str
@@ -47,6 +53,9 @@ class Question:
     split: str | None = None
     positives: tuple[Rationale, ...] = ()
     negatives: tuple[Rationale, ...] = ()
+    view: str | None = field(default=None, repr=False)
+    critique: str | None = field(default=None, repr=False)
+    weight: float | None = field(default=None, repr=False)
 
 
 class NumberText(str):
@@ -188,6 +197,24 @@ def leak_key(question: Question) -> str:
         lambda sign: "" if sign[0] in "'\"\u2018\u2019\u201c\u201d" else " ", unicodedata.normalize("NFKC", text)
     )
     return _BESIDE.sub(r"\1", " ".join(text.split()))
+
+
+def later_fields(question: Question) -> str:
+    """What of a question its `repr` leaves out, so that the digests of rows without any of it are what they were before there
+    were such fields; empty where there is nothing."""
+    parts = [(r.view, r.critique) for r in (*question.positives, *question.negatives)]
+    own = (question.view, question.critique, question.weight)
+    return repr((own, parts)) if any(v is not None for some in (own, *parts) for v in some) else ""
+
+
+def get_weight(row: dict[str, Any], key: str) -> float | None:
+    """A finite number of at least 0 at `key`; None where it is missing or null."""
+    value = row.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise RowError(f"{key} expects a finite number of at least 0")
+    return float(value)
 
 
 def question_key(identity: str) -> int:

@@ -53,8 +53,10 @@ def demo_paths(folder: Path) -> dict[str, str]:
 
 
 def write_demo(folder: Path, seed: int) -> dict[str, str]:
-    """Write test.jsonl, the same for all seeds, train.jsonl (sampled rows), and last the pretrained student; returns their paths
-    as train's options."""
+    """Write test.jsonl, the same for all seeds, train.jsonl (sampled rows), and last the pretrained student.
+
+    Return their paths as train's options.
+    """
     paths = demo_paths(folder)
     folder.mkdir(exist_ok=True)
     rng, taken = random.Random(seed), set[str]()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qcrd_fast.errors import InputError
+from qcrd_fast.models.views import read_views, view_text
 
 PREDICT, EXPLAIN, REASON = "predict: ", "explain: ", "reason: "
 TokenIds = list[int]
@@ -27,6 +28,7 @@ class PromptSettings:
     max_target_length: int = 256
     system: str = ""  # text of the system message; with the chat template alone
     version: int = 2  # how texts become tokens; 1: a raw prompt's newline by itself, and texts of special tokens as tokens
+    views: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of `--views`: what asks for each view
     date: str = ""  # the day, as YYYY-MM-DD, that a chat template which writes the date is told; empty: today
 
     def __post_init__(self) -> None:
@@ -37,6 +39,8 @@ class PromptSettings:
             raise InputError(f"a prompt's template is raw, chat or a text with {{prompt}} in it; got {self.template[:80]!r}")
         if not isinstance(self.system, str) or (self.system and self.template != "chat"):
             raise InputError("--system-prompt needs --prompt-template chat; a template FILE holds such a text itself")
+        if not all(isinstance(text, str) for pair in self.views.items() for text in pair):
+            raise InputError(f"a prompt's views are a table of texts; got {self.views!r}")
         if type(self.version) is not int or self.version not in (1, 2):
             raise InputError(f"a prompt's version is 1 or 2, or that of a newer qcrd-fast; got {self.version!r}")
         try:
@@ -52,10 +56,15 @@ class PromptSettings:
 
     @classmethod
     def from_option(
-        cls, value: str, max_source_length: int, max_target_length: int, system: str | None = None
+        cls,
+        value: str,
+        max_source_length: int,
+        max_target_length: int,
+        system: str | None = None,
+        views: str | None = None,
     ) -> PromptSettings:
-        """Read `--prompt-template raw|chat|FILE` and `--system-prompt TEXT|FILE`. Raises `InputError` for a missing file, one
-        without {prompt} or one that is not UTF-8, and for a system prompt without the chat template."""
+        """Read `--prompt-template raw|chat|FILE`, `--system-prompt TEXT|FILE` and `--views FILE`. Raises `InputError` for a
+        missing file, one without {prompt} or one that is not UTF-8, and for a system prompt without the chat template."""
         if value not in ("raw", "chat"):
             path = Path(value)
             if not os.path.isfile(path):
@@ -69,7 +78,7 @@ class PromptSettings:
             if not system:
                 raise InputError(f"--system-prompt: {path} is empty")
         date = datetime.date.today().isoformat() if value == "chat" else ""
-        return cls(value, max_source_length, max_target_length, system or "", date=date)
+        return cls(value, max_source_length, max_target_length, system or "", views=read_views(views), date=date)
 
 
 def _read_text(path: Path, option: str) -> str:
@@ -134,13 +143,15 @@ class Prompter:
         dates = ", ".join(f"{quoted(form)}: {quoted(date.strftime(form))}" for form in sorted(forms))
         return "{%- macro strftime_now(form) -%}{{- {" + dates + "}[form] -}}{%- endmacro -%}{{- '' }}" + own
 
-    def source_ids(self, prefix: str, question: str) -> TokenIds:
-        """Tokens of a task's input. A text over the maximum length loses its beginning, which is the context, or else the story
-        before the question; the template, the prefix and the question at its end stay.
+    def source_ids(self, prefix: str, question: str, view: str | None = None) -> TokenIds:
+        """Tokens of a task's input; `view`: it asks for a rationale of this view (`models.views`). A text over the maximum
+        length loses its beginning, which is the context, or else the story before the question; the template, the prefix and
+        the question at its end stay.
 
         Raises `InputError` where a decoder would have nothing to go on from.
         """
         template, limit, tokenizer = self.prompts.template, self.prompts.max_source_length, self.tokenizer
+        prefix += view_text(view, self.prompts.views)
         question = self._without_specials(question.strip())
         text = prefix + question
         length = len(self._plain_ids(text))

@@ -53,14 +53,14 @@ def prompt_ids(student: Student, row: Question, ask: str) -> TokenIds:
     """Tokens of the prompt for an answer."""
     if ask == "zero-shot":
         return student.source_ids("", zero_shot_text(row, row.task or "text"))
-    return student.source_ids(PREFIXES.get(ask, REASON), question_text(row))
+    return student.source_ids(PREFIXES.get(ask, REASON), question_text(row), None if ask == "predict" else row.view)
 
 
-def rationale_prompt_ids(student: Student, row: Question, ask: str) -> TokenIds:
-    """Tokens of the prompt for a rationale: `explain: x`, or the question in words."""
+def rationale_prompt_ids(student: Student, row: Question, view: str | None, ask: str) -> TokenIds:
+    """Tokens of the prompt for a rationale of a view: `explain: x`, or the question in words."""
     if ask == "zero-shot":
         return prompt_ids(student, row, ask)
-    return student.source_ids(EXPLAIN, question_text(row))
+    return student.source_ids(EXPLAIN, question_text(row), view or row.view)
 
 
 def read_answer(student: Student, row: Question, tokens: TokenIds, ask: str) -> str | None:

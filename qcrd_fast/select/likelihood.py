@@ -25,8 +25,7 @@ def ifd(block: Block) -> list[list[float | None]]:
     behind its BOS token, or EOS where it has none; an encoder reads EOS alone.
     """
     student = _student(block)
-    given = mean_logprobs(student, [rationale_prompt_ids(student, row, block.options.ask) for row in block.rows], block)
-    alone = mean_logprobs(student, [empty_prompt(student)] * len(block.rows), block)
+    given, alone = mean_logprobs(student, block), mean_logprobs(student, block, alone=True)
     form = block.options.ifd_form
     return [[_ifd(-a, -b, form) for a, b in zip(*pair, strict=True)] for pair in zip(given, alone, strict=True)]
 
@@ -39,8 +38,7 @@ def _ifd(given: float, alone: float, form: str) -> float | None:
 
 def naturalness(block: Block) -> list[list[float]]:
     """Mean log p of each positive's tokens given its question [nats/token] (GRAPE)."""
-    student = _student(block)
-    return mean_logprobs(student, [rationale_prompt_ids(student, row, block.options.ask) for row in block.rows], block)
+    return mean_logprobs(_student(block), block)
 
 
 def local_naturalness(block: Block) -> list[list[float]]:
@@ -55,9 +53,9 @@ def local_naturalness(block: Block) -> list[list[float]]:
     steps: list[TokenIds] = []
     sizes: list[list[int]] = []  # steps of each positive of each row
     for row in block.rows:
-        prompt = rationale_prompt_ids(student, row, block.options.ask)
         sizes.append([])
         for rationale in row.positives:
+            prompt = rationale_prompt_ids(student, row, rationale.view, block.options.ask)
             pieces = [student.piece_ids(step) for step in split_steps(rationale.text.strip())]
             pieces[-1] = [*pieces[-1], student.tokenizer.eos_token_id]
             sizes[-1].append(len(pieces))
@@ -85,10 +83,16 @@ def local_naturalness(block: Block) -> list[list[float]]:
     return found
 
 
-def mean_logprobs(student: Student, prompts: Sequence[TokenIds], block: Block) -> list[list[float]]:
-    """Mean log p of the tokens of each row's positives, EOS among them, given the row's prompt [nats/token]."""
-    targets = [student.target_ids(r.text) for row in block.rows for r in row.positives]
-    source_of = [i for i, row in enumerate(block.rows) for _ in row.positives]
+def mean_logprobs(student: Student, block: Block, *, alone: bool = False) -> list[list[float]]:
+    """Mean log p of the tokens of each row's positives, EOS among them, given its prompt, or nothing (`alone`) [nats/token]."""
+    pairs = [(row, rationale) for row in block.rows for rationale in row.positives]
+    targets = [student.target_ids(rationale.text) for _, rationale in pairs]
+    asked = [
+        empty_prompt(student) if alone else rationale_prompt_ids(student, row, rationale.view, block.options.ask)
+        for row, rationale in pairs
+    ]
+    at = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, asked)))}  # one that is shared is read once
+    prompts, source_of = [list(prompt) for prompt in at], [at[tuple(prompt)] for prompt in asked]
     if not targets:
         return [[] for _ in block.rows]
     lengths = list(map(len, targets))

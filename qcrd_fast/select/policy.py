@@ -12,11 +12,11 @@ from qcrd_fast.select.registry import SELECTORS, Selector
 Scores = Mapping[str, float | None]  # of one row, by name
 
 
-def top(rows: Sequence[Question], scores: Sequence[Scores], name: str, B: int) -> list[int]:
+def top(rows: Sequence[Question], scores: Sequence[Scores], name: str, B: int, *, reverse: bool = False) -> list[int]:
     """Indices of the B rows to choose first, best first, ties broken by id. Rows without a score, and rows above the score's
-    `at_most`, are never among them, so that there may be fewer."""
+    `at_most`, are never among them, so that there may be fewer. `reverse`: the other end first."""
     selector = SELECTORS[name]
-    sign = -1 if selector.higher_is_chosen else 1
+    sign = -1 if selector.higher_is_chosen != reverse else 1
     found = [(sign * s, rows[i].id, i) for i, s in enumerate(_of(scores, name)) if s is not None and _may(selector, s)]
     return [i for *_, i in sorted(found)[:B]]
 
@@ -31,11 +31,11 @@ def drop_rationales_above(rationales: Sequence[Rationale], scores: Sequence[floa
     return [i for i in range(len(rationales)) if (s := scores[i]) is None or s <= threshold]
 
 
-def weights(rows: Sequence[Question], scores: Sequence[Scores], name: str) -> list[float]:
+def weights(rows: Sequence[Question], scores: Sequence[Scores], name: str, *, reverse: bool = False) -> list[float]:
     """A weight a row, 0 or more, of mean 1: the share of rows that would be chosen after it, so that it does not depend on the
     unit of the score. Rows without a score weigh 1; ties share the mean of their places."""
     selector, found = SELECTORS[name], _of(scores, name)
-    values = [None if s is None else s if selector.higher_is_chosen else -s for s in found]
+    values = [None if s is None else s if selector.higher_is_chosen != reverse else -s for s in found]
     ranked = sorted(i for i in range(len(rows)) if values[i] is not None)
     ranked.sort(key=lambda i: values[i])  # type: ignore[arg-type, return-value]
     weight = [1.0] * len(rows)

@@ -95,6 +95,8 @@ def as_before(found: Path, prompts: PromptSettings) -> PromptSettings:
         was, now = getattr(before, name), getattr(prompts, name)
         if was != now:
             raise InputError(f"{found}: the run began with {option} {was[:80]!r}, now it is {now[:80]!r}")
+    if dict(before.views) != dict(prompts.views):
+        raise InputError(f"{found}: the run began with another table of --views")
     return dataclasses.replace(prompts, version=before.version, date=before.date)
 
 

@@ -14,7 +14,7 @@ import torch
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question
 from qcrd_fast.distributed.comm import Ranks
-from qcrd_fast.evaluate import accuracy, ask_by_chat_template, explain, predict
+from qcrd_fast.evaluate import accuracy, ask_by_chat_template, by_field, explain, predict
 from qcrd_fast.models.student import Student
 from qcrd_fast.runs import checkpoints
 from qcrd_fast.runs.folder import FINAL, PREDICTIONS, RESULTS
@@ -115,6 +115,7 @@ class Evaluation:
             "steps": step,
             "train_questions": len(self.data.train),
             "dropped_from_train": self.data.dropped,
+            **by_field(records),
             **(more or {}),
         }
         if self.config.early_stopping_patience:

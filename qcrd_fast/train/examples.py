@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data.schema import Question, question_key, question_text
+from qcrd_fast.data.schema import Question, Rationale, question_key, question_text
 from qcrd_fast.data.splits import label_of
+from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.quality.cases import MINORITY, POSITIVE, Case, teacher_case
 from qcrd_fast.quality.checks import factor
-from qcrd_fast.train.methods import label_kind
+from qcrd_fast.train.domains import domain_of
+from qcrd_fast.train.methods import label_kind, method_of
 from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.utils.oom import relieved_by
 
@@ -29,6 +31,7 @@ class Candidate:
     tokens: TokenIds
     source: str  # teacher, minority, lagged; sampled: by the student, for an on-policy method
     case: Case | None = None  # what a judge is shown of it
+    prompt: TokenIds | None = None  # that asks for it, where it is of a view of its own
 
     @property
     def positive(self) -> bool:
@@ -47,6 +50,8 @@ class Example:
     minority: tuple[Candidate, ...]
     answer: str = ""  # text of the label
     reason: tuple[TokenIds, TokenIds] | None = None  # (prompt, rationale then answer) of the third task
+    weight: float = 1.0  # what the question counts
+    domain: str = ""
 
     def candidates(self, lagged: Mapping[str, Negative]) -> list[Candidate]:
         """Positives, the teacher's minority, and the student's own negative unless it says what a positive says."""
@@ -80,9 +85,14 @@ def longest_text(_: Any, examples: Sequence[Example], *__: Any) -> str:
 def make_examples(questions: Sequence[Question], student: Student, config: TrainConfig) -> list[Example]:
     """Tokenise the training questions, each of which has the answer that `label_of` asks for.
 
-    Raises `RunError` where memory ends.
+    Raises `RunError` where memory ends, `InputError` for weights of rows or of domains where the loss takes none.
     """
-    kind = label_kind(config)
+    kind, method = label_kind(config), method_of(config)
+    weighted = config.domain_weights != "none" or any(question.weight not in (None, 1.0) for question in questions)
+    if weighted and (method.mutual_information or (method.contrastive and config.forward == "joint")):
+        what = "--domain-weights" if config.domain_weights != "none" else "--data: the rows' weights"
+        how = "--method mi" if method.mutual_information else "--forward joint"
+        raise InputError(f"{what}: {how} cannot weigh questions; leave one out")
     examples, long_prompts, long_targets = [], [], []
     limits = config.max_source_length, config.max_target_length
     with (
@@ -134,20 +144,26 @@ def _example(question: Question, label: str | None, student: Student, config: Tr
         if config.qualities[0] == "checks":  # the first of those that pass most
             best = max(positives, key=lambda r: factor(teacher_case(question, r, POSITIVE)))
         worked = f"{best.text.strip()}\nAnswer: {label}"
-        reason = (student.source_ids(REASON, text), student.target_ids(worked))
+        reason = (student.source_ids(REASON, text, best.view or question.view), student.target_ids(worked))
+
+    def candidate(rationale: Rationale, source: str, kind: str) -> Candidate:
+        own = rationale.view is not None and rationale.view != question.view
+        prompt = student.source_ids(EXPLAIN, text, rationale.view) if own else None
+        return Candidate(
+            rationale.text, student.target_ids(rationale.text), source, teacher_case(question, rationale, kind), prompt
+        )
+
     return Example(
         id=question.id,
         key=question_key(question.id),
         text=text,
         predict=student.source_ids(PREDICT, text),
-        explain=student.source_ids(EXPLAIN, text),
+        explain=student.source_ids(EXPLAIN, text, question.view),
         label=student.target_ids(label),
         answer=label,
-        positives=tuple(
-            Candidate(r.text, student.target_ids(r.text), "teacher", teacher_case(question, r, POSITIVE)) for r in positives
-        ),
-        minority=tuple(
-            Candidate(r.text, student.target_ids(r.text), "minority", teacher_case(question, r, MINORITY)) for r in minority
-        ),
+        positives=tuple(candidate(r, "teacher", POSITIVE) for r in positives),
+        minority=tuple(candidate(r, "minority", MINORITY) for r in minority),
         reason=reason,
+        weight=1.0 if question.weight is None else question.weight,
+        domain=domain_of(question),
     )

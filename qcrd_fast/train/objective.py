@@ -92,6 +92,7 @@ class Objective:
         self.student, self.config, self.judges, self.autocast = student, config, judges or Judges(), autocast
         self.engine = engine or Engine(student.model)
         self.warmup_steps = warmup_steps
+        self.domain_factors: Mapping[str, float] = {}  # what a question of a domain counts, beside its own weight
         self.audit: Audit | None = None  # what watches the passes of the next step
         self.method = method_of(config)
         self.alpha_pred = config.alpha_pred if self.method.teaches_rationales else 1.0
@@ -123,6 +124,12 @@ class Objective:
             (losses["loss"] * (weight * self.engine.scale)).backward()
         return {name: weight * value.detach() for name, value in losses.items()}, stats if weight else Counter()
 
+    def label_losses(self, prompts: Sequence[TokenIds], labels: Sequence[TokenIds]) -> list[float]:
+        """-log p of each label given its prompt [nats], without gradient, in eval mode."""
+        with torch.no_grad(), evaluating(self.student.model):
+            logprob_T = self.score(list(prompts), list(labels), list(range(len(labels))), Counter())[1]
+        return [-float(part.sum()) for part in logprob_T.double().cpu().split([len(label) for label in labels])]
+
     # Weights
 
     def _weigh(
@@ -147,13 +154,18 @@ class Objective:
         chosen = Weighted([], [], [], beta=0.0 if warm else beta)
         judged = self.judges.positive is not None and weights is self.method.weights
         for q, example in enumerate(batch):
-            of_positives, of_minority = weights(1 / num_questions, len(example.positives), len(example.minority))
+            counts = self._counts(example) / num_questions
+            of_positives, of_minority = weights(counts, len(example.positives), len(example.minority))
             if judged and of_positives:
                 of_positives = self._shared_by_quality(sum(of_positives), example, stats)
             for of_kind, found in ((example.positives, of_positives), (example.minority, of_minority)):
                 for candidate, weight in zip(of_kind, found, strict=False):
                     chosen.add(candidate, q, weight)
         return chosen
+
+    def _counts(self, example: Example) -> float:
+        """What a question counts: its own weight and its domain's; both are 1 unless set."""
+        return example.weight * self.domain_factors.get(example.domain, 1.0)
 
     def _score_and_select(
         self,
@@ -166,7 +178,7 @@ class Objective:
         """First pass: score every candidate without gradient in eval mode, select, and drop inactive hinges."""
         candidates, question = _candidates(batch, lagged)
         chosen = Weighted([], [], [], self.config.beta, self.config.delta)
-        sources, targets, scored = [e.explain for e in batch], [c.tokens for c in candidates], question
+        (sources, scored), targets = _prompts(batch, candidates, question), [c.tokens for c in candidates]
         if not candidates:
             if not self.engine.sharded:
                 return chosen
@@ -178,7 +190,7 @@ class Objective:
         out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)
         for c, q, weight, selected in zip(candidates, question, out.weight_R.tolist(), out.selected_R.tolist(), strict=True):
             if selected:
-                chosen.add(c, q, weight)
+                chosen.add(c, q, weight * self._counts(batch[q]))
         return chosen
 
     def _contrast(
@@ -271,13 +283,14 @@ class Objective:
         """Second pass: labels, the optional reasoning task and the chosen candidates in one forward pass."""
         sources, targets, source_of, weights = self._label_targets(batch, num_questions)
         labels = len(targets)
-        explain_at: dict[int, int] = {}
+        explain_at: dict[tuple[int, tuple[int, ...]], int] = {}
         for c, q in zip(weighted.candidates, weighted.question, strict=True):
-            if q not in explain_at:
-                explain_at[q] = len(sources)
-                sources.append(batch[q].explain)
+            prompt = c.prompt or batch[q].explain
+            if (q, tuple(prompt)) not in explain_at:
+                explain_at[q, tuple(prompt)] = len(sources)
+                sources.append(prompt)
             targets.append(c.tokens)
-            source_of.append(explain_at[q])
+            source_of.append(explain_at[q, tuple(prompt)])
         stats["tokens"] += sum(map(len, targets))
         device, head = self.student.device, self.student.head
         positive_R = torch.tensor([True] * labels + [c.positive for c in weighted.candidates], device=device)
@@ -408,10 +421,13 @@ class Objective:
         self, batch: Sequence[Example], num_questions: int
     ) -> tuple[list[TokenIds], list[TokenIds], list[int], list[float]]:
         sources, targets = [e.predict for e in batch], [e.label for e in batch]
-        for prompt, worked in (e.reason for e in batch if e.reason):
-            sources.append(prompt)
-            targets.append(worked)
-        return sources, targets, list(range(len(sources))), [1 / num_questions] * len(targets)
+        counts = [self._counts(e) for e in batch]
+        for e in batch:
+            if e.reason:
+                sources.append(e.reason[0])
+                targets.append(e.reason[1])
+                counts.append(self._counts(e))
+        return sources, targets, list(range(len(sources))), [count / num_questions for count in counts]
 
     def _joint(
         self,
@@ -429,7 +445,8 @@ class Objective:
                 idle_T = self.score([batch[0].explain], [batch[0].label], [0], stats)[1]
                 labels["loss"] = labels["loss"] + 0.0 * idle_T.sum()
             return labels
-        packed, logprob_T = self.score([e.explain for e in batch], [c.tokens for c in candidates], question, stats)
+        sources, source_of = _prompts(batch, candidates, question)
+        packed, logprob_T = self.score(sources, [c.tokens for c in candidates], source_of, stats)
         out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)
         loss = labels["loss"] + self.config.alpha_cl * out.loss
         return {"loss": loss, "loss_pred": labels["loss_pred"], "loss_cl": out.loss}
@@ -446,7 +463,7 @@ class Objective:
             loss_pred = loss_pred + self._task(reason, num_questions, stats)[0]
         if not (have := [q for q, e in enumerate(batch) if e.positives]):
             return {"loss": self.alpha_pred * loss_pred, "loss_pred": loss_pred, "loss_cl": none, "loss_mi": none}
-        pairs = [(batch[q].explain, batch[q].positives[0].tokens) for q in have]
+        pairs = [(batch[q].positives[0].prompt or batch[q].explain, batch[q].positives[0].tokens) for q in have]
         loss_cl, explained_QV = self._task(pairs, num_questions, stats)
         loss_mi = F.cross_entropy(explained_QV, predicted_QV[have].detach(), reduction="sum") / num_questions
         loss = self.alpha_pred * loss_pred + self.config.alpha_cl * loss_cl + MI_WEIGHT * loss_mi
@@ -511,6 +528,22 @@ def _candidates(batch: Sequence[Example], lagged: Mapping[str, Negative]) -> tup
             candidates.append(candidate)
             question.append(q)
     return candidates, question
+
+
+def _prompts(
+    batch: Sequence[Example], candidates: Sequence[Candidate], question: Sequence[int]
+) -> tuple[list[TokenIds], list[int]]:
+    """(prompts, which of them each candidate follows): a prompt a question, and those of views of their own behind them."""
+    sources, source_of = [e.explain for e in batch], list(question)
+    at: dict[tuple[int, tuple[int, ...]], int] = {}
+    for i, candidate in enumerate(candidates):
+        if candidate.prompt is not None:
+            key = question[i], tuple(candidate.prompt)
+            if key not in at:
+                at[key] = len(sources)
+                sources.append(candidate.prompt)
+            source_of[i] = at[key]
+    return sources, source_of
 
 
 def _count(

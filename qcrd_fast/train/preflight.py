@@ -42,7 +42,9 @@ def check_start(config: TrainConfig, *, dry_run: bool = False, names: bool = Tru
         raise InputError(f"--teacher-logprobs: {shown(config.teacher_logprobs)} is no folder")
     if names or os.path.isdir(str(config.student)):
         check_names(config)
-    PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt)
+    PromptSettings.from_option(
+        config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt, config.views
+    )
     if config.resume not in (None, "auto") and not os.path.isdir(str(config.resume)):
         raise InputError(f"--resume: {shown(str(config.resume))}: no such folder; auto finds the latest checkpoint")
     for option, package in (("--report-to", config.report_to), ("--use-peft", "peft" if config.use_peft else "none")):

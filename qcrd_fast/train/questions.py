@@ -9,7 +9,7 @@ from typing import Any
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
-from qcrd_fast.data.schema import Question
+from qcrd_fast.data.schema import Question, later_fields
 from qcrd_fast.data.splits import drop_overlap, hold_out, label_of, main_task, of_split
 from qcrd_fast.errors import InputError
 from qcrd_fast.train.methods import label_kind, method_of
@@ -96,5 +96,5 @@ def _digest(*parts: list[Question]) -> str:
     for part in parts:
         digest.update(f"{len(part)}\n".encode())
         for question in part:
-            digest.update(repr(question).encode("utf-8", "surrogatepass"))
+            digest.update((repr(question) + later_fields(question)).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -17,13 +17,15 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from qcrd_fast.config import SPELLED_OUT, TrainConfig
+from qcrd_fast.data.schema import question_text
+from qcrd_fast.data.splits import label_of
 from qcrd_fast.discriminator.cross_fit import Check, CrossFitTrainer, build_judge
 from qcrd_fast.distributed.comm import ALONE, Ranks, joined, own_device
 from qcrd_fast.distributed.parallel import Engine, full, make_engine
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.models.lora import add_lora, find_target_modules, load_adapter
 from qcrd_fast.models.model_folder import count_parameters
-from qcrd_fast.models.prompts import PromptSettings
+from qcrd_fast.models.prompts import PREDICT, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.dispatch import require_impl
 from qcrd_fast.runs import checkpoints
@@ -31,11 +33,12 @@ from qcrd_fast.runs.folder import NEGATIVES, RESULTS, SNAPSHOTS, RunFolder
 from qcrd_fast.train import checkpointer
 from qcrd_fast.train.audit import Audit, Audits
 from qcrd_fast.train.checkpointer import Keeper, as_before, resume_point
+from qcrd_fast.train.domains import DomainWeights, domain_of, few_of_each
 from qcrd_fast.train.evaluation import Best, Evaluation
 from qcrd_fast.train.examples import Candidate, Example, make_examples
 from qcrd_fast.train.judging import WEIGHT_KINDS, Judges, make_judges
 from qcrd_fast.train.memory_estimate import checkpoint_activations, survey
-from qcrd_fast.train.methods import has_discriminator, lag_of, method_of, samples_student
+from qcrd_fast.train.methods import has_discriminator, label_kind, lag_of, method_of, samples_student
 from qcrd_fast.train.metrics_log import MetricsLog, Progress, mean, share
 from qcrd_fast.train.negatives import Asked, LaggedNegatives
 from qcrd_fast.train.objective import Objective
@@ -57,6 +60,7 @@ from qcrd_fast.utils.torchrun import world_size
 
 log = logging.getLogger(__name__)
 FEWEST_TO_COMPARE, BLIND = 20, 0.8  # samples that agree with the majority, and that do not; weights of a judge that is blind
+DOMAIN_QUESTIONS = 64  # of each domain, whose labels say how far the student is
 IDLE_QUALITY = 0.9  # negatives that are rated higher weigh less than a tenth (Eq. 7)
 
 
@@ -125,7 +129,7 @@ def _train(
              schedule.iteration_steps, data.dropped)  # fmt: skip
     found = ranks.on_first(lambda: resume_point(config, run.path, schedule)) if run and config.resume else None
     prompts = PromptSettings.from_option(
-        config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt
+        config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt, config.views
     )
     if found:
         prompts = as_before(Path(found), prompts)
@@ -235,6 +239,7 @@ class Session:
         self.objective = make_objective(student, config, judges, self.autocast, warmup, self.engine)
         self.objective.teaching = self.teaching
         self.audits = Audits(config, student.device, ranks)
+        self.domains = self._weigh_domains() if config.domain_weights != "none" else None
         self.step = 0  # optimizer steps done
         self.best: Best = None
         self.stale = 0  # validations in a row that were no better than the best
@@ -243,6 +248,27 @@ class Session:
         student.model.train()
         if config.forward == "joint" and _has_dropout(student.model):
             log.warning("--forward joint scores with dropout on; the two-pass default scores without")
+
+    def _weigh_domains(self) -> DomainWeights:
+        """Weights of the domains by the student's loss on labels: of validation questions where each domain has some, else of
+        training questions."""
+        if self.ranks.size > 1:
+            raise InputError("--domain-weights is for one process; leave it out under torchrun")
+        kind, domains = label_kind(self.config), set(map(domain_of, self.data.train))
+        held_out = few_of_each(self.data.validation, DOMAIN_QUESTIONS)
+        known = held_out if domains <= set(held_out) else few_of_each(self.data.train, DOMAIN_QUESTIONS)
+        texts = [(domain, question_text(q), str(label_of(q, kind) or label_of(q, None))) for domain in sorted(domains)
+                 for q in known[domain]]  # fmt: skip
+        prompts = [self.student.source_ids(PREDICT, text) for _, text, _ in texts]
+        labels = [self.student.target_ids(label) for *_, label in texts]
+
+        def losses() -> dict[str, float]:
+            found: dict[str, list[float]] = {}
+            for (domain, *_), loss in zip(texts, self.objective.label_losses(prompts, labels), strict=True):
+                found.setdefault(domain, []).append(loss)
+            return {domain: sum(some) / len(some) for domain, some in found.items()}
+
+        return DomainWeights(self.data.train, self.config.domain_weights, self.config.domain_weight_steps, losses)
 
     def _share_model(self) -> Engine:
         if self.config.fsdp and self.ranks.size > 1:  # what needs the model in one piece comes first
@@ -334,6 +360,8 @@ class Session:
         if self.config.agreeing_negatives == "drop" and not method_of(self.config).on_policy:
             lagged = {i: n for i, n in lagged.items() if not (n.case and n.case.agrees)}
         batches = self.schedule.micro_batches(step, self.ranks.rank)
+        if self.domains:
+            self.objective.domain_factors = self.domains.factors(step)
 
         def compute(watched: int, audit: Audit | None) -> tuple[dict[str, torch.Tensor], Counter[str]]:
             losses: dict[str, torch.Tensor] = {}
@@ -395,6 +423,7 @@ class Session:
             "sample_hidden_share": self.lagged.hidden_share if self.lagged else None,
             "discriminator_auc": self.check.auc if self.check else None,
             "discriminator_auc_low": self.check.auc_low if self.check else None,
+            **({"domain_weights": self.domains.weights} if self.domains else {}),
             **audited,
         }
         if self.student.device.type == "cuda":
@@ -514,6 +543,8 @@ class Session:
         if self.keeper.saved_step != self.step:
             self.log.sync()  # a loss that is not finite stops here, before anything is overwritten
             progress = {"loss_d": self.loss_d, "failed_impl": self.audits.failed, "stale": self.stale, **self._checked()}
+            if self.domains:
+                progress["domain_weights"] = self.domains.state()
             self.keeper.save(self.step, self.best, progress)
 
     def _checked(self) -> dict[str, Any]:
@@ -537,6 +568,8 @@ class Session:
         state = self.keeper.restore(found)
         self.step, self.best, self.loss_d = state["step"], state["best"], state["loss_d"]
         self.stale = state.get("stale", 0)
+        if self.domains:
+            self.domains.restore(state.get("domain_weights"))
         if self.audits.restore(state.get("failed_impl")):
             self._fall_back()
         if not self.log.path.exists():
@@ -547,7 +580,9 @@ class Session:
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint; returns what `eval_results.json` holds."""
         self.optimizer.state.clear()
-        told = self.check.results if self.check else {}
+        told = dict(self.check.results) if self.check else {}
+        if self.domains:
+            told["domain_weights"] = self.domains.weights
         stopped_early = self.step < self.schedule.total_steps
         return self.evaluation.finish(self.student, self.log, self.best, self.step, told, stopped_early)
 

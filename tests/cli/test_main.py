@@ -23,8 +23,24 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError, Stopped
 from tests.support.paths import ROOT
 
-VERBS = ("bench", "collect", "demo", "doctor", "eval", "export", "generate", "prepare", "report", "score", "train", "validate")
 RESULTS = {"accuracy": 0.5, "accuracy_validation": 0.25, "accuracy_untrained": 0.0, "n": 8, "task": "number", "comparison": []}
+VERBS = (
+    "active",
+    "bench",
+    "collect",
+    "demo",
+    "doctor",
+    "eval",
+    "export",
+    "generate",
+    "prepare",
+    "report",
+    "score",
+    "score-teacher",
+    "select",
+    "train",
+    "validate",
+)
 
 
 @pytest.fixture

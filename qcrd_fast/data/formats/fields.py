@@ -52,6 +52,8 @@ ROLES: dict[str, tuple[str, ...]] = {
     "rejected": ("rejected", "rejected_response"),
     "task": ("task",),
     "domain": ("domain",),
+    "view": ("view",),
+    "critique": ("critique",),
     "split": ("split",),
     "source": ("source",),
 }  # fmt: skip

@@ -50,6 +50,8 @@ def make_question(row: Row, text: str, *, gold_key: str | None = AUTO) -> Questi
         task=row.take(task) if task and row.values[task] in TASKS else None,
         domain=_string(row, "domain"),
         split=_string(row, "split"),
+        view=_string(row, "view"),
+        critique=_string(row, "critique"),
     )
 
 

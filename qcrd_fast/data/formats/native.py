@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,11 +10,23 @@ from qcrd_fast.config import TASKS
 from qcrd_fast.data.formats.fields import Parsed, Row
 from qcrd_fast.data.formats.golds import gold_text, parse_choices_value
 from qcrd_fast.data.formats.samples import read_sample, sample_list
-from qcrd_fast.data.schema import Question, Rationale, RowError, check_text, get_list, get_text, with_choices
+from qcrd_fast.data.schema import (
+    Question,
+    Rationale,
+    RowError,
+    check_text,
+    get_list,
+    get_text,
+    get_weight,
+    with_choices,
+)
 
 _PREPARED_KEYS = ("positives", "negatives", "majority", "votes")
-_SAMPLED_KEYS = {"id", "question", "context", "gold", "answer", "samples", "choices", "task", "domain", "split"}
-_RATIONALE_KEYS = {"text", "answer", "source", "score", "critique", "wrong_step"}
+_SAMPLED_KEYS = {
+    "id", "question", "context", "gold", "answer", "samples", "choices", "task", "domain", "split", "view", "critique",
+    "weight", "scores",
+}  # fmt: skip
+_RATIONALE_KEYS = {"text", "answer", "source", "score", "scores", "view", "critique", "wrong_step"}
 
 
 def is_native(row: Row) -> bool:
@@ -64,11 +77,14 @@ def read(row: Row) -> Parsed:
     question = Question(
         id=get_text(values, "id", numbers=True) or "",
         question=text if prepared else text.strip(),
-        context=get_text(values, "context"),
         gold=gold,
         task=task,
+        context=get_text(values, "context"),
         domain=get_text(values, "domain"),
         split=get_text(values, "split"),
+        view=get_text(values, "view"),
+        critique=get_text(values, "critique"),
+        weight=get_weight(values, "weight"),
     )
     if prepared:
         question = _prepared(question, values)
@@ -97,8 +113,7 @@ def _prepared(question: Question, row: dict[str, Any]) -> Question:
         check_text(answer, "an answer in votes")
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             raise RowError(f"votes[{answer!r}] expects a count")
-    fields = {name: getattr(question, name) for name in ("id", "question", "context", "gold", "task", "domain", "split")}
-    return Question(**fields, majority=majority, votes=votes, positives=positives, negatives=negatives)
+    return dataclasses.replace(question, majority=majority, votes=votes, positives=positives, negatives=negatives)
 
 
 def _rationale(item: Any, where: str, answer: str | None) -> Rationale:
@@ -116,7 +131,14 @@ def _rationale(item: Any, where: str, answer: str | None) -> Rationale:
         wrong_step = item.get("wrong_step")
         if wrong_step is not None and (type(wrong_step) is not int or wrong_step < 1):
             raise RowError("wrong_step expects a number of a step, from 1")
-        answer, source, critique = get_text(item, "answer", numbers=True), get_text(item, "source"), get_text(item, "critique")
-        return Rationale(text, answer, source, score, critique=critique, wrong_step=wrong_step)
+        return Rationale(
+            text,
+            get_text(item, "answer", numbers=True),
+            get_text(item, "source"),
+            score,
+            view=get_text(item, "view"),
+            critique=get_text(item, "critique"),
+            wrong_step=wrong_step,
+        )
     except RowError as error:
         raise RowError(f"{where}: {error}") from None

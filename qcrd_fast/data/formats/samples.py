@@ -18,9 +18,9 @@ _THOUGHTS = ("rationale", "reasoning", "reasoning_content", "explanation", "chai
 _ANSWERS = ("answer", "prediction", "predicted_answer", "final_answer", "extracted_answer", "pred")
 _STOPS = ("finish_reason", "stop_reason", "done_reason", "finish_reasons", "stop_reasons")
 _CUTS = ("cut", "truncated", "is_truncated")
-_OTHERS = ("source", "index", "role", "logprobs", "token_ids", "cumulative_logprob", *_STOPS, *_CUTS)
+_OTHERS = ("source", "view", "critique", "index", "role", "logprobs", "token_ids", "cumulative_logprob", *_STOPS, *_CUTS)
 _KNOWN = {plain(name): name for name in (*_TEXTS, *_THOUGHTS, *_ANSWERS, *_OTHERS)}
-_OWN = {"rationale", "answer", "source", "text", "cut"}
+_OWN = {"rationale", "answer", "source", "text", "cut", "view", "critique"}
 _REASONING = frozenset(map(plain, ("reasoning", "reasoning_content", "thinking", "thought", "thoughts")))
 _BESIDE = tuple(name for name in _THOUGHTS if plain(name) in _REASONING)  # of a rationale of its own
 _FLAGS = {plain(name): name for name in (*_STOPS, *_CUTS)}
@@ -80,7 +80,9 @@ def read_sample(item: Any, where: str, unread: set[str]) -> Rationale:
     try:
         if message is not item:  # a choice of a chat API
             return Rationale(reply_text(item["message"]), reply=True, truncated=is_cut(item))
-        return dataclasses.replace(_object(item, where, unread), truncated=is_cut(item))
+        found = _object(item, where, unread)
+        view, critique = get_text(item, "view"), get_text(item, "critique")
+        return dataclasses.replace(found, truncated=is_cut(item), view=view, critique=critique)
     except RowError as error:
         raise RowError(f"{where}: {error}") from None
 

@@ -1,0 +1,165 @@
+"""`select`: policies, what is written, a kill and the same command again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cli.main import entry
+from qcrd_fast.data.load import load_questions
+from qcrd_fast.data.schema import Question, Rationale
+from qcrd_fast.errors import InputError
+from qcrd_fast.select import policy
+from qcrd_fast.select.progress import Progress
+from qcrd_fast.select.score import RowScores
+from qcrd_fast.select.selection import Policy
+from tests.support.paths import ROOT
+
+ROWS = [Question(name, name, positives=(Rationale("a"), Rationale("b"))) for name in "dcba"]
+
+
+def scored(*values: float | None) -> list[dict[str, float | None]]:
+    return [{"ifd": v, "known": v, "random": v} for v in values]
+
+
+def test_the_best_are_chosen_first_and_ties_by_id() -> None:
+    assert policy.top(ROWS, scored(1, 2, 2, 0), "random", 3) == [2, 1, 0]  # b before c
+    assert policy.top(ROWS, scored(1, 2, 2, 0), "known", 2) == [3, 0]  # the least known first
+    assert policy.top(ROWS, scored(1, 2, 2, 0), "known", 1, reverse=True) == [2]
+    assert policy.top(ROWS, scored(None, 0.5, 1.5, 1.0), "ifd", 4) == [3, 1]  # neither above 1 nor without a score
+
+
+def test_what_is_above_a_threshold_is_dropped() -> None:
+    assert policy.drop_above(ROWS, scored(1, 2, None, 0), "random", 1) == [0, 2, 3]
+    found = [RowScores({"ifd": 1.0}, {"ifd": values}) for values in ([0.5, 1.5], [2.0, 3.0], [None, 1.0], [0.1, 0.2])]
+    left = Policy(["ifd"], drop_above=1.0).choose(ROWS, found)
+    assert [(row.id, [r.text for r in row.positives]) for row, _ in left] == [
+        ("d", ["a"]),
+        ("b", ["a", "b"]),
+        ("a", ["a", "b"]),
+    ]
+    assert [of_row.positives["ifd"] for _, of_row in left] == [[0.5], [None, 1.0], [0.1, 0.2]]
+
+
+def test_weights_have_the_mean_1_and_follow_the_ranks() -> None:
+    assert policy.weights(ROWS, scored(5, 1, 1, 9), "random") == [1.25, 0.5, 0.5, 1.75]
+    assert policy.weights(ROWS, scored(5, 1, 1, 9), "known") == [0.75, 1.5, 1.5, 0.25]
+    assert policy.weights(ROWS, scored(None, 3, None, 3), "random") == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"top": 2, "weight": True}, "--top and --weight are given"),
+        ({"names": ["ifd", "known"], "top": 2}, "needs one score"),
+        ({"reverse": True}, "--reverse goes with"),
+        ({"drop_above": float("nan")}, "must be finite"),
+    ],
+)
+def test_policies_that_are_refused(options: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Policy(**{"names": ["ifd"], **options})
+
+
+def test_rows_with_scores_are_rows_again(rows_file, llama_folder, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "scored.jsonl"
+    arguments = ["select", "--data", str(rows_file), "--student", str(llama_folder), "--output", str(output), "--json"]
+    assert entry([*arguments, "--by", "ifd,agree,naturalness", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["would_score"] == 24 and not output.exists()
+    assert entry([*arguments, "--by", "ifd,agree,naturalness"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert summary["rows"] == summary["chosen"] == len(rows) == 24 and summary["ifd_without"] == 0
+    assert set(rows[0]["scores"]) == {"ifd", "agree", "naturalness"}
+    assert set(rows[0]["positives"][0]["scores"]) == {"ifd", "naturalness"}
+    again = load_questions(output)
+    assert again.questions == load_questions(rows_file).questions
+    assert not again.summary.keys_not_read
+    assert entry(["select", "--data", str(output), "--by", "agree", "--weight", "--output", str(tmp_path / "w.jsonl")]) == 0
+    weights = [q.weight for q in load_questions(tmp_path / "w.jsonl").questions]
+    assert sum(weights) == pytest.approx(24) and len(set(weights)) > 1
+    assert {path.name for path in tmp_path.iterdir()} == {"scored.jsonl", "w.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--by", "ifd"], "needs --student"),
+        (["--by", "random", "--student", "x"], "asks nothing of it"),
+        (["--by", "ifdd", "--student", "x"], "did you mean 'ifd'"),
+        (["--by", "random", "--top", "0"], "--top"),
+        (["--by", "step-uncertainty", "--student", "no/such"], "no/such"),
+    ],
+)
+def test_commands_that_are_refused(more, said, rows_file, tmp_path, capsys) -> None:
+    assert entry(["select", "--data", str(rows_file), "--output", str(tmp_path / "o.jsonl"), *more]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def command(rows_file, student, output: Path) -> list[str]:
+    options = ["--by", "step-uncertainty", "--max-new-tokens", "8", "--block-size", "5", "--top", "9"]
+    return ["select", "--data", str(rows_file), "--student", str(student), "--output", str(output), *options]
+
+
+def test_a_stop_and_the_same_command_again_give_the_same_bytes(rows_file, llama_folder, tmp_path: Path, monkeypatch) -> None:
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    assert entry(command(rows_file, llama_folder, whole)) == 0
+    kept = tmp_path / ".broken.jsonl.scores.jsonl"
+    add = Progress.add
+
+    def stop(self: Progress, scores: dict) -> None:
+        add(self, scores)
+        if kept.read_bytes().count(b"\n") > 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "add", stop)
+        assert entry(command(rows_file, llama_folder, broken)) == 130
+    assert not broken.exists()
+    with open(kept, "ab") as file:
+        file.write(b'{"id": "q2", "row": {"step-unc')  # a line that a kill would cut
+    scored: list[dict] = []
+    monkeypatch.setattr(Progress, "add", lambda self, scores: (scored.append(scores), add(self, scores))[1])
+    assert entry(command(rows_file, llama_folder, broken)) == 0
+    assert broken.read_bytes() == whole.read_bytes()
+    assert sum(map(len, scored)) == 24 - 10
+    assert not kept.exists()
+
+
+def test_two_commands_do_not_write_the_same_output(tmp_path: Path) -> None:
+    with Progress(tmp_path / "o.jsonl", "x") as first:
+        first.add({"a": RowScores({"ifd": 0.1}, {})})
+        with pytest.raises(InputError, match="another process"), Progress(tmp_path / "o.jsonl", "x"):
+            pass
+    with Progress(tmp_path / "o.jsonl", "x") as again:
+        assert again.finished == {"a": RowScores({"ifd": 0.1}, {})}
+    with Progress(tmp_path / "o.jsonl", "other rows") as other:
+        assert not other.finished
+
+
+@pytest.mark.slow
+def test_a_kill_and_the_same_command_again_give_the_same_bytes(rows_file, llama_folder, tmp_path: Path) -> None:
+    def start(output: Path) -> subprocess.Popen:
+        code = "import sys; from cli.main import entry; sys.exit(entry())"
+        arguments = [sys.executable, "-c", code, *command(rows_file, llama_folder, output)]
+        return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    assert start(whole).wait() == 0
+    kept = tmp_path / ".broken.jsonl.scores.jsonl"
+    process = start(broken)
+    while process.poll() is None and not (kept.exists() and kept.read_bytes().count(b"\n") > 3):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not broken.exists()
+    assert start(broken).wait() == 0
+    assert broken.read_bytes() == whole.read_bytes()
+    assert not kept.exists()
