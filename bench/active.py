@@ -1,4 +1,5 @@
-"""Accuracy against teacher tokens: what to ask about, and how, on the study's word problems; the teacher knows their steps.
+"""Accuracy against teacher tokens: what to ask about, and how, on the study's word problems; the teacher knows their
+steps.
 
 Arms are paired by seed: the same pool, student, first round, tokens a round and optimizer steps. One CSV row a round.
 
@@ -41,7 +42,21 @@ RESULTS = Path(__file__).parent / "results" / "active.csv"
 TEST_QUESTIONS = 500
 PARTS = ("pool", "test", "oracle")
 COLUMNS = (
-    *("seed", "arm", "by", "revise", "show", "round", "tokens", "asked", "positives", "no_fault", "kept", "accuracy", "labels"),
+    *(
+        "seed",
+        "arm",
+        "by",
+        "revise",
+        "show",
+        "round",
+        "tokens",
+        "asked",
+        "positives",
+        "no_fault",
+        "kept",
+        "accuracy",
+        "labels",
+    ),
     *(
         "mean_nll_kept",
         "mean_nll_explanation",
@@ -78,7 +93,8 @@ BASE = "random"
 
 
 class Settings(NamedTuple):
-    """The same for all arms that are compared. Tokens and steps are of a round; later ones go on from the last student."""
+    """The same for all arms that are compared. Tokens and steps are of a round; later ones go on from the last
+    student."""
 
     pool: int = 400
     rounds: int = 3
@@ -97,7 +113,8 @@ def write_files(folder: Path, seed: int, settings: Settings) -> dict[str, str]:
 
     def rows(problems: Sequence[Problem], name: str) -> list[dict[str, Any]]:
         return [
-            {"id": f"{name}{i}", "question": p.text, "answer": str(p.answer), "task": "number"} for i, p in enumerate(problems)
+            {"id": f"{name}{i}", "question": p.text, "answer": str(p.answer), "task": "number"}
+            for i, p in enumerate(problems)
         ]
 
     oracle = [
@@ -119,7 +136,9 @@ def first_round(seed: int, settings: Settings, cache: Path, folder: Path) -> Pat
     run = folder / f"first-{seed}"
     if not run.exists():
         files = write_files(folder, seed, settings)
-        _run_active(seed, Arm("random", "new"), settings._replace(rounds=1, max_steps=settings.first_steps), cache, files, run)
+        _run_active(
+            seed, Arm("random", "new"), settings._replace(rounds=1, max_steps=settings.first_steps), cache, files, run
+        )
     return run
 
 
@@ -141,7 +160,11 @@ def run_arm(seed: int, name: str, settings: Settings, cache: Path, folder: Path)
             answers = (run / f"round-{number:03d}" / "predictions.jsonl").read_text().splitlines()
             labels = [json.loads(line)["correct"] for line in answers]
             found = record.get("results", {})
-            own = {"no_fault": found.get("no fault", 0), "kept": found.get("kept", 0), "cpu_s": time.process_time() - started}
+            own = {
+                "no_fault": found.get("no fault", 0),
+                "kept": found.get("kept", 0),
+                "cpu_s": time.process_time() - started,
+            }
             own |= {"accuracy": float(np.mean(labels)), "labels": to_hex(labels), "show": arm.show}
             rows.append({"seed": seed, "arm": name, **settings._asdict(), **record, **own})
     return rows
@@ -191,7 +214,8 @@ def needed_share(own: Sequence[float], tokens: Sequence[float], target: float) -
 
 
 def print_table(path: Path) -> None:
-    """Accuracy after each round with its interval over seeds and questions, and what an arm needs for what `random` reaches."""
+    """Accuracy after each round with its interval over seeds and questions, and what an arm needs for what `random`
+    reaches."""
     found = read_rows(path)
     base = found.get(BASE, {})
     rounds = sorted({number for arm in found.values() for seeds in arm.values() for number in seeds})
@@ -226,7 +250,9 @@ def print_table(path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m qcrd_fast.bench.active", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m qcrd_fast.bench.active",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--arms", default=",".join(ARMS), help="of: %(default)s")
     parser.add_argument("--seeds", default="0-3", help="such as 0-7 or 0,3,5; default: %(default)s")
@@ -260,7 +286,9 @@ def _run(options: argparse.Namespace) -> int:
             raise InputError(f"--arms: {name!r} is none of {', '.join(ARMS)}")
     settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
     done = {
-        (arm, seed) for arm, seeds in (read_rows(options.results) if options.results.exists() else {}).items() for seed in seeds
+        (arm, seed)
+        for arm, seeds in (read_rows(options.results) if options.results.exists() else {}).items()
+        for seed in seeds
     }
     began = time.monotonic()
     for seed in parse_seeds(options.seeds):
@@ -272,7 +300,9 @@ def _run(options: argparse.Namespace) -> int:
                     log.info("the budget of %g minutes is spent", options.budget_minutes)
                     return 75
                 rows = run_arm(seed, name, settings, options.cache, Path(folder))
-                append(options.results, COLUMNS, [describe_machine(torch.device("cpu")) | row for row in rows], digits=4)
+                append(
+                    options.results, COLUMNS, [describe_machine(torch.device("cpu")) | row for row in rows], digits=4
+                )
                 curve = ", ".join(f"{row['tokens']}: {row['accuracy']:.3f}" for row in rows)
                 log.info("seed %d, %s: %s; %.0f CPU-s", seed, name, curve, rows[-1]["cpu_s"])
     return 0

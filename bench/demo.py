@@ -1,8 +1,8 @@
 """The demo over seeds, one CSV row a student: python -m qcrd_fast.bench.demo --seeds 0-7
 
-Each seed is one `qcrd-fast demo --compare METHOD` in a process of its own. The student is pretrained once, for all of them, and
-timed by itself: what a user waits for is `pretrain_s` + `wall_s`, and on later days `wall_s`. Beside busy processes (`load`, of
-the last minute) wall times say little, and `cpu_s` (user and system) is what to read.
+Each seed is one `qcrd-fast demo --compare METHOD` in a process of its own. The student is pretrained once, for all of
+them, and timed by itself: what a user waits for is `pretrain_s` + `wall_s`, and on later days `wall_s`. Beside busy
+processes (`load`, of the last minute) wall times say little, and `cpu_s` (user and system) is what to read.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ COLUMNS = (
 )  # fmt: skip
 SPENT = "import resource; u = resource.getrusage(resource.RUSAGE_SELF); spent = u.ru_utime + u.ru_stime"
 RUN = "from qcrd_fast.demo.runner import run_demo; found = run_demo(json.loads(sys.argv[1]), sys.argv[2], compare=sys.argv[3])"
-PRETRAIN = "from pathlib import Path; from qcrd_fast.demo.runner import write_student as w; found = w(Path(sys.argv[1]))"
+PRETRAIN = (
+    "from pathlib import Path; from qcrd_fast.demo.runner import write_student as w; found = w(Path(sys.argv[1]))"
+)
 
 
 def call(code: str, arguments: list[str], cache: str) -> tuple[Any, float, float]:
-    """(what the code calls `found`, seconds on the wall, CPU seconds) of a process whose threads the student's size chooses."""
+    """(what the code calls `found`, seconds on the wall, CPU seconds) of a process whose threads the student's size
+    chooses."""
     code = f"import json, sys; {code}; {SPENT}; print(json.dumps([found, spent]))"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     started = time.perf_counter()

@@ -54,7 +54,8 @@ class Check(NamedTuple):
 
 
 def limits(dtype: torch.dtype) -> Errors:
-    """What each error may be: gradients are rounded to the operands' type on their way, and noisy logits may nearly tie."""
+    """What each error may be: gradients are rounded to the operands' type on their way, and noisy logits may nearly
+    tie."""
     grad = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     return {"out": 1e-5, "grad": grad, "tokens": 0.02}
 
@@ -63,7 +64,10 @@ def find_checks(sizes: Sizes) -> list[Check]:
     """All of them, those that most depends on first."""
     every = dict(bias=True, scale=0.3, softcap=1.5, temperature=1.4)
     T, H, V = sizes
-    logprob, kept = ("forward_kernel", "combine_kernel", "da_kernel"), ("forward_kernel", "combine_kernel", "kept_kernel")
+    logprob, kept = (
+        ("forward_kernel", "combine_kernel", "dlogits_kernel"),
+        ("forward_kernel", "combine_kernel", "dlogits_from_saved"),
+    )
     drawn = ("product_kernel", "select_kernel", "gather_kernel", "pick_kernel")
     whole, few = Sizes(T, 128, 256), Sizes(40, H, V)
     part = Sizes(T // 2, H, V // 2)
@@ -81,7 +85,12 @@ def find_checks(sizes: Sizes) -> list[Check]:
         Check("KL", ("kl_kernel", "kl_combine_kernel", "kl_da_kernel"), _bound(check_kl, part)),
         Check("KL, reverse", ("kl_kernel", "kl_da_kernel"), _bound(check_kl, few, beta=1.0, scale=-0.4, softcap=2.0)),
         Check("KL, mixture", ("mixture_kernel", "kl_da_kernel"), _bound(check_kl, part, beta=0.3, **every)),
-        Check("selections", ("mean_kernel", "question_kernel", "backward_kernel"), _bound(check_selections, sizes), ("fp32",)),
+        Check(
+            "selections",
+            ("mean_kernel", "question_kernel", "backward_kernel"),
+            _bound(check_selections, sizes),
+            ("fp32",),
+        ),
         Check("tokens", drawn[:1], _bound(check_sample, half, temperature=1.5)),
         Check("tokens, top-k 50", drawn, _bound(check_sample, fewer, bias=True, temperature=1.5, top_k=50)),
         Check("tokens, greedy", drawn[:1], _bound(check_sample, half, temperature=0.0)),
@@ -101,9 +110,13 @@ def error(got: Tensor, want: Tensor) -> float:
 def make_operands(
     T: int, H: int, V: int, dtype: torch.dtype, device: torch.device, bias: bool, ignored: int = 0
 ) -> tuple[list[Tensor], Tensor]:
-    """([hidden [T, H], weight [V, H] and perhaps bias [V]], target [T]): one row of seven and the first few are ignored."""
+    """([hidden [T, H], weight [V, H] and perhaps bias [V]], target [T]): one row of seven and the first few are
+    ignored."""
     generator = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(T, H, generator=generator), 0.3 * torch.randn(V, H, generator=generator) * min(1, (72 / H) ** 0.5)]
+    leaves = [
+        torch.randn(T, H, generator=generator),
+        0.3 * torch.randn(V, H, generator=generator) * min(1, (72 / H) ** 0.5),
+    ]
     leaves += [torch.randn(V, generator=generator)] * bias
     target_T = torch.randint(0, V, (T,), generator=generator)
     target_T[3::7] = target_T[:ignored] = -100
@@ -125,7 +138,8 @@ def check_logprob(
     ignored: int = 0,
     **options: Any,
 ) -> Errors:
-    """log p, with `extras` log-sum-exp and entropy too, and the gradients of a weighted sum that spares a third of the rows."""
+    """log p, with `extras` log-sum-exp and entropy too, and the gradients of a weighted sum that spares a third of the
+    rows."""
     leaves, target_T = make_operands(T, H, V, dtype, device, bias, ignored)
     weight_T = torch.randn(T, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(device)
     weight_T[1::3] = 0
@@ -133,7 +147,9 @@ def check_logprob(
     for mine, impl in ((leaves, "triton"), (doubled(leaves), "eager")):
         (hidden_TH, weight_VH), rest = mine[:2], mine[2:]
         extra = dict(return_lse=extras, return_entropy=extras)
-        out = linear_logprob(hidden_TH, weight_VH, target_T, bias=rest[0] if bias else None, impl=impl, **extra, **options)
+        out = linear_logprob(
+            hidden_TH, weight_VH, target_T, bias=rest[0] if bias else None, impl=impl, **extra, **options
+        )
         out = out if extras else (out,)
         total = sum((x.double() * weight_T).sum() / (i + 1) for i, x in enumerate(out))
         results.append((out, torch.autograd.grad(total, mine)))
@@ -141,9 +157,17 @@ def check_logprob(
 
 
 def check_kl(
-    dtype: torch.dtype, device: torch.device, T: int, H: int, V: int, beta: float = 0.0, bias: bool = False, **options: Any
+    dtype: torch.dtype,
+    device: torch.device,
+    T: int,
+    H: int,
+    V: int,
+    beta: float = 0.0,
+    bias: bool = False,
+    **options: Any,
 ) -> Errors:
-    """The divergence from a teacher of another hidden size, and the gradients of a sum that spares a third of the rows."""
+    """The divergence from a teacher of another hidden size, and the gradients of a sum that spares a third of the
+    rows."""
     leaves, target_T = make_operands(T, H, V, dtype, device, bias)
     (teacher_TG, teacher_VG, *teacher_bias), _ = make_operands(T, 3 * H // 2 + 4, V, dtype, device, bias)
     weight_T = torch.randn(T, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(device)
@@ -182,8 +206,9 @@ def check_rationale_loss(
 def check_selections(
     dtype: torch.dtype, device: torch.device, T: int, H: int, V: int, pairs: Sequence[tuple[str, str]] = ()
 ) -> Errors:
-    """Selections of ragged questions, with quality and tokens that do not count: `pairs` of them, by default each of a side at
-    least once, since a pair takes a compilation. log p is fp32 whatever the operands' type, and the sizes are its own."""
+    """Selections of ragged questions, with quality and tokens that do not count: `pairs` of them, by default each of a
+    side at least once, since a pair takes a compilation. log p is fp32 whatever the operands' type, and the sizes are
+    its own."""
     generator = torch.Generator().manual_seed(5)
     length_R = torch.randint(1, 9, (40,), generator=generator)
     length_R[3] = 600  # more than a block of tokens
@@ -201,7 +226,12 @@ def check_selections(
         for impl, of in (("triton", torch.float32), ("eager", torch.float64)):
             leaf = logprob_T.to(device, of).requires_grad_()
             out = contrastive_loss(
-                leaf, *segments, positive_select=positive, negative_select=negative, valid_T=valid_T.to(device), impl=impl
+                leaf,
+                *segments,
+                positive_select=positive,
+                negative_select=negative,
+                valid_T=valid_T.to(device),
+                impl=impl,
             )
             results.append(((out.loss, out.nll_R, out.weight_R, out.selected_R), torch.autograd.grad(out.loss, [leaf])))
         found = _compare(*results)

@@ -37,9 +37,10 @@ def active(ctx: click.Context, dry_run: bool, as_json: bool, **_: Any) -> None:
     qcrd-fast active --pool pool.jsonl --student NAME_OR_PATH --teacher http://127.0.0.1:8000/v1 --teacher-model NAME \\
       --budget-tokens 200000 --eval-data dev.jsonl --test-data test.jsonl --max-steps 300 --output-dir runs/active
 
-    Each round scores the questions that were not asked yet, has the teacher revise the student's explanations of the best ones,
-    trains on all that was kept so far, and validates; --max-steps and the other options of train are those of a round. It ends,
-    and says why, at the budget, when the teacher finds no fault, when validation is flat, or after --rounds.
+    Each round scores the questions that were not asked yet, has the teacher revise the student's explanations of the
+    best ones, trains on all that was kept so far, and validates; --max-steps and the other options of train are those
+    of a round. It ends, and says why, at the budget, when the teacher finds no fault, when validation is flat, or after
+    --rounds.
     """
     from qcrd_fast.utils.torchrun import only_process
 

@@ -27,10 +27,16 @@ _above_0 = partial(click.option, type=click.FloatRange(0, min_open=True), metava
 
 @click.command("score-teacher", cls=Verb)
 @click.option("--data", required=True, metavar="FILE", help="rows whose labels and positive rationales are scored")
-@click.option("--teacher", required=True, metavar="PATH|HUB_ID|URL", help="a model, a run, or a server that scores prompts")
-@click.option("--teacher-model", default="", metavar="NAME", help="model of the server; default: the one that it offers")
+@click.option(
+    "--teacher", required=True, metavar="PATH|HUB_ID|URL", help="a model, a run, or a server that scores prompts"
+)
+@click.option(
+    "--teacher-model", default="", metavar="NAME", help="model of the server; default: the one that it offers"
+)
 @positive("--top-logprobs", default=16, help="K: likeliest tokens that are kept at each place")
-@click.option("--output", "-o", required=True, metavar="DIR", help="folder to write; train reads it as --teacher-logprobs")
+@click.option(
+    "--output", "-o", required=True, metavar="DIR", help="folder to write; train reads it as --teacher-logprobs"
+)
 @click.option(
     "--student",
     metavar="NAME_OR_PATH",
@@ -48,7 +54,9 @@ _above_0 = partial(click.option, type=click.FloatRange(0, min_open=True), metava
 @positive("--max-source-length", default=1024, help="tokens kept of a prompt: the last ones")
 @positive("--max-target-length", default=256, help="tokens kept of a rationale or label; as in the training")
 @click.option(
-    "--label", type=click.Choice(("gold", "majority")), help="which label is scored; default: gold where known, else majority"
+    "--label",
+    type=click.Choice(("gold", "majority")),
+    help="which label is scored; default: gold where known, else majority",
 )
 @task_option
 @bad_row_option
@@ -59,11 +67,13 @@ _above_0 = partial(click.option, type=click.FloatRange(0, min_open=True), metava
 @dry_run_option
 @json_option
 def score_teacher(dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Keep a teacher's log-probs of rows that one already has: at each token the K likeliest, for `train --method mentor-kd`.
+    """Keep a teacher's log-probs of rows that one already has: at each token the K likeliest, for
+    `train --method mentor-kd`.
 
     \b
     qcrd-fast score-teacher --data train.jsonl --teacher runs/mentor --top-logprobs 16 --output train.logprobs
-    qcrd-fast train --data train.jsonl --student NAME --method mentor-kd --teacher-logprobs train.logprobs --output-dir runs/kd
+    qcrd-fast train --data train.jsonl --student NAME --method mentor-kd --teacher-logprobs train.logprobs --output-dir
+    runs/kd
 
     The same command again goes on where it was stopped or killed.
     """

@@ -1,12 +1,12 @@
-"""Student and teacher, hidden states x head each -> a divergence of each token and the gradients of the student's side, without
-logits in memory.
+"""Student and teacher, hidden states x head each -> a divergence of each token and the gradients of the student's side,
+without logits in memory.
 
-T tokens, H the student's hidden size, G the teacher's, V vocabulary, S rows with a gradient, C columns of a chunk of the
-vocabulary; P parts into which the vocabulary is split so that few rows still fill the GPU. u, z, slope and `options`: see
-`product`. p is the student's distribution, q the teacher's; a tile holds the logits of both.
+T tokens, H the student's hidden size, G the teacher's, V vocabulary, S rows with a gradient, C columns of a chunk of
+the vocabulary; P parts into which the vocabulary is split so that few rows still fill the GPU. u, z, slope and
+`options`: see `product`. p is the student's distribution, q the teacher's; a tile holds the logits of both.
 
-beta 0: KL(q || p). beta 1: KL(p || q). Between them beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q, whose
-forward pass reads both heads twice, since m needs both log-sum-exps.
+beta 0: KL(q || p). beta 1: KL(p || q). Between them beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q,
+whose forward pass reads both heads twice, since m needs both log-sum-exps.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from csrc_triton.product import (
     flags_of,
     layout,
     matmul,
-    numbers,
+    operand_args,
     operands,
     plain_tile,
     product_tile,
+    scalar_args,
     shape_of,
     slots_of,
-    sources,
 )
 
 FORWARD, REVERSE, MIXTURE = 0, 1, 2  # KIND of a gradient
@@ -45,7 +45,8 @@ FORWARD, REVERSE, MIXTURE = 0, 1, 2  # KIND of a gradient
 def kl_kernel(
     a_hidden_ptr, a_weight_ptr, a_bias_ptr, b_hidden_ptr, b_weight_ptr, b_bias_ptr, target_ptr, out_ptr,
     T, V, A_H, B_H, part_size, a_scale, a_inverse_softcap, a_slope, b_scale, b_inverse_softcap, b_slope,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, EVEN_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     A_BIAS: tl.constexpr, A_SCALE: tl.constexpr, A_SOFTCAP: tl.constexpr, A_EVEN_H: tl.constexpr,
     B_BIAS: tl.constexpr, B_SCALE: tl.constexpr, B_SOFTCAP: tl.constexpr, B_EVEN_H: tl.constexpr,
 ):  # fmt: skip
@@ -71,11 +72,13 @@ def kl_kernel(
     ratio_t = tl.zeros((BLOCK_T,), dtype=tl.float32)  # in bits
     for first in tl.range(begin, stop, BLOCK_V):
         a_tv = product_tile(
-            a_hidden_ptr, a_weight_ptr, a_bias_ptr, tl.program_id(0) * BLOCK_T, first, T, V, A_H, a_scale, a_inverse_softcap,
+            a_hidden_ptr, a_weight_ptr, a_bias_ptr, tl.program_id(0) * BLOCK_T, first, T, V, A_H, a_scale,
+            a_inverse_softcap,
             BLOCK_T, BLOCK_V, BLOCK_H, A_BIAS, A_SCALE, A_SOFTCAP, A_EVEN_H, EVEN_V, DESCRIPTORS,
         )  # fmt: skip
         b_tv = product_tile(
-            b_hidden_ptr, b_weight_ptr, b_bias_ptr, tl.program_id(0) * BLOCK_T, first, T, V, B_H, b_scale, b_inverse_softcap,
+            b_hidden_ptr, b_weight_ptr, b_bias_ptr, tl.program_id(0) * BLOCK_T, first, T, V, B_H, b_scale,
+            b_inverse_softcap,
             BLOCK_T, BLOCK_V, BLOCK_H, B_BIAS, B_SCALE, B_SOFTCAP, B_EVEN_H, EVEN_V, DESCRIPTORS,
         )  # fmt: skip
         a_new_t, b_new_t = tl.maximum(a_max_t, tl.max(a_tv, 1)), tl.maximum(b_max_t, tl.max(b_tv, 1))
@@ -102,7 +105,8 @@ def kl_kernel(
 
 @triton.jit(do_not_specialize=["T", "P"])
 def kl_combine_kernel(target_ptr, part_ptr, out_ptr, T, P, a_slope, b_slope, BLOCK_T: tl.constexpr):
-    """One program: BLOCK_T rows: all parts of `kl_kernel` [5, P, T] -> KL, log-sum-exp of a and of b, out [3, T] in nats."""
+    """One program: BLOCK_T rows: all parts of `kl_kernel` [5, P, T] -> KL, log-sum-exp of a and of b, out [3, T] in
+    nats."""
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_t = rows_t < T
     valid_t = tl.load(target_ptr + rows_t, mask=in_t, other=-1) >= 0
@@ -154,11 +158,13 @@ def mixture_kernel(
     hidden_ptr, weight_ptr, bias_ptr, teacher_hidden_ptr, teacher_weight_ptr, teacher_bias_ptr,
     target_ptr, lse_ptr, teacher_lse_ptr, out_ptr,
     T, V, H, G, part_size, scale, inverse_softcap, slope, teacher_scale, teacher_inverse_softcap, teacher_slope, beta,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, EVEN_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     A_BIAS: tl.constexpr, A_SCALE: tl.constexpr, A_SOFTCAP: tl.constexpr, A_EVEN_H: tl.constexpr,
     B_BIAS: tl.constexpr, B_SCALE: tl.constexpr, B_SOFTCAP: tl.constexpr, B_EVEN_H: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_T rows against one part of the vocabulary: its share of KL(q || m) and KL(p || m), out [2, P, T] fp32.
+    """One program: BLOCK_T rows against one part of the vocabulary: its share of KL(q || m) and KL(p || m), out [2, P,
+    T] fp32.
 
     lse, teacher_lse [T] fp32; the rest as in `kl_kernel`. A is the student, B the teacher.
     """
@@ -199,15 +205,16 @@ def kl_da_kernel(
     lse_ptr, teacher_lse_ptr, mean_ptr, grad_ptr, da_ptr,
     S, V, H, G, first_col, last_col, pitch,
     scale, inverse_softcap, slope, teacher_scale, teacher_inverse_softcap, teacher_slope, beta,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, EVEN_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     A_BIAS: tl.constexpr, A_SCALE: tl.constexpr, A_SOFTCAP: tl.constexpr, A_EVEN_H: tl.constexpr,
     B_BIAS: tl.constexpr, B_SCALE: tl.constexpr, B_SOFTCAP: tl.constexpr, B_EVEN_H: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One program: d loss / d a of the student, of BLOCK_T rows and BLOCK_V columns of the chunk [first_col, last_col).
 
-    lse, teacher_lse, mean, grad [S] fp32; da [S, pitch] in the student's type. The gradient of a row's logits is grad (p - q)
-    of KL(q || p), else grad p (r - mean): r = log(p / q), or log(p / m) of a mixture, and mean = sum p r. grad comes divided
-    by the temperature.
+    lse, teacher_lse, mean, grad [S] fp32; da [S, pitch] in the student's type. The gradient of a row's logits is grad
+    (p - q) of KL(q || p), else grad p (r - mean): r = log(p / q), or log(p / m) of a mixture, and mean = sum p r. grad
+    comes divided by the temperature.
     """
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     local_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -258,17 +265,23 @@ class Head(NamedTuple):
 
 
 def choose_tile(student: Head, teacher: Head, gradient: bool, mixture: bool) -> Tile:
-    """The tile of two products at once: 128 columns where their sums and the epilogue fit in registers, else 64, which fit
-    everywhere. On an H100 operands come by the copy engine where it can fetch them, which keeps their addresses for itself."""
+    """The tile of two products at once: 128 columns where their sums and the epilogue fit in registers, else 64, which
+    fit everywhere. On an H100 operands come by the copy engine where it can fetch them, which keeps their addresses for
+    itself."""
     if product.forced_tile is not None:
         return product.forced_tile._replace(products=2)
-    tile = plain_tile(max(student.hidden_TH.dtype, teacher.hidden_TH.dtype, key=lambda x: x.itemsize), len(student.hidden_TH))
+    tile = plain_tile(
+        max(student.hidden_TH.dtype, teacher.hidden_TH.dtype, key=lambda x: x.itemsize), len(student.hidden_TH)
+    )
     hopper = product.architecture(student.hidden_TH.device) // 10 == 9
     of_both = (student.hidden_TH, student.weight_VH, teacher.hidden_TH, teacher.weight_VH)
     if tile.block_t == 128 and hopper and product.fetchable(*of_both):
         tile = tile._replace(descriptors=True)
     options = any(
-        head.bias_V is not None or head.options[1] != 0 or len(head.weight_VH) % 128 != 0 or head.hidden_TH.shape[1] % 64 != 0
+        head.bias_V is not None
+        or head.options[1] != 0
+        or len(head.weight_VH) % 128 != 0
+        or head.hidden_TH.shape[1] % 64 != 0
         for head in (student, teacher)
     )
     wide = not mixture and not options and tile.block_v == 128 and (gradient or tile.descriptors)
@@ -293,7 +306,8 @@ def pair_shape(tile: Tile, a: Head, b: Head) -> dict[str, Any]:
 
 
 def forward(student: Head, teacher: Head, valid_T: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(divergence, log-sum-exp of student and of teacher, mean of `kl_da_kernel`), each [T] fp32 in nats, 0 where ignored."""
+    """(divergence, log-sum-exp of student and of teacher, mean of `kl_da_kernel`), each [T] fp32 in nats, 0 where
+    ignored."""
     student, teacher = ready(student), ready(teacher)
     T, V = len(student.hidden_TH), len(student.weight_VH)
     if T == 0:
@@ -308,11 +322,13 @@ def forward(student: Head, teacher: Head, valid_T: Tensor, beta: float) -> tuple
     if beta in (0, 1):
         a, b = (student, teacher) if beta else (teacher, student)
         part_5PT, out_3T = new(5, parts, T), new(3, T)
-        a_numbers, b_numbers = numbers(a.bias_V, a.options), numbers(b.bias_V, b.options)
+        a_numbers, b_numbers = scalar_args(a.bias_V, a.options), scalar_args(b.bias_V, b.options)
         kl_kernel[grid](
-            *sources(a.hidden_TH, a.weight_VH, tile), a.bias_V, *sources(b.hidden_TH, b.weight_VH, tile), b.bias_V,
+            *operand_args(a.hidden_TH, a.weight_VH, tile), a.bias_V, *operand_args(b.hidden_TH, b.weight_VH, tile),
+            b.bias_V,
             target_T, part_5PT,
-            T, V, a.hidden_TH.shape[1], b.hidden_TH.shape[1], part_size, *a_numbers, *b_numbers, **pair_shape(tile, a, b),
+            T, V, a.hidden_TH.shape[1], b.hidden_TH.shape[1], part_size, *a_numbers, *b_numbers,
+            **pair_shape(tile, a, b),
         )  # fmt: skip
         kl_combine_kernel[(triton.cdiv(T, 128),)](
             target_T, part_5PT, out_3T, T, parts, a_numbers[2], b_numbers[2], BLOCK_T=128, **LAUNCH
@@ -325,10 +341,11 @@ def forward(student: Head, teacher: Head, valid_T: Tensor, beta: float) -> tuple
     )
     part_2PT = new(2, parts, T)
     mixture_kernel[grid](
-        *sources(student.hidden_TH, student.weight_VH, tile), student.bias_V,
-        *sources(teacher.hidden_TH, teacher.weight_VH, tile), teacher.bias_V, target_T, lse_T, teacher_lse_T, part_2PT,
+        *operand_args(student.hidden_TH, student.weight_VH, tile), student.bias_V,
+        *operand_args(teacher.hidden_TH, teacher.weight_VH, tile), teacher.bias_V, target_T, lse_T, teacher_lse_T,
+        part_2PT,
         T, V, student.hidden_TH.shape[1], teacher.hidden_TH.shape[1], part_size,
-        *numbers(student.bias_V, student.options), *numbers(teacher.bias_V, teacher.options), beta,
+        *scalar_args(student.bias_V, student.options), *scalar_args(teacher.bias_V, teacher.options), beta,
         **pair_shape(tile, student, teacher),
     )  # fmt: skip
     teacher_T, student_T = part_2PT.sum(1).where(target_T >= 0, 0)
@@ -345,8 +362,8 @@ def backward(
     dkl_S: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dHidden [S, H] fp32, dWeight [V, H] in the weight's type, dBias [V]) of the student, None where `needs` says no, from
-    d loss / d divergence [S]. A chunk of the vocabulary at a time, as `linear_logprob.backward`."""
+    """(dHidden [S, H] fp32, dWeight [V, H] in the weight's type, dBias [V]) of the student, None where `needs` says no,
+    from d loss / d divergence [S]. A chunk of the vocabulary at a time, as `linear_logprob.backward`."""
     need_hidden, need_weight, need_bias = needs
     dweight_VH = torch.empty_like(student.weight_VH, memory_format=torch.contiguous_format) if need_weight else None
     dbias_V = torch.empty_like(student.bias_V) if need_bias and student.bias_V is not None else None
@@ -363,11 +380,11 @@ def backward(
         last = min(first + C, V)
         if S:
             kl_da_kernel[(triton.cdiv(S, tile.block_t), triton.cdiv(last - first, tile.block_v))](
-                *sources(student.hidden_TH, student.weight_VH, tile), student.bias_V,
-                *sources(teacher.hidden_TH, teacher.weight_VH, tile), teacher.bias_V,
+                *operand_args(student.hidden_TH, student.weight_VH, tile), student.bias_V,
+                *operand_args(teacher.hidden_TH, teacher.weight_VH, tile), teacher.bias_V,
                 lse_S, teacher_lse_S, mean_S, grad_S, da_SC,
                 S, V, H, teacher.hidden_TH.shape[1], first, last, C,
-                *numbers(student.bias_V, student.options), *numbers(teacher.bias_V, teacher.options), beta,
+                *scalar_args(student.bias_V, student.options), *scalar_args(teacher.bias_V, teacher.options), beta,
                 **pair_shape(tile, student, teacher), KIND=kind,
             )  # fmt: skip
         chunk_SC = da_SC[:, : last - first]

@@ -1,4 +1,5 @@
-"""hidden [T, H] x head [V, H] -> log p of each target, and the gradients of selected rows, without T x V logits in memory.
+"""hidden [T, H] x head [V, H] -> log p of each target, and the gradients of selected rows, without T x V logits in
+memory.
 
 T tokens, H hidden, V vocabulary, S rows with a gradient, C columns of a chunk of the vocabulary; P parts into which the
 vocabulary is split so that few rows still fill the GPU. u, z, slope and `options`: see `product`.
@@ -18,19 +19,19 @@ from csrc_triton.product import (
     LOG2_E,
     LOWEST,
     add_matmul,
-    bend,
     choose_chunk,
     choose_tile,
     flags_of,
     is_heavy,
     layout,
     matmul,
-    numbers,
+    operand_args,
     operands,
     product_tile,
+    scalar_args,
+    scale_bias_cap,
     shape_of,
     slots_of,
-    sources,
 )
 
 # of one chunk of the backward pass: d loss / d a, and dWeight in fp32
@@ -50,8 +51,8 @@ def forward_kernel(
     """One program: BLOCK_T rows against one part of the vocabulary, with an online log-sum-exp.
 
     hidden [T, H], weight [V, H], bias [V], target [T] int64; out, each [P, T] fp32: the largest u, m; sum e with
-    e = exp(slope (u - m)); and sum e (u - m), for the entropy. KEEP: also every e, kept [T, pitch] in the operands' type,
-    and the m of each tile, kept_max [tiles, T] fp32.
+    e = exp(slope (u - m)); and sum e (u - m), for the entropy. KEEP: also every e, kept [T, pitch] in the operands'
+    type, and the m of each tile, kept_max [tiles, T] fp32.
     """
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(1)
@@ -95,14 +96,15 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "P"])
 def combine_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, plogp_ptr, logprob_ptr, lse_ptr, entropy_ptr, rest_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, plogp_ptr, logprob_ptr, lse_ptr, entropy_ptr,
+    rest_ptr,
     T, H, P, scale, inverse_softcap, slope, ignore_index,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WANT_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_T rows: all parts of `forward_kernel` [P, T] and the target's own logit, which is one row of the head
-    a token and so cheaper here than a comparison for each logit there -> log p, log-sum-exp, entropy [T] in nats, and with the
-    entropy what rounding left of the log-sum-exp, rest [T].
+    """One program: BLOCK_T rows: all parts of `forward_kernel` [P, T] and the target's own logit, which is one row of
+    the head a token and so cheaper here than a comparison for each logit there -> log p, log-sum-exp, entropy [T] in
+    nats, and with the entropy what rounding left of the log-sum-exp, rest [T].
     """
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_t = rows_t < T
@@ -133,7 +135,7 @@ def combine_kernel(
         w_th = tl.load(weight_ptr + target_t[:, None] * H + depth_h[None, :], mask=keep_th, other=0.0)
         acc_t += tl.sum(h_th.to(tl.float32) * w_th.to(tl.float32), 1)
     bias_t = tl.load(bias_ptr + target_t, mask=valid_t, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-    picked_t = slope * bend(acc_t, bias_t, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
+    picked_t = slope * scale_bias_cap(acc_t, bias_t, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
 
     log_sum_t = tl.log(sum_t)
     lse_t = max_t * slope + log_sum_t
@@ -147,7 +149,7 @@ def combine_kernel(
 
 
 @triton.jit(do_not_specialize=["S"])
-def da_kernel(
+def dlogits_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, onehot_ptr, prob_ptr, problog_ptr, da_ptr,
     S, V, H, first_col, last_col, pitch, scale, inverse_softcap, slope,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -156,8 +158,9 @@ def da_kernel(
 ):  # fmt: skip
     """One program: d loss / d a of BLOCK_T rows and BLOCK_V columns of the chunk [first_col, last_col).
 
-    hidden [S, H], weight [V, H], bias [V], target, lse [S]; da [S, pitch] in the operands' type. The gradient of a row's logits
-    is onehot [j = target] + p_j (prob + problog log p_j); onehot, prob and problog [S] come divided by the temperature.
+    hidden [S, H], weight [V, H], bias [V], target, lse [S]; da [S, pitch] in the operands' type. The gradient of a
+    row's logits is onehot [j = target] + p_j (prob + problog log p_j); onehot, prob and problog [S] come divided by the
+    temperature.
     """
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     local_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -189,11 +192,12 @@ def da_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def kept_kernel(
+def dlogits_from_saved(
     kept_ptr, kept_max_ptr, target_ptr, lse_ptr, onehot_ptr, prob_ptr, T, V, pitch, slope,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program: what `forward_kernel` kept of BLOCK_T rows and a tile becomes d loss / d a, in place, as in `da_kernel`."""
+    """One program: what `forward_kernel` kept of BLOCK_T rows and a tile becomes d loss / d a, in place, as in
+    `dlogits_kernel`."""
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     tile = tl.program_id(1)
     cols_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -229,8 +233,8 @@ def forward(
     ignore_index: int,
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log p, log-sum-exp, entropy or [0]) of each token [T], fp32 nats; 0 where the target is `ignore_index`. Then what
-    rounding left of the log-sum-exp [T], or [0] without the entropy."""
+    """(log p, log-sum-exp, entropy or [0]) of each token [T], fp32 nats; 0 where the target is `ignore_index`. Then
+    what rounding left of the log-sum-exp [T], or [0] without the entropy."""
     head = operands(hidden_TH, weight_VH, bias_V)
     return _forward(*head, target_T, options, ignore_index, want_entropy)[:4]
 
@@ -254,7 +258,9 @@ def _forward(
     heavy = keep or is_heavy(flags, V, H, want_entropy)
     tile = choose_tile(hidden_TH, weight_VH, heavy, resident=bias_V is None and not options[1])
     blocks, tiles, parts, part_size = layout(tile, T, V, hidden_TH.device, heavy)
-    partial_PT = [hidden_TH.new_empty((parts, T if i < 2 or want_entropy else 0), dtype=torch.float32) for i in range(3)]
+    partial_PT = [
+        hidden_TH.new_empty((parts, T if i < 2 or want_entropy else 0), dtype=torch.float32) for i in range(3)
+    ]
     pitch = triton.cdiv(V, 16) * 16
     kept = None
     if keep:
@@ -268,13 +274,13 @@ def _forward(
         )  # fmt: skip
     else:
         forward_kernel[(blocks, parts)](
-            *sources(hidden_TH, weight_VH, tile), *head[2:], *partial_PT, *(kept[:2] if kept else (None, None)),
-            T, V, H, part_size, pitch, *numbers(bias_V, options), ignore_index,
+            *operand_args(hidden_TH, weight_VH, tile), *head[2:], *partial_PT, *(kept[:2] if kept else (None, None)),
+            T, V, H, part_size, pitch, *scalar_args(bias_V, options), ignore_index,
             **flags, **shape_of(tile, V, H, hidden_TH.device), WANT_ENTROPY=want_entropy, KEEP=keep,
         )  # fmt: skip
     combine_kernel[(triton.cdiv(T, 16),)](
         *head, *partial_PT, logprob_T, lse_T, entropy_T, rest_T,
-        T, H, parts, *numbers(bias_V, options), ignore_index,
+        T, H, parts, *scalar_args(bias_V, options), ignore_index,
         **flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=want_entropy, **LAUNCH,
     )  # fmt: skip
     return logprob_T, lse_T, entropy_T, rest_T, kept
@@ -289,11 +295,13 @@ def forward_keeping(
     ignore_index: int,
     kept_bytes: int,
 ) -> tuple[Tensor, Tensor, Kept | None] | None:
-    """(log p, log-sum-exp, what `backward_kept` needs), or None where that would be more than `kept_bytes`, or under a softcap,
-    whose slope cannot be had from what is kept."""
+    """(log p, log-sum-exp, what `backward_kept` needs), or None where that would be more than `kept_bytes`, or under a
+    softcap, whose slope cannot be had from what is kept."""
     if options[1] or len(target_T) * (len(weight_VH) + 15) * hidden_TH.element_size() > kept_bytes:
         return None
-    logprob_T, lse_T, *_, kept = _forward(*operands(hidden_TH, weight_VH, bias_V), target_T, options, ignore_index, keep=True)
+    logprob_T, lse_T, *_, kept = _forward(
+        *operands(hidden_TH, weight_VH, bias_V), target_T, options, ignore_index, keep=True
+    )
     return logprob_T, lse_T, kept
 
 
@@ -317,9 +325,9 @@ def backward_kept(
         da_TV = hidden_TH.new_empty((0, V))
     else:
         onehot_T = dlogprob_T / temperature
-        kept_kernel[(triton.cdiv(T, 32), len(kept.max_NT))](
+        dlogits_from_saved[(triton.cdiv(T, 32), len(kept.max_NT))](
             kept.exp_TV, kept.max_NT, target_T.contiguous(), lse_T, onehot_T, -onehot_T,
-            T, V, kept.exp_TV.shape[1], numbers(bias_V, options)[2], BLOCK_T=32, BLOCK_V=kept.block_v, **LAUNCH,
+            T, V, kept.exp_TV.shape[1], scalar_args(bias_V, options)[2], BLOCK_T=32, BLOCK_V=kept.block_v, **LAUNCH,
         )  # fmt: skip
         da_TV = kept.exp_TV[:, :V]
     dbias_V = da_TV.sum(0, dtype=torch.float32).to(bias_V.dtype) if need_bias and bias_V is not None else None
@@ -352,8 +360,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dHidden [S, H] fp32, dWeight [V, H] in the weight's type, dBias [V]), None where `needs` says no.
 
-    A chunk of the vocabulary at a time: d loss / d a into a workspace, then two products that accumulate in fp32. Each row of
-    dWeight is written once; nothing is added atomically, so the result does not change from run to run.
+    A chunk of the vocabulary at a time: d loss / d a into a workspace, then two products that accumulate in fp32. Each
+    row of dWeight is written once; nothing is added atomically, so the result does not change from run to run.
     """
     need_hidden, need_weight, need_bias = needs
     dweight_VH = torch.empty_like(weight_VH, memory_format=torch.contiguous_format) if need_weight else None
@@ -371,9 +379,9 @@ def backward(
     for first in range(0, V, C):
         last = min(first + C, V)
         if S:
-            da_kernel[(triton.cdiv(S, tile.block_t), triton.cdiv(last - first, tile.block_v))](
-                *sources(hidden_SH, weight_VH, tile), bias_V, *rows, da_SC,
-                S, V, H, first, last, C, *numbers(bias_V, options),
+            dlogits_kernel[(triton.cdiv(S, tile.block_t), triton.cdiv(last - first, tile.block_v))](
+                *operand_args(hidden_SH, weight_VH, tile), bias_V, *rows, da_SC,
+                S, V, H, first, last, C, *scalar_args(bias_V, options),
                 **flags, **shape_of(tile, V, H, hidden_SH.device), HAS_PROBLOG=coefficients[2] is not None,
             )  # fmt: skip
         chunk_SC = da_SC[:, : last - first]

@@ -1,8 +1,9 @@
-"""`linear_logprob.forward_kernel` for sm_90, in Gluon: 128 rows of hidden states stay in shared memory, the head streams past.
+"""`linear_logprob.forward_kernel` for sm_90, in Gluon: 128 rows of hidden states stay in shared memory, the head
+streams past.
 
-One warp fetches the head through the copy engine (TMA) into a ring of stages, BLOCK_V x BLOCK_H each; two warpgroups of 64 rows
-multiply. Each waits for a stage by itself and gives it back when its own product has ended, so that one may be ahead of the
-other by as many stages as there are, and one's exponentials run under the other's products.
+One warp fetches the head through the copy engine (TMA) into a ring of stages, BLOCK_V x BLOCK_H each; two warpgroups of
+64 rows multiply. Each waits for a stage by itself and gives it back when its own product has ended, so that one may be
+ahead of the other by as many stages as there are, and one's exponentials run under the other's products.
 
 T rows, H hidden, V vocabulary; s steps along the hidden dimension, r stages of the ring. u, slope: see `product`.
 """
@@ -16,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from csrc_triton.product import LAUNCH, LOG2_E, LOWEST, Tile, flags_of, numbers
+from csrc_triton.product import LAUNCH, LOG2_E, LOWEST, Tile, flags_of, scalar_args
 
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name up to Triton 3.7
 HALF = gl.constexpr(64)  # rows of a warpgroup
@@ -34,7 +35,8 @@ def fetch(
     hidden_desc, weight_desc, shared, first_t, begin, stop,
     STEPS: gl.constexpr, STAGES: gl.constexpr, BLOCK_V: gl.constexpr, BLOCK_H: gl.constexpr,
 ):  # fmt: skip
-    """One warp: the hidden states once, then columns [begin, stop) of the head, a stage when both warpgroups gave it back."""
+    """One warp: the hidden states once, then columns [begin, stop) of the head, a stage when both warpgroups gave it
+    back."""
     hidden_sth, ring_rvh, hidden_full, full_r, empty_r = shared
     if begin < stop:
         mbarrier.expect(hidden_full, STEPS * 2 * HALF * BLOCK_H * 2)
@@ -98,7 +100,9 @@ def multiply(
         max_t = new_max_t
         if KEEP:  # columns from V to the pitch take zeros
             kept_tv = kept_ptr + rows_t.to(gl.int64)[:, None] * pitch + (first_v + cols_v)[None, :]
-            gl.store(kept_tv, exp_tv.to(kept_ptr.dtype.element_ty), mask=in_t[:, None] & (first_v + cols_v < pitch)[None, :])
+            gl.store(
+                kept_tv, exp_tv.to(kept_ptr.dtype.element_ty), mask=in_t[:, None] & (first_v + cols_v < pitch)[None, :]
+            )
             gl.store(kept_max_ptr + (first_v // BLOCK_V) * T + rows_t, new_max_t, mask=in_t)
 
     out_t = part * T + rows_t
@@ -115,8 +119,9 @@ def resident_kernel(
     STEPS: gl.constexpr, STAGES: gl.constexpr, BLOCK_V: gl.constexpr, BLOCK_H: gl.constexpr,
     HAS_SCALE: gl.constexpr, EVEN_V: gl.constexpr, WANT_ENTROPY: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
-    """One program: 128 rows against one part of the vocabulary. What it reads and writes: as `linear_logprob.forward_kernel`,
-    the operands through descriptors of blocks [128, BLOCK_H] and [BLOCK_V, BLOCK_H]."""
+    """One program: 128 rows against one part of the vocabulary. What it reads and writes: as
+    `linear_logprob.forward_kernel`, the operands through descriptors of blocks [128, BLOCK_H] and [BLOCK_V,
+    BLOCK_H]."""
     first_t = gl.program_id(0) * (2 * HALF)
     part = gl.program_id(1)
     rows_t = first_t + gl.arange(0, 2 * HALF, gl.BlockedLayout([4], [32], [4], [0]))  # all of them in each warp
@@ -161,12 +166,14 @@ def forward(
     ignore_index: int,
     want_entropy: bool,
 ) -> None:
-    """A launch, in place of `linear_logprob.forward_kernel`'s, which says what `partial_PT` and `kept` take. `tile` is one of
-    `product.resident_tile`. Raises `ValueError` for a tile that leaves no room for two stages of the head."""
+    """A launch, in place of `linear_logprob.forward_kernel`'s, which says what `partial_PT` and `kept` take. `tile` is
+    one of `product.resident_tile`. Raises `ValueError` for a tile that leaves no room for two stages of the head."""
     if tile.num_stages < 2:
-        raise ValueError(f"shared memory has no room for 128 rows of H = {hidden_TH.shape[1]} and two stages of the head")
+        raise ValueError(
+            f"shared memory has no room for 128 rows of H = {hidden_TH.shape[1]} and two stages of the head"
+        )
     (T, H), (parts, _), V = hidden_TH.shape, partial_PT[0].shape, len(weight_VH)
-    (scale, _, slope), has_scale = numbers(None, options), flags_of(None, options)["HAS_SCALE"]
+    (scale, _, slope), has_scale = scalar_args(None, options), flags_of(None, options)["HAS_SCALE"]
     blocks = [tile.block_t, tile.block_h], [tile.block_v, tile.block_h]
     dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[hidden_TH.dtype]
     descriptors = [
@@ -174,7 +181,8 @@ def forward(
         for x, block in zip((hidden_TH, weight_VH), blocks, strict=True)
     ]
     resident_kernel[(-(-T // tile.block_t), parts)](
-        *descriptors, target_T, *partial_PT, *(kept or partial_PT[:2]), T, V, part_size, pitch, scale, slope, ignore_index,
+        *descriptors, target_T, *partial_PT, *(kept or partial_PT[:2]), T, V, part_size, pitch, scale, slope,
+        ignore_index,
         STEPS=-(-H // tile.block_h), STAGES=tile.num_stages, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h,
         HAS_SCALE=has_scale, EVEN_V=V % tile.block_v == 0, WANT_ENTROPY=want_entropy, KEEP=kept is not None,
         num_warps=4, **LAUNCH,

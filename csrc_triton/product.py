@@ -1,10 +1,11 @@
-"""A tile of the product hidden [T, H] x head [V, H], as every kernel over the vocabulary takes it, and its launch settings.
+"""A tile of the product hidden [T, H] x head [V, H], as every kernel over the vocabulary takes it, and its launch
+settings.
 
-T rows, H hidden, V vocabulary. A row's logits are z = softcap * tanh(a / softcap) / temperature with a = scale * h W^T + bias.
-`options` everywhere is (scale, softcap or 0, temperature). The product is accumulated in fp32.
+T rows, H hidden, V vocabulary. A row's logits are z = softcap * tanh(a / softcap) / temperature with a = scale * h W^T
++ bias. `options` everywhere is (scale, softcap or 0, temperature). The product is accumulated in fp32.
 
-The kernels hold u, a tile of the product after whatever cannot wait, such that z = u * slope with one positive number `slope`;
-then the largest u gives the largest z, and exp(z - m) is one multiply-add and one exp2 for each logit.
+The kernels hold u, a tile of the product after whatever cannot wait, such that z = u * slope with one positive number
+`slope`; then the largest u gives the largest z, and exp(z - m) is one multiply-add and one exp2 for each logit.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LAUNCH = dict(enable_fp_fusion=True)  # multiply-adds in one instruction: of every kernel, whatever Triton's default becomes
+# multiply-adds in one instruction: of every kernel, whatever Triton's default becomes
+LAUNCH = dict(enable_fp_fusion=True)
 LOG2_E = tl.constexpr(1 / math.log(2))
 LOWEST = tl.constexpr(-1e30)  # below every finite logit; -inf would make NaNs where all of a tile is masked
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of a block of the product. With 128 columns, operands in flight stay within 99 KiB of shared
-    memory, which every GPU has; with 256 they take 144 KiB of an H100's 227."""
+    """Rows, columns and depth of a block of the product. With 128 columns, operands in flight stay within 99 KiB of
+    shared memory, which every GPU has; with 256 they take 144 KiB of an H100's 227."""
 
     block_t: int
     block_v: int
@@ -51,9 +53,10 @@ def plain_tile(dtype: torch.dtype, rows: int) -> Tile:
 
 
 def choose_tile(hidden: Tensor, weight: Tensor, heavy: bool = False, wide: bool = True, resident: bool = False) -> Tile:
-    """The tile of a product of these operands. On an H100, where the copy engine can fetch them, 256 columns from H = 1024 on:
-    each byte that comes from the L2 cache is used more often. `heavy`: an epilogue whose registers leave two programs room
-    there only if the copy engine keeps the addresses. `wide`: whether 256 columns' worth of the epilogue fits in registers.
+    """The tile of a product of these operands. On an H100, where the copy engine can fetch them, 256 columns from H =
+    1024 on: each byte that comes from the L2 cache is used more often. `heavy`: an epilogue whose registers leave two
+    programs room there only if the copy engine keeps the addresses. `wide`: whether 256 columns' worth of the epilogue
+    fits in registers.
     `resident`: whether there is a kernel that holds hidden in shared memory."""
     if forced_tile is not None and (resident or not forced_tile.resident):
         return forced_tile
@@ -70,8 +73,8 @@ def choose_tile(hidden: Tensor, weight: Tensor, heavy: bool = False, wide: bool 
 def resident_tile(H: int) -> Tile:
     """128 rows of hidden states of 16 bits in shared memory, and in what is left as many stages of the head, 8 at most.
 
-    A stage is 64 deep, or 32 where there would be fewer than 4: the copy engine fetches one when it was given back, and idles
-    where few are large. Beyond H = 832 there is no room for 2; `num_stages` is then less.
+    A stage is 64 deep, or 32 where there would be fewer than 4: the copy engine fetches one when it was given back, and
+    idles where few are large. Beyond H = 832 there is no room for 2; `num_stages` is then less.
     """
 
     def made(block_h: int) -> Tile:
@@ -106,7 +109,8 @@ def fetchable(*operands: Tensor) -> bool:
 
 
 def choose_parts(blocks: int, tiles: int, slots: int) -> int:
-    """Parts of the vocabulary for `blocks` of rows, so that the programs fill `slots` places in the fewest whole rounds.
+    """Parts of the vocabulary for `blocks` of rows, so that the programs fill `slots` places in the fewest whole
+    rounds.
 
     A part has four tiles or more, else its start would show, and there are at most four rounds.
     """
@@ -115,9 +119,9 @@ def choose_parts(blocks: int, tiles: int, slots: int) -> int:
 
 
 def choose_chunk(tile: Tile, S: int, V: int, H: int, most: int, slots: int) -> int:
-    """Tiles of the vocabulary in a chunk of the backward pass, from half of `most` to `most`: those whose products take the
-    fewest whole rounds of `slots` programs. d loss / d a is S x C of depth H, in this kernel's tiles; a chunk of dWeight C x H
-    of depth S, say in tiles of 128 x 128. The tiles of dHidden do not depend on C."""
+    """Tiles of the vocabulary in a chunk of the backward pass, from half of `most` to `most`: those whose products take
+    the fewest whole rounds of `slots` programs. d loss / d a is S x C of depth H, in this kernel's tiles; a chunk of
+    dWeight C x H of depth S, say in tiles of 128 x 128. The tiles of dHidden do not depend on C."""
     blocks, tiles = -(-S // tile.block_t), -(-V // tile.block_v)
     if most >= tiles:
         return tiles
@@ -134,9 +138,10 @@ def choose_chunk(tile: Tile, S: int, V: int, H: int, most: int, slots: int) -> i
 
 
 def programs_at_once(tile: Tile, capability: int, heavy: bool = False) -> int:
-    """Programs that share a multiprocessor: what their registers and shared memory leave room for, as compiled. On an H100 it
-    is what `shape_of` has the compiler keep to. With matrix instructions of a warp (Ampere, Ada, and Blackwell's workstation
-    GPUs) the registers of 8 warps leave room for one; on a B200 those of a `heavy` epilogue do."""
+    """Programs that share a multiprocessor: what their registers and shared memory leave room for, as compiled. On an
+    H100 it is what `shape_of` has the compiler keep to. With matrix instructions of a warp (Ampere, Ada, and
+    Blackwell's workstation GPUs) the registers of 8 warps leave room for one; on a B200 those of a `heavy` epilogue
+    do."""
     family = capability // 10
     if tile.resident:
         return 1
@@ -162,7 +167,9 @@ def layout(tile: Tile, rows: int, V: int, device: torch.device, heavy: bool = Fa
 
 
 @triton.jit
-def bend(acc, bias, scale, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def scale_bias_cap(
+    acc, bias, scale, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
     """u of a product: scaled and biased unless the slope does it, tanh of it under a softcap."""
     if HAS_SCALE:
         acc = acc * scale
@@ -180,10 +187,11 @@ def product_tile(
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """u [BLOCK_T, BLOCK_V] from row `first_t` and column `first_v` on, -inf beyond V. hidden [T, H], weight [V, H], bias [V].
+    """u [BLOCK_T, BLOCK_V] from row `first_t` and column `first_v` on, -inf beyond V. hidden [T, H], weight [V, H],
+    bias [V].
 
-    Rows beyond T and columns beyond V read the last one instead, and descriptors read zeros: no load of the inner loop needs
-    a mask.
+    Rows beyond T and columns beyond V read the last one instead, and descriptors read zeros: no load of the inner loop
+    needs a mask.
     """
     acc_tv = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     depth_h = tl.arange(0, BLOCK_H)
@@ -207,11 +215,11 @@ def product_tile(
                 w_hv = tl.load(weight_hv + start, mask=in_h[:, None], other=0.0)
             acc_tv = tl.dot(h_th, w_hv, acc_tv, input_precision="ieee")
     bias = tl.load(bias_ptr + cols_v).to(tl.float32)[None, :] if HAS_BIAS else 0.0
-    u_tv = bend(acc_tv, bias, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
+    u_tv = scale_bias_cap(acc_tv, bias, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
     return u_tv if EVEN_V else tl.where(in_v[None, :], u_tv, float("-inf"))
 
 
-def sources(hidden_TH: Tensor, weight_VH: Tensor, tile: Tile) -> tuple[Any, Any]:
+def operand_args(hidden_TH: Tensor, weight_VH: Tensor, tile: Tile) -> tuple[Any, Any]:
     """What a kernel reads the operands through: themselves, or descriptors of their blocks."""
     if not tile.descriptors:
         return hidden_TH, weight_VH
@@ -223,20 +231,20 @@ def sources(hidden_TH: Tensor, weight_VH: Tensor, tile: Tile) -> tuple[Any, Any]
     )
 
 
-def folds(bias_V: Tensor | None, options: tuple[float, float, float]) -> bool:
+def scale_in_slope(bias_V: Tensor | None, options: tuple[float, float, float]) -> bool:
     """Whether the slope can take the scale: nothing comes between them, and the slope stays positive."""
     return bias_V is None and not options[1] and options[0] > 0
 
 
-def numbers(bias_V: Tensor | None, options: tuple[float, float, float]) -> tuple[float, float, float]:
+def scalar_args(bias_V: Tensor | None, options: tuple[float, float, float]) -> tuple[float, float, float]:
     """(scale, 1 / softcap, slope) as the kernels take them."""
     scale, softcap, temperature = options
-    slope = (scale if folds(bias_V, options) else softcap or 1.0) / temperature
+    slope = (scale if scale_in_slope(bias_V, options) else softcap or 1.0) / temperature
     return scale, 1 / softcap if softcap else 0.0, slope
 
 
 def flags_of(bias_V: Tensor | None, options: tuple[float, float, float]) -> dict[str, bool]:
-    has_scale = options[0] != 1 and not folds(bias_V, options)
+    has_scale = options[0] != 1 and not scale_in_slope(bias_V, options)
     return dict(HAS_BIAS=bias_V is not None, HAS_SCALE=has_scale, HAS_SOFTCAP=options[1] != 0)
 
 
@@ -301,7 +309,8 @@ def adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """Its compute capability times ten: 80 to 89 are Ampere and Ada, 90 Hopper, 100 and 120 Blackwell; off a GPU, Hopper."""
+    """Its compute capability times ten: 80 to 89 are Ampere and Ada, 90 Hopper, 100 and 120 Blackwell; off a GPU,
+    Hopper."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return 10 * major + minor
 

@@ -1,7 +1,7 @@
 """Every option of `train`, once: name, default, meaning, unit and range.
 
-The command line, the YAML file and `config.resolved.yaml` are all made from `TrainConfig`; equation numbers are those of
-arXiv 2405.13014.
+The command line, the YAML file and `config.resolved.yaml` are all made from `TrainConfig`; equation numbers are those
+of arXiv 2405.13014.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ NEGATIVE_SELECT = ("max", "max-active", "min", "mean", "wmean", "sampling")
 TASKS = ("number", "equation", "math", "choice", "yes-no", "text")
 DISCRIMINATOR_LOSSES = ("ratio", "infonce", "bce", "bce-all")
 QUALITIES = ("vote", "text", "checks", "discriminator", "none")
-BEFORE_QUALITIES = {"positive_quality": None, "negative_quality": None, "agreeing_negatives": "weigh"}  # of runs before them
-DEFAULT_QUALITIES = ("checks", "vote")  # of positives and negatives, where neither --quality nor a discriminator is named
+# of runs before them
+BEFORE_QUALITIES = {"positive_quality": None, "negative_quality": None, "agreeing_negatives": "weigh"}
+# of positives and negatives, where neither --quality nor a discriminator is named
+DEFAULT_QUALITIES = ("checks", "vote")
 DEFAULT_SELECTS = ("softmin", "max")  # of positives and negatives, without a scheme
 # Defaults that were others before, or are with `--paper`: see `TrainConfig.resolved`.
 DEFAULTS: dict[str, Any] = {
@@ -65,13 +67,22 @@ PARTS = {
 }  # of the paper's method, left out by default
 QUALITY_METHODS = ("sft-all", "dft", "npo", "mentor-kd")  # the mean over a question's positives, by --positive-quality
 _SAMPLED = ("iteration_steps", "max_new_tokens", "sample_batch_size", "overlap")
-USED: dict[str, tuple[str, ...]] = {  # options that methods beside qcrd take of the groups Negatives and Teacher, and of beta
+# options that methods beside qcrd take of the groups Negatives and Teacher, and of beta
+USED: dict[str, tuple[str, ...]] = {
     "redi": ("negative_source",),
     "npo": ("negative_source", "beta", "npo_beta"),
     "opd": (*_SAMPLED, "teacher", "teacher_model"),
     "sdft": (*_SAMPLED, "teacher_ema"),
     "mentor-kd": (
-        *("teacher", "teacher_logprobs", "top_logprobs", "teacher_tail", "kd_lambda", "kd_temperature", "mentor_kd_literal"),
+        *(
+            "teacher",
+            "teacher_logprobs",
+            "top_logprobs",
+            "teacher_tail",
+            "kd_lambda",
+            "kd_temperature",
+            "mentor_kd_literal",
+        ),
     ),
 }
 SPELLED_OUT = (*DEFAULTS, *SELECTS, *QUALITY_OPTIONS, "paper")  # what `TrainConfig.resolved` may change
@@ -82,7 +93,9 @@ IMPLS = ("auto", "triton", "torch", "eager")
 ATTENTIONS = ("eager", "sdpa")
 
 
-_QUANTIZED = "not supported: weights are fp32 (bf16 under autocast); --use-peft --gradient-checkpointing takes the least memory"
+_QUANTIZED = (
+    "not supported: weights are fp32 (bf16 under autocast); --use-peft --gradient-checkpointing takes the least memory"
+)
 ELSEWHERE = {  # options of TRL, LLaMA-Factory and the scripts of Hugging Face: what they are here
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit"), _QUANTIZED),
     **dict.fromkeys(("dataset_name", "dataset", "train_file"), "here it is --data"),
@@ -117,8 +130,8 @@ def option(
     group: str = "Training",
     usual: bool = False,
 ) -> Any:
-    """A dataclass field that carries what the command line and the checks need to know of it. `--help` lists the `usual` ones,
-    `--help-all` every one."""
+    """A dataclass field that carries what the command line and the checks need to know of it. `--help` lists the
+    `usual` ones, `--help-all` every one."""
     metadata = dict(
         help=help, choices=choices, low=low, high=high, open_low=open_low, aliases=aliases, group=group, usual=usual
     )
@@ -185,8 +198,8 @@ class TrainConfig:
     )
     domain_weights: str = option(
         "none",
-        "weights of the rows' domains, by the student's loss in each over the teacher's; ddk: by the teacher's error in the "
-        "rows; ddk-like: with every teacher's loss 1",
+        "weights of the rows' domains, by the student's loss in each over the teacher's; ddk: by the teacher's error "
+        "in the rows; ddk-like: with every teacher's loss 1",
         choices=("none", "ddk", "ddk-like"),
         group="Data",
     )
@@ -230,8 +243,8 @@ class TrainConfig:
     )
     paper: bool = option(
         False,
-        "defaults as the paper prints them: min and max selections, lagged negatives, a discriminator by Eq. 2 with masked and "
-        "replaced words, in-sample scores as they come out; options that are given win",
+        "defaults as the paper prints them: min and max selections, lagged negatives, a discriminator by Eq. 2 with "
+        "masked and replaced words, in-sample scores as they come out; options that are given win",
         group="Method",
     )
     shared_prompts: bool = option(
@@ -240,14 +253,15 @@ class TrainConfig:
     impl: str = option("auto", "implementation of the loss; QCRD_FAST_IMPL overrides", choices=IMPLS, group="Method")
     audit_every: int | None = option(
         None,
-        "steps between audits, from the first on: 64 log-probs of each pass, and their gradients, are computed again in "
-        "float64 torch; 0: never; default: 200 where the Triton kernels run, else 0",
+        "steps between audits, from the first on: 64 log-probs of each pass, and their gradients, are computed again "
+        "in float64 torch; 0: never; default: 200 where the Triton kernels run, else 0",
         low=0,
         group="Method",
     )
     on_audit_failure: str = option(
         "torch",
-        "what follows an audit that fails; torch: that step again, and the rest of the run, with --impl torch; stop: exit 1",
+        "what follows an audit that fails; torch: that step again, and the rest of the run, with --impl torch; stop: "
+        "exit 1",
         choices=("torch", "stop"),
         group="Method",
     )
@@ -270,19 +284,21 @@ class TrainConfig:
     max_new_tokens: int = option(128, "longest sampled negative [tokens]", low=1, group="Negatives")
     overlap: str = option(
         "auto",
-        "when negatives are drawn; serial: in turn with training; the rest ahead of need, beside it; stream: on a CUDA stream "
-        "(on a CPU, in a thread) of their own; priority: on one of high priority; green-context: on a quarter of the GPU; "
-        "auto: serial, since none is measured on a GPU yet",
+        "when negatives are drawn; serial: in turn with training; the rest ahead of need, beside it; stream: on a "
+        "CUDA stream (on a CPU, in a thread) of their own; priority: on one of high priority; green-context: on a "
+        "quarter of the GPU; auto: serial, since none is measured on a GPU yet",
         choices=("auto", "serial", "stream", "priority", "green-context"),
         group="Negatives",
     )
-    sample_batch_size: int = option(64, "questions of a sampling batch, and fewest of a chunk", low=1, group="Negatives")
+    sample_batch_size: int = option(
+        64, "questions of a sampling batch, and fewest of a chunk", low=1, group="Negatives"
+    )
 
     # Quality
     quality: str | None = option(
         None,
-        "what weighs the rationales (s of Eq. 6 and 7); vote: the share of the question's samples that give the same answer; "
-        "text: the vote, and for numbers what the rationale's equations say; "
+        "what weighs the rationales (s of Eq. 6 and 7); vote: the share of the question's samples that give the same "
+        "answer; text: the vote, and for numbers what the rationale's equations say; "
         "checks: the vote, times fixed factors where an equation is false or starts from numbers from nowhere; "
         "discriminator: a trained encoder (the paper's); "
         "none: no weights; default: none with --discriminator none, discriminator where one is named, else "
@@ -292,8 +308,8 @@ class TrainConfig:
     )
     positive_quality: str | None = option(
         None,
-        "the same for positives alone; sft-all, dft, npo and mentor-kd take it too: the mean over a question's positives is "
-        "weighted; default: as --quality, of those four none",
+        "the same for positives alone; sft-all, dft, npo and mentor-kd take it too: the mean over a question's "
+        "positives is weighted; default: as --quality, of those four none",
         choices=QUALITIES,
         group="Quality",
     )
@@ -302,7 +318,8 @@ class TrainConfig:
     )
     agreeing_negatives: str = option(
         "weigh",
-        "a sample of the student whose answer is the majority's; weigh: it is a negative of the weight 1 - s; drop: it is none",
+        "a sample of the student whose answer is the majority's; weigh: it is a negative of the weight 1 - s; drop: "
+        "it is none",
         choices=("weigh", "drop"),
         group="Quality",
     )
@@ -353,8 +370,8 @@ class TrainConfig:
     )
     discriminator_agreeing: str | None = option(
         None,
-        "samples of the student in the updates whose answer is the majority's; drop: left out, as are those cut before their "
-        f"end; negative: negatives like the others; default: {DEFAULTS['discriminator_agreeing']}",
+        "samples of the student in the updates whose answer is the majority's; drop: left out, as are those cut "
+        f"before their end; negative: negatives like the others; default: {DEFAULTS['discriminator_agreeing']}",
         choices=AGREEING_UPDATES,
         group="Discriminator",
     )
@@ -372,8 +389,8 @@ class TrainConfig:
     # Teacher
     teacher: str | None = option(
         None,
-        "what scores tokens: the folder or hub id of a model with the student's tokenizer (opd, mentor-kd), or the URL of a "
-        "server that scores prompts as vLLM does (opd)",
+        "what scores tokens: the folder or hub id of a model with the student's tokenizer (opd, mentor-kd), or the "
+        "URL of a server that scores prompts as vLLM does (opd)",
         group="Teacher",
     )
     teacher_model: str | None = option(
@@ -387,7 +404,8 @@ class TrainConfig:
     )
     teacher_tail: bool = option(
         True,
-        "the teacher's probability beside its K tokens counts as one more token; without, the K are renormalised (mentor-kd)",
+        "the teacher's probability beside its K tokens counts as one more token; without, the K are renormalised "
+        "(mentor-kd)",
         group="Teacher",
     )
     teacher_ema: float = option(
@@ -413,8 +431,12 @@ class TrainConfig:
     )
 
     # Optimization, as in Hugging Face
-    learning_rate: float = option(5e-5, "peak learning rate of AdamW", low=0, open_low=True, aliases=("lr",), usual=True)
-    per_device_train_batch_size: int = option(8, "questions of a micro-batch", low=1, aliases=("batch_size",), usual=True)
+    learning_rate: float = option(
+        5e-5, "peak learning rate of AdamW", low=0, open_low=True, aliases=("lr",), usual=True
+    )
+    per_device_train_batch_size: int = option(
+        8, "questions of a micro-batch", low=1, aliases=("batch_size",), usual=True
+    )
     gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step", low=1)
     num_train_epochs: float = option(3.0, "passes over the data", low=0, open_low=True, aliases=("epochs",), usual=True)
     max_steps: int = option(-1, "optimizer steps; -1: from num_train_epochs", low=-1, usual=True)
@@ -436,7 +458,8 @@ class TrainConfig:
         "all-linear", "linear layers that get them: all-linear (all but the head), or names such as q_proj,v_proj"
     )
     fsdp: bool = option(
-        False, "under torchrun: shard weights, gradients and optimizer over the processes (FSDP2); else each has all (DDP)"
+        False,
+        "under torchrun: shard weights, gradients and optimizer over the processes (FSDP2); else each has all (DDP)",
     )
     ddp_timeout: float = option(1800.0, "seconds that processes wait for a silent one", low=0, open_low=True)
     seed: int = option(0, "seed of everything random", low=0, high=2**32 - 1)
@@ -447,9 +470,14 @@ class TrainConfig:
 
     # Evaluation, logging, checkpoints
     eval_steps: int | None = option(None, "steps between validations; default: save_steps", low=1, group="Run")
-    save_steps: int | None = option(None, "steps between checkpoints; default: one pass over the data", low=1, group="Run")
+    save_steps: int | None = option(
+        None, "steps between checkpoints; default: one pass over the data", low=1, group="Run"
+    )
     early_stopping_patience: int | None = option(
-        None, "end after this many validations in a row that were no better than the best before them", low=1, group="Run"
+        None,
+        "end after this many validations in a row that were no better than the best before them",
+        low=1,
+        group="Run",
     )
     save_total_limit: int | None = option(2, "checkpoints kept beside the best one", low=1, group="Run")
     logging_steps: int = option(1, "steps between lines of metrics.jsonl", low=1, group="Run")
@@ -458,7 +486,8 @@ class TrainConfig:
     )
     zero_shot: bool = option(
         True,
-        "at the end also ask the untrained student by its chat template, where it has one, 64 questions at most: the baseline",
+        "at the end also ask the untrained student by its chat template, where it has one, 64 questions at most: the "
+        "baseline",
         group="Run",
     )
     max_answer_tokens: int = option(48, "longest answer generated in evaluation [tokens]", low=1, group="Run")
@@ -501,19 +530,25 @@ class TrainConfig:
             raise InputError(f"--run-name is the name of a folder and of a line, without / and \\; got {name!r}")
         if self.max_samples and self.train_fraction < 1:
             raise InputError("--max-samples and --train-fraction are given; one of them says how many questions to use")
-        alone = [f for f in dataclasses.fields(self) if f.name.startswith("lora_") and getattr(self, f.name) != f.default]
+        alone = [
+            f for f in dataclasses.fields(self) if f.name.startswith("lora_") and getattr(self, f.name) != f.default
+        ]
         if alone and not self.use_peft:
             raise InputError(f"--{alone[0].name.replace('_', '-')} needs --use-peft")
 
     def check_teacher(self) -> None:
-        """Raises `InputError` for a method without the teacher that it needs, and for a teacher that a method cannot ask."""
+        """Raises `InputError` for a method without the teacher that it needs, and for a teacher that a method cannot
+        ask."""
         method, url = self.method, self.teacher_is_url
         if method == "opd" and not self.teacher:
             raise InputError(
-                "--method opd needs --teacher: a model with the student's tokenizer, or the URL of a server that scores prompts"
+                "--method opd needs --teacher: a model with the student's tokenizer, or the URL of a server that "
+                "scores prompts"
             )
         if method == "sdft" and self.teacher:
-            raise InputError("--method sdft is taught by the student itself; leave --teacher out, or choose --method opd")
+            raise InputError(
+                "--method sdft is taught by the student itself; leave --teacher out, or choose --method opd"
+            )
         if method == "sdft" and self.teacher_ema < 1 and self.use_peft:
             raise InputError("--teacher-ema below 1 moves all weights of the teacher; with --use-peft it is frozen (1)")
         if self.teacher_model and not url:
@@ -521,8 +556,8 @@ class TrainConfig:
         if method == "mentor-kd" and self.kd_lambda:
             if bool(self.teacher) == bool(self.teacher_logprobs):
                 raise InputError(
-                    "--method mentor-kd needs either --teacher-logprobs DIR, which score-teacher writes, or --teacher, a local "
-                    f"model; {'both' if self.teacher else 'neither'} is given"
+                    "--method mentor-kd needs either --teacher-logprobs DIR, which score-teacher writes, or "
+                    f"--teacher, a local model; {'both' if self.teacher else 'neither'} is given"
                 )
             if url:
                 raise InputError(
@@ -530,7 +565,9 @@ class TrainConfig:
                     "--teacher-logprobs DIR"
                 )
             if self.mentor_kd_literal and not self.teacher:
-                raise InputError("--mentor-kd-literal needs --teacher, a local model: --teacher-logprobs has no padding in it")
+                raise InputError(
+                    "--mentor-kd-literal needs --teacher, a local model: --teacher-logprobs has no padding in it"
+                )
         if self.mentor_kd_literal and method != "mentor-kd":
             raise InputError(f"--mentor-kd-literal is for --method mentor-kd, not {method}")
 
@@ -541,10 +578,14 @@ class TrainConfig:
     def _check_quality(self) -> None:
         without = self.discriminator == "none"
         if without and self.quality not in (None, "none"):
-            raise InputError(f"--discriminator none is --quality none, but --quality {self.quality} is given; leave one out")
+            raise InputError(
+                f"--discriminator none is --quality none, but --quality {self.quality} is given; leave one out"
+            )
         for name in ("positive_quality", "negative_quality"):
             if without and getattr(self, name) == "discriminator":
-                raise InputError(f"--{name.replace('_', '-')} discriminator needs one, but --discriminator none is given")
+                raise InputError(
+                    f"--{name.replace('_', '-')} discriminator needs one, but --discriminator none is given"
+                )
         named = self.discriminator not in ("none", "auto")
         if named and self.quality == "none" and "discriminator" not in (self.positive_quality, self.negative_quality):
             raise InputError(f"--quality none has no use for --discriminator {self.discriminator}; leave one out")
@@ -566,7 +607,8 @@ class TrainConfig:
     def resolved(self, before: Mapping[str, Any] | None = None) -> TrainConfig:
         """The config with the options of `DEFAULTS` and the quality spelled out.
 
-        What is not given is as `--paper` says, else as in a run which began with the options `before`, else the default.
+        What is not given is as `--paper` says, else as in a run which began with the options `before`, else the
+        default.
         """
         found = self._defaults()
         if before is not None:
@@ -581,7 +623,9 @@ class TrainConfig:
             if before is None or self.paper or self.discriminator == "none":
                 found |= self._default_quality()
             else:
-                found |= {"quality": "discriminator"} | {name: before[name] for name in QUALITY_OPTIONS if name in before}
+                found |= {"quality": "discriminator"} | {
+                    name: before[name] for name in QUALITY_OPTIONS if name in before
+                }
         return dataclasses.replace(
             self, **{name: value for name, value in found.items() if getattr(self, name) is None or name == "paper"}
         )
@@ -686,7 +730,12 @@ def nearest(name: str, known: Any) -> str:
 
 def options_markdown() -> str:
     """`docs/options.md`: every option with its default, range and meaning, by group."""
-    lines = ["# Options of `train`", "", "`-` and `_` are the same in names; `--config FILE.yaml` takes the same names.", ""]
+    lines = [
+        "# Options of `train`",
+        "",
+        "`-` and `_` are the same in names; `--config FILE.yaml` takes the same names.",
+        "",
+    ]
     group = None
     for field in dataclasses.fields(TrainConfig):
         meta = field.metadata
@@ -720,7 +769,9 @@ def check_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise InputError(f"{flag} expects {kind.__name__}, got {value!r}")
     if meta["choices"] and value not in meta["choices"]:
-        raise InputError(f"{flag} is one of {', '.join(meta['choices'])}; got {value!r}{nearest(value, meta['choices'])}")
+        raise InputError(
+            f"{flag} is one of {', '.join(meta['choices'])}; got {value!r}{nearest(value, meta['choices'])}"
+        )
     if kind in (int, float):
         low, high = meta["low"], meta["high"]
         if not math.isfinite(value):

@@ -20,14 +20,14 @@ from qcrd_fast.models.loading import read_config
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
-from qcrd_fast.runs.checkpoints import require_whole
+from qcrd_fast.runs.checkpoints import verify_checkpoint
 from qcrd_fast.runs.folder import CONFIG, MANIFEST, PREDICTIONS, RESULTS
 from qcrd_fast.runs.load import find_model, find_state, load_student
 from qcrd_fast.utils.config_files import read_object, read_options
 from qcrd_fast.utils.device import Autocast, make_autocast, resolve_device
-from qcrd_fast.utils.files import require_writable, shown, write_lines
+from qcrd_fast.utils.files import printable, require_writable, write_lines
 from qcrd_fast.utils.intervals import wilson
-from qcrd_fast.utils.oom import for_answers, relieved_by
+from qcrd_fast.utils.oom import explaining_oom, for_answers
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ def predict(
     """Greedy answers: one record of id, question, gold, output, prediction, correct for each question.
 
     `gold` is the majority where a question has no gold answer. With `reasoning`, the answer stands behind the rationale
-    of the third task, after `Answer:`. With `zero_shot`, the question is asked in words (`ZERO_SHOT`), as of a model that was
-    trained on none of the tasks, and the reply is read as a teacher's is.
+    of the third task, after `Answer:`. With `zero_shot`, the question is asked in words (`ZERO_SHOT`), as of a model
+    that was trained on none of the tasks, and the reply is read as a teacher's is.
     """
     settings = SampleSettings(max_new_tokens=max_answer_tokens, batch_size=batch_size, impl=impl)
     if reasoning:
@@ -75,7 +75,7 @@ def predict(
         at = max(range(len(sources)), key=lambda i: len(sources[i]))
         return f"{questions[at].id}, {len(sources[at])} prompt tokens"
 
-    with relieved_by(for_answers(batch_option, batch_size, settings.max_new_tokens), "answering", longest):
+    with explaining_oom(for_answers(batch_option, batch_size, settings.max_new_tokens), "answering", longest):
         outputs = sample(student, sources, [(0, 0)] * len(sources), settings, autocast=autocast)
     records = []
     for question, kind, tokens in zip(questions, kinds, outputs, strict=True):
@@ -113,7 +113,7 @@ def explain(
     """The student's greedy rationale for the question of each record of `predict`."""
     settings = SampleSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, impl=impl)
     sources = [student.source_ids(EXPLAIN, record["question"], record.get("view")) for record in records]
-    with relieved_by(for_answers(batch_option, batch_size, settings.max_new_tokens), "explaining"):
+    with explaining_oom(for_answers(batch_option, batch_size, settings.max_new_tokens), "explaining"):
         said = sample(student, sources, [(0, 0)] * len(sources), settings, autocast=autocast)
     return [student.text(tokens) for tokens in said]
 
@@ -133,7 +133,8 @@ def ask_by_chat_template(student: Student) -> bool:
 
 
 def by_field(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """{accuracy_by_domain, accuracy_by_view: {value: {accuracy, n}}} of records with more than one value of the field."""
+    """{accuracy_by_domain, accuracy_by_view: {value: {accuracy, n}}} of records with more than one value of the
+    field."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in ("domain", "view"):
         parts: dict[str, list[dict[str, Any]]] = {}
@@ -163,12 +164,12 @@ def evaluate_run(
     device: str = "auto",
     on_bad_row: str = "error",
 ) -> dict[str, Any]:
-    """Accuracy of a run or model on a file. `predictions.jsonl` goes to `output`, else to the folder eval-DATA of a run, whose
-    own predictions stay those of its `eval_results.json`, else to the current folder.
+    """Accuracy of a run or model on a file. `predictions.jsonl` goes to `output`, else to the folder eval-DATA of a
+    run, whose own predictions stay those of its `eval_results.json`, else to the current folder.
 
-    With `zero_shot` the base model of a run, or the model, is asked by its own chat template; the folder: eval-DATA-zero-shot.
-    Raises `InputError` for unreadable data, a folder that cannot be written, or a task that the run was not trained on, before
-    the model is loaded; `RunError` where the disk is full at the end.
+    With `zero_shot` the base model of a run, or the model, is asked by its own chat template; the folder:
+    eval-DATA-zero-shot. Raises `InputError` for unreadable data, a folder that cannot be written, or a task that the
+    run was not trained on, before the model is loaded; `RunError` where the disk is full at the end.
     """
     folder = _answers_folder(run_or_model, data, output, zero_shot)
     _check_tasks(run_or_model, reasoning, zero_shot)
@@ -191,7 +192,8 @@ def evaluate_run(
         )
     if count := sum(length > student.prompts.max_source_length for length in lengths.prompts):
         log.warning(
-            "%d of %d questions have a prompt over the %d tokens that the student was trained with: its beginning is cut off",
+            "%d of %d questions have a prompt over the %d tokens that the student was trained with: its beginning is "
+            "cut off",
             count, len(questions), student.prompts.max_source_length,
         )  # fmt: skip
     try:
@@ -203,7 +205,7 @@ def evaluate_run(
     if unreadable:
         log.warning(
             "no answer can be read in %d of %d outputs, which count as wrong, such as: %s",
-            len(unreadable), len(records), shown(unreadable[0]["output"][:200]) or "(empty)",
+            len(unreadable), len(records), printable(unreadable[0]["output"][:200]) or "(empty)",
         )  # fmt: skip
     share = accuracy(records)
     assert share is not None
@@ -234,7 +236,7 @@ def plan_answers(
     _check_tasks(run_or_model, reasoning, zero_shot)
     _, questions = _with_answers(data, task, on_bad_row)
     name = base_model(run_or_model) if zero_shot else find_model(run_or_model)
-    require_whole(Path(name))
+    verify_checkpoint(Path(name))
     read_config(name, "student")
     return {"would_answer": len(questions), "model": name, "predictions": str(folder / PREDICTIONS)}
 
@@ -317,7 +319,7 @@ def generate_text(
         sources = [student.source_ids(prefix, question)] * num_samples
         keys = [key_words(seed, prefix + question)] * num_samples
         autocast = make_autocast(student.device, None)
-        with relieved_by("--num-samples, --max-new-tokens", "answering"):
+        with explaining_oom("--num-samples, --max-new-tokens", "answering"):
             drawn = sample(student, sources, keys, settings, indices=indices, autocast=autocast)
         return [student.text(t) for t in drawn]
 

@@ -1,4 +1,5 @@
-"""`score`: the quality of every rationale, by votes, text or a run's discriminator; and the discriminator trained alone.
+"""`score`: the quality of every rationale, by votes, text or a run's discriminator; and the discriminator trained
+alone.
 
 A discriminator's folder is a checkpoint of a run, or what `train_alone` writes: discriminator.safetensors and
 discriminator.json, which names the student whose encoder or vocabulary it was built on.
@@ -40,26 +41,27 @@ from qcrd_fast.utils.files import write_json, write_lines
 
 log = logging.getLogger(__name__)
 
-ALONE = "discriminator.json"
+SETTINGS_FILE = "discriminator.json"
 QUALITY_SCORES = "quality_scores.jsonl"  # in a run folder: what the densities of `report` are made from
 
 
 def load_discriminator(run: str, device: str = "auto") -> tuple[CrossFitted, Student, dict[str, Any]]:
-    """(discriminator, the student beside it, settings) of a run, of one of its checkpoints, or of a `train_alone` folder.
+    """(discriminator, the student beside it, settings) of a run, of one of its checkpoints, or of a `train_alone`
+    folder.
 
     Raises `InputError` where there is none: a method or `--discriminator none` that has none, or a damaged folder.
     """
     folder = Path(run)
     if not folder.is_dir():
         raise InputError(f"{run}: no such folder; score reads a run folder, a checkpoint, or what score --train wrote")
-    alone = (folder / ALONE).is_file()
+    alone = (folder / SETTINGS_FILE).is_file()
     if alone:
         try:
-            settings = json.loads((folder / ALONE).read_text(encoding="utf-8"))
+            settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
             config = settings["config"]
             student, _ = load_student(config["student"], device)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder / ALONE}: unreadable: {error}") from error
+            raise InputError(f"{folder / SETTINGS_FILE}: unreadable: {error}") from error
     else:
         folder = Path(find_model(run))
         student, settings = load_student(str(folder), device)
@@ -122,7 +124,8 @@ def score_run(
     """The questions with scores, of the run's discriminator or of `--quality vote` or `text`, and their summary.
 
     With `temperatures`, the student says one rationale a question at each, and the scores of all kinds go to the run's
-    `quality_scores.jsonl` (`report` draws their densities, Fig. 6), the student's with whether they agree with the majority.
+    `quality_scores.jsonl` (`report` draws their densities, Fig. 6), the student's with whether they agree with the
+    majority.
     """
     judge: Judge
     if quality == "discriminator":
@@ -146,7 +149,12 @@ def score_run(
             values = list(judge.scores(cases))
             kind = f"student at {temperature:g}"
             records += [
-                {"kind": kind, "id": case.question.id, "question": question_text(case.question), "text": case.rationale.text}
+                {
+                    "kind": kind,
+                    "id": case.question.id,
+                    "question": question_text(case.question),
+                    "text": case.rationale.text,
+                }
                 | {"score": round(value, 6), "agrees": case.agrees}
                 for case, value in zip(cases, values, strict=True)
             ]
@@ -165,7 +173,9 @@ def score_teacher(judge: Judge, questions: Sequence[Question]) -> list[Question]
     def scored(question: Question) -> Question:
         scores = iter(judge.scores(teacher_cases(question)))
         sides = (question.positives, question.negatives)
-        positives, negatives = (tuple(dataclasses.replace(r, score=round(next(scores), 6)) for r in side) for side in sides)
+        positives, negatives = (
+            tuple(dataclasses.replace(r, score=round(next(scores), 6)) for r in side) for side in sides
+        )
         return dataclasses.replace(question, positives=positives, negatives=negatives)
 
     return [scored(question) for question in questions]
@@ -174,11 +184,12 @@ def score_teacher(judge: Judge, questions: Sequence[Question]) -> list[Question]
 def score_by_votes(
     quality: str, questions: Sequence[Question], samples: str | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The questions as rows with the scores of `--quality vote` or `text`, and their summary; no run and no model is needed.
+    """The questions as rows with the scores of `--quality vote` or `text`, and their summary; no run and no model is
+    needed.
 
-    With `samples`, a file of a student's samples, each question's are scored against its votes: they are the row's `student`,
-    and the summary is theirs. Right and wrong are told by the gold answer; without one, or a conclusion, a rationale is counted
-    in `without_gold` or `without_answer` alone.
+    With `samples`, a file of a student's samples, each question's are scored against its votes: they are the row's
+    `student`, and the summary is theirs. Right and wrong are told by the gold answer; without one, or a conclusion, a
+    rationale is counted in `without_gold` or `without_answer` alone.
 
     Raises `InputError` for a file of samples that cannot be read, or of other questions.
     """
@@ -190,7 +201,12 @@ def score_by_votes(
         if said is not None:
             own = said.cases.get(question.id, [])
             row["student"] = [
-                {"text": case.rationale.text, "answer": case.rationale.answer, "score": round(s, 6), "agrees": case.agrees}
+                {
+                    "text": case.rationale.text,
+                    "answer": case.rationale.answer,
+                    "score": round(s, 6),
+                    "agrees": case.agrees,
+                }
                 for case, s in zip(own, judge.scores(own), strict=True)
             ]
         rows.append(row)
@@ -203,9 +219,10 @@ def score_by_votes(
 
 
 def measure(cases: Sequence[Case], scores: Sequence[float]) -> dict[str, Any]:
-    """How scores tell right from wrong by the gold answer: AUC, its 95% interval (bootstrap over questions) and calibration;
+    """How scores tell right from wrong by the gold answer: AUC, its 95% interval (bootstrap over questions) and
+    calibration;
     `weight_on_right`: of the weights 1 - s that the cases have as negatives, the share on right ones."""
-    from qcrd_fast.discriminator.metrics import judge
+    from qcrd_fast.discriminator.metrics import score_report
 
     rows, counts = [], {"without_gold": 0, "without_answer": 0}
     for case, s in zip(cases, scores, strict=True):
@@ -214,7 +231,7 @@ def measure(cases: Sequence[Case], scores: Sequence[float]) -> dict[str, Any]:
             counts["without_gold" if case.question.gold is None else "without_answer"] += 1
         else:
             rows.append((case.question.id, float(s), right))
-    found = judge([s for _, s, _ in rows], [right for *_, right in rows], [i for i, *_ in rows])
+    found = score_report([s for _, s, _ in rows], [right for *_, right in rows], [i for i, *_ in rows])
     weight = math.fsum(1 - s for _, s, _ in rows)
     on_right = math.fsum(1 - s for _, s, right in rows if right)
     sizes = {"right": found["positives"], "wrong": found["negatives"], "questions": found["questions"]}
@@ -223,9 +240,9 @@ def measure(cases: Sequence[Case], scores: Sequence[float]) -> dict[str, Any]:
 
 
 def summarize_scores(scored: Sequence[Question]) -> dict[str, Any]:
-    """Means by side, AUC with its interval and calibration of questions that carry scores: right against wrong by the gold
-    answer, or, of a rationale where that cannot be told, positive against negative."""
-    from qcrd_fast.discriminator.metrics import judge
+    """Means by side, AUC with its interval and calibration of questions that carry scores: right against wrong by the
+    gold answer, or, of a rationale where that cannot be told, positive against negative."""
+    from qcrd_fast.discriminator.metrics import score_report
 
     rows, of_sides = [], {"positives": list[float](), "negatives": list[float]()}
     for case in (case for q in scored for case in teacher_cases(q)):
@@ -234,7 +251,7 @@ def summarize_scores(scored: Sequence[Question]) -> dict[str, Any]:
             rows.append((case.question.id, float(score), case.positive if right is None else right))
             of_sides["positives" if case.positive else "negatives"].append(float(score))
     means = {f"mean_score_{side}": _mean(values) for side, values in of_sides.items()}
-    found = judge([score for _, score, _ in rows], [right for *_, right in rows], [i for i, *_ in rows])
+    found = score_report([score for _, score, _ in rows], [right for *_, right in rows], [i for i, *_ in rows])
     return means | found | {side: len(values) for side, values in of_sides.items()} | _figures(found, rows)
 
 
@@ -260,12 +277,14 @@ def is_right(case: Case) -> bool | None:
     return same(case.question, answer, case.question.gold)
 
 
-def train_alone(model: str, questions: Sequence[Question], config: TrainConfig, output: str, held_out: float) -> dict[str, Any]:
-    """Pretrain a discriminator on the rationales of `questions`, keep it in the folder `output`, and return how it does on the
-    share `held_out` of the questions, which it has not seen.
+def train_alone(
+    model: str, questions: Sequence[Question], config: TrainConfig, output: str, held_out: float
+) -> dict[str, Any]:
+    """Pretrain a discriminator on the rationales of `questions`, keep it in the folder `output`, and return how it does
+    on the share `held_out` of the questions, which it has not seen.
 
-    `model` is the student, a run or a model folder, whose encoder or vocabulary it takes. Raises `InputError` when nothing can
-    be learnt from the questions.
+    `model` is the student, a run or a model folder, whose encoder or vocabulary it takes. Raises `InputError` when
+    nothing can be learnt from the questions.
     """
     folder = new_folder(output, "--train")
     train, test = hold_out(questions, held_out, config.seed)
@@ -277,13 +296,15 @@ def train_alone(model: str, questions: Sequence[Question], config: TrainConfig, 
     trainer.set_alpha(1.0)
     steps, all_steps = config.discriminator_pretrain_steps, config.discriminator_pretrain_steps * config.folds
 
-    def said(step: int) -> None:
+    def log_step(step: int) -> None:
         if (step + 1) % 50 == 0 or step + 1 == all_steps:
             log.info("discriminator: step %d of %d", step + 1, all_steps)
 
-    loss = trainer.pretrain(train, steps, said)
+    loss = trainer.pretrain(train, steps, log_step)
     if loss is None:
-        raise InputError("--train: no question has a positive rationale, and a negative or --discriminator-augment to make one")
+        raise InputError(
+            "--train: no question has a positive rationale, and a negative or --discriminator-augment to make one"
+        )
     check = trainer.check(train, test)
     log.info("discriminator: %s", check.text)
     summary = {"train_questions": len(train), "train_loss": loss, "check": check.to_dict()}
@@ -293,7 +314,7 @@ def train_alone(model: str, questions: Sequence[Question], config: TrainConfig, 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({n: t.cpu() for n, t in trainer.tensors().items()}, folder / DISCRIMINATOR)
-        write_json(folder / ALONE, {"config": kept, "held_out": summary})
+        write_json(folder / SETTINGS_FILE, {"config": kept, "held_out": summary})
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {folder}: {error}") from error
     return summary
@@ -307,7 +328,9 @@ def new_folder(path: str, option: str) -> Path:
     return folder
 
 
-def _say(student: Student, questions: Sequence[Question], temperature: float, config: dict[str, Any], seed: int) -> list[Case]:
+def _say(
+    student: Student, questions: Sequence[Question], temperature: float, config: dict[str, Any], seed: int
+) -> list[Case]:
     """One rationale a question from the student, sampled as the run samples its negatives but for the temperature."""
     known = TrainConfig().to_dict() | config
     settings = SampleSettings(

@@ -1,4 +1,5 @@
-"""The arms: what differs from the common settings, as options of `train` and, for what `train` does not offer, as `Rules`."""
+"""The arms: what differs from the common settings, as options of `train` and, for what `train` does not offer, as
+`Rules`."""
 
 from __future__ import annotations
 
@@ -33,9 +34,11 @@ MENTOR = "mentor"  # stands for the folder of `mentors.mentor_folder`
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """`options` of `train` beside `COMMON`; `rules`: with the experimental objective. `MENTOR` as a teacher is the task's own.
+    """`options` of `train` beside `COMMON`; `rules`: with the experimental objective. `MENTOR` as a teacher is the
+    task's own.
 
-    equal_tokens: as many epochs as bring it the tokens that sft-all trains on, a sample taken to be as long as a positive.
+    equal_tokens: as many epochs as bring it the tokens that sft-all trains on, a sample taken to be as long as a
+    positive.
     """
 
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -85,7 +88,9 @@ ARMS: dict[str, Arm] = {
     "soft checks": Arm(SOFT | {"positive_quality": "checks"}),
     "soft checks + minority": Arm(SOFT | CHECKED | {"negative_source": "minority"}),
     "soft checks + lagged": Arm(SOFT | CHECKED | {"negative_source": "lagged"}),
-    "soft checks + lagged mean": Arm(SOFT | CHECKED | {"negative_source": "lagged", "negative_select": "mean", "beta": 0.05}),
+    "soft checks + lagged mean": Arm(
+        SOFT | CHECKED | {"negative_source": "lagged", "negative_select": "mean", "beta": 0.05}
+    ),
     "sft-all text": Arm({"method": "sft-all", "positive_quality": "text"}),
     **{
         f"softmin {t:g}/{judge}": Arm({"method": "sft-all"}, Rules("softmin", t, positive_judge=judge))
@@ -109,7 +114,9 @@ ARMS: dict[str, Arm] = {
     "minority first": _negatives("minority", beta=0.02, gate="first"),
     "minority first 0.1": _negatives("minority", beta=0.1, gate="first"),
     "lagged first vote": _negatives("lagged", beta=0.02, gate="first", negative_judge="vote"),
-    "checks + minority first": _negatives("minority", beta=0.02, gate="first", positives="wmean", positive_judge="checks"),
+    "checks + minority first": _negatives(
+        "minority", beta=0.02, gate="first", positives="wmean", positive_judge="checks"
+    ),
     "checks + both vote": _negatives("both", positives="wmean", positive_judge="checks", negative_judge="vote"),
     "softmin + minority first": _negatives("minority", beta=0.02, gate="first", positives="softmin"),
     "minority late": _negatives("minority", warmup=0.5),
@@ -117,7 +124,10 @@ ARMS: dict[str, Arm] = {
     "dft": Arm({"method": "dft"}),
     "opd mentor": Arm({"method": "opd", "teacher": MENTOR, "sample_batch_size": 64}, equal_tokens=True),
     "sdft": Arm({"method": "sdft", "sample_batch_size": 64}, equal_tokens=True),
-    **{f"top-{k} KL": Arm({"method": "mentor-kd", "teacher": MENTOR, "kd_lambda": 1.0, "top_logprobs": k}) for k in (1, 4, 16)},
+    **{
+        f"top-{k} KL": Arm({"method": "mentor-kd", "teacher": MENTOR, "kd_lambda": 1.0, "top_logprobs": k})
+        for k in (1, 4, 16)
+    },
     # the reasoning task
     "sft-all reason": Arm({"method": "sft-all", "reasoning_task": True}),
 }

@@ -51,7 +51,8 @@ Rows = dict[int, dict[str, str]]  # by seed
 
 
 def read_runs(path: Path, stage: str) -> dict[tuple[str, ...], dict[str, Rows]]:
-    """Rows by (task, family, learning rate, epochs, questions), arm and seed. Raises `InputError` where there is no file."""
+    """Rows by (task, family, learning rate, epochs, questions), arm and seed. Raises `InputError` where there is no
+    file."""
     if not path.exists():
         raise InputError(f"--results: there is no {path}")
     found: dict[tuple[str, ...], dict[str, Rows]] = defaultdict(lambda: defaultdict(dict))
@@ -91,14 +92,16 @@ def p_value(difference_SQ: np.ndarray) -> float:
 
 
 def print_tables(path: Path, stage: str, baselines: Sequence[str]) -> None:
-    """A table for each task and family; in `confirm`, then every comparison with Holm's p over all of them, where there are
-    seeds enough for one."""
+    """A table for each task and family; in `confirm`, then every comparison with Holm's p over all of them, where there
+    are seeds enough for one."""
     tests: list[tuple[str, Estimate, float]] = []
     for (task, family, rate, epochs, questions), runs in read_runs(path, stage).items():
         print(f"\n## {stage}: {task}, {family}; learning rate {rate}, {epochs} epochs of {questions} questions\n")
         known = [base for base in baselines if base in runs]
         heads = [f"{metric} - {base}" for base in known for metric in METRICS]
-        print("| arm | seeds | labels (sd) | sound (sd) | faithful | nll | entropy | CPU-s | " + " | ".join(heads) + " |")
+        print(
+            "| arm | seeds | labels (sd) | sound (sd) | faithful | nll | entropy | CPU-s | " + " | ".join(heads) + " |"
+        )
         print("|---" * (8 + len(heads)) + "|")
         for arm, rows in runs.items():
             cells = [arm, str(len(rows))]
@@ -124,10 +127,17 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str]) -> None:
             print("| " + " | ".join(cells) + " |")
     if stage == "confirm" and tests:
         print("\n## Every comparison, Holm over all of them\n")
-        print("| task | family | arm | against | metric | difference | 95% interval | seeds | p (Holm) |\n" + "|---" * 9 + "|")
+        print(
+            "| task | family | arm | against | metric | difference | 95% interval | seeds | p (Holm) |\n"
+            + "|---" * 9
+            + "|"
+        )
         many = [found.seeds >= FEWEST_SEEDS for _, found, _ in tests]
         adjusted = holm([p if enough else 1.0 for (_, _, p), enough in zip(tests, many, strict=True)])
         for (name, found, _), p, enough in zip(tests, adjusted, many, strict=True):
             told = f"{p:.2g}" if enough else "-"
             print(f"| {name} | {found.mean:+.3f} | {found.low:+.3f} to {found.high:+.3f} | {found.seeds} | {told} |")
-        print(f"\nHolm over all {len(tests)}; one of fewer than {FEWEST_SEEDS} seeds counts as p = 1, and none is printed.")
+        print(
+            f"\nHolm over all {len(tests)}; one of fewer than {FEWEST_SEEDS} seeds counts as p = 1, and none is "
+            f"printed."
+        )

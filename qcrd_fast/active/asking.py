@@ -1,7 +1,8 @@
-"""Hold the conversations of a round with the teacher, within its budget, so written down that a kill loses what was in flight.
+"""Hold the conversations of a round with the teacher, within its budget, so written down that a kill loses what was in
+flight.
 
-A teacher that answers at once is asked in the order of the questions, so that a resume meets the end of the budget at the same
-request; an endpoint by several workers, each with one question at a time.
+A teacher that answers at once is asked in the order of the questions, so that a resume meets the end of the budget at
+the same request; an endpoint by several workers, each with one question at a time.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Limits:
 class Conversation:
     """One question's revision: the request that waits for a reply, or what came of it."""
 
-    def __init__(self, round: int, question: Question, said: Explanation, mode: str, prompts: Prompts, show: str = "one"):
+    def __init__(
+        self, round: int, question: Question, said: Explanation, mode: str, prompts: Prompts, show: str = "one"
+    ):
         self.round, self.question = round, question
         self.replies: list[Reply] = []
         self.outcome: Outcome | None = None
@@ -92,7 +95,8 @@ class Asking:
     def hold(self, conversations: Sequence[Conversation], teacher: Teacher) -> None:
         """Ask a teacher that answers at once, `teacher.batch` conversations side by side.
 
-        What a batch may take is decided before any of it is asked, from what was spent before it: a resume decides alike.
+        What a batch may take is decided before any of it is asked, from what was spent before it: a resume decides
+        alike.
         """
         for at in range(0, len(conversations), teacher.batch):
             some = conversations[at : at + teacher.batch]
@@ -171,7 +175,8 @@ class Asking:
                 conversation.fail()
                 if self._failures >= MAX_FAILURES:
                     raise RunError(
-                        f"{self._failures} questions in a row failed, the last one: {error}; continue with --resume auto"
+                        f"{self._failures} questions in a row failed, the last one: {error}; continue with --resume "
+                        f"auto"
                     ) from error
 
 
@@ -201,7 +206,8 @@ class _Journal:
         asked, reserved = self.conversation, self.asking.ledger.most(self.request, self.asking.limits.max_tokens)
         if reply.prompt_tokens + reply.completion_tokens > reserved:
             log.warning(
-                "%s: the server counts %d tokens where %d were reserved: --max-tokens is not kept, so the budget may be passed",
+                "%s: the server counts %d tokens where %d were reserved: --max-tokens is not kept, so the budget may "
+                "be passed",
                 asked.key, reply.prompt_tokens + reply.completion_tokens, reserved,
             )  # fmt: skip
         self.asking.ledger.take(request, self.asking.round, asked.key, self.request, reply)

@@ -2,7 +2,8 @@
 
 active.resolved.yaml  ledger.jsonl  eval_results.json  predictions.jsonl  run.log
 round-000/            round.json predictions.jsonl      <- the initial student
-round-001/            explanations.jsonl picked.json asked.json revisions.jsonl train.jsonl train/ predictions.jsonl round.json
+round-001/            explanations.jsonl picked.json asked.json revisions.jsonl train.jsonl train/ predictions.jsonl
+round.json
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ CONFIG, LEDGER, ROUND = "active.resolved.yaml", "ledger.jsonl", "round.json"
 EXPLANATIONS, PICKED, ASKED, REVISIONS = "explanations.jsonl", "picked.json", "asked.json", "revisions.jsonl"
 ROWS, TRAIN = "train.jsonl", "train"
 __all__ = [
-    "ASKED", "CONFIG", "EXPLANATIONS", "LEDGER", "LOG", "PICKED", "PREDICTIONS", "RESULTS", "REVISIONS", "ROUND", "ROWS",
+    "ASKED", "CONFIG", "EXPLANATIONS", "LEDGER", "LOG", "PICKED", "PREDICTIONS", "RESULTS", "REVISIONS", "ROUND",
+    "ROWS",
     "TRAIN", "read_json", "read_jsonl", "round_path",
 ]  # fmt: skip
 

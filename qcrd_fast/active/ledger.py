@@ -1,4 +1,5 @@
-"""The ledger of an active run: that of `collect`, with tokens by round and purpose, and a budget that is never passed."""
+"""The ledger of an active run: that of `collect`, with tokens by round and purpose, and a budget that is never
+passed."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from qcrd_fast.collect.ledger import Ledger
 from qcrd_fast.collect.prompts import prompt_digest
 from qcrd_fast.collect.reply import Choice, Reply
 from qcrd_fast.errors import InputError
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 
 FRAME_TOKENS = 64  # that a server may put around a prompt: roles, a system message of its own
 
@@ -21,7 +22,8 @@ FRAME_TOKENS = 64  # that a server may put around a prompt: roles, a system mess
 class ActiveLedger(Ledger):
     """Requests and replies of an active run, by (round, question, turn). The file is locked while a run has it.
 
-    Tokens of requests that a kill left in flight, or that failed when the server may have worked on them, count as reserved.
+    Tokens of requests that a kill left in flight, or that failed when the server may have worked on them, count as
+    reserved.
     """
 
     option = "--output-dir"
@@ -75,12 +77,15 @@ class ActiveLedger(Ledger):
         return self.intent(prompt_tokens=_bytes(request) + self.frame, completion_tokens=max_tokens, **what)
 
     def found(self, key: str, request: Request) -> Reply | None:
-        """The reply that was written down for a request. Raises `InputError` where that was asked with another prompt."""
+        """The reply that was written down for a request. Raises `InputError` where that was asked with another
+        prompt."""
         samples = self.samples.get(key)
         if not samples:
             return None
         if self.prompts[key] != prompt_digest(request.prompt):
-            raise InputError(f"{shown(self.path)}: {key} was asked with another prompt; choose another --output-dir")
+            raise InputError(
+                f"{printable(self.path)}: {key} was asked with another prompt; choose another --output-dir"
+            )
         one = samples[0]
         return Reply([Choice(one["text"], bool(one.get("cut")))], one["prompt_tokens"], one["completion_tokens"])
 

@@ -1,8 +1,9 @@
-"""`active`: score the pool, ask the teacher about the best questions, train, evaluate, repeat, until asking no longer pays.
+"""`active`: score the pool, ask the teacher about the best questions, train, evaluate, repeat, until asking no longer
+pays.
 
-After ELAD (arXiv 2402.13098), of which only the abstract and the captions could be had; formulas and prompts ours. Every stage
-of a round ends in a file that is there whole or not at all (`folder`), and is a function of those before it: a run that was
-killed goes on where it was.
+After ELAD (arXiv 2402.13098), of which only the abstract and the captions could be had; formulas and prompts ours.
+Every stage of a round ends in a file that is there whole or not at all (`folder`), and is a function of those before
+it: a run that was killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from qcrd_fast.runs.logs import logging_to
 from qcrd_fast.select.options import SelectOptions
 from qcrd_fast.train.trainer import train
 from qcrd_fast.utils.device import choose_threads, make_autocast, resolve_device, threads_kept
-from qcrd_fast.utils.files import remove_tree, require_writable, shown, write_json, write_lines
+from qcrd_fast.utils.files import printable, remove_tree, require_writable, write_json, write_lines
 from qcrd_fast.utils.intervals import wilson
 from qcrd_fast.utils.signals import StopSignals
 
@@ -60,8 +61,8 @@ log = logging.getLogger(__name__)
 def run_active(config: ActiveConfig, options: dict[str, Any], *, dry_run: bool = False) -> dict[str, Any]:
     """Run, or go on with, an active run; returns what its `eval_results.json` holds, `stopped` saying why it ended.
 
-    `options` are those of `train`, with student, eval_data, test_data and output_dir of the whole run. A `dry_run` checks
-    everything, writes nothing and returns the plan.
+    `options` are those of `train`, with student, eval_data, test_data and output_dir of the whole run. A `dry_run`
+    checks everything, writes nothing and returns the plan.
 
     Raises:
         InputError: a file or option at fault, a folder that holds something without `resume`, or another run's.
@@ -75,12 +76,12 @@ def run_active(config: ActiveConfig, options: dict[str, Any], *, dry_run: bool =
     try:
         run.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output-dir: cannot write to {shown(run.path)}: {error.strerror}") from error
+        raise InputError(f"--output-dir: cannot write to {printable(run.path)}: {error.strerror}") from error
     held = sorted(p.name for p in run.path.iterdir() if p.name not in (LEDGER, LOG))
     if (held or _size(run.path / LEDGER)) and not run.base.resume:
         raise InputError(
-            f"--output-dir: {shown(run.path)} is not empty ({(held or [LEDGER])[0]} is there); continue with --resume auto "
-            "or choose another folder"
+            f"--output-dir: {printable(run.path)} is not empty ({(held or [LEDGER])[0]} is there); continue with "
+            "--resume auto or choose another folder"
         )
     with ActiveLedger(run.path / LEDGER) as ledger, logging_to(run.path / LOG), threads_kept():
         try:
@@ -102,10 +103,14 @@ class ActiveRun(Setup):
                 self.config.teacher,
             )
         if not self.reasons:
-            log.info("the student was not trained to reason first: round 1 draws questions at random, for fresh rationales")
+            log.info(
+                "the student was not trained to reason first: round 1 draws questions at random, for fresh rationales"
+            )
         api = self.teacher.api if self.teacher else self.endpoint().api
         model = self.config.teacher_model or str(self.config.teacher)
-        ledger.start({"model": model, "api": api, "temperature": self.config.temperature, "max_tokens": self.config.max_tokens})
+        ledger.start(
+            {"model": model, "api": api, "temperature": self.config.temperature, "max_tokens": self.config.max_tokens}
+        )
         rounds = [self._begin()]
         stopped = None
         while stopped is None:
@@ -158,7 +163,10 @@ class ActiveRun(Setup):
             _check(signals)
         write_json(folder / ROUND, record)
         log.info(
-            "round %d: validation accuracy %.4f after %d teacher tokens", round, record["accuracy_validation"], record["tokens"]
+            "round %d: validation accuracy %.4f after %d teacher tokens",
+            round,
+            record["accuracy_validation"],
+            record["tokens"],
         )
         return record
 
@@ -172,7 +180,8 @@ class ActiveRun(Setup):
         if (found := read_json(path)) is None:
             with StopSignals() as signals:
                 options = SelectOptions(
-                    seed=self.base.seed, num_samples=self.config.num_samples, num_continuations=self.config.num_continuations,
+                    seed=self.base.seed, num_samples=self.config.num_samples,
+                    num_continuations=self.config.num_continuations,
                     ifd_form=self.config.ifd_form, max_new_tokens=self.base.max_target_length, ask="reason",
                     impl=self.base.impl,
                 )  # fmt: skip
@@ -218,7 +227,9 @@ class ActiveRun(Setup):
             return rows, (read_json(folder / ASKED) or {}).get("exhausted")
         with StopSignals() as signals:
             talks = [asking.Conversation(round, q, e, mode, self.prompts, self.config.show) for q, e in picked]
-            limits = asking.Limits(int(self.config.budget_tokens or 0), self.config.round_tokens, self.config.max_tokens)
+            limits = asking.Limits(
+                int(self.config.budget_tokens or 0), self.config.round_tokens, self.config.max_tokens
+            )
             session = asking.Asking(round, ledger, limits, signals)
             if self.teacher is not None:
                 session.hold(talks, self.teacher)
@@ -246,7 +257,9 @@ class ActiveRun(Setup):
         for outcome, value in zip(own, found[len(kept) :], strict=True):
             outcome.nll_explanation = value
 
-    def _summary(self, round: int, rows: list[dict[str, Any]], exhausted: str | None, ledger: ActiveLedger) -> dict[str, Any]:
+    def _summary(
+        self, round: int, rows: list[dict[str, Any]], exhausted: str | None, ledger: ActiveLedger
+    ) -> dict[str, Any]:
         outcomes = [Outcome(**row) for row in rows]
         results = Counter(o.result for o in outcomes)
         judged = [o for o in outcomes if o.judged]
@@ -277,7 +290,8 @@ class ActiveRun(Setup):
         student_of = find_model(self.model_path(model)) if self.config.continue_student else self.initial
         task = None if self.task == "mixed" else self.task
         config = dataclasses.replace(
-            self.base, data=str(folder / ROWS), eval_data=None, test_data=None, output_dir=str(folder / TRAIN), resume="auto",
+            self.base, data=str(folder / ROWS), eval_data=None, test_data=None, output_dir=str(folder / TRAIN),
+            resume="auto",
             student=student_of, task=task,
         )  # fmt: skip
         with RunFolder(config) as run:
@@ -307,17 +321,21 @@ class ActiveRun(Setup):
     def _predict(self, loaded: Student, questions: list[Question]) -> list[dict[str, Any]]:
         return predict(
             loaded, questions, self.task, batch_size=self.base.eval_batch_size, reasoning=True,
-            autocast=make_autocast(loaded.device, self.base.bf16), impl=self.base.impl, batch_option="--eval-batch-size",
+            autocast=make_autocast(loaded.device, self.base.bf16), impl=self.base.impl,
+            batch_option="--eval-batch-size",
         )  # fmt: skip
 
     def _load_student(self, model: str | None) -> Student:
-        """The student of a round, or the initial one, with the prompts of its training; where it had none, of this run."""
+        """The student of a round, or the initial one, with the prompts of its training; where it had none, of this
+        run."""
         name = self.model_path(model)
         if model is not None or find_state(name) is not None:
             loaded, _ = load_student(name, self.base.device)
         else:
             c, device = self.base, resolve_device(self.base.device)
-            prompts = PromptSettings.from_option(c.prompt_template, c.max_source_length, c.max_target_length, c.system_prompt)
+            prompts = PromptSettings.from_option(
+                c.prompt_template, c.max_source_length, c.max_target_length, c.system_prompt
+            )
             loaded = Student.load(name, prompts, device, c.attn_implementation)
             loaded.model.eval()
         choose_threads(loaded.device, sum(p.numel() for p in loaded.model.parameters()))
@@ -348,7 +366,9 @@ class ActiveRun(Setup):
             return f"budget: {ledger.total:,} of {config.budget_tokens:,} tokens are spent, and the next request could pass it"
         share = last["no_fault_share"]
         if config.no_fault_share is not None and share is not None and share >= config.no_fault_share:
-            return f"no fault: the teacher found none in {share:.0%} of the {last['judged']} explanations that it judged"
+            return (
+                f"no fault: the teacher found none in {share:.0%} of the {last['judged']} explanations that it judged"
+            )
         if config.flat_rounds is not None and len(rounds) > config.flat_rounds:
             values = [record["accuracy_validation"] for record in rounds]
             best = max(values[: -config.flat_rounds])
@@ -416,7 +436,5 @@ def _round_text(record: dict[str, Any]) -> str:
     tokens = ", ".join(f"{name} {count:,}" for name, count in record["tokens_round"].items()) or "none"
     drift = ""
     if record["mean_nll_explanation"] is not None:
-        drift = (
-            f"; kept revisions {record['mean_nll_kept']:.3f} nats/token, the explanations {record['mean_nll_explanation']:.3f}"
-        )
+        drift = f"; kept revisions {record['mean_nll_kept']:.3f} nats/token, the explanations {record['mean_nll_explanation']:.3f}"
     return f"{record['asked']} questions by {record['by']}, {record['revise']}: {results}; tokens: {tokens}{drift}"

@@ -20,30 +20,35 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "zero_shot": False,
 }
 BY = tuple(name for name in SELECTORS if name != "agree")  # which is of a teacher's votes, that a pool has none of
-OWN = ("data", "eval_data", "test_data", "output_dir", "resume", "student")  # of `train`, which `active` sets for each round
+# of `train`, which `active` sets for each round
+OWN = ("data", "eval_data", "test_data", "output_dir", "resume", "student")
 FREE = {"concurrency", "timeout", "deadline", "pool"}  # what a resumed run may change; the questions are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class ActiveConfig:
-    """Settings of an active run beside those of its training. Construction checks every value and raises `InputError`."""
+    """Settings of an active run beside those of its training. Construction checks every value and raises
+    `InputError`."""
 
     pool: str | None = option(
         None, "questions to choose from; each has a gold answer, or a majority", group="Active", usual=True
     )
     teacher: str | None = option(
         None,
-        "who is asked: http(s)://... of an OpenAI-compatible endpoint, a folder or hub id of a local model, replay:FILE of "
-        "earlier samples, or oracle:FILE of true steps",
+        "who is asked: http(s)://... of an OpenAI-compatible endpoint, a folder or hub id of a local model, "
+        "replay:FILE of earlier samples, or oracle:FILE of true steps",
         group="Active",
         usual=True,
     )
     teacher_model: str | None = option(None, "name of the model at an endpoint", group="Active", usual=True)
-    by: str = option("step-uncertainty", "the score that questions are chosen by", choices=BY, group="Active", usual=True)
+    by: str = option(
+        "step-uncertainty", "the score that questions are chosen by", choices=BY, group="Active", usual=True
+    )
     top: int = option(32, "B: questions chosen a round", low=1, group="Active", usual=True)
     rounds: int = option(5, "R: rounds at most", low=1, group="Active", usual=True)
     budget_tokens: int | None = option(
-        None, "teacher tokens of the run at most, prompts included; a request in flight reserves what it may take", low=1,
+        None, "teacher tokens of the run at most, prompts included; a request in flight reserves what it may take",
+        low=1,
         group="Active", usual=True,
     )  # fmt: skip
     round_tokens: int | None = option(
@@ -51,29 +56,37 @@ class ActiveConfig:
     )
     revise: str = option(
         "repair",
-        "repair: keep the student's steps before the first wrong one, the teacher goes on; rewrite: the teacher's own words "
-        "where a step is wrong; new: a fresh rationale",
+        "repair: keep the student's steps before the first wrong one, the teacher goes on; rewrite: the teacher's own "
+        "words where a step is wrong; new: a fresh rationale",
         choices=REVISE,
         group="Active",
         usual=True,
     )
     continue_student: bool = option(
-        False, "train each round from the student of the last one; else from the initial one", group="Active", usual=True
+        False,
+        "train each round from the student of the last one; else from the initial one",
+        group="Active",
+        usual=True,
     )
     no_fault_share: float | None = option(
-        0.9, "stop when the teacher finds no fault in this share of the explanations that it judged in a round; none: never",
+        0.9, "stop when the teacher finds no fault in this share of the explanations that it judged in a round; none: "
+        "never",
         low=0, high=1, open_low=True, group="Active",
     )  # fmt: skip
     flat_rounds: int | None = option(
-        2, "stop after this many rounds in a row whose validation accuracy was no better than the best before; none: never",
+        2, "stop after this many rounds in a row whose validation accuracy was no better than the best before; none: "
+        "never",
         low=1, group="Active",
     )  # fmt: skip
     show: str = option(
-        "one", "one: the teacher sees the student's steps one at a time, a request each; all: in one request, which costs less",
+        "one", "one: the teacher sees the student's steps one at a time, a request each; all: in one request, which "
+        "costs less",
         choices=SHOW, group="Active",
     )  # fmt: skip
     num_samples: int = option(8, "M: answers sampled a question, for the scores that need them", low=1, group="Active")
-    num_continuations: int = option(4, "continuations of each step for step-uncertainty; 0: none", low=0, group="Active")
+    num_continuations: int = option(
+        4, "continuations of each step for step-uncertainty; 0: none", low=0, group="Active"
+    )
     ifd_form: str = option("loss", "ratio of losses or of perplexities in ifd", choices=IFD_FORMS, group="Active")
     prompts: str | None = option(
         None,
@@ -105,7 +118,8 @@ class ActiveConfig:
             raise InputError("--teacher-model is needed: the name of the model at the endpoint")
         if self.budget_tokens is not None and self.budget_tokens <= self.max_tokens:
             raise InputError(
-                f"--budget-tokens {self.budget_tokens} is not above --max-tokens {self.max_tokens}, which each request reserves"
+                f"--budget-tokens {self.budget_tokens} is not above --max-tokens {self.max_tokens}, which each "
+                f"request reserves"
             )
 
     @property

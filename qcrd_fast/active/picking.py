@@ -27,7 +27,8 @@ def pick(
     options: SelectOptions,
     said: Sequence[Explanation] | None = None,
 ) -> list[tuple[Question, float | None]]:
-    """The B questions to ask about, best first, with their scores. `said`: the student's explanations, as their rationales."""
+    """The B questions to ask about, best first, with their scores. `said`: the student's explanations, as their
+    rationales."""
     rows = list(questions)
     if said is not None:
         rows = [

@@ -12,7 +12,9 @@ from qcrd_fast.data.schema import Question
 from qcrd_fast.data.thinking import split_thinking
 from qcrd_fast.errors import InputError
 
-FIELDS = {name: ("question", "step") for name in ("repair", "rewrite", "repair-all", "rewrite-all")} | {"new": ("question",)}
+FIELDS = {name: ("question", "step") for name in ("repair", "rewrite", "repair-all", "rewrite-all")} | {
+    "new": ("question",)
+}
 NAMES = tuple(FIELDS)
 _FIELD = re.compile(r"\{(question|context|kept|step|form)\}")
 _MARK = r"[*_`\"']{0,3}"
@@ -63,8 +65,8 @@ class Prompts:
 
 
 class Verdict(NamedTuple):
-    """right: True, False, or None where the reply does not say so in the form that was asked for. number: of the wrong step,
-    where the reply gives one. why: it is wrong. rest: what follows the verdict."""
+    """right: True, False, or None where the reply does not say so in the form that was asked for. number: of the wrong
+    step, where the reply gives one. why: it is wrong. rest: what follows the verdict."""
 
     right: bool | None
     number: int | None = None
@@ -73,8 +75,8 @@ class Verdict(NamedTuple):
 
 
 def read_verdict(reply: str) -> Verdict:
-    """The verdict in a reply: its first line is `right`, and no later one `wrong`; or `wrong`, perhaps with the number of a
-    step and a reason.
+    """The verdict in a reply: its first line is `right`, and no later one `wrong`; or `wrong`, perhaps with the number
+    of a step and a reason.
 
     Reasoning blocks such as <think> are left out. Anything else is no verdict: it is never guessed.
     """

@@ -1,7 +1,8 @@
-"""The revision of a student's explanation: a conversation with a teacher, as a generator of requests that is sent replies.
+"""The revision of a student's explanation: a conversation with a teacher, as a generator of requests that is sent
+replies.
 
-After ELAD (arXiv 2402.13098); prompts and rules ours. The teacher sees the question and the student's steps one at a time, or
-all of them in one request, says right or wrong, and at the first wrong step goes on:
+After ELAD (arXiv 2402.13098); prompts and rules ours. The teacher sees the question and the student's steps one at a
+time, or all of them in one request, says right or wrong, and at the first wrong step goes on:
 
     repair     the student's steps before the wrong one, byte for byte, then the teacher's, in the student's style
     rewrite    the whole rationale in the teacher's own words
@@ -40,7 +41,8 @@ RESULTS = (KEPT, NO_FAULT, MISSED, UNREADABLE, NO_ANSWER, OTHER_ANSWER, UNCHANGE
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What the student says of a question: a rationale, then the answer that stands behind `Answer:`, where one can be read."""
+    """What the student says of a question: a rationale, then the answer that stands behind `Answer:`, where one can be
+    read."""
 
     text: str
     answer: str | None
@@ -48,8 +50,8 @@ class Explanation:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One request to the teacher. For teachers that do not read prompts: `kept` are the student's steps that are right, `steps`
-    the one in question or all of them, with the `answer` where the last is among them."""
+    """One request to the teacher. For teachers that do not read prompts: `kept` are the student's steps that are right,
+    `steps` the one in question or all of them, with the `answer` where the last is among them."""
 
     purpose: str
     prompt: str
@@ -63,9 +65,10 @@ class Request:
 class Outcome:
     """What came of one question: the row of `revisions.jsonl`.
 
-    mode: how the teacher was asked in the end. steps: of the student's explanation. wrong_step: the first wrong one, from 1.
-    critique: why it is wrong, as the teacher says. text, answer: the revision. result: one of `RESULTS`. The nll are of the
-    student before it was trained on the revision [nats/token].
+    mode: how the teacher was asked in the end. steps: of the student's explanation. wrong_step: the first wrong one,
+    from 1.
+    critique: why it is wrong, as the teacher says. text, answer: the revision. result: one of `RESULTS`. The nll are of
+    the student before it was trained on the revision [nats/token].
     """
 
     id: str
@@ -101,8 +104,8 @@ class Outcome:
 def revise(
     question: Question, said: Explanation, mode: str, prompts: Prompts, show: str = "one"
 ) -> Generator[Request, Choice, Outcome]:
-    """The conversation about one question. An explanation without a step or a readable answer cannot be revised: then it is
-    about a fresh rationale. `show`: one step at a time, a request each, or all in one."""
+    """The conversation about one question. An explanation without a step or a readable answer cannot be revised: then
+    it is about a fresh rationale. `show`: one step at a time, a request each, or all in one."""
     outcome = Outcome(question.id, mode, said.text, said.answer)
     steps = split_steps(said.text)
     outcome.steps = len(steps)
@@ -140,7 +143,9 @@ def revise(
     return outcome
 
 
-def _finish_at(outcome: Outcome, question: Question, steps: Sequence[str], wrong: int, verdict: Verdict, cut: bool) -> Outcome:
+def _finish_at(
+    outcome: Outcome, question: Question, steps: Sequence[str], wrong: int, verdict: Verdict, cut: bool
+) -> Outcome:
     """Of a repair, what stands before the wrong step is kept byte for byte, white space before it included."""
     outcome.wrong_step, outcome.critique, outcome.right_steps = wrong, verdict.why or None, wrong - 1
     step = steps[wrong - 1]
@@ -171,7 +176,8 @@ def _finish(outcome: Outcome, question: Question, prefix: str, reply: str, cut: 
 
 
 def without_repeated(prefix: str, written: str) -> str:
-    """What a teacher wrote, without the steps of `prefix` where it begins by repeating them, all or the last of them."""
+    """What a teacher wrote, without the steps of `prefix` where it begins by repeating them, all or the last of
+    them."""
     before, after = [step_key(step) for step in split_steps(prefix)], split_steps(written)
     for first in range(len(before)):
         count = len(before) - first
@@ -194,8 +200,8 @@ def same_answer(question: Question, answer: str | None) -> bool:
 
 
 def to_question(question: Question, outcome: Outcome) -> Question:
-    """The row that the student learns from: the revision as a positive, the faulty original as a negative, both with what the
-    teacher said of it."""
+    """The row that the student learns from: the revision as a positive, the faulty original as a negative, both with
+    what the teacher said of it."""
     source = "student" if outcome.result == NO_FAULT else f"teacher ({outcome.mode})"
     positive = Rationale(str(outcome.text), outcome.answer, source, critique=outcome.critique)
     negatives: tuple[Rationale, ...] = ()

@@ -27,14 +27,15 @@ from qcrd_fast.runs.folder import FREE_OPTIONS
 from qcrd_fast.runs.load import find_model, find_state
 from qcrd_fast.train.preflight import check_start
 from qcrd_fast.utils.config_files import read_object
-from qcrd_fast.utils.files import shown, write_text
+from qcrd_fast.utils.files import printable, write_text
 
 log = logging.getLogger(__name__)
 NEEDED = ("eval_data", "output_dir", "student")
 REFUSED = {
     "data": "is not for active: its questions are --pool",
     **dict.fromkeys(
-        ("train_fraction", "max_samples"), "is not for active: --top and --budget-tokens say how many questions are used"
+        ("train_fraction", "max_samples"),
+        "is not for active: --top and --budget-tokens say how many questions are used",
     ),
     "early_stopping_patience": "is not for active: its rounds end by --flat-rounds",
     "fsdp": "is not supported by active",
@@ -42,7 +43,8 @@ REFUSED = {
 
 
 class Setup:
-    """The settings, questions, teacher and folder of an active run. Raises `InputError` for whatever is wrong with them."""
+    """The settings, questions, teacher and folder of an active run. Raises `InputError` for whatever is wrong with
+    them."""
 
     def __init__(self, config: ActiveConfig, options: dict[str, Any]):
         self.config = config
@@ -62,7 +64,7 @@ class Setup:
         self.path = Path(str(self.base.output_dir))
         for name, path in (("pool", config.pool), *((n, getattr(self.base, n)) for n in ("eval_data", "test_data"))):
             if path and not os.path.exists(path) and not is_hub_name(path):
-                raise InputError(f"--{name.replace('_', '-')}: {shown(path)} does not exist")
+                raise InputError(f"--{name.replace('_', '-')}: {printable(path)} does not exist")
         check_start(dataclasses.replace(self.base, student=self.initial), dry_run=True)
         self.prompts = Prompts(config.prompts)
         self.teacher = self._find_teacher()
@@ -88,7 +90,8 @@ class Setup:
         if name.startswith(teachers.ORACLE):
             return teachers.OracleTeacher(name.removeprefix(teachers.ORACLE))
         return teachers.ModelTeacher(
-            name, api=config.api or "", temperature=config.temperature, max_tokens=config.max_tokens, seed=self.base.seed,
+            name, api=config.api or "", temperature=config.temperature, max_tokens=config.max_tokens,
+            seed=self.base.seed,
             device=self.base.device,
         )  # fmt: skip
 
@@ -101,7 +104,9 @@ class Setup:
 
     def _load(self) -> tuple[list[Question], list[Question], list[Question]]:
         def questions(path: str, part: str) -> list[Question]:
-            loaded = load_questions(path, seed=self.base.seed, on_bad_row=self.base.on_bad_row, task=self.base.task, part=part)
+            loaded = load_questions(
+                path, seed=self.base.seed, on_bad_row=self.base.on_bad_row, task=self.base.task, part=part
+            )
             log.info("%s", loaded.taken_for)
             return loaded.questions
 

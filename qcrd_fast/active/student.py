@@ -17,17 +17,21 @@ from qcrd_fast.models.student import Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
 from qcrd_fast.select.steps import split_reply
 from qcrd_fast.utils.device import make_autocast
-from qcrd_fast.utils.oom import relieved_by
+from qcrd_fast.utils.oom import explaining_oom
 
 BLOCK = 64  # rationales whose hidden states are held at once
 
 
-def explain(student: Student, questions: Sequence[Question], *, batch_size: int, impl: str = "auto") -> list[Explanation]:
+def explain(
+    student: Student, questions: Sequence[Question], *, batch_size: int, impl: str = "auto"
+) -> list[Explanation]:
     """The student's greedy explanation of each question and the answer behind it."""
     settings = SampleSettings(max_new_tokens=student.prompts.max_target_length, batch_size=batch_size, impl=impl)
     sources = [student.source_ids(REASON, question_text(q)) for q in questions]
-    with relieved_by("--eval-batch-size, --max-target-length", "explaining"):
-        drawn = sample(student, sources, [(0, 0)] * len(sources), settings, autocast=make_autocast(student.device, None))
+    with explaining_oom("--eval-batch-size, --max-target-length", "explaining"):
+        drawn = sample(
+            student, sources, [(0, 0)] * len(sources), settings, autocast=make_autocast(student.device, None)
+        )
     return [_read(student.text(tokens), question) for tokens, question in zip(drawn, questions, strict=True)]
 
 

@@ -1,6 +1,7 @@
 """Teachers that answer at once: a file of earlier samples, a scripted oracle that knows the true steps, a local model.
 
-An endpoint is asked by `asking`. Tokens of the first two are estimated as those of a server that does not say: four bytes each.
+An endpoint is asked by `asking`. Tokens of the first two are estimated as those of a server that does not say: four
+bytes each.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from qcrd_fast.collect.reply import Choice, Reply, estimate_tokens
 from qcrd_fast.data.schema import Question, text_key
 from qcrd_fast.errors import InputError
 from qcrd_fast.quality.equations import Equation, find_equations
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 from qcrd_fast.utils.keyed import keyed
 
 ORACLE = "oracle:"
@@ -27,8 +28,8 @@ LOCAL_BATCH = 16
 
 
 class Teacher(Protocol):
-    """Who answers at once. `batch`: conversations that are held side by side. `revises`: whether it can judge a step. `knows`:
-    whether it has anything to say of a question."""
+    """Who answers at once. `batch`: conversations that are held side by side. `revises`: whether it can judge a step.
+    `knows`: whether it has anything to say of a question."""
 
     name: str
     api: str
@@ -72,11 +73,12 @@ class Solution:
 
 
 class OracleTeacher:
-    """A scripted teacher that knows the true steps: rows of {"question", "answer", "solutions": [[step, ...], ...]}, the same
-    steps in one or several wordings.
+    """A scripted teacher that knows the true steps: rows of {"question", "answer", "solutions": [[step, ...], ...]},
+    the same steps in one or several wordings.
 
-    A step is right where it holds an equation and all of its equations are those of the solution, the last one where the answer
-    is right too. A repair has the wording nearest to the student's; a fresh rationale one that depends on the question alone.
+    A step is right where it holds an equation and all of its equations are those of the solution, the last one where
+    the answer is right too. A repair has the wording nearest to the student's; a fresh rationale one that depends on
+    the question alone.
 
     Raises `InputError`, as file:line, for a bad row.
     """
@@ -97,10 +99,10 @@ class OracleTeacher:
                         self.solutions[key] = Solution(wordings, _text(row["answer"]))
                     except (ValueError, KeyError, TypeError, RecursionError) as error:
                         raise InputError(
-                            f"--teacher oracle: {shown(path)}:{number}: expected question, answer, solutions"
+                            f"--teacher oracle: {printable(path)}:{number}: expected question, answer, solutions"
                         ) from error
         except (OSError, UnicodeError) as error:
-            raise InputError(f"--teacher oracle: {shown(path)} is no readable UTF-8 file") from error
+            raise InputError(f"--teacher oracle: {printable(path)} is no readable UTF-8 file") from error
 
     def knows(self, question: Question) -> bool:
         return text_key(question) in self.solutions
@@ -158,15 +160,21 @@ def _estimated(request: Request, text: str) -> Reply:
 
 
 class ModelTeacher:
-    """A local model of transformers, sampled with keyed noise: the same replies for the same batch. Raises `InputError` for a
-    name that is none."""
+    """A local model of transformers, sampled with keyed noise: the same replies for the same batch. Raises `InputError`
+    for a name that is none."""
 
     batch, revises = LOCAL_BATCH, True
 
     def __init__(self, name: str, *, api: str, temperature: float, max_tokens: int, seed: int, device: str):
         self.name = name
         self.teacher = LocalTeacher(
-            name, api=api, temperature=temperature, max_tokens=max_tokens, seed=seed, batch_size=LOCAL_BATCH, device=device
+            name,
+            api=api,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+            batch_size=LOCAL_BATCH,
+            device=device,
         )
         self.api = self.teacher.api
 

@@ -24,7 +24,7 @@ from qcrd_fast.collect.reply import Choice, Reply, estimate_tokens
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.utils.files import append_lines, require_place, shown, write_lines
+from qcrd_fast.utils.files import append_lines, printable, require_place, write_lines
 from qcrd_fast.utils.redact import redact
 
 log = logging.getLogger(__name__)
@@ -124,12 +124,16 @@ class Collection:
         output = Path(settings.output)
         require_place(output, "--output")
         if output.resolve() == Path(settings.questions).resolve():
-            raise InputError(f"--output: {shown(output)} is also --questions; choose another name")
+            raise InputError(f"--output: {printable(output)} is also --questions; choose another name")
         if _holds_something(output) and not _holds_something(settings.ledger):
-            raise InputError(f"--output: {shown(output)} exists and has no ledger beside it; choose another name")
+            raise InputError(f"--output: {printable(output)} exists and has no ledger beside it; choose another name")
         template = Template(settings.template)
         loaded = load_questions(
-            settings.questions, split=settings.split, part=settings.split, task=settings.task, on_bad_row=settings.on_bad_row
+            settings.questions,
+            split=settings.split,
+            part=settings.split,
+            task=settings.task,
+            on_bad_row=settings.on_bad_row,
         )
         log.info("%s", loaded.taken_for)
         for row in loaded.skipped:
@@ -149,7 +153,8 @@ class Collection:
     # What is there and what is missing
 
     def samples(self, question: Question) -> list[dict[str, Any]]:
-        """Those that count: one that was cut before an answer does until a higher `--max-tokens` gives it another chance."""
+        """Those that count: one that was cut before an answer does until a higher `--max-tokens` gives it another
+        chance."""
         found = self.ledger.samples.get(question.id, [])
         return [s for s in found if "cut" not in s or s["cut"] >= self.settings.max_tokens or self.settings.is_replay]
 
@@ -171,17 +176,19 @@ class Collection:
         """Refuse to mix samples of other prompts or lengths, or to leave questions of the ledger out of the output."""
         before, most = self.ledger.settings.get("max_tokens"), self.settings.max_tokens
         if self.settings.is_url and self.ledger.samples and isinstance(before, int) and before > most:
-            path = shown(self.ledger.path)
+            path = printable(self.ledger.path)
             raise InputError(f"{path}: sampled with max_tokens {before}, now it is {most}; choose another --output")
         digests = {question.id: self.digest(question) for question in self.questions}
         for id, digest in self.ledger.prompts.items():
             if id not in digests:
                 what = f"has samples of question {id!r}, which is not in --questions"
             elif digest != digests[id]:
-                what = f"asked question {id!r} with another prompt (text, --task, --template or --system-prompt changed)"
+                what = (
+                    f"asked question {id!r} with another prompt (text, --task, --template or --system-prompt changed)"
+                )
             else:
                 continue
-            raise InputError(f"{shown(self.ledger.path)} {what}; choose another --output")
+            raise InputError(f"{printable(self.ledger.path)} {what}; choose another --output")
 
     def predict(self) -> dict[str, Any]:
         """What the missing samples will take, as far as one can tell before asking."""
@@ -246,7 +253,7 @@ class Collection:
         try:
             yield
         except OSError as error:
-            where = f"{shown(self.settings.output)}: {error.strerror}"
+            where = f"{printable(self.settings.output)}: {error.strerror}"
             raise RunError(f"cannot write {where}; nothing is lost, the same command goes on") from error
 
     def take(self, request: str | None, question: Question, reply: Reply, texts: list[dict[str, Any]]) -> None:
@@ -306,7 +313,8 @@ class Collection:
             self.why = why
 
     def identical(self) -> tuple[int, int]:
-        """Questions of which all samples are the same, and questions with at least two samples with rationale and answer."""
+        """Questions of which all samples are the same, and questions with at least two samples with rationale and
+        answer."""
         same = several = 0
         for question in self.questions:
             answered = [s for s in self.samples(question) if s["answer"] is not None and s["rationale"].strip()]
@@ -336,8 +344,8 @@ class Collection:
         same, several = self.identical()
         if several and 2 * same > several:
             log.warning(
-                "all samples of a question are the same for %d of %d questions: the teacher seems to ignore the temperature "
-                "(%g), so there is nothing to vote on",
+                "all samples of a question are the same for %d of %d questions: the teacher seems to ignore the "
+                "temperature (%g), so there is nothing to vote on",
                 same,
                 several,
                 self.settings.temperature,
@@ -345,8 +353,8 @@ class Collection:
         silent = sum(not s["rationale"].strip() for s in answered)
         if 2 * silent > len(answered):
             log.warning(
-                "%d of %d samples have an answer and no rationale: a teacher that hides its reasoning has to be asked for an "
-                "explanation (--template), or to show its reasoning (--extra-body)",
+                "%d of %d samples have an answer and no rationale: a teacher that hides its reasoning has to be asked "
+                "for an explanation (--template), or to show its reasoning (--extra-body)",
                 silent,
                 len(answered),
             )
@@ -356,7 +364,7 @@ class Collection:
                 "%d of %d samples have no answer that can be read: look at `text` in %s",
                 unread,
                 len(samples),
-                shown(self.ledger.path),
+                printable(self.ledger.path),
             )
 
     def summary(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`collect`: K samples of a teacher for each question, so written down that a kill loses only what was in flight.
 
-An endpoint is asked by several workers, each with one question at a time, in one event loop; a local model and a file of
-earlier samples are read in turn. No torch here but for a local model.
+An endpoint is asked by several workers, each with one question at a time, in one event loop; a local model and a file
+of earlier samples are read in turn. No torch here but for a local model.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from qcrd_fast.collect.collection import REPLAY, Collection, CollectSettings, Keep
-from qcrd_fast.collect.credentials import printable, without_secrets
+from qcrd_fast.collect.credentials import masked, without_secrets
 from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, Failed, Interrupted, refusal
 from qcrd_fast.collect.progress import Progress
 from qcrd_fast.collect.reply import Reply
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError, LimitReached, RunError, Stopped
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 from qcrd_fast.utils.redact import redact
 from qcrd_fast.utils.signals import StopSignals
 
@@ -32,7 +32,8 @@ TICK_S = 0.05
 def collect(
     settings: CollectSettings, *, dry_run: bool = False, keep: Keep | None = None
 ) -> tuple[dict[str, Any], Exception | None]:
-    """(summary, why it stopped before the end, if it did): `LimitReached`, `Stopped` or `RunError`, for the caller to raise.
+    """(summary, why it stopped before the end, if it did): `LimitReached`, `Stopped` or `RunError`, for the caller to
+    raise.
 
     `keep` is given the log-probs of each sample (`--top-logprobs`) before the sample itself is written down.
     A dry run sends and writes nothing; its summary has one prompt, the request that would be sent and the prediction.
@@ -70,10 +71,15 @@ def collect(
                 run.why = RunError(f"no sample came; the last reason: {last}")
             else:
                 log.warning("%d samples are missing; the same command asks for them again", summary["missing"])
-        if run.why is None and settings.is_url and summary["samples"] and summary["cut_before_an_answer"] == summary["samples"]:
+        if (
+            run.why is None
+            and settings.is_url
+            and summary["samples"]
+            and summary["cut_before_an_answer"] == summary["samples"]
+        ):
             run.why = RunError(f"every sample was cut before an answer; {run.advice_on_cuts()}")
         if summary["samples"] and run.why is None:
-            log.info("next: qcrd-fast prepare %s --output train.jsonl", shown(settings.output))
+            log.info("next: qcrd-fast prepare %s --output train.jsonl", printable(settings.output))
         return run.summary(), run.why
 
 
@@ -86,9 +92,9 @@ def _dry_run(run: Collection) -> dict[str, Any]:
     result: dict[str, Any] = {"question": first.id, "prompt": run.prompts[first.id]}
     if settings.is_url:
         endpoint = Endpoint(_endpoint_settings(run, run.settings.teacher_model or "(what the server offers)"))
-        query = "&".join(f"{name}={value}" for name, value in printable(settings.query).items())
+        query = "&".join(f"{name}={value}" for name, value in masked(settings.query).items())
         result["url"] = endpoint.base + endpoint.path + (f"?{query}" if query else "")
-        result |= {"headers": printable(settings.header)} if settings.header else {}
+        result |= {"headers": masked(settings.header)} if settings.header else {}
         result["request"] = without_secrets(endpoint.body(run.prompts[first.id], settings.num_samples))
     return result | {"prediction": run.predict(), "output": settings.output}
 
@@ -101,7 +107,9 @@ def _begin(run: Collection, api: str) -> bool:
         settings = {"model": run.model, "api": "replay", "temperature": None, "max_tokens": None}
     prices = {"price_input": s.price_input, "price_output": s.price_output}
     more = {"thinking": s.thinking} | ({"system_prompt": redact(s.system_prompt)} if s.system_prompt else {})
-    run.ledger.start({**settings, "teacher": s.teacher, "num_samples": s.num_samples, **prices, **more}, longer=s.is_url)
+    run.ledger.start(
+        {**settings, "teacher": s.teacher, "num_samples": s.num_samples, **prices, **more}, longer=s.is_url
+    )
     prediction = run.predict()
     figures = ", ".join(f"{key.replace('_', ' ')} {_figure(value)}" for key, value in prediction.items())
     log.info("still to collect: %s", figures if prediction["samples"] else "nothing")
@@ -188,7 +196,8 @@ def _endpoint_settings(run: Collection, model: str) -> EndpointSettings:
 
 
 class _Journal:
-    """Writes the requests for one question down; holds them back where a limit would be passed, or the collection stops."""
+    """Writes the requests for one question down; holds them back where a limit would be passed, or the collection
+    stops."""
 
     def __init__(self, run: Collection, flying: set[asyncio.Task[Any]], question: Question | None):
         self.run, self.flying, self.question = run, flying, question
@@ -266,7 +275,8 @@ async def _ask_endpoint(run: Collection, signals: StopSignals) -> None:
 
 
 class _Streak:
-    """Questions given up, or replies cut before an answer, one after the other; too many of them stop the collection."""
+    """Questions given up, or replies cut before an answer, one after the other; too many of them stop the
+    collection."""
 
     def __init__(self, run: Collection):
         self.run, self.length, self.cut = run, 0, 0
@@ -275,7 +285,9 @@ class _Streak:
         self.length += 1
         self.run.given_up[question.id] = str(error)
         if self.length >= self.run.settings.max_failures:
-            self.run.stop(RunError(f"{self.length} questions in a row failed, the last one: {error}; the same command goes on"))
+            self.run.stop(
+                RunError(f"{self.length} questions in a row failed, the last one: {error}; the same command goes on")
+            )
 
     def came(self, question: Question, reply: Reply) -> None:
         self.length, run = 0, self.run
@@ -324,8 +336,11 @@ async def _find_model(run: Collection, endpoint: Endpoint, flying: set[asyncio.T
         run.model = names[0]
 
 
-async def _watch(run: Collection, signals: StopSignals, tasks: set[asyncio.Task[Any]], flying: set[asyncio.Task[Any]]) -> None:
-    """Until all tasks are done. Once the collection stops, what waits is cancelled, and what is in flight after a while."""
+async def _watch(
+    run: Collection, signals: StopSignals, tasks: set[asyncio.Task[Any]], flying: set[asyncio.Task[Any]]
+) -> None:
+    """Until all tasks are done. Once the collection stops, what waits is cancelled, and what is in flight after a
+    while."""
     stopped_at = None
     with Progress(run) as progress:
         while tasks:

@@ -1,4 +1,5 @@
-"""A reply that came as server-sent events, put together as if it had come whole: some models are served in no other way."""
+"""A reply that came as server-sent events, put together as if it had come whole: some models are served in no other
+way."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def assemble(body: bytes) -> dict[str, Any]:
             choices.setdefault(index, _Choice()).add(part)
     if not choices or not all(choice.ended for choice in choices.values()):
         raise ValueError("the events have no end")
-    return {**whole, "choices": [choices[index].whole() for index in sorted(choices)]}
+    return {**whole, "choices": [choices[index].merged() for index in sorted(choices)]}
 
 
 class _Choice:
@@ -68,7 +69,7 @@ class _Choice:
             if part.get(key) is not None:
                 self.own.setdefault(key, []).append(part[key])
 
-    def whole(self) -> dict[str, Any]:
+    def merged(self) -> dict[str, Any]:
         message = {key: _joined(key, values) for key, values in self.message.items()}
         own = {key: _joined(key, values) for key, values in self.own.items()}
         return own | ({"message": message} if message else {})
@@ -84,7 +85,9 @@ def _joined(key: str, values: list[Any]) -> Any:
             for value in values:
                 for part in value if isinstance(value, list) else [{"type": "text", "text": value}] if value else []:
                     if parts and _continues(parts[-1], part):
-                        parts[-1] = {name: _both(name, parts[-1].get(name), part.get(name)) for name in {**parts[-1], **part}}
+                        parts[-1] = {
+                            name: _both(name, parts[-1].get(name), part.get(name)) for name in {**parts[-1], **part}
+                        }
                     else:
                         parts.append(part)
             return parts

@@ -12,7 +12,7 @@ from qcrd_fast.data.load import iter_records
 from qcrd_fast.data.replies import Reader, parse_choices
 from qcrd_fast.data.schema import BadRow, Question, Rationale, text_key
 from qcrd_fast.errors import InputError
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 
 
 class Sampled(NamedTuple):
@@ -27,7 +27,8 @@ class LocalTeacher:
     """A model of transformers: a folder or hub id, in fp32. Raises `InputError` for what is none.
 
     `api` is chat, completions, or empty for chat where the model has a template; `system` is a chat's first message.
-    Sample `index` of a question depends on (seed, question id, index) and on nothing else, but for the rounding of a batch.
+    Sample `index` of a question depends on (seed, question id, index) and on nothing else, but for the rounding of a
+    batch.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class LocalTeacher:
         eos = self.model.tokenizer.eos_token_id
         known = self._logprobs(sources, drawn) if self.top_logprobs else [()] * len(drawn)
         return [
-            Sampled(Choice(self.model.text(ids), cut=not ids or ids[-1] != eos, logprobs=logprobs), len(source), len(ids))
+            Sampled(
+                Choice(self.model.text(ids), cut=not ids or ids[-1] != eos, logprobs=logprobs), len(source), len(ids)
+            )
             for source, ids, logprobs in zip(sources, drawn, known, strict=True)
         ]
 
@@ -83,11 +86,11 @@ class LocalTeacher:
         """Of each token that was drawn, at temperature 1, from one more pass."""
         import torch
 
-        from qcrd_fast.models.lm_head import evaluating
+        from qcrd_fast.models.lm_head import eval_mode
         from qcrd_fast.ops.topk_kl import linear_top
 
         head = self.model.head
-        with torch.no_grad(), evaluating(self.model.model):
+        with torch.no_grad(), eval_mode(self.model.model):
             packed = self.model.hidden(sources, drawn, list(range(len(drawn))))
             found = linear_top(packed.hidden, head.weight, packed.target, self.top_logprobs, **head.options)
         own, ids, top = (x.tolist() for x in found)
@@ -121,7 +124,7 @@ class Replay:
                 raise InputError(str(record))
             self.by_text.setdefault(text_key(record.question), []).extend(record.samples)
         if not any(self.by_text.values()):
-            raise InputError(f"--teacher replay:{shown(path)}: no samples in this file")
+            raise InputError(f"--teacher replay:{printable(path)}: no samples in this file")
 
     def samples(self, question: Question) -> list[dict[str, Any]]:
         """All of a question's samples. Its id does not matter: another file may use it for another question."""

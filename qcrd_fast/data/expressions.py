@@ -25,7 +25,8 @@ _RANK = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3, "pos": 3, "**": 4}
 
 
 def evaluate_expression(text: str) -> Fraction | None:
-    """The value of an arithmetic expression with + - * / ** ^ and parentheses; None where it is none, or out of bounds."""
+    """The value of an arithmetic expression with + - * / ** ^ and parentheses; None where it is none, or out of
+    bounds."""
     if len(text) > MAX_EXPRESSION:
         return None
     text = _TIMES.sub("*", fold(text)).strip().rstrip(".=").strip()
@@ -108,7 +109,7 @@ def parse_number(text: str) -> Fraction:
     return Fraction(text)
 
 
-def visible(text: str) -> str:
+def strip_invisible(text: str) -> str:
     """`text` without format characters: joiners, direction marks, soft hyphens."""
     return text if text.isascii() else "".join(c for c in text if unicodedata.category(c) != "Cf")
 
@@ -118,7 +119,7 @@ def fold(text: str) -> str:
     if text.isascii():
         return text.replace("$", "")
     out = []
-    for c in visible(text).translate(_FOLDED):
+    for c in strip_invisible(text).translate(_FOLDED):
         if c.isdecimal():
             out.append(str(unicodedata.decimal(c)))
         elif "\uff01" <= c <= "\uff5e":

@@ -1,7 +1,8 @@
-"""Open an input of any file type: JSON lines, JSON arrays, CSV, TSV, parquet, gzip of them, `datasets` folders, hub names.
+"""Open an input of any file type: JSON lines, JSON arrays, CSV, TSV, parquet, gzip of them, `datasets` folders, hub
+names.
 
-Reading is streamed with a bound on every row and on what a gzip file expands to. `jsonl` holds the JSON readers, `tables`
-those of CSV, parquet and `datasets`; a new file type is added in `open_rows`.
+Reading is streamed with a bound on every row and on what a gzip file expands to. `jsonl` holds the JSON readers,
+`tables` those of CSV, parquet and `datasets`; a new file type is added in `open_rows`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from qcrd_fast.data import jsonl, tables
 from qcrd_fast.data.schema import BadRow, RowError
 from qcrd_fast.errors import InputError
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 
 MAX_RATIO = 200  # decompressed bytes for each byte of a gzip file; text stays below 50
 FREE_BYTES = 64 * 1024 * 1024  # decompressed bytes that are read whatever the ratio
@@ -66,11 +67,13 @@ class Rows:
         self.blank_lines += 1
 
 
-def open_rows(path: str | Path, *, split: str | None = None, part: str | None = None, config_name: str | None = None) -> Rows:
+def open_rows(
+    path: str | Path, *, split: str | None = None, part: str | None = None, config_name: str | None = None
+) -> Rows:
     """The rows of a file, a `datasets` folder or a data set of the hub.
 
-    Of a data set with several splits, `split` is read, which must be there; else `part`, under any of its usual names; else
-    train. `config_name` is the configuration of a data set of the hub.
+    Of a data set with several splits, `split` is read, which must be there; else `part`, under any of its usual names;
+    else train. `config_name` is the configuration of a data set of the hub.
 
     Raises:
         InputError: the input cannot be opened, or has no such split.
@@ -78,12 +81,13 @@ def open_rows(path: str | Path, *, split: str | None = None, part: str | None = 
     if tables.is_dataset_folder(path) or is_hub_name(path):
         return _dataset(path, split, part, config_name)
     if config_name is not None:
-        raise InputError(f"--config-name is for data sets of the hub; {shown(path)} is none")
+        raise InputError(f"--config-name is for data sets of the hub; {printable(path)} is none")
     return _file(Path(path))
 
 
 def is_hub_name(path: str | Path) -> bool:
-    """Whether `path` can only be a data set of the hub: OWNER/NAME, and no such file, folder or parent folder is here."""
+    """Whether `path` can only be a data set of the hub: OWNER/NAME, and no such file, folder or parent folder is
+    here."""
     name = os.fspath(path)
     if not _HUB_NAME.fullmatch(name) or _FILE_NAME.search(name):
         return False
@@ -123,9 +127,9 @@ def _start(path: Path, file: io.BufferedReader, rows: Rows, packed: str) -> Iter
     if head.startswith(_GZIP) and packed:
         fault = "a gzip file inside a gzip file; decompress it first"
     if not head:
-        yield 1, BadRow(shown(path), 1, "the file is empty")
+        yield 1, BadRow(printable(path), 1, "the file is empty")
     elif fault:
-        yield 1, BadRow(shown(path), 1, f"this is {fault}; rows are UTF-8 JSON, CSV, TSV or parquet")
+        yield 1, BadRow(printable(path), 1, f"this is {fault}; rows are UTF-8 JSON, CSV, TSV or parquet")
     elif head.startswith(b"PAR1"):
         rows.kind = "parquet"
         yield from tables.parquet_rows(path)
@@ -141,7 +145,7 @@ def _start(path: Path, file: io.BufferedReader, rows: Rows, packed: str) -> Iter
         else:
             rows.kind = f"{packed}JSONL"
             if reason := _spread(file.peek(_PEEK)):
-                yield 1, BadRow(shown(path), 1, reason)
+                yield 1, BadRow(printable(path), 1, reason)
                 return
             yield from jsonl.line_rows(path, file, rows.blank)
 
@@ -154,7 +158,9 @@ def _spread(head: bytes) -> str | None:
     if first.strip() == b"{" and rest.lstrip()[:1] not in (b'"', b"}"):
         return None
     if first.startswith(b"["):
-        return "a JSON array over several lines, which a file called .json may hold; rows of JSONL are one object a line"
+        return (
+            "a JSON array over several lines, which a file called .json may hold; rows of JSONL are one object a line"
+        )
     inner = _INNER_LIST.match(head)
     how = f"jq -c '.{inner[1].decode()}[]'" if inner else "jq -c ."
     return (
@@ -167,14 +173,14 @@ def _open(path: Path) -> io.BufferedReader:
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            raise InputError(f"{shown(path)}: not a file, nor a folder that `datasets` saved; name the file in it")
+            raise InputError(f"{printable(path)}: not a file, nor a folder that `datasets` saved; name the file in it")
         if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-            raise InputError(f"{shown(path)}: not a file")
+            raise InputError(f"{printable(path)}: not a file")
         return open(path, "rb")
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(f"{printable(path)}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _closing(file: io.BufferedReader, pairs: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
@@ -190,9 +196,9 @@ def _guarded(path: Path, pairs: Iterator[tuple[int, Any]]) -> Iterator[tuple[int
             yield line, value
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         reason = f"the gzip file is cut or damaged ({error}); nothing after it is read"
-        yield line + 1, BadRow(shown(path), line + 1, reason)
+        yield line + 1, BadRow(printable(path), line + 1, reason)
     except RowError as error:
-        yield line + 1, BadRow(shown(path), line + 1, str(error))
+        yield line + 1, BadRow(printable(path), line + 1, str(error))
 
 
 class _Inflated(io.RawIOBase):
@@ -210,6 +216,8 @@ class _Inflated(io.RawIOBase):
         data = self._stream.read1(len(view))
         self._size += len(data)
         if self._size > self._limit:
-            raise RowError(f"the gzip file expands to more than {self._limit:,} bytes, {MAX_RATIO} times its size; not read on")
+            raise RowError(
+                f"the gzip file expands to more than {self._limit:,} bytes, {MAX_RATIO} times its size; not read on"
+            )
         view[: len(data)] = data
         return len(data)

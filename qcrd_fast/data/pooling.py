@@ -1,7 +1,7 @@
 """The samples of one question, wherever its rows stand, brought together and voted on one question at a time.
 
-Rows wait in memory, or, where the questions go to a file, beside that file: what is held then grows with the number of rows
-and not with their length.
+Rows wait in memory, or, where the questions go to a file, beside that file: what is held then grows with the number of
+rows and not with their length.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ class Pool:
     """
 
     def __init__(
-        self, bad: Callable[[BadRow], None], task: str | None = None, folder: Path | None = None, reader: Reader = DEFAULT
+        self,
+        bad: Callable[[BadRow], None],
+        task: str | None = None,
+        folder: Path | None = None,
+        reader: Reader = DEFAULT,
     ):
         self.bad, self.task, self.reader = bad, task, reader
         self._spool = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(folder)) if folder else None  # noqa: SIM115
@@ -60,7 +64,9 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._spool:
             self._spool.close()
 
@@ -128,7 +134,9 @@ class Pool:
             elif same:
                 named = " and ".join(map(repr, same[:2]))
                 self.bad(
-                    BadRow(first.path, first.line, f"this question has the ids {named}; give the row the one that is meant")
+                    BadRow(
+                        first.path, first.line, f"this question has the ids {named}; give the row the one that is meant"
+                    )
                 )
                 del self._rows[key]
         self._rows = dict(sorted(self._rows.items(), key=lambda item: _order(item[1][0])))
@@ -230,7 +238,8 @@ def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tup
     )
     if solution is not None and not samples:
         golds = [record.question.gold for record in group if record.question.gold is not None]
-        solutions = [found for gold in golds if (found := reader.solution(gold, task, choices))]  # all of one answer, as above
+        # all of one answer, as above
+        solutions = [found for gold in golds if (found := reader.solution(gold, task, choices))]
         texts = tuple(dict.fromkeys(found.rationale for found in solutions))
         shown = tuple(Rationale(text, fields["gold"], "gold") for text in texts)
         result = Vote(fields["gold"], {fields["gold"]: len(shown)}, shown, ())

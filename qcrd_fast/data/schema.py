@@ -18,7 +18,8 @@ class Rationale:
     """One rationale, with the answer it ends in, who said it and the discriminator's score.
 
     `view`: the style that it is written in, which its prompt names (`models.views`).
-    `reply`: `text` is a raw reply from which reasoning, rationale and answer are still to be read; never written to a file.
+    `reply`: `text` is a raw reply from which reasoning, rationale and answer are still to be read; never written to a
+    file.
     `truncated`: the reply was cut at its maximum length, so only an announced answer counts; never written either.
     `critique`: what a teacher said of it, or of what it is a revision of. `wrong_step`: its first wrong step, from 1.
     """
@@ -38,8 +39,8 @@ class Rationale:
 class Question:
     """One prepared row: a question with its gold answer, the vote, and the rationales on either side of it.
 
-    view: the style of its rationales that name none, and of what a student is asked for. weight: what the question counts in
-    training, 1 unless set; of mean 1 over the rows where `select --weight` wrote it.
+    view: the style of its rationales that name none, and of what a student is asked for. weight: what the question
+    counts in training, 1 unless set; of mean 1 over the rows where `select --weight` wrote it.
     """
 
     id: str
@@ -119,7 +120,8 @@ def get_text(
 
 
 def get_answer(row: dict[str, Any], key: str) -> str | None:
-    """An answer: a string, a number as its own text, a boolean as yes or no; None where it is missing, null or empty."""
+    """An answer: a string, a number as its own text, a boolean as yes or no; None where it is missing, null or
+    empty."""
     return get_text(row, key, numbers=True, booleans=True) or None
 
 
@@ -190,7 +192,8 @@ _BESIDE = re.compile(r"\s*([^\w\s])\s*")
 def leak_key(question: Question) -> str:
     """What questions have in common that differ in case, in white space beside signs or in punctuation alone.
 
-    `.,;:!?` and quotes are dropped, but where a digit follows (`2.5`, `.5`, `1,000`); operators, signs and brackets are kept.
+    `.,;:!?` and quotes are dropped, but where a digit follows (`2.5`, `.5`, `1,000`); operators, signs and brackets are
+    kept.
     """
     text = text_key(question).casefold()
     text = _DROPPED.sub(
@@ -200,8 +203,8 @@ def leak_key(question: Question) -> str:
 
 
 def later_fields(question: Question) -> str:
-    """What of a question its `repr` leaves out, so that the digests of rows without any of it are what they were before there
-    were such fields; empty where there is nothing."""
+    """What of a question its `repr` leaves out, so that the digests of rows without any of it are what they were before
+    there were such fields; empty where there is nothing."""
     parts = [(r.view, r.critique) for r in (*question.positives, *question.negatives)]
     own = (question.view, question.critique, question.weight)
     return repr((own, parts)) if any(v is not None for some in (own, *parts) for v in some) else ""

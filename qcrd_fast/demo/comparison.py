@@ -1,4 +1,5 @@
-"""How the demo's students answer and reason: figures in each run's `eval_results.json`, a table, and the page `report.html`."""
+"""How the demo's students answer and reason: figures in each run's `eval_results.json`, a table, and the page
+`report.html`."""
 
 from __future__ import annotations
 
@@ -13,18 +14,18 @@ from qcrd_fast.demo.problems import is_sound
 from qcrd_fast.errors import InputError
 from qcrd_fast.report.run_view import MEASURES
 from qcrd_fast.runs.folder import RESULTS
-from qcrd_fast.utils.files import shown, write_json
+from qcrd_fast.utils.files import printable, write_json
 
 log = logging.getLogger(__name__)
 REPORT = "report.html"
 
 
 def compare_runs(runs: Sequence[str]) -> dict[str, Any]:
-    """Let the student of each finished run, and first the untrained one, reason about the test questions; returns the first
-    run's results with `comparison`: a row a student of its name and its `MEASURES`, shares of the questions.
+    """Let the student of each finished run, and first the untrained one, reason about the test questions; returns the
+    first run's results with `comparison`: a row a student of its name and its `MEASURES`, shares of the questions.
 
-    Sound: it holds an equation, every equation holds, every number comes from the question or an earlier result, and it ends
-    in the gold answer.
+    Sound: it holds an equation, every equation holds, every number comes from the question or an earlier result, and it
+    ends in the gold answer.
     """
     told: list[dict[str, Any]] = []
     for run in runs:
@@ -34,7 +35,9 @@ def compare_runs(runs: Sequence[str]) -> dict[str, Any]:
             results |= _judge(run)
             before = told[0] if told else _judge(run, untrained=True)
             for name in (*MEASURES, "sound_reasoning"):
-                if (key := f"{name}_untrained") not in results and (value := before.get(key, before.get(name))) is not None:
+                if (key := f"{name}_untrained") not in results and (
+                    value := before.get(key, before.get(name))
+                ) is not None:
                     results[key] = value
             write_json(path, results)
         told.append(results)
@@ -48,8 +51,8 @@ def _row(results: Mapping[str, Any], student: str, suffix: str = "") -> dict[str
 
 
 def _judge(run: str, untrained: bool = False) -> dict[str, float]:
-    """Shares of a run's test questions that its final student, or the untrained one, answers rightly behind its reasoning, and
-    reasons soundly about."""
+    """Shares of a run's test questions that its final student, or the untrained one, answers rightly behind its
+    reasoning, and reasons soundly about."""
     from qcrd_fast.config import TrainConfig
     from qcrd_fast.data.load import load_questions
     from qcrd_fast.evaluate import accuracy, explain, predict
@@ -93,11 +96,14 @@ def table_text(comparison: Sequence[Mapping[str, Any]], n: int) -> str:
     """The rows of `compare_runs` for a person."""
     heads = [f"of {n} new questions", *MEASURES.values()]
     lines = [heads] + [
-        [str(row["student"]), *("" if row[name] is None else f"{row[name]:.3f}" for name in MEASURES)] for row in comparison
+        [str(row["student"]), *("" if row[name] is None else f"{row[name]:.3f}" for name in MEASURES)]
+        for row in comparison
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     )
 
@@ -111,7 +117,7 @@ def summary_text(results: Mapping[str, Any], output_dir: str) -> str:
         table_text(results["comparison"], results["n"]),
         "sound: every equation holds, every number comes from the question or an earlier result, and the end is right",
         "",
-        *([f"charts: {shown(results['report'])}"] if "report" in results else []),
+        *([f"charts: {printable(results['report'])}"] if "report" in results else []),
         "next:",
         f'  qcrd-fast generate {run} {reason}"{question}"',
         "  qcrd-fast prepare samples.jsonl --output train.jsonl    # your own teacher's samples",

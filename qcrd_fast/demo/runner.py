@@ -1,4 +1,5 @@
-"""`demo`: built-in word problems, a teacher that reaches many right answers by a wrong way, a student that is pretrained here.
+"""`demo`: built-in word problems, a teacher that reaches many right answers by a wrong way, a student that is
+pretrained here.
 
 Everything after the data and the student is what real data goes through.
 """
@@ -69,7 +70,8 @@ def write_demo(folder: Path, seed: int) -> dict[str, str]:
 
 
 def write_student(folder: Path) -> None:
-    """Put the demo's student into `folder`: the one that this user's cache keeps, made now where it is not there yet."""
+    """Put the demo's student into `folder`: the one that this user's cache keeps, made now where it is not there
+    yet."""
     from qcrd_fast.demo.students import DEMO, cache_folder, pretrain, student_folder
 
     unfinished = folder.with_name(f".{folder.name}.tmp")
@@ -77,7 +79,11 @@ def write_student(folder: Path) -> None:
     try:
         shutil.copytree(student_folder(DEMO, cache_folder()), unfinished)
     except OSError as error:
-        log.info("the demo's student cannot be kept in %s (%s); it is made for this run alone", cache_folder(), error.strerror)
+        log.info(
+            "the demo's student cannot be kept in %s (%s); it is made for this run alone",
+            cache_folder(),
+            error.strerror,
+        )
         remove_tree(unfinished)
         pretrain(DEMO, unfinished)
     os.replace(unfinished, folder)
@@ -86,11 +92,12 @@ def write_student(folder: Path) -> None:
 def run_demo(
     overrides: dict[str, Any], output_dir: str, *, compare: str | None = None, dry_run: bool = False
 ) -> dict[str, Any]:
-    """Make the demo's data and student in `output_dir/demo`, train, and return what `train` returns and `comparison`, the rows
-    of `comparison.compare_runs`; they stand in `output_dir/report.html` too, where matplotlib is installed.
+    """Make the demo's data and student in `output_dir/demo`, train, and return what `train` returns and `comparison`,
+    the rows of `comparison.compare_runs`; they stand in `output_dir/report.html` too, where matplotlib is installed.
 
-    `overrides` are train's options; data, student and test set are the demo's own. `compare`: a method that is trained with the
-    same options in `output_dir/compare/METHOD`. Raises `InputError` for options at fault, and what `train` raises.
+    `overrides` are train's options; data, student and test set are the demo's own. `compare`: a method that is trained
+    with the same options in `output_dir/compare/METHOD`. Raises `InputError` for options at fault, and what `train`
+    raises.
     """
     paths = demo_paths(Path(output_dir) / "demo")
     for name in paths:
@@ -101,7 +108,9 @@ def run_demo(
         if compare == configs[0].method:
             raise InputError(f"--compare {compare}: that is the method of the demo itself; name another")
         if configs[0].resume not in (None, "auto"):
-            raise InputError(f"--resume {configs[0].resume} is for one run; with --compare, --resume auto continues both")
+            raise InputError(
+                f"--resume {configs[0].resume} is for one run; with --compare, --resume auto continues both"
+            )
         other = str(Path(output_dir) / COMPARE / compare)
         configs.append(_config(overrides | paths | {"output_dir": other, "method": compare}))
     if dry_run:
@@ -111,7 +120,9 @@ def run_demo(
         with RunFolder(config) as run:
             if not Path(paths["student"]).is_dir():
                 write_demo(Path(output_dir) / "demo", configs[0].seed)
-            from qcrd_fast.train.trainer import train  # after the lock: a folder in use is refused before torch is loaded
+            from qcrd_fast.train.trainer import (
+                train,  # after the lock: a folder in use is refused before torch is loaded
+            )
 
             train(config, run)
     from qcrd_fast.demo.comparison import compare_runs
@@ -120,7 +131,8 @@ def run_demo(
 
 
 def _config(options: dict[str, Any]) -> TrainConfig:
-    """The demo's defaults under `options`, less those that only another option would bring, such as a discriminator's."""
+    """The demo's defaults under `options`, less those that only another option would bring, such as a
+    discriminator's."""
     config = TrainConfig.from_dict(DEFAULTS | options)
     idle = {flag[2:].replace("-", "_") for flag in config.unused()}
     return TrainConfig.from_dict({name: value for name, value in DEFAULTS.items() if name not in idle} | options)

@@ -1,4 +1,5 @@
-"""Small students, trained once on neutral text so that seeds agree, and kept: the demo's, and those of the study in `bench`.
+"""Small students, trained once on neutral text so that seeds agree, and kept: the demo's, and those of the study in
+`bench`.
 
 Built where they are used, from nothing: torch, transformers and the vocabulary of `problems`.
 """
@@ -32,7 +33,8 @@ TOLD_S = 10.0  # between lines of progress
 
 
 class Recipe(NamedTuple):
-    """phases: (function of `problems` that draws neutral text, steps, seed); batch: texts of a step; largest: of numbers."""
+    """phases: (function of `problems` that draws neutral text, steps, seed); batch: texts of a step; largest: of
+    numbers."""
 
     family: str
     phases: tuple[tuple[str, int, int], ...] = (("symbol_pairs", 1500, 0), ("lookup_pairs", 600, 0))
@@ -104,7 +106,8 @@ def _build(family: str, tokenizer: Any) -> Any:
 
 
 def pretrain(recipe: Recipe, folder: Path) -> None:
-    """Write a student trained on neutral text, phase by phase. Random state and threads of the caller stay as they are."""
+    """Write a student trained on neutral text, phase by phase. Random state and threads of the caller stay as they
+    are."""
     tokenizer = build_tokenizer([" ".join(problems.vocabulary())])
     with torch.random.fork_rng(devices=[]), threads_kept():
         torch.manual_seed(0)
@@ -132,7 +135,9 @@ def _train(model: Any, tokenizer: Any, recipe: Recipe, name: str, steps: int, se
         mean = 0.98 * mean + 0.02 * loss.item() if step else loss.item()
         if time.monotonic() - told > TOLD_S or step == steps - 1:
             told = time.monotonic()
-            log.info("pretraining the %s student, %s: step %d of %d, loss %.3f", recipe.family, name, step + 1, steps, mean)
+            log.info(
+                "pretraining the %s student, %s: step %d of %d, loss %.3f", recipe.family, name, step + 1, steps, mean
+            )
 
 
 def _loss(model: Any, tokenizer: Any, family: str, pairs: list[tuple[str, str, str]]) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Several processes that train one student, started by torchrun: who they are, and what they tell each other.
 
-A rank is one process with one device. Each step's questions are dealt out to the ranks (`Schedule.micro_batches`); the loss is
-divided by the questions of all ranks, so the sum of their gradients is the gradient of one process that has them all. Rank 0
-alone writes files; the run folder must be one that every rank can read. What ranks tell each other is JSON in tensors, through
-gloo; gradients and shards go through NCCL on GPUs.
+A rank is one process with one device. Each step's questions are dealt out to the ranks (`Schedule.micro_batches`); the
+loss is divided by the questions of all ranks, so the sum of their gradients is the gradient of one process that has
+them all. Rank 0 alone writes files; the run folder must be one that every rank can read. What ranks tell each other is
+JSON in tensors, through gloo; gradients and shards go through NCCL on GPUs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ T = TypeVar("T")
 ERRORS = {error.__name__: error for error in (InputError, RunError)}
 
 
-class Ranks:
+class Comm:
     """The processes of a run. With one alone every method is the identity and nothing is sent."""
 
     def __init__(self, rank: int = 0, size: int = 1):
@@ -43,12 +43,12 @@ class Ranks:
         """Whether this process is the one that writes."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's items: every `size`-th."""
         return items[self.rank :: self.size] if self.size > 1 else items
 
-    def collect(self, own: list[T]) -> list[T]:
-        """All items, in their order, from each rank's results for its `share` of them. The results are JSON values."""
+    def gather_in_order(self, own: list[T]) -> list[T]:
+        """All items, in their order, from each rank's results for its `shard` of them. The results are JSON values."""
         if self.size == 1:
             return own
         parts = self.gather(own)
@@ -75,7 +75,7 @@ class Ranks:
             return [function()]
         return [_value(each) for each in self.gather(_told(function))]
 
-    def on_first(self, function: Callable[[], T]) -> T:
+    def on_rank0(self, function: Callable[[], T]) -> T:
         """What `function` returns on rank 0, a JSON value; where it raises there, every rank raises that."""
         if self.size == 1:
             return function()
@@ -102,7 +102,7 @@ class Ranks:
         return x
 
 
-ALONE = Ranks()
+SINGLE = Comm()
 
 
 def _told(function: Callable[[], Any]) -> dict[str, Any]:
@@ -129,7 +129,8 @@ def _decoded(data: Tensor) -> Any:
 
 
 def own_device(name: str) -> str:
-    """The device of this process for `--device name`: of several on one machine each takes the GPU of its local rank."""
+    """The device of this process for `--device name`: of several on one machine each takes the GPU of its local
+    rank."""
     if world_size() == 1:
         return name
     if name.startswith("cuda:"):
@@ -143,7 +144,7 @@ def own_device(name: str) -> str:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
+def process_group(device: torch.device, timeout_s: float) -> Iterator[Comm]:
     """The ranks that torchrun started, this process among them, for as long as the context lasts.
 
     Raises `InputError` where torchrun's variables are incomplete, `RunError` when another rank ends or says nothing for
@@ -151,7 +152,7 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     """
     size = world_size()
     if size == 1:
-        yield ALONE
+        yield SINGLE
         return
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise InputError(f"WORLD_SIZE is {size} but {missing[0]} is not set; start several processes with torchrun")
@@ -160,13 +161,13 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    ranks = Ranks(rank(), size)
-    if not ranks.first:
+    comm = Comm(rank(), size)
+    if not comm.first:
         disable_progress_bar()
     try:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
-        yield ranks
-        ranks.max(0)  # nobody leaves before the last has arrived
+        yield comm
+        comm.max(0)  # nobody leaves before the last has arrived
     except Stopped as error:
         traceback.clear_frames(error.__traceback__)
         _leave()
@@ -178,19 +179,21 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
             raise
         reason = " ".join(str(error).split())[:300]
         raise RunError(
-            f"rank {ranks.rank}: another of the {size} processes has ended or was silent for --ddp-timeout {timeout_s:g} s "
-            f"({reason}); whole checkpoints are intact, continue with --resume auto"
+            f"rank {comm.rank}: another of the {size} processes has ended or was silent for --ddp-timeout "
+            f"{timeout_s:g} s ({reason}); whole checkpoints are intact, continue with --resume auto"
         ) from error
     _leave()
 
 
 def _leave() -> None:
-    """End this process's part in the group. DDP goes first: were it the last to hold the group, the group's end would wait for
-    a thread that waits for Python's lock, which whoever frees DDP has."""
+    """End this process's part in the group. DDP goes first: were it the last to hold the group, the group's end would
+    wait for a thread that waits for Python's lock, which whoever frees DDP has."""
     gc.collect()
     dist.destroy_process_group()
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection", "timed out"))
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "nccl", "connection", "timed out")
+    )

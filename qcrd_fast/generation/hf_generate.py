@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from qcrd_fast.generation.engine import Cancelled, SampleSettings, nucleus
-from qcrd_fast.models.lm_head import evaluating
+from qcrd_fast.models.lm_head import eval_mode
 from qcrd_fast.models.padding import pad_left
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
@@ -69,7 +69,7 @@ class GenerateSampler:
         """Nothing to do."""
 
     @torch.no_grad()
-    def draw(
+    def generate(
         self,
         sources: Sequence[TokenIds],
         keys: Sequence[tuple[int, int]],
@@ -79,7 +79,7 @@ class GenerateSampler:
         limits: Sequence[int] | None = None,
         prefixes: Sequence[TokenIds] | None = None,
     ) -> list[TokenIds]:
-        """As `Sampler.draw`; looks at `stop` between batches."""
+        """As `Sampler.generate`; looks at `stop` between batches."""
         if limits and min(limits) < 1:
             raise ValueError(f"limits must be at least 1, got {min(limits)}")
         student, settings, model, device = self.student, self.settings, self.student.model, self.student.device
@@ -93,9 +93,10 @@ class GenerateSampler:
             decoder_start_token_id=student.start_id if student.is_encoder_decoder else None,
         )
         order = sorted(range(len(sources)), key=lambda i: (len(sources[i]), i))
-        with evaluating(model), contextlib.ExitStack() as stack:
+        with eval_mode(model), contextlib.ExitStack() as stack:
             stack.callback(setattr, model, "generation_config", model.generation_config)
-            model.generation_config = GenerationConfig()  # else its penalties and beams would fill what `config` leaves open
+            # else its penalties and beams would fill what `config` leaves open
+            model.generation_config = GenerationConfig()
             for at in range(0, len(order), settings.batch_size):
                 if stop is not None and stop.is_set():
                     raise Cancelled
@@ -110,7 +111,9 @@ class GenerateSampler:
                     key_B2 = torch.tensor([keys[i] for i in rows], device=device)
                     index_B = torch.tensor([indices[i] if indices else 0 for i in rows], device=device)
                     processors.append(
-                        KeyedSampling(key_B2, index_B, iteration, start, settings.temperature, settings.top_k, settings.top_p)
+                        KeyedSampling(
+                            key_B2, index_B, iteration, start, settings.temperature, settings.top_k, settings.top_p
+                        )
                     )
                 if prefixes:
                     processors.append(ForcedPrefix([prefixes[i] for i in rows], start))

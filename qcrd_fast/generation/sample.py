@@ -16,7 +16,7 @@ from typing import Any
 from qcrd_fast.generation.decoder import find_style
 from qcrd_fast.generation.engine import Sampler, SampleSettings
 from qcrd_fast.generation.hf_generate import GenerateSampler
-from qcrd_fast.models.lm_head import evaluating
+from qcrd_fast.models.lm_head import eval_mode
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.dispatch import require_impl
@@ -45,7 +45,8 @@ def sample(
         indices: which sample of its question each one is (0 unless told).
         autocast: makes the autocast context to run under; None: none.
         prefixes: the beginning of the reply that each continuation goes on from; neither returned nor counted in
-            `max_new_tokens`. A decoder-only student reads it with the prompt, an encoder-decoder's decoder token by token.
+            `max_new_tokens`. A decoder-only student reads it with the prompt, an encoder-decoder's decoder token by
+            token.
     """
     if not sources:
         return []
@@ -53,11 +54,11 @@ def sample(
         if prefixes is not None:
             sources = [[*source, *prefix] for source, prefix in zip(sources, prefixes, strict=True)]
         sampler = make_sampler(student, settings, max(map(len, sources)), len(sources), autocast)
-        return sampler.draw(sources, keys, indices, iteration)
+        return sampler.generate(sources, keys, indices, iteration)
     limits = [len(prefix) + settings.max_new_tokens for prefix in prefixes]
     longer = dataclasses.replace(settings, max_new_tokens=max(limits))
     sampler = make_sampler(student, longer, max(map(len, sources)), len(sources), autocast, forced=True)
-    drawn = sampler.draw(sources, keys, indices, iteration, limits=limits, prefixes=prefixes)
+    drawn = sampler.generate(sources, keys, indices, iteration, limits=limits, prefixes=prefixes)
     return [tokens[len(prefix) :] for tokens, prefix in zip(drawn, prefixes, strict=True)]
 
 
@@ -70,8 +71,8 @@ def make_sampler(
     static: bool | None = None,
     forced: bool = False,
 ) -> Sampler | GenerateSampler:
-    """A sampler for prompts of at most `longest` tokens, at most `most` of them at once; `forced`: its draws take prefixes.
-    Raises `InputError` where `settings.impl` cannot run."""
+    """A sampler for prompts of at most `longest` tokens, at most `most` of them at once; `forced`: its draws take
+    prefixes. Raises `InputError` where `settings.impl` cannot run."""
     require_impl(settings.impl, student.device)
     style = _style(student, longest + settings.max_new_tokens)
     if style is None:
@@ -86,7 +87,7 @@ def _style(student: Student, longest: int) -> str | None:
     beyond = 0 < window < longest
     if beyond not in styles:
         try:
-            with evaluating(model):
+            with eval_mode(model):
                 styles[beyond] = find_style(student, longest)
         except ValueError as error:
             log.warning("%s samples through generate, which is slower: %s", type(model).__name__, error)

@@ -1,9 +1,9 @@
 """Short texts that follow the prefixes of a longer one, all of them scored in one pass over the longer one.
 
-A trunk is a text behind a source, such as an explanation behind its question; a branch follows its first tokens, such as an
-answer behind the first steps. The trunk runs through the model once, and each branch sees the prefix that it follows: n
-prefixes cost one pass over the trunk and one over the branches, not n passes. Suffixes: B rows, L padded length, h heads, T
-branch tokens.
+A trunk is a text behind a source, such as an explanation behind its question; a branch follows its first tokens, such
+as an answer behind the first steps. The trunk runs through the model once, and each branch sees the prefix that it
+follows: n prefixes cost one pass over the trunk and one over the branches, not n passes. Suffixes: B rows, L padded
+length, h heads, T branch tokens.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from qcrd_fast.models import prefix_packing
-from qcrd_fast.models.lm_head import body
-from qcrd_fast.models.packed_attention import attention_inputs, find_mode
-from qcrd_fast.models.prefix_packing import Group, Layout, lay_out, length_batches
+from qcrd_fast.models.lm_head import backbone
+from qcrd_fast.models.packed_attention import attention_inputs, probe_packed_attention
+from qcrd_fast.models.prefix_packing import Group, Layout, length_batches, pack_rows
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import MAX_TOKENS, PackedHidden, Student
 
@@ -40,8 +40,9 @@ def branch_hidden(
     """Hidden states at the tokens of `branches`, in their order: branch i follows the first `depths[i]` tokens of
     `trunks[trunk_of[i]]`, and trunk u follows `sources[u]` (what an encoder reads, of an encoder-decoder).
 
-    Trunks of similar length run together, at most `max_tokens` padded tokens at a time. `packed` False, and a model that does
-    not follow the mask (tried once, on a few tokens), runs each prefix by itself. Call it in eval mode, without gradient.
+    Trunks of similar length run together, at most `max_tokens` padded tokens at a time. `packed` False, and a model
+    that does not follow the mask (tried once, on a few tokens), runs each prefix by itself. Call it in eval mode,
+    without gradient.
     """
     mode = _mode(student) if packed else None
     return _branches(student, sources, trunks, branches, trunk_of, depths, mode, max_tokens)
@@ -55,9 +56,11 @@ def _mode(student: Student) -> str | None:
         noise = torch.Generator().manual_seed(0)
         rows = student.model.get_input_embeddings().weight.shape[0]
         source, trunk, a, b, c = (torch.randint(0, rows, (n,), generator=noise).tolist() for n in (5, 7, 3, 2, 4))
-        _modes[student.model] = find_mode(
+        _modes[student.model] = probe_packed_attention(
             student.model,
-            lambda mode: _branches(student, [source], [trunk], [a, b, c], [0, 0, 0], [0, 3, 7], mode, MAX_TOKENS).hidden,
+            lambda mode: (
+                _branches(student, [source], [trunk], [a, b, c], [0, 0, 0], [0, 3, 7], mode, MAX_TOKENS).hidden
+            ),
         )
     return _modes[student.model]
 
@@ -91,7 +94,9 @@ def _branches(
     for batch in length_batches(widths, max_tokens, prefix_packing.MAX_PAIRS if mode == "dense" else None):
         multiple = prefix_packing.BLOCK if mode == "flex" else 1
         rows = [[groups[g]] for g in batch]
-        layout = lay_out(rows, branches, prompts, [], student.pad_id, student.device, multiple, reach if mode else None)
+        layout = pack_rows(
+            rows, branches, prompts, [], student.pad_id, student.device, multiple, reach if mode else None
+        )
         hidden_BLH = _run(student, encoded, layout, [source_of[group.source] for [group] in rows], mode)
         parts.append(hidden_BLH.flatten(0, 1).index_select(0, layout.at_T))
         order += layout.order
@@ -116,7 +121,7 @@ def _run(student: Student, encoded: Any, layout: Layout, sources: Sequence[int],
     """Hidden states [B, L, H] of a batch of rows."""
     inputs = attention_inputs(student.model, layout, mode)
     if not student.is_encoder_decoder:
-        hidden: Tensor = body(student.model)(input_ids=layout.ids_BL, use_cache=False, **inputs).last_hidden_state
+        hidden: Tensor = backbone(student.model)(input_ids=layout.ids_BL, use_cache=False, **inputs).last_hidden_state
         return hidden
     states_QLH, mask_QL = encoded
     index = torch.tensor(sources, device=student.device)

@@ -1,8 +1,8 @@
 """Targets that ride on one prompt: which go into a row of the model, and what each token of a row may see.
 
-A group is a prompt with targets behind it: every target sees the prompt (or its first tokens, the target's depth) and itself,
-as if the others were not there, and its position ids go on where what it sees ends. A row holds one group or several. An
-encoder-decoder's groups have no prompt (the encoder has read it), so that they are targets side by side.
+A group is a prompt with targets behind it: every target sees the prompt (or its first tokens, the target's depth) and
+itself, as if the others were not there, and its position ids go on where what it sees ends. A row holds one group or
+several. An encoder-decoder's groups have no prompt (the encoder has read it), so that they are targets side by side.
 
 Suffixes: B rows, L padded length, T target tokens.
 """
@@ -34,7 +34,8 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A padded batch of rows. `at_T` says where in the flattened [B * L] hidden states each target token is predicted."""
+    """A padded batch of rows. `at_T` says where in the flattened [B * L] hidden states each target token is
+    predicted."""
 
     ids_BL: Tensor
     position_BL: Tensor  # in the text that the token belongs to, not in the row
@@ -51,17 +52,18 @@ class Layout:
 def best_room(prompt: int, hidden_size: int) -> int:
     """How many target tokens to put behind a prompt where the mask is dense.
 
-    r tokens behind a prompt of P cost (P + r)(c + a(P + r)) / r each, a = 4H for attention over the whole row, c = 24H^2 for
-    the other products of a layer; the least is at r^2 = P(P + c/a). Longer rows pay more for hidden pairs than they save.
+    r tokens behind a prompt of P cost (P + r)(c + a(P + r)) / r each, a = 4H for attention over the whole row, c =
+    24H^2 for the other products of a layer; the least is at r^2 = P(P + c/a). Longer rows pay more for hidden pairs
+    than they save.
     """
     return max(min(math.isqrt(prompt * (prompt + 6 * hidden_size)), MAX_ROW - prompt), 1)
 
 
-def share(lengths: Sequence[int], source_of: Sequence[int], rooms: Sequence[int]) -> list[Group]:
+def group_by_prompt(lengths: Sequence[int], source_of: Sequence[int], rooms: Sequence[int]) -> list[Group]:
     """Each source with its targets; over several groups of about equal length where they would pass its room.
 
-    `lengths` are the targets', `rooms` what a row of each source may hold of them [tokens]. A source without a target gets
-    no group.
+    `lengths` are the targets', `rooms` what a row of each source may hold of them [tokens]. A source without a target
+    gets no group.
     """
     groups = []
     for source in dict.fromkeys(source_of):
@@ -97,8 +99,9 @@ def length_batches(lengths: Sequence[int], max_tokens: int, max_pairs: int | Non
         yield batch
 
 
-def fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices in rows of at most `capacity` tokens (or one sequence): the longest first, each into the first row with room."""
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices in rows of at most `capacity` tokens (or one sequence): the longest first, each into the first row with
+    room."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -112,7 +115,7 @@ def fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def lay_out(
+def pack_rows(
     rows: Sequence[Sequence[Group]],
     targets: Sequence[TokenIds],
     prompts: Sequence[TokenIds] | None,
@@ -162,15 +165,15 @@ def lay_out(
     )
 
 
-def visible(layout: Layout, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def make_mask_mod(layout: Layout, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The one mask function: (row, head, query, key) -> whether the query sees the key.
 
-    `window`: how far back a query sees, by position in its own text and itself included. Padding sees padding, so that no
-    softmax is empty.
+    `window`: how far back a query sees, by position in its own text and itself included. Padding sees padding, so that
+    no softmax is empty.
     """
     group, part, position, depth = layout.group_BL, layout.part_BL, layout.position_BL, layout.depth_BL
 
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         prompt = part[b, k] == 0
         if depth is not None:
             prompt = prompt & (position[b, k] < depth[b, q])
@@ -178,7 +181,7 @@ def visible(layout: Layout, window: int | None = None) -> Callable[[Tensor, Tens
         seen = (k <= q) & (group[b, k] == group[b, q]) & same
         return seen if window is None else seen & (position[b, q] - position[b, k] < window)
 
-    return sees
+    return mask_mod
 
 
 def dense_mask(layout: Layout, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -186,7 +189,7 @@ def dense_mask(layout: Layout, window: int | None, dtype: torch.dtype) -> Tensor
     rows, width = layout.ids_BL.shape
     b = torch.arange(rows, device=layout.ids_BL.device)[:, None, None, None]
     token = torch.arange(width, device=layout.ids_BL.device)
-    seen = visible(layout, window)(b, b, token[:, None], token[None, :])
+    seen = make_mask_mod(layout, window)(b, b, token[:, None], token[None, :])
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
@@ -194,4 +197,6 @@ def block_mask(layout: Layout, window: int | None) -> Any:
     """The same as flex_attention's BlockMask, which skips the tiles that nothing sees."""
     rows, width = layout.ids_BL.shape
     compiled = layout.ids_BL.is_cuda  # else the whole mask is made on the way
-    return create_block_mask(visible(layout, window), rows, None, width, width, device=layout.ids_BL.device, _compile=compiled)
+    return create_block_mask(
+        make_mask_mod(layout, window), rows, None, width, width, device=layout.ids_BL.device, _compile=compiled
+    )

@@ -27,7 +27,8 @@ class PromptSettings:
     max_source_length: int = 1024
     max_target_length: int = 256
     system: str = ""  # text of the system message; with the chat template alone
-    version: int = 2  # how texts become tokens; 1: a raw prompt's newline by itself, and texts of special tokens as tokens
+    # how texts become tokens; 1: a raw prompt's newline by itself, and texts of special tokens as tokens
+    version: int = 2
     views: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of `--views`: what asks for each view
     date: str = ""  # the day, as YYYY-MM-DD, that a chat template which writes the date is told; empty: today
 
@@ -36,7 +37,9 @@ class PromptSettings:
         if not isinstance(self.template, str) or any(type(length) is not int or length < 1 for length in lengths):
             raise InputError(f"a prompt has a text as template and two lengths above 0; got {self}")
         if self.template not in ("raw", "chat") and "{prompt}" not in self.template:
-            raise InputError(f"a prompt's template is raw, chat or a text with {{prompt}} in it; got {self.template[:80]!r}")
+            raise InputError(
+                f"a prompt's template is raw, chat or a text with {{prompt}} in it; got {self.template[:80]!r}"
+            )
         if not isinstance(self.system, str) or (self.system and self.template != "chat"):
             raise InputError("--system-prompt needs --prompt-template chat; a template FILE holds such a text itself")
         if not all(isinstance(text, str) for pair in self.views.items() for text in pair):
@@ -50,7 +53,8 @@ class PromptSettings:
 
     @classmethod
     def of_state(cls, saved: Mapping[str, Any]) -> PromptSettings:
-        """What a `state.json` holds under `prompt`. One without a version is older: 1, unless it knows of system prompts."""
+        """What a `state.json` holds under `prompt`. One without a version is older: 1, unless it knows of system
+        prompts."""
         unsaid: dict[str, Any] = {"version": 2 if "system" in saved else 1}
         return cls(**unsaid | dict(saved))
 
@@ -63,8 +67,9 @@ class PromptSettings:
         system: str | None = None,
         views: str | None = None,
     ) -> PromptSettings:
-        """Read `--prompt-template raw|chat|FILE`, `--system-prompt TEXT|FILE` and `--views FILE`. Raises `InputError` for a
-        missing file, one without {prompt} or one that is not UTF-8, and for a system prompt without the chat template."""
+        """Read `--prompt-template raw|chat|FILE`, `--system-prompt TEXT|FILE` and `--views FILE`. Raises `InputError`
+        for a missing file, one without {prompt} or one that is not UTF-8, and for a system prompt without the chat
+        template."""
         if value not in ("raw", "chat"):
             path = Path(value)
             if not os.path.isfile(path):
@@ -99,8 +104,8 @@ class Lengths(NamedTuple):
 class Prompter:
     """A tokenizer and a prompt template: text to tokens, for encoder-decoders (T5) and decoder-only models.
 
-    Raises `InputError` when the tokenizer has no end-of-sequence token, no chat template where one is asked for, or one that
-    leaves the system prompt out.
+    Raises `InputError` when the tokenizer has no end-of-sequence token, no chat template where one is asked for, or one
+    that leaves the system prompt out.
     """
 
     def __init__(self, tokenizer: Any, prompts: PromptSettings, is_encoder_decoder: bool):
@@ -136,7 +141,11 @@ class Prompter:
     def own_template(self) -> str:
         """The tokenizer's chat template, which takes the date of training for today's."""
         own = str(self.tokenizer.get_chat_template())
-        forms = {form for _, form in re.findall(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)", own)} if self.prompts.date else set()
+        forms = (
+            {form for _, form in re.findall(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)", own)}
+            if self.prompts.date
+            else set()
+        )
         if not forms:
             return own
         date = datetime.datetime.fromisoformat(self.prompts.date)
@@ -144,9 +153,9 @@ class Prompter:
         return "{%- macro strftime_now(form) -%}{{- {" + dates + "}[form] -}}{%- endmacro -%}{{- '' }}" + own
 
     def source_ids(self, prefix: str, question: str, view: str | None = None) -> TokenIds:
-        """Tokens of a task's input; `view`: it asks for a rationale of this view (`models.views`). A text over the maximum
-        length loses its beginning, which is the context, or else the story before the question; the template, the prefix and
-        the question at its end stay.
+        """Tokens of a task's input; `view`: it asks for a rationale of this view (`models.views`). A text over the
+        maximum length loses its beginning, which is the context, or else the story before the question; the template,
+        the prefix and the question at its end stay.
 
         Raises `InputError` where a decoder would have nothing to go on from.
         """
@@ -168,7 +177,8 @@ class Prompter:
                 return ids
             if ids and ids[-1] == tokenizer.eos_token_id:  # a prompt goes on
                 ids.pop()
-            if ids[:2] == [tokenizer.bos_token_id] * 2 and self.prompts.version > 1:  # the template's own, and the tokenizer's
+            # the template's own, and the tokenizer's
+            if ids[:2] == [tokenizer.bos_token_id] * 2 and self.prompts.version > 1:
                 ids.pop(0)
             ids += self._plain_ids("\n") if self.newline_apart else []
         if not ids:
@@ -177,8 +187,8 @@ class Prompter:
 
     @property
     def form(self) -> str:
-        """The text around `{prompt}` of a template that is not the tokenizer's own; it is tokenised with the prompt, as one
-        text, so that whoever serves the student sends the same tokens."""
+        """The text around `{prompt}` of a template that is not the tokenizer's own; it is tokenised with the prompt, as
+        one text, so that whoever serves the student sends the same tokens."""
         if self.prompts.template != "raw":
             return self.prompts.template
         return "{prompt}" if self.is_encoder_decoder else "{prompt}\n"
@@ -227,7 +237,8 @@ class Prompter:
 
 
 def special_texts(tokenizer: Any) -> list[str]:
-    """How the special tokens of a tokenizer are spelled, longest first: a text that holds one would be read as that token."""
+    """How the special tokens of a tokenizer are spelled, longest first: a text that holds one would be read as that
+    token."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     found = {token.content for token in added if token.special} | set(getattr(tokenizer, "all_special_tokens", []))
     return sorted((text for text in found if len(text) > 1), key=lambda text: (-len(text), text))

@@ -18,11 +18,18 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.models import prefix_packing
 from qcrd_fast.models.cpu_linear import use_fast_products
 from qcrd_fast.models.decoder_start import decoder_start
-from qcrd_fast.models.lm_head import Head, body, check_head, read_head
+from qcrd_fast.models.lm_head import Head, backbone, check_head, read_head
 from qcrd_fast.models.loading import load_pretrained
-from qcrd_fast.models.packed_attention import attention_inputs, check_causal, find_mode
+from qcrd_fast.models.packed_attention import attention_inputs, check_causal, probe_packed_attention
 from qcrd_fast.models.padding import pad_right
-from qcrd_fast.models.prefix_packing import Group, Layout, fill_rows, lay_out, length_batches, share
+from qcrd_fast.models.prefix_packing import (
+    Group,
+    Layout,
+    first_fit_decreasing,
+    group_by_prompt,
+    length_batches,
+    pack_rows,
+)
 from qcrd_fast.models.prompts import Prompter, PromptSettings, TokenIds
 
 MAX_TOKENS = 16_384  # padded tokens that run through the model at once
@@ -43,8 +50,9 @@ class PackedHidden:
 class Student(Prompter):
     """A T5-like or decoder-only model with its tokenizer and prompts.
 
-    Raises `InputError` when the tokenizer has more tokens than the model has rows, when the model's logits are not those that
-    its head and hidden states give (`check_head`), or when tokens see what comes after them (`check_causal`).
+    Raises `InputError` when the tokenizer has more tokens than the model has rows, when the model's logits are not
+    those that its head and hidden states give (`check_head`), or when tokens see what comes after them
+    (`check_causal`).
     """
 
     def __init__(self, model: Any, tokenizer: Any, prompts: PromptSettings):
@@ -63,16 +71,23 @@ class Student(Prompter):
         check_causal(model)
 
     def _start(self, rows: int) -> int:
-        """The token that the model itself starts a decoder with; where that is a target's last one, EOS, which ends targets."""
+        """The token that the model itself starts a decoder with; where that is a target's last one, EOS, which ends
+        targets."""
         start = decoder_start(self.model)
         start = self.tokenizer.eos_token_id if start == "last" else start
         if not (isinstance(start, int) and 0 <= start < rows):
-            raise InputError(f"student: decoder_start_token_id is {start} in config.json, but the model has {rows} rows")
+            raise InputError(
+                f"student: decoder_start_token_id is {start} in config.json, but the model has {rows} rows"
+            )
         return start
 
     @classmethod
     def load(
-        cls, name_or_path: str, prompts: PromptSettings, device: torch.device | str = "cpu", attention: str | None = None
+        cls,
+        name_or_path: str,
+        prompts: PromptSettings,
+        device: torch.device | str = "cpu",
+        attention: str | None = None,
     ) -> Student:
         """Load a local folder or hub id in fp32. Only safetensors and code of the transformers package are read.
 
@@ -102,7 +117,9 @@ class Student(Prompter):
         noise = torch.Generator().manual_seed(0)
         rows = self.model.get_input_embeddings().weight.shape[0]
         *sources, a, b, c, d = (torch.randint(0, rows, (n,), generator=noise).tolist() for n in (5, 3, 4, 1, 6, 3))
-        return find_mode(self.model, lambda mode: self._hidden(sources, [a, b, c, d], [0, 0, 0, 1], mode, MAX_TOKENS).hidden)
+        return probe_packed_attention(
+            self.model, lambda mode: self._hidden(sources, [a, b, c, d], [0, 0, 0, 1], mode, MAX_TOKENS).hidden
+        )
 
     def hidden(
         self,
@@ -114,9 +131,9 @@ class Student(Prompter):
     ) -> PackedHidden:
         """Hidden states at the tokens of `targets`, target i following `sources[source_of[i]]`.
 
-        Each source is read once, its targets side by side behind it (`shared` False: each target has a copy of its own, save
-        that an encoder still runs once). Rows of similar length run together, at most `max_tokens` padded tokens at a time;
-        the result is in the order of `targets`.
+        Each source is read once, its targets side by side behind it (`shared` False: each target has a copy of its own,
+        save that an encoder still runs once). Rows of similar length run together, at most `max_tokens` padded tokens
+        at a time; the result is in the order of `targets`.
         """
         several = len(set(source_of)) < len(targets)
         return self._hidden(sources, targets, source_of, self.sharing if shared and several else None, max_tokens)
@@ -137,11 +154,11 @@ class Student(Prompter):
         if mode is None:
             groups = [Group(source, [i]) for i, source in enumerate(source_of)]
         else:
-            groups = share(lengths, source_of, [min(self._room(p, mode), max_tokens - p) for p in prompts])
+            groups = group_by_prompt(lengths, source_of, [min(self._room(p, mode), max_tokens - p) for p in prompts])
         sizes = [prompts[group.source] + sum(lengths[i] for i in group.targets) for group in groups]
         rows = [[g] for g in range(len(groups))]
         if mode and not self.is_encoder_decoder:  # what the longest row leaves free holds shorter ones
-            rows = fill_rows(sizes, max_tokens if mode == "flex" else max(sizes))
+            rows = first_fit_decreasing(sizes, max_tokens if mode == "flex" else max(sizes))
         widths = [sum(sizes[g] for g in row) for row in rows]
         batches = list(length_batches(widths, max_tokens, prefix_packing.MAX_PAIRS if mode == "dense" else None))
         idle = self.most(len(batches)) - len(batches)
@@ -171,7 +188,8 @@ class Student(Prompter):
         return self.model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state, mask_BL
 
     def decode(self, encoded: Any, targets: Sequence[TokenIds], source_of: Sequence[int]) -> PackedHidden:
-        """`hidden` for one padded batch of already encoded sources, one sequence a target, with the padded states too."""
+        """`hidden` for one padded batch of already encoded sources, one sequence a target, with the padded states
+        too."""
         rows = [[Group(source, [i])] for i, source in enumerate(source_of)]
         hidden_BLH, layout = self._run(encoded, rows, targets, None)
         body_tokens = layout.ids_BL.numel() + (encoded[1].numel() if self.is_encoder_decoder else 0)
@@ -183,7 +201,9 @@ class Student(Prompter):
         if self.is_encoder_decoder:
             return prefix_packing.BIASED_ROW
         return (
-            prefix_packing.MAX_ROW - prompt if mode == "flex" else prefix_packing.best_room(prompt, self.head.weight.shape[1])
+            prefix_packing.MAX_ROW - prompt
+            if mode == "flex"
+            else prefix_packing.best_room(prompt, self.head.weight.shape[1])
         )
 
     def _run(
@@ -192,10 +212,12 @@ class Student(Prompter):
         """Hidden states [B, L, H] of a padded batch of rows."""
         prompts = None if self.is_encoder_decoder else encoded
         start = [self.start_id] if self.is_encoder_decoder else []
-        layout = lay_out(rows, targets, prompts, start, self.pad_id, self.device, prefix_packing.BLOCK if mode == "flex" else 1)
+        layout = pack_rows(
+            rows, targets, prompts, start, self.pad_id, self.device, prefix_packing.BLOCK if mode == "flex" else 1
+        )
         inputs = attention_inputs(self.model, layout, mode)
         if not self.is_encoder_decoder:
-            return body(self.model)(input_ids=layout.ids_BL, use_cache=False, **inputs).last_hidden_state, layout
+            return backbone(self.model)(input_ids=layout.ids_BL, use_cache=False, **inputs).last_hidden_state, layout
         states_QLH, mask_QL = encoded
         index = self._tensor(layout.sources)
         output = self.model.get_decoder()(

@@ -1,5 +1,6 @@
-"""Views: the styles that rationales of one question are written in, and what a prompt says to ask for one (MinT, multi-view
-fine-tuning): one table. `--views FILE.yaml` adds rows or replaces them; a run's table is saved with its checkpoints.
+"""Views: the styles that rationales of one question are written in, and what a prompt says to ask for one (MinT,
+multi-view fine-tuning): one table. `--views FILE.yaml` adds rows or replaces them; a run's table is saved with its
+checkpoints.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def view_text(view: str | None, own: Mapping[str, str]) -> str:
     found = own.get(view, VIEWS.get(view))
     if found is None:
         raise InputError(
-            f"view {view!r} is in no table (there: {', '.join({**VIEWS, **own})}); --views FILE.yaml says what its prompt is"
+            f"view {view!r} is in no table (there: {', '.join({**VIEWS, **own})}); --views FILE.yaml says what its "
+            f"prompt is"
         )
     return found
 

@@ -27,14 +27,14 @@ def check_head(
 ) -> tuple[Tensor, Tensor, HeadOptions]:
     """(hidden [T, H] in the type it is multiplied in, target [T] int64, options). `ValueError` for what does not fit.
 
-    A temperature for each token becomes [T, 1] in the options. `of`: what the names of hidden, weight, bias, scale and softcap
-    begin with in messages.
+    A temperature for each token becomes [T, 1] in the options. `of`: what the names of hidden, weight, bias, scale and
+    softcap begin with in messages.
     """
     given = {f"{of}hidden": hidden, f"{of}weight": weight, "target": target}
     require_tensors(**given, **({} if bias is None else {f"{of}bias": bias}))
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None:
-            require_whole(of + name, x, hidden.device)
+            require_unsharded(of + name, x, hidden.device)
     require_constants(**{f"{of}scale": scale, f"{of}softcap": softcap, "temperature": temperature})
     H, V = hidden.shape[-1], weight.shape[0]
     require(hidden.is_floating_point(), lambda: f"{of}hidden must be floating point, got {hidden.dtype}")
@@ -58,17 +58,23 @@ def check_head(
     )
     require(is_finite(scale), lambda: f"{of}scale must be finite, got {scale}")
     require(
-        softcap is None or 0 < softcap < INFINITY, lambda: f"{of}softcap must be above 0 and finite, or None, got {softcap}"
+        softcap is None or 0 < softcap < INFINITY,
+        lambda: f"{of}softcap must be above 0 and finite, or None, got {softcap}",
     )
     hidden_TH, target_T = hidden.reshape(-1, H), target.reshape(-1).long()
     require(
         ((target_T == ignore_index) | ((target_T >= 0) & (target_T < V))).all(),
         lambda: (
-            f"target must lie in [0, {V}) or be ignore_index {ignore_index}, got {int(target.min())} to {int(target.max())}"
+            f"target must lie in [0, {V}) or be ignore_index {ignore_index}, got {int(target.min())} to "
+            f"{int(target.max())}"
         ),
     )
     operand_TH = hidden_TH.to(product_type(hidden))
-    return operand_TH, target_T, HeadOptions(float(scale), float(softcap or 0), _temperature(temperature, target, operand_TH))
+    return (
+        operand_TH,
+        target_T,
+        HeadOptions(float(scale), float(softcap or 0), _temperature(temperature, target, operand_TH)),
+    )
 
 
 def _temperature(temperature: float | Tensor, target: Tensor, hidden_TH: Tensor) -> float | Tensor:
@@ -82,7 +88,9 @@ def _temperature(temperature: float | Tensor, target: Tensor, hidden_TH: Tensor)
     )
     require(
         ((temperature > 0) & temperature.isfinite()).all(),
-        lambda: f"temperature must be above 0 and finite, got {float(temperature.min()):g} to {float(temperature.max()):g}",
+        lambda: (
+            f"temperature must be above 0 and finite, got {float(temperature.min()):g} to {float(temperature.max()):g}"
+        ),
     )
     return temperature.reshape(-1, 1).to(accumulation_dtype(hidden_TH.dtype))
 
@@ -96,7 +104,9 @@ def require_constants(**arguments: object) -> None:
     """`ValueError` naming the first argument that requires a gradient, which it would not get."""
     for name, x in arguments.items():
         if isinstance(x, Tensor) and x.requires_grad:
-            raise ValueError(f"{name} must be a constant: it requires grad, but no gradient for it is computed; detach it")
+            raise ValueError(
+                f"{name} must be a constant: it requires grad, but no gradient for it is computed; detach it"
+            )
 
 
 def require_no_tangent(*arguments: Tensor | None) -> None:
@@ -114,8 +124,9 @@ def product_type(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
 
 
-def require_whole(name: str, x: Tensor, device: torch.device) -> None:
-    """`ValueError` for a shard (a DTensor), and for what FSDP, ZeRO-3 and offloading leave of a weight between forwards."""
+def require_unsharded(name: str, x: Tensor, device: torch.device) -> None:
+    """`ValueError` for a shard (a DTensor), and for what FSDP, ZeRO-3 and offloading leave of a weight between
+    forwards."""
     if hasattr(x, "full_tensor"):
         kind = "a DTensor, one rank's shard (of FSDP2; of tensor parallelism, give `to_local()` and the process_group)"
     elif x.numel() == 0:
@@ -124,7 +135,9 @@ def require_whole(name: str, x: Tensor, device: torch.device) -> None:
         kind = "on the meta device, as offloading leaves it between calls"
     else:
         return
-    raise ValueError(f"{name} is {kind}; it is whole only inside the model's own forward, where qcrd_fast.attach runs the loss")
+    raise ValueError(
+        f"{name} is {kind}; it is whole only inside the model's own forward, where qcrd_fast.attach runs the loss"
+    )
 
 
 def require_tensors(**arguments: object) -> None:
@@ -135,7 +148,8 @@ def require_tensors(**arguments: object) -> None:
 
 
 def require(condition: Tensor | bool, message: Callable[[], str]) -> None:
-    """`ValueError` unless true. A value on a GPU is asserted there, without a host sync; under torch.compile it is trusted."""
+    """`ValueError` unless true. A value on a GPU is asserted there, without a host sync; under torch.compile it is
+    trusted."""
     if not isinstance(condition, Tensor):
         if not condition:
             raise ValueError(message())

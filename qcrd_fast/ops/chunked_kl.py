@@ -27,8 +27,9 @@ from qcrd_fast.ops.reference import Head, accumulation_dtype
 def chunked_kl(
     student: Head, teacher: Head, valid_T: Tensor, beta: float, kept_bytes: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(divergence, log-sum-exp of student and of teacher, `mean_S` of `chunked_kl_backward`), each [T], 0 where not valid; then
-    the logits of the first chunks of the student and of the teacher, as many as `kept_bytes` hold, as `chunked_forward`.
+    """(divergence, log-sum-exp of student and of teacher, `mean_S` of `chunked_kl_backward`), each [T], 0 where not
+    valid; then the logits of the first chunks of the student and of the teacher, as many as `kept_bytes` hold, as
+    `chunked_forward`.
 
     One pass over the vocabulary with online log-sum-exps where beta is 0 or 1; else a second one, that needs both.
     """
@@ -38,7 +39,8 @@ def chunked_kl(
     kept = [student.hidden_TH.new_empty(T * columns, dtype=dtype) for _ in range(2)]
     max_2T = torch.full((2, T), torch.finfo(dtype).min, dtype=dtype, device=valid_T.device)
     sum_2T = torch.zeros_like(max_2T)
-    ratio_T = torch.zeros_like(max_2T[0])  # sum of e (x_a - x_b), x_a and x_b each row's logits less the largest, e = exp(x_a)
+    # sum of e (x_a - x_b), x_a and x_b each row's logits less the largest, e = exp(x_a)
+    ratio_T = torch.zeros_like(max_2T[0])
     a, b = (0, 1) if beta == 1 else (1, 0)  # KL(a || b)
     masks = student.bias_V is not None or teacher.bias_V is not None  # with -inf
     for start, stop, pair, _, _ in _logits_of_both(student, teacher, chunks(V, T)):
@@ -90,15 +92,17 @@ def chunked_kl_backward(
     d loss / d divergence [S].
 
     The gradient of a row's logits is p - q of KL(q || p), else p (r - mean), r = log(p / q) of KL(p || q) and
-    (1 - beta) log(p / m) of a mixture m, mean = sum p r. `kept`: the logits that `chunked_kl` kept of both, over how many
-    rows, and which of those these are (None: all).
+    (1 - beta) log(p / m) of a mixture m, mean = sum p r. `kept`: the logits that `chunked_kl` kept of both, over how
+    many rows, and which of those these are (None: all).
     """
     options, (S, V) = student.options, (len(student.hidden_TH), len(student.weight_VH))
     out = HeadGradients(student.hidden_TH, student.weight_VH, student.bias_V, options.scale, needs)
     grad_S1 = dkl_S[:, None] * (1 if beta in (0, 1) else 1 - beta)
     T = kept[2] if kept else S
     ranges = chunks_of_kept(V, T, S, len(kept[0]) // max(T, 1) if kept else 0)
-    for start, stop, (logp_SC, logq_SC), weight_CH, slope_SC in _logits_of_both(student, teacher, ranges, kept, slopes=True):
+    for start, stop, (logp_SC, logq_SC), weight_CH, slope_SC in _logits_of_both(
+        student, teacher, ranges, kept, slopes=True
+    ):
         logp_SC.sub_(lse_S[:, None])
         logq_SC.sub_(teacher_lse_S[:, None])
         if beta == 0:
@@ -126,8 +130,8 @@ def _logits_of_both(
     kept: tuple[Tensor, Tensor, int, Tensor | None] | None = None,
     slopes: bool = False,
 ) -> Iterator[tuple[int, int, tuple[Tensor, Tensor], Tensor | None, Tensor | None]]:
-    """(start, stop, logits of student and teacher [T, C], the student's rows of the head as `operand` or None where its logits
-    were kept, d logits / d a of a softcap or None) of each chunk of the vocabulary."""
+    """(start, stop, logits of student and teacher [T, C], the student's rows of the head as `operand` or None where its
+    logits were kept, d logits / d a of a softcap or None) of each chunk of the vocabulary."""
     dtype = accumulation_dtype(student.hidden_TH.dtype)
     operands = [operand(head.hidden_TH) for head in (student, teacher)]
     for start, stop in ranges:
@@ -150,7 +154,8 @@ def _logits_of_both(
 
 
 def _mixture(logp_TC: Tensor, logq_TC: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """(log(q / p), log(m / p)), m = (1 - beta) p + beta q. Logs below -200, whose exponentials are 0, are raised in place."""
+    """(log(q / p), log(m / p)), m = (1 - beta) p + beta q. Logs below -200, whose exponentials are 0, are raised in
+    place."""
     ratio_TC = logq_TC.clamp_(min=-200) - logp_TC.clamp_(min=-200)
     weight_TC = (ratio_TC > 0).to(ratio_TC.dtype).mul_(1 - 2 * beta).add_(beta)  # of the smaller of p and q
     log_TC = weight_TC.mul_(torch.expm1(-ratio_TC.abs())).log1p_()

@@ -13,7 +13,8 @@ from qcrd_fast.errors import InputError
 
 
 def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(eager | torch | triton, why). QCRD_FAST_IMPL overrides `impl`. What was asked for and cannot run is a `ValueError`."""
+    """(eager | torch | triton, why). QCRD_FAST_IMPL overrides `impl`. What was asked for and cannot run is a
+    `ValueError`."""
     forced = os.environ.get("QCRD_FAST_IMPL")
     asked = forced or impl
     origin = f"QCRD_FAST_IMPL={forced}" if forced else f"impl={impl!r}"
@@ -36,7 +37,8 @@ def require_impl(impl: str, device: torch.device) -> None:
 
 
 def describe_gluon() -> str | None:
-    """What follows from QCRD_FAST_GLUON, the kernel of `csrc_triton.linear_logprob_hopper`; None where it is not asked for."""
+    """What follows from QCRD_FAST_GLUON, the kernel of `csrc_triton.linear_logprob_hopper`; None where it is not asked
+    for."""
     if os.environ.get("QCRD_FAST_GLUON", "0") == "0" or _triton_import_error():
         return None
     from csrc_triton.product import gluon_obstacle, gluon_wanted

@@ -1,5 +1,5 @@
-"""Hidden states x head of a student and of a teacher -> how far apart their distributions are, as a torch operator: choice of
-implementation, autograd. No logits are held.
+"""Hidden states x head of a student and of a teacher -> how far apart their distributions are, as a torch operator:
+choice of implementation, autograd. No logits are held.
 
 Shape suffixes: T tokens, S rows with a gradient, H the student's hidden size, G the teacher's, V vocabulary.
 """
@@ -41,30 +41,34 @@ def linear_kl(
 ) -> Tensor:
     """Divergence of the student from the teacher over the whole vocabulary, a token each [...], in nats; never below 0.
 
-    hidden [..., H], weight [V, H], bias [V]: the student's; teacher_hidden [..., G], teacher_weight [V, G], teacher_bias [V]:
-    the teacher's, of the same tokens and the same vocabulary. With p the student's distribution and q the teacher's:
+    hidden [..., H], weight [V, H], bias [V]: the student's; teacher_hidden [..., G], teacher_weight [V, G],
+    teacher_bias [V]: the teacher's, of the same tokens and the same vocabulary. With p the student's distribution and q
+    the teacher's:
 
         beta = 0      KL(q || p) = sum of q log(q / p): forward, covers all that the teacher does
         beta = 1      KL(p || q): reverse, keeps to where the teacher is likely
-        0 < beta < 1  beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q: generalised Jensen-Shannon, GKD
+        0 < beta < 1  beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q: generalised Jensen-Shannon,
+        GKD
                       (arXiv 2306.13649) as TRL has it; it goes to 0 at both ends, so that 0 and 1 are no limits of it
 
-    Logits are those of `linear_logprob`, softcap * tanh(a / softcap) / temperature with a = scale * hidden weight^T + bias, for
-    each with its own scale and softcap; `temperature` is of both, and the result is not multiplied by its square.
+    Logits are those of `linear_logprob`, softcap * tanh(a / softcap) / temperature with a = scale * hidden weight^T +
+    bias, for each with its own scale and softcap; `temperature` is of both, and the result is not multiplied by its
+    square.
 
-    target [...] int64: only whether it is `ignore_index` counts, where the result is 0 without gradient; None: none is ignored.
-    Gradients go to hidden, weight and bias; the teacher is a constant, even where its tensors require grad.
+    target [...] int64: only whether it is `ignore_index` counts, where the result is 0 without gradient; None: none is
+    ignored. Gradients go to hidden, weight and bias; the teacher is a constant, even where its tensors require grad.
 
-    Results are fp32 (float64 for float64 hidden states). A product is taken in the type of its hidden states (under autocast,
-    autocast's) and accumulated in fp32. No logits are held beyond a chunk: one pass reads both heads, two where 0 < beta < 1,
-    and the backward pass reads them once more, for rows alone whose gradient is not 0; `max_rows`, a bound on their number,
-    saves it one host sync on a GPU. `workspace_bytes`: how many bytes of logits `torch` may keep for the later passes
-    (8 T V for all in fp32), which then are not computed again; the kernels always compute them.
+    Results are fp32 (float64 for float64 hidden states). A product is taken in the type of its hidden states (under
+    autocast, autocast's) and accumulated in fp32. No logits are held beyond a chunk: one pass reads both heads, two
+    where 0 < beta < 1, and the backward pass reads them once more, for rows alone whose gradient is not 0; `max_rows`,
+    a bound on their number, saves it one host sync on a GPU. `workspace_bytes`: how many bytes of logits `torch` may
+    keep for the later passes (8 T V for all in fp32), which then are not computed again; the kernels always compute
+    them.
 
     Where two tokenizers of a family pad their heads to different lengths, pass the rows that both have: `weight[:n]`.
 
-    Raises `ValueError` naming what was expected and what came, also under forward-mode AD and for a scale, softcap, temperature
-    or beta that requires grad; `TypeError` for an argument that is no tensor.
+    Raises `ValueError` naming what was expected and what came, also under forward-mode AD and for a scale, softcap,
+    temperature or beta that requires grad; `TypeError` for an argument that is no tensor.
     """
     require_constants(beta=beta)
     require(0 <= beta <= 1, lambda: f"beta must be 0 (forward KL) to 1 (reverse KL), got {beta}")
@@ -78,8 +82,8 @@ def linear_kl(
     require(
         teacher_hidden.shape[:-1] == hidden.shape[:-1] and teacher_hidden.device == hidden.device,
         lambda: (
-            f"teacher_hidden must be [{', '.join(map(str, (*hidden.shape[:-1], 'G')))}] on {hidden.device}, of the tokens of "
-            f"hidden, got {list(teacher_hidden.shape)} on {teacher_hidden.device}"
+            f"teacher_hidden must be [{', '.join(map(str, (*hidden.shape[:-1], 'G')))}] on {hidden.device}, of the "
+            f"tokens of hidden, got {list(teacher_hidden.shape)} on {teacher_hidden.device}"
         ),
     )
     if target is None:
@@ -98,7 +102,11 @@ def linear_kl(
     valid_T = target_T != ignore_index
     double = torch.float64 in (hidden_TH.dtype, teacher_TG.dtype)
     chosen = choose_impl(impl, hidden.device, torch.float64 if double else hidden_TH.dtype)[0]
-    teacher_args = (teacher_TG.detach(), teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach())
+    teacher_args = (
+        teacher_TG.detach(),
+        teacher_weight.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen == "eager":
             student, teacher = Head(hidden_TH, weight, bias, options), Head(*teacher_args, teacher_options)
@@ -106,10 +114,14 @@ def linear_kl(
         else:
             require_no_tangent(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
             triton = chosen == "triton"
-            differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+            differentiated = torch.is_grad_enabled() and any(
+                x is not None and x.requires_grad for x in (hidden, weight, bias)
+            )
             numbers = (float(beta), *options, *teacher_options[:2])
             kept_bytes = workspace_bytes if (differentiated or 0 < beta < 1) and not triton else 0
-            kl_T = _linear_kl(hidden_TH, weight, bias, *teacher_args, valid_T, *numbers, triton, max_rows, kept_bytes)[0]
+            kl_T = _linear_kl(hidden_TH, weight, bias, *teacher_args, valid_T, *numbers, triton, max_rows, kept_bytes)[
+                0
+            ]
     return kl_T.reshape(target.shape)
 
 
@@ -207,7 +219,9 @@ def _linear_kl_backward(
 
 @_linear_kl_backward.register_fake
 def _(hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(empty_gradient(x, need, hidden_TH) for x, need in zip((hidden_TH, weight_VH, bias_V), rest[-1], strict=True))
+    return tuple(
+        empty_gradient(x, need, hidden_TH) for x, need in zip((hidden_TH, weight_VH, bias_V), rest[-1], strict=True)
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

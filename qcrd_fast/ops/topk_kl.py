@@ -1,7 +1,7 @@
 """KL(teacher || student) at each token from the teacher's K likeliest tokens: [T, V] is held by neither side.
 
-The student's logits at the K tokens are products with K gathered rows of its head, a block of tokens at a time; its log-sum-exp
-is `linear_logprob`'s. Suffixes: T tokens, H hidden, V vocabulary, K likeliest tokens, C a block of tokens.
+The student's logits at the K tokens are products with K gathered rows of its head, a block of tokens at a time; its
+log-sum-exp is `linear_logprob`'s. Suffixes: T tokens, H hidden, V vocabulary, K likeliest tokens, C a block of tokens.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def topk_kl(
 ) -> Tensor:
     """KL [T] in nats, differentiable in hidden states, head and log-sum-exp.
 
-    ids_TK: distinct tokens; logq_TK: the teacher's log-probs of them, -inf in places that are not used. lse_T: the student's
-    log-sum-exp of logits / temperature.
+    ids_TK: distinct tokens; logq_TK: the teacher's log-probs of them, -inf in places that are not used. lse_T: the
+    student's log-sum-exp of logits / temperature.
 
-    With `tail`: sum_k q_k log(q_k / p_k) + q_o log(q_o / p_o), q_o = 1 - sum_k q_k and p_o alike: the KL of the distributions
-    with all other tokens merged into one, so at most the whole KL, which it is for K = V. It grows with K. Without: the KL of
-    both distributions renormalised over the K tokens.
+    With `tail`: sum_k q_k log(q_k / p_k) + q_o log(q_o / p_o), q_o = 1 - sum_k q_k and p_o alike: the KL of the
+    distributions with all other tokens merged into one, so at most the whole KL, which it is for K = V. It grows with
+    K. Without: the KL of both distributions renormalised over the K tokens.
     """
     hidden_TH = hidden_TH.to(product_type(hidden_TH))
     dtype = accumulation_dtype(hidden_TH.dtype)
@@ -73,7 +73,8 @@ def linear_top(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p [T] of the targets, the k likeliest tokens [T, K], their log p [T, K] in falling order) in nats, detached."""
+    """(log p [T] of the targets, the k likeliest tokens [T, K], their log p [T, K] in falling order) in nats,
+    detached."""
     hidden_TH = hidden_TH.to(product_type(hidden_TH))
     options, V = HeadOptions(scale, float(softcap or 0), temperature), len(weight_VH)
     rows, parts = max(1, LOGITS_BYTES // (8 * V)), []
@@ -87,7 +88,8 @@ def linear_top(
 
 
 def _tail(logq_TK: Tensor, logp_TK: Tensor, dtype: torch.dtype) -> Tensor:
-    """q_o log(q_o / p_o) of what K tokens leave; 0 where q_o is no more than rounding, below which p_o is not taken either."""
+    """q_o log(q_o / p_o) of what K tokens leave; 0 where q_o is no more than rounding, below which p_o is not taken
+    either."""
     floor = 16 * torch.finfo(dtype).eps
     most = math.log1p(-floor)
     logQ_T, logP_T = logq_TK.logsumexp(1), logp_TK.logsumexp(1).clamp(max=most)
@@ -139,7 +141,9 @@ class _PickedLogits(torch.autograd.Function):
             draw_TK = draw_TK * (1 - tanh_TK.square())
         dbias_V = None
         if bias_V is not None and needs[2]:
-            dbias_V = torch.zeros_like(bias_V, dtype=dtype).index_add(0, ids_TK.flatten(), draw_TK.flatten()).to(bias_V.dtype)
+            dbias_V = (
+                torch.zeros_like(bias_V, dtype=dtype).index_add(0, ids_TK.flatten(), draw_TK.flatten()).to(bias_V.dtype)
+            )
         draw_TK, parts = draw_TK * scale, []
         dweight_VH = torch.zeros_like(weight_VH, dtype=dtype) if needs[1] else None
         for hidden_CH, ids_CK, draw_CK in _blocks(hidden_TH, ids_TK, draw_TK):
@@ -155,5 +159,7 @@ class _PickedLogits(torch.autograd.Function):
 
 def _blocks(hidden_TH: Tensor, ids_TK: Tensor, *others: Tensor) -> Any:
     """The same rows of each, so many that their gathered rows of the head take at most `GATHERED_BYTES`."""
-    rows = max(1, GATHERED_BYTES // (accumulation_dtype(hidden_TH.dtype).itemsize * ids_TK.shape[1] * hidden_TH.shape[1]))
+    rows = max(
+        1, GATHERED_BYTES // (accumulation_dtype(hidden_TH.dtype).itemsize * ids_TK.shape[1] * hidden_TH.shape[1])
+    )
     return zip(*(x.split(rows) for x in (hidden_TH, ids_TK, *others)), strict=True)

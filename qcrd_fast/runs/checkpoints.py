@@ -40,18 +40,20 @@ def latest_checkpoint(run: Path, resume: bool = False) -> Path | None:
     With `resume`, the snapshots that it needs must be whole too.
     """
     for checkpoint in checkpoints(run):
-        fault = find_fault(checkpoint, run if resume else None)
+        fault = find_corruption(checkpoint, run if resume else None)
         if fault is None:
             return checkpoint
         log.warning("%s is damaged (%s); trying an earlier one", checkpoint, fault)
     return None
 
 
-def find_fault(checkpoint: Path, run: Path | None = None) -> str | None:
-    """What is wrong with a checkpoint (and with the snapshots in `run` that it needs), naming the file; None if whole."""
+def find_corruption(checkpoint: Path, run: Path | None = None) -> str | None:
+    """What is wrong with a checkpoint (and with the snapshots in `run` that it needs), naming the file; None if
+    whole."""
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
-        files = dict(json.loads(text, object_pairs_hook=_unique)["files"]) if text.endswith("}\n") else {}  # to its last byte
+        # to its last byte
+        files = dict(json.loads(text, object_pairs_hook=_unique)["files"]) if text.endswith("}\n") else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{MANIFEST} is missing or unreadable"
     needed = {"config.json", STATE} if any(map(is_optimizer, files)) else {"config.json", STATE, OPTIMIZER}
@@ -67,15 +69,16 @@ def find_fault(checkpoint: Path, run: Path | None = None) -> str | None:
     return _find_bad_file(run / SNAPSHOTS, {snapshot_path(run, int(i)).name: d for i, d in wanted.items()}, STATE)
 
 
-def require_whole(folder: Path) -> None:
+def verify_checkpoint(folder: Path) -> None:
     """Raises `InputError` for a checkpoint that is not as its manifest says; nothing for a folder that has none, or
     a hub id."""
-    if os.path.isfile(folder / MANIFEST) and (fault := find_fault(folder)):
+    if os.path.isfile(folder / MANIFEST) and (fault := find_corruption(folder)):
         raise InputError(f"{folder}: the checkpoint is damaged: {fault}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without a name twice: a bit may turn a file's name into another's, of which the last would count."""
+    """A JSON object without a name twice: a bit may turn a file's name into another's, of which the last would
+    count."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a name stands twice")
     return dict(pairs)
@@ -89,7 +92,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         wrong = [name for name, kind in _KINDS.items() if type(state[name]) is not kind]
-        wrong += [f"snapshots of {i!r}" for i, d in state["snapshots"].items() if not i.isdecimal() or type(d) is not str]
+        wrong += [
+            f"snapshots of {i!r}" for i, d in state["snapshots"].items() if not i.isdecimal() or type(d) is not str
+        ]
         PromptSettings.of_state(state["prompt"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{checkpoint / STATE} is unreadable: {type(error).__name__} {error}") from error
@@ -115,7 +120,8 @@ def is_optimizer(name: str) -> bool:
 
 
 def resumable(run: Path, step: int, limit: int | None, passed_over: Collection[int] = ()) -> list[Path]:
-    """The latest `limit` checkpoints up to `step`, without those that this run was resumed without: they may be damaged."""
+    """The latest `limit` checkpoints up to `step`, without those that this run was resumed without: they may be
+    damaged."""
     return [p for p in checkpoints(run) if step_of(p) <= step and step_of(p) not in passed_over][:limit]
 
 
@@ -128,14 +134,14 @@ def rotate(run: Path, step: int, limit: int | None, best: int | None, passed_ove
 
 
 def best_checkpoint(run: Path, step: int, rated: dict[int, float]) -> tuple[Path, dict[str, Any] | None]:
-    """The whole checkpoint with the best of the validation accuracies `rated` (by step), and {step, accuracy}; the earlier one
-    of equals. Without any, that of `step` and None."""
+    """The whole checkpoint with the best of the validation accuracies `rated` (by step), and {step, accuracy}; the
+    earlier one of equals. Without any, that of `step` and None."""
     kept = {step_of(path) for path in checkpoints(run)}
     best = max(rated, key=lambda at: (rated[at], -at), default=None)
     for at in sorted(rated, key=lambda at: (-rated[at], at)):
         if at in kept or at == best:
             path = checkpoint_path(run, at)
-            if (fault := find_fault(path)) is None:
+            if (fault := find_corruption(path)) is None:
                 return path, {"step": at, "accuracy": rated[at]}
             log.warning("%s is damaged (%s); taking the next best", path, fault)
     return checkpoint_path(run, step), None

@@ -29,8 +29,8 @@ PREFIXES = {"reason": REASON, "predict": PREDICT}
 def choose_ask(ask: str, student: Student, state: Mapping[str, Any]) -> str:
     """How to ask a student that was loaded with `state` ({} of a model that is no run): as it was trained.
 
-    `auto`: `reason` of a run with `--reasoning-task`, `predict` of one without, and of a plain model `zero-shot` where it has a
-    chat template, which its prompts take from here on, else `reason`.
+    `auto`: `reason` of a run with `--reasoning-task`, `predict` of one without, and of a plain model `zero-shot` where
+    it has a chat template, which its prompts take from here on, else `reason`.
 
     Raises `InputError` for `reason` of a run that was trained without it, and for `zero-shot` without a chat template.
     """
@@ -113,7 +113,8 @@ def entropy(counts: Sequence[int]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What a student says by itself: the prompt, the steps of its explanation and the answer that it ends in, as texts."""
+    """What a student says by itself: the prompt, the steps of its explanation and the answer that it ends in, as
+    texts."""
 
     prompt: TokenIds
     steps: tuple[str, ...]
@@ -121,7 +122,8 @@ class Explanation:
 
 
 def explain_greedily(student: Student, rows: Sequence[Question], options: SelectOptions) -> list[Explanation]:
-    """The student's own greedy explanation of each row. Where it ends in no answer, it is asked for one behind `Answer:`."""
+    """The student's own greedy explanation of each row. Where it ends in no answer, it is asked for one behind
+    `Answer:`."""
     autocast = make_autocast(student.device, None)
     settings = dataclasses.replace(sample_settings(options), temperature=0.0, top_k=0)
     prompts = [prompt_ids(student, row, options.ask) for row in rows]
@@ -141,5 +143,6 @@ def explain_greedily(student: Student, rows: Sequence[Question], options: Select
 
 
 def step_ids(student: Student, steps: Sequence[str]) -> TokenIds:
-    """Tokens of steps, each tokenised by itself, so that the tokens of the first few are the beginning of those of all."""
+    """Tokens of steps, each tokenised by itself, so that the tokens of the first few are the beginning of those of
+    all."""
     return [token for step in steps for token in student.piece_ids(step)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from qcrd_fast.models.branches import branch_hidden
-from qcrd_fast.models.lm_head import evaluating
+from qcrd_fast.models.lm_head import eval_mode
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import PackedHidden, Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
@@ -18,11 +18,12 @@ from qcrd_fast.select.steps import split_steps
 
 
 def ifd(block: Block) -> list[list[float | None]]:
-    """Instruction-following difficulty of each positive r of a question x, nll the mean over r's tokens, EOS among them.
+    """Instruction-following difficulty of each positive r of a question x, nll the mean over r's tokens, EOS among
+    them.
 
-    `loss`: nll(r | x) / nll(r) (Cherry_LLM, arXiv 2308.12032); `ppl`: exp(nll(r | x) - nll(r)) (Superfiltering). Both are
-    above 1 where the question makes the rationale less likely; their orders differ. nll(r) is of r by itself: a decoder reads r
-    behind its BOS token, or EOS where it has none; an encoder reads EOS alone.
+    `loss`: nll(r | x) / nll(r) (Cherry_LLM, arXiv 2308.12032); `ppl`: exp(nll(r | x) - nll(r)) (Superfiltering). Both
+    are above 1 where the question makes the rationale less likely; their orders differ. nll(r) is of r by itself: a
+    decoder reads r behind its BOS token, or EOS where it has none; an encoder reads EOS alone.
     """
     student = _student(block)
     given, alone = mean_logprobs(student, block), mean_logprobs(student, block, alone=True)
@@ -44,8 +45,8 @@ def naturalness(block: Block) -> list[list[float]]:
 def local_naturalness(block: Block) -> list[list[float]]:
     """Mean log p of each positive's tokens, each step seeing only the `window` tokens before it [nats/token] (LALP).
 
-    What is before a step is the prompt and the steps until then; of an encoder-decoder the encoder reads what of the window is
-    in the prompt, or EOS alone, and the decoder the rest.
+    What is before a step is the prompt and the steps until then; of an encoder-decoder the encoder reads what of the
+    window is in the prompt, or EOS alone, and the decoder the rest.
     """
     student, window = _student(block), block.options.window
     sources: list[TokenIds] = []
@@ -69,8 +70,10 @@ def local_naturalness(block: Block) -> list[list[float]]:
     if not steps:
         return [[] for _ in block.rows]
     lengths = list(map(len, steps))
-    with torch.no_grad(), evaluating(student.model):
-        hidden = branch_hidden(student, sources, trunks, steps, list(range(len(steps))), list(map(len, trunks)), packed=False)
+    with torch.no_grad(), eval_mode(student.model):
+        hidden = branch_hidden(
+            student, sources, trunks, steps, list(range(len(steps))), list(map(len, trunks)), packed=False
+        )
         sums = target_sums(student, hidden, lengths)
     pairs = iter(zip(sums, lengths, strict=True))
     found = []
@@ -84,7 +87,8 @@ def local_naturalness(block: Block) -> list[list[float]]:
 
 
 def mean_logprobs(student: Student, block: Block, *, alone: bool = False) -> list[list[float]]:
-    """Mean log p of the tokens of each row's positives, EOS among them, given its prompt, or nothing (`alone`) [nats/token]."""
+    """Mean log p of the tokens of each row's positives, EOS among them, given its prompt, or nothing (`alone`)
+    [nats/token]."""
     pairs = [(row, rationale) for row in block.rows for rationale in row.positives]
     targets = [student.target_ids(rationale.text) for _, rationale in pairs]
     asked = [
@@ -96,7 +100,7 @@ def mean_logprobs(student: Student, block: Block, *, alone: bool = False) -> lis
     if not targets:
         return [[] for _ in block.rows]
     lengths = list(map(len, targets))
-    with torch.no_grad(), evaluating(student.model):
+    with torch.no_grad(), eval_mode(student.model):
         sums = target_sums(student, student.hidden(prompts, targets, source_of), lengths)
     means = iter(total / length for total, length in zip(sums, lengths, strict=True))
     return [[next(means) for _ in row.positives] for row in block.rows]
@@ -105,8 +109,8 @@ def mean_logprobs(student: Student, block: Block, *, alone: bool = False) -> lis
 def target_sums(
     student: Student, packed: PackedHidden, lengths: Sequence[int], skipped: Sequence[int] | None = None
 ) -> list[float]:
-    """Sum of log p over each target's tokens, without the first `skipped` of each, added up in float64 on the host, so that no
-    order of additions is left to the device."""
+    """Sum of log p over each target's tokens, without the first `skipped` of each, added up in float64 on the host, so
+    that no order of additions is left to the device."""
     head = student.head
     logprob_T = linear_logprob(packed.hidden, head.weight, packed.target, **head.options)
     parts = logprob_T.double().cpu().split(list(lengths))

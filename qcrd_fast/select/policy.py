@@ -13,8 +13,8 @@ Scores = Mapping[str, float | None]  # of one row, by name
 
 
 def top(rows: Sequence[Question], scores: Sequence[Scores], name: str, B: int, *, reverse: bool = False) -> list[int]:
-    """Indices of the B rows to choose first, best first, ties broken by id. Rows without a score, and rows above the score's
-    `at_most`, are never among them, so that there may be fewer. `reverse`: the other end first."""
+    """Indices of the B rows to choose first, best first, ties broken by id. Rows without a score, and rows above the
+    score's `at_most`, are never among them, so that there may be fewer. `reverse`: the other end first."""
     selector = SELECTORS[name]
     sign = -1 if selector.higher_is_chosen != reverse else 1
     found = [(sign * s, rows[i].id, i) for i, s in enumerate(_of(scores, name)) if s is not None and _may(selector, s)]
@@ -26,14 +26,16 @@ def drop_above(rows: Sequence[Question], scores: Sequence[Scores], name: str, th
     return [i for i, s in enumerate(_of(scores, name)) if s is None or s <= threshold]
 
 
-def drop_rationales_above(rationales: Sequence[Rationale], scores: Sequence[float | None], threshold: float) -> list[int]:
+def drop_rationales_above(
+    rationales: Sequence[Rationale], scores: Sequence[float | None], threshold: float
+) -> list[int]:
     """Indices of the rationales whose score is at most `threshold`. Rationales without a score stay."""
     return [i for i in range(len(rationales)) if (s := scores[i]) is None or s <= threshold]
 
 
 def weights(rows: Sequence[Question], scores: Sequence[Scores], name: str, *, reverse: bool = False) -> list[float]:
-    """A weight a row, 0 or more, of mean 1: the share of rows that would be chosen after it, so that it does not depend on the
-    unit of the score. Rows without a score weigh 1; ties share the mean of their places."""
+    """A weight a row, 0 or more, of mean 1: the share of rows that would be chosen after it, so that it does not depend
+    on the unit of the score. Rows without a score weigh 1; ties share the mean of their places."""
     selector, found = SELECTORS[name], _of(scores, name)
     values = [None if s is None else s if selector.higher_is_chosen != reverse else -s for s in found]
     ranked = sorted(i for i in range(len(rows)) if values[i] is not None)

@@ -1,4 +1,5 @@
-"""Scores that are done, in a file beside the output, so that the same command goes on after a kill. Imports no torch."""
+"""Scores that are done, in a file beside the output, so that the same command goes on after a kill. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from qcrd_fast.data.schema import Question, later_fields
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.select.options import SelectOptions
 from qcrd_fast.select.score import RowScores
-from qcrd_fast.utils.files import append_whole, read_lines, shown
+from qcrd_fast.utils.files import append_whole, printable, read_lines
 
 WEIGHTS = ("*.safetensors", "*.json")  # of a model folder: what a student is told by
 
@@ -48,13 +49,17 @@ class Progress:
             self._append([{"scores_of": self.identity}, *(self._line(*item) for item in self.finished.items())])
         except BlockingIOError:
             self._close()
-            raise InputError(f"--output: another process scores for {shown(self.path)}; choose another file") from None
+            raise InputError(
+                f"--output: another process scores for {printable(self.path)}; choose another file"
+            ) from None
         except (OSError, KeyError, TypeError) as error:
             self._close()
-            raise RunError(f"cannot use {shown(self.path)}: {error}; delete it to begin anew") from error
+            raise RunError(f"cannot use {printable(self.path)}: {error}; delete it to begin anew") from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -67,7 +72,9 @@ class Progress:
         try:
             self._append([self._line(*item) for item in scores.items()])
         except OSError as error:
-            raise RunError(f"cannot write {shown(self.path)}: {error.strerror}; the same command goes on") from error
+            raise RunError(
+                f"cannot write {printable(self.path)}: {error.strerror}; the same command goes on"
+            ) from error
 
     def done(self) -> None:
         """Delete the file: the output is there."""

@@ -1,7 +1,7 @@
 """The scores that rows are chosen by, once: name, direction, what they are of, what they need. Imports no torch.
 
-A new score is a function of a `Block` and a row of `SELECTORS`. Step uncertainty is after ELAD (arXiv 2402.13098), of which
-only the abstract and the captions could be had: the formulas are ours.
+A new score is a function of a `Block` and a row of `SELECTORS`. Step uncertainty is after ELAD (arXiv 2402.13098), of
+which only the abstract and the captions could be had: the formulas are ours.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from qcrd_fast.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Selector:
-    """A score. `score` maps a `Block` of rows to one value a row (`per` question), or to one list a row with a value for each
-    of its positives (`per` rationale); None where a row cannot be scored.
+    """A score. `score` maps a `Block` of rows to one value a row (`per` question), or to one list a row with a value
+    for each of its positives (`per` rationale); None where a row cannot be scored.
 
-    higher_is_chosen: which end of the scores `--top` takes. needs_samples: M sampled answers of the student. at_most: rows and
-    rationales above it are never chosen by `--top`.
+    higher_is_chosen: which end of the scores `--top` takes. needs_samples: M sampled answers of the student. at_most:
+    rows and rationales above it are never chosen by `--top`.
     """
 
     name: str
@@ -50,7 +50,8 @@ def _rows(*selectors: Selector) -> dict[str, Selector]:
 
 # name, higher is chosen, per, needs a student, needs samples
 SELECTORS: dict[str, Selector] = _rows(
-    Selector("random", True, "question", False, False, _later("votes", "random"), "a keyed random number: the baseline"),
+    Selector("random", True, "question", False, False, _later("votes", "random"),
+    "a keyed random number: the baseline"),
     Selector(
         "answer-entropy", True, "question", True, True, _later("uncertainty", "answer_entropy"),
         "entropy of the student's sampled answers [nats]",
@@ -68,7 +69,8 @@ SELECTORS: dict[str, Selector] = _rows(
         "known", False, "question", True, True, _later("uncertainty", "known"),
         "share of the student's samples that give the majority's answer",
     ),
-    Selector("agree", False, "question", False, False, _later("votes", "agree"), "largest share of the teacher's votes"),
+    Selector("agree", False, "question", False, False, _later("votes", "agree"),
+    "largest share of the teacher's votes"),
     Selector(
         "naturalness", False, "rationale", True, False, _later("likelihood", "naturalness"),
         "mean log p of the rationale under the student [nats/token]",

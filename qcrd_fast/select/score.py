@@ -1,6 +1,8 @@
-"""Scores of rows, a block at a time in the order of (length, id): what is computed together never depends on the rows' order.
+"""Scores of rows, a block at a time in the order of (length, id): what is computed together never depends on the rows'
+order.
 
-A score is a function of the checkpoint and the row, to the bit for the same set of rows: after a kill, in another order.
+A score is a function of the checkpoint and the row, to the bit for the same set of rows: after a kill, in another
+order.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.errors import InputError
 from qcrd_fast.select.options import SelectOptions
 from qcrd_fast.select.registry import SELECTORS
-from qcrd_fast.utils.oom import relieved_by
+from qcrd_fast.utils.oom import explaining_oom
 
 if TYPE_CHECKING:
     from qcrd_fast.models.student import Student
@@ -24,8 +26,8 @@ Row = Question
 
 @dataclasses.dataclass(frozen=True)
 class RowScores:
-    """Of one row: a value for each name, that of a score of rationales being the mean over its positives, and, for those, the
-    values of the positives."""
+    """Of one row: a value for each name, that of a score of rationales being the mean over its positives, and, for
+    those, the values of the positives."""
 
     row: dict[str, float | None]
     positives: dict[str, list[float | None]]
@@ -72,8 +74,8 @@ def score_all(
 ) -> list[RowScores]:
     """The scores of each row, by the names of `SELECTORS`.
 
-    finished: scores by id of an earlier call on the same rows, whose whole blocks are not computed again. on_block: told of
-    each block that was computed, {id: scores}. An exception of it, such as for a stop, passes through.
+    finished: scores by id of an earlier call on the same rows, whose whole blocks are not computed again. on_block:
+    told of each block that was computed, {id: scores}. An exception of it, such as for a stop, passes through.
 
     Raises:
         InputError: two rows have one id, or a name needs a student and there is none.
@@ -91,7 +93,7 @@ def score_all(
         if all(row.id in finished for row in some):
             found |= {row.id: finished[row.id] for row in some}
             continue
-        with relieved_by(f"--block-size {max(options.block_size // 2, 1)}, or fewer --max-new-tokens", "scoring"):
+        with explaining_oom(f"--block-size {max(options.block_size // 2, 1)}, or fewer --max-new-tokens", "scoring"):
             scored = dict(zip((row.id for row in some), _score(Block(some, student, options), names), strict=True))
         if on_block:
             on_block(scored)

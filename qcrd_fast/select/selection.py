@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What to do with the scores: at most one of the best `top` rows, what is above `drop_above` dropped, or a weight a row.
+    """What to do with the scores: at most one of the best `top` rows, what is above `drop_above` dropped, or a weight a
+    row.
 
     `reverse`: the other end of the scores is chosen first. Raises `InputError` for more than one, or for several names.
     """
@@ -54,12 +55,16 @@ class Policy:
             return [pairs[i] for i in sorted(policy.top(rows, scores, name, self.top, reverse=self.reverse))]
         if self.drop_above is not None and SELECTORS[name].per == "rationale":
             left = [_drop(row, of_row, name, self.drop_above) for row, of_row in pairs]
-            return [after for (row, _), after in zip(pairs, left, strict=True) if after[0].positives or not row.positives]
+            return [
+                after for (row, _), after in zip(pairs, left, strict=True) if after[0].positives or not row.positives
+            ]
         if self.drop_above is not None:
             return [pairs[i] for i in policy.drop_above(rows, scores, name, self.drop_above)]
         if self.weight:
             weights = policy.weights(rows, scores, name, reverse=self.reverse)
-            return [(dataclasses.replace(row, weight=w), of_row) for (row, of_row), w in zip(pairs, weights, strict=True)]
+            return [
+                (dataclasses.replace(row, weight=w), of_row) for (row, of_row), w in zip(pairs, weights, strict=True)
+            ]
         return pairs
 
 
@@ -85,7 +90,8 @@ def select(
 ) -> dict[str, Any]:
     """Score the rows of `data` by the names of the policy, choose, and write them to `output`. Returns the summary.
 
-    What is done is kept in a file beside the output until the output is there, so that the same command goes on after a kill.
+    What is done is kept in a file beside the output until the output is there, so that the same command goes on after a
+    kill.
 
     Raises `InputError` for rows, options or a student at fault, `RunError` where the output cannot be written.
     """
@@ -122,7 +128,12 @@ def select(
 
 
 def _score(
-    rows: Sequence[Question], names: Sequence[str], student: str | None, options: SelectOptions, device: str, progress: Progress
+    rows: Sequence[Question],
+    names: Sequence[str],
+    student: str | None,
+    options: SelectOptions,
+    device: str,
+    progress: Progress,
 ) -> list[RowScores]:
     loaded = None
     if student is not None and len(progress.finished) < len(rows):

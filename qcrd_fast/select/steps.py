@@ -7,7 +7,8 @@ import re
 ANSWER = "Answer:"  # what stands before the answer in a reply of the task `reason: x`
 CUE = f"\n{ANSWER} "
 _BOUNDARY = re.compile(r"(?<=[.!?])(?=\s)|(?<=[.!?][\"'\u201d)\]])(?=\s)|(?=\n)")
-_NUMBERED = re.compile(r"\s*(?:\(?\w{1,3}[.):]|[-*\u2022])*\s*")  # a list's mark or white space alone: no step of its own
+# a list's mark or white space alone: no step of its own
+_NUMBERED = re.compile(r"\s*(?:\(?\w{1,3}[.):]|[-*\u2022])*\s*")
 _ABBREVIATED = re.compile(r"(?:^|[\s(])(?:Mr|Mrs|Ms|Dr|St|Mt|No|vs|etc|e\.g|i\.e|approx|[A-Z])\.$")
 
 
@@ -32,8 +33,8 @@ def split_steps(text: str) -> list[str]:
 
 
 def split_reply(text: str) -> tuple[str, str | None]:
-    """(explanation, answer) of a student's reply: what is before its last `Answer:`, and the line behind it; None where there
-    is none. The explanation is as it stands, without white space at its end."""
+    """(explanation, answer) of a student's reply: what is before its last `Answer:`, and the line behind it; None where
+    there is none. The explanation is as it stands, without white space at its end."""
     before, found, after = text.rpartition(ANSWER)
     if not found:
         return text.rstrip(), None

@@ -12,7 +12,7 @@ import torch
 
 from qcrd_fast.generation.sample import sample
 from qcrd_fast.models.branches import branch_hidden
-from qcrd_fast.models.lm_head import evaluating
+from qcrd_fast.models.lm_head import eval_mode
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
@@ -40,8 +40,8 @@ def answer_entropy(block: Block) -> list[float]:
 def known(block: Block) -> list[float | None]:
     """Share of the M sampled answers that are the majority's, else the gold one; None where a row has neither.
 
-    Knowledge detection (arXiv 2406.11275) asks an entailment model whether a sample says what the teacher says; here answers
-    are compared.
+    Knowledge detection (arXiv 2406.11275) asks an entailment model whether a sample says what the teacher says; here
+    answers are compared.
     """
     found: list[float | None] = []
     for row, answers in zip(block.rows, block.answers, strict=True):
@@ -64,7 +64,8 @@ def step_uncertainty(block: Block) -> list[float]:
 
 
 def intra(student: Student, explanations: Sequence[Explanation], *, packed: bool = True) -> list[float]:
-    """1/n sum_i |l_i - l_(i-1)| with l_i = log p(answer, EOS | x, the first i of n steps, `Answer:`) [nats]; 0 without a step.
+    """1/n sum_i |l_i - l_(i-1)| with l_i = log p(answer, EOS | x, the first i of n steps, `Answer:`) [nats]; 0 without
+    a step.
 
     All prefixes of an explanation are scored in one pass (`branch_hidden`); `packed` False: one pass a prefix.
     """
@@ -80,7 +81,7 @@ def prefix_logprobs(student: Student, explanations: Sequence[Explanation], *, pa
     if not explanations:
         return []
     sources, trunks, branches, trunk_of, depths, skipped = branch_tokens(student, explanations)
-    with torch.no_grad(), evaluating(student.model):
+    with torch.no_grad(), eval_mode(student.model):
         hidden = branch_hidden(student, sources, trunks, branches, trunk_of, depths, packed=packed)
         sums = iter(target_sums(student, hidden, [len(branch) for branch in branches], skipped))
     return [[next(sums) for _ in range(len(e.steps) + 1)] for e in explanations]

@@ -22,12 +22,15 @@ FEWEST = 32  # tokens that are looked at before a teacher is refused
 
 @contextlib.contextmanager
 def keeping(settings: CollectSettings) -> Iterator[Keep]:
-    """What keeps the log-probs of samples in OUTPUT.logprobs, on the disk when it returns; a shard is written at the end.
+    """What keeps the log-probs of samples in OUTPUT.logprobs, on the disk when it returns; a shard is written at the
+    end.
 
     Raises `InputError` for an endpoint without `--student`, and, as samples come, for one with other tokens.
     """
     if settings.is_url and not settings.student:
-        raise InputError("--top-logprobs of an endpoint needs --student: the tokens that come as text are looked up in its own")
+        raise InputError(
+            "--top-logprobs of an endpoint needs --student: the tokens that come as text are looked up in its own"
+        )
     tokenizer = load_tokenizer(
         settings.student or find_model(settings.teacher), "--student" if settings.student else "--teacher"
     )
@@ -65,8 +68,8 @@ class Lookup:
         self._unknown += sum(id < 0 for id in tokens)
         if self._seen >= FEWEST and self._unknown > UNKNOWN * self._seen:
             raise InputError(
-                f"--top-logprobs: {self.teacher} has other tokens than the student: {self._unknown} of {self._seen} are none "
-                "of its own (vLLM: --extra-body '{\"return_tokens_as_token_ids\": true}' gives ids)"
+                f"--top-logprobs: {self.teacher} has other tokens than the student: {self._unknown} of {self._seen} "
+                "are none of its own (vLLM: --extra-body '{\"return_tokens_as_token_ids\": true}' gives ids)"
             )
         ids, top = [], []
         for place in choice.logprobs:

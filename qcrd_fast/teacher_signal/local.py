@@ -26,7 +26,8 @@ from qcrd_fast.utils.device import Autocast
 
 
 class TopK(NamedTuple):
-    """The likeliest tokens at each place of some texts, one text behind the other; `logprob_TK` [nats] in falling order."""
+    """The likeliest tokens at each place of some texts, one text behind the other; `logprob_TK` [nats] in falling
+    order."""
 
     ids_TK: Tensor  # int64
     logprob_TK: Tensor
@@ -51,7 +52,9 @@ class LocalTeacher:
         return self.model.source_ids(prefix, text)
 
     @torch.no_grad()
-    def hidden(self, sources: Sequence[TokenIds], targets: Sequence[TokenIds], source_of: Sequence[int]) -> PackedHidden:
+    def hidden(
+        self, sources: Sequence[TokenIds], targets: Sequence[TokenIds], source_of: Sequence[int]
+    ) -> PackedHidden:
         """Hidden states at the tokens of `targets`, target i following `sources[source_of[i]]`, as `Student.hidden`."""
         with self._context():
             return self.model.hidden(sources, targets, source_of)
@@ -67,7 +70,12 @@ class LocalTeacher:
 
     @torch.no_grad()
     def top(
-        self, sources: Sequence[TokenIds], targets: Sequence[TokenIds], source_of: Sequence[int], k: int, tau: float = 1.0
+        self,
+        sources: Sequence[TokenIds],
+        targets: Sequence[TokenIds],
+        source_of: Sequence[int],
+        k: int,
+        tau: float = 1.0,
     ) -> tuple[Tensor, TopK]:
         """(log p [T] of each token itself, the k likeliest at its place) of the softmax of logits / tau."""
         with self._context():
@@ -83,8 +91,8 @@ class LocalTeacher:
 
 
 def load_model(name: str, prompts: PromptSettings, device: torch.device, option: str = "--teacher") -> Student:
-    """A model that is to teach, in fp32: a run, a checkpoint or an export with the prompts that it was trained with; any other
-    folder or hub id with `prompts`. Raises `InputError` naming `option`."""
+    """A model that is to teach, in fp32: a run, a checkpoint or an export with the prompts that it was trained with;
+    any other folder or hub id with `prompts`. Raises `InputError` naming `option`."""
     try:
         folder = find_model(name)
         if find_state(folder) is not None or os.path.isfile(os.path.join(folder, ADAPTER)):
@@ -97,8 +105,8 @@ def load_model(name: str, prompts: PromptSettings, device: torch.device, option:
 def load_teacher(name: str, student: Student, autocast: Autocast | None = None, impl: str = "auto") -> LocalTeacher:
     """The teacher of `--teacher PATH`, on the student's device and with its prompts.
 
-    On a GPU its weights are in bf16 where the run's autocast is. Raises `InputError` for what is no model, and for one with
-    another tokenizer than the student's.
+    On a GPU its weights are in bf16 where the run's autocast is. Raises `InputError` for what is no model, and for one
+    with another tokenizer than the student's.
     """
     model = load_model(name, student.prompts, student.device)
     check_same_tokenizer(student.tokenizer, model.tokenizer, f"--teacher {name}")

@@ -19,7 +19,7 @@ from qcrd_fast.teacher_signal.server import ServerScorer
 from qcrd_fast.teacher_signal.shards import Entry, Writer, text_digest
 from qcrd_fast.teacher_signal.tokenizers import check_same_tokenizer, tokenizer_hash
 from qcrd_fast.utils.device import resolve_device
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 from qcrd_fast.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,8 @@ class Target(NamedTuple):
 def score_teacher(settings: ScoreSettings, *, dry_run: bool = False) -> tuple[dict[str, Any], Exception | None]:
     """(summary, why it stopped before the end, if it did). The same call again goes on where it was stopped or killed.
 
-    Scored are each question's label, behind the prompt of the label task, and its positives, behind that of the rationale
-    task, as `train` reads them.
+    Scored are each question's label, behind the prompt of the label task, and its positives, behind that of the
+    rationale task, as `train` reads them.
 
     Raises:
         InputError: a file, an option, a teacher or an output of another teacher does not fit.
@@ -84,7 +84,7 @@ def score_teacher(settings: ScoreSettings, *, dry_run: bool = False) -> tuple[di
     scorer = _Server(settings, prompts) if settings.is_url else _Local(settings, prompts)
     targets = list(_targets(loaded.questions, settings, scorer.prompter))
     if not targets:
-        raise InputError(f"--data: {shown(settings.data)}: no question has a label or a rationale to score")
+        raise InputError(f"--data: {printable(settings.data)}: no question has a label or a rationale to score")
     tokens = sum(len(t.tokens) for t in targets)
     plan = {"texts": len(targets), "tokens": tokens, "prompt_tokens": sum(len(t.source) for t in targets)}
     if dry_run:
@@ -112,7 +112,12 @@ def score_teacher(settings: ScoreSettings, *, dry_run: bool = False) -> tuple[di
             writer.flush()
         known = len(writer.known)
     summary = {**plan, "scored": known, "mean_mass_of_top": round(mass / count, 6) if count else None}
-    return {**summary, "seconds": round(time.monotonic() - begun, 1), "tokenizer": digest, "output": settings.output}, why
+    return {
+        **summary,
+        "seconds": round(time.monotonic() - begun, 1),
+        "tokenizer": digest,
+        "output": settings.output,
+    }, why
 
 
 def _targets(questions: Sequence[Question], settings: ScoreSettings, prompter: Prompter) -> Iterator[Target]:
@@ -164,9 +169,13 @@ class _Server:
         self.k, self.name = settings.top_logprobs, settings.teacher_model or settings.teacher
         tokenizer = load_tokenizer(settings.student, "--student")
         if AutoConfig.from_pretrained(settings.student, trust_remote_code=False).is_encoder_decoder:
-            raise InputError("--student: a server scores prompts made of the student's tokens; it needs a decoder-only student")
+            raise InputError(
+                "--student: a server scores prompts made of the student's tokens; it needs a decoder-only student"
+            )
         self.prompter = Prompter(tokenizer, prompts, False)
-        self.scorer = ServerScorer(settings.teacher, settings.teacher_model, tokenizer, concurrency=settings.concurrency)
+        self.scorer = ServerScorer(
+            settings.teacher, settings.teacher_model, tokenizer, concurrency=settings.concurrency
+        )
 
     def score(self, batch: Sequence[Target]) -> list[Entry]:
         tokens = [t.tokens for t in batch]
@@ -184,4 +193,6 @@ def load_tokenizer(name: str, option: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"{option}: cannot load the tokenizer of {name!r}: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(
+            f"{option}: cannot load the tokenizer of {name!r}: {' '.join(str(error).split())[:200]}"
+        ) from error

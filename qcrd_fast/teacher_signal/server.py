@@ -1,7 +1,7 @@
 """A teacher behind a server that scores prompts: vLLM's `prompt_logprobs`, of prompts that are sent as token ids.
 
-A request is a prompt with its target behind it; what comes back are log-probs at the prompt's places. One token is generated,
-since servers generate at least one, and thrown away. Imports no torch.
+A request is a prompt with its target behind it; what comes back are log-probs at the prompt's places. One token is
+generated, since servers generate at least one, and thrown away. Imports no torch.
 """
 
 from __future__ import annotations
@@ -29,15 +29,22 @@ class Scored(NamedTuple):
 
 
 class ServerScorer:
-    """Scores targets behind prompts. `tokenizer`: that of the ids that are sent; what the server says they mean is compared
-    with it on the first reply.
+    """Scores targets behind prompts. `tokenizer`: that of the ids that are sent; what the server says they mean is
+    compared with it on the first reply.
 
-    Raises `InputError` for an address that is none, a server with another tokenizer, or one that does not score prompts;
-    `RunError` where no reply came within the deadline.
+    Raises `InputError` for an address that is none, a server with another tokenizer, or one that does not score
+    prompts; `RunError` where no reply came within the deadline.
     """
 
     def __init__(
-        self, url: str, model: str, tokenizer: Any, *, concurrency: int = 8, timeout_s: float = 180.0, deadline_s: float = 600.0
+        self,
+        url: str,
+        model: str,
+        tokenizer: Any,
+        *,
+        concurrency: int = 8,
+        timeout_s: float = 180.0,
+        deadline_s: float = 600.0,
     ):
         self.tokenizer, self.model = tokenizer, model
         self.settings = EndpointSettings(
@@ -80,7 +87,9 @@ class ServerScorer:
         rows = found.get("data") if isinstance(found, dict) else None
         names = [str(r.get("id")) for r in rows or [] if isinstance(r, dict)]
         if len(names) != 1:
-            raise InputError(f"--teacher-model is needed: {self.base} offers {len(names)} models ({', '.join(names[:10])})")
+            raise InputError(
+                f"--teacher-model is needed: {self.base} offers {len(names)} models ({', '.join(names[:10])})"
+            )
         return names[0]
 
     def _read(self, reply: Any, skipped: int, target: list[int], k: int) -> Scored:
@@ -89,24 +98,30 @@ class ServerScorer:
         places = choice.get("prompt_logprobs") or (reply.get("prompt_logprobs") if isinstance(reply, dict) else None)
         if not isinstance(places, list):
             raise InputError(
-                f"--teacher: {self.base} answers without prompt_logprobs: it does not score prompts (vLLM does); sample from "
-                "it with qcrd-fast collect instead, with --top-logprobs where it has them"
+                f"--teacher: {self.base} answers without prompt_logprobs: it does not score prompts (vLLM does); "
+                "sample from it with qcrd-fast collect instead, with --top-logprobs where it has them"
             )
         if len(places) != skipped + len(target):
             raise InputError(
-                f"--teacher: {self.base} scored {len(places)} tokens of a prompt of {skipped + len(target)}: it reads them "
-                "otherwise"
+                f"--teacher: {self.base} scored {len(places)} tokens of a prompt of {skipped + len(target)}: it reads "
+                "them otherwise"
             )
         logprob, ids, top = [], [], []
         for token, place in zip(target, places[skipped:], strict=True):
             try:
-                found = {int(id): (float(x["logprob"]), x.get("rank"), x.get("decoded_token")) for id, x in place.items()}
+                found = {
+                    int(id): (float(x["logprob"]), x.get("rank"), x.get("decoded_token")) for id, x in place.items()
+                }
                 own = found[token]
             except (KeyError, TypeError, ValueError, AttributeError):
-                raise InputError(f"--teacher: {self.base}: prompt_logprobs without token {token}, which was sent") from None
+                raise InputError(
+                    f"--teacher: {self.base}: prompt_logprobs without token {token}, which was sent"
+                ) from None
             for id, (_, _, text) in found.items():
                 self._compare(id, text)
-            best = sorted((-lp, id) for id, (lp, rank, _) in found.items() if not isinstance(rank, int) or rank <= k)[:k]
+            best = sorted((-lp, id) for id, (lp, rank, _) in found.items() if not isinstance(rank, int) or rank <= k)[
+                :k
+            ]
             logprob.append(min(own[0], 0.0) if math.isfinite(own[0]) else -100.0)
             ids.append([id for _, id in best])
             top.append([min(-negative, 0.0) for negative, _ in best])

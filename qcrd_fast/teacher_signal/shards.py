@@ -1,12 +1,12 @@
-"""A teacher's log-probs in files, beside the rows that they belong to: for each scored text its tokens, and at each place the
-K likeliest tokens with their log-probs.
+"""A teacher's log-probs in files, beside the rows that they belong to: for each scored text its tokens, and at each
+place the K likeliest tokens with their log-probs.
 
-A folder holds `shard-00000.safetensors.gz`, ... of `SHARD` texts each, and `pending.jsonl` with those that fill no shard yet.
-A text is on the disk when `Writer.add` returns. A shard is written under another name, synced and renamed before its texts
-leave the pending ones, so whenever a process is killed each text is in one of the two, or in both.
+A folder holds `shard-00000.safetensors.gz`, ... of `SHARD` texts each, and `pending.jsonl` with those that fill no
+shard yet. A text is on the disk when `Writer.add` returns. A shard is written under another name, synced and renamed
+before its texts leave the pending ones, so whenever a process is killed each text is in one of the two, or in both.
 
-    tokens [T] int32, logprob [T] float32 (of the token itself), ids [T, K] int32 (-1: none), top [T, K] float32 (-inf: none),
-    start [N + 1] int64 of each text; metadata: version, tokenizer, teacher, temperature, keys (JSON)
+    tokens [T] int32, logprob [T] float32 (of the token itself), ids [T, K] int32 (-1: none), top [T, K] float32 (-inf:
+    none), start [N + 1] int64 of each text; metadata: version, tokenizer, teacher, temperature, keys (JSON)
 
 Suffixes: N texts, T tokens, K likeliest tokens.
 """
@@ -36,7 +36,7 @@ from torch import Tensor
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.teacher_signal.local import TopK
 from qcrd_fast.teacher_signal.tokenizers import tokenizer_hash
-from qcrd_fast.utils.files import append_whole, read_lines, shown, sync, write_json
+from qcrd_fast.utils.files import append_whole, printable, read_lines, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ def text_digest(question: str, prefix: str, text: str) -> str:
 class Writer:
     """Adds scored texts to a folder; use as a context manager. `known`: the keys that are there.
 
-    Raises `InputError` for a folder of another teacher, tokenizer, temperature or K, or one that another process writes;
-    `RunError` where the disk is full, with everything that was added still there.
+    Raises `InputError` for a folder of another teacher, tokenizer, temperature or K, or one that another process
+    writes; `RunError` where the disk is full, with everything that was added still there.
     """
 
     def __init__(self, folder: Path, tokenizer: str, teacher: str, k: int, temperature: float = 1.0):
@@ -80,12 +80,14 @@ class Writer:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise InputError(f"--output: cannot write to {shown(self.folder)}: {error.strerror}") from error
+            raise InputError(f"--output: cannot write to {printable(self.folder)}: {error.strerror}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
-            raise InputError(f"--output: {shown(self.folder)} is in use by another process; choose another folder") from None
+            raise InputError(
+                f"--output: {printable(self.folder)} is in use by another process; choose another folder"
+            ) from None
         try:
             self._open()
         except BaseException:
@@ -103,11 +105,13 @@ class Writer:
             for name, value in self.meta.items():
                 if before.get(name) != value:
                     raise InputError(
-                        f"{shown(self.folder)}: begun with {name} {before.get(name)!r}, now it is {value!r}; choose another "
-                        "folder"
+                        f"{printable(self.folder)}: begun with {name} {before.get(name)!r}, now it is {value!r}; "
+                        "choose another folder"
                     )
         elif others := [p.name for p in self.folder.iterdir() if p.name not in (LOCK, f".{META}.tmp")]:
-            raise InputError(f"--output: {shown(self.folder)} holds {sorted(others)[0]} and no {META}; choose another folder")
+            raise InputError(
+                f"--output: {printable(self.folder)} holds {sorted(others)[0]} and no {META}; choose another folder"
+            )
         else:
             write_json(meta, self.meta)
         for temporary in self.folder.glob(".shard-*.tmp"):
@@ -116,7 +120,9 @@ class Writer:
             self.known.update(_keys(read_shard(path)[1], path))
         path = self.folder / PENDING
         kept = [r for r in read_lines(path) if _is_entry(r)]
-        self._pending = {r["key"]: Entry(*(r[name] for name in Entry._fields)) for r in kept if r["key"] not in self.known}
+        self._pending = {
+            r["key"]: Entry(*(r[name] for name in Entry._fields)) for r in kept if r["key"] not in self.known
+        }
         self.known.update(self._pending)
         self._rewrite()
 
@@ -153,7 +159,9 @@ class Writer:
             number = max((int(m[1]) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name))), default=-1) + 1
             path = self.folder / f"shard-{number:05d}.safetensors.gz"
             temporary = self.folder / f".{path.name}.tmp"
-            metadata = {name: str(value) for name, value in self.meta.items()} | {"keys": json.dumps(list(self._pending))}
+            metadata = {name: str(value) for name, value in self.meta.items()} | {
+                "keys": json.dumps(list(self._pending))
+            }
             data = save_tensors(_tensors(list(self._pending.values()), self.k), metadata)
             temporary.write_bytes(gzip.compress(data, 6, mtime=0))
             sync(temporary)
@@ -167,7 +175,7 @@ class Writer:
         try:
             yield
         except OSError as error:
-            where = f"{shown(self.folder)}: {error.strerror}"
+            where = f"{printable(self.folder)}: {error.strerror}"
             raise RunError(f"cannot write {where}; what was scored before is kept, the same command goes on") from error
 
     def _close(self) -> None:
@@ -234,7 +242,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         reason = f"version {found['version']!r}"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__} {error}"
-    raise InputError(f"{shown(folder)} holds no log-probs of a teacher: {META}: {reason}")
+    raise InputError(f"{printable(folder)} holds no log-probs of a teacher: {META}: {reason}")
 
 
 def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -250,22 +258,25 @@ def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         reason = "its texts do not fit its tokens"
     except (OSError, EOFError, zlib.error, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
         reason = f"{type(error).__name__} {error}"
-    raise InputError(f"{shown(path)} is damaged: {reason}; delete it, and the command that wrote it writes it again")
+    raise InputError(
+        f"{printable(path)} is damaged: {reason}; delete it, and the command that wrote it writes it again"
+    )
 
 
 def _keys(metadata: dict[str, str], path: Path) -> list[str]:
     try:
         return list(json.loads(metadata["keys"]))
     except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{shown(path)} is damaged: its keys are unreadable") from error
+        raise InputError(f"{printable(path)} is damaged: its keys are unreadable") from error
 
 
 def read_logprobs(folder: Path, tokenizer: Any) -> LogProbs:
-    """All texts of a folder. Raises `InputError` for a folder of another tokenizer, one without log-probs, a damaged shard."""
+    """All texts of a folder. Raises `InputError` for a folder of another tokenizer, one without log-probs, a damaged
+    shard."""
     meta = read_meta(folder)
     if meta["tokenizer"] != (own := tokenizer_hash(tokenizer)):
         raise InputError(
-            f"--teacher-logprobs: {shown(folder)} is of another tokenizer than the student's (sha256 of the tokens "
+            f"--teacher-logprobs: {printable(folder)} is of another tokenizer than the student's (sha256 of the tokens "
             f"{str(meta['tokenizer'])[:12]}, here {own[:12]}): its token ids mean other tokens"
         )
     texts: dict[str, Text] = {}
@@ -284,8 +295,9 @@ def read_logprobs(folder: Path, tokenizer: Any) -> LogProbs:
 def find_top(files: LogProbs, question: str, prefix: str, text: str, tokens: Sequence[int]) -> TopK:
     """The likeliest tokens at each place of `tokens` [T, K]; -inf where they are not known.
 
-    The scored text may hold more than these tokens, such as a reply with the answer behind the rationale: they are looked for
-    within it, and what of them lies outside (the end of the text, a first token that a space changed) is not known.
+    The scored text may hold more than these tokens, such as a reply with the answer behind the rationale: they are
+    looked for within it, and what of them lies outside (the end of the text, a first token that a space changed) is not
+    known.
     """
     ids_TK = torch.zeros(len(tokens), files.k, dtype=torch.int64)
     logprob_TK = torch.full((len(tokens), files.k), -torch.inf)
@@ -299,8 +311,8 @@ def find_top(files: LogProbs, question: str, prefix: str, text: str, tokens: Seq
 
 
 def align(tokens: list[int], within: list[int]) -> tuple[int, int, int]:
-    """(start in `tokens`, start in `within`, count) of the longest run that both have; count 0 unless it is at least half of
-    `tokens`, since a shorter one may be of another place."""
+    """(start in `tokens`, start in `within`, count) of the longest run that both have; count 0 unless it is at least
+    half of `tokens`, since a shorter one may be of another place."""
     if tokens == within:
         return 0, 0, len(tokens)
     best = 0, 0, 0

@@ -1,4 +1,5 @@
-"""Whether two models read the same tokens: compared by content, since a name or a size says little. Imports no torch."""
+"""Whether two models read the same tokens: compared by content, since a name or a size says little. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ def base_vocabulary(tokenizer: Any) -> dict[int, str]:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of the tokenizer's own tokens by id; what was added to them, and rows that pad a model's head, are not in it."""
+    """sha256 of the tokenizer's own tokens by id; what was added to them, and rows that pad a model's head, are not in
+    it."""
     return hashlib.sha256(repr(sorted(base_vocabulary(tokenizer).items())).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -31,6 +33,6 @@ def check_same_tokenizer(student: Any, teacher: Any, option: str) -> None:
     if ours != theirs:
         at = min(id for id in ours.keys() | theirs.keys() if ours.get(id) != theirs.get(id))
         raise InputError(
-            f"{option}: it has another tokenizer than the student, so its probabilities are of other tokens: token {at} is "
-            f"{theirs.get(at)!r}, the student's {ours.get(at)!r} ({len(theirs)} and {len(ours)} tokens)"
+            f"{option}: it has another tokenizer than the student, so its probabilities are of other tokens: token "
+            f"{at} is {theirs.get(at)!r}, the student's {ours.get(at)!r} ({len(theirs)} and {len(ours)} tokens)"
         )

@@ -1,7 +1,7 @@
 """What a run keeps: where it goes on from, what it saves, and which checkpoints and snapshots stay.
 
-A checkpoint is written under a temporary name, its manifest (sha256 of every file) last, then renamed. Random states are
-not stored because there are none: every random number is a function of (seed, step) or (seed, question, iteration).
+A checkpoint is written under a temporary name, its manifest (sha256 of every file) last, then renamed. Random states
+are not stored because there are none: every random number is a function of (seed, step) or (seed, question, iteration).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator.cross_fit import CrossFitTrainer
-from qcrd_fast.distributed.parallel import Engine, like
+from qcrd_fast.distributed.parallel import Strategy, like
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.loading import save_tokenizer
 from qcrd_fast.models.lora import save_model
@@ -48,7 +48,7 @@ from qcrd_fast.train.methods import lag_of, samples_the_first
 from qcrd_fast.train.questions import Data
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
-from qcrd_fast.utils.files import remove_tree, sha256, sync, told_room, write_json
+from qcrd_fast.utils.files import disk_space_text, remove_tree, sha256, sync, write_json
 
 TOKENIZER_BYTES = 150  # of each token, at most, in the files of common tokenizers
 _OWN = "discriminator:"  # prefix of the discriminator's entries in optimizer.safetensors
@@ -63,44 +63,45 @@ def resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | No
     """
     if config.resume != "auto":
         chosen = Path(str(config.resume))
-        fault = checkpoints.find_fault(chosen, run) if chosen.is_dir() else "no such folder"
+        fault = checkpoints.find_corruption(chosen, run) if chosen.is_dir() else "no such folder"
         if fault or chosen.resolve().parent != run.resolve():
             raise InputError(f"--resume: {chosen}: {fault or f'is not a checkpoint of {run}'}")
-        found: Path | None = chosen
+        resume_from: Path | None = chosen
     else:
-        found = checkpoints.latest_checkpoint(run, resume=True)
-        if found is None and checkpoints.checkpoints(run):
+        resume_from = checkpoints.latest_checkpoint(run, resume=True)
+        if resume_from is None and checkpoints.checkpoints(run):
             raise RunError(f"{run}: no whole checkpoint is left to resume from")
-    if found is None:
+    if resume_from is None:
         return None
-    state = checkpoints.read_state(found)
-    check_same_config(config, state.get("config"), found / STATE)
+    state = checkpoints.read_state(resume_from)
+    check_same_config(config, state.get("config"), resume_from / STATE)
     began = state["config"]
-    alone = math.prod(began.get(name, getattr(config, name)) for name in DEALT)  # runs before there were several processes
+    # runs before there were several processes
+    alone = math.prod(began.get(name, getattr(config, name)) for name in DEALT)
     before = state.get("questions_per_step", alone)
     if before != schedule.questions_per_step:
         raise InputError(
-            f"{found}: the run began with {before} questions a step, now it is {schedule.questions_per_step} "
+            f"{resume_from}: the run began with {before} questions a step, now it is {schedule.questions_per_step} "
             f"(--per-device-train-batch-size {config.per_device_train_batch_size} x --gradient-accumulation-steps "
             f"{config.gradient_accumulation_steps} x {schedule.world_size} processes); their product must stay"
         )
-    return str(found)
+    return str(resume_from)
 
 
-def as_before(found: Path, prompts: PromptSettings) -> PromptSettings:
-    """`prompts` with the version and date of the checkpoint `found`. Raises `InputError` where a template or system
-    prompt that stands in a file has changed since."""
-    before = PromptSettings.of_state(checkpoints.read_state(found)["prompt"])
+def as_before(resume_from: Path, prompts: PromptSettings) -> PromptSettings:
+    """`prompts` with the version and date of the checkpoint `resume_from`. Raises `InputError` where a template or
+    system prompt that stands in a file has changed since."""
+    before = PromptSettings.of_state(checkpoints.read_state(resume_from)["prompt"])
     for name, option in (("template", "--prompt-template"), ("system", "--system-prompt")):
         was, now = getattr(before, name), getattr(prompts, name)
         if was != now:
-            raise InputError(f"{found}: the run began with {option} {was[:80]!r}, now it is {now[:80]!r}")
+            raise InputError(f"{resume_from}: the run began with {option} {was[:80]!r}, now it is {now[:80]!r}")
     if dict(before.views) != dict(prompts.views):
-        raise InputError(f"{found}: the run began with another table of --views")
+        raise InputError(f"{resume_from}: the run began with another table of --views")
     return dataclasses.replace(prompts, version=before.version, date=before.date)
 
 
-class Keeper:
+class Checkpointer:
     """Saves a run and restores it. `snapshots` is None where the run has no lagged negatives."""
 
     def __init__(
@@ -111,14 +112,19 @@ class Keeper:
         schedule: Schedule,
         student: Student,
         optimizer: torch.optim.Optimizer,
-        trainer: CrossFitTrainer | None,
-        engine: Engine,
+        discriminator_trainer: CrossFitTrainer | None,
+        strategy: Strategy,
         snapshots: Snapshots | None,
         moving: torch.nn.Module | None = None,
     ):
         self.moving = moving  # a teacher whose weights change
         self.config, self.run, self.data, self.schedule = config, run, data, schedule
-        self.student, self.optimizer, self.trainer, self.engine = student, optimizer, trainer, engine
+        self.student, self.optimizer, self.discriminator_trainer, self.strategy = (
+            student,
+            optimizer,
+            discriminator_trainer,
+            strategy,
+        )
         self.snapshots = snapshots
         self.saved_step: int | None = None
         self._passed_over: set[int] = set()  # steps of checkpoints later than the one that was resumed from
@@ -136,19 +142,24 @@ class Keeper:
             "snapshots": self.snapshots.digests(self._oldest_for(step)) if self.snapshots else {},
             **progress,
         }
-        save_checkpoint(self.run, step, self.student, self.optimizer, self.trainer, state, self.engine, self.moving)
+        save_checkpoint(
+            self.run, step, self.student, self.optimizer, self.discriminator_trainer, state, self.strategy, self.moving
+        )
         self.saved_step = step
         self._passed_over.discard(step)
         at, keep = best["step"] if best else None, self.config.save_total_limit
-        self.engine.ranks.on_first(lambda: checkpoints.rotate(self.run, step, keep, at, self._passed_over))
+        self.strategy.comm.on_rank0(lambda: checkpoints.rotate(self.run, step, keep, at, self._passed_over))
 
-    def restore(self, found: Path) -> dict[str, Any]:
-        """Put back what a checkpoint holds beside the student's weights, which are loaded already; returns its state."""
-        state = load_checkpoint(found, self.student, self.optimizer, self.trainer, self.moving)
+    def restore(self, resume_from: Path) -> dict[str, Any]:
+        """Put back what a checkpoint holds beside the student's weights, which are loaded already; returns its
+        state."""
+        state = load_checkpoint(resume_from, self.student, self.optimizer, self.discriminator_trainer, self.moving)
         if state["data_sha256"] != self.data.digest:
-            raise InputError(f"--data: the rows differ from those that {found} was trained on")
+            raise InputError(f"--data: the rows differ from those that {resume_from} was trained on")
         self.saved_step = state["step"]
-        self._passed_over = {s for s in map(checkpoints.step_of, checkpoints.checkpoints(self.run)) if s > state["step"]}
+        self._passed_over = {
+            s for s in map(checkpoints.step_of, checkpoints.checkpoints(self.run)) if s > state["step"]
+        }
         if self.snapshots:
             self.snapshots.known = {int(k): v for k, v in state["snapshots"].items()}
         return state
@@ -162,7 +173,7 @@ class Keeper:
         iterations = self.schedule.iteration(self.schedule.total_steps - 1) + 1
         snapshots = min(iterations, lag_of(self.config) + 3) if self.snapshots else 0
         kept = min(saves, (self.config.save_total_limit or saves) + bool(self.data.validation))
-        require_room(self.run, self.student, self.trainer, snapshots, kept)
+        require_room(self.run, self.student, self.discriminator_trainer, snapshots, kept)
 
     def snapshot(self, step: int) -> None:
         """Keep the student as it is at the start of an iteration, and delete the snapshots that nobody will ask for."""
@@ -187,38 +198,39 @@ def save_checkpoint(
     step: int,
     student: Student,
     optimizer: torch.optim.Optimizer,
-    trainer: CrossFitTrainer | None,
+    discriminator_trainer: CrossFitTrainer | None,
     state: dict[str, Any],
-    engine: Engine | None = None,
+    strategy: Strategy | None = None,
     moving: torch.nn.Module | None = None,
 ) -> Path:
     """Write checkpoint-`step`; the earlier ones stay untouched if that fails. Raises `RunError` when the disk is full.
 
-    Of several ranks all must call it: rank 0 writes, and of a sharded model each its own share of the optimizer's state.
+    Of several ranks all must call it: rank 0 writes, and of a sharded model each its own share of the optimizer's
+    state.
     """
-    engine = engine or Engine(student.model)
-    ranks = engine.ranks
+    strategy = strategy or Strategy(student.model)
+    comm = strategy.comm
     final, temporary = checkpoint_path(run, step), run / f".tmp-checkpoint-{step}"
     moments = {n: t.detach() for n, t in optimizer_tensors(student.model, optimizer).items()}
 
     def write_model() -> None:
         remove_tree(temporary)
         temporary.mkdir()
-        save_model(student.model, temporary, engine.weights())
+        save_model(student.model, temporary, strategy.weights())
         save_tokenizer(student.tokenizer, temporary)
-        if trainer is not None:
-            save_file({n: t.cpu() for n, t in trainer.tensors().items()}, temporary / DISCRIMINATOR)
+        if discriminator_trainer is not None:
+            save_file({n: t.cpu() for n, t in discriminator_trainer.tensors().items()}, temporary / DISCRIMINATOR)
         if moving is not None:
             save_file({n: p.detach().cpu().contiguous() for n, p in moving.named_parameters()}, temporary / TEACHER)
 
     def write_optimizer() -> str | None:
-        if not (engine.sharded or ranks.first):
+        if not (strategy.sharded or comm.first):
             return None
         tensors = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in moments.items()}
-        if trainer is not None and ranks.first:
-            own, state["discriminator_optimizer"] = trainer.optimizer_tensors()
+        if discriminator_trainer is not None and comm.first:
+            own, state["discriminator_optimizer"] = discriminator_trainer.optimizer_tensors()
             tensors |= {_OWN + name: tensor for name, tensor in own.items()}
-        name = f"optimizer-{ranks.rank + 1:05d}-of-{ranks.size:05d}.safetensors" if engine.sharded else OPTIMIZER
+        name = f"optimizer-{comm.rank + 1:05d}-of-{comm.size:05d}.safetensors" if strategy.sharded else OPTIMIZER
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary / name)
         sync(temporary / name)  # by the machine that wrote it
         return name
@@ -237,16 +249,16 @@ def save_checkpoint(
         sync(run)
 
     try:
-        with engine.whole():
-            ranks.on_first(write_model)
-        shares = {name for name in ranks.together(write_optimizer) if name}
-        ranks.on_first(lambda: finish(shares))
+        with strategy.unsharded():
+            comm.on_rank0(write_model)
+        shares = {name for name in comm.together(write_optimizer) if name}
+        comm.on_rank0(lambda: finish(shares))
     except BaseException as error:
-        if ranks.first:
+        if comm.first:
             remove_tree(temporary)
         if not isinstance(error, OSError | SafetensorError | RunError):  # such as a second signal
             raise
-        room = told_room(run, checkpoint_bytes(student, trainer))
+        room = disk_space_text(run, checkpoint_bytes(student, discriminator_trainer))
         raise RunError(f"cannot write {final}: {error} ({room}); earlier checkpoints are intact") from error
     return final
 
@@ -255,13 +267,13 @@ def load_checkpoint(
     checkpoint: Path,
     student: Student,
     optimizer: torch.optim.Optimizer,
-    trainer: CrossFitTrainer | None,
+    discriminator_trainer: CrossFitTrainer | None,
     moving: torch.nn.Module | None = None,
 ) -> dict[str, Any]:
     """Put a whole checkpoint's optimizer and discriminator state back; returns its `state.json`.
 
-    The student itself is loaded from the checkpoint folder beforehand. Each rank reads all of it and keeps its own share.
-    Raises `InputError` for files that are not of this student.
+    The student itself is loaded from the checkpoint folder beforehand. Each rank reads all of it and keeps its own
+    share. Raises `InputError` for files that are not of this student.
     """
     state = checkpoints.read_state(checkpoint)
     parameters, own = dict(student.model.named_parameters()), {}
@@ -275,8 +287,8 @@ def load_checkpoint(
             if moment != "step" and tensor.shape != parameter.shape:
                 raise ValueError(f"{key} has shape {tuple(tensor.shape)}, its weight {tuple(parameter.shape)}")
             optimizer.state[parameter][moment] = tensor if moment == "step" else like(tensor, parameter)
-        if trainer is not None:
-            trainer.load(load_file(checkpoint / DISCRIMINATOR), own, state["discriminator_optimizer"])
+        if discriminator_trainer is not None:
+            discriminator_trainer.load(load_file(checkpoint / DISCRIMINATOR), own, state["discriminator_optimizer"])
         if moving is not None:
             weights = load_file(checkpoint / TEACHER)
             with torch.no_grad():
@@ -284,12 +296,15 @@ def load_checkpoint(
                     parameter.copy_(weights[name])
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}"
-        raise InputError(f"{checkpoint}: optimizer or discriminator are not this student's safetensors: {reason}") from error
+        raise InputError(
+            f"{checkpoint}: optimizer or discriminator are not this student's safetensors: {reason}"
+        ) from error
     return state
 
 
 def _read_optimizer(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the optimizer's state, one at a time; what ranks saved in shares is joined, whatever their number."""
+    """(name, tensor) of the optimizer's state, one at a time; what ranks saved in shares is joined, whatever their
+    number."""
     files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     with contextlib.ExitStack() as stack:
         names = sorted(name for name in files if checkpoints.is_optimizer(name))
@@ -309,23 +324,30 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
     }
 
 
-def checkpoint_bytes(student: Student, trainer: CrossFitTrainer | None) -> int:
+def checkpoint_bytes(student: Student, discriminator_trainer: CrossFitTrainer | None) -> int:
     """About what a checkpoint takes on disk: weights, AdamW's two moments of those that are trained, tokenizer."""
     parameters = list(student.model.parameters())
     needed = _bytes(parameters) + 2 * _bytes(p for p in parameters if p.requires_grad)
-    if trainer is not None:
-        needed += _bytes(trainer.discriminator.parameters()) + trainer.optimizer_bytes
+    if discriminator_trainer is not None:
+        needed += _bytes(discriminator_trainer.discriminator.parameters()) + discriminator_trainer.optimizer_bytes
     return needed + TOKENIZER_BYTES * len(student.tokenizer) + 2**16
 
 
-def require_room(run: Path, student: Student, trainer: CrossFitTrainer | None, snapshots: int, kept: int) -> None:
-    """Raises `RunError` where the disk has no room for a checkpoint and, unless `snapshots` is 0, a snapshot; warns where it
-    has none for `kept` checkpoints, the one being written and that many snapshots."""
-    one, weights = checkpoint_bytes(student, trainer), 2 * sum(p.numel() for p in student.model.parameters())
+def require_room(
+    run: Path, student: Student, discriminator_trainer: CrossFitTrainer | None, snapshots: int, kept: int
+) -> None:
+    """Raises `RunError` where the disk has no room for a checkpoint and, unless `snapshots` is 0, a snapshot; warns
+    where it has none for `kept` checkpoints, the one being written and that many snapshots."""
+    one, weights = (
+        checkpoint_bytes(student, discriminator_trainer),
+        2 * sum(p.numel() for p in student.model.parameters()),
+    )
     needed, free = one + weights * bool(snapshots), shutil.disk_usage(run).free
     if free < needed:
-        raise RunError(f"--output-dir: {run}: no room for a checkpoint ({told_room(run, needed)})")
-    held = sum(p.stat().st_size for folder in (*checkpoints.checkpoints(run), run / SNAPSHOTS) for p in folder.glob("*"))
+        raise RunError(f"--output-dir: {run}: no room for a checkpoint ({disk_space_text(run, needed)})")
+    held = sum(
+        p.stat().st_size for folder in (*checkpoints.checkpoints(run), run / SNAPSHOTS) for p in folder.glob("*")
+    )
     most = (kept + 1) * one + snapshots * weights
     if free + held < most:
         log.warning("%s may fill its disk: %d bytes at most, %d free; see --save-total-limit", run, most, free + held)

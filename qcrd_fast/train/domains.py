@@ -1,7 +1,9 @@
 """Weights of domains by how far the student is behind its teacher in each (DDK, arXiv 2407.16154). Imports no torch.
 
-r0 = softmax(l_S / l_T); every K steps psi_i = r_i exp(l_S,i / l_T,i), clamped, and r = alpha psi / sum psi + (1 - alpha) / N.
-l_S: the student's loss in each of N domains; l_T: its teacher's; where that is not known it is 1 and the rule `ddk-like`.
+r0 = softmax(l_S / l_T); every K steps psi_i = r_i exp(l_S,i / l_T,i), clamped, and r = alpha psi / sum psi + (1 -
+alpha) / N.
+l_S: the student's loss in each of N domains; l_T: its teacher's; where that is not known it is 1 and the rule
+`ddk-like`.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ def first_weights(student: Mapping[str, float], teacher: Mapping[str, float]) ->
 def next_weights(
     weights: Mapping[str, float], student: Mapping[str, float], teacher: Mapping[str, float], alpha: float = ALPHA
 ) -> dict[str, float]:
-    """r after K more steps. No exponent is clamped unless it is more than `CLAMP` below the largest; a factor that all psi have
-    in common cancels, so that none overflows."""
+    """r after K more steps. No exponent is clamped unless it is more than `CLAMP` below the largest; a factor that all
+    psi have in common cancels, so that none overflows."""
     ratios = {domain: student[domain] / teacher[domain] for domain in weights}
     shares = _shares(ratios, weights)
     return {domain: alpha * share + (1 - alpha) / len(weights) for domain, share in shares.items()}
@@ -43,8 +45,8 @@ def _shares(ratios: Mapping[str, float], weights: Mapping[str, float] | None = N
 
 
 def teacher_losses(rows: Sequence[Question]) -> dict[str, float]:
-    """l_T,i = -log(1 - e_i) [nats] with e_i = (wrong + 1/2) / (n + 1), of the n questions of domain i with a gold answer and a
-    majority, `wrong` of them with another majority than the gold answer.
+    """l_T,i = -log(1 - e_i) [nats] with e_i = (wrong + 1/2) / (n + 1), of the n questions of domain i with a gold
+    answer and a majority, `wrong` of them with another majority than the gold answer.
 
     Raises `InputError` where a domain has none.
     """
@@ -55,7 +57,8 @@ def teacher_losses(rows: Sequence[Question]) -> dict[str, float]:
             counts[domain_of(row)] = [wrong + (not same(row, row.majority, row.gold)), n + 1]
     if bare := [domain for domain, (_, n) in counts.items() if not n]:
         raise InputError(
-            f"--domain-weights ddk needs rows with a gold answer and votes, to know the teacher's error; domain {bare[0]!r} "
+            f"--domain-weights ddk needs rows with a gold answer and votes, to know the teacher's error; domain "
+            f"{bare[0]!r} "
             "has none (ddk-like takes every teacher's loss as 1)"
         )
     return {domain: -math.log(1 - (wrong + 0.5) / (n + 1)) for domain, (wrong, n) in counts.items()}
@@ -79,7 +82,12 @@ class DomainWeights:
     """
 
     def __init__(
-        self, rows: Sequence[Question], rule: str, every: int, losses: Callable[[], Mapping[str, float]], alpha: float = ALPHA
+        self,
+        rows: Sequence[Question],
+        rule: str,
+        every: int,
+        losses: Callable[[], Mapping[str, float]],
+        alpha: float = ALPHA,
     ):
         self.counts, self.every, self.losses, self.alpha = Counter(map(domain_of, rows)), every, losses, alpha
         if len(self.counts) < 2:

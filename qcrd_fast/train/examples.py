@@ -18,7 +18,7 @@ from qcrd_fast.quality.checks import factor
 from qcrd_fast.train.domains import domain_of
 from qcrd_fast.train.methods import label_kind, method_of
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.utils.oom import relieved_by
+from qcrd_fast.utils.oom import explaining_oom
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def make_examples(questions: Sequence[Question], student: Student, config: Train
     examples, long_prompts, long_targets = [], [], []
     limits = config.max_source_length, config.max_target_length
     with (
-        relieved_by("--train-fraction (fewer questions), --num-positives, --max-target-length, --max-source-length"),
+        explaining_oom("--train-fraction (fewer questions), --num-positives, --max-target-length, --max-source-length"),
         student.measuring() as lengths,
     ):
         for question in questions:
@@ -108,8 +108,8 @@ def make_examples(questions: Sequence[Question], student: Student, config: Train
                 long_targets.append(question.id)
     if long_prompts:
         log.warning(
-            "%d of %d questions have a prompt over --max-source-length %d: its beginning is cut off, the question at its end "
-            "stays; 95%% of the prompts have at most %d tokens, --max-source-length %d fits all: %s",
+            "%d of %d questions have a prompt over --max-source-length %d: its beginning is cut off, the question at "
+            "its end stays; 95%% of the prompts have at most %d tokens, --max-source-length %d fits all: %s",
             len(long_prompts), len(questions), limits[0], _percentile_95(lengths.prompts), max(lengths.prompts),
             _some(long_prompts),
         )  # fmt: skip
@@ -117,8 +117,8 @@ def make_examples(questions: Sequence[Question], student: Student, config: Train
         fits, total = max(lengths.targets), sum(lengths.targets)
         lost = sum(max(n - limits[1], 0) for n in lengths.targets) / total
         log.warning(
-            "%d of %d questions have a rationale or label over --max-target-length %d, whose end is cut off; 95%% of them "
-            "have at most %d tokens, --max-target-length %d fits all%s: %s",
+            "%d of %d questions have a rationale or label over --max-target-length %d, whose end is cut off; 95%% of "
+            "them have at most %d tokens, --max-target-length %d fits all%s: %s",
             len(long_targets), len(questions), limits[1], _percentile_95(lengths.targets), fits,
             f" ({lost:.0%} of all their tokens are lost: use it)" if lost > 0.05 else "", _some(long_targets),
         )  # fmt: skip

@@ -34,11 +34,14 @@ def all_rationales(share: float, positives: int, minority: int) -> Weights:
 
 
 class Method(NamedTuple):
-    """weights: (1/N, number of positives, of minority rationales) -> the weights l has for each of a question's rationales.
+    """weights: (1/N, number of positives, of minority rationales) -> the weights l has for each of a question's
+    rationales.
 
-    beta: of the negatives among them, whose term has no margin. warmup: the weights of the first `--redi-warmup` of the steps.
-    token_weights: w of L = -sum_t n_t sg(w_t) log p_t over the rationales' tokens, n_t the normaliser: a rationale's weight
-    divided by its tokens, or, `on_policy`, 1 / (sampled tokens of the optimizer batch). The labels' tokens weigh 1 always.
+    beta: of the negatives among them, whose term has no margin. warmup: the weights of the first `--redi-warmup` of the
+    steps.
+    token_weights: w of L = -sum_t n_t sg(w_t) log p_t over the rationales' tokens, n_t the normaliser: a rationale's
+    weight divided by its tokens, or, `on_policy`, 1 / (sampled tokens of the optimizer batch). The labels' tokens weigh
+    1 always.
     """
 
     weights: Callable[[float, int, int], Weights] = no_rationale
@@ -51,7 +54,8 @@ class Method(NamedTuple):
     default_label: str | None = None  # gold, majority; None: gold where known, else the majority
     token_weights: TokenWeights | None = None
     on_policy: bool = False  # trains on what the student itself says now: its samples are no negatives
-    teacher: str | None = None  # that scores: model (--teacher), self (the student with context), mentor (its distributions)
+    # that scores: model (--teacher), self (the student with context), mentor (its distributions)
+    teacher: str | None = None
     reference: bool = False  # needs the initial student's log-probs of the minority
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qcrd_fast.distributed.comm import ALONE, Ranks
+from qcrd_fast.distributed.comm import SINGLE, Comm
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.runs.folder import METRICS
 from qcrd_fast.train.run_text import duration, progress_line
@@ -31,14 +31,14 @@ def mean(counts: Counter[str], total: str, number: str) -> float | None:
     return counts[total] / counts[number] if counts[number] else None
 
 
-def share(counts: Counter[str], source: str) -> float | None:
+def active_fraction(counts: Counter[str], source: str) -> float | None:
     """Share of a source's negatives whose hinge is active."""
     return mean(counts, f"{source}_active", source)
 
 
 class Progress:
-    """How far a run is: a bar on a terminal; elsewhere and in `run.log` a line at its first step, every ten seconds and at its
-    last."""
+    """How far a run is: a bar on a terminal; elsewhere and in `run.log` a line at its first step, every ten seconds and
+    at its last."""
 
     def __init__(self, total: int, done: int, shown: bool = True):
         self.total, self._first, self._began = total, done, time.monotonic()
@@ -81,20 +81,20 @@ class Progress:
 class MetricsLog:
     """Appends to `metrics.jsonl` and, if asked, to TensorBoard or Weights & Biases.
 
-    Raises `RunError` within one step of a loss or gradient that is not finite, or of a gradient that is zero though the loss is
-    not, naming the step and its questions;
+    Raises `RunError` within one step of a loss or gradient that is not finite, or of a gradient that is zero though the
+    loss is not, naming the step and its questions;
     `InputError` when the package of `report_to` is not installed.
     """
 
-    def __init__(self, run: Path, report_to: str = "none", ranks: Ranks = ALONE, name: str | None = None):
-        self.path, self.ranks = run / METRICS, ranks
+    def __init__(self, run: Path, report_to: str = "none", comm: Comm = SINGLE, name: str | None = None):
+        self.path, self.comm = run / METRICS, comm
         self._pending: tuple[dict[str, Any], list[str], Tensor, float, list[str], bool] | None = None
-        self._writer = _writer(run, report_to, name) if ranks.first else None
+        self._writer = _writer(run, report_to, name) if comm.first else None
         self.last: dict[str, Any] | None = None  # the latest record that was read, for a person who watches
 
-    def cut(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Drop what was logged after `step`, when a run resumes from there."""
-        self.ranks.on_first(lambda: write_lines(self.path, [record for record in self.read() if record["step"] <= step]))
+        self.comm.on_rank0(lambda: write_lines(self.path, [record for record in self.read() if record["step"] <= step]))
 
     def read(self) -> list[dict[str, Any]]:
         """The records that can be read; a damaged line is passed over, with a warning."""
@@ -109,7 +109,9 @@ class MetricsLog:
             log.warning("%s: passed over %d damaged lines", self.path, damaged)
         return records
 
-    def put(self, record: dict[str, Any], values: dict[str, Tensor], loss_extra: float, ids: list[str], logged: bool) -> None:
+    def put(
+        self, record: dict[str, Any], values: dict[str, Tensor], loss_extra: float, ids: list[str], logged: bool
+    ) -> None:
         """Queue a step's record; `values` are 0-d tensors still on the device, `loss_extra` is added to their loss."""
         self.flush()
         stacked = torch.stack([v.detach().float().reshape(()) for v in values.values()])
@@ -124,7 +126,9 @@ class MetricsLog:
         if bad:
             raise RunError(f"step {record['step']}: {', '.join(bad)}; questions {', '.join(ids)}")
         if values["loss"] and values.get("grad_norm") == 0:  # such as a student whose weights are all zero
-            raise RunError(f"step {record['step']}: loss {values['loss']:g} without any gradient; questions {', '.join(ids)}")
+            raise RunError(
+                f"step {record['step']}: loss {values['loss']:g} without any gradient; questions {', '.join(ids)}"
+            )
         record |= values
         record["loss"] += loss_extra
         self.last = record
@@ -139,7 +143,7 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; of several ranks the first does, alone."""
-        if not self.ranks.first:
+        if not self.comm.first:
             return
         append_lines(self.path, [record])
         if self._writer:

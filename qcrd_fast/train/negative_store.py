@@ -1,7 +1,7 @@
 """The negatives of past iterations on disk: `negatives/iteration-t.jsonl`, a chunk at a time.
 
-Each chunk ends with a line that counts and digests it, so that what a killed run left unfinished, or damage, is found and
-drawn again.
+Each chunk ends with a line that counts and digests it, so that what a killed run left unfinished, or damage, is found
+and drawn again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qcrd_fast.distributed.comm import ALONE, Ranks
+from qcrd_fast.distributed.comm import SINGLE, Comm
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.quality.cases import Case
 from qcrd_fast.runs.folder import negatives_name
@@ -27,7 +27,7 @@ class Negative:
 
     tokens: TokenIds
     text: str
-    cut: bool = False  # before EOS
+    truncated: bool = False  # before EOS
     case: Case | None = None
 
 
@@ -37,15 +37,17 @@ def was_cut(tokens: TokenIds, eos: int) -> bool:
 
 
 class NegativeStore:
-    """What was said in each iteration, by chunk and question id. Rank 0 reads and writes the files, all ranks know them.
+    """What was said in each iteration, by chunk and question id. Rank 0 reads and writes the files, all ranks know
+    them.
 
     ids: of the training questions, as `schedule` counts them. kept: iterations before the latest that stay in memory.
     """
 
-    def __init__(self, folder: Path, schedule: Schedule, ids: Sequence[str], ranks: Ranks = ALONE, kept: int = 1):
-        self.folder, self.schedule, self.ranks = folder, schedule, ranks
+    def __init__(self, folder: Path, schedule: Schedule, ids: Sequence[str], comm: Comm = SINGLE, kept: int = 1):
+        self.folder, self.schedule, self.comm = folder, schedule, comm
         self._ids, self._kept = ids, kept
-        self._said: dict[int, dict[int, dict[str, Negative]]] = {}  # by iteration and chunk, in the order of the file
+        # by iteration and chunk, in the order of the file
+        self._by_iteration: dict[int, dict[int, dict[str, Negative]]] = {}
 
     def path(self, iteration: int) -> Path:
         return self.folder / negatives_name(iteration)
@@ -56,30 +58,30 @@ class NegativeStore:
 
     def chunks(self, iteration: int) -> dict[int, dict[str, Negative]]:
         """The chunks of an iteration that are in the store. What stands behind the first damaged one is drawn again."""
-        if iteration in self._said:
-            return self._said[iteration]
-        self._said = {i: said for i, said in self._said.items() if i >= iteration - self._kept}
-        said = self._said[iteration] = {}
-        for record in self.ranks.on_first(lambda: self._read(iteration)):
+        if iteration in self._by_iteration:
+            return self._by_iteration[iteration]
+        self._by_iteration = {i: by_chunk for i, by_chunk in self._by_iteration.items() if i >= iteration - self._kept}
+        by_chunk = self._by_iteration[iteration] = {}
+        for record in self.comm.on_rank0(lambda: self._read(iteration)):
             if "end" not in record:
-                said.setdefault(record["chunk"], {})[record["id"]] = Negative(
+                by_chunk.setdefault(record["chunk"], {})[record["id"]] = Negative(
                     record["tokens"], record["text"], record.get("cut", False)
                 )
-        return said
+        return by_chunk
 
     def append(self, iteration: int, chunk: int, found: Mapping[str, Negative]) -> None:
         """Keep a chunk that was drawn; it is on the disk when this returns."""
         self.chunks(iteration)[chunk] = dict(found)
         records: list[dict[str, Any]] = [
-            {"chunk": chunk, "id": i, "tokens": n.tokens, "text": n.text} | ({"cut": True} if n.cut else {})
+            {"chunk": chunk, "id": i, "tokens": n.tokens, "text": n.text} | ({"cut": True} if n.truncated else {})
             for i, n in found.items()
         ]
         end = {"chunk": chunk, "end": len(records), "sha256": digest(records)}
-        self.ranks.on_first(lambda: append_lines(self.path(iteration), [*records, end], durable=True))
+        self.comm.on_rank0(lambda: append_lines(self.path(iteration), [*records, end], durable=True))
 
-    def cut(self, iteration: int) -> None:
-        """Forget what was said in later iterations than this one; -1: everything. A run that goes on from here may be another:
-        of other rows, or not to the bit the one that said it."""
+    def truncate_after(self, iteration: int) -> None:
+        """Forget what was said in later iterations than this one; -1: everything. A run that goes on from here may be
+        another: of other rows, or not to the bit the one that said it."""
 
         def remove() -> None:
             for path in self.folder.glob("iteration-*.jsonl"):
@@ -87,7 +89,7 @@ class NegativeStore:
                 if number.isdecimal() and int(number) > iteration:
                     path.unlink()
 
-        self.ranks.on_first(remove)
+        self.comm.on_rank0(remove)
 
     def _read(self, iteration: int) -> list[dict[str, Any]]:
         """The records of an iteration's whole chunks; the file is cut behind them."""

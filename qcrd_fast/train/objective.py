@@ -1,8 +1,8 @@
 """The training objectives (Eq. 8 and the methods it is compared with), one micro-batch at a time.
 
-L = a1 L_pred + a2 L_cl with L_pred = sum_label w l and L_cl = sum_pos w l - beta * sum_neg w h(l), where l is a target's
-mean -log p per token. A method is a choice of the weights w (1/N included, N the questions of the whole optimizer batch):
-QCRD finds them by scoring all candidates first, the others know theirs beforehand.
+L = a1 L_pred + a2 L_cl with L_pred = sum_label w l and L_cl = sum_pos w l - beta * sum_neg w h(l), where l is a
+target's mean -log p per token. A method is a choice of the weights w (1/N included, N the questions of the whole
+optimizer batch): QCRD finds them by scoring all candidates first, the others know theirs beforehand.
 
 Suffixes: Q questions of the micro-batch, R rationales, T tokens.
 """
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.distributed.parallel import Engine
+from qcrd_fast.distributed.parallel import Strategy
 from qcrd_fast.errors import RunError
 from qcrd_fast.losses import ContrastiveOutput, contrastive_loss, weighted_rationale_loss
-from qcrd_fast.models.lm_head import evaluating
+from qcrd_fast.models.lm_head import eval_mode
 from qcrd_fast.models.prompts import PREDICT, REASON, TokenIds
 from qcrd_fast.models.student import PackedHidden, Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
@@ -36,7 +36,7 @@ from qcrd_fast.train.methods import method_of
 from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.train.teaching import Asked, Covered, Teaching, asked_of, pad_all, padded
 from qcrd_fast.train.token_weights import TokenScores, log_ratio
-from qcrd_fast.utils.oom import for_training, relieved
+from qcrd_fast.utils.oom import explains_oom, for_training
 
 MI_WEIGHT = 0.1
 
@@ -58,7 +58,8 @@ class Weighted:
 
 
 class Pass(NamedTuple):
-    """A training pass's targets: which are not negatives, their weights with the factors of Eq. 8, and the negatives' terms."""
+    """A training pass's targets: which are not negatives, their weights with the factors of Eq. 8, and the negatives'
+    terms."""
 
     positive_R: Tensor
     weight_R: Tensor
@@ -67,7 +68,8 @@ class Pass(NamedTuple):
 
 
 class Signal(NamedTuple):
-    """What a teacher says of a pass: log p of the candidates' tokens, or its likeliest tokens at those of all targets."""
+    """What a teacher says of a pass: log p of the candidates' tokens, or its likeliest tokens at those of all
+    targets."""
 
     other_T: Tensor | None = None
     covered: Covered | None = None
@@ -87,10 +89,10 @@ class Objective:
         judges: Judges | None,
         autocast: Callable[[], torch.autocast],
         warmup_steps: int = 0,
-        engine: Engine | None = None,
+        strategy: Strategy | None = None,
     ):
         self.student, self.config, self.judges, self.autocast = student, config, judges or Judges(), autocast
-        self.engine = engine or Engine(student.model)
+        self.strategy = strategy or Strategy(student.model)
         self.warmup_steps = warmup_steps
         self.domain_factors: Mapping[str, float] = {}  # what a question of a domain counts, beside its own weight
         self.audit: Audit | None = None  # what watches the passes of the next step
@@ -99,7 +101,7 @@ class Objective:
         self.teaching: Teaching | None = None  # whom the passes ask, for a method with a teacher or a reference
         self.sampled_tokens = 0  # of the next step's questions, on all ranks: the normaliser of on-policy methods
 
-    @relieved("a training step", for_training, longest_text)
+    @explains_oom("a training step", for_training, longest_text)
     def step(
         self,
         batch: Sequence[Example],
@@ -111,7 +113,7 @@ class Objective:
     ) -> tuple[dict[str, Tensor], Counter[str]]:
         """`weight` multiplies the loss; 0 is for the stand-in of a rank that has no question in a micro-batch."""
         stats: Counter[str] = Counter()
-        training = self.engine.training
+        training = self.strategy.training
         if self.method.contrastive and self.config.forward == "joint":
             losses = training(lambda: self._joint(batch, lagged, num_questions, iteration, stats))
         elif self.method.mutual_information:
@@ -121,12 +123,12 @@ class Objective:
             signal = self._ask_teacher(batch, weighted)
             losses = training(lambda: self._train(batch, weighted, num_questions, stats, signal))
         if losses["loss"].requires_grad:
-            (losses["loss"] * (weight * self.engine.scale)).backward()
+            (losses["loss"] * (weight * self.strategy.scale)).backward()
         return {name: weight * value.detach() for name, value in losses.items()}, stats if weight else Counter()
 
     def label_losses(self, prompts: Sequence[TokenIds], labels: Sequence[TokenIds]) -> list[float]:
         """-log p of each label given its prompt [nats], without gradient, in eval mode."""
-        with torch.no_grad(), evaluating(self.student.model):
+        with torch.no_grad(), eval_mode(self.student.model):
             logprob_T = self.score(list(prompts), list(labels), list(range(len(labels))), Counter())[1]
         return [-float(part.sum()) for part in logprob_T.double().cpu().split([len(label) for label in labels])]
 
@@ -180,15 +182,17 @@ class Objective:
         chosen = Weighted([], [], [], self.config.beta, self.config.delta)
         (sources, scored), targets = _prompts(batch, candidates, question), [c.tokens for c in candidates]
         if not candidates:
-            if not self.engine.sharded:
+            if not self.strategy.sharded:
                 return chosen
             targets, scored = [batch[0].label], [0]  # as many passes as the other ranks run
-        with torch.no_grad(), evaluating(self.student.model):
-            packed, logprob_T = self.engine.scoring(lambda: self.score(sources, targets, scored, stats))
+        with torch.no_grad(), eval_mode(self.student.model):
+            packed, logprob_T = self.strategy.scoring(lambda: self.score(sources, targets, scored, stats))
         if not candidates:
             return chosen
         out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)
-        for c, q, weight, selected in zip(candidates, question, out.weight_R.tolist(), out.selected_R.tolist(), strict=True):
+        for c, q, weight, selected in zip(
+            candidates, question, out.weight_R.tolist(), out.selected_R.tolist(), strict=True
+        ):
             if selected:
                 chosen.add(c, q, weight * self._counts(batch[q]))
         return chosen
@@ -240,13 +244,15 @@ class Objective:
             found = torch.tensor(list(judge.scores(cases)), dtype=score_R.dtype, device=device)
             score_R[torch.tensor(judged, dtype=torch.long, device=device)] = found
         if not torch.isfinite(score_R).all():
-            ids = ", ".join(sorted({batch[question[i]].id for i in (~torch.isfinite(score_R)).nonzero()[:, 0].tolist()}))
+            ids = ", ".join(
+                sorted({batch[question[i]].id for i in (~torch.isfinite(score_R)).nonzero()[:, 0].tolist()})
+            )
             raise RunError(f"{self.judges.name} gave a score that is not finite; questions {ids}")
         return score_R
 
     def _shared_by_quality(self, share: float, example: Example, stats: Counter[str]) -> list[float]:
-        """`share` dealt to a question's positives by their quality, so that the question counts as before; nothing where every
-        quality is 0."""
+        """`part_of_loss` dealt to a question's positives by their quality, so that the question counts as before;
+        nothing where every quality is 0."""
         quality_R = self._quality([example], list(example.positives), [0] * len(example.positives))
         assert quality_R is not None
         found = quality_R.tolist()
@@ -304,9 +310,9 @@ class Objective:
                 loss, nll_R, extras = self._token_weighted(packed, pass_, labels, signal)
             return {"loss": loss, **self._shares(nll_R, is_label_R, weight_R, pass_), **extras}
         if self.method.teacher == "mentor" and self.config.kd_lambda:
-            share = len(batch) / num_questions
+            part_of_loss = len(batch) / num_questions
             with self.autocast():
-                loss, nll_R, extras = self._mentor_kd(sources, targets, source_of, pass_, share, stats, signal)
+                loss, nll_R, extras = self._mentor_kd(sources, targets, source_of, pass_, part_of_loss, stats, signal)
             return {"loss": loss, **self._shares(nll_R, is_label_R, weight_R, pass_), **extras}
         with self.autocast():
             packed = self._hidden(sources, targets, source_of, stats)
@@ -333,15 +339,20 @@ class Objective:
     def _shares(self, nll_R: Tensor, is_label_R: Tensor, weight_R: Tensor, of: Pass) -> dict[str, Tensor]:
         """The loss's two terms, without their factors a1 and a2."""
         parts = {"loss_pred": is_label_R, "loss_cl": ~is_label_R}
-        return {name: loss_terms(nll_R, of.positive_R, weight_R * which, of.beta, of.delta)[0] for name, which in parts.items()}
+        return {
+            name: loss_terms(nll_R, of.positive_R, weight_R * which, of.beta, of.delta)[0]
+            for name, which in parts.items()
+        }
 
     def _token_weighted(
         self, packed: PackedHidden, of: Pass, labels: int, signal: Signal | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(loss, weighted l of each target, more to log): the tokens of labels weigh 1, those of rationales as the method says.
+        """(loss, weighted l of each target, more to log): the tokens of labels weigh 1, those of rationales as the
+        method says.
 
-        What is logged beside the loss sums over micro-batches as the loss does: of on-policy methods the mean over sampled
-        tokens of log pi_S - log pi_T, an unbiased estimate of KL(pi_S || pi_T); of npo its own loss, of its negatives.
+        What is logged beside the loss sums over micro-batches as the loss does: of on-policy methods the mean over
+        sampled tokens of log pi_S - log pi_T, an unbiased estimate of KL(pi_S || pi_T); of npo its own loss, of its
+        negatives.
         """
         assert self.method.token_weights
         logprob_T = self._logprob(packed, KEPT_BYTES)
@@ -352,7 +363,13 @@ class Objective:
         scores = TokenScores(detached_T, other_T, packed.segment, of.positive_R, self.config.npo_beta)
         token_weight_T = self.method.token_weights(scores).masked_fill(is_label_T, 1.0)
         loss, _, _, nll_R = weighted_rationale_loss(
-            logprob_T, packed.segment, of.positive_R, of.weight_R, beta=of.beta, delta=of.delta, token_weight_T=token_weight_T
+            logprob_T,
+            packed.segment,
+            of.positive_R,
+            of.weight_R,
+            beta=of.beta,
+            delta=of.delta,
+            token_weight_T=token_weight_T,
         )
         extras: dict[str, Tensor] = {}
         if self.method.on_policy:
@@ -375,8 +392,9 @@ class Objective:
         stats: Counter[str],
         signal: Signal | None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(1 - lambda) CE + lambda KL(teacher || student) over the tokens of labels and rationales, both means over a target's
-        tokens with the same weights; with `--mentor-kd-literal` the KL is a mean over all positions of the padded targets.
+        """(1 - lambda) CE + lambda KL(teacher || student) over the tokens of labels and rationales, both means over a
+        target's tokens with the same weights; with `--mentor-kd-literal` the KL is a mean over all positions of the
+        padded targets.
 
         share: of the optimizer batch's questions, those of this pass.
         """
@@ -398,7 +416,9 @@ class Objective:
         )
         lse_T, tau = out.lse, config.kd_temperature
         if tau != 1:
-            lse_T = linear_logprob(packed.hidden, head.weight, packed.target, return_lse=True, temperature=tau, **options).lse
+            lse_T = linear_logprob(
+                packed.hidden, head.weight, packed.target, return_lse=True, temperature=tau, **options
+            ).lse
         covered = signal.covered if signal and signal.covered else _unknown(T, config.top_logprobs, packed.hidden)
         kl_T = topk_kl(
             packed.hidden, head.weight, lse_T, *covered.top, **head.options, temperature=tau, tail=config.teacher_tail
@@ -441,7 +461,7 @@ class Objective:
         labels = self._train(batch, Weighted([], [], []), num_questions, stats)
         candidates, question = _candidates(batch, lagged)
         if not candidates:
-            if self.engine.sharded:  # as many passes as the other ranks run
+            if self.strategy.sharded:  # as many passes as the other ranks run
                 idle_T = self.score([batch[0].explain], [batch[0].label], [0], stats)[1]
                 labels["loss"] = labels["loss"] + 0.0 * idle_T.sum()
             return labels
@@ -451,7 +471,9 @@ class Objective:
         loss = labels["loss"] + self.config.alpha_cl * out.loss
         return {"loss": loss, "loss_pred": labels["loss_pred"], "loss_cl": out.loss}
 
-    def _mutual_information(self, batch: Sequence[Example], num_questions: int, stats: Counter[str]) -> dict[str, Tensor]:
+    def _mutual_information(
+        self, batch: Sequence[Example], num_questions: int, stats: Counter[str]
+    ) -> dict[str, Tensor]:
         """`dss` and MI's extra term, from one pass over each task.
 
         The term is as in the released code: softmax on softmax, maximum over time with padding unmasked. A decoder-only
@@ -472,7 +494,8 @@ class Objective:
     def _task(
         self, pairs: Sequence[tuple[TokenIds, TokenIds]], num_questions: int, stats: Counter[str]
     ) -> tuple[Tensor, Tensor]:
-        """1/N of the sum of l over (prompt, target), and the maximum over time of each softmax [pairs, V], in one batch."""
+        """1/N of the sum of l over (prompt, target), and the maximum over time of each softmax [pairs, V], in one
+        batch."""
         head, (prompts, targets) = self.student.head, zip(*pairs, strict=True)
         with self.autocast():
             packed = self.student.decode(self.student.encode(prompts), targets, range(len(pairs)))
@@ -485,7 +508,9 @@ class Objective:
         of_prompt_BL = position_L < torch.tensor(packed.first, device=logits_BLV.device)[:, None]
         pooled_BV = logits_BLV.float().softmax(-1).masked_fill(of_prompt_BL[:, :, None], 0).amax(1)
         every_R = torch.ones(len(pairs), device=logprob_T.device)
-        loss = weighted_rationale_loss(logprob_T, packed.segment, every_R > 0, every_R / num_questions, beta=0.0, delta=None)[0]
+        loss = weighted_rationale_loss(
+            logprob_T, packed.segment, every_R > 0, every_R / num_questions, beta=0.0, delta=None
+        )[0]
         return loss, pooled_BV
 
     def score(
@@ -506,7 +531,12 @@ class Objective:
     def _logprob(self, packed: PackedHidden, workspace_bytes: int = 0) -> Tensor:
         head = self.student.head
         result = linear_logprob(
-            packed.hidden, head.weight, packed.target, **head.options, impl=self.config.impl, workspace_bytes=workspace_bytes
+            packed.hidden,
+            head.weight,
+            packed.target,
+            **head.options,
+            impl=self.config.impl,
+            workspace_bytes=workspace_bytes,
         )
         assert isinstance(result, Tensor)
         if self.audit:
@@ -533,7 +563,8 @@ def _candidates(batch: Sequence[Example], lagged: Mapping[str, Negative]) -> tup
 def _prompts(
     batch: Sequence[Example], candidates: Sequence[Candidate], question: Sequence[int]
 ) -> tuple[list[TokenIds], list[int]]:
-    """(prompts, which of them each candidate follows): a prompt a question, and those of views of their own behind them."""
+    """(prompts, which of them each candidate follows): a prompt a question, and those of views of their own behind
+    them."""
     sources, source_of = [e.explain for e in batch], list(question)
     at: dict[tuple[int, tuple[int, ...]], int] = {}
     for i, candidate in enumerate(candidates):

@@ -1,4 +1,5 @@
-"""What a person reads of a run: one training example, a line of progress, the student's rationales, and what it came to."""
+"""What a person reads of a run: one training example, a line of progress, the student's rationales, and what it came
+to."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.models.prompts import Prompter, TokenIds
 from qcrd_fast.train.methods import method_of
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 from qcrd_fast.utils.intervals import wilson
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ LONGEST = 600  # characters of a question, rationale or answer that are printed
 
 
 def example_text(example: Example, student: Prompter, config: TrainConfig) -> str:
-    """One training example as the student sees it: the text of its tokens, special ones too, each line behind a bar so that
-    blanks show. The loss is over the tokens of the targets alone."""
+    """One training example as the student sees it: the text of its tokens, special ones too, each line behind a bar so
+    that blanks show. The loss is over the tokens of the targets alone."""
     tasks = [("answer", example.predict, [("target", example.label)])]
     if candidates := _taught(example, config):
         sides = {True: "positive", False: "negative"}
@@ -33,7 +34,9 @@ def example_text(example: Example, student: Prompter, config: TrainConfig) -> st
     if example.reason:
         tasks.append(("reasoning", example.reason[0], [("target", example.reason[1])]))
     where = "for the encoder" if student.is_encoder_decoder else "before each target, masked"
-    lines = [f"a training example, question {shown(example.id)}, as the student sees it (loss on the targets alone):"]
+    lines = [
+        f"a training example, question {printable(example.id)}, as the student sees it (loss on the targets alone):"
+    ]
     for task, prompt, targets in tasks:
         lines += [f"  {task}, prompt, {len(prompt)} tokens {where}:", *_barred(student, prompt)]
         for name, tokens in targets:
@@ -55,14 +58,15 @@ def _taught(example: Example, config: TrainConfig) -> list[Candidate]:
 
 def _barred(student: Prompter, tokens: TokenIds) -> list[str]:
     text = student.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return [f"    | {shown(line)}" for line in text.split("\n")]
+    return [f"    | {printable(line)}" for line in text.split("\n")]
 
 
 # ---- while it trains ----
 
 
 def progress_line(record: Mapping[str, Any], short: bool = False) -> str:
-    """Loss and its parts, active hinges, learning rate and speed of a record of `metrics.jsonl`; `short`: three of them."""
+    """Loss and its parts, active hinges, learning rate and speed of a record of `metrics.jsonl`; `short`: three of
+    them."""
     if short:
         return f"loss {record['loss']:.3f}, lr {record['lr']:.2g}, {record['tokens_per_s']:,.0f} tok/s"
     parts = [f"{name} {record[key]:.3f}" for name, key in _PARTS if record.get(key) is not None]
@@ -90,13 +94,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def rationales_text(questions: Sequence[Question], rationales: Sequence[str], answers: Iterable[Mapping[str, Any]]) -> str:
+def rationales_text(
+    questions: Sequence[Question], rationales: Sequence[str], answers: Iterable[Mapping[str, Any]]
+) -> str:
     """What the student says of some validation questions; `answers` are the records of their answers."""
     lines = []
     for question, rationale, record in zip(questions, rationales, answers, strict=True):
         right = "right" if record["correct"] else f"wrong, it is {_flat(record['gold'])}"
         lines += [
-            f"  question {shown(question.id)}: {_flat(question_text(question), end=True)}",
+            f"  question {printable(question.id)}: {_flat(question_text(question), end=True)}",
             f"    the student explains: {_flat(rationale) or '(nothing)'}",
             f"    and answers: {_flat(record['output']) or '(nothing)'} ({right})",
         ]
@@ -104,11 +110,12 @@ def rationales_text(questions: Sequence[Question], rationales: Sequence[str], an
 
 
 def _flat(text: str, end: bool = False) -> str:
-    """One printable line of at most `LONGEST` characters: the first ones, or those at the end, where a question asks."""
+    """One printable line of at most `LONGEST` characters: the first ones, or those at the end, where a question
+    asks."""
     line = " ".join(text.split())
     if len(line) > LONGEST:
         line = f"... {line[-LONGEST:]}" if end else f"{line[:LONGEST]} ..."
-    return shown(line)
+    return printable(line)
 
 
 # ---- the end ----
@@ -123,7 +130,7 @@ def accuracy_text(right: int, n: int, more: str = "") -> str:
 def summary_text(results: Mapping[str, Any], config: TrainConfig) -> str:
     """A finished run for its user: folder, accuracy with its interval, and the commands that are likely next."""
     run, n = str(config.output_dir).rstrip("/") or "/", results["n"]
-    line = f"run folder {shown(run)}"
+    line = f"run folder {printable(run)}"
     if n:
         kind = f" {results.get('evaluated_on', '')} questions"
         line += f": accuracy {accuracy_text(round(results['accuracy'] * n), n, kind)}"

@@ -1,7 +1,7 @@
 """The student as it was: its weights at the start of past iterations, in bf16.
 
-They are on disk, where a resume finds them; on a GPU machine the latest are in pinned host memory too, which takes them from
-the GPU and back without stopping it.
+They are on disk, where a resume finds them; on a GPU machine the latest are in pinned host memory too, which takes them
+from the GPU and back without stopping it.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qcrd_fast.distributed.comm import ALONE, Ranks
-from qcrd_fast.distributed.parallel import full
+from qcrd_fast.distributed.comm import SINGLE, Comm
+from qcrd_fast.distributed.parallel import unshard
 from qcrd_fast.errors import RunError
 from qcrd_fast.runs.folder import snapshot_name
-from qcrd_fast.utils.files import sha256, sync, told_room
+from qcrd_fast.utils.files import disk_space_text, sha256, sync
 
 Weights = dict[str, Tensor]
 
 
 class Snapshots:
-    """One safetensors file for each iteration, written by a thread; the latest `in_memory` of them kept in host memory as well.
+    """One safetensors file for each iteration, written by a thread; the latest `in_memory` of them kept in host memory
+    as well.
 
-    A call that needs a file, or its digest, waits for it and raises what writing it raised. Of several ranks the first writes,
-    and all of them wait for it.
+    A call that needs a file, or its digest, waits for it and raises what writing it raised. Of several ranks the first
+    writes, and all of them wait for it.
     """
 
-    def __init__(self, folder: Path, in_memory: int = 0, ranks: Ranks = ALONE):
-        self.folder, self.in_memory, self.ranks = folder, in_memory, ranks
+    def __init__(self, folder: Path, in_memory: int = 0, comm: Comm = SINGLE):
+        self.folder, self.in_memory, self.comm = folder, in_memory, comm
         self._known: dict[int, str] = {}  # sha256 by iteration
         self._ring: dict[int, tuple[Weights, Any]] = {}  # weights on the host, and the event after their copy
         self._spare: list[Weights] = []  # host buffers whose snapshot has left the ring
@@ -44,7 +45,8 @@ class Snapshots:
     def known(self) -> dict[int, str]:
         """sha256 by iteration, once everything is written."""
         for iteration in list(self._writing):
-            self._known[iteration] = self._writing[iteration].result()  # until then another thread must find it in `_writing`
+            # until then another thread must find it in `_writing`
+            self._known[iteration] = self._writing[iteration].result()
             del self._writing[iteration]
         return self._known
 
@@ -62,11 +64,11 @@ class Snapshots:
 
     @torch.no_grad()
     def save(self, iteration: int, model: torch.nn.Module) -> None:
-        """Take the weights as they are when work that was queued before this call is done. The training stream copies them on
-        the device and goes on; a stream of its own moves the copy to the host."""
+        """Take the weights as they are when work that was queued before this call is done. The training stream copies
+        them on the device and goes on; a stream of its own moves the copy to the host."""
         self.wait()
         device = next(model.parameters()).device
-        weights = {n: full(p.detach()).to(torch.bfloat16, copy=True) for n, p in model.named_parameters()}
+        weights = {n: unshard(p.detach()).to(torch.bfloat16, copy=True) for n, p in model.named_parameters()}
         arrived = None
         if device.type == "cuda":
             weights, arrived = self._to_host(weights, device)
@@ -74,8 +76,8 @@ class Snapshots:
             self._ring[iteration] = weights, arrived
             for old in sorted(self._ring)[: -self.in_memory]:
                 self._spare.append(self._ring.pop(old)[0])
-        if self.ranks.size > 1:
-            self._known[iteration] = self.ranks.on_first(lambda: self._write(iteration, weights, arrived))
+        if self.comm.size > 1:
+            self._known[iteration] = self.comm.on_rank0(lambda: self._write(iteration, weights, arrived))
         else:
             self._writing[iteration] = self._writer.submit(self._write, iteration, weights, arrived)
 
@@ -105,7 +107,7 @@ class Snapshots:
             sync(self.folder)  # a checkpoint that outlives a power cut may need it
         except (OSError, SafetensorError) as error:
             needed = sum(tensor.nbytes for tensor in weights.values())
-            raise RunError(f"cannot write {path}: {error} ({told_room(self.folder, needed)})") from error
+            raise RunError(f"cannot write {path}: {error} ({disk_space_text(self.folder, needed)})") from error
         finally:
             temporary.unlink(missing_ok=True)
         return digest
@@ -133,7 +135,7 @@ class Snapshots:
 
     def prune(self, oldest: int, keep_initial: bool) -> None:
         """Delete what no iteration from `oldest` on can ask for. Of several ranks the first does."""
-        for path in self.folder.glob("iteration-*.safetensors") if self.ranks.first else ():
+        for path in self.folder.glob("iteration-*.safetensors") if self.comm.first else ():
             number = path.stem.removeprefix("iteration-")
             if number.isdecimal() and int(number) < oldest and not (keep_initial and int(number) == 0):
                 path.unlink()

@@ -1,7 +1,9 @@
-"""What a run asks a teacher for: log p of the tokens that the student trains on, or the teacher's likeliest tokens there.
+"""What a run asks a teacher for: log p of the tokens that the student trains on, or the teacher's likeliest tokens
+there.
 
 One `Teaching` a run, made by `make_teaching`, whatever its teacher is: local weights, a server, the student itself with
-context, the student as it was, or files of log-probs. Suffixes: T tokens of the candidates or targets, K likeliest tokens.
+context, the student as it was, or files of log-probs. Suffixes: T tokens of the candidates or targets, K likeliest
+tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import torch
 from torch import Tensor
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.distributed.comm import ALONE, Ranks
-from qcrd_fast.distributed.parallel import full
+from qcrd_fast.distributed.comm import SINGLE, Comm
+from qcrd_fast.distributed.parallel import unshard
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, TokenIds
 from qcrd_fast.models.student import Student
@@ -71,7 +73,8 @@ class Teaching:
 
 
 class ModelTeaching(Teaching):
-    """A local model, which reads each question as it reads any: with its own prompt, and `context` before the question."""
+    """A local model, which reads each question as it reads any: with its own prompt, and `context` before the
+    question."""
 
     def __init__(self, model: LocalTeacher, config: TrainConfig, context: bool = False):
         self.model, self.config, self.context = model, config, context
@@ -117,7 +120,7 @@ class SelfTeaching(ModelTeaching):
             return
         own = dict(self.moving.named_parameters())
         for name, parameter in student.named_parameters():
-            own[name].lerp_(full(parameter.detach()).to(own[name].dtype), 1 - self.config.teacher_ema)
+            own[name].lerp_(unshard(parameter.detach()).to(own[name].dtype), 1 - self.config.teacher_ema)
 
 
 class ServerTeaching(Teaching):
@@ -179,7 +182,7 @@ def make_teaching(
     autocast: Autocast,
     run: Path,
     digest: str,
-    ranks: Ranks = ALONE,
+    ranks: Comm = SINGLE,
     resumed: bool = False,
 ) -> Teaching | None:
     """The teaching that `config.method` needs; None for a method without one. Before the student is shared among ranks.
@@ -201,7 +204,9 @@ def make_teaching(
         return _of_files(config, student, examples)
     if config.teacher_is_url:
         if student.is_encoder_decoder:
-            raise InputError("--teacher: a server scores prompts made of the student's tokens; it needs a decoder-only student")
+            raise InputError(
+                "--teacher: a server scores prompts made of the student's tokens; it needs a decoder-only student"
+            )
         scorer = ServerScorer(str(config.teacher), config.teacher_model or "", student.tokenizer)
         return ServerTeaching(scorer, student.device)
     return ModelTeaching(load_teacher(str(config.teacher), student, autocast, config.impl), config)
@@ -221,12 +226,13 @@ def _of_files(config: TrainConfig, student: Student, examples: Sequence[Example]
     labels = [bool(teaching.top([Asked(e, PREDICT, e.label, e.answer)]).covered_T.any()) for e in examples]
     if not any(covered) and not any(labels):
         raise InputError(
-            f"--teacher-logprobs: {config.teacher_logprobs} holds nothing of these rows: of {len(targets)} rationales none, of "
-            f"{len(labels)} labels none; score-teacher --data with the same rows writes them"
+            f"--teacher-logprobs: {config.teacher_logprobs} holds nothing of these rows: of {len(targets)} rationales "
+            f"none, of {len(labels)} labels none; score-teacher --data with the same rows writes them"
         )
     if not all(covered) or not all(labels):
         log.warning(
-            "--teacher-logprobs: known are %d of %d rationales and %d of %d labels; the others train by cross-entropy alone",
+            "--teacher-logprobs: known are %d of %d rationales and %d of %d labels; the others train by cross-entropy "
+            "alone",
             sum(covered), len(covered), sum(labels), len(labels),
         )  # fmt: skip
     return teaching
@@ -239,10 +245,11 @@ def reference_logprobs(
     autocast: Autocast,
     run: Path,
     digest: str,
-    ranks: Ranks,
+    ranks: Comm,
     resumed: bool,
 ) -> dict[str, list[list[float]]]:
-    """{question id: log p of each token of each minority rationale} under the initial student, kept in the run folder."""
+    """{question id: log p of each token of each minority rationale} under the initial student, kept in the run
+    folder."""
     path, begun = run / REFERENCE, {"data_sha256": digest, "student": str(config.student)}
 
     def read() -> Any:
@@ -254,14 +261,14 @@ def reference_logprobs(
             pass
         return None
 
-    if resumed and (known := ranks.on_first(read)) is not None:
+    if resumed and (known := ranks.on_rank0(read)) is not None:
         return dict(known)
     source = student
     if resumed:
         source = Student.load(str(config.student), student.prompts, student.device, config.attn_implementation)
     training = source.model.training
     asked = [e for e in examples if e.minority]
-    own = list(ranks.share(asked))
+    own = list(ranks.shard(asked))
     found: list[list[list[float]]] = []
     source.model.eval()
     for at in range(0, len(own), REFERENCE_BATCH):
@@ -271,8 +278,8 @@ def reference_logprobs(
         scored = iter(_logprobs(source, [e.explain for e in some], targets, source_of, autocast, config.impl))
         found += [[next(scored) for _ in e.minority] for e in some]
     source.model.train(training)
-    known = dict(zip((e.id for e in asked), ranks.collect(found), strict=True))
-    ranks.on_first(lambda: write_json(path, {**begun, "logprobs": known}))
+    known = dict(zip((e.id for e in asked), ranks.gather_in_order(found), strict=True))
+    ranks.on_rank0(lambda: write_json(path, {**begun, "logprobs": known}))
     return known
 
 

@@ -1,7 +1,7 @@
 """Weights of single tokens: L = -sum_t n_t sg(w_t) log p_t, w a function of the student's log-probs and of a teacher's.
 
-w = 1 is the plain term. Weights are detached: the gradient is that of a weighted log-likelihood. n_t, the normaliser, is the
-caller's (`train.methods`). Suffixes: T tokens, R rationales.
+w = 1 is the plain term. Weights are detached: the gradient is that of a weighted log-likelihood. n_t, the normaliser,
+is the caller's (`train.methods`). Suffixes: T tokens, R rationales.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def advantage(scores: TokenScores) -> Tensor:
 
 
 def preference(scores: TokenScores) -> Tensor:
-    """2 sigmoid(b r) for the tokens of a negative, r = log(pi / pi_ref) of all of it; 1 for the others: NPO, arXiv 2404.05868.
+    """2 sigmoid(b r) for the tokens of a negative, r = log(pi / pi_ref) of all of it; 1 for the others: NPO, arXiv
+    2404.05868.
 
-    A negative of |r| tokens enters with minus its weight, so that its gradient is that of (2 / b) log(1 + (pi / pi_ref)^b),
-    divided by |r| as every other term is.
+    A negative of |r| tokens enters with minus its weight, so that its gradient is that of (2 / b) log(1 + (pi /
+    pi_ref)^b), divided by |r| as every other term is.
     """
     weight_R = 2 * (scores.b * log_ratio(scores)).sigmoid()
     return weight_R.masked_fill(scores.positive_R, 1.0)[scores.rationale_T]

@@ -20,8 +20,8 @@ from qcrd_fast.config import SPELLED_OUT, TrainConfig
 from qcrd_fast.data.schema import question_text
 from qcrd_fast.data.splits import label_of
 from qcrd_fast.discriminator.cross_fit import Check, CrossFitTrainer, build_judge
-from qcrd_fast.distributed.comm import ALONE, Ranks, joined, own_device
-from qcrd_fast.distributed.parallel import Engine, full, make_engine
+from qcrd_fast.distributed.comm import SINGLE, Comm, own_device, process_group
+from qcrd_fast.distributed.parallel import Strategy, make_strategy, unshard
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.models.lora import add_lora, find_target_modules, load_adapter
 from qcrd_fast.models.model_folder import count_parameters
@@ -32,17 +32,17 @@ from qcrd_fast.runs import checkpoints
 from qcrd_fast.runs.folder import NEGATIVES, RESULTS, SNAPSHOTS, RunFolder
 from qcrd_fast.train import checkpointer
 from qcrd_fast.train.audit import Audit, Audits
-from qcrd_fast.train.checkpointer import Keeper, as_before, resume_point
+from qcrd_fast.train.checkpointer import Checkpointer, as_before, resume_point
 from qcrd_fast.train.domains import DomainWeights, domain_of, few_of_each
 from qcrd_fast.train.evaluation import Best, Evaluation
 from qcrd_fast.train.examples import Candidate, Example, make_examples
 from qcrd_fast.train.judging import WEIGHT_KINDS, Judges, make_judges
-from qcrd_fast.train.memory_estimate import checkpoint_activations, survey
+from qcrd_fast.train.memory_estimate import checkpoint_activations, estimate_memory
 from qcrd_fast.train.methods import has_discriminator, label_kind, lag_of, method_of, samples_student
-from qcrd_fast.train.metrics_log import MetricsLog, Progress, mean, share
-from qcrd_fast.train.negatives import Asked, LaggedNegatives
+from qcrd_fast.train.metrics_log import MetricsLog, Progress, active_fraction, mean
+from qcrd_fast.train.negatives import LaggedNegatives, SamplingPrompt
 from qcrd_fast.train.objective import Objective
-from qcrd_fast.train.overlap import Lane, choose_overlap
+from qcrd_fast.train.overlap import SamplingWorker, choose_overlap
 from qcrd_fast.train.preflight import check_start, require_memory
 from qcrd_fast.train.questions import Data
 from qcrd_fast.train.run_text import example_text
@@ -52,14 +52,15 @@ from qcrd_fast.train.student_answers import StudentAnswers
 from qcrd_fast.train.teaching import make_teaching
 from qcrd_fast.utils.determinism import deterministic, require_deterministic
 from qcrd_fast.utils.device import choose_threads, make_autocast, resolve_device, threads_kept
-from qcrd_fast.utils.files import told_room
+from qcrd_fast.utils.files import disk_space_text
 from qcrd_fast.utils.keyed import seed_from
-from qcrd_fast.utils.oom import for_weights, relieved, relieved_by
+from qcrd_fast.utils.oom import explaining_oom, explains_oom, for_weights
 from qcrd_fast.utils.signals import StopSignals
 from qcrd_fast.utils.torchrun import world_size
 
 log = logging.getLogger(__name__)
-FEWEST_TO_COMPARE, BLIND = 20, 0.8  # samples that agree with the majority, and that do not; weights of a judge that is blind
+# samples that agree with the majority, and that do not; weights of a judge that is blind
+FEWEST_TO_COMPARE, BLIND = 20, 0.8
 DOMAIN_QUESTIONS = 64  # of each domain, whose labels say how far the student is
 IDLE_QUALITY = 0.9  # negatives that are rated higher weigh less than a tenth (Eq. 7)
 
@@ -73,8 +74,8 @@ def train(
     judges: Judges | None = None,
     make_objective: Callable[..., Objective] = Objective,
 ) -> dict[str, Any]:
-    """Train a student as `config` says and return what `eval_results.json` holds. `data`: what `Data.load` made of `config`,
-    of a caller that has done that and, before it, what `preflight` checks.
+    """Train a student as `config` says and return what `eval_results.json` holds. `data`: what `Data.load` made of
+    `config`, of a caller that has done that and, before it, what `preflight` checks.
 
     `judges` take the place of those of `--quality`: objects with `scores(cases)`, for positives and for negatives.
     `make_objective` takes the arguments of `Objective` and gives what computes the loss, for experiments with one.
@@ -95,23 +96,23 @@ def train(
     if device.type == "cuda" and (parameters := count_parameters(Path(str(config.student)))):
         require_memory(config, parameters, torch.cuda.mem_get_info(device)[0], str(device))
     if run is None:
-        return _train(config.resolved(), None, device, ALONE, data)
+        return _train(config.resolved(), None, device, SINGLE, data)
     with (
-        joined(device, config.ddp_timeout) as ranks,
+        process_group(device, config.ddp_timeout) as comm,
         deterministic(config.deterministic),
         threads_kept(),
-        relieved_by(for_weights(config)),
+        explaining_oom(for_weights(config)),
     ):
         # of a run that is resumed, those that it began with
-        spelled = ranks.on_first(lambda: {name: getattr(run.config, name) for name in SPELLED_OUT})
-        return _train(dataclasses.replace(config, **spelled), run, device, ranks, data, judges, make_objective)
+        spelled = comm.on_rank0(lambda: {name: getattr(run.config, name) for name in SPELLED_OUT})
+        return _train(dataclasses.replace(config, **spelled), run, device, comm, data, judges, make_objective)
 
 
 def _train(
     config: TrainConfig,
     run: RunFolder | None,
     device: torch.device,
-    ranks: Ranks,
+    comm: Comm,
     data: Data | None,
     judges: Judges | None = None,
     make_objective: Callable[..., Objective] = Objective,
@@ -124,47 +125,48 @@ def _train(
     torch.manual_seed(config.seed)
     data = data or Data.load(config)
     schedule = Schedule(len(data.train), config, world_size())
-    log.info("%d training, %d validation, %d test questions; task %s; %d steps, %d an iteration; dropped %d that are tested",
+    log.info("%d training, %d validation, %d test questions; task %s; %d steps, %d an iteration; dropped %d that are "
+        "tested",
              len(data.train), len(data.validation), len(data.test), data.task, schedule.total_steps,
              schedule.iteration_steps, data.dropped)  # fmt: skip
-    found = ranks.on_first(lambda: resume_point(config, run.path, schedule)) if run and config.resume else None
+    resume_from = comm.on_rank0(lambda: resume_point(config, run.path, schedule)) if run and config.resume else None
     prompts = PromptSettings.from_option(
         config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt, config.views
     )
-    if found:
-        prompts = as_before(Path(found), prompts)
+    if resume_from:
+        prompts = as_before(Path(resume_from), prompts)
     else:
-        checkpoints.require_whole(Path(str(config.student)))
-    name = str(config.student) if config.use_peft else found or str(config.student)
+        checkpoints.verify_checkpoint(Path(str(config.student)))
+    name = str(config.student) if config.use_peft else resume_from or str(config.student)
     student = Student.load(name, prompts, device, config.attn_implementation)
     if config.use_peft:
         find_target_modules(student.model, config.lora_target_modules)  # before a discriminator is made or pretrained
     examples = make_examples(data.train, student, config)
     if run is None:
-        return _plan(config, data, schedule, student) | survey(student, examples, data.validation, schedule)
+        return _plan(config, data, schedule, student) | estimate_memory(student, examples, data.validation, schedule)
     if unused := config.unused():
         log.info("this run (--method %s) does not use %s", config.method, ", ".join(unused))
-    resumed = Path(found) if found else None
+    resumed = Path(resume_from) if resume_from else None
     choose_threads(device, sum(p.numel() for p in student.model.parameters()))
-    session = Session(config, run.path, data, schedule, student, examples, ranks, resumed, judges, make_objective)
+    trainer = Trainer(config, run.path, data, schedule, student, examples, comm, resumed, judges, make_objective)
     try:
-        if found:
-            session.restore(Path(found))
-        if not session.ended:
-            ranks.on_first(lambda: session.keeper.require_room(session.step))
-        ranks.on_first(run.write_config)
-        log.info("%s", session.describe())
-        if not found:
-            session.cut(0)
-            log.info("%s", session.example())
+        if resume_from:
+            trainer.restore(Path(resume_from))
+        if not trainer.ended:
+            comm.on_rank0(lambda: trainer.checkpointer.require_room(trainer.step))
+        comm.on_rank0(run.write_config)
+        log.info("%s", trainer.describe())
+        if not resume_from:
+            trainer.truncate_after(0)
+            log.info("%s", trainer.example())
         with StopSignals() as stop, _no_bars_of_transformers():
-            session.loop(stop)
-            if signum := ranks.max(stop.signum):
+            trainer.loop(stop)
+            if signum := comm.max(stop.signum):
                 raise Stopped(signum)
         with _no_bars_of_transformers():
-            return session.finish()
+            return trainer.finish()
     except OSError as error:
-        room = told_room(run.path, checkpointer.checkpoint_bytes(student, session.trainer))
+        room = disk_space_text(run.path, checkpointer.checkpoint_bytes(student, trainer.discriminator_trainer))
         raise RunError(f"{run.path}: {error} (the next checkpoint: {room}); whole checkpoints are intact") from error
 
 
@@ -183,7 +185,7 @@ def _plan(config: TrainConfig, data: Data, schedule: Schedule, student: Student)
     }
 
 
-class Session:
+class Trainer:
     """A run in progress: its student, optimizer, discriminator, negatives and log."""
 
     def __init__(
@@ -194,51 +196,55 @@ class Session:
         schedule: Schedule,
         student: Student,
         examples: list[Example],
-        ranks: Ranks = ALONE,
-        found: Path | None = None,
+        comm: Comm = SINGLE,
+        resume_from: Path | None = None,
         judges: Judges | None = None,
         make_objective: Callable[..., Objective] = Objective,
     ):
-        self.config, self.run, self.data, self.schedule, self.ranks = config, run, data, schedule, ranks
+        self.config, self.run, self.data, self.schedule, self.comm = config, run, data, schedule, comm
         self.student, self.examples = student, examples
         self.autocast = make_autocast(student.device, config.bf16)
-        self.evaluation = Evaluation(config, run, data, self.autocast, ranks)
-        self.log = MetricsLog(run, config.report_to, ranks, config.run_name)
-        self.trainer: CrossFitTrainer | None = None
+        self.evaluation = Evaluation(config, run, data, self.autocast, comm)
+        self.log = MetricsLog(run, config.report_to, comm, config.run_name)
+        self.discriminator_trainer: CrossFitTrainer | None = None
         self.check: Check | None = None  # of the discriminator, the last one
         if has_discriminator(config) and judges is None:
             judge = build_judge(config.to_dict(), student.model, student.tokenizer)
-            self.trainer = CrossFitTrainer(judge, config) if judge else None
+            self.discriminator_trainer = CrossFitTrainer(judge, config) if judge else None
         if config.use_peft:  # after the discriminator has copied what it needs
             add_lora(student.model, config)
-            if found:
-                load_adapter(found, student.model)
+            if resume_from:
+                load_adapter(resume_from, student.model)
         on_gpu = student.device.type == "cuda"
-        self.snapshots = Snapshots(run / SNAPSHOTS, lag_of(config) + 3 if on_gpu else 0, ranks)
+        self.snapshots = Snapshots(run / SNAPSHOTS, lag_of(config) + 3 if on_gpu else 0, comm)
         self.lagged: LaggedNegatives | None = None
         if samples_student(config):
-            asked = [Asked(e.id, e.explain) for e in examples]
-            lane = Lane(choose_overlap(config, student.device), student.device)
+            asked = [SamplingPrompt(e.id, e.explain) for e in examples]
+            worker = SamplingWorker(choose_overlap(config, student.device), student.device)
             self.lagged = LaggedNegatives(
-                student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, lane, ranks,
+                student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, worker, comm,
                 StudentAnswers(data.train, schedule, student.tokenizer.eos_token_id),
             )  # fmt: skip
-        self.teaching = make_teaching(config, student, examples, self.autocast, run, data.digest, ranks, found is not None)
+        self.teaching = make_teaching(
+            config, student, examples, self.autocast, run, data.digest, comm, resume_from is not None
+        )
         if config.gradient_checkpointing:
             checkpoint_activations(student.model)
-        self.engine = self._share_model()
+        self.strategy = self._share_model()
         self.optimizer = _adamw(student.model, config)
         snapshots = self.snapshots if self.lagged else None
-        self.keeper = Keeper(
-            config, run, data, schedule, student, self.optimizer, self.trainer, self.engine, snapshots,
+        self.checkpointer = Checkpointer(
+            config, run, data, schedule, student, self.optimizer, self.discriminator_trainer, self.strategy, snapshots,
             self.teaching.moving if self.teaching else None,
         )  # fmt: skip
         warmup = round(config.redi_warmup * schedule.total_steps)
         if judges is None:
-            judges = make_judges(config, data.train, self.trainer.discriminator if self.trainer else None)
-        self.objective = make_objective(student, config, judges, self.autocast, warmup, self.engine)
+            judges = make_judges(
+                config, data.train, self.discriminator_trainer.discriminator if self.discriminator_trainer else None
+            )
+        self.objective = make_objective(student, config, judges, self.autocast, warmup, self.strategy)
         self.objective.teaching = self.teaching
-        self.audits = Audits(config, student.device, ranks)
+        self.audits = Audits(config, student.device, comm)
         self.domains = self._weigh_domains() if config.domain_weights != "none" else None
         self.step = 0  # optimizer steps done
         self.best: Best = None
@@ -250,9 +256,9 @@ class Session:
             log.warning("--forward joint scores with dropout on; the two-pass default scores without")
 
     def _weigh_domains(self) -> DomainWeights:
-        """Weights of the domains by the student's loss on labels: of validation questions where each domain has some, else of
-        training questions."""
-        if self.ranks.size > 1:
+        """Weights of the domains by the student's loss on labels: of validation questions where each domain has some,
+        else of training questions."""
+        if self.comm.size > 1:
             raise InputError("--domain-weights is for one process; leave it out under torchrun")
         kind, domains = label_kind(self.config), set(map(domain_of, self.data.train))
         held_out = few_of_each(self.data.validation, DOMAIN_QUESTIONS)
@@ -270,14 +276,14 @@ class Session:
 
         return DomainWeights(self.data.train, self.config.domain_weights, self.config.domain_weight_steps, losses)
 
-    def _share_model(self) -> Engine:
-        if self.config.fsdp and self.ranks.size > 1:  # what needs the model in one piece comes first
+    def _share_model(self) -> Strategy:
+        if self.config.fsdp and self.comm.size > 1:  # what needs the model in one piece comes first
             _ = self.config.shared_prompts and self.student.sharing
             if self.lagged:
                 self.lagged.prepare()
-        engine = make_engine(self.student.model, self.ranks, self.config.fsdp)
-        self.student.most = engine.most
-        return engine
+        strategy = make_strategy(self.student.model, self.comm, self.config.fsdp)
+        self.student.most = strategy.most
+        return strategy
 
     def describe(self) -> str:
         """What is trained, where and for how long, on one line."""
@@ -289,9 +295,10 @@ class Session:
             number = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
         epochs = schedule.total_steps / schedule.steps_per_epoch
         return (
-            f"student {config.student}: {every / 1e6:,.2f} million parameters, {some} of them trained, on {device}, {number}; "
-            f"{schedule.total_steps} steps of {schedule.questions_per_step} questions, {epochs:.3g} passes over the data; "
-            f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, {schedule.warmup_steps} warm-up steps"
+            f"student {config.student}: {every / 1e6:,.2f} million parameters, {some} of them trained, on {device}, "
+            f"{number}; {schedule.total_steps} steps of {schedule.questions_per_step} questions, {epochs:.3g} passes "
+            f"over the data; learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, "
+            f"{schedule.warmup_steps} warm-up steps"
         )
 
     def example(self) -> str:
@@ -318,9 +325,9 @@ class Session:
     def _loop(self, stop: StopSignals) -> None:
         if self.lagged and not self.ended:
             self.lagged.prepare()
-        if self.step == 0 and self.trainer:
+        if self.step == 0 and self.discriminator_trainer:
             self._pretrain_discriminator(stop)
-        with contextlib.closing(Progress(self.schedule.total_steps, self.step, shown=self.ranks.first)) as progress:
+        with contextlib.closing(Progress(self.schedule.total_steps, self.step, shown=self.comm.first)) as progress:
             self._steps(progress, stop)
         self._warn_of_idle_negatives(self.schedule.iteration(self.step - 1))
         if self.step < self.schedule.total_steps:
@@ -342,12 +349,12 @@ class Session:
                 self._save()
             elif done or self.step % self.schedule.save_steps == 0:
                 self._save()
-            if signum := self.ranks.max(stop.signum):  # also after the last step: a resume evaluates
+            if signum := self.comm.max(stop.signum):  # also after the last step: a resume evaluates
                 self._save()
                 raise Stopped(signum)
         progress.last(self.log.last)
 
-    @relieved("the optimizer's step", for_weights)
+    @explains_oom("the optimizer's step", for_weights)
     def _train_step(self) -> None:
         step, started = self.step, time.perf_counter()
         iteration = self.schedule.iteration(step)
@@ -359,7 +366,7 @@ class Session:
         self.objective.sampled_tokens = sum(len(n.tokens) for n in drawn)
         if self.config.agreeing_negatives == "drop" and not method_of(self.config).on_policy:
             lagged = {i: n for i, n in lagged.items() if not (n.case and n.case.agrees)}
-        batches = self.schedule.micro_batches(step, self.ranks.rank)
+        batches = self.schedule.micro_batches(step, self.comm.rank)
         if self.domains:
             self.objective.domain_factors = self.domains.factors(step)
 
@@ -368,12 +375,14 @@ class Session:
             counts: Counter[str] = Counter()
             for micro, rows in enumerate(batches):
                 # dropout, a function of the step and the rank alone
-                torch.manual_seed(seed_from(self.config.seed, step, micro * self.ranks.size + self.ranks.rank))
+                torch.manual_seed(seed_from(self.config.seed, step, micro * self.comm.size + self.comm.rank))
                 batch = [self.examples[i] for i in rows or questions[:1]]
                 self.objective.audit = audit if micro == watched else None
-                with self.engine.accumulating(last=micro == len(batches) - 1):
+                with self.strategy.accumulating(last=micro == len(batches) - 1):
                     try:
-                        terms, stats = self.objective.step(batch, lagged, len(questions), step, iteration, 1.0 if rows else 0.0)
+                        terms, stats = self.objective.step(
+                            batch, lagged, len(questions), step, iteration, 1.0 if rows else 0.0
+                        )
                     except RunError as error:
                         raise RunError(f"step {step + 1}: {error}") from error
                 for name, value in terms.items():
@@ -382,12 +391,16 @@ class Session:
             return losses, counts
 
         (losses, counts), audited = self.audits.run(step, len(batches), compute, self._fall_back)
-        counts = sum(map(Counter, self.ranks.gather(counts)), Counter())
+        counts = sum(map(Counter, self.comm.gather(counts)), Counter())
         ids = [self.examples[i].id for i in questions]
-        if self.trainer and counts["weighed"] and not counts["weight"]:
-            raise RunError(f"step {step + 1}: the discriminator weighs every rationale with 0; questions {', '.join(ids)}")
-        losses = dict(zip(losses, self.ranks.sum(torch.stack(list(losses.values()))), strict=True))
-        norm = full(torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf))
+        if self.discriminator_trainer and counts["weighed"] and not counts["weight"]:
+            raise RunError(
+                f"step {step + 1}: the discriminator weighs every rationale with 0; questions {', '.join(ids)}"
+            )
+        losses = dict(zip(losses, self.comm.sum(torch.stack(list(losses.values()))), strict=True))
+        norm = unshard(
+            torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf)
+        )
         lr = self.schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -411,8 +424,8 @@ class Session:
             "quality_negative": mean(counts, "quality_negative", "num_negative"),
             **{f"weight_{kind}": mean(counts, f"weight_{kind}", f"weighed_{kind}") for kind in WEIGHT_KINDS},
             "lagged_agrees": len(agreeing) / len(drawn) if drawn else None,
-            "active_hinge_lagged": share(counts, "lagged"),
-            "active_hinge_minority": share(counts, "minority"),
+            "active_hinge_lagged": active_fraction(counts, "lagged"),
+            "active_hinge_minority": active_fraction(counts, "minority"),
             "masked_minority_share": mean(counts, "masked_minorities", "minority_questions"),
             "lr": lr,
             "grad_norm": None,
@@ -420,7 +433,7 @@ class Session:
             "step_ms": 1e3 * elapsed,
             "sample_wait_ms": 1e3 * (sampled - started),
             "sampled_tokens_per_s": self.lagged.tokens_per_s if self.lagged else None,
-            "sample_hidden_share": self.lagged.hidden_share if self.lagged else None,
+            "sample_hidden_share": self.lagged.overlap_fraction if self.lagged else None,
             "discriminator_auc": self.check.auc if self.check else None,
             "discriminator_auc_low": self.check.auc_low if self.check else None,
             **({"domain_weights": self.domains.weights} if self.domains else {}),
@@ -442,15 +455,16 @@ class Session:
     def _begin_iteration(self, iteration: int) -> None:
         """Learn from the last iteration's negatives, then keep the student as it is now for a later one."""
         self._warn_of_idle_negatives(iteration - 1)
-        if self.trainer and iteration:
-            self.trainer.set_alpha(self.schedule.alpha_d(iteration - 1))  # of the iteration that is learnt from
+        if self.discriminator_trainer and iteration:
+            # of the iteration that is learnt from
+            self.discriminator_trainer.set_alpha(self.schedule.alpha_d(iteration - 1))
             drawn = self.lagged.of_iteration(iteration - 1) if self.lagged else {}
             texts = {e.id: [c.text] for e in self.examples for c in e.candidates(drawn) if self._is_wrong(c)}
-            loss = self.trainer.update(self.data.train, texts, iteration)
+            loss = self.discriminator_trainer.update(self.data.train, texts, iteration)
             self.loss_d = self.loss_d if loss is None else loss
             if loss is not None:
                 self._check_discriminator(f"iteration {iteration}")
-        self.keeper.snapshot(self.step)
+        self.checkpointer.snapshot(self.step)
 
     def _warn_of_idle_negatives(self, iteration: int) -> None:
         seen, self.negatives_seen = self.negatives_seen, Counter()
@@ -461,13 +475,15 @@ class Session:
                 "(see --quality vote, --discriminator-pretrain-steps, --discriminator-loss)",
                 iteration, self.objective.judges.name or "the judge", score, 1 - score,
             )  # fmt: skip
-        agrees, differs = (mean(seen, f"weight_lagged_{kind}", f"weighed_lagged_{kind}") for kind in ("agrees", "differs"))
+        agrees, differs = (
+            mean(seen, f"weight_lagged_{kind}", f"weighed_lagged_{kind}") for kind in ("agrees", "differs")
+        )
         fewest = min(seen["weighed_lagged_agrees"], seen["weighed_lagged_differs"])
-        if self.trainer and fewest >= FEWEST_TO_COMPARE and (agrees or 0.0) > BLIND * (differs or 0.0):
+        if self.discriminator_trainer and fewest >= FEWEST_TO_COMPARE and (agrees or 0.0) > BLIND * (differs or 0.0):
             log.warning(
-                "iteration %d: samples of the student that give the majority's answer weigh %.3f as negatives, those that give "
-                "another %.3f: the discriminator does not tell them apart, and may push away from right reasoning "
-                "(see --quality vote, --agreeing-negatives drop)",
+                "iteration %d: samples of the student that give the majority's answer weigh %.3f as negatives, those "
+                "that give another %.3f: the discriminator does not tell them apart, and may push away from right "
+                "reasoning (see --quality vote, --agreeing-negatives drop)",
                 iteration, agrees, differs,
             )  # fmt: skip
         if seen["lagged_active"] < 0.05 * seen["lagged"]:
@@ -478,18 +494,20 @@ class Session:
             )  # fmt: skip
 
     def _pretrain_discriminator(self, stop: StopSignals) -> None:
-        assert self.trainer
+        assert self.discriminator_trainer
         steps = min(self.config.discriminator_pretrain_steps, 10 * self.schedule.total_steps)
 
         def check(_: int) -> None:
-            if signum := self.ranks.max(stop.signum):  # nothing is trained yet, so nothing is lost
+            if signum := self.comm.max(stop.signum):  # nothing is trained yet, so nothing is lost
                 raise Stopped(signum)
 
         if steps:
             folds = self.config.folds
-            log.info("pretraining the discriminator for %d steps%s", steps, f" on each of {folds} folds" if folds > 1 else "")
-            self.trainer.set_alpha(1.0)  # a3 weighs the online updates alone
-            self.loss_d = self.trainer.pretrain(self.data.train, steps, check)
+            log.info(
+                "pretraining the discriminator for %d steps%s", steps, f" on each of {folds} folds" if folds > 1 else ""
+            )
+            self.discriminator_trainer.set_alpha(1.0)  # a3 weighs the online updates alone
+            self.loss_d = self.discriminator_trainer.pretrain(self.data.train, steps, check)
         self._check_discriminator("pretrained")
 
     def _is_wrong(self, candidate: Candidate) -> bool:
@@ -501,7 +519,7 @@ class Session:
 
     def _check_discriminator(self, when: str) -> None:
         """Calibrate the scores; where they do not tell right from wrong, weigh by the vote from here on."""
-        trainer = self.trainer
+        trainer = self.discriminator_trainer
         assert trainer
 
         def check() -> dict[str, Any]:
@@ -509,20 +527,20 @@ class Session:
             found = trainer.check(self.data.train, self.data.validation)
             return {"check": found.to_dict(), "platt": trainer.discriminator.platt}
 
-        told = self.ranks.on_first(check)  # ranks whose GPUs round otherwise must not decide otherwise
+        told = self.comm.on_rank0(check)  # ranks whose GPUs round otherwise must not decide otherwise
         self.check = Check(**told["check"])
         trainer.discriminator.platt = told["platt"] and [(slope, offset) for slope, offset in told["platt"]]
         log.info("discriminator, %s: %s", when, self.check.text)
         if self.check.refused:
             log.warning(
-                "discriminator, %s: refused, since its held-out AUC %s (--discriminator-min-auc %g); the vote weighs the "
-                "rationales instead, as with --quality vote",
+                "discriminator, %s: refused, since its held-out AUC %s (--discriminator-min-auc %g); the vote weighs "
+                "the rationales instead, as with --quality vote",
                 when, self.check.low_text, self.config.effective("discriminator_min_auc"),
             )  # fmt: skip
             self._drop_discriminator()
 
     def _drop_discriminator(self) -> None:
-        self.trainer = self.keeper.trainer = None
+        self.discriminator_trainer = self.checkpointer.discriminator_trainer = None
         self.objective.judges = make_judges(self.config, self.data.train, None)
         self.loss_d = None
 
@@ -530,7 +548,7 @@ class Session:
 
     def _validate(self) -> None:
         self.log.flush()
-        with self.engine.whole():
+        with self.strategy.unsharded():
             value, text = self.evaluation.validate(self.student)
         if self.best is None or value > self.best["accuracy"]:
             self.best, self.stale = {"step": self.step, "accuracy": value}, 0
@@ -540,32 +558,37 @@ class Session:
         log.info("step %d: validation accuracy %s", self.step, text)
 
     def _save(self) -> None:
-        if self.keeper.saved_step != self.step:
+        if self.checkpointer.saved_step != self.step:
             self.log.sync()  # a loss that is not finite stops here, before anything is overwritten
-            progress = {"loss_d": self.loss_d, "failed_impl": self.audits.failed, "stale": self.stale, **self._checked()}
+            progress = {
+                "loss_d": self.loss_d,
+                "failed_impl": self.audits.failed,
+                "stale": self.stale,
+                **self._checked(),
+            }
             if self.domains:
                 progress["domain_weights"] = self.domains.state()
-            self.keeper.save(self.step, self.best, progress)
+            self.checkpointer.save(self.step, self.best, progress)
 
     def _checked(self) -> dict[str, Any]:
         return {"discriminator_check": self.check.to_dict()} if self.check else {}
 
-    def cut(self, step: int) -> None:
-        """Cut the log and the negatives back to a step, 0 being all of what a run left that had no checkpoint yet; results of a
-        run that has steps to go are no longer its own."""
-        self.log.cut(step)
+    def truncate_after(self, step: int) -> None:
+        """Cut the log and the negatives back to a step, 0 being all of what a run left that had no checkpoint yet;
+        results of a run that has steps to go are no longer its own."""
+        self.log.truncate_after(step)
         if self.lagged:
-            self.lagged.store.cut(self.schedule.iteration(step) if step else -1)
+            self.lagged.store.truncate_after(self.schedule.iteration(step) if step else -1)
         if not self.ended:
-            self.ranks.on_first(lambda: (self.run / RESULTS).unlink(missing_ok=True))
+            self.comm.on_rank0(lambda: (self.run / RESULTS).unlink(missing_ok=True))
 
-    def restore(self, found: Path) -> None:
+    def restore(self, resume_from: Path) -> None:
         """Continue from a checkpoint; the student's weights are loaded already."""
-        if told := checkpoints.read_state(found).get("discriminator_check"):
+        if told := checkpoints.read_state(resume_from).get("discriminator_check"):
             self.check = Check(**told)
             if self.check.refused:
                 self._drop_discriminator()
-        state = self.keeper.restore(found)
+        state = self.checkpointer.restore(resume_from)
         self.step, self.best, self.loss_d = state["step"], state["best"], state["loss_d"]
         self.stale = state.get("stale", 0)
         if self.domains:
@@ -574,8 +597,8 @@ class Session:
             self._fall_back()
         if not self.log.path.exists():
             log.warning("%s is gone; it begins anew", self.log.path)
-        self.cut(self.step)
-        log.info("resuming from %s", found)
+        self.truncate_after(self.step)
+        log.info("resuming from %s", resume_from)
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint; returns what `eval_results.json` holds."""

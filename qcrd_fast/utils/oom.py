@@ -24,8 +24,9 @@ def is_exhausted(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def relieved_by(options: str, during: str = "", longest: Callable[[], str] | None = None) -> Iterator[None]:
-    """Where memory ends in here, `RunError` names the options that help and, where `longest` gives it, the longest row."""
+def explaining_oom(options: str, during: str = "", longest: Callable[[], str] | None = None) -> Iterator[None]:
+    """Where memory ends in here, `RunError` names the options that help and, where `longest` gives it, the longest
+    row."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -36,15 +37,16 @@ def relieved_by(options: str, during: str = "", longest: Callable[[], str] | Non
         raise RunError(f"out of memory{during and ' in ' + during} ({said}); what helps: {options}{row}") from error
 
 
-def relieved(
+def explains_oom(
     during: str, options: Callable[[TrainConfig], str], longest: Callable[..., str] | None = None
 ) -> Callable[[Method], Method]:
-    """Decorator of a method of something with a `config`: `relieved_by` around it. `longest` takes the method's arguments."""
+    """Decorator of a method of something with a `config`: `explaining_oom` around it. `longest` takes the method's
+    arguments."""
 
     def decorate(method: Any) -> Any:
         @functools.wraps(method)
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with relieved_by(options(self.config), during, longest and functools.partial(longest, self, *args)):
+            with explaining_oom(options(self.config), during, longest and functools.partial(longest, self, *args)):
                 return method(self, *args, **kwargs)
 
         return wrapped
@@ -58,7 +60,9 @@ def relieved(
 def for_training(config: TrainConfig) -> str:
     size, parts = config.per_device_train_batch_size, config.gradient_accumulation_steps
     less = size // 2 if size % 2 == 0 else 1
-    smaller = f"--per-device-train-batch-size {less} --gradient-accumulation-steps {parts * size // less} (the same step)"
+    smaller = (
+        f"--per-device-train-batch-size {less} --gradient-accumulation-steps {parts * size // less} (the same step)"
+    )
     return _joined(
         smaller if size > 1 else "",
         "" if config.gradient_checkpointing else "--gradient-checkpointing",
@@ -74,7 +78,9 @@ def for_weights(config: TrainConfig) -> str:
 
 
 def for_sampling(config: TrainConfig) -> str:
-    return _joined(_halved("--sample-batch-size", config.sample_batch_size), f"--max-new-tokens below {config.max_new_tokens}")
+    return _joined(
+        _halved("--sample-batch-size", config.sample_batch_size), f"--max-new-tokens below {config.max_new_tokens}"
+    )
 
 
 def for_judging(config: TrainConfig) -> str:

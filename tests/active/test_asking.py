@@ -1,4 +1,5 @@
-"""Asking: the budget is never passed, whoever is asked and however many requests are in flight; nothing is asked for twice."""
+"""Asking: the budget is never passed, whoever is asked and however many requests are in flight; nothing is asked for
+twice."""
 
 from __future__ import annotations
 
@@ -36,7 +37,11 @@ def conversations(count: int, mode: str = "repair", round: int = 1) -> list[Conv
     prompts = Prompts()
     return [
         Conversation(
-            round, Question(f"q{i}", f"What is 2 + 3 - 1 in the case {i}?", gold="4", task="number"), said, mode, prompts
+            round,
+            Question(f"q{i}", f"What is 2 + 3 - 1 in the case {i}?", gold="4", task="number"),
+            said,
+            mode,
+            prompts,
         )
         for i in range(count)
     ]
@@ -190,11 +195,16 @@ def test_an_oracle_knows_the_true_steps(tmp_path):
     assert hold(tmp_path / "ledger.jsonl", teacher, talks, 100_000)[0] is None
     for talk in talks:
         assert (talk.outcome.text, talk.outcome.wrong_step, talk.outcome.result) == ("2 + 3 = 5. 5 - 1 = 4.", 2, "kept")
-    right = Conversation(1, talks[0].question, Explanation("First 2 + 3 = 5. Then 5 - 1 = 4.", "4"), "repair", Prompts())
-    wrong = Conversation(1, talks[1].question, Explanation("First 3 + 2 = 5. Then 5 - 1 = 4.", "5"), "rewrite", Prompts())
+    right = Conversation(
+        1, talks[0].question, Explanation("First 2 + 3 = 5. Then 5 - 1 = 4.", "4"), "repair", Prompts()
+    )
+    wrong = Conversation(
+        1, talks[1].question, Explanation("First 3 + 2 = 5. Then 5 - 1 = 4.", "5"), "rewrite", Prompts()
+    )
     hold(tmp_path / "other.jsonl", teacher, [right, wrong], 100_000)
     assert right.outcome.result == "no fault"
-    assert (wrong.outcome.wrong_step, wrong.outcome.result) == (2, "kept")  # the answer behind the last step is not its result
+    # the answer behind the last step is not its result
+    assert (wrong.outcome.wrong_step, wrong.outcome.result) == (2, "kept")
 
 
 @pytest.mark.parametrize("batch", [1, 3])

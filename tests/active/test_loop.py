@@ -27,7 +27,9 @@ from tests.support.students import make_llama
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("active")
     (folder / "student").mkdir()
-    return write_files(folder, pool=12, validation=4, test=4) | {"student": str(make_llama(folder / "student", layers=1))}
+    return write_files(folder, pool=12, validation=4, test=4) | {
+        "student": str(make_llama(folder / "student", layers=1))
+    }
 
 
 @pytest.fixture
@@ -155,7 +157,10 @@ def test_a_student_that_does_not_reason_yet_gets_fresh_rationales_first(files, t
 def test_every_score_picks_questions(files, tmp_path, capsys, explains, reasons, untrained, by):
     explains(lambda i: i % 2)
     out = tmp_path / "run"
-    run(capsys, arguments(files, output_dir=out, by=by, rounds=1, top=3, num_samples=2, num_continuations=1, max_steps=1))
+    run(
+        capsys,
+        arguments(files, output_dir=out, by=by, rounds=1, top=3, num_samples=2, num_continuations=1, max_steps=1),
+    )
     picked = json.loads((out / "round-001" / "picked.json").read_text())
     assert picked["by"] == by and len(picked["ids"]) == len(picked["scores"]) == 3
     assert None not in picked["scores"]
@@ -186,7 +191,9 @@ def test_a_server_revises_and_malformed_verdicts_are_counted(files, tmp_path, ca
         return "right" if first else "wrong: no\nSo 0 are left.\nAnswer: 0"
 
     with fake_teacher.serving(fake_teacher.samples(texts=say)) as server:
-        options = dict(teacher=server.url, teacher_model="m", concurrency=3, top=12, rounds=1, output_dir=tmp_path / "run")
+        options = dict(
+            teacher=server.url, teacher_model="m", concurrency=3, top=12, rounds=1, output_dir=tmp_path / "run"
+        )
         found = run(capsys, arguments(files, **options))
     assert found["results"].get("unreadable verdict", 0) > 0
     assert sum(found["results"].values()) == found["asked"] == 12

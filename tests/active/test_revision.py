@@ -72,7 +72,9 @@ def test_a_fresh_rationale_shows_nothing_of_the_students():
     )
 
 
-@pytest.mark.parametrize("said", [Explanation("", None), Explanation("Ann has 12 apples.", None), Explanation(" \n", "7")])
+@pytest.mark.parametrize(
+    "said", [Explanation("", None), Explanation("Ann has 12 apples.", None), Explanation(" \n", "7")]
+)
 def test_what_cannot_be_revised_gets_a_fresh_rationale(said):
     outcome, [request] = talk(["3 * 4 = 12. 12 - 5 = 7.\nAnswer: 7"], said)
     assert (request.purpose, outcome.mode, outcome.result) == ("label", "new", "kept")
@@ -124,7 +126,9 @@ def test_a_repair_that_changes_nothing_is_no_revision():
 def test_steps_that_the_teacher_repeats_stand_once(rest):
     outcome, _ = talk(["right", f"wrong: no\n{rest}\nAnswer: 7"])
     assert (
-        outcome.text.count("12 apples") == 1 and outcome.text.startswith(STEPS[0]) and outcome.text.endswith("So 7 are left.")
+        outcome.text.count("12 apples") == 1
+        and outcome.text.startswith(STEPS[0])
+        and outcome.text.endswith("So 7 are left.")
     )
 
 

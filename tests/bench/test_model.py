@@ -19,7 +19,8 @@ PLAIN = Work(Tile(128, 128, 64, 8, 3), 1, step_bytes=32768, serial=0, shared=0, 
 STEP = 512.0  # clocks of a step: 128 x 128 x 64 / 2048
 
 compiles = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1" or bool(sass.missing_tools()), reason="needs to compile, and triton's nvdisasm"
+    os.environ.get("TRITON_INTERPRET") == "1" or bool(sass.missing_tools()),
+    reason="needs to compile, and triton's nvdisasm",
 )
 
 
@@ -57,7 +58,9 @@ def test_a_ring_that_refills_waits_for_the_cache() -> None:
     """700 clocks a tile, as one program has nothing else to do."""
     full = PLAIN._replace(shared=1000)
     share = simulate(full._replace(refills=True), 576, FAST)
-    assert share == pytest.approx(4608 / (4608 + 1000 + MACHINE.latency), rel=1e-6) and share < simulate(full, 576, FAST)
+    assert share == pytest.approx(4608 / (4608 + 1000 + MACHINE.latency), rel=1e-6) and share < simulate(
+        full, 576, FAST
+    )
 
 
 def test_operands_of_the_next_tile_come_during_the_epilogue() -> None:
@@ -75,10 +78,14 @@ def test_room_of_a_resident_tile() -> None:
         and resident_tile(640)[2:5] == (64, 8, 4)
         and resident_tile(768)[2:5] == (32, 8, 4)
     )
-    assert resident_tile(64).num_stages == 8 and resident_tile(832).num_stages == 2 and resident_tile(840).num_stages < 2
+    assert (
+        resident_tile(64).num_stages == 8 and resident_tile(832).num_stages == 2 and resident_tile(840).num_stages < 2
+    )
 
 
-RING = Work(Tile(64, 128, 64, 8, 5, True, True), 2, step_bytes=16384, serial=0, shared=0, refills=False, shares_ring=True)
+RING = Work(
+    Tile(64, 128, 64, 8, 5, True, True), 2, step_bytes=16384, serial=0, shared=0, refills=False, shares_ring=True
+)
 
 
 def test_a_shared_ring_fills_the_tensor_cores() -> None:
@@ -87,8 +94,8 @@ def test_a_shared_ring_fills_the_tensor_cores() -> None:
 
 
 def test_a_shared_ring_is_bound_by_its_round_trip() -> None:
-    """Of two stages one is given back behind the issue of the other's product, and a step takes a load and the latency; at the
-    end of a tile of nine steps both are."""
+    """Of two stages one is given back behind the issue of the other's product, and a step takes a load and the latency;
+    at the end of a tile of nine steps both are."""
     share = simulate(RING._replace(tile=RING.tile._replace(num_stages=2)), 576, 33.5)
     assert share == pytest.approx(512 / (16384 / 33.5 + MACHINE.latency), rel=0.1)
 
@@ -108,7 +115,8 @@ def test_a_page_is_updated() -> None:
 
 @compiles
 def test_epilogue_of_the_default_tile() -> None:
-    """64 logits a thread: as many exponentials, and one for each of its two rows; a third of the product's time at H = 576."""
+    """64 logits a thread: as many exponentials, and one for each of its two rows; a third of the product's time at H =
+    576."""
     work, code = model.counted("plain", Tile(128, 128, 64, 8, 3), True, "smollm2-135m")
     counts = sass.count(code)
     assert counts is not None and counts.by_pipe()[1]["mufu"] == 66 and not work.refills

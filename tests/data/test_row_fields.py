@@ -92,7 +92,11 @@ def test_a_table_of_views(tmp_path, student):
     path = tmp_path / "views.yaml"
     path.write_text("steps: Slowly.\nmine: 'In verse. '\n")
     table = read_views(str(path))
-    assert view_text("steps", table) == "Slowly. " and view_text("mine", table) == "In verse. " and view_text(None, table) == ""
+    assert (
+        view_text("steps", table) == "Slowly. "
+        and view_text("mine", table) == "In verse. "
+        and view_text(None, table) == ""
+    )
     assert view_text("short", table) == VIEWS["short"]
     student.prompts = PromptSettings.from_option("raw", 64, 64, views=str(path))
     assert PromptSettings.of_state(json.loads(json.dumps(vars(student.prompts)))) == student.prompts

@@ -1,4 +1,5 @@
-"""The demo's problems, teacher and neutral text: what is taught is checked arithmetic, and soundness is judged by hand."""
+"""The demo's problems, teacher and neutral text: what is taught is checked arithmetic, and soundness is judged by
+hand."""
 
 import random
 
@@ -36,7 +37,9 @@ def test_the_teacher_is_right_for_the_wrong_reason_as_often_as_it_is_meant_to_be
     right, sound = 0, 0
     for problem in drawn:
         assert problems.is_sound(
-            problems.write_chain([(s, problems.result(s)) for s in problem.steps], rng), problem.text, str(problem.answer)
+            problems.write_chain([(s, problems.result(s)) for s in problem.steps], rng),
+            problem.text,
+            str(problem.answer),
         )
         for chain, answer in set(problems.teach(problem, rng)):
             if answer == str(problem.answer):

@@ -67,7 +67,9 @@ def test_two_methods_end_to_end_and_resumed(small, tmp_path):
     assert alone["n"] == 10 and alone["evaluated_on"] == "test"
     both = runner.run_demo(SHORT | {"resume": "auto"}, str(out), compare="dss")
     untrained, dss, own = both["comparison"]
-    assert (dss["student"], own["student"]) == ("dss", "qcrd") and own["accuracy"] == both["accuracy"] == alone["accuracy"]
+    assert (dss["student"], own["student"]) == ("dss", "qcrd") and own["accuracy"] == both["accuracy"] == alone[
+        "accuracy"
+    ]
     assert own == alone["comparison"][1] and untrained == alone["comparison"][0]
     assert all(0 <= row[name] <= 1 for row in both["comparison"] for name in comparison.MEASURES)
     told = json.loads((out / "compare" / "dss" / "eval_results.json").read_text())
@@ -81,7 +83,9 @@ def test_two_methods_end_to_end_and_resumed(small, tmp_path):
     assert "Answers and reasoning" in page and "untrained" in page and page.count("<svg") > 3
     again = evaluate_run(str(out), str(out / "demo" / "test.jsonl"), reasoning=True)
     assert again["accuracy"] == both["accuracy_reasoned"]
-    said = generate_text(str(out), "Ann has 3 eggs, finds 4 and eats 2. How many are left?", max_new_tokens=8, reasoning=True)
+    said = generate_text(
+        str(out), "Ann has 3 eggs, finds 4 and eats 2. How many are left?", max_new_tokens=8, reasoning=True
+    )
     assert set(said[0]) == {"rationale", "answer"}
     text = comparison.summary_text(both, str(out))
     assert re.search(r"^dss( +[01]\.\d{3}){3}$", text, re.MULTILINE) and "--reasoning" in text
@@ -103,7 +107,10 @@ def test_it_brings_its_own_data(tmp_path):
 
 @pytest.mark.parametrize(
     "options, compare, said",
-    [({}, "qcrd", "method of the demo itself"), ({"resume": "runs/demo/checkpoint-3"}, "dss", "--resume auto continues both")],
+    [
+        ({}, "qcrd", "method of the demo itself"),
+        ({"resume": "runs/demo/checkpoint-3"}, "dss", "--resume auto continues both"),
+    ],
 )
 def test_what_cannot_be_compared_is_refused(options, compare, said, tmp_path):
     with pytest.raises(InputError, match=said):

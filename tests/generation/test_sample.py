@@ -53,7 +53,9 @@ def student(request):
     return Student.load(str(request.getfixturevalue(request.param)), PromptSettings())
 
 
-QUESTIONS = [f"Ann has {n} apples. Ann finds {n + 1} apples, then loses 2 apples." for n in range(2, 9)] + ["Ben has 3 pens."]
+QUESTIONS = [f"Ann has {n} apples. Ann finds {n + 1} apples, then loses 2 apples." for n in range(2, 9)] + [
+    "Ben has 3 pens."
+]
 
 
 @pytest.mark.usefixtures("float64")
@@ -128,4 +130,4 @@ def test_a_reply_goes_on_from_its_own_beginning(student, own_engine, temperature
 def test_a_prefix_needs_a_sampler_for_it(student):
     sampler = make_sampler(student, SampleSettings(max_new_tokens=4), 8)
     with pytest.raises(ValueError, match="forced"):
-        sampler.draw([[5, 6]], [(0, 0)], prefixes=[[7]])
+        sampler.generate([[5, 6]], [(0, 0)], prefixes=[[7]])

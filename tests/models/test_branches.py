@@ -22,7 +22,8 @@ def test_packed_branches_get_the_states_of_each_prefix_by_itself(folder, request
     student.model.eval()
     with torch.no_grad():
         packed, plain = (
-            branch_hidden(student, SOURCES, TRUNKS, BRANCHES, TRUNK_OF, DEPTHS, packed=packed) for packed in (True, False)
+            branch_hidden(student, SOURCES, TRUNKS, BRANCHES, TRUNK_OF, DEPTHS, packed=packed)
+            for packed in (True, False)
         )
         small = branch_hidden(student, SOURCES, TRUNKS, BRANCHES, TRUNK_OF, DEPTHS, max_tokens=8)  # a row at a time
     assert packed.hidden.dtype == torch.float64
@@ -37,7 +38,8 @@ def test_a_branch_sees_nothing_behind_its_prefix(llama_folder):
     student.model.eval()
     with torch.no_grad():
         a, b = (
-            branch_hidden(student, [[5, 6]], [[20, 21, last]], [[40, 41], [42, 43]], [0, 0], [2, 2]).hidden for last in (22, 23)
+            branch_hidden(student, [[5, 6]], [[20, 21, last]], [[40, 41], [42, 43]], [0, 0], [2, 2]).hidden
+            for last in (22, 23)
         )
     assert torch.equal(a, b)
 

@@ -12,7 +12,14 @@ import transformers as tf
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.models import packed_attention, prefix_packing
-from qcrd_fast.models.prefix_packing import Group, dense_mask, fill_rows, lay_out, length_batches, share
+from qcrd_fast.models.prefix_packing import (
+    Group,
+    dense_mask,
+    first_fit_decreasing,
+    group_by_prompt,
+    length_batches,
+    pack_rows,
+)
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
@@ -20,7 +27,9 @@ from qcrd_fast.ops.linear_logprob import linear_logprob
 pytestmark = pytest.mark.usefixtures("float64")
 IDS = dict(pad_token_id=0, eos_token_id=1, bos_token_id=1)
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-T5 = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+T5 = dict(
+    d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1
+)
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES = {
     "t5": lambda v: tf.T5ForConditionalGeneration(tf.T5Config(**T5, vocab_size=v, dropout_rate=0.0)),
@@ -29,7 +38,8 @@ FAMILIES = {
     "qwen2": lambda v: tf.Qwen2ForCausalLM(tf.Qwen2Config(**IDS, **SMALL, vocab_size=v)),
     "qwen3": lambda v: tf.Qwen3ForCausalLM(tf.Qwen3Config(**IDS, **SMALL, vocab_size=v, head_dim=8)),
     "gpt2": lambda v: tf.GPT2LMHeadModel(
-        tf.GPT2Config(**IDS, vocab_size=v, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        tf.GPT2Config(**IDS, vocab_size=v, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0)
     ),
     "gpt-neox": lambda v: tf.GPTNeoXForCausalLM(
         tf.GPTNeoXConfig(
@@ -46,7 +56,7 @@ FAMILIES = {
     ),
     "mistral": lambda v: tf.MistralForCausalLM(tf.MistralConfig(**IDS, **SMALL, vocab_size=v, sliding_window=6)),
 }  # fmt: skip
-ALONE = {  # architectures whose packed rows would be wrong
+UNPACKABLE = {  # architectures whose packed rows would be wrong
     "recurrent": lambda v: tf.MambaForCausalLM(
         tf.MambaConfig(**IDS, vocab_size=v, hidden_size=32, state_size=4, num_hidden_layers=2)
     ),
@@ -78,7 +88,8 @@ def student_of(make, llama_folder) -> Student:
 
 
 def ragged(seed: int, vocab: int) -> tuple[list, list, list]:
-    """(sources, targets, source_of): one target alone, a source without any, targets of 1 and of 40 tokens, mixed order."""
+    """(sources, targets, source_of): one target alone, a source without any, targets of 1 and of 40 tokens, mixed
+    order."""
     rng = random.Random(seed)
     sources = [[rng.randrange(2, vocab) for _ in range(rng.choice((1, 3, 9, 17)))] for _ in range(4)]
     wanted = [0] * rng.randint(2, 7) + [1] + [3] * rng.randint(1, 4)
@@ -91,7 +102,9 @@ def losses_and_gradients(student, sources, targets, source_of, weight_R, **kwarg
     """(negative log-likelihood of each target, every parameter's gradient of a weighted sum of them)."""
     packed = student.hidden(sources, targets, source_of, **kwargs)
     head = student.head
-    logprob = linear_logprob(packed.hidden, head.weight, packed.target, bias=head.bias, scale=head.scale, softcap=head.softcap)
+    logprob = linear_logprob(
+        packed.hidden, head.weight, packed.target, bias=head.bias, scale=head.scale, softcap=head.softcap
+    )
     nll_R = torch.zeros(len(targets)).index_add(0, packed.segment, -logprob)
     student.model.zero_grad(set_to_none=True)
     (nll_R * weight_R).sum().backward()
@@ -125,9 +138,9 @@ def test_sharing_changes_no_loss_and_no_gradient(kind, llama_folder):
     assert student.is_encoder_decoder or together < apart
 
 
-@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize("kind", UNPACKABLE)
 def test_models_that_cannot_share_run_one_sequence_a_target(kind, llama_folder, caplog):
-    student = student_of(ALONE[kind], llama_folder)
+    student = student_of(UNPACKABLE[kind], llama_folder)
     with caplog.at_level(logging.WARNING, logger="qcrd_fast.models.packed_attention"):
         for seed in range(2):
             check_equal(student, seed, {}, {"shared": False})
@@ -219,7 +232,7 @@ def test_the_mask_is_its_definition(window):
     """Two groups in the first row, padding in the second: against loops over texts."""
     prompts, targets = [[10, 11, 12], [20]], [[1, 2, 3], [4], [5, 6], [7, 8, 9]]
     rows = [[Group(0, [0, 1, 2]), Group(1, [3])], [Group(1, [3])]]
-    layout = lay_out(rows, targets, prompts, [], 0, torch.device("cpu"), multiple=4)
+    layout = pack_rows(rows, targets, prompts, [], 0, torch.device("cpu"), multiple=4)
     assert layout.ids_BL.tolist() == [[10, 11, 12, 1, 2, 5, 20, 7, 8, 0, 0, 0], [20, 7, 8] + [0] * 9]
     assert layout.position_BL[0, :9].tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
     assert layout.order == [0, 1, 2, 3, 3] and layout.sources == [0, 1] and layout.first == [2, 0]
@@ -235,7 +248,7 @@ def test_the_mask_is_its_definition(window):
 
 def test_groups_are_balanced_within_their_room():
     lengths, source_of = [50, 10, 10, 10, 40, 30, 300, 5], [0, 2, 0, 0, 0, 0, 2, 2]
-    groups = share(lengths, source_of, [80, 100, 60])
+    groups = group_by_prompt(lengths, source_of, [80, 100, 60])
     assert sorted(i for g in groups for i in g.targets) == list(range(8)) and {g.source for g in groups} == {0, 2}
     assert all(source_of[i] == g.source for g in groups for i in g.targets)
     first = [sum(lengths[i] for i in g.targets) for g in groups if g.source == 0]
@@ -247,7 +260,7 @@ def test_rows_and_batches_are_partitions_within_their_limits():
     rng = random.Random(0)
     for _ in range(50):
         lengths = [rng.randint(1, 60) for _ in range(rng.randint(1, 20))]
-        rows = fill_rows(lengths, 60)
+        rows = first_fit_decreasing(lengths, 60)
         assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
         assert all(sum(lengths[i] for i in row) <= 60 for row in rows)
         for batch in length_batches(lengths, 200, max_pairs=5000):

@@ -1,4 +1,5 @@
-"""The divergence of a student from a teacher against its formula over dense logits in float64; gradients, memory, arguments."""
+"""The divergence of a student from a teacher against its formula over dense logits in float64; gradients, memory,
+arguments."""
 
 import math
 
@@ -131,7 +132,9 @@ def test_the_teacher_gets_no_gradient():
     for impl in ("eager", "torch"):
         out = linear_kl(pair.hidden, pair.weight, *teacher[:2], teacher_bias=teacher[2], impl=impl)
         assert not out.requires_grad
-        out = linear_kl(pair.hidden.clone().requires_grad_(), pair.weight, *teacher[:2], teacher_bias=teacher[2], impl=impl)
+        out = linear_kl(
+            pair.hidden.clone().requires_grad_(), pair.weight, *teacher[:2], teacher_bias=teacher[2], impl=impl
+        )
         out.sum().backward()
         assert all(x.grad is None for x in teacher)
 
@@ -152,7 +155,9 @@ def test_leading_shapes_and_a_bound_on_rows(beta):
     pair = Pair(T=24).to(torch.float64)
     hidden = pair.hidden.clone().requires_grad_()
     shaped = (hidden.reshape(4, 6, -1), pair.weight, pair.teacher_hidden.reshape(4, 6, -1), pair.teacher_weight)
-    flat = linear_kl(hidden, pair.weight, pair.teacher_hidden, pair.teacher_weight, pair.target, beta=beta, impl="torch")
+    flat = linear_kl(
+        hidden, pair.weight, pair.teacher_hidden, pair.teacher_weight, pair.target, beta=beta, impl="torch"
+    )
     few = torch.arange(24) % 5 == 0
     for bound in (None, 10):
         out = linear_kl(*shaped, pair.target.reshape(4, 6), beta=beta, impl="torch", max_rows=bound)
@@ -188,7 +193,9 @@ def test_compiled_whole():
     pair, beta = Pair().to(torch.float64), 0.5
 
     def loss(hidden, weight):
-        return linear_kl(hidden, weight, pair.teacher_hidden, pair.teacher_weight, pair.target, beta=beta, impl="torch").sum()
+        return linear_kl(
+            hidden, weight, pair.teacher_hidden, pair.teacher_weight, pair.target, beta=beta, impl="torch"
+        ).sum()
 
     results = []
     for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
@@ -211,7 +218,10 @@ def test_compiled_whole():
             dict(teacher_weight=torch.zeros(64, 40)),
             r"teacher_weight must be \[300, G\], .* got \[64, 40\]",
         ),
-        (dict(teacher_weight=torch.zeros(300, 9)), r"teacher_weight must be \[V, 40\] to match teacher_hidden \[37, 40\]"),
+        (
+            dict(teacher_weight=torch.zeros(300, 9)),
+            r"teacher_weight must be \[V, 40\] to match teacher_hidden \[37, 40\]",
+        ),
         (dict(teacher_bias=torch.zeros(3)), r"teacher_bias must be \[300\] to match teacher_weight, got \[3\]"),
         (dict(teacher_softcap=-1.0), "teacher_softcap must be above 0"),
         (dict(teacher_scale=math.inf), "teacher_scale must be finite"),
@@ -224,7 +234,9 @@ def test_compiled_whole():
 )
 def test_wrong_arguments(change, message):
     pair = Pair(V=300).to(torch.float32)
-    given = dict(hidden=pair.hidden, weight=pair.weight, teacher_hidden=pair.teacher_hidden, teacher_weight=pair.teacher_weight)
+    given = dict(
+        hidden=pair.hidden, weight=pair.weight, teacher_hidden=pair.teacher_hidden, teacher_weight=pair.teacher_weight
+    )
     with pytest.raises(ValueError, match=message):
         linear_kl(**given | change)
     with pytest.raises(TypeError, match="teacher_hidden must be a tensor, got None"):

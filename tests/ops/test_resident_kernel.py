@@ -8,7 +8,16 @@ import sys
 import pytest
 import torch
 
-from bench.kernel_checks import DTYPES, Errors, check_logprob, check_rationale_loss, doubled, error, limits, make_operands
+from bench.kernel_checks import (
+    DTYPES,
+    Errors,
+    check_logprob,
+    check_rationale_loss,
+    doubled,
+    error,
+    limits,
+    make_operands,
+)
 from cli.main import entry
 from csrc_triton import linear_logprob as kernels
 from csrc_triton import product
@@ -49,10 +58,14 @@ def check_keeping(dtype: torch.dtype, device: torch.device, T: int, H: int, V: i
 @pytest.mark.parametrize(
     "dtype, check, shape, options",
     [
-        pytest.param("bf16", check_logprob, (70, 192, 200), dict(extras=True, scale=-0.4), id="entropy, ragged T and V"),
+        pytest.param(
+            "bf16", check_logprob, (70, 192, 200), dict(extras=True, scale=-0.4), id="entropy, ragged T and V"
+        ),
         pytest.param("fp16", check_keeping, (70, 72, 256), {}, id="fp16, ragged H, keeps the exponentials"),
         pytest.param("bf16", check_logprob, (150, 200, 300), {}, id="bf16", marks=pytest.mark.slow),
-        pytest.param("bf16", check_keeping, (150, 128, 300), {}, id="bf16, keeps the exponentials", marks=pytest.mark.slow),
+        pytest.param(
+            "bf16", check_keeping, (150, 128, 300), {}, id="bf16, keeps the exponentials", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_agrees_with_float64(dtype, check, shape, options, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +116,8 @@ def test_a_block_of_ignored_rows_and_parts_of_the_vocabulary(monkeypatch: pytest
     assert executed.programs["resident_kernel"] == 4
 
 
-# ---- does the executor notice? --------------------------------------------------------------------------------------------
+# ---- does the executor notice?
+# --------------------------------------------------------------------------------------------
 
 
 def not_waited_for(which: int) -> Change:
@@ -121,7 +135,9 @@ BREAKAGES: dict[str, Change] = {
     "the hidden states are not waited for": not_waited_for(0),
     "a full stage is not waited for": not_waited_for(1),
     "an empty stage is not waited for": not_waited_for(-1),
-    "a stage is given back before its product has ended": replaced(r"(wgmma\.wait_group\.sync\.aligned\s+)1;", r"\g<1>2;"),
+    "a stage is given back before its product has ended": replaced(
+        r"(wgmma\.wait_group\.sync\.aligned\s+)1;", r"\g<1>2;"
+    ),
     "a stage is given back by one warp for four": unsynchronised_arrival,
     "one warpgroup is enough to give back a stage": replaced(r"(mbarrier\.init[^;]*\], )2;", r"\g<1>1;"),
     "fewer bytes are expected than come": replaced(r"(expect_tx[^;]*, )16384;", r"\g<1>8192;", -1),
@@ -160,7 +176,8 @@ def test_what_is_broken_is_noticed(name: str, head, monkeypatch: pytest.MonkeyPa
     assert (found < 1e-6) == (name == "nothing"), f"{name}: {found:.2e}"
 
 
-# ---- when it runs ---------------------------------------------------------------------------------------------------------
+# ---- when it runs
+# ---------------------------------------------------------------------------------------------------------
 
 
 def takes(H: int = 64, dtype: torch.dtype = torch.bfloat16, T: int = 70, shift: int = 0) -> bool:
@@ -239,7 +256,8 @@ def test_no_room_is_an_error_of_a_forced_tile(monkeypatch: pytest.MonkeyPatch) -
         forward_error(70, 840, 130)
 
 
-# ---- on a GPU -------------------------------------------------------------------------------------------------------------
+# ---- on a GPU
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -81,7 +81,8 @@ def test_by_hand():
 def test_gradients(head, tail):
     hidden, weight, options, teacher = case(head, T=3, H=4, V=9)
     logq, ids = teacher.topk(4, dim=1)
-    logq = logq.masked_fill(torch.tensor([[0, 0, 0, 1], [0] * 4, [0, 0, 1, 1]], dtype=torch.bool), -math.inf)  # not used
+    # not used
+    logq = logq.masked_fill(torch.tensor([[0, 0, 0, 1], [0] * 4, [0, 0, 1, 1]], dtype=torch.bool), -math.inf)
     bias = options.pop("bias", None)
     given = [hidden, weight, *([bias] if bias is not None else [])]
 

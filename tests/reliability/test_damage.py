@@ -48,8 +48,8 @@ def refused(run: Path, path: Path, how: str, seed: int, caplog: pytest.LogCaptur
 
 
 class TestTrial4:
-    """Each file missing, or cut to 0, 8, half or all but one of its bytes: named, and the checkpoint before it is used; exit 1
-    where there is none."""
+    """Each file missing, or cut to 0, 8, half or all but one of its bytes: named, and the checkpoint before it is used;
+    exit 1 where there is none."""
 
     @pytest.mark.parametrize("how", CUTS)
     def test_each_file_is_named(self, finished, how: str, caplog) -> None:
@@ -104,12 +104,12 @@ class TestTrial5:
         text = (folder / "MANIFEST.json").read_bytes()
         digests = json.loads(text)["files"]
         monkeypatch.setattr(checkpoints, "sha256", lambda path: digests[path.name])
-        assert checkpoints.find_fault(folder) is None
+        assert checkpoints.find_corruption(folder) is None
         for bit in range(8 * len(text)):
             flipped = bytearray(text)
             flipped[bit // 8] ^= 1 << bit % 8
             (folder / "MANIFEST.json").write_bytes(flipped)
-            assert checkpoints.find_fault(folder) is not None, bit
+            assert checkpoints.find_corruption(folder) is not None, bit
 
     def test_flips_beside_the_checkpoint(self, crashes: Crashes, tmp_path) -> None:
         """Sampled negatives are drawn again, a damaged line of the log is passed over, temporary files are cleared."""

@@ -39,7 +39,8 @@ def rows(rows_file):
 
 
 def explanations(student, rows):
-    """The teacher's rationales as the student's, up to four in one so that there are many steps; and one without a step."""
+    """The teacher's rationales as the student's, up to four in one so that there are many steps; and one without a
+    step."""
     texts = [" ".join(other.positives[0].text for other in rows[: i % 4 + 1]) for i in range(len(rows))]
     found = [
         Explanation(student.source_ids("reason: ", row.question), tuple(split_steps(text)), str(row.majority))
@@ -65,7 +66,9 @@ def test_packed_intra_is_that_of_one_prefix_at_a_time(student, rows):
                     fed = torch.tensor([[student.start_id, *reply[:-1]]])
                     logits = student.model(input_ids=torch.tensor([e.prompt]), decoder_input_ids=fed).logits[0]
                 else:
-                    logits = student.model(input_ids=torch.tensor([e.prompt + reply[:-1]])).logits[0, len(e.prompt) - 1 :]
+                    logits = student.model(input_ids=torch.tensor([e.prompt + reply[:-1]])).logits[
+                        0, len(e.prompt) - 1 :
+                    ]
             chosen = logits.log_softmax(-1)[range(len(reply)), reply]
             eager[-1].append(float(chosen[len(reply) - len(answer) + skip :].sum()))
     packed = prefix_logprobs(student, said)
@@ -118,7 +121,8 @@ def test_ifd_is_that_of_a_few_eager_lines(student, rows, form):
 
 @pytest.mark.usefixtures("float64")
 def test_local_naturalness_with_a_window_over_everything_is_naturalness(student, rows):
-    """But for the tokens of the steps, which are those of the rationale in the tests' tokenizer; a short window differs."""
+    """But for the tokens of the steps, which are those of the rationale in the tests' tokenizer; a short window
+    differs."""
     wide, narrow = (score_rows(rows, ["local-naturalness"], student, SelectOptions(window=n)) for n in (4000, 3))
     plain = score_rows(rows, ["naturalness"], student)
     for row in rows:
@@ -162,7 +166,9 @@ def test_a_seed_moves_what_is_drawn_and_nothing_else(student, rows):
     assert [row["random"] for row in a] != [row["random"] for row in b]
 
 
-NUMBER = Question("q", "How many?", task="number", majority="4", votes={"4": 3, "5": 1}, positives=(Rationale("2 + 2 = 4."),))
+NUMBER = Question(
+    "q", "How many?", task="number", majority="4", votes={"4": 3, "5": 1}, positives=(Rationale("2 + 2 = 4."),)
+)
 
 
 def test_answers_are_counted_by_their_value_and_what_cannot_be_read_by_itself():

@@ -82,7 +82,10 @@ def test_rows_with_scores_are_rows_again(rows_file, llama_folder, tmp_path: Path
     again = load_questions(output)
     assert again.questions == load_questions(rows_file).questions
     assert not again.summary.keys_not_read
-    assert entry(["select", "--data", str(output), "--by", "agree", "--weight", "--output", str(tmp_path / "w.jsonl")]) == 0
+    assert (
+        entry(["select", "--data", str(output), "--by", "agree", "--weight", "--output", str(tmp_path / "w.jsonl")])
+        == 0
+    )
     weights = [q.weight for q in load_questions(tmp_path / "w.jsonl").questions]
     assert sum(weights) == pytest.approx(24) and len(set(weights)) > 1
     assert {path.name for path in tmp_path.iterdir()} == {"scored.jsonl", "w.jsonl"}
@@ -109,7 +112,9 @@ def command(rows_file, student, output: Path) -> list[str]:
     return ["select", "--data", str(rows_file), "--student", str(student), "--output", str(output), *options]
 
 
-def test_a_stop_and_the_same_command_again_give_the_same_bytes(rows_file, llama_folder, tmp_path: Path, monkeypatch) -> None:
+def test_a_stop_and_the_same_command_again_give_the_same_bytes(
+    rows_file, llama_folder, tmp_path: Path, monkeypatch
+) -> None:
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     assert entry(command(rows_file, llama_folder, whole)) == 0
     kept = tmp_path / ".broken.jsonl.scores.jsonl"

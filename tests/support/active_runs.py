@@ -1,4 +1,5 @@
-"""Active runs on the demo's problems: their files, an oracle of the true steps, a student that reasons, more or less."""
+"""Active runs on the demo's problems: their files, an oracle of the true steps, a student that reasons, more or
+less."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ def solutions(problem: demo.Problem) -> list[list[str]]:
 
 
 def write_rows(path: Path, problems: Sequence[demo.Problem], name: str) -> Path:
-    rows = [{"id": f"{name}{i}", "question": p.question, "answer": p.answer, "task": "number"} for i, p in enumerate(problems)]
+    rows = [
+        {"id": f"{name}{i}", "question": p.question, "answer": p.answer, "task": "number"}
+        for i, p in enumerate(problems)
+    ]
     return write(path, rows)
 
 
@@ -52,7 +56,8 @@ def teach_to_reason(base: Path, out: Path, steps: int = 150, **options: Any) -> 
 
     data = write(out.with_name(f"{out.name}.jsonl"), sampled_rows(200, seed=11))
     config = TrainConfig(
-        data=str(data), student=str(base), output_dir=str(out), method="dss", reasoning_task=True, validation_fraction=0.0,
+        data=str(data), student=str(base), output_dir=str(out), method="dss", reasoning_task=True,
+        validation_fraction=0.0,
         max_steps=steps, learning_rate=5e-3, max_target_length=40, task="number", **options,
     )  # fmt: skip
     train(config)
@@ -62,7 +67,8 @@ def teach_to_reason(base: Path, out: Path, steps: int = 150, **options: Any) -> 
 def arguments(files: dict[str, str], **options: Any) -> list[str]:
     """`qcrd-fast active` with these options over those of a run of a second."""
     values = {
-        "budget_tokens": 20_000, "max_tokens": 64, "by": "random", "top": 4, "rounds": 2, "max_steps": 3, "method": "dss",
+        "budget_tokens": 20_000, "max_tokens": 64, "by": "random", "top": 4, "rounds": 2, "max_steps": 3,
+        "method": "dss",
         "per_device_train_batch_size": 2, "learning_rate": 1e-3, "max_target_length": 40, "flat_rounds": "none",
         "no_fault_share": "none", "save_steps": 2, **files, **options,
     }  # fmt: skip

@@ -2,8 +2,8 @@
 
     python -m tests.support.crash_active --kills 20
 
-Half of the trials die at a random moment, half within an operation on a file; each is killed twice. Exit code 1 if any run
-comes out otherwise.
+Half of the trials die at a random moment, half within an operation on a file; each is killed twice. Exit code 1 if any
+run comes out otherwise.
 """
 
 from __future__ import annotations
@@ -69,7 +69,11 @@ class ActiveCrashes:
                 return f"killed at {', '.join(where)}: the resume ended with {done.code}\n{done.err[-3000:]}"
             found = contents(self.run)
             different = sorted(name for name in {*found, *self.whole} if found.get(name) != self.whole.get(name))
-            return f"killed at {', '.join(where)}: other than the unbroken run: {', '.join(different)}" if different else None
+            return (
+                f"killed at {', '.join(where)}: other than the unbroken run: {', '.join(different)}"
+                if different
+                else None
+            )
         finally:
             shutil.rmtree(self.run, ignore_errors=True)
 
@@ -86,7 +90,9 @@ def main() -> int:
             if text := crashes.trial(given.seed, number):
                 wrong += 1
                 print(f"FAILED {number}: {text}", flush=True)
-    print(f"{given.kills - wrong} of {given.kills} runs, killed twice each and resumed, bit-identical to the unbroken run")
+    print(
+        f"{given.kills - wrong} of {given.kills} runs, killed twice each and resumed, bit-identical to the unbroken run"
+    )
     return int(wrong > 0)
 
 

@@ -65,9 +65,14 @@ def test_equal_heads_masked_entries_and_ignored_tiles(beta, split):
     mask[:200] = -math.inf
     pair.target[:130] = -100
     hidden, weight = 30 * pair.hidden, pair.weight
-    same = linear_kl(hidden, weight, hidden, weight, pair.target, beta=beta, bias=mask, teacher_bias=mask, impl="triton")
+    same = linear_kl(
+        hidden, weight, hidden, weight, pair.target, beta=beta, bias=mask, teacher_bias=mask, impl="triton"
+    )
     assert same.abs().max() == 0
-    leaves, teacher = [pair.hidden.requires_grad_(), weight.requires_grad_()], (pair.teacher_hidden, pair.teacher_weight)
+    leaves, teacher = (
+        [pair.hidden.requires_grad_(), weight.requires_grad_()],
+        (pair.teacher_hidden, pair.teacher_weight),
+    )
     out = linear_kl(*leaves, *teacher, pair.target, beta=beta, bias=mask, teacher_bias=mask, impl="triton")
     truth = [x.detach().double() for x in (pair.hidden, weight[200:], teacher[0], teacher[1][200:])]
     assert error(out, linear_kl(*truth, pair.target, beta=beta, impl="eager")) < 1e-6

@@ -1,4 +1,5 @@
-"""Hidden states and heads of a student and a teacher, and the divergences written from their formulas over dense logits."""
+"""Hidden states and heads of a student and a teacher, and the divergences written from their formulas over dense
+logits."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ class Pair:
 
 def dense_kl(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, target: Tensor, *, beta: float,
-    bias: Any = 0.0, teacher_bias: Any = 0.0, scale: float = 1.0, teacher_scale: float = 1.0, softcap: float | None = None,
+    bias: Any = 0.0, teacher_bias: Any = 0.0, scale: float = 1.0, teacher_scale: float = 1.0,
+    softcap: float | None = None,
     teacher_softcap: float | None = None, temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """From probabilities, not their logs: p log(p / q) and so on."""

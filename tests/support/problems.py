@@ -32,7 +32,9 @@ class Problem:
 
     @property
     def question(self) -> str:
-        return f"{self.name} has {self.a} {self.thing}, {self.more} {self.b} and {self.less} {self.c}. How many are left?"
+        return (
+            f"{self.name} has {self.a} {self.thing}, {self.more} {self.b} and {self.less} {self.c}. How many are left?"
+        )
 
 
 def draw_problems(count: int, rng: random.Random) -> list[Problem]:

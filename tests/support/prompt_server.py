@@ -33,7 +33,10 @@ def scoring(model: Student, *, decode: Any = None, places: bool = True) -> Behav
             shown.setdefault(token, float(logp[at, token]))
             rank = int((logp[at] > logp[at, token]).sum()) + 1
             found.append(
-                {str(id): {"logprob": lp, "rank": ranks.get(id, rank), "decoded_token": decode(id)} for id, lp in shown.items()}
+                {
+                    str(id): {"logprob": lp, "rank": ranks.get(id, rank), "decoded_token": decode(id)}
+                    for id, lp in shown.items()
+                }
             )
         choice = {"text": "x", "finish_reason": "length"} | ({"prompt_logprobs": found} if places else {})
         handler.send_json({"choices": [choice]})

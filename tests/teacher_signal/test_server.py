@@ -38,7 +38,9 @@ def test_its_log_probs_are_those_of_the_model(model):
         server.plan = [status(503), status(429, retry_after="0")]  # neither of them is the end
         found = ServerScorer(server.url, "only", model.tokenizer).score(sources, targets, 4)
         bodies = [s.body for s in server.seen]
-    assert all(b["prompt"] in [s + t for s, t in zip(sources, targets, strict=True)] and b["max_tokens"] == 1 for b in bodies)
+    assert all(
+        b["prompt"] in [s + t for s, t in zip(sources, targets, strict=True)] and b["max_tokens"] == 1 for b in bodies
+    )
     got = torch.tensor([x for each in found for x in each.logprob])
     assert (got - own).abs().max() < 1e-5 and (local.logprob(sources, targets, [0, 1, 2]) - own).abs().max() < 1e-5
     assert [ids for each in found for ids in each.ids] == top.ids_TK.tolist()
@@ -61,7 +63,10 @@ def test_a_server_with_another_tokenizer_is_refused(model):
 
 
 def test_a_server_that_scores_no_prompts_is_told_apart(model):
-    with serving(scoring(model, places=False)) as server, pytest.raises(InputError, match=r"does not score prompts.*collect"):
+    with (
+        serving(scoring(model, places=False)) as server,
+        pytest.raises(InputError, match=r"does not score prompts.*collect"),
+    ):
         ServerScorer(server.url, "only", model.tokenizer).score(*asked(model))
 
 

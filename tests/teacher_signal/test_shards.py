@@ -1,4 +1,5 @@
-"""Files of log-probs: nothing is lost whenever a writer dies, other tokenizers are refused, texts are found and aligned."""
+"""Files of log-probs: nothing is lost whenever a writer dies, other tokenizers are refused, texts are found and
+aligned."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def writer(folder, own, **changes):
 
 
 def test_whatever_was_added_is_there_at_any_moment(tmp_path, tokenizer, small_shards):
-    """A copy of the folder after each addition, with a cut line, a half-written shard and none of the memory, goes on."""
+    """A copy of the folder after each addition, with a cut line, a half-written shard and none of the memory, goes
+    on."""
     folder = tmp_path / "lp"
     with writer(folder, tokenizer) as w:
         for i in range(8):
@@ -84,7 +86,10 @@ def test_another_teacher_is_not_mixed_in(changes, tmp_path, tokenizer):
         w.add("a", entry(0))
         with pytest.raises(InputError, match="in use by another process"), writer(tmp_path / "lp", tokenizer):
             pass
-    with pytest.raises(InputError, match=f"begun with {next(iter(changes))}"), writer(tmp_path / "lp", tokenizer, **changes):
+    with (
+        pytest.raises(InputError, match=f"begun with {next(iter(changes))}"),
+        writer(tmp_path / "lp", tokenizer, **changes),
+    ):
         pass
 
 

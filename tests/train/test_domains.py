@@ -45,7 +45,10 @@ def test_a_huge_ratio_overflows_nothing_and_leaves_no_domain_without_weight():
 
 
 def rows(domain: str, majorities: str) -> list[Question]:
-    return [Question(f"{domain}{i}", "?", gold="1", majority=m, task="number", domain=domain) for i, m in enumerate(majorities)]
+    return [
+        Question(f"{domain}{i}", "?", gold="1", majority=m, task="number", domain=domain)
+        for i, m in enumerate(majorities)
+    ]
 
 
 def test_the_teachers_loss_is_of_its_error():
@@ -111,7 +114,12 @@ def test_a_run_weighs_its_domains_and_resumes_to_the_bit(llama_folder, rows_file
     lines = [json.loads(line) for line in rows_file.read_text().splitlines()]
     path.write_text("".join(json.dumps(row | {"domain": "ab"[i % 3 == 0]}) + "\n" for i, row in enumerate(lines)))
     options = dict(
-        method="sft-all", domain_weights="ddk-like", domain_weight_steps=2, negative_source=None, quality=None, scheme=None
+        method="sft-all",
+        domain_weights="ddk-like",
+        domain_weight_steps=2,
+        negative_source=None,
+        quality=None,
+        scheme=None,
     )
 
     def config(name, **changes):

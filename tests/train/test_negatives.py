@@ -17,8 +17,8 @@ from qcrd_fast.generation.engine import Cancelled
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.methods import samples_student
-from qcrd_fast.train.negatives import AHEAD, Asked, LaggedNegatives
-from qcrd_fast.train.overlap import Lane, choose_overlap
+from qcrd_fast.train.negatives import PREFETCH_CHUNKS, LaggedNegatives, SamplingPrompt
+from qcrd_fast.train.overlap import SamplingWorker, choose_overlap
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.utils.determinism import deterministic, deterministic_already, require_deterministic
@@ -42,17 +42,23 @@ def lagged(folder, student=None, kind="serial", **options):
         max_steps=12,
     )
     config = TrainConfig(**(shape | options))
-    questions = [Asked(f"q{i}", student.source_ids(EXPLAIN, f"Ann has {i} apples.")) for i in range(8)] if student else []
+    questions = (
+        [SamplingPrompt(f"q{i}", student.source_ids(EXPLAIN, f"Ann has {i} apples.")) for i in range(8)]
+        if student
+        else []
+    )
     snapshots = Snapshots(folder / "snapshots")
     folder.mkdir(exist_ok=True)
     schedule = Schedule(8, config)
     return LaggedNegatives(
         student, questions, schedule, snapshots, folder / "negatives", config,
-        lambda: torch.autocast("cpu", enabled=False), Lane(kind, CPU),
+        lambda: torch.autocast("cpu", enabled=False), SamplingWorker(kind, CPU),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("lag, expected", [(1, [0, 0, 1, 2, 3, 4, 5]), (3, [0, 0, 0, 0, 1, 2, 3]), (5, [0, 0, 0, 0, 0, 0, 1])])
+@pytest.mark.parametrize(
+    "lag, expected", [(1, [0, 0, 1, 2, 3, 4, 5]), (3, [0, 0, 0, 0, 1, 2, 3]), (5, [0, 0, 0, 0, 0, 0, 1])]
+)
 def test_iteration_t_listens_to_iteration_t_minus_j_and_before_that_to_the_initial_student(tmp_path, lag, expected):
     assert [lagged(tmp_path, negative_lag=lag).source_iteration(t) for t in range(7)] == expected
 
@@ -151,7 +157,9 @@ def test_each_question_of_a_chunk_once_and_the_file_says_so(filled):
     records = [json.loads(line) for line in data.splitlines()]
     assert [r["end"] for r in records if "end" in r] == [4, 4]
     assert sorted(r["id"] for r in records if "id" in r) == [f"q{i}" for i in range(8)]
-    assert {i: n.tokens for i, n in said.of_iteration(0).items()} == {r["id"]: r["tokens"] for r in records if "id" in r}
+    assert {i: n.tokens for i, n in said.of_iteration(0).items()} == {
+        r["id"]: r["tokens"] for r in records if "id" in r
+    }
 
 
 @pytest.mark.parametrize("place", ["tail cut", "text", "tokens", "count", "line lost", "line doubled", "another's row"])
@@ -224,14 +232,14 @@ def test_drawing_ahead_says_the_same(student, tmp_path, lag, iteration_steps):
                     negatives.of_iteration(step // iteration_steps - 1)
                 negatives.snapshots.save(step // iteration_steps, learner.model)
             negatives.for_step(step)
-            ahead.append(len(negatives._ahead))
+            ahead.append(len(negatives._prefetched))
             drift(learner, step)
         negatives.close()
         files = sorted((tmp_path / kind / "negatives").iterdir())
         said[kind] = {path.name: path.read_text() for path in files}
-        assert max(ahead) == (0 if kind == "serial" else 1 if iteration_steps == 1 else AHEAD)
-        assert 0 <= negatives.hidden_share <= 1 and negatives.tokens_per_s > 0
-        assert kind == "stream" or negatives.hidden_share == 0
+        assert max(ahead) == (0 if kind == "serial" else 1 if iteration_steps == 1 else PREFETCH_CHUNKS)
+        assert 0 <= negatives.overlap_fraction <= 1 and negatives.tokens_per_s > 0
+        assert kind == "stream" or negatives.overlap_fraction == 0
         assert ahead[-1] == 0  # never beyond the last step
     assert said["serial"] == said["stream"] and len(said["serial"]) == 12 // iteration_steps
 
@@ -244,9 +252,9 @@ def test_what_fails_ahead_fails_where_it_is_needed(student, tmp_path, monkeypatc
     def fail(*_, **__):
         raise RuntimeError("out of memory")
 
-    for begun in negatives._ahead.values():
+    for begun in negatives._prefetched.values():
         begun.result()
-    monkeypatch.setattr(type(negatives._sampler), "draw", fail)
+    monkeypatch.setattr(type(negatives._sampler), "generate", fail)
     negatives.for_step(2)  # drawn before; what is begun now fails
     with pytest.raises(RuntimeError, match="out of memory"):
         negatives.for_step(4)

@@ -50,7 +50,9 @@ def logprobs(mentor, rows_file, tmp_path_factory) -> Path:
 
 def config_of(method, rows, student, out, mentor=None, **changes) -> TrainConfig:
     teacher = (
-        {"teacher": str(mentor)} if method == "opd" or (method == "mentor-kd" and "teacher_logprobs" not in changes) else {}
+        {"teacher": str(mentor)}
+        if method == "opd" or (method == "mentor-kd" and "teacher_logprobs" not in changes)
+        else {}
     )
     return settings(rows, student, out, method=method, **{**PLAIN, **teacher, **changes})
 
@@ -74,7 +76,9 @@ def held_out_kl(student, mentor, texts) -> float:
     for text in texts:
         ids = student.source_ids(EXPLAIN, text)
         with torch.no_grad():
-            logp, logq = (m.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1) for m in (student, mentor))
+            logp, logq = (
+                m.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1) for m in (student, mentor)
+            )
         found.append(float((logp.exp() * (logp - logq)).sum()))
     return sum(found) / len(found)
 
@@ -82,7 +86,9 @@ def held_out_kl(student, mentor, texts) -> float:
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2, 3, 4))])
 def test_opd_lowers_the_held_out_kl(seed, mentor, llama_folder, rows_file, tmp_path):
     out = tmp_path / "run"
-    changes = dict(max_steps=40, per_device_train_batch_size=8, learning_rate=1e-2, alpha_pred=0.0, alpha_cl=1.0, seed=seed)
+    changes = dict(
+        max_steps=40, per_device_train_batch_size=8, learning_rate=1e-2, alpha_pred=0.0, alpha_cl=1.0, seed=seed
+    )
     changes |= dict(validation_fraction=0.0, lr_scheduler_type="constant", save_steps=100, sample_batch_size=8)
     train(config_of("opd", rows_file, llama_folder, out, mentor, **changes))
     texts = [f"Eve has {i} pens and finds {i + 2}. How many pens does Eve have?" for i in range(12)]
@@ -102,7 +108,8 @@ def test_sdfts_teacher_reads_a_rationale_first(llama_folder, rows_file, tmp_path
     student = Student.load(str(llama_folder), PromptSettings())
     config = config_of("sdft", rows_file, llama_folder, tmp_path, teacher_ema=0.75)
     example = max(
-        make_examples(load_questions(str(rows_file), split="train").questions, student, config), key=lambda e: len(e.positives)
+        make_examples(load_questions(str(rows_file), split="train").questions, student, config),
+        key=lambda e: len(e.positives),
     )
     teaching = SelfTeaching(LocalTeacher(Student.load(str(llama_folder), PromptSettings())), config)
     ids = teaching.source(example, EXPLAIN)
@@ -140,10 +147,14 @@ def test_files_teach_as_the_model_does(mentor, llama_folder, rows_file, tmp_path
     summary, _ = score_teacher(ScoreSettings(str(rows_file), str(mentor), str(tmp_path / "lp"), top_logprobs=5))
     assert summary["texts"] >= summary["scored"] > 80
     common = dict(max_steps=3, validation_fraction=0.0, save_steps=3)
-    train(config_of("mentor-kd", rows_file, llama_folder, tmp_path / "a", teacher_logprobs=str(tmp_path / "lp"), **common))
+    train(
+        config_of("mentor-kd", rows_file, llama_folder, tmp_path / "a", teacher_logprobs=str(tmp_path / "lp"), **common)
+    )
     train(config_of("mentor-kd", rows_file, llama_folder, tmp_path / "b", mentor, top_logprobs=5, **common))
     for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a["teacher_kl"] == pytest.approx(b["teacher_kl"], rel=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a["teacher_kl"] == pytest.approx(
+            b["teacher_kl"], rel=1e-5
+        )
 
 
 @pytest.mark.usefixtures("float64")
@@ -183,7 +194,9 @@ def test_the_literal_form_counts_padding(family, rows_file, tmp_path, request):
     logs = []
     for model in (student, teacher):
         packed = model.hidden(sources, padded, range(len(padded)))
-        _, ids, top = linear_top(packed.hidden, model.head.weight, packed.target, 1000, **model.head.options, temperature=2.0)
+        _, ids, top = linear_top(
+            packed.hidden, model.head.weight, packed.target, 1000, **model.head.options, temperature=2.0
+        )
         logs.append(torch.zeros_like(top).scatter(1, ids, top))
     logp, logq = logs
     kl = (logq.exp() * (logq - logp)).sum(1).mean()
@@ -298,7 +311,9 @@ def test_a_teacher_with_another_tokenizer(llama_folder, rows_file, logprobs, tmp
         train(config_of("mentor-kd", rows_file, other, tmp_path / "b", teacher_logprobs=str(logprobs)))
     with pytest.raises(InputError, match="cannot be told; use --no-teacher-tail"):
         train(
-            config_of("mentor-kd", rows_file, llama_folder, tmp_path / "c", teacher_logprobs=str(logprobs), kd_temperature=2.0)
+            config_of(
+                "mentor-kd", rows_file, llama_folder, tmp_path / "c", teacher_logprobs=str(logprobs), kd_temperature=2.0
+            )
         )
     rows = tmp_path / "others.jsonl"
     text = rows_file.read_text().replace("apples", "pears").replace("How many", "What number of")

@@ -38,8 +38,8 @@ def gradient(loss, x):
 
 
 def test_sampled_tokens_give_the_gradient_of_the_reverse_kl():
-    """V = 50: the mean over 1e5 tokens of our own sampler of -a grad log pi_S, within 3 standard errors of the exact gradient
-    of KL(pi_S || pi_T), in each of the 50 logits and along the exact gradient."""
+    """V = 50: the mean over 1e5 tokens of our own sampler of -a grad log pi_S, within 3 standard errors of the exact
+    gradient of KL(pi_S || pi_T), in each of the 50 logits and along the exact gradient."""
     V, count = 50, 100_000
     g = torch.Generator().manual_seed(5)
     student, teacher = (2 * torch.randn(V, generator=g, dtype=torch.float64) for _ in range(2))

@@ -1,4 +1,5 @@
-"""The loop on tiny students: every method, the two-pass trick, refusals. Kills, signals, full disks: test_reliability_*.py."""
+"""The loop on tiny students: every method, the two-pass trick, refusals. Kills, signals, full disks:
+test_reliability_*.py."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def test_checkpoint_loads_with_from_pretrained(whole):
     is_t5 = json.loads((folder / "config.json").read_text())["model_type"] == "t5"
     model = (AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM).from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) > 0 and AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
-    assert checkpoints.find_fault(folder.resolve(), run) is None
+    assert checkpoints.find_corruption(folder.resolve(), run) is None
 
 
 def test_negatives_come_from_the_lagged_snapshot(whole):
@@ -67,11 +68,15 @@ def test_negatives_come_from_the_lagged_snapshot(whole):
         for end in (r for r in records if "end" in r):
             assert end["end"] == sum(r.get("chunk") == end["chunk"] and "id" in r for r in records)
     assert sorted(said) == ["iteration-00000", "iteration-00001", "iteration-00002"]
-    assert {p.name for p in (run / "snapshots").iterdir()} >= {"iteration-00001.safetensors", "iteration-00002.safetensors"}
+    assert {p.name for p in (run / "snapshots").iterdir()} >= {
+        "iteration-00001.safetensors",
+        "iteration-00002.safetensors",
+    }
 
 
 def test_nothing_is_taken_from_a_run_that_had_no_checkpoint(whole, rows_file, tmp_path):
-    """Killed before its first one, begun again with other rows of the same ids: what was said to the old ones is not theirs."""
+    """Killed before its first one, begun again with other rows of the same ids: what was said to the old ones is not
+    theirs."""
     student, unbroken = whole
     out, rows = tmp_path / "run", tmp_path / "rows.jsonl"
     rows.write_text(rows_file.read_text())
@@ -87,7 +92,8 @@ def test_nothing_is_taken_from_a_run_that_had_no_checkpoint(whole, rows_file, tm
 
 
 def test_a_run_that_goes_on_says_what_comes_of_that(whole, rows_file, tmp_path):
-    """A finished run that lost its last checkpoint is trained and evaluated again, and draws what came after it again."""
+    """A finished run that lost its last checkpoint is trained and evaluated again, and draws what came after it
+    again."""
     student, unbroken = whole
     out = tmp_path / "run"
     shutil.copytree(unbroken, out, symlinks=True)
@@ -104,10 +110,13 @@ def test_a_run_that_goes_on_says_what_comes_of_that(whole, rows_file, tmp_path):
 
 @pytest.mark.parametrize(
     ("score", "delta", "said"),
-    [(0.95, 8.0, ["rates negatives 0.95 on average, so they weigh 0.05"]), (0.5, 0.01, ["only 0.0% of the student's own"]),
+    [(0.95, 8.0, ["rates negatives 0.95 on average, so they weigh 0.05"]),
+    (0.5, 0.01, ["only 0.0% of the student's own"]),
      (0.5, 8.0, [])],
 )  # fmt: skip
-def test_negatives_that_teach_little_are_said(score, delta, said, llama_folder, rows_file, tmp_path, monkeypatch, caplog):
+def test_negatives_that_teach_little_are_said(
+    score, delta, said, llama_folder, rows_file, tmp_path, monkeypatch, caplog
+):
     rated = lambda self, batch, candidates, question: torch.full((len(candidates),), score)  # noqa: E731
     monkeypatch.setattr(Objective, "_quality", rated)
     with caplog.at_level("WARNING", "qcrd_fast.train.trainer"):
@@ -117,25 +126,26 @@ def test_negatives_that_teach_little_are_said(score, delta, said, llama_folder, 
 
 
 def test_drawing_beside_training_is_the_same_run(whole, rows_file, tmp_path, monkeypatch):
-    """`--overlap stream`, killed between two saves and resumed in turn: weights, metrics and negatives of the serial run."""
+    """`--overlap stream`, killed between two saves and resumed in turn: weights, metrics and negatives of the serial
+    run."""
     student, unbroken = whole
     out = tmp_path / "run"
-    from qcrd_fast.train.trainer import Session
+    from qcrd_fast.train.trainer import Trainer
 
     class Killed(BaseException):
         pass
 
-    real = Session._train_step
+    real = Trainer._train_step
 
     def dies(self):
         if self.step == 4:
             raise Killed
         real(self)
 
-    monkeypatch.setattr(Session, "_train_step", dies)
+    monkeypatch.setattr(Trainer, "_train_step", dies)
     with pytest.raises(Killed):
         train(settings(rows_file, student, out, overlap="stream"))
-    monkeypatch.setattr(Session, "_train_step", real)
+    monkeypatch.setattr(Trainer, "_train_step", real)
     train(settings(rows_file, student, out, overlap="stream", resume="auto"))
 
     def timeless(run):
@@ -160,14 +170,16 @@ def test_a_damaged_best_checkpoint_is_passed_over(whole, rows_file, tmp_path, ca
         train(settings(rows_file, student, out, resume="auto", beta=0.3))
     train(settings(rows_file, student, out, resume="auto"))
     assert "damaged" in caplog.text
-    assert checkpoints.find_fault((out / "final").resolve()) is None
+    assert checkpoints.find_corruption((out / "final").resolve()) is None
     assert (out / "predictions.jsonl").is_file() and (out / "config.resolved.yaml").is_file()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(method, rows_file, t5_folder, tmp_path):
     teacher = {"teacher": str(t5_folder)} if method in ("opd", "mentor-kd") else {}
-    config = settings(rows_file, t5_folder, tmp_path / "run", method=method, max_steps=2, validation_fraction=0.0, **teacher)
+    config = settings(
+        rows_file, t5_folder, tmp_path / "run", method=method, max_steps=2, validation_fraction=0.0, **teacher
+    )
     results = train(config)
     last = metrics(tmp_path / "run")[-1]
     assert results["accuracy"] is None and last["loss"] > 0
@@ -248,7 +260,8 @@ def test_golden_step(method, rows_file, llama_folder, tmp_path, float64):
     beta, delta, a1, a2 = 0.7, 8.0, 0.3, 0.6
     config = settings(
         rows_file, llama_folder, tmp_path / "run", max_steps=1, validation_fraction=0.0, negative_source="minority",
-        method=method.removesuffix("-judged"), discriminator="auto" if method == "qcrd-judged" else "none", redi_warmup=0.0,
+        method=method.removesuffix("-judged"), discriminator="auto" if method == "qcrd-judged" else "none",
+        redi_warmup=0.0,
         discriminator_pretrain_steps=0, beta=beta, delta=delta, alpha_pred=a1, alpha_cl=a2, discriminator_folds=0,
         discriminator_calibration="none",
     )  # fmt: skip
@@ -370,7 +383,9 @@ def test_rows_of_other_splits_are_not_trained_on(rows_file, llama_folder, tmp_pa
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     splits = ["train"] * 10 + ["test"] * 8 + [None] * 6
     mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text("".join(json.dumps(row | {"split": split}) + "\n" for row, split in zip(rows, splits, strict=True)))
+    mixed.write_text(
+        "".join(json.dumps(row | {"split": split}) + "\n" for row, split in zip(rows, splits, strict=True))
+    )
     config = settings(mixed, llama_folder, tmp_path / "run", validation_fraction=0.0)
     assert train(config, dry_run=True)["train"] == 16
     trained = tmp_path / "train.jsonl"  # a file of the training split alone may still be evaluated on
@@ -378,19 +393,25 @@ def test_rows_of_other_splits_are_not_trained_on(rows_file, llama_folder, tmp_pa
     plan = train(settings(mixed, llama_folder, tmp_path / "run", eval_data=str(trained)), dry_run=True)
     assert plan["validation"] == 5 and plan["train"] == 11
     splits = ["train"] * 16 + ["validation"] * 4 + ["test"] * 4
-    mixed.write_text("".join(json.dumps(row | {"split": split}) + "\n" for row, split in zip(rows, splits, strict=True)))
+    mixed.write_text(
+        "".join(json.dumps(row | {"split": split}) + "\n" for row, split in zip(rows, splits, strict=True))
+    )
     three = settings(mixed, llama_folder, tmp_path / "run", eval_data=str(mixed), test_data=str(mixed))
     assert {k: train(three, dry_run=True)[k] for k in ("train", "validation", "test")} == {
         "train": 16, "validation": 4, "test": 4,
     }  # fmt: skip
     with pytest.raises(InputError, match="all 5 questions are in the test set"):
-        train(settings(mixed, llama_folder, tmp_path / "run", eval_data=str(trained), test_data=str(trained)), dry_run=True)
+        train(
+            settings(mixed, llama_folder, tmp_path / "run", eval_data=str(trained), test_data=str(trained)),
+            dry_run=True,
+        )
 
 
 def test_questions_of_the_test_set_are_dropped_from_training(rows_file, llama_folder, tmp_path):
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     test = tmp_path / "test.jsonl"
-    test.write_text("".join(json.dumps({"id": f"t{i}", "question": r["question"], "answer": r["answer"], "samples": []}) + "\n"
+    test.write_text("".join(json.dumps({"id": f"t{i}", "question": r["question"], "answer": r["answer"],
+        "samples": []}) + "\n"
                             for i, r in enumerate(rows[:3])))  # fmt: skip
     plan = train(settings(rows_file, llama_folder, tmp_path / "run", test_data=str(test)), dry_run=True)
     assert plan["dropped"] == 3 and plan["test"] == 3 and plan["train"] + plan["validation"] == 21

@@ -18,11 +18,12 @@ from qcrd_fast.generation.engine import Sampler
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.negatives import LaggedNegatives
 from qcrd_fast.utils import oom
-from qcrd_fast.utils.oom import is_exhausted, relieved_by
+from qcrd_fast.utils.oom import explaining_oom, is_exhausted
 from tests.support.paths import ROOT
 
 CPU_SAYS = (
-    "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
+    "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 99 bytes."
 )
 EXHAUSTED = [
     MemoryError(),
@@ -39,15 +40,18 @@ def test_what_counts_as_the_end_of_memory() -> None:
     assert all(map(is_exhausted, EXHAUSTED))
     others = (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), OSError(12, "x"))
     assert not any(map(is_exhausted, (*others, RunError("out of memory in a training step"))))
-    with pytest.raises(RuntimeError, match="shapes"), relieved_by("--x"):
+    with pytest.raises(RuntimeError, match="shapes"), explaining_oom("--x"):
         raise others[0]
     wanted = r"in here \(std::bad_alloc\); what helps: --x; the longest row there: q7$"
-    with pytest.raises(RunError, match=wanted), relieved_by("--x", "here", lambda: "q7"):
+    with pytest.raises(RunError, match=wanted), explaining_oom("--x", "here", lambda: "q7"):
         raise EXHAUSTED[-1]
 
 
 def test_the_same_step_in_more_parts() -> None:
-    for size, parts, wanted in ((8, 1, "4 --gradient-accumulation-steps 2"), (3, 2, "1 --gradient-accumulation-steps 6")):
+    for size, parts, wanted in (
+        (8, 1, "4 --gradient-accumulation-steps 2"),
+        (3, 2, "1 --gradient-accumulation-steps 6"),
+    ):
         config = TrainConfig(per_device_train_batch_size=size, gradient_accumulation_steps=parts)
         assert oom.for_training(config).startswith(f"--per-device-train-batch-size {wanted} (the same step)")
     rest = oom.for_training(TrainConfig(per_device_train_batch_size=1, gradient_checkpointing=True, use_peft=True))
@@ -55,7 +59,12 @@ def test_the_same_step_in_more_parts() -> None:
 
 
 STAGES = {
-    "a training step": (Student, "hidden", "--per-device-train-batch-size 2 --gradient-accumulation-steps 2", "target tokens"),
+    "a training step": (
+        Student,
+        "hidden",
+        "--per-device-train-batch-size 2 --gradient-accumulation-steps 2",
+        "target tokens",
+    ),
     "the discriminator's training": (Discriminator, "rate", "--discriminator-batch-size 2", "longest row there: q"),
     "the sampler": (LaggedNegatives, "_autocasts", "--sample-batch-size 32", "prompt tokens"),
     "sampling negatives": (Sampler, "draw", "--sample-batch-size 32", "prompt tokens"),
