@@ -25,9 +25,9 @@ from qcrd_fast.runs.folder import CONFIG, MANIFEST, PREDICTIONS, RESULTS
 from qcrd_fast.runs.load import find_model, find_state, load_student
 from qcrd_fast.utils.config_files import read_object, read_options
 from qcrd_fast.utils.device import Autocast, make_autocast, resolve_device
-from qcrd_fast.utils.files import require_writable, shown, write_lines
+from qcrd_fast.utils.files import printable, require_writable, write_lines
 from qcrd_fast.utils.intervals import wilson
-from qcrd_fast.utils.oom import for_answers, relieved_by
+from qcrd_fast.utils.oom import explaining_oom, for_answers
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def predict(
         at = max(range(len(sources)), key=lambda i: len(sources[i]))
         return f"{questions[at].id}, {len(sources[at])} prompt tokens"
 
-    with relieved_by(for_answers(batch_option, batch_size, settings.max_new_tokens), "answering", longest):
+    with explaining_oom(for_answers(batch_option, batch_size, settings.max_new_tokens), "answering", longest):
         outputs = sample(student, sources, [(0, 0)] * len(sources), settings, autocast=autocast)
     records = []
     for question, kind, tokens in zip(questions, kinds, outputs, strict=True):
@@ -112,7 +112,7 @@ def explain(
     """The student's greedy rationale for the question of each record of `predict`."""
     settings = SampleSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, impl=impl)
     sources = [student.source_ids(EXPLAIN, record["question"]) for record in records]
-    with relieved_by(for_answers(batch_option, batch_size, settings.max_new_tokens), "explaining"):
+    with explaining_oom(for_answers(batch_option, batch_size, settings.max_new_tokens), "explaining"):
         said = sample(student, sources, [(0, 0)] * len(sources), settings, autocast=autocast)
     return [student.text(tokens) for tokens in said]
 
@@ -189,7 +189,7 @@ def evaluate_run(
     if unreadable:
         log.warning(
             "no answer can be read in %d of %d outputs, which count as wrong, such as: %s",
-            len(unreadable), len(records), shown(unreadable[0]["output"][:200]) or "(empty)",
+            len(unreadable), len(records), printable(unreadable[0]["output"][:200]) or "(empty)",
         )  # fmt: skip
     share = accuracy(records)
     assert share is not None
@@ -302,7 +302,7 @@ def generate_text(
         sources = [student.source_ids(prefix, question)] * num_samples
         keys = [key_words(seed, prefix + question)] * num_samples
         autocast = make_autocast(student.device, None)
-        with relieved_by("--num-samples, --max-new-tokens", "answering"):
+        with explaining_oom("--num-samples, --max-new-tokens", "answering"):
             drawn = sample(student, sources, keys, settings, indices=indices, autocast=autocast)
         return [student.text(t) for t in drawn]
 

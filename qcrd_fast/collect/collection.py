@@ -24,7 +24,7 @@ from qcrd_fast.collect.reply import Choice, Reply, estimate_tokens
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.utils.files import append_lines, require_place, shown, write_lines
+from qcrd_fast.utils.files import append_lines, printable, require_place, write_lines
 from qcrd_fast.utils.redact import redact
 
 log = logging.getLogger(__name__)
@@ -111,9 +111,9 @@ class Collection:
         output = Path(settings.output)
         require_place(output, "--output")
         if output.resolve() == Path(settings.questions).resolve():
-            raise InputError(f"--output: {shown(output)} is also --questions; choose another name")
+            raise InputError(f"--output: {printable(output)} is also --questions; choose another name")
         if _holds_something(output) and not _holds_something(settings.ledger):
-            raise InputError(f"--output: {shown(output)} exists and has no ledger beside it; choose another name")
+            raise InputError(f"--output: {printable(output)} exists and has no ledger beside it; choose another name")
         template = Template(settings.template)
         loaded = load_questions(
             settings.questions, split=settings.split, part=settings.split, task=settings.task, on_bad_row=settings.on_bad_row
@@ -157,7 +157,7 @@ class Collection:
         """Refuse to mix samples of other prompts or lengths, or to leave questions of the ledger out of the output."""
         before, most = self.ledger.settings.get("max_tokens"), self.settings.max_tokens
         if self.settings.is_url and self.ledger.samples and isinstance(before, int) and before > most:
-            path = shown(self.ledger.path)
+            path = printable(self.ledger.path)
             raise InputError(f"{path}: sampled with max_tokens {before}, now it is {most}; choose another --output")
         digests = {question.id: self.digest(question) for question in self.questions}
         for id, digest in self.ledger.prompts.items():
@@ -167,7 +167,7 @@ class Collection:
                 what = f"asked question {id!r} with another prompt (text, --task, --template or --system-prompt changed)"
             else:
                 continue
-            raise InputError(f"{shown(self.ledger.path)} {what}; choose another --output")
+            raise InputError(f"{printable(self.ledger.path)} {what}; choose another --output")
 
     def predict(self) -> dict[str, Any]:
         """What the missing samples will take, as far as one can tell before asking."""
@@ -232,7 +232,7 @@ class Collection:
         try:
             yield
         except OSError as error:
-            where = f"{shown(self.settings.output)}: {error.strerror}"
+            where = f"{printable(self.settings.output)}: {error.strerror}"
             raise RunError(f"cannot write {where}; nothing is lost, the same command goes on") from error
 
     def take(self, request: str | None, question: Question, reply: Reply, texts: list[dict[str, Any]]) -> None:
@@ -339,7 +339,7 @@ class Collection:
                 "%d of %d samples have no answer that can be read: look at `text` in %s",
                 unread,
                 len(samples),
-                shown(self.ledger.path),
+                printable(self.ledger.path),
             )
 
     def summary(self) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from qcrd_fast.collect.collection import REPLAY, Collection, CollectSettings
-from qcrd_fast.collect.credentials import printable, without_secrets
+from qcrd_fast.collect.credentials import masked, without_secrets
 from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings, Failed, Interrupted, refusal
 from qcrd_fast.collect.progress import Progress
 from qcrd_fast.collect.reply import Reply
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError, LimitReached, RunError, Stopped
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 from qcrd_fast.utils.redact import redact
 from qcrd_fast.utils.signals import StopSignals
 
@@ -69,7 +69,7 @@ def collect(settings: CollectSettings, *, dry_run: bool = False) -> tuple[dict[s
         if run.why is None and settings.is_url and summary["samples"] and summary["cut_before_an_answer"] == summary["samples"]:
             run.why = RunError(f"every sample was cut before an answer; {run.advice_on_cuts()}")
         if summary["samples"] and run.why is None:
-            log.info("next: qcrd-fast prepare %s --output train.jsonl", shown(settings.output))
+            log.info("next: qcrd-fast prepare %s --output train.jsonl", printable(settings.output))
         return run.summary(), run.why
 
 
@@ -82,9 +82,9 @@ def _dry_run(run: Collection) -> dict[str, Any]:
     result: dict[str, Any] = {"question": first.id, "prompt": run.prompts[first.id]}
     if settings.is_url:
         endpoint = Endpoint(_endpoint_settings(run, run.settings.teacher_model or "(what the server offers)"))
-        query = "&".join(f"{name}={value}" for name, value in printable(settings.query).items())
+        query = "&".join(f"{name}={value}" for name, value in masked(settings.query).items())
         result["url"] = endpoint.base + endpoint.path + (f"?{query}" if query else "")
-        result |= {"headers": printable(settings.header)} if settings.header else {}
+        result |= {"headers": masked(settings.header)} if settings.header else {}
         result["request"] = without_secrets(endpoint.body(run.prompts[first.id], settings.num_samples))
     return result | {"prediction": run.predict(), "output": settings.output}
 

@@ -105,6 +105,6 @@ def without_secrets(value: Any, name: str = "") -> Any:
     return "***" if any(secrets_within(value, name)) else value
 
 
-def printable(pairs: Pairs) -> dict[str, str]:
+def masked(pairs: Pairs) -> dict[str, str]:
     """Names with their values, secrets hidden."""
     return {name: "***" if looks_secret(name, value) else value for name, value in pairs}

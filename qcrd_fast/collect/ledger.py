@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.utils.files import append_whole, shown
+from qcrd_fast.utils.files import append_whole, printable
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Ledger:
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
-            raise InputError(f"--output: cannot write {shown(self.path)}: {error.strerror}") from error
+            raise InputError(f"--output: cannot write {printable(self.path)}: {error.strerror}") from error
         try:
             self._lock()
             self.read(repair=True)
@@ -115,7 +115,7 @@ class Ledger:
                 for line in file:
                     if line.startswith(b'{"kind": "start"'):
                         owner = str(json.loads(line)["pid"])
-            raise InputError(f"--output: {shown(self.path)} is in use by process {owner}; choose another file") from None
+            raise InputError(f"--output: {printable(self.path)} is in use by process {owner}; choose another file") from None
 
     # Reading
 
@@ -129,7 +129,7 @@ class Ledger:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     if repair:
-                        log.warning("%s:%d: the cut line of a killed collector is dropped", shown(self.path), number)
+                        log.warning("%s:%d: the cut line of a killed collector is dropped", printable(self.path), number)
                         os.ftruncate(self._file, end)
                     break
                 end += len(line)
@@ -138,7 +138,7 @@ class Ledger:
                     self._take(record)
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise InputError(
-                        f"{shown(self.path)}:{number}: no record of a ledger; move the file away, or choose another --output"
+                        f"{printable(self.path)}:{number}: no record of a ledger; move the file away, or choose another --output"
                     ) from None
         self.lost, self.open = self.open, {}
         self.totals.lost = len(self.lost)
@@ -205,21 +205,25 @@ class Ledger:
         try:
             append_whole(self._file, line)
         except OSError as error:
-            raise RunError(f"cannot write {shown(self.path)}: {error.strerror}; run the same command again to go on") from error
+            raise RunError(
+                f"cannot write {printable(self.path)}: {error.strerror}; run the same command again to go on"
+            ) from error
         self._take(record)
 
     def start(self, settings: dict[str, Any], *, longer: bool = False) -> None:
         """Begin a run. Raises `InputError` when an earlier run sampled with other settings; `longer`: but for a higher
         maximum length."""
         if self._bound:
-            raise InputError(f"{shown(self.path)}: its samples cannot be read with another --thinking; choose another --output")
+            raise InputError(
+                f"{printable(self.path)}: its samples cannot be read with another --thinking; choose another --output"
+            )
         for name in FIXED:
             before = self.settings.get(name)
             if name == "max_tokens" and longer and isinstance(before, int) and before < settings[name]:
                 continue
             if self.samples and name in self.settings and before != settings[name]:
                 raise InputError(
-                    f"{shown(self.path)}: sampled with {name} {before!r}, now it is {settings[name]!r}; choose another --output"
+                    f"{printable(self.path)}: sampled with {name} {before!r}, now it is {settings[name]!r}; choose another --output"
                 )
         self._append({"kind": "start", "version": 1, "pid": os.getpid(), **settings})
 

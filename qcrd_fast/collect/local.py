@@ -12,7 +12,7 @@ from qcrd_fast.data.load import iter_records
 from qcrd_fast.data.replies import Reader, parse_choices
 from qcrd_fast.data.schema import BadRow, Question, Rationale, text_key
 from qcrd_fast.errors import InputError
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 
 
 class Sampled(NamedTuple):
@@ -104,7 +104,7 @@ class Replay:
                 raise InputError(str(record))
             self.by_text.setdefault(text_key(record.question), []).extend(record.samples)
         if not any(self.by_text.values()):
-            raise InputError(f"--teacher replay:{shown(path)}: no samples in this file")
+            raise InputError(f"--teacher replay:{printable(path)}: no samples in this file")
 
     def samples(self, question: Question) -> list[dict[str, Any]]:
         """All of a question's samples. Its id does not matter: another file may use it for another question."""

@@ -19,7 +19,7 @@ from typing import Any
 from qcrd_fast.data import jsonl, tables
 from qcrd_fast.data.schema import BadRow, RowError
 from qcrd_fast.errors import InputError
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 
 MAX_RATIO = 200  # decompressed bytes for each byte of a gzip file; text stays below 50
 FREE_BYTES = 64 * 1024 * 1024  # decompressed bytes that are read whatever the ratio
@@ -78,7 +78,7 @@ def open_rows(path: str | Path, *, split: str | None = None, part: str | None = 
     if tables.is_dataset_folder(path) or is_hub_name(path):
         return _dataset(path, split, part, config_name)
     if config_name is not None:
-        raise InputError(f"--config-name is for data sets of the hub; {shown(path)} is none")
+        raise InputError(f"--config-name is for data sets of the hub; {printable(path)} is none")
     return _file(Path(path))
 
 
@@ -123,9 +123,9 @@ def _start(path: Path, file: io.BufferedReader, rows: Rows, packed: str) -> Iter
     if head.startswith(_GZIP) and packed:
         fault = "a gzip file inside a gzip file; decompress it first"
     if not head:
-        yield 1, BadRow(shown(path), 1, "the file is empty")
+        yield 1, BadRow(printable(path), 1, "the file is empty")
     elif fault:
-        yield 1, BadRow(shown(path), 1, f"this is {fault}; rows are UTF-8 JSON, CSV, TSV or parquet")
+        yield 1, BadRow(printable(path), 1, f"this is {fault}; rows are UTF-8 JSON, CSV, TSV or parquet")
     elif head.startswith(b"PAR1"):
         rows.kind = "parquet"
         yield from tables.parquet_rows(path)
@@ -141,7 +141,7 @@ def _start(path: Path, file: io.BufferedReader, rows: Rows, packed: str) -> Iter
         else:
             rows.kind = f"{packed}JSONL"
             if reason := _spread(file.peek(_PEEK)):
-                yield 1, BadRow(shown(path), 1, reason)
+                yield 1, BadRow(printable(path), 1, reason)
                 return
             yield from jsonl.line_rows(path, file, rows.blank)
 
@@ -167,14 +167,14 @@ def _open(path: Path) -> io.BufferedReader:
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            raise InputError(f"{shown(path)}: not a file, nor a folder that `datasets` saved; name the file in it")
+            raise InputError(f"{printable(path)}: not a file, nor a folder that `datasets` saved; name the file in it")
         if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-            raise InputError(f"{shown(path)}: not a file")
+            raise InputError(f"{printable(path)}: not a file")
         return open(path, "rb")
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(f"{printable(path)}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _closing(file: io.BufferedReader, pairs: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
@@ -190,9 +190,9 @@ def _guarded(path: Path, pairs: Iterator[tuple[int, Any]]) -> Iterator[tuple[int
             yield line, value
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         reason = f"the gzip file is cut or damaged ({error}); nothing after it is read"
-        yield line + 1, BadRow(shown(path), line + 1, reason)
+        yield line + 1, BadRow(printable(path), line + 1, reason)
     except RowError as error:
-        yield line + 1, BadRow(shown(path), line + 1, str(error))
+        yield line + 1, BadRow(printable(path), line + 1, str(error))
 
 
 class _Inflated(io.RawIOBase):

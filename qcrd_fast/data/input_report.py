@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qcrd_fast.data.formats.fields import nearest, plain, role_of
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 
 MAX_KEYS = 1000  # different keys that are kept by name
 _SHOWN_KEYS = 20
@@ -79,7 +79,7 @@ def keys_text(keys: dict[str, str | None]) -> str:
     """The keys of `keys_not_read` for a message; empty where there are none."""
     if not keys:
         return ""
-    named = [f"{shown(key)[:80]!r}" + (f" (nearest that is read: {near!r})" if near else "") for key, near in keys.items()]
+    named = [f"{printable(key)[:80]!r}" + (f" (nearest that is read: {near!r})" if near else "") for key, near in keys.items()]
     more = f", and {len(named) - _SHOWN_KEYS:,} more" if len(named) > _SHOWN_KEYS else ""
     return f"keys not read: {', '.join(named[:_SHOWN_KEYS])}{more}"
 

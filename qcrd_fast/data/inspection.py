@@ -12,7 +12,7 @@ from qcrd_fast.data.replies import Reader
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.data.voting import Vote
 from qcrd_fast.errors import RunError
-from qcrd_fast.utils.files import require_file, shown
+from qcrd_fast.utils.files import printable, require_file
 
 PAGE_QUESTIONS = 200
 PAGE_TEXT = 20_000  # characters of a sample on the page
@@ -143,7 +143,7 @@ class Inspection:
             finally:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
-            raise RunError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+            raise RunError(f"cannot write {printable(path)}: {error.strerror or error}") from error
 
 
 def _clipped(value: Any) -> Any:

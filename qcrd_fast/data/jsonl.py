@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qcrd_fast.data.schema import BadRow, RowError
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 
 MAX_ROW_BYTES = 16 * 1024 * 1024
 _CHUNK = 1024 * 1024
@@ -36,7 +36,7 @@ def line_rows(path: str | Path, file: io.BufferedReader, on_blank: Callable[[], 
                 continue
             yield line, _parse_line(raw)
         except RowError as error:
-            yield line, BadRow(shown(path), line, str(error))
+            yield line, BadRow(printable(path), line, str(error))
 
 
 def _skip_line(file: BinaryIO, raw: bytes) -> int:
@@ -158,7 +158,7 @@ def array_rows(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
         while True:
             text.peek()
             line, value = text.line, text.value()
-            yield line, value._replace(path=shown(path), line=line) if isinstance(value, BadRow) else value
+            yield line, value._replace(path=printable(path), line=line) if isinstance(value, BadRow) else value
             mark = text.peek()
             if mark == "]":
                 return
@@ -166,4 +166,4 @@ def array_rows(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
                 raise RowError("the array is cut" if not mark else f"expected ',' or ']', got {mark!r}")
             text.advance(text.position + 1)
     except RowError as error:
-        yield text.line, BadRow(shown(path), text.line, str(error))
+        yield text.line, BadRow(printable(path), text.line, str(error))

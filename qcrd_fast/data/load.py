@@ -26,7 +26,7 @@ from qcrd_fast.data.schema import BadRow, Question
 from qcrd_fast.data.summary import PrepareSummary, Tally
 from qcrd_fast.data.voting import Vote
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.utils.files import require_file, shown
+from qcrd_fast.utils.files import printable, require_file
 from qcrd_fast.utils.memory import require_room
 
 MAX_SPLITS = 20  # names of splits that a message lists
@@ -115,7 +115,7 @@ def prepare(
     try:
         collections.deque(questions, maxlen=0)
     except OSError as error:
-        raise RunError(f"cannot keep rows beside {shown(output)}: {error.strerror or error}") from error
+        raise RunError(f"cannot keep rows beside {printable(output)}: {error.strerror or error}") from error
     return tally.summary, skipped
 
 
@@ -132,7 +132,11 @@ def _trainable(questions: Iterator[Question], tally: Tally, inputs: list[Path]) 
     if summary.unreadable_examples:
         first = summary.unreadable_examples[0]
         reason += f"; the first: {first['text']!r}: {first['why']} (--show N prints more)"
-    told = [f"{', '.join(map(shown, inputs))}: nothing to train on: {reason}", *summary.taken, keys_text(summary.keys_not_read)]
+    told = [
+        f"{', '.join(map(printable, inputs))}: nothing to train on: {reason}",
+        *summary.taken,
+        keys_text(summary.keys_not_read),
+    ]
     raise InputError("; ".join(filter(None, told)))
 
 
@@ -193,7 +197,7 @@ def _read(
         if split is not None and split not in splits and not any(report.has_split for report in scanner.reports):
             there = f" (there: {', '.join(splits)})" if splits else ": neither a file nor a row has a split"
             if splits or must_split:
-                raise InputError(f"{', '.join(map(shown, inputs))}: no questions of --split {split}{there}")
+                raise InputError(f"{', '.join(map(printable, inputs))}: no questions of --split {split}{there}")
         for question, vote in pool.questions(split_by, seed):
             tally.add(question, vote)
             if watch:
@@ -204,7 +208,7 @@ def _read(
         tally.notes.append(f"{pool.renamed:,} questions have the id of another question in another file; they got new ids")
     if not tally.summary.questions:
         reason = f"; the first of {tally.skipped} bad rows: {skipped[0]}" if skipped else ""
-        raise InputError(f"{', '.join(map(shown, inputs)) or 'no input'}: no questions{reason}")
+        raise InputError(f"{', '.join(map(printable, inputs)) or 'no input'}: no questions{reason}")
     if batch_input is not None and not any(report.format == "openai-batch" for report in scanner.reports):
         raise InputError(f"--batch-input is for the output of a batch, which no input is: {'; '.join(tally.summary.taken)}")
 
@@ -266,7 +270,7 @@ def write_prepared(path: str | Path, questions: Iterable[Question | dict[str, An
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise RunError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+        raise RunError(f"cannot write {printable(path)}: {error.strerror or error}") from error
 
 
 def to_row(question: Question) -> dict[str, Any]:

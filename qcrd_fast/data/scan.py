@@ -22,7 +22,7 @@ from qcrd_fast.data.pooling import Record
 from qcrd_fast.data.schema import BadRow, Question, RowError, require, text_key
 from qcrd_fast.data.tables import is_dataset_folder
 from qcrd_fast.errors import InputError
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 
 AHEAD_ROWS = 64  # whose keys tell what a file is
 AHEAD_CHARACTERS = 1024 * 1024
@@ -68,10 +68,10 @@ class Scanner:
         """
         folder = os.path.isdir(path) and not is_dataset_folder(path)
         if folder and self.format not in ("auto", "dss"):
-            raise InputError(f"{shown(path)}: a folder is read with --format dss or auto, not {self.format}")
+            raise InputError(f"{printable(path)}: a folder is read with --format dss or auto, not {self.format}")
         plain_file = self.format in ("auto", "dss") and not is_dataset_folder(path) and not is_hub_name(path)
         files = dss.find_dss(path, self.split or self.part) if plain_file else None
-        name = shown(files.rows if files else path)
+        name = printable(files.rows if files else path)
         report = InputReport(name)
         self.reports.append(report)
         if dss.is_sample_list(path):
@@ -153,7 +153,7 @@ class _Scan:
             self.report.without_sample = 0
         total = count - unpaired + sum(1 for _ in samples) if samples else count
         if total != count:
-            raise Mismatch(BadRow(where, line, f"{count} rows, but {total} samples in {shown(self.rows.parent / 'llm')}"))
+            raise Mismatch(BadRow(where, line, f"{count} rows, but {total} samples in {printable(self.rows.parent / 'llm')}"))
         assert not isinstance(self.scanner.mapping, str)
         for role, key in (self.scanner.mapping or {}).items():
             if count and key not in self.mapped:
@@ -182,7 +182,7 @@ class _Scan:
         other = forced.name in ("questions", "multiple-choice", "worked") and usual and self._has_samples(usual, row)
         if forced.claims(row) and (not other or usual is forced):
             return
-        keys = ", ".join(f"{shown(key)[:80]!r}" for key in list(row.values)[:20])
+        keys = ", ".join(f"{printable(key)[:80]!r}" for key in list(row.values)[:20])
         hint = f"; they look like {usual.name!r} ({usual.title})" if usual else ""
         raise InputError(f"{self.report.path}: --format {forced.name} is for {forced.title}, but its rows have {keys}{hint}")
 

@@ -22,7 +22,7 @@ from qcrd_fast.data.jsonl import MAX_ROW_BYTES
 from qcrd_fast.data.schema import MISSING, BadRow, RowError
 from qcrd_fast.data.splits import SPLITS
 from qcrd_fast.errors import InputError
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 from qcrd_fast.utils.memory import free_bytes
 from qcrd_fast.utils.network import is_online
 
@@ -45,7 +45,7 @@ def csv_rows(
             if reader is None:
                 first = next(lines, None)
                 if first is None:
-                    yield 1, BadRow(shown(path), 1, "the file is empty")
+                    yield 1, BadRow(printable(path), 1, "the file is empty")
                     return
                 if not first.strip():
                     on_blank()
@@ -65,14 +65,14 @@ def csv_rows(
                 count += 1
                 yield start, _csv_row(header, cells)
         except RowError as error:
-            yield start, BadRow(shown(path), start, str(error))
+            yield start, BadRow(printable(path), start, str(error))
             if header is None or lines.room < 0:
                 return
         except csv.Error as error:
-            yield start, BadRow(shown(path), start, f"not CSV: {error}; nothing after it is read")
+            yield start, BadRow(printable(path), start, f"not CSV: {error}; nothing after it is read")
             return
     if header is not None and not count:
-        yield 1, BadRow(shown(path), 1, "a header line and no rows")
+        yield 1, BadRow(printable(path), 1, "a header line and no rows")
 
 
 class _Lines:
@@ -154,12 +154,12 @@ def parquet_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
             for batch in file.iter_batches(batch_size=BATCH_ROWS, use_threads=False):
                 yield from _arrow_rows(path, batch, lines)
             if not meta.num_rows:
-                yield 1, BadRow(shown(path), 1, "no rows")
+                yield 1, BadRow(printable(path), 1, "no rows")
     except RowError:
         raise
     except (OSError, ValueError) as error:  # what pyarrow raises
         line = next(lines)
-        yield line, BadRow(shown(path), line, f"not readable as parquet: {_first_line(error)}; nothing after it is read")
+        yield line, BadRow(printable(path), line, f"not readable as parquet: {_first_line(error)}; nothing after it is read")
 
 
 def _arrow_rows(path: str | Path, batch: Any, lines: Iterator[int]) -> Iterator[tuple[int, Any]]:
@@ -169,7 +169,7 @@ def _arrow_rows(path: str | Path, batch: Any, lines: Iterator[int]) -> Iterator[
     for part in parts:
         if part.num_rows == 1 and part.nbytes > MAX_ROW_BYTES:
             line = next(lines)
-            yield line, BadRow(shown(path), line, f"a row of {part.nbytes:,} bytes; at most {MAX_ROW_BYTES:,} are read")
+            yield line, BadRow(printable(path), line, f"a row of {part.nbytes:,} bytes; at most {MAX_ROW_BYTES:,} are read")
             continue
         for row in part.to_pylist():
             # a column is there for every row; a null means that this row lacks the key
@@ -212,7 +212,7 @@ def load_dataset(
         found = datasets.load_from_disk(name) if folder else datasets.load_dataset(name, config_name)
     except Exception as error:  # whatever the library, the network or the builder raise
         what = "not readable as a `datasets` folder" if folder else "no such file here, and not readable from the hub"
-        raise InputError(f"{shown(path)}: {what}: {_first_line(error)}") from error
+        raise InputError(f"{printable(path)}: {what}: {_first_line(error)}") from error
     if not isinstance(found, dict):
         own = str(getattr(found, "split", None) or "")
         names = {own, os.path.basename(os.path.abspath(path))} if folder else {own}
@@ -230,8 +230,8 @@ def _split(names: list[str], split: str | None, part: str | None, path: str | Pa
         return close[0]
     if len(names) == 1 and not split:
         return names[0]
-    how = f"--split NAME picks one, or name {shown(path)}/SPLIT" if os.path.isdir(path) else "--split NAME picks one"
-    raise InputError(f"{shown(path)}: no split {wanted!r} (there: {', '.join(names)}); {how}")
+    how = f"--split NAME picks one, or name {printable(path)}/SPLIT" if os.path.isdir(path) else "--split NAME picks one"
+    raise InputError(f"{printable(path)}: no split {wanted!r} (there: {', '.join(names)}); {how}")
 
 
 def dataset_rows(path: str | Path, dataset: Any) -> Iterator[tuple[int, Any]]:
@@ -240,7 +240,7 @@ def dataset_rows(path: str | Path, dataset: Any) -> Iterator[tuple[int, Any]]:
     for table in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):  # as arrow: no image or sound is decoded
         yield from _arrow_rows(path, table, lines)
     if not len(dataset):
-        yield 1, BadRow(shown(path), 1, "no rows")
+        yield 1, BadRow(printable(path), 1, "no rows")
 
 
 def _library(name: str, path: str | Path) -> Any:
@@ -249,7 +249,7 @@ def _library(name: str, path: str | Path) -> Any:
     except ImportError as error:
         package = name.split(".")[0]
         raise InputError(
-            f"{shown(path)}: reading this needs {package}, which is not installed ({error}); "
+            f"{printable(path)}: reading this needs {package}, which is not installed ({error}); "
             "install it with: pip install 'qcrd-fast[datasets]'"
         ) from None
 

@@ -25,7 +25,7 @@ from qcrd_fast.discriminator.metrics import judge
 from qcrd_fast.discriminator.model import Discriminator
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.keyed import keyed, own_randomness
-from qcrd_fast.utils.oom import for_judging, relieved
+from qcrd_fast.utils.oom import explains_oom, for_judging
 
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.01
@@ -206,7 +206,7 @@ class DiscriminatorTrainer:
                 self.optimizer.zero_grad(set_to_none=True)  # of several discriminators one has gradients at a time
         return total / count if count else None
 
-    @relieved("the discriminator's training", for_judging, _longest_example)
+    @explains_oom("the discriminator's training", for_judging, _longest_example)
     def _step(self, batch: list[_Example], when: str) -> float:
         pairs, question, positive = [], [], []
         for index, example in enumerate(batch):

@@ -16,7 +16,7 @@ import yaml
 from qcrd_fast.config import BEFORE_QUALITIES, LEGACY, TrainConfig
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.runs.logs import logging_to, quiet_logs
-from qcrd_fast.utils.files import FULL, remove_tree, shown, write_text
+from qcrd_fast.utils.files import FULL, printable, remove_tree, write_text
 from qcrd_fast.utils.torchrun import rank
 
 # Every name in a run folder, once.
@@ -169,4 +169,4 @@ def negatives_name(iteration: int) -> str:
 def require_not_of_run(path: Path, option: str) -> None:
     """Raises `InputError` for a file that a run keeps itself, or in one of its checkpoints."""
     if (path.name in OWN and (path.parent / CONFIG).is_file()) or (path.parent / MANIFEST).is_file():
-        raise InputError(f"{option}: {shown(path)} belongs to a run; choose another name")
+        raise InputError(f"{option}: {printable(path)} belongs to a run; choose another name")

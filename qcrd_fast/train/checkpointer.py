@@ -46,7 +46,7 @@ from qcrd_fast.train.evaluation import Best
 from qcrd_fast.train.questions import Data
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
-from qcrd_fast.utils.files import remove_tree, sha256, sync, told_room, write_json
+from qcrd_fast.utils.files import disk_space_text, remove_tree, sha256, sync, write_json
 
 TOKENIZER_BYTES = 150  # of each token, at most, in the files of common tokenizers
 _OWN = "discriminator:"  # prefix of the discriminator's entries in optimizer.safetensors
@@ -237,7 +237,7 @@ def save_checkpoint(
             remove_tree(temporary)
         if not isinstance(error, OSError | SafetensorError | RunError):  # such as a second signal
             raise
-        room = told_room(run, checkpoint_bytes(student, trainer))
+        room = disk_space_text(run, checkpoint_bytes(student, trainer))
         raise RunError(f"cannot write {final}: {error} ({room}); earlier checkpoints are intact") from error
     return final
 
@@ -306,7 +306,7 @@ def require_room(run: Path, student: Student, trainer: CrossFitTrainer | None, s
     one, weights = checkpoint_bytes(student, trainer), 2 * sum(p.numel() for p in student.model.parameters())
     needed, free = one + weights * bool(snapshots), shutil.disk_usage(run).free
     if free < needed:
-        raise RunError(f"--output-dir: {run}: no room for a checkpoint ({told_room(run, needed)})")
+        raise RunError(f"--output-dir: {run}: no room for a checkpoint ({disk_space_text(run, needed)})")
     held = sum(p.stat().st_size for folder in (*checkpoints.checkpoints(run), run / SNAPSHOTS) for p in folder.glob("*"))
     most = (kept + 1) * one + snapshots * weights
     if free + held < most:

@@ -15,7 +15,7 @@ from qcrd_fast.models.student import Student
 from qcrd_fast.quality.cases import MINORITY, POSITIVE, Case, teacher_case
 from qcrd_fast.train.methods import label_kind
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.utils.oom import relieved_by
+from qcrd_fast.utils.oom import explaining_oom
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def make_examples(questions: Sequence[Question], student: Student, config: Train
     examples, long_prompts, long_targets = [], [], []
     limits = config.max_source_length, config.max_target_length
     with (
-        relieved_by("--train-fraction (fewer questions), --num-positives, --max-target-length, --max-source-length"),
+        explaining_oom("--train-fraction (fewer questions), --num-positives, --max-target-length, --max-source-length"),
         student.measuring() as lengths,
     ):
         for question in questions:

@@ -31,7 +31,7 @@ from qcrd_fast.train.overlap import Lane
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.train.student_answers import StudentAnswers
-from qcrd_fast.utils.oom import for_sampling, relieved
+from qcrd_fast.utils.oom import explains_oom, for_sampling
 
 AHEAD = 2  # chunks drawn before their steps
 
@@ -97,7 +97,7 @@ class LaggedNegatives:
         """Whose snapshot speaks in an iteration."""
         return 0 if self.config.effective("negative_source") == "fixed" else max(iteration - self.config.negative_lag, 0)
 
-    @relieved("the sampler", for_sampling, _longest_prompt)
+    @explains_oom("the sampler", for_sampling, _longest_prompt)
     def prepare(self) -> None:
         """Make the sampler, with parameters of its own, and capture its graphs: before training starts on the device."""
         if self._sampler is not None:
@@ -125,7 +125,7 @@ class LaggedNegatives:
         if (sampler := self._sampler) is not None:
             self.lane.run(lambda: sampler.use(impl)).result()
 
-    @relieved("sampling negatives", for_sampling, _longest_prompt)
+    @explains_oom("sampling negatives", for_sampling, _longest_prompt)
     def for_step(self, step: int) -> dict[str, Negative]:
         """Negatives by question id for the questions of a step (and of its chunk)."""
         iteration, chunk = self.schedule.chunk(step)

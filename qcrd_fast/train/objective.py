@@ -31,7 +31,7 @@ from qcrd_fast.train.examples import Candidate, Example, longest_text
 from qcrd_fast.train.judging import Judges, weight_kind
 from qcrd_fast.train.methods import method_of
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.utils.oom import for_training, relieved
+from qcrd_fast.utils.oom import explains_oom, for_training
 
 MI_WEIGHT = 0.1
 
@@ -75,7 +75,7 @@ class Objective:
         self.method = method_of(config)
         self.alpha_pred = config.alpha_pred if self.method.teaches_rationales else 1.0
 
-    @relieved("a training step", for_training, longest_text)
+    @explains_oom("a training step", for_training, longest_text)
     def step(
         self,
         batch: Sequence[Example],

@@ -18,7 +18,7 @@ from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.model_folder import check_model_name, count_parameters
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.runs.folder import RESULTS
-from qcrd_fast.utils.files import require_writable, shown, told_room
+from qcrd_fast.utils.files import disk_space_text, printable, require_writable
 from qcrd_fast.utils.memory import free_bytes, swap_bytes
 from qcrd_fast.utils.oom import for_weights
 from qcrd_fast.utils.torchrun import world_size
@@ -36,12 +36,12 @@ def check_start(config: TrainConfig, *, dry_run: bool = False, names: bool = Tru
     for option in ("data", "eval_data", "test_data"):
         path = getattr(config, option)
         if path and not os.path.exists(path) and not is_hub_name(path):
-            raise InputError(f"--{option.replace('_', '-')}: {shown(path)} does not exist")
+            raise InputError(f"--{option.replace('_', '-')}: {printable(path)} does not exist")
     if names or os.path.isdir(str(config.student)):
         check_names(config)
     PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt)
     if config.resume not in (None, "auto") and not os.path.isdir(str(config.resume)):
-        raise InputError(f"--resume: {shown(str(config.resume))}: no such folder; auto finds the latest checkpoint")
+        raise InputError(f"--resume: {printable(str(config.resume))}: no such folder; auto finds the latest checkpoint")
     for option, package in (("--report-to", config.report_to), ("--use-peft", "peft" if config.use_peft else "none")):
         if package != "none" and importlib.util.find_spec(package) is None:
             raise InputError(f"{option} needs {PACKAGES[package]}: pip install 'qcrd-fast[{package}]'")
@@ -86,7 +86,7 @@ def _check_sizes(config: TrainConfig) -> None:
     with contextlib.suppress(OSError):  # a folder that cannot be looked at is named by who writes to it
         disk = shutil.disk_usage(folder)
         if disk.total and disk.free < needed:  # such as /proc has none at all: it cannot be written to
-            raise RunError(f"--output-dir: {config.output_dir}: no room for a checkpoint ({told_room(folder, needed)})")
+            raise RunError(f"--output-dir: {config.output_dir}: no room for a checkpoint ({disk_space_text(folder, needed)})")
 
 
 def _has_gpu_driver() -> bool:

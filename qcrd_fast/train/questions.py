@@ -13,7 +13,7 @@ from qcrd_fast.data.schema import Question
 from qcrd_fast.data.splits import drop_overlap, hold_out, label_of, main_task, of_split
 from qcrd_fast.errors import InputError
 from qcrd_fast.train.methods import label_kind, method_of
-from qcrd_fast.utils.oom import relieved_by
+from qcrd_fast.utils.oom import explaining_oom
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Data:
         """Raises `InputError` naming the file for unreadable or empty data."""
 
         def questions(path: str, **which: Any) -> list[Question]:
-            with relieved_by("a part of the rows, such as: shuf -n 100000 FILE"):
+            with explaining_oom("a part of the rows, such as: shuf -n 100000 FILE"):
                 loaded = load_questions(path, seed=config.seed, on_bad_row=config.on_bad_row, task=config.task, **which)
             log.info("%s", loaded.taken_for)
             for bad in loaded.skipped:

@@ -10,7 +10,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.models.prompts import Prompter, TokenIds
 from qcrd_fast.train.methods import method_of
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 from qcrd_fast.utils.intervals import wilson
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def example_text(example: Example, student: Prompter, config: TrainConfig) -> st
     if example.reason:
         tasks.append(("reasoning", example.reason[0], [("target", example.reason[1])]))
     where = "for the encoder" if student.is_encoder_decoder else "before each target, masked"
-    lines = [f"a training example, question {shown(example.id)}, as the student sees it (loss on the targets alone):"]
+    lines = [f"a training example, question {printable(example.id)}, as the student sees it (loss on the targets alone):"]
     for task, prompt, targets in tasks:
         lines += [f"  {task}, prompt, {len(prompt)} tokens {where}:", *_barred(student, prompt)]
         for name, tokens in targets:
@@ -55,7 +55,7 @@ def _taught(example: Example, config: TrainConfig) -> list[Candidate]:
 
 def _barred(student: Prompter, tokens: TokenIds) -> list[str]:
     text = student.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return [f"    | {shown(line)}" for line in text.split("\n")]
+    return [f"    | {printable(line)}" for line in text.split("\n")]
 
 
 # ---- while it trains ----
@@ -96,7 +96,7 @@ def rationales_text(questions: Sequence[Question], rationales: Sequence[str], an
     for question, rationale, record in zip(questions, rationales, answers, strict=True):
         right = "right" if record["correct"] else f"wrong, it is {_flat(record['gold'])}"
         lines += [
-            f"  question {shown(question.id)}: {_flat(question_text(question), end=True)}",
+            f"  question {printable(question.id)}: {_flat(question_text(question), end=True)}",
             f"    the student explains: {_flat(rationale) or '(nothing)'}",
             f"    and answers: {_flat(record['output']) or '(nothing)'} ({right})",
         ]
@@ -108,7 +108,7 @@ def _flat(text: str, end: bool = False) -> str:
     line = " ".join(text.split())
     if len(line) > LONGEST:
         line = f"... {line[-LONGEST:]}" if end else f"{line[:LONGEST]} ..."
-    return shown(line)
+    return printable(line)
 
 
 # ---- the end ----
@@ -123,7 +123,7 @@ def accuracy_text(right: int, n: int, more: str = "") -> str:
 def summary_text(results: Mapping[str, Any], config: TrainConfig) -> str:
     """A finished run for its user: folder, accuracy with its interval, and the commands that are likely next."""
     run, n = str(config.output_dir).rstrip("/") or "/", results["n"]
-    line = f"run folder {shown(run)}"
+    line = f"run folder {printable(run)}"
     if n:
         kind = f" {results.get('evaluated_on', '')} questions"
         line += f": accuracy {accuracy_text(round(results['accuracy'] * n), n, kind)}"

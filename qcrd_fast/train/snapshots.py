@@ -19,7 +19,7 @@ from qcrd_fast.distributed.comm import ALONE, Ranks
 from qcrd_fast.distributed.parallel import full
 from qcrd_fast.errors import RunError
 from qcrd_fast.runs.folder import snapshot_name
-from qcrd_fast.utils.files import sha256, sync, told_room
+from qcrd_fast.utils.files import disk_space_text, sha256, sync
 
 Weights = dict[str, Tensor]
 
@@ -105,7 +105,7 @@ class Snapshots:
             sync(self.folder)  # a checkpoint that outlives a power cut may need it
         except (OSError, SafetensorError) as error:
             needed = sum(tensor.nbytes for tensor in weights.values())
-            raise RunError(f"cannot write {path}: {error} ({told_room(self.folder, needed)})") from error
+            raise RunError(f"cannot write {path}: {error} ({disk_space_text(self.folder, needed)})") from error
         finally:
             temporary.unlink(missing_ok=True)
         return digest

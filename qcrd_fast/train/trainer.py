@@ -48,9 +48,9 @@ from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.train.student_answers import StudentAnswers
 from qcrd_fast.utils.determinism import deterministic, require_deterministic
 from qcrd_fast.utils.device import choose_threads, make_autocast, resolve_device, threads_kept
-from qcrd_fast.utils.files import told_room
+from qcrd_fast.utils.files import disk_space_text
 from qcrd_fast.utils.keyed import seed_from
-from qcrd_fast.utils.oom import for_weights, relieved, relieved_by
+from qcrd_fast.utils.oom import explaining_oom, explains_oom, for_weights
 from qcrd_fast.utils.signals import StopSignals
 from qcrd_fast.utils.torchrun import world_size
 
@@ -95,7 +95,7 @@ def train(
         joined(device, config.ddp_timeout) as ranks,
         deterministic(config.deterministic),
         threads_kept(),
-        relieved_by(for_weights(config)),
+        explaining_oom(for_weights(config)),
     ):
         # of a run that is resumed, those that it began with
         spelled = ranks.on_first(lambda: {name: getattr(run.config, name) for name in SPELLED_OUT})
@@ -159,7 +159,7 @@ def _train(
         with _no_bars_of_transformers():
             return session.finish()
     except OSError as error:
-        room = told_room(run.path, checkpointer.checkpoint_bytes(student, session.trainer))
+        room = disk_space_text(run.path, checkpointer.checkpoint_bytes(student, session.trainer))
         raise RunError(f"{run.path}: {error} (the next checkpoint: {room}); whole checkpoints are intact") from error
 
 
@@ -315,7 +315,7 @@ class Session:
                 raise Stopped(signum)
         progress.last(self.log.last)
 
-    @relieved("the optimizer's step", for_weights)
+    @explains_oom("the optimizer's step", for_weights)
     def _train_step(self) -> None:
         step, started = self.step, time.perf_counter()
         iteration = self.schedule.iteration(step)

@@ -17,7 +17,7 @@ from qcrd_fast.errors import InputError
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def shown(path: str | os.PathLike[str]) -> str:
+def printable(path: str | os.PathLike[str]) -> str:
     """`path` for a message: one printable line, whatever bytes the name has."""
     name = os.fspath(path).encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
@@ -36,13 +36,13 @@ def require_writable(folder: Path, option: str) -> None:
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(f"{option}: cannot write to {shown(folder)}: {error.strerror}; choose another folder") from error
+        raise InputError(f"{option}: cannot write to {printable(folder)}: {error.strerror}; choose another folder") from error
 
 
 def require_place(path: Path, option: str) -> None:
     """Raises `InputError` naming `option` unless `path` can be a file in a folder that exists."""
     if not path.parent.is_dir() or path.is_dir():
-        raise InputError(f"{option}: {shown(path)} is not a file in a folder that exists")
+        raise InputError(f"{option}: {printable(path)} is not a file in a folder that exists")
     require_file(path)
     require_writable(path.parent, option)
 
@@ -129,7 +129,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def told_room(folder: Path, needed: int) -> str:
+def disk_space_text(folder: Path, needed: int) -> str:
     """ "N bytes needed, M bytes free" of a folder's disk, for a message."""
     free = shutil.disk_usage(folder).free if folder.is_dir() else 0
     return f"{needed} bytes needed, {free} bytes free"

@@ -8,7 +8,7 @@ import resource
 from pathlib import Path
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 
 ROWS_FACTOR = 2.4  # bytes in memory for each byte of a file of rows of 1 kB; measured, see docs/reliability.md
 _CGROUPS = (("", "memory.max", "anon"), ("memory", "memory.limit_in_bytes", "total_rss"))  # version 2 and 1
@@ -59,6 +59,6 @@ def require_room(path: Path) -> None:
     needed, free = int(ROWS_FACTOR * size), free_bytes()
     if size > free:  # what fits barely is tried
         raise InputError(
-            f"{shown(path)} has {size / 1e9:.2f} GB, which takes about {needed / 1e9:.2f} GB of memory, and "
+            f"{printable(path)} has {size / 1e9:.2f} GB, which takes about {needed / 1e9:.2f} GB of memory, and "
             f"{free / 1e9:.2f} GB are free; take part of its rows, such as: shuf -n 100000 FILE"
         )

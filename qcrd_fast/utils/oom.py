@@ -24,7 +24,7 @@ def is_exhausted(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def relieved_by(options: str, during: str = "", longest: Callable[[], str] | None = None) -> Iterator[None]:
+def explaining_oom(options: str, during: str = "", longest: Callable[[], str] | None = None) -> Iterator[None]:
     """Where memory ends in here, `RunError` names the options that help and, where `longest` gives it, the longest row."""
     try:
         yield
@@ -36,15 +36,15 @@ def relieved_by(options: str, during: str = "", longest: Callable[[], str] | Non
         raise RunError(f"out of memory{during and ' in ' + during} ({said}); what helps: {options}{row}") from error
 
 
-def relieved(
+def explains_oom(
     during: str, options: Callable[[TrainConfig], str], longest: Callable[..., str] | None = None
 ) -> Callable[[Method], Method]:
-    """Decorator of a method of something with a `config`: `relieved_by` around it. `longest` takes the method's arguments."""
+    """Decorator of a method of something with a `config`: `explaining_oom` around it. `longest` takes the method's arguments."""
 
     def decorate(method: Any) -> Any:
         @functools.wraps(method)
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with relieved_by(options(self.config), during, longest and functools.partial(longest, self, *args)):
+            with explaining_oom(options(self.config), during, longest and functools.partial(longest, self, *args)):
                 return method(self, *args, **kwargs)
 
         return wrapped

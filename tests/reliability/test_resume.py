@@ -18,7 +18,7 @@ from tests.support.warm import differences
 SEED = 1
 STEP, EDGE, EVAL = (
     "qcrd_fast.train.objective:Objective.step",
-    "qcrd_fast.train.trainer:Session._begin_iteration",
+    "qcrd_fast.train.trainer:Trainer._begin_iteration",
     "qcrd_fast.train.evaluation:predict",
 )
 SAMPLE = "qcrd_fast.train.negatives:LaggedNegatives._sample"
@@ -131,9 +131,9 @@ class TestTrial3:
     @pytest.mark.parametrize(
         "fault, done_steps",
         [
-            (Fault("kill", 3, "qcrd_fast.train.trainer:Session._train_step", after=True), 3),
+            (Fault("kill", 3, "qcrd_fast.train.trainer:Trainer._train_step", after=True), 3),
             (Fault("kill", 4, SAMPLE, after=True), 4),
-            (Fault("kill", 5, "qcrd_fast.train.trainer:Session._train_step"), 5),
+            (Fault("kill", 5, "qcrd_fast.train.trainer:Trainer._train_step"), 5),
         ],
         ids=["before", "at", "after"],
     )

@@ -55,7 +55,7 @@ class TestTrial9:
             (1, "term,int", "write .tmp-checkpoint-4/optimizer.safetensors", "disk", [2]),
             (1, "int", 0, "qcrd_fast.discriminator.trainer:DiscriminatorTrainer._step", []),  # nothing is trained yet
             (0, "term", 0, "qcrd_fast.models.student:Student.load", []),
-            (1, "int", 0, "qcrd_fast.train.trainer:Session.finish", [4, 6]),
+            (1, "int", 0, "qcrd_fast.train.trainer:Trainer.finish", [4, 6]),
         ],
         ids=["second in a step", "second in a save", "pretraining", "loading", "at the end"],
     )

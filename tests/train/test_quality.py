@@ -278,7 +278,7 @@ def test_a_discriminator_that_is_blind_is_said(rows_file, llama_folder, tmp_path
             self.negatives_seen.update(weight_lagged_agrees=0.4 * n, weight_lagged_differs=0.41 * n)
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level("WARNING"):
-        patch.setattr("qcrd_fast.train.trainer.Session", Blind)
+        patch.setattr("qcrd_fast.train.trainer.Trainer", Blind)
         train(settings(rows_file, llama_folder, tmp_path / "blind", max_steps=2))
     assert "weigh 0.400 as negatives, those that give another 0.410" in caplog.text and "--quality vote" in caplog.text
 

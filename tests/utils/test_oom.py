@@ -18,7 +18,7 @@ from qcrd_fast.generation.engine import Sampler
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.negatives import LaggedNegatives
 from qcrd_fast.utils import oom
-from qcrd_fast.utils.oom import is_exhausted, relieved_by
+from qcrd_fast.utils.oom import explaining_oom, is_exhausted
 from tests.support.paths import ROOT
 
 CPU_SAYS = (
@@ -39,10 +39,10 @@ def test_what_counts_as_the_end_of_memory() -> None:
     assert all(map(is_exhausted, EXHAUSTED))
     others = (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), OSError(12, "x"))
     assert not any(map(is_exhausted, (*others, RunError("out of memory in a training step"))))
-    with pytest.raises(RuntimeError, match="shapes"), relieved_by("--x"):
+    with pytest.raises(RuntimeError, match="shapes"), explaining_oom("--x"):
         raise others[0]
     wanted = r"in here \(std::bad_alloc\); what helps: --x; the longest row there: q7$"
-    with pytest.raises(RunError, match=wanted), relieved_by("--x", "here", lambda: "q7"):
+    with pytest.raises(RunError, match=wanted), explaining_oom("--x", "here", lambda: "q7"):
         raise EXHAUSTED[-1]
 
 

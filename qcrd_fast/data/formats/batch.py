@@ -13,7 +13,7 @@ from qcrd_fast.data.formats.samples import read_sample
 from qcrd_fast.data.formats.turns import exchange, is_turns
 from qcrd_fast.data.schema import BadRow, Rationale, RowError, check_text, get_text, require
 from qcrd_fast.errors import InputError
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 
 
 def is_output(row: Row) -> bool:
@@ -51,7 +51,7 @@ def questions(path: str | Path) -> dict[str, str]:
                 raise RowError(f"duplicate custom_id {identity!r}")
             found[identity] = _asked(row.values["body"])
         except RowError as error:
-            raise InputError(f"{shown(path)}:{line}: {error}") from None
+            raise InputError(f"{printable(path)}:{line}: {error}") from None
     return found
 
 

@@ -12,7 +12,7 @@ from qcrd_fast.data.files import open_rows
 from qcrd_fast.data.formats.fields import Parsed, Row
 from qcrd_fast.data.schema import BadRow, Question, Rationale, RowError, check_text, get_list, get_text, with_choices
 from qcrd_fast.errors import InputError
-from qcrd_fast.utils.files import shown
+from qcrd_fast.utils.files import printable
 
 SPLITS = ("train", "test", "valid")
 _ROWS_NAME = re.compile(rf"(.+)_({'|'.join(SPLITS)})\.json")
@@ -82,7 +82,7 @@ def find_dss(path: Path, split: str | None) -> DssFiles | None:
             found = sorted(file.name for file in path.glob("*.json"))
             there = ", ".join(found) or "no .json"
             raise InputError(
-                f"{shown(path)}: no {shown(rows.name)} in this folder (there: {there}); of other rows, name the file"
+                f"{printable(path)}: no {printable(rows.name)} in this folder (there: {there}); of other rows, name the file"
             )
     else:
         rows = path
@@ -108,4 +108,4 @@ def iter_samples(files: DssFiles) -> Iterator[str | BadRow]:
             try:
                 yield check_text(text, "a sample")
             except RowError as error:
-                yield BadRow(shown(path), line, str(error))
+                yield BadRow(printable(path), line, str(error))
