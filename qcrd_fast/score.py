@@ -40,7 +40,7 @@ from qcrd_fast.utils.files import write_json, write_lines
 
 log = logging.getLogger(__name__)
 
-ALONE = "discriminator.json"
+SETTINGS_FILE = "discriminator.json"
 QUALITY_SCORES = "quality_scores.jsonl"  # in a run folder: what the densities of `report` are made from
 
 
@@ -52,14 +52,14 @@ def load_discriminator(run: str, device: str = "auto") -> tuple[CrossFitted, Stu
     folder = Path(run)
     if not folder.is_dir():
         raise InputError(f"{run}: no such folder; score reads a run folder, a checkpoint, or what score --train wrote")
-    alone = (folder / ALONE).is_file()
+    alone = (folder / SETTINGS_FILE).is_file()
     if alone:
         try:
-            settings = json.loads((folder / ALONE).read_text(encoding="utf-8"))
+            settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
             config = settings["config"]
             student, _ = load_student(config["student"], device)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder / ALONE}: unreadable: {error}") from error
+            raise InputError(f"{folder / SETTINGS_FILE}: unreadable: {error}") from error
     else:
         folder = Path(find_model(run))
         student, settings = load_student(str(folder), device)
@@ -293,7 +293,7 @@ def train_alone(model: str, questions: Sequence[Question], config: TrainConfig, 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({n: t.cpu() for n, t in trainer.tensors().items()}, folder / DISCRIMINATOR)
-        write_json(folder / ALONE, {"config": kept, "held_out": summary})
+        write_json(folder / SETTINGS_FILE, {"config": kept, "held_out": summary})
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {folder}: {error}") from error
     return summary

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from qcrd_fast.data import mathforms
 from qcrd_fast.data.choices import parse_choices, plain_text
-from qcrd_fast.data.expressions import MAX_DIGITS, evaluate_expression, visible
+from qcrd_fast.data.expressions import MAX_DIGITS, evaluate_expression, strip_invisible
 from qcrd_fast.data.options import read_choice
 from qcrd_fast.data.quantities import Number, one_number, plain, read_quantity
 
@@ -94,7 +94,7 @@ class Value(NamedTuple):
 
 def read_value(answer: str, task: str, choices: Sequence[str] = (), decimal: str = "point") -> Value | None:
     """The value of a text that is an answer, perhaps wrapped in Markdown, LaTeX, units or an option's letter; None for none."""
-    text = visible(answer[:MAX_ANSWER]).strip()
+    text = strip_invisible(answer[:MAX_ANSWER]).strip()
     if not text:
         return None
     if task in ("number", "equation"):
@@ -215,7 +215,7 @@ class TaskGuess:
 
     def add(self, answer: str) -> None:
         self.any = True
-        text = visible(answer[:MAX_ANSWER]).strip()
+        text = strip_invisible(answer[:MAX_ANSWER]).strip()
         if not text:
             return
         if _DATE.fullmatch(text):

@@ -108,7 +108,7 @@ def parse_number(text: str) -> Fraction:
     return Fraction(text)
 
 
-def visible(text: str) -> str:
+def strip_invisible(text: str) -> str:
     """`text` without format characters: joiners, direction marks, soft hyphens."""
     return text if text.isascii() else "".join(c for c in text if unicodedata.category(c) != "Cf")
 
@@ -118,7 +118,7 @@ def fold(text: str) -> str:
     if text.isascii():
         return text.replace("$", "")
     out = []
-    for c in visible(text).translate(_FOLDED):
+    for c in strip_invisible(text).translate(_FOLDED):
         if c.isdecimal():
             out.append(str(unicodedata.decimal(c)))
         elif "\uff01" <= c <= "\uff5e":

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from qcrd_fast.data.choices import Choices, plain_text
-from qcrd_fast.data.expressions import visible
+from qcrd_fast.data.expressions import strip_invisible
 from qcrd_fast.data.latex import simplify
 from qcrd_fast.data.quantities import read_quantity, sole_quantity
 
@@ -200,7 +200,7 @@ def read_choice(text: str, choices: Sequence[str]) -> Named:
     Where the options are not known, the index is that of the letter, and the text is what follows it.
     """
     table = _table(choices)
-    raw = visible(text).translate(_FULL_WIDTH).strip()
+    raw = strip_invisible(text).translate(_FULL_WIDTH).strip()
     raw = raw[1:-1] if raw.startswith("[[") and raw.endswith("]]") else raw
     text = simplify(raw).strip()
     for whole in (raw, text):
@@ -353,7 +353,7 @@ def _labelled(index: int, rest: str, separated: bool, close: str, table: _Table)
 
 def choice_in_sentence(sentence: str, choices: Sequence[str]) -> Named:
     """The option that a sentence settles on, such as "Option B is correct." or "So I choose (B)."."""
-    text = simplify(visible(sentence).translate(_FULL_WIDTH))
+    text = simplify(strip_invisible(sentence).translate(_FULL_WIDTH))
     table = _table(choices)
     if (cut := _SO_CUT.search(text)) and (found := choice_in_sentence(text[cut.end() :], choices))[0] is not None:
         return found
@@ -406,7 +406,7 @@ def is_denied_announcement(before: str) -> bool:
 
 def says_options(clause: str, choices: Sequence[str]) -> bool:
     """Whether what follows an announcement is about options, so that where it names no single one there is none."""
-    text = simplify(visible(clause)).strip("*_`\"' ")
+    text = simplify(strip_invisible(clause)).strip("*_`\"' ")
     if len(text.split()) > 10:
         return False
     table = _table(choices)

@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from qcrd_fast.data.expressions import NUMBER, OutOfBounds, evaluate_expression, fold, parse_number, visible
+from qcrd_fast.data.expressions import NUMBER, OutOfBounds, evaluate_expression, fold, parse_number, strip_invisible
 from qcrd_fast.data.latex import simplify
 
 MAX_QUANTITY = 512  # characters looked at
@@ -264,7 +264,7 @@ def read_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
     where
     such remarks with digits of their own show that a train of thought begins. With `expressions`, a sum is one quantity.
     """
-    text = plain(visible(text[:MAX_QUANTITY]), decimal).rstrip(" .\n")
+    text = plain(strip_invisible(text[:MAX_QUANTITY]), decimal).rstrip(" .\n")
     if _ENUMERATION.match(text.lstrip()) and label:
         return Found(None, "a numbered list follows the marker")
     start = 0
@@ -299,7 +299,7 @@ def read_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
 
 def sole_quantity(text: str, *, decimal: str = "point", expressions: bool = False, words: bool = False) -> Found:
     """The only quantity that stands anywhere in a text; none where there are several, or with `words` number words as well."""
-    text = _STEP.sub(" ", _UNIT_POWER.sub("", plain(visible(text), decimal, groups=False))).rstrip(" .\n")
+    text = _STEP.sub(" ", _UNIT_POWER.sub("", plain(strip_invisible(text), decimal, groups=False))).rstrip(" .\n")
     only: tuple[int, str] | None = None
     position = 0
     while match := _START.search(text, position):

@@ -125,7 +125,7 @@ class _Scan:
         where, files = self.report.path, self.files
         samples = dss.iter_samples(files) if files and files.samples else None
         opened = open_rows(self.rows, split=self.scanner.split, part=self.scanner.part, config_name=self.scanner.config_name)
-        head = list(_ahead(iter(opened)))
+        head = list(_first_rows(iter(opened)))
         self._decide([value for _, value in head if isinstance(value, dict)], format)
         line, count, unpaired = 1, 0, 0
         for line, value in itertools.chain(head, opened):
@@ -295,7 +295,7 @@ class _Scan:
         return question
 
 
-def _ahead(rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+def _first_rows(rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
     """The first rows, as many as tell what a file is, and no more than a bounded number of characters."""
     room = AHEAD_CHARACTERS
     for row in itertools.islice(rows, AHEAD_ROWS):

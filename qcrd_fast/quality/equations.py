@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from qcrd_fast.data.expressions import NUMBER, OutOfBounds, evaluate_expression, parse_number, visible
+from qcrd_fast.data.expressions import NUMBER, OutOfBounds, evaluate_expression, parse_number, strip_invisible
 from qcrd_fast.data.quantities import plain
 
 MAX_TEXT = 20_000  # characters of a rationale that are read
@@ -103,7 +103,7 @@ def numbers_in(text: str) -> list[Fraction]:
 
 def _tokens(text: str) -> Iterator[Token]:
     text = _EMPHASIS_END.sub("", _EMPHASIS.sub("", text[:MAX_TEXT]))
-    text = _ASIDE.sub(" ", _PERCENT.sub("%", plain(visible(text))))
+    text = _ASIDE.sub(" ", _PERCENT.sub("%", plain(strip_invisible(text))))
     text = _CROSS.sub(r"\1*", text)
     found = []
     for match in _TOKEN.finditer(text):

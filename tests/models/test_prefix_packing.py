@@ -46,7 +46,7 @@ FAMILIES = {
     ),
     "mistral": lambda v: tf.MistralForCausalLM(tf.MistralConfig(**IDS, **SMALL, vocab_size=v, sliding_window=6)),
 }  # fmt: skip
-ALONE = {  # architectures whose packed rows would be wrong
+UNPACKABLE = {  # architectures whose packed rows would be wrong
     "recurrent": lambda v: tf.MambaForCausalLM(
         tf.MambaConfig(**IDS, vocab_size=v, hidden_size=32, state_size=4, num_hidden_layers=2)
     ),
@@ -125,9 +125,9 @@ def test_sharing_changes_no_loss_and_no_gradient(kind, llama_folder):
     assert student.is_encoder_decoder or together < apart
 
 
-@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize("kind", UNPACKABLE)
 def test_models_that_cannot_share_run_one_sequence_a_target(kind, llama_folder, caplog):
-    student = student_of(ALONE[kind], llama_folder)
+    student = student_of(UNPACKABLE[kind], llama_folder)
     with caplog.at_level(logging.WARNING, logger="qcrd_fast.models.packed_attention"):
         for seed in range(2):
             check_equal(student, seed, {}, {"shared": False})
