@@ -18,19 +18,19 @@ from csrc_triton.product import (
     LOG2_E,
     LOWEST,
     add_matmul,
-    bend,
     choose_chunk,
     choose_tile,
     flags_of,
     is_heavy,
     layout,
     matmul,
-    numbers,
+    operand_args,
     operands,
     product_tile,
+    scalar_args,
+    scale_bias_cap,
     shape_of,
     slots_of,
-    sources,
 )
 
 # of one chunk of the backward pass: d loss / d a, and dWeight in fp32
@@ -133,7 +133,7 @@ def combine_kernel(
         w_th = tl.load(weight_ptr + target_t[:, None] * H + depth_h[None, :], mask=keep_th, other=0.0)
         acc_t += tl.sum(h_th.to(tl.float32) * w_th.to(tl.float32), 1)
     bias_t = tl.load(bias_ptr + target_t, mask=valid_t, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-    picked_t = slope * bend(acc_t, bias_t, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
+    picked_t = slope * scale_bias_cap(acc_t, bias_t, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
 
     log_sum_t = tl.log(sum_t)
     lse_t = max_t * slope + log_sum_t
@@ -260,13 +260,13 @@ def _forward(
     if keep:
         kept = Kept(hidden_TH.new_empty((T, pitch)), hidden_TH.new_empty((tiles, T), dtype=torch.float32), tile.block_v)
     forward_kernel[(blocks, parts)](
-        *sources(hidden_TH, weight_VH, tile), *head[2:], *partial_PT, *(kept[:2] if kept else (None, None)),
-        T, V, H, part_size, pitch, *numbers(bias_V, options), ignore_index,
+        *operand_args(hidden_TH, weight_VH, tile), *head[2:], *partial_PT, *(kept[:2] if kept else (None, None)),
+        T, V, H, part_size, pitch, *scalar_args(bias_V, options), ignore_index,
         **flags, **shape_of(tile, V, H, hidden_TH.device), WANT_ENTROPY=want_entropy, KEEP=keep,
     )  # fmt: skip
     combine_kernel[(triton.cdiv(T, 16),)](
         *head, *partial_PT, logprob_T, lse_T, entropy_T, rest_T,
-        T, H, parts, *numbers(bias_V, options), ignore_index,
+        T, H, parts, *scalar_args(bias_V, options), ignore_index,
         **flags, BLOCK_T=16, BLOCK_H=128, WANT_ENTROPY=want_entropy, **LAUNCH,
     )  # fmt: skip
     return logprob_T, lse_T, entropy_T, rest_T, kept
@@ -311,7 +311,7 @@ def backward_kept(
         onehot_T = dlogprob_T / temperature
         kept_kernel[(triton.cdiv(T, 32), len(kept.max_NT))](
             kept.exp_TV, kept.max_NT, target_T.contiguous(), lse_T, onehot_T, -onehot_T,
-            T, V, kept.exp_TV.shape[1], numbers(bias_V, options)[2], BLOCK_T=32, BLOCK_V=kept.block_v, **LAUNCH,
+            T, V, kept.exp_TV.shape[1], scalar_args(bias_V, options)[2], BLOCK_T=32, BLOCK_V=kept.block_v, **LAUNCH,
         )  # fmt: skip
         da_TV = kept.exp_TV[:, :V]
     dbias_V = da_TV.sum(0, dtype=torch.float32).to(bias_V.dtype) if need_bias and bias_V is not None else None
@@ -364,8 +364,8 @@ def backward(
         last = min(first + C, V)
         if S:
             da_kernel[(triton.cdiv(S, tile.block_t), triton.cdiv(last - first, tile.block_v))](
-                *sources(hidden_SH, weight_VH, tile), bias_V, *rows, da_SC,
-                S, V, H, first, last, C, *numbers(bias_V, options),
+                *operand_args(hidden_SH, weight_VH, tile), bias_V, *rows, da_SC,
+                S, V, H, first, last, C, *scalar_args(bias_V, options),
                 **flags, **shape_of(tile, V, H, hidden_SH.device), HAS_PROBLOG=coefficients[2] is not None,
             )  # fmt: skip
         chunk_SC = da_SC[:, : last - first]

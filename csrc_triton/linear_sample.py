@@ -21,16 +21,16 @@ from csrc_triton.product import (
     LAUNCH,
     LOWEST,
     Tile,
-    bend,
     fetchable,
     flags_of,
     layout,
-    numbers,
+    operand_args,
     operands,
     plain_tile,
     product_tile,
+    scalar_args,
+    scale_bias_cap,
     shape_of,
-    sources,
 )
 
 GROUP = 32
@@ -168,7 +168,7 @@ def gather_kernel(
         w_gh = tl.load(weight_ptr + read_g.to(tl.int64)[:, None] * H + depth_h[None, :], mask=in_h[None, :], other=0.0)
         acc_g += tl.sum(w_gh.to(tl.float32) * h_h[None, :], 1)
     bias_g = tl.load(bias_ptr + read_g).to(tl.float32) if HAS_BIAS else 0.0
-    u_g = bend(acc_g, bias_g, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
+    u_g = scale_bias_cap(acc_g, bias_g, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
     tl.store(u_ptr + (row * K + place) * GROUP + tl.arange(0, GROUP), tl.where(entry_g < V, u_g, float("-inf")))
 
 
@@ -230,14 +230,14 @@ def sample(
     blocks, _, parts, part_size = layout(tile, B, V, hidden_BH.device)
     G = triton.cdiv(V, GROUP)
     head, flags = (hidden_BH, weight_VH, bias_V), flags_of(bias_V, options)
-    scale, inverse_softcap, slope = numbers(bias_V, options)
+    scale, inverse_softcap, slope = scalar_args(bias_V, options)
     key_B2, counter_B3 = key_B2.contiguous(), counter_B3.contiguous()
     best_PB = hidden_BH.new_empty((0 if grouped else parts, B), dtype=torch.float32)
     entry_PB = torch.empty_like(best_PB, dtype=torch.int64)
     top_BG = hidden_BH.new_empty((B, G if grouped else 0), dtype=torch.float32)
     floor_B = hidden_BH.new_full((B if noisy and not grouped else 0,), LOWEST.value, dtype=torch.float32)
     product_kernel[(blocks, parts)](
-        *sources(hidden_BH, weight_VH, tile), bias_V, key_B2, counter_B3, best_PB, entry_PB, top_BG, floor_B,
+        *operand_args(hidden_BH, weight_VH, tile), bias_V, key_B2, counter_B3, best_PB, entry_PB, top_BG, floor_B,
         B, V, H, G, part_size, scale, inverse_softcap, slope,
         **flags, **shape_of(tile, V, H, hidden_BH.device), GROUP=GROUP, NOISY=noisy, GROUPED=grouped,
     )  # fmt: skip

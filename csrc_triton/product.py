@@ -120,7 +120,9 @@ def layout(tile: Tile, rows: int, V: int, device: torch.device, heavy: bool = Fa
 
 
 @triton.jit
-def bend(acc, bias, scale, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def scale_bias_cap(
+    acc, bias, scale, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
     """u of a product: scaled and biased unless the slope does it, tanh of it under a softcap."""
     if HAS_SCALE:
         acc = acc * scale
@@ -165,11 +167,11 @@ def product_tile(
                 w_hv = tl.load(weight_hv + start, mask=in_h[:, None], other=0.0)
             acc_tv = tl.dot(h_th, w_hv, acc_tv, input_precision="ieee")
     bias = tl.load(bias_ptr + cols_v).to(tl.float32)[None, :] if HAS_BIAS else 0.0
-    u_tv = bend(acc_tv, bias, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
+    u_tv = scale_bias_cap(acc_tv, bias, scale, inverse_softcap, HAS_SCALE, HAS_BIAS, HAS_SOFTCAP)
     return u_tv if EVEN_V else tl.where(in_v[None, :], u_tv, float("-inf"))
 
 
-def sources(hidden_TH: Tensor, weight_VH: Tensor, tile: Tile) -> tuple[Any, Any]:
+def operand_args(hidden_TH: Tensor, weight_VH: Tensor, tile: Tile) -> tuple[Any, Any]:
     """What a kernel reads the operands through: themselves, or descriptors of their blocks."""
     if not tile.descriptors:
         return hidden_TH, weight_VH
@@ -181,20 +183,20 @@ def sources(hidden_TH: Tensor, weight_VH: Tensor, tile: Tile) -> tuple[Any, Any]
     )
 
 
-def folds(bias_V: Tensor | None, options: tuple[float, float, float]) -> bool:
+def scale_in_slope(bias_V: Tensor | None, options: tuple[float, float, float]) -> bool:
     """Whether the slope can take the scale: nothing comes between them, and the slope stays positive."""
     return bias_V is None and not options[1] and options[0] > 0
 
 
-def numbers(bias_V: Tensor | None, options: tuple[float, float, float]) -> tuple[float, float, float]:
+def scalar_args(bias_V: Tensor | None, options: tuple[float, float, float]) -> tuple[float, float, float]:
     """(scale, 1 / softcap, slope) as the kernels take them."""
     scale, softcap, temperature = options
-    slope = (scale if folds(bias_V, options) else softcap or 1.0) / temperature
+    slope = (scale if scale_in_slope(bias_V, options) else softcap or 1.0) / temperature
     return scale, 1 / softcap if softcap else 0.0, slope
 
 
 def flags_of(bias_V: Tensor | None, options: tuple[float, float, float]) -> dict[str, bool]:
-    has_scale = options[0] != 1 and not folds(bias_V, options)
+    has_scale = options[0] != 1 and not scale_in_slope(bias_V, options)
     return dict(HAS_BIAS=bias_V is not None, HAS_SCALE=has_scale, HAS_SOFTCAP=options[1] != 0)
 
 

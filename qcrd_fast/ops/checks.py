@@ -31,7 +31,7 @@ def check_head(
     require_tensors(hidden=hidden, weight=weight, target=target, **({} if bias is None else {"bias": bias}))
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None:
-            require_whole(name, x, hidden.device)
+            require_unsharded(name, x, hidden.device)
     require_constants(scale=scale, softcap=softcap, temperature=temperature)
     H, V = hidden.shape[-1], weight.shape[0]
     require(hidden.is_floating_point(), lambda: f"hidden must be floating point, got {hidden.dtype}")
@@ -109,7 +109,7 @@ def product_type(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
 
 
-def require_whole(name: str, x: Tensor, device: torch.device) -> None:
+def require_unsharded(name: str, x: Tensor, device: torch.device) -> None:
     """`ValueError` for a shard (a DTensor), and for what FSDP, ZeRO-3 and offloading leave of a weight between forwards."""
     if hasattr(x, "full_tensor"):
         kind = "a DTensor, one rank's shard (of FSDP2; of tensor parallelism, give `to_local()` and the process_group)"
