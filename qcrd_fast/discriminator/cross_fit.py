@@ -28,7 +28,7 @@ from qcrd_fast.discriminator.metrics import auc_by_fold, calibration, interval, 
 from qcrd_fast.discriminator.model import Discriminator, Pair, build_discriminator
 from qcrd_fast.discriminator.trainer import DiscriminatorTrainer
 from qcrd_fast.errors import InputError
-from qcrd_fast.models.lm_head import evaluating
+from qcrd_fast.models.lm_head import eval_mode
 from qcrd_fast.models.student import MAX_TOKENS
 from qcrd_fast.utils.keyed import keyed
 
@@ -119,7 +119,7 @@ class CrossFitted(nn.Module):
         by_fold: dict[int, list[int]] = {}
         for i, (question, _) in enumerate(pairs):
             by_fold.setdefault(which(question), []).append(i)
-        with evaluating(self):
+        with eval_mode(self):
             parts = [run(k, [pairs[i] for i in rows]) for k, rows in by_fold.items()]
         if not parts:
             return torch.empty(0, device=self.device)

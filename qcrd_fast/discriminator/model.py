@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qcrd_fast.discriminator.encoders import MAX_LENGTH, SmallEncoder, length_limit, load_encoder
 from qcrd_fast.errors import InputError
-from qcrd_fast.models.lm_head import evaluating
+from qcrd_fast.models.lm_head import eval_mode
 from qcrd_fast.models.padding import pad_right
 from qcrd_fast.models.prefix_packing import length_batches
 from qcrd_fast.models.student import MAX_TOKENS
@@ -74,7 +74,7 @@ class Discriminator(nn.Module):
     @torch.no_grad()
     def score(self, pairs: Sequence[Pair], max_tokens: int = MAX_TOKENS) -> Tensor:
         """score_R of `pairs` in their order, fp32, on the module's device; eval mode, without gradient."""
-        with evaluating(self):
+        with eval_mode(self):
             return self.rate(pairs, max_tokens)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from qcrd_fast.generation.kv_cache import LayerCache, SlotCache, States, row_bytes, states_of
-from qcrd_fast.models.lm_head import body
+from qcrd_fast.models.lm_head import backbone
 from qcrd_fast.models.padding import pad_right
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
@@ -37,7 +37,7 @@ class Decoder:
         self, student: Student, rows: int, prompt: int, new: int, style: str = "tensor", most_bytes: int | None = None
     ):
         self.student, self.prompt, self.new, self.style = student, prompt, new, style
-        self.body, config = body(student.model), student.model.config
+        self.body, config = backbone(student.model), student.model.config
         text = config.get_text_config(decoder=True)
         takes = inspect.signature(self.body.forward).parameters  # transformers renames the argument, model by model
         self.cache_name = "cache" if "cache" in takes else "past_key_values"

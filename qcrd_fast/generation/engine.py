@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 
 from qcrd_fast.generation.decoder import Decoder
-from qcrd_fast.models.lm_head import evaluating
+from qcrd_fast.models.lm_head import eval_mode
 from qcrd_fast.models.prefix_packing import length_batches
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import MAX_TOKENS, Student
@@ -108,7 +108,7 @@ class Sampler:
     def _context(self) -> Iterator[None]:
         """Eval mode, no gradient, the caller's autocast; a graph must not hold what autocast had cast before it."""
         autocast = self.autocast() if self.autocast else contextlib.nullcontext()
-        with evaluating(self.student.model), torch.no_grad(), autocast:
+        with eval_mode(self.student.model), torch.no_grad(), autocast:
             if self.autocast and self.graphed:
                 torch.set_autocast_cache_enabled(False)
             yield

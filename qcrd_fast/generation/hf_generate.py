@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from qcrd_fast.generation.engine import Cancelled, SampleSettings, nucleus
-from qcrd_fast.models.lm_head import evaluating
+from qcrd_fast.models.lm_head import eval_mode
 from qcrd_fast.models.padding import pad_left
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
@@ -77,7 +77,7 @@ class GenerateSampler:
             decoder_start_token_id=student.start_id if student.is_encoder_decoder else None,
         )
         order = sorted(range(len(sources)), key=lambda i: (len(sources[i]), i))
-        with evaluating(model), contextlib.ExitStack() as stack:
+        with eval_mode(model), contextlib.ExitStack() as stack:
             stack.callback(setattr, model, "generation_config", model.generation_config)
             model.generation_config = GenerationConfig()  # else its penalties and beams would fill what `config` leaves open
             for at in range(0, len(order), settings.batch_size):

@@ -15,7 +15,7 @@ from typing import Any
 from qcrd_fast.generation.decoder import find_style
 from qcrd_fast.generation.engine import Sampler, SampleSettings
 from qcrd_fast.generation.hf_generate import GenerateSampler
-from qcrd_fast.models.lm_head import evaluating
+from qcrd_fast.models.lm_head import eval_mode
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.dispatch import require_impl
@@ -73,7 +73,7 @@ def _style(student: Student, longest: int) -> str | None:
     beyond = 0 < window < longest
     if beyond not in styles:
         try:
-            with evaluating(model):
+            with eval_mode(model):
                 styles[beyond] = find_style(student, longest)
         except ValueError as error:
             log.warning("%s samples through generate, which is slower: %s", type(model).__name__, error)

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.losses import ContrastiveOutput, QCRDLoss, contrastive_loss, weighted_rationale_loss
-from qcrd_fast.models.lm_head import body, evaluating, output_layer, plain_layer, read_head, unwrapped
+from qcrd_fast.models.lm_head import backbone, eval_mode, output_layer, plain_layer, read_head, unwrapped
 from qcrd_fast.ops.linear_logprob import linear_logprob
 from qcrd_fast.ops.selection import SELECTIONS
 
@@ -209,7 +209,7 @@ def batch_loss(
         )
 
     if two_pass and torch.is_grad_enabled():
-        with torch.no_grad(), evaluating(model):  # of the ranks of a group each must run its model, with rationales or without
+        with torch.no_grad(), eval_mode(model):  # of the ranks of a group each must run its model, with rationales or without
             scored_B = torch.arange(max(R, 1), device=question.device)
             out, weight_B = select(*token_logprobs(model, settings, batch.take(scored_B)))
         kept_B = (weight_B != 0).nonzero()[:, 0]
@@ -272,7 +272,9 @@ def _head_logprob(
 def hidden_states(model: Any, batch: Batch) -> Tensor:
     """[B, L, H]: what predicts `batch.target`. An encoder reads each source once."""
     if batch.source is None:
-        return body(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+        return backbone(model)(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).last_hidden_state
     states_SLH = model.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     return model.get_decoder()(
         input_ids=batch.decoder_input_ids,

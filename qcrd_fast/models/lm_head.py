@@ -160,7 +160,7 @@ def check_head(model: Any, head: Head) -> torch.dtype | None:
     inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     handles = [part.register_forward_hook(capture) for part in hidden_parts(model)]
     try:
-        with evaluating(model):
+        with eval_mode(model):
             expected = outer(input_ids=ids, **inputs).logits.float()
     finally:
         for handle in handles:
@@ -186,7 +186,7 @@ def check_head(model: Any, head: Head) -> torch.dtype | None:
     return None if torch.is_autocast_enabled(device.type) else lower
 
 
-def body(model: Any) -> Any:
+def backbone(model: Any) -> Any:
     """The module whose output is the hidden states that enter the head: the decoder, or the model without its head.
 
     Raises `InputError` for a model of whole models (`EncoderDecoderModel`), whose decoder has the head inside.
@@ -204,7 +204,7 @@ def body(model: Any) -> Any:
 def hidden_parts(model: Any) -> set[Any]:
     """The modules of which the last to return, in the model's own forward, returns what enters the head: the body, and what it
     wraps, since OPT calls its decoder without the body around it."""
-    return {body(model), model.get_decoder() if hasattr(model, "get_decoder") else body(model)} - {model}
+    return {backbone(model), model.get_decoder() if hasattr(model, "get_decoder") else backbone(model)} - {model}
 
 
 def unwrapped(model: Any) -> Any:
@@ -219,7 +219,7 @@ def unwrapped(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def eval_mode(model: Any) -> Iterator[None]:
     """Eval mode; afterwards each module is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()

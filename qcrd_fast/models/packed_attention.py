@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.models.lm_head import body
+from qcrd_fast.models.lm_head import backbone
 from qcrd_fast.models.prefix_packing import Layout, block_mask, dense_mask
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def attention_inputs(model: Any, layout: Layout, mode: str | None) -> dict[str, 
     return {"attention_mask": mask} | ({} if model.config.is_encoder_decoder else {"position_ids": layout.position_BL})
 
 
-def find_mode(model: Any, hidden: Hidden) -> str | None:
+def probe_packed_attention(model: Any, hidden: Hidden) -> str | None:
     """flex, dense, or None for a model whose packed hidden states are not those of one sequence a target; says so once.
 
     `hidden(mode)` computes the same few targets' states, None being one sequence a target.
@@ -91,7 +91,7 @@ def check_causal(model: Any) -> None:
             states = model.get_encoder()(input_ids=ids[:1].expand(2, -1)).last_hidden_state
             hidden = model.get_decoder()(input_ids=ids, encoder_hidden_states=states, use_cache=False).last_hidden_state
         else:
-            hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
     finally:
         model.train(training)
     apart = float((hidden[0, :-1] - hidden[1, :-1]).norm() / hidden[0, :-1].norm().clamp(min=1e-12))

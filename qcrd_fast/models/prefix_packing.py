@@ -56,7 +56,7 @@ def best_room(prompt: int, hidden_size: int) -> int:
     return max(min(math.isqrt(prompt * (prompt + 6 * hidden_size)), MAX_ROW - prompt), 1)
 
 
-def share(lengths: Sequence[int], source_of: Sequence[int], rooms: Sequence[int]) -> list[Group]:
+def group_by_prompt(lengths: Sequence[int], source_of: Sequence[int], rooms: Sequence[int]) -> list[Group]:
     """Each source with its targets; over several groups of about equal length where they would pass its room.
 
     `lengths` are the targets', `rooms` what a row of each source may hold of them [tokens]. A source without a target gets
@@ -96,7 +96,7 @@ def length_batches(lengths: Sequence[int], max_tokens: int, max_pairs: int | Non
         yield batch
 
 
-def fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices in rows of at most `capacity` tokens (or one sequence): the longest first, each into the first row with room."""
     rows: list[list[int]] = []
     room: list[int] = []
@@ -111,7 +111,7 @@ def fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def lay_out(
+def pack_rows(
     rows: Sequence[Sequence[Group]],
     targets: Sequence[TokenIds],
     prompts: Sequence[TokenIds] | None,
@@ -156,7 +156,7 @@ def lay_out(
     )
 
 
-def visible(layout: Layout, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def make_mask_mod(layout: Layout, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The one mask function: (row, head, query, key) -> whether the query sees the key.
 
     `window`: how far back a query sees, by position in its own text and itself included. Padding sees padding, so that no
@@ -177,7 +177,7 @@ def dense_mask(layout: Layout, window: int | None, dtype: torch.dtype) -> Tensor
     rows, width = layout.ids_BL.shape
     b = torch.arange(rows, device=layout.ids_BL.device)[:, None, None, None]
     token = torch.arange(width, device=layout.ids_BL.device)
-    seen = visible(layout, window)(b, b, token[:, None], token[None, :])
+    seen = make_mask_mod(layout, window)(b, b, token[:, None], token[None, :])
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
@@ -185,4 +185,6 @@ def block_mask(layout: Layout, window: int | None) -> Any:
     """The same as flex_attention's BlockMask, which skips the tiles that nothing sees."""
     rows, width = layout.ids_BL.shape
     compiled = layout.ids_BL.is_cuda  # else the whole mask is made on the way
-    return create_block_mask(visible(layout, window), rows, None, width, width, device=layout.ids_BL.device, _compile=compiled)
+    return create_block_mask(
+        make_mask_mod(layout, window), rows, None, width, width, device=layout.ids_BL.device, _compile=compiled
+    )

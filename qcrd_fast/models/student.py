@@ -18,11 +18,11 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.models import prefix_packing
 from qcrd_fast.models.cpu_linear import use_fast_products
 from qcrd_fast.models.decoder_start import decoder_start
-from qcrd_fast.models.lm_head import Head, body, check_head, read_head
+from qcrd_fast.models.lm_head import Head, backbone, check_head, read_head
 from qcrd_fast.models.loading import load_pretrained
-from qcrd_fast.models.packed_attention import attention_inputs, check_causal, find_mode
+from qcrd_fast.models.packed_attention import attention_inputs, check_causal, probe_packed_attention
 from qcrd_fast.models.padding import pad_right
-from qcrd_fast.models.prefix_packing import Group, Layout, fill_rows, lay_out, length_batches, share
+from qcrd_fast.models.prefix_packing import Group, Layout, first_fit_decreasing, group_by_prompt, length_batches, pack_rows
 from qcrd_fast.models.prompts import Prompter, PromptSettings, TokenIds
 
 MAX_TOKENS = 16_384  # padded tokens that run through the model at once
@@ -102,7 +102,9 @@ class Student(Prompter):
         noise = torch.Generator().manual_seed(0)
         rows = self.model.get_input_embeddings().weight.shape[0]
         *sources, a, b, c, d = (torch.randint(0, rows, (n,), generator=noise).tolist() for n in (5, 3, 4, 1, 6, 3))
-        return find_mode(self.model, lambda mode: self._hidden(sources, [a, b, c, d], [0, 0, 0, 1], mode, MAX_TOKENS).hidden)
+        return probe_packed_attention(
+            self.model, lambda mode: self._hidden(sources, [a, b, c, d], [0, 0, 0, 1], mode, MAX_TOKENS).hidden
+        )
 
     def hidden(
         self,
@@ -137,11 +139,11 @@ class Student(Prompter):
         if mode is None:
             groups = [Group(source, [i]) for i, source in enumerate(source_of)]
         else:
-            groups = share(lengths, source_of, [min(self._room(p, mode), max_tokens - p) for p in prompts])
+            groups = group_by_prompt(lengths, source_of, [min(self._room(p, mode), max_tokens - p) for p in prompts])
         sizes = [prompts[group.source] + sum(lengths[i] for i in group.targets) for group in groups]
         rows = [[g] for g in range(len(groups))]
         if mode and not self.is_encoder_decoder:  # what the longest row leaves free holds shorter ones
-            rows = fill_rows(sizes, max_tokens if mode == "flex" else max(sizes))
+            rows = first_fit_decreasing(sizes, max_tokens if mode == "flex" else max(sizes))
         widths = [sum(sizes[g] for g in row) for row in rows]
         batches = list(length_batches(widths, max_tokens, prefix_packing.MAX_PAIRS if mode == "dense" else None))
         idle = self.most(len(batches)) - len(batches)
@@ -192,10 +194,12 @@ class Student(Prompter):
         """Hidden states [B, L, H] of a padded batch of rows."""
         prompts = None if self.is_encoder_decoder else encoded
         start = [self.start_id] if self.is_encoder_decoder else []
-        layout = lay_out(rows, targets, prompts, start, self.pad_id, self.device, prefix_packing.BLOCK if mode == "flex" else 1)
+        layout = pack_rows(
+            rows, targets, prompts, start, self.pad_id, self.device, prefix_packing.BLOCK if mode == "flex" else 1
+        )
         inputs = attention_inputs(self.model, layout, mode)
         if not self.is_encoder_decoder:
-            return body(self.model)(input_ids=layout.ids_BL, use_cache=False, **inputs).last_hidden_state, layout
+            return backbone(self.model)(input_ids=layout.ids_BL, use_cache=False, **inputs).last_hidden_state, layout
         states_QLH, mask_QL = encoded
         index = self._tensor(layout.sources)
         output = self.model.get_decoder()(

@@ -30,7 +30,7 @@ from qcrd_fast.discriminator.model import Discriminator
 from qcrd_fast.distributed.parallel import blocks_of
 from qcrd_fast.generation.decoder import Decoder
 from qcrd_fast.generation.engine import CACHE_BYTES
-from qcrd_fast.models.lm_head import evaluating, output_layer
+from qcrd_fast.models.lm_head import eval_mode, output_layer
 from qcrd_fast.models.lora import add_lora
 from qcrd_fast.models.prompts import PREDICT
 from qcrd_fast.models.student import Student
@@ -298,7 +298,7 @@ class _Fake:
                 every.add(candidate, q, 1.0)
         if not every.candidates:
             return 0
-        with self.ledger() as ledger, torch.no_grad(), evaluating(self.student.model):
+        with self.ledger() as ledger, torch.no_grad(), eval_mode(self.student.model):
             self._scores(every, worst.batch)
         return ledger.peak
 
@@ -345,7 +345,7 @@ class _Fake:
         return self._caches(rows, max(sources), self.config.max_answer_tokens) if sources else 0
 
     def _caches(self, rows: int, longest: int, new: int) -> int:
-        with self.ledger() as ledger, torch.no_grad(), evaluating(self.student.model), self.autocast():
+        with self.ledger() as ledger, torch.no_grad(), eval_mode(self.student.model), self.autocast():
             decoder = Decoder(self.student, rows, longest, new, most_bytes=CACHE_BYTES)
         held = ledger.now
         return held + 2 * 4 * decoder.rows * len(self.student.head.weight)  # logits, and what they are sorted or compared in

@@ -21,7 +21,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.distributed.parallel import Engine
 from qcrd_fast.errors import RunError
 from qcrd_fast.losses import ContrastiveOutput, contrastive_loss, weighted_rationale_loss
-from qcrd_fast.models.lm_head import evaluating
+from qcrd_fast.models.lm_head import eval_mode
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import PackedHidden, Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
@@ -141,7 +141,7 @@ class Objective:
             if not self.engine.sharded:
                 return chosen
             targets, scored = [batch[0].label], [0]  # as many passes as the other ranks run
-        with torch.no_grad(), evaluating(self.student.model):
+        with torch.no_grad(), eval_mode(self.student.model):
             packed, logprob_T = self.engine.scoring(lambda: self.score(sources, targets, scored, stats))
         if not candidates:
             return chosen

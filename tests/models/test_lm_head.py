@@ -9,7 +9,7 @@ import transformers as hf
 
 from qcrd_fast import QCRDLoss, linear_logprob
 from qcrd_fast.errors import InputError
-from qcrd_fast.models.lm_head import body, check_head, read_head
+from qcrd_fast.models.lm_head import backbone, check_head, read_head
 
 V = 61
 LLAMA = dict(
@@ -56,7 +56,7 @@ def build(name):
 def model_call(model, ids):
     """(the model's own logits, its last hidden states)."""
     seen = []
-    handle = body(model).register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    handle = backbone(model).register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
     extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     logits = model(input_ids=ids, **extra).logits
     handle.remove()

@@ -12,7 +12,7 @@ import transformers as tf
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.models import packed_attention, prefix_packing
-from qcrd_fast.models.prefix_packing import Group, dense_mask, fill_rows, lay_out, length_batches, share
+from qcrd_fast.models.prefix_packing import Group, dense_mask, first_fit_decreasing, group_by_prompt, length_batches, pack_rows
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
@@ -219,7 +219,7 @@ def test_the_mask_is_its_definition(window):
     """Two groups in the first row, padding in the second: against loops over texts."""
     prompts, targets = [[10, 11, 12], [20]], [[1, 2, 3], [4], [5, 6], [7, 8, 9]]
     rows = [[Group(0, [0, 1, 2]), Group(1, [3])], [Group(1, [3])]]
-    layout = lay_out(rows, targets, prompts, [], 0, torch.device("cpu"), multiple=4)
+    layout = pack_rows(rows, targets, prompts, [], 0, torch.device("cpu"), multiple=4)
     assert layout.ids_BL.tolist() == [[10, 11, 12, 1, 2, 5, 20, 7, 8, 0, 0, 0], [20, 7, 8] + [0] * 9]
     assert layout.position_BL[0, :9].tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
     assert layout.order == [0, 1, 2, 3, 3] and layout.sources == [0, 1] and layout.first == [2, 0]
@@ -235,7 +235,7 @@ def test_the_mask_is_its_definition(window):
 
 def test_groups_are_balanced_within_their_room():
     lengths, source_of = [50, 10, 10, 10, 40, 30, 300, 5], [0, 2, 0, 0, 0, 0, 2, 2]
-    groups = share(lengths, source_of, [80, 100, 60])
+    groups = group_by_prompt(lengths, source_of, [80, 100, 60])
     assert sorted(i for g in groups for i in g.targets) == list(range(8)) and {g.source for g in groups} == {0, 2}
     assert all(source_of[i] == g.source for g in groups for i in g.targets)
     first = [sum(lengths[i] for i in g.targets) for g in groups if g.source == 0]
@@ -247,7 +247,7 @@ def test_rows_and_batches_are_partitions_within_their_limits():
     rng = random.Random(0)
     for _ in range(50):
         lengths = [rng.randint(1, 60) for _ in range(rng.randint(1, 20))]
-        rows = fill_rows(lengths, 60)
+        rows = first_fit_decreasing(lengths, 60)
         assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
         assert all(sum(lengths[i] for i in row) <= 60 for row in rows)
         for batch in length_batches(lengths, 200, max_pairs=5000):
