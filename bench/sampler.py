@@ -95,7 +95,7 @@ def load_ours(work: Work) -> Draw:
     assert isinstance(sampler, Sampler)
     sampler.eos = NO_EOS
     keys = [key_words(0, str(i)) for i in range(case.prompts)]
-    return lambda: sampler.draw(work.sources, keys, limits=work.limits)
+    return lambda: sampler.generate(work.sources, keys, limits=work.limits)
 
 
 class _Limits(StoppingCriteria):

@@ -37,9 +37,9 @@ class Decoder:
         self, student: Student, rows: int, prompt: int, new: int, style: str = "tensor", most_bytes: int | None = None
     ):
         self.student, self.prompt, self.new, self.style = student, prompt, new, style
-        self.body, config = backbone(student.model), student.model.config
+        self.backbone, config = backbone(student.model), student.model.config
         text = config.get_text_config(decoder=True)
-        takes = inspect.signature(self.body.forward).parameters  # transformers renames the argument, model by model
+        takes = inspect.signature(self.backbone.forward).parameters  # transformers renames the argument, model by model
         self.cache_name = "cache" if "cache" in takes else "past_key_values"
         self.window: int | None = getattr(text, "sliding_window", None)
         self.shared = student.is_encoder_decoder  # a prompt is read by an encoder, not by the body
@@ -59,7 +59,7 @@ class Decoder:
             self.memory.is_updated = dict.fromkeys(range(len(self.cross.buffers)), True)
             self.cross_mask = torch.zeros(rows, prompt, dtype=torch.bool, device=student.device)
             self.start: int = student.start_id
-            self.biased = [m for m in self.body.modules() if getattr(m, "has_relative_attention_bias", False)]
+            self.biased = [m for m in self.backbone.modules() if getattr(m, "has_relative_attention_bias", False)]
             self.tables = [torch.empty(0)] * len(self.biased)
             self.refresh()
 
@@ -71,7 +71,7 @@ class Decoder:
 
     # Prompts
 
-    def read(self, sources: Sequence[TokenIds], rows: Sequence[int], of: Sequence[int]) -> tuple[list[int], list[int]]:
+    def prefill(self, sources: Sequence[TokenIds], rows: Sequence[int], of: Sequence[int]) -> tuple[list[int], list[int]]:
         """Row `rows[i]` takes the prompt `sources[of[i]]`, each read once. Returns (first input, its position) of each row."""
         device = self.student.device
         rows_N, of_N = torch.tensor(rows, device=device), torch.tensor(of, device=device)
@@ -90,10 +90,10 @@ class Decoder:
         ids_BL, mask_BL = pad_right(sources, self.student.pad_id, self.student.device)
         own, cross = DynamicCache(), DynamicCache()
         if not self.shared:
-            self.body(input_ids=ids_BL, use_cache=True, **{self.cache_name: own})
+            self.backbone(input_ids=ids_BL, use_cache=True, **{self.cache_name: own})
             return states_of(own), states_of(cross)
         states_BLH = self.student.model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
-        self.body(
+        self.backbone(
             input_ids=torch.full_like(ids_BL[:, :1], self.student.start_id),
             encoder_hidden_states=states_BLH,
             encoder_attention_mask=mask_BL,
@@ -112,12 +112,12 @@ class Decoder:
 
     # Tokens
 
-    def step(self, token_B: Tensor, position_B: Tensor, span: int, width: int) -> Tensor:
-        """Hidden states [B, H] after `token_B` at `position_B`, of the first B rows; looks at the first `span` slots, which
+    def step(self, token_B: Tensor, position_B: Tensor, kv_length: int, width: int) -> Tensor:
+        """Hidden states [B, H] after `token_B` at `position_B`, of the first B rows; looks at the first `kv_length` slots, which
         must hold every position, and at the first `width` tokens of the encoder's."""
         B = len(token_B)
-        self.cache.at(B, span, position_B)
-        slot_S = self.slot_S[:span]
+        self.cache.at(B, kv_length, position_B)
+        slot_S = self.slot_S[:kv_length]
         seen_BS = slot_S <= position_B[:, None]
         inputs: dict[str, Any] = {"input_ids": token_B[:, None], "use_cache": True}
         with contextlib.ExitStack() as stack:
@@ -128,12 +128,12 @@ class Decoder:
                 inputs |= {
                     "attention_mask": self._mask(seen_BS),
                     self.cache_name: self.memory,
-                    "encoder_hidden_states": self.body.get_input_embeddings().weight[:1, None].expand(B, width, -1),
+                    "encoder_hidden_states": self.backbone.get_input_embeddings().weight[:1, None].expand(B, width, -1),
                     "encoder_attention_mask": self._mask(self.cross_mask[:B, :width]),
                 }
                 stack.enter_context(self._own_bias(self.slots - 1 - position_B[:, None] + slot_S))
                 if self.plain:
-                    stack.enter_context(_plain_attention(self.body.config))
+                    stack.enter_context(_plain_attention(self.backbone.config))
             else:
                 near_BS = seen_BS & (slot_S > position_B[:, None] - self.window) if self.window else seen_BS
                 masks = {"full_attention": seen_BS, "sliding_attention": near_BS}
@@ -142,7 +142,7 @@ class Decoder:
                     inputs["attention_mask"] = self._mask(near_BS)
                 else:
                     inputs["attention_mask"] = {kind: self._mask(seen) for kind, seen in masks.items()}
-            hidden_B1H: Tensor = self.body(**inputs).last_hidden_state
+            hidden_B1H: Tensor = self.backbone(**inputs).last_hidden_state
         return hidden_B1H[:, 0]
 
     def _mask(self, seen_BS: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ def teacher_forced(decoder: Decoder, sources: Sequence[TokenIds], replies: Seque
     """Logits [B, L + 1, V], fp32, before, between and after the tokens of the replies (all L long), decoded one by one. Each
     row starts a step after the one before it, so that no two are at the same position."""
     device, B, steps = decoder.student.device, len(sources), len(replies[0]) + 1
-    fed, at = decoder.read(sources, list(range(B)), list(range(B)))
+    fed, at = decoder.prefill(sources, list(range(B)), list(range(B)))
     logits: list[list[Tensor]] = [[] for _ in sources]
     for t in range(steps + B - 1):
         done = [min(max(t - b, 0), steps - 1) for b in range(B)]  # a row waits, then repeats its last step

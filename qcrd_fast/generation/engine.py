@@ -35,7 +35,7 @@ REFILL = 8  # prompts are read when an eighth of the rows is free;
 GRAPHED_REFILL = 2  # under a graph half: reading is launched kernel by kernel and costs about twenty replayed tokens
 TOKENS_A_REPLAY = 4  # decode steps between two looks at which rows have ended; on a CPU each step is looked at
 SPAN = 64  # slots looked at, in a graph, are a multiple of it
-LANE = "sampling"  # how threads that draw are called
+WORKER_NAME = "sampling"  # how threads that draw are called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def nucleus(top_p: float) -> Callable[[Tensor], Tensor] | None:
 
 
 class Cancelled(Exception):
-    """`Sampler.draw` was told to stop."""
+    """`Sampler.generate` was told to stop."""
 
 
 class Sampler:
@@ -113,7 +113,7 @@ class Sampler:
                 torch.set_autocast_cache_enabled(False)
             yield
 
-    def draw(
+    def generate(
         self,
         sources: Sequence[TokenIds],
         keys: Sequence[tuple[int, int]],
@@ -150,7 +150,7 @@ class Sampler:
                     raise Cancelled
                 free = [b for b, request in enumerate(row) if request is None]
                 if queue and len(free) * (GRAPHED_REFILL if self.static else REFILL) >= self.rows:
-                    self._admit([(b, queue.popleft()) for b in free[: len(queue)]], row)
+                    self._prefill([(b, queue.popleft()) for b in free[: len(queue)]], row)
                 active = self.rows if self.static else self._compact(row)
                 self._advance(active, row)
                 self._collect(active, row, results)
@@ -168,13 +168,13 @@ class Sampler:
         """Capture the graphs now, before anything else runs on the GPU."""
         if self.graphed:
             with self._context():
-                for span in range(SPAN, self.decoder.slots + SPAN, SPAN):
+                for kv_length in range(SPAN, self.decoder.slots + SPAN, SPAN):
                     if self.graphed:
-                        self._graph(min(span, self.decoder.slots))
+                        self._graph(min(kv_length, self.decoder.slots))
 
     # Rows
 
-    def _admit(self, pairs: Sequence[tuple[int, _Request]], row: list[_Request | None]) -> None:
+    def _prefill(self, pairs: Sequence[tuple[int, _Request]], row: list[_Request | None]) -> None:
         """Prompts of similar length are read together; one that is asked for several times, once."""
         device = self.student.device
         for batch in length_batches([len(r.source) for _, r in pairs], MAX_TOKENS):
@@ -182,7 +182,7 @@ class Sampler:
             unique = {tuple(r.source): r.source for _, r in some}
             number = {source: u for u, source in enumerate(unique)}
             rows = [b for b, _ in some]
-            token, position = self.decoder.read(list(unique.values()), rows, [number[tuple(r.source)] for _, r in some])
+            token, position = self.decoder.prefill(list(unique.values()), rows, [number[tuple(r.source)] for _, r in some])
             at = torch.tensor(rows, device=device)
             for state_B, values in (
                 (self.token_B, token),
@@ -231,21 +231,21 @@ class Sampler:
         taken = [request for request in row if request is not None]
         for request in taken:
             request.position += tokens
-        span = min(max(r.position for r in taken), self.decoder.slots)
+        kv_length = min(max(r.position for r in taken), self.decoder.slots)
         width = max(len(r.source) for r in taken)
         if self.static:
-            span, width = min(-(-span // SPAN) * SPAN, self.decoder.slots), self.decoder.prompt
-        graph = self._graph(span) if self.graphed else None
+            kv_length, width = min(-(-kv_length // SPAN) * SPAN, self.decoder.slots), self.decoder.prompt
+        graph = self._graph(kv_length) if self.graphed else None
         if graph is not None:
             graph.replay()
         else:
             for _ in range(tokens):
-                self._step(active, span, width)
+                self._step(active, kv_length, width)
 
-    def _step(self, active: int, span: int, width: int) -> None:
+    def _step(self, active: int, kv_length: int, width: int) -> None:
         """One token of the first rows; nothing here depends on a value, so that a graph can hold it."""
         token_B, position_B, new_B, done_B = (x[:active] for x in (self.token_B, self.position_B, self.new_B, self.done_B))
-        hidden_BH = self.decoder.step(token_B, position_B, span, width)
+        hidden_BH = self.decoder.step(token_B, position_B, kv_length, width)
         counter_B3 = torch.stack([new_B, self.index_B[:active], self.iteration_B[:active]], 1)
         chosen_B = self._pick(hidden_BH, self.key_B2[:active], counter_B3)
         at_B1, out_BN = new_B.clamp(max=self.settings.max_new_tokens - 1)[:, None], self.out_BN[:active]
@@ -267,25 +267,25 @@ class Sampler:
             logits_BV = head_logits(hidden_BH, head.weight, head.bias, options)
             return pick_tokens(logits_BV, key_B2, counter_B3, settings.top_k, warp=self._top_p)
 
-    def _graph(self, span: int) -> torch.cuda.CUDAGraph | None:
-        """The graph of a few steps over `span` slots; None, said once, where the body does what a graph cannot hold."""
-        if span not in self._graphs:
+    def _graph(self, kv_length: int) -> torch.cuda.CUDAGraph | None:
+        """The graph of a few steps over `kv_length` slots; None, said once, where the body does what a graph cannot hold."""
+        if kv_length not in self._graphs:
             states = (self.token_B, self.position_B, self.new_B, self.done_B)
             kept = [state.clone() for state in states]
             self.done_B.fill_(True)  # the steps that are run for it leave every row where it stands
             try:
-                self._graphs[span] = self._capture(span)
+                self._graphs[kv_length] = self._capture(kv_length)
             except RuntimeError as error:
                 self.graphed = False
                 log.warning("sampling without CUDA graphs, which is slower: %s", str(error).splitlines()[0][:200])
                 self._end_capture()
             for state, value in zip(states, kept, strict=True):
                 state.copy_(value)
-        return self._graphs.get(span)
+        return self._graphs.get(kv_length)
 
-    def _capture(self, span: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, kv_length: int) -> torch.cuda.CUDAGraph:
         device, stream = self.student.device, self._capture_stream()
-        arguments = (self.rows, span, self.decoder.prompt)
+        arguments = (self.rows, kv_length, self.decoder.prompt)
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         stream.wait_stream(torch.cuda.current_stream(device))
         with deterministic_already(), torch.cuda.stream(stream):  # which a capture that fails would not leave
@@ -326,7 +326,7 @@ def _never_waiting() -> Iterator[None]:
     """Inside, what makes the host wait for the device raises `RuntimeError`: here rather than in a capture, which it would
     break. The mode is the process's, so it is left alone while another thread draws."""
     here = threading.current_thread()
-    if any(thread is not here and thread.name.startswith(LANE) for thread in threading.enumerate()):
+    if any(thread is not here and thread.name.startswith(WORKER_NAME) for thread in threading.enumerate()):
         yield
         return
     mode = torch.cuda.get_sync_debug_mode()

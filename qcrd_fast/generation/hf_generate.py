@@ -54,7 +54,7 @@ class GenerateSampler:
         """Nothing to do."""
 
     @torch.no_grad()
-    def draw(
+    def generate(
         self,
         sources: Sequence[TokenIds],
         keys: Sequence[tuple[int, int]],
@@ -63,7 +63,7 @@ class GenerateSampler:
         stop: threading.Event | None = None,
         limits: Sequence[int] | None = None,
     ) -> list[TokenIds]:
-        """As `Sampler.draw`; looks at `stop` between batches."""
+        """As `Sampler.generate`; looks at `stop` between batches."""
         if limits and min(limits) < 1:
             raise ValueError(f"limits must be at least 1, got {min(limits)}")
         student, settings, model, device = self.student, self.settings, self.student.model, self.student.device

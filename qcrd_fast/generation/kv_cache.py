@@ -18,17 +18,17 @@ class SlotCache(Cache):
     def __init__(self, buffers: States):
         super().__init__(layers=[])
         self.buffers = buffers
-        self.rows, self.span, self.slot_B = 0, 0, torch.empty(0)
+        self.rows, self.kv_length, self.slot_B = 0, 0, torch.empty(0)
 
-    def at(self, rows: int, span: int, slot_B: Tensor) -> None:
-        self.rows, self.span, self.slot_B = rows, span, slot_B
+    def at(self, rows: int, kv_length: int, slot_B: Tensor) -> None:
+        self.rows, self.kv_length, self.slot_B = rows, kv_length, slot_B
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         found = []
         for buffer, new in zip(self.buffers[layer_idx], (key_states, value_states), strict=True):
             where = self.slot_B[:, None, None, None].expand(-1, buffer.shape[1], 1, buffer.shape[3])
             buffer[: self.rows].scatter_(2, where, new.to(buffer.dtype))
-            found.append(buffer[: self.rows, :, : self.span])
+            found.append(buffer[: self.rows, :, : self.kv_length])
         return found[0], found[1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

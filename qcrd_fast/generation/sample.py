@@ -46,7 +46,7 @@ def sample(
     if not sources:
         return []
     sampler = make_sampler(student, settings, max(map(len, sources)), len(sources), autocast)
-    return sampler.draw(sources, keys, indices, iteration)
+    return sampler.generate(sources, keys, indices, iteration)
 
 
 def make_sampler(

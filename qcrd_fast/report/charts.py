@@ -32,7 +32,7 @@ class Line(NamedTuple):
 def line_chart(name: str, lines: Sequence[Line], *, title: str, x_label: str = "step", unit_range: bool = False) -> str:
     """An SVG of lines; `name` makes its ids its own, `unit_range` fixes the y axis to 0..1."""
 
-    def draw(axes: Any) -> None:
+    def plot(axes: Any) -> None:
         for line in lines:
             x, y = thin(line.x, line.y)
             marker = "o" if len(x) <= 30 else None
@@ -41,7 +41,7 @@ def line_chart(name: str, lines: Sequence[Line], *, title: str, x_label: str = "
             axes.set_ylim(-0.03, 1.03)
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
 
-    return _svg(name, draw, title, x_label)
+    return _svg(name, plot, title, x_label)
 
 
 class Spot(NamedTuple):
@@ -55,7 +55,7 @@ class Spot(NamedTuple):
 def scatter_chart(name: str, spots: Sequence[Spot], *, title: str, x_label: str) -> str:
     """An SVG of points with bars for their intervals; no value is below 0, where the x axis begins."""
 
-    def draw(axes: Any) -> None:
+    def plot(axes: Any) -> None:
         for (x, x_low, x_high), (y, y_low, y_high), color in spots:
             bars = dict(xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]])
             axes.errorbar([x], [y], **bars, color=color, fmt="o", markersize=5, elinewidth=1.3, capsize=2.5)
@@ -64,14 +64,14 @@ def scatter_chart(name: str, spots: Sequence[Spot], *, title: str, x_label: str)
         room = 0.12 * (high - low) or 0.05
         axes.set_ylim(max(low - room, -0.15 * room), high + room)
 
-    return _svg(name, draw, title, x_label)
+    return _svg(name, plot, title, x_label)
 
 
 def density_chart(name: str, groups: Sequence[tuple[Sequence[float], str]], *, title: str) -> str:
     """An SVG of densities of scores in [0, 1], each with its colour."""
     grid = np.linspace(0, 1, 201)
 
-    def draw(axes: Any) -> None:
+    def plot(axes: Any) -> None:
         for scores, color in groups:
             height = density(scores, grid)
             axes.plot(grid, height, color=color, linewidth=1.5)
@@ -79,7 +79,7 @@ def density_chart(name: str, groups: Sequence[tuple[Sequence[float], str]], *, t
         axes.set_xlim(0, 1)
         axes.set_ylim(bottom=0)
 
-    return _svg(name, draw, title, "quality score")
+    return _svg(name, plot, title, "quality score")
 
 
 def density(scores: Sequence[float], grid: Any, bandwidth: float = 0.03) -> Any:
@@ -102,7 +102,7 @@ def thin(x: Sequence[float], y: Sequence[float]) -> tuple[Any, Any]:
     return np.array([x_P[p].mean() for p in parts]), np.array([y_P[p].mean() for p in parts])
 
 
-def _svg(name: str, draw: Any, title: str, x_label: str) -> str:
+def _svg(name: str, plot: Any, title: str, x_label: str) -> str:
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -128,7 +128,7 @@ def _svg(name: str, draw: Any, title: str, x_label: str) -> str:
         matplotlib.rcParams.update(style)  # type: ignore[arg-type]
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         axes = figure.add_subplot()
-        draw(axes)
+        plot(axes)
         axes.set_xlabel(x_label)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

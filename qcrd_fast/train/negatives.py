@@ -208,7 +208,7 @@ class LaggedNegatives:
             self._loaded = source
         asked = self.ranks.share(self._asked(iteration, chunk))
         keys = [key_words(self.config.seed, q.id) for q in asked]
-        tokens = sampler.draw([q.source for q in asked], keys, iteration=iteration, stop=self._stop) if asked else []
+        tokens = sampler.generate([q.source for q in asked], keys, iteration=iteration, stop=self._stop) if asked else []
         return _Drawn(tokens, time.perf_counter() - started)
 
     def _autocasts(self) -> bool:

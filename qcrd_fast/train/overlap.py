@@ -15,7 +15,7 @@ import torch
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.generation.engine import LANE
+from qcrd_fast.generation.engine import WORKER_NAME
 
 T = TypeVar("T")
 SHARE = 0.25  # of the multiprocessors that a green context keeps for sampling
@@ -54,7 +54,7 @@ class Lane:
         self._green: Any = None  # lives as long as its stream is used
         if kind == "serial":
             return
-        self._pool = ThreadPoolExecutor(1, LANE, torch.set_num_threads, (torch.get_num_threads(),))
+        self._pool = ThreadPoolExecutor(1, WORKER_NAME, torch.set_num_threads, (torch.get_num_threads(),))
         if device.type != "cuda":
             return
         if kind == "green-context":

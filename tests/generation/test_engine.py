@@ -142,7 +142,7 @@ def test_a_full_batch_is_refilled_and_samples_share_their_prompt(student, static
     real_read, real_step = decoding.Decoder._read, Sampler._step
     monkeypatch.setattr(decoding.Decoder, "_read", lambda self, some: read.extend(some) or real_read(self, some))
     monkeypatch.setattr(Sampler, "_step", lambda self, active, *rest: steps.append(active) or real_step(self, active, *rest))
-    assert drawn.draw(sources, keys, indices) == wanted
+    assert drawn.generate(sources, keys, indices) == wanted
     assert len(read) < 45  # a prompt is read again only where its samples came to different refills
     tokens = sum(map(len, wanted))
     assert drawn.drawn_tokens == tokens
@@ -160,13 +160,13 @@ def test_new_weights_in_the_same_place(student):
     keys = [key_words(4, str(i)) for i in range(20)]
     settings = SampleSettings(TEMPERATURE, 50, 1.0, max_new_tokens=10)
     kept = make_sampler(other, settings, max(map(len, sources)))
-    before = kept.draw(sources, keys)
+    before = kept.generate(sources, keys)
     addresses = [k.data_ptr() for k, _ in kept.decoder.cache.buffers]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in other.model.parameters():
             parameter += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    assert kept.draw(sources, keys) == sample(other, sources, keys, settings) != before
+    assert kept.generate(sources, keys) == sample(other, sources, keys, settings) != before
     assert addresses == [k.data_ptr() for k, _ in kept.decoder.cache.buffers]
 
 
@@ -176,7 +176,7 @@ def test_nucleus_sampling_is_that_of_generate(student, top_p, top_k):
     sources = prompts(student, 30)
     keys = [key_words(5, str(i)) for i in range(30)]
     settings = SampleSettings(0.4, top_k, top_p, max_new_tokens=10)
-    assert sample(student, sources, keys, settings) == GenerateSampler(student, settings).draw(sources, keys)
+    assert sample(student, sources, keys, settings) == GenerateSampler(student, settings).generate(sources, keys)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.999])
@@ -192,7 +192,7 @@ def test_a_draw_leaves_the_model_as_it_was(student, kind):
     frozen = student.model.get_input_embeddings().eval()
     modes, own_settings = [m.training for m in student.model.modules()], student.model.generation_config
     rest = (64,) if kind is make_sampler else ()
-    kind(student, SampleSettings(max_new_tokens=3), *rest).draw(prompts(student, 3), [(0, 0)] * 3)
+    kind(student, SampleSettings(max_new_tokens=3), *rest).generate(prompts(student, 3), [(0, 0)] * 3)
     assert not frozen.training and [m.training for m in student.model.modules()] == modes
     assert student.model.generation_config is own_settings
     assert not any("compute_bias" in module.__dict__ for module in student.model.modules())
@@ -206,7 +206,7 @@ def test_few_rows_where_memory_is_short(student, monkeypatch):
     wanted = sample(student, sources, keys, settings)
     monkeypatch.setattr(engine, "CACHE_BYTES", 60_000)
     few = make_sampler(student, settings, max(map(len, sources)))
-    assert 1 <= few.rows < 10 and few.draw(sources, keys) == wanted
+    assert 1 <= few.rows < 10 and few.generate(sources, keys) == wanted
     assert sample(student, [], [], settings) == []
 
 
@@ -215,7 +215,7 @@ def test_a_draw_can_be_stopped(student):
     stop.set()
     for kind in (make_sampler(student, SampleSettings(), 8), GenerateSampler(student, SampleSettings())):
         with pytest.raises(Cancelled):
-            kind.draw([[2, 3]], [(0, 0)], stop=stop)
+            kind.generate([[2, 3]], [(0, 0)], stop=stop)
 
 
 @pytest.mark.usefixtures("float64")
@@ -236,7 +236,7 @@ def test_sliding_windows(kind, tokenizer):
     make_sampler(student, SampleSettings(max_new_tokens=2), 3)  # within the window any style will do
     drawn = make_sampler(student, settings, max(map(len, sources)))
     assert isinstance(drawn, Sampler) and drawn.decoder.style == ("tensor" if kind == "mistral" else "by type")
-    assert drawn.draw(sources, keys) == GenerateSampler(student, settings).draw(sources, keys)
+    assert drawn.generate(sources, keys) == GenerateSampler(student, settings).generate(sources, keys)
 
 
 LAYERS = ["sliding_attention", "full_attention"]
@@ -265,10 +265,10 @@ def test_each_sample_has_a_limit_of_its_own(student):
     keys, limits = [key_words(8, str(i)) for i in range(12)], [1 + 2 * i for i in range(12)]
     settings = SampleSettings(TEMPERATURE, 50, 1.0, max_new_tokens=16, batch_size=5)
     drawn = make_sampler(student, settings, max(map(len, sources)))
-    whole = drawn.draw(sources, keys)
+    whole = drawn.generate(sources, keys)
     cut = [tokens[:n] for tokens, n in zip(whole, limits, strict=True)]
-    assert drawn.draw(sources, keys, limits=limits) == cut
-    assert GenerateSampler(student, settings).draw(sources, keys, limits=limits) == cut
+    assert drawn.generate(sources, keys, limits=limits) == cut
+    assert GenerateSampler(student, settings).generate(sources, keys, limits=limits) == cut
 
 
 def test_what_does_not_fit_is_named(student):
@@ -279,10 +279,10 @@ def test_what_does_not_fit_is_named(student):
         ([[5], [6]], [1, 0], "limits must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            drawn.draw(sources, [(0, 0)] * len(sources), limits=limits)
-    assert drawn.draw([], []) == []
+            drawn.generate(sources, [(0, 0)] * len(sources), limits=limits)
+    assert drawn.generate([], []) == []
     with pytest.raises(ValueError, match="limits must be at least 1, got 0"):
-        GenerateSampler(student, SampleSettings(max_new_tokens=4)).draw([[5]], [(0, 0)], limits=[0])
+        GenerateSampler(student, SampleSettings(max_new_tokens=4)).generate([[5]], [(0, 0)], limits=[0])
 
 
 def test_a_body_that_no_graph_can_hold_is_run_without(student, monkeypatch, caplog):
@@ -290,10 +290,10 @@ def test_a_body_that_no_graph_can_hold_is_run_without(student, monkeypatch, capl
     sources = prompts(student, 12)
     keys, settings = [key_words(9, str(i)) for i in range(12)], SampleSettings(TEMPERATURE, 50, 1.0, max_new_tokens=9)
     drawn = make_sampler(student, settings, max(map(len, sources)), static=True)
-    wanted = drawn.draw(sources, keys)
+    wanted = drawn.generate(sources, keys)
 
-    def fail(self, span):
-        self._step(self.rows, span, self.decoder.prompt)  # what was run before it failed
+    def fail(self, kv_length):
+        self._step(self.rows, kv_length, self.decoder.prompt)  # what was run before it failed
         raise RuntimeError("operation not permitted when stream is capturing")
 
     ended = []
@@ -302,7 +302,7 @@ def test_a_body_that_no_graph_can_hold_is_run_without(student, monkeypatch, capl
     drawn.graphed = True
     drawn.warm_up()
     assert ended == [drawn]
-    assert drawn.draw(sources, keys) == wanted == drawn.draw(sources, keys)
+    assert drawn.generate(sources, keys) == wanted == drawn.generate(sources, keys)
     assert sum("without CUDA graphs" in r.message for r in caplog.records) == 1
 
 
@@ -311,16 +311,16 @@ def test_capturing_in_the_middle_of_a_draw_disturbs_nothing(student, monkeypatch
     sources = prompts(student, 12)
     keys, settings = [key_words(9, str(i)) for i in range(12)], SampleSettings(TEMPERATURE, 50, 1.0, 9, batch_size=4)
     drawn = make_sampler(student, settings, max(map(len, sources)), static=True)
-    wanted = drawn.draw(sources, keys)
+    wanted = drawn.generate(sources, keys)
 
     class Replayed:
         def __init__(self, run):
             self.replay = run
 
-    def capture(self, span):
+    def capture(self, kv_length):
         def run():
             for _ in range(engine.TOKENS_A_REPLAY):
-                self._step(self.rows, span, self.decoder.prompt)
+                self._step(self.rows, kv_length, self.decoder.prompt)
 
         run()
         return Replayed(run)
@@ -328,7 +328,7 @@ def test_capturing_in_the_middle_of_a_draw_disturbs_nothing(student, monkeypatch
     monkeypatch.setattr(Sampler, "_capture", capture)
     monkeypatch.setattr(engine, "SPAN", 4)
     drawn.graphed = True
-    assert drawn.draw(sources, keys) == wanted
+    assert drawn.generate(sources, keys) == wanted
     spans = set(drawn._graphs)
     assert len(spans) > 2
     drawn.use("torch")  # captured anew at once: the next draw may be beside training
@@ -379,7 +379,7 @@ def test_graphs_draw_what_eager_steps_draw(on_gpu, student):
         maker = make_sampler(on_gpu, settings, max(map(len, sources)), static=static)
         maker.warm_up()
         assert bool(maker._graphs) == (static is None)
-        drawn[static] = maker.draw(sources, keys)
+        drawn[static] = maker.generate(sources, keys)
     cpu = sample(student, sources, keys, settings)
     for other in (drawn[False], cpu):
         assert sum(a == b for a, b in zip(drawn[None], other, strict=True)) >= 0.99 * len(sources)
@@ -416,7 +416,7 @@ def test_fifty_swaps_of_weights_take_no_memory(on_gpu, student, kind, tmp_path):
 
         def draw(swap=swap):
             snapshots.load_into(swap % 2, on_gpu.model)
-            return maker.draw(sources, keys)
+            return maker.generate(sources, keys)
 
         said.append(lane.run(draw).result())
         torch.cuda.synchronize()
