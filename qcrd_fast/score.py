@@ -205,7 +205,7 @@ def score_by_votes(
 def measure(cases: Sequence[Case], scores: Sequence[float]) -> dict[str, Any]:
     """How scores tell right from wrong by the gold answer: AUC, its 95% interval (bootstrap over questions) and calibration;
     `weight_on_right`: of the weights 1 - s that the cases have as negatives, the share on right ones."""
-    from qcrd_fast.discriminator.metrics import judge
+    from qcrd_fast.discriminator.metrics import score_report
 
     rows, counts = [], {"without_gold": 0, "without_answer": 0}
     for case, s in zip(cases, scores, strict=True):
@@ -214,7 +214,7 @@ def measure(cases: Sequence[Case], scores: Sequence[float]) -> dict[str, Any]:
             counts["without_gold" if case.question.gold is None else "without_answer"] += 1
         else:
             rows.append((case.question.id, float(s), right))
-    found = judge([s for _, s, _ in rows], [right for *_, right in rows], [i for i, *_ in rows])
+    found = score_report([s for _, s, _ in rows], [right for *_, right in rows], [i for i, *_ in rows])
     weight = math.fsum(1 - s for _, s, _ in rows)
     on_right = math.fsum(1 - s for _, s, right in rows if right)
     sizes = {"right": found["positives"], "wrong": found["negatives"], "questions": found["questions"]}
@@ -225,7 +225,7 @@ def measure(cases: Sequence[Case], scores: Sequence[float]) -> dict[str, Any]:
 def summarize_scores(scored: Sequence[Question]) -> dict[str, Any]:
     """Means by side, AUC with its interval and calibration of questions that carry scores: right against wrong by the gold
     answer, or, of a rationale where that cannot be told, positive against negative."""
-    from qcrd_fast.discriminator.metrics import judge
+    from qcrd_fast.discriminator.metrics import score_report
 
     rows, of_sides = [], {"positives": list[float](), "negatives": list[float]()}
     for case in (case for q in scored for case in teacher_cases(q)):
@@ -234,7 +234,7 @@ def summarize_scores(scored: Sequence[Question]) -> dict[str, Any]:
             rows.append((case.question.id, float(score), case.positive if right is None else right))
             of_sides["positives" if case.positive else "negatives"].append(float(score))
     means = {f"mean_score_{side}": _mean(values) for side, values in of_sides.items()}
-    found = judge([score for _, score, _ in rows], [right for *_, right in rows], [i for i, *_ in rows])
+    found = score_report([score for _, score, _ in rows], [right for *_, right in rows], [i for i, *_ in rows])
     return means | found | {side: len(values) for side, values in of_sides.items()} | _figures(found, rows)
 
 

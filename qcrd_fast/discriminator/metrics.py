@@ -143,7 +143,7 @@ def platt(logit_R: Any, positive_R: Any, steps: int = 100) -> tuple[float, float
     return slope, float(theta_2[1]) - slope * middle
 
 
-def judge(score_R: Any, positive_R: Any, question_R: Sequence[Any], seed: int = 0) -> dict[str, Any]:
+def score_report(score_R: Any, positive_R: Any, question_R: Sequence[Any], seed: int = 0) -> dict[str, Any]:
     """AUC with its 95 % interval (bootstrap over questions), AUC within questions and calibration, for JSON."""
     value = auc(score_R, positive_R)
     return {

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from qcrd_fast.config import DISCRIMINATOR_LOSSES, TrainConfig
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.discriminator.corruption import augment
-from qcrd_fast.discriminator.metrics import judge
+from qcrd_fast.discriminator.metrics import score_report
 from qcrd_fast.discriminator.model import Discriminator
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.keyed import keyed, own_randomness
@@ -236,7 +236,7 @@ def judge_questions(discriminator: Scorer, questions: Sequence[Question]) -> dic
     """`quality.judge` of the teacher's positives against its negatives, on questions that were best held out."""
     rows = [(q, r.text, right) for q in questions for right, side in ((True, q.positives), (False, q.negatives)) for r in side]
     scores = discriminator.score([(question_text(q), text) for q, text, _ in rows]).tolist()
-    return judge(scores, [right for *_, right in rows], [q.id for q, *_ in rows])
+    return score_report(scores, [right for *_, right in rows], [q.id for q, *_ in rows])
 
 
 def _texts(rationales: Sequence[Any]) -> list[str]:

@@ -14,7 +14,7 @@ from unicodedata import category
 
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import question_text
-from qcrd_fast.discriminator.metrics import judge
+from qcrd_fast.discriminator.metrics import score_report
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.quality.cases import teacher_cases
 from qcrd_fast.quality.judges import JUDGES, make_judge
@@ -265,7 +265,7 @@ def _densities(view: RunView, index: int) -> str:
         for kind, scores in found
     )
     rows = [r for r in stored if r["kind"] in KINDS]
-    told = judge([r["score"] for r in rows], [r["kind"] == KINDS[0] for r in rows], [str(r.get("id")) for r in rows])
+    told = score_report([r["score"] for r in rows], [r["kind"] == KINDS[0] for r in rows], [str(r.get("id")) for r in rows])
     text = "Densities by kind, as in the paper's Fig. 6."
     if not view.scores:
         text += " The student's are its last iteration's negatives."

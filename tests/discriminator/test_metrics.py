@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qcrd_fast.discriminator import metrics
-from qcrd_fast.discriminator.metrics import auc, auc_within, calibration, interval, judge, question_weights
+from qcrd_fast.discriminator.metrics import auc, auc_within, calibration, interval, question_weights, score_report
 
 
 def pairs(score, positive, weight=None):
@@ -31,7 +31,7 @@ def test_auc_counts_pairs_with_ties_and_weights() -> None:
 
 def test_without_a_pair_there_is_no_auc() -> None:
     for score, positive in (([], []), ([0.5], [True]), ([0.2, 0.3], [False, False])):
-        told = judge(score, positive, [str(i) for i in range(len(score))])
+        told = score_report(score, positive, [str(i) for i in range(len(score))])
         assert told["auc"] is None and told["auc_95"] is None and told["auc_within_questions"] is None
         assert told["questions"] == len(score)
 
@@ -43,22 +43,22 @@ def test_the_interval_resamples_whole_questions() -> None:
     rng = np.random.default_rng(1)
     positive, question = rng.random(300) < 0.5, [str(i // 3) for i in range(300)]
     score = rng.random(300) + 0.4 * positive
-    told = judge(score, positive, question)
+    told = score_report(score, positive, question)
     low, high = told["auc_95"]
     assert low < told["auc"] < high and 0.05 < high - low < 0.2
-    assert judge(score, positive, question) == told  # seeded
+    assert score_report(score, positive, question) == told  # seeded
     copied = [q for q in question for _ in range(4)]  # four copies of a rationale tell nothing new: the interval stays
-    again = judge(np.repeat(score, 4), np.repeat(positive, 4), copied)["auc_95"]
+    again = score_report(np.repeat(score, 4), np.repeat(positive, 4), copied)["auc_95"]
     assert again == pytest.approx([low, high], abs=1e-9)
     assert interval([0.5, np.nan]) == [0.5, 0.5] and interval([np.nan]) is None
 
 
 def test_many_rationales_are_resampled_in_chunks(monkeypatch) -> None:
     score, positive, question = np.arange(30) % 7 / 7, np.arange(30) % 2 == 0, [str(i // 2) for i in range(30)]
-    whole = judge(score, positive, question)["auc_95"]
+    whole = score_report(score, positive, question)["auc_95"]
     monkeypatch.setattr(metrics, "MAX_CELLS", 30 * 64)
     assert len(metrics.auc_resampled(score, positive, question, resamples=100)) == 100
-    assert judge(score, positive, question)["auc_95"] == pytest.approx(whole, abs=0.05)
+    assert score_report(score, positive, question)["auc_95"] == pytest.approx(whole, abs=0.05)
 
 
 def test_within_questions_each_question_counts_once() -> None:
