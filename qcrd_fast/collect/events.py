@@ -45,7 +45,7 @@ def assemble(body: bytes) -> dict[str, Any]:
             choices.setdefault(index, _Choice()).add(part)
     if not choices or not all(choice.ended for choice in choices.values()):
         raise ValueError("the events have no end")
-    return {**whole, "choices": [choices[index].whole() for index in sorted(choices)]}
+    return {**whole, "choices": [choices[index].merged() for index in sorted(choices)]}
 
 
 class _Choice:
@@ -68,7 +68,7 @@ class _Choice:
             if part.get(key) is not None:
                 self.own.setdefault(key, []).append(part[key])
 
-    def whole(self) -> dict[str, Any]:
+    def merged(self) -> dict[str, Any]:
         message = {key: _joined(key, values) for key, values in self.message.items()}
         own = {key: _joined(key, values) for key, values in self.own.items()}
         return own | ({"message": message} if message else {})

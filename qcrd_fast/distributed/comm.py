@@ -32,7 +32,7 @@ T = TypeVar("T")
 ERRORS = {error.__name__: error for error in (InputError, RunError)}
 
 
-class Ranks:
+class Comm:
     """The processes of a run. With one alone every method is the identity and nothing is sent."""
 
     def __init__(self, rank: int = 0, size: int = 1):
@@ -43,12 +43,12 @@ class Ranks:
         """Whether this process is the one that writes."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's items: every `size`-th."""
         return items[self.rank :: self.size] if self.size > 1 else items
 
-    def collect(self, own: list[T]) -> list[T]:
-        """All items, in their order, from each rank's results for its `share` of them. The results are JSON values."""
+    def gather_in_order(self, own: list[T]) -> list[T]:
+        """All items, in their order, from each rank's results for its `shard` of them. The results are JSON values."""
         if self.size == 1:
             return own
         parts = self.gather(own)
@@ -75,7 +75,7 @@ class Ranks:
             return [function()]
         return [_value(each) for each in self.gather(_told(function))]
 
-    def on_first(self, function: Callable[[], T]) -> T:
+    def on_rank0(self, function: Callable[[], T]) -> T:
         """What `function` returns on rank 0, a JSON value; where it raises there, every rank raises that."""
         if self.size == 1:
             return function()
@@ -102,7 +102,7 @@ class Ranks:
         return x
 
 
-ALONE = Ranks()
+SINGLE = Comm()
 
 
 def _told(function: Callable[[], Any]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def own_device(name: str) -> str:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
+def process_group(device: torch.device, timeout_s: float) -> Iterator[Comm]:
     """The ranks that torchrun started, this process among them, for as long as the context lasts.
 
     Raises `InputError` where torchrun's variables are incomplete, `RunError` when another rank ends or says nothing for
@@ -151,7 +151,7 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     """
     size = world_size()
     if size == 1:
-        yield ALONE
+        yield SINGLE
         return
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise InputError(f"WORLD_SIZE is {size} but {missing[0]} is not set; start several processes with torchrun")
@@ -160,13 +160,13 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    ranks = Ranks(rank(), size)
-    if not ranks.first:
+    comm = Comm(rank(), size)
+    if not comm.first:
         disable_progress_bar()
     try:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
-        yield ranks
-        ranks.max(0)  # nobody leaves before the last has arrived
+        yield comm
+        comm.max(0)  # nobody leaves before the last has arrived
     except Stopped as error:
         traceback.clear_frames(error.__traceback__)
         _leave()
@@ -178,7 +178,7 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
             raise
         reason = " ".join(str(error).split())[:300]
         raise RunError(
-            f"rank {ranks.rank}: another of the {size} processes has ended or was silent for --ddp-timeout {timeout_s:g} s "
+            f"rank {comm.rank}: another of the {size} processes has ended or was silent for --ddp-timeout {timeout_s:g} s "
             f"({reason}); whole checkpoints are intact, continue with --resume auto"
         ) from error
     _leave()

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qcrd_fast.distributed.comm import ALONE, Ranks
+from qcrd_fast.distributed.comm import SINGLE, Comm
 
 T = TypeVar("T")
 
 
-class Engine:
+class Strategy:
     """How a training pass runs on the ranks: here in one process, the model as it is.
 
     `training(compute)` and `scoring(compute)` call `compute`, with the model's weights whole inside; the loss that `training`
@@ -25,8 +25,8 @@ class Engine:
 
     sharded = False
 
-    def __init__(self, model: Any, ranks: Ranks = ALONE):
-        self.model, self.ranks, self.scale = model, ranks, float(ranks.size)
+    def __init__(self, model: Any, comm: Comm = SINGLE):
+        self.model, self.comm, self.scale = model, comm, float(comm.size)
 
     def training(self, compute: Callable[[], T]) -> T:
         return compute()
@@ -40,12 +40,12 @@ class Engine:
         yield
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         """Inside, the model's parameters are whole on every rank and its forward passes send nothing."""
         yield
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's state dict; to be called within `whole`."""
+        """The model's state dict; to be called within `unsharded`."""
         return self.model.state_dict()  # type: ignore[no-any-return]
 
     def most(self, runs: int) -> int:
@@ -53,18 +53,18 @@ class Engine:
         return runs
 
 
-class Replicated(Engine):
+class DDPStrategy(Strategy):
     """Every rank has the whole model; gradients are averaged over ranks (DistributedDataParallel).
 
     DDP lays out its buckets anew behind the first pass, unless it looks for unused parameters. Three ranks or more add in an
     order that follows the layout, so there it looks: a run that is resumed has another first pass than the unbroken one.
     """
 
-    def __init__(self, model: Any, ranks: Ranks):
-        super().__init__(model, ranks)
+    def __init__(self, model: Any, comm: Comm):
+        super().__init__(model, comm)
         known = inspect.signature(DistributedDataParallel).parameters  # torch renamed the option
         option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        options: dict[str, Any] = {option: False, "find_unused_parameters": ranks.size > 2 or has_unused(model)}
+        options: dict[str, Any] = {option: False, "find_unused_parameters": comm.size > 2 or has_unused(model)}
         self._ddp = DistributedDataParallel(_Pass(model), **options)
 
     def training(self, compute: Callable[[], T]) -> T:
@@ -76,7 +76,7 @@ class Replicated(Engine):
             yield
 
 
-class Sharded(Engine):
+class FSDPStrategy(Strategy):
     """Every rank has a share of each parameter, its gradient and its optimizer state (FSDP2, `fully_shard`).
 
     Each block of the model is gathered for its own call, the rest for the pass. All ranks must run the model equally often.
@@ -84,13 +84,13 @@ class Sharded(Engine):
 
     sharded = True
 
-    def __init__(self, model: Any, ranks: Ranks):
+    def __init__(self, model: Any, comm: Comm):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        super().__init__(model, ranks)
+        super().__init__(model, comm)
         device = next(model.parameters()).device
-        mesh = init_device_mesh(device.type, (ranks.size,))
+        mesh = init_device_mesh(device.type, (comm.size,))
         self._pass = _Pass(model)
         self._units = [*blocks_of(model), self._pass]
         for unit in self._units:
@@ -103,7 +103,7 @@ class Sharded(Engine):
     scoring = training
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         units: list[Any] = [self._root, *self._units[:-1]]
         try:
             for unit in units:
@@ -124,7 +124,7 @@ class Sharded(Engine):
         return found
 
     def most(self, runs: int) -> int:
-        return self.ranks.max(runs)
+        return self.comm.max(runs)
 
 
 class _Pass(nn.Module):
@@ -158,14 +158,14 @@ def has_unused(model: Any) -> bool:
     return unused
 
 
-def make_engine(model: Any, ranks: Ranks, sharded: bool) -> Engine:
+def make_strategy(model: Any, comm: Comm, sharded: bool) -> Strategy:
     """The engine for a model that every rank has loaded; from here on a sharded model runs through it alone."""
-    if ranks.size == 1:
-        return Engine(model)
-    return Sharded(model, ranks) if sharded else Replicated(model, ranks)
+    if comm.size == 1:
+        return Strategy(model)
+    return FSDPStrategy(model, comm) if sharded else DDPStrategy(model, comm)
 
 
-def full(x: Tensor) -> Tensor:
+def unshard(x: Tensor) -> Tensor:
     """A parameter or norm that FSDP2 shards, gathered; every rank has to call it."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[no-any-return]
 

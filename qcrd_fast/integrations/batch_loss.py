@@ -190,12 +190,12 @@ def batch_loss(
 
     @eagerly
     def total(out: ContrastiveOutput, logprob_T: Tensor, sequence_T: Tensor, weight_B: Tensor, kept_B: Any) -> RationaleOutput:
-        def share(weight_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        def loss_terms_of(weight_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             terms = (logprob_T, sequence_T, positive[kept_B], weight_B[kept_B])
             return weighted_rationale_loss(*terms, beta=loss_fn.beta, delta=loss_fn.delta)
 
-        loss_pred = share(weight_B * is_label)[0]
-        loss_cl, loss_pos, loss_neg, _ = share(weight_B * ~is_label)  # Eq. 3, 6, 7
+        loss_pred = loss_terms_of(weight_B * is_label)[0]
+        loss_cl, loss_pos, loss_neg, _ = loss_terms_of(weight_B * ~is_label)  # Eq. 3, 6, 7
         return RationaleOutput(
             loss=settings.alpha_pred * loss_pred + settings.alpha_cl * loss_cl,  # Eq. 8 less a3 L_D
             loss_pred=loss_pred,

@@ -252,14 +252,14 @@ def contrastive_torch(
     zeros = torch.zeros(2 * R, dtype=torch.float64, device=nll_R.device)
     in_R = s_R.where(candidate_R, 0)
 
-    def share(in_R: Tensor, total_R: Tensor) -> Tensor:
+    def per_question(in_R: Tensor, total_R: Tensor) -> Tensor:
         total_R = zeros.scatter_add(0, group_R, total_R.double())[group_R].to(dtype)
         return torch.where(total_R == 0, 0, in_R / total_R)
 
-    weights = {"mean": share(in_R, candidate_R), "wmean": share(in_R, in_R)}
+    weights = {"mean": per_question(in_R, candidate_R), "wmean": per_question(in_R, in_R)}
     if "softmin" in selects:
         soft_R = in_R * torch.exp(((-nll_R - best_R[group_R]) / SOFTMIN_TEMPERATURE).where(candidate_R, 0))
-        weights["softmin"] = share(soft_R, soft_R)
+        weights["softmin"] = per_question(soft_R, soft_R)
     weight_R = pick(weights.get(selects[0], chosen_R), weights.get(selects[1], chosen_R)) / num_questions
 
     term_R, weight_R = hinge_terms(nll_R, positive_R, weight_R, delta)

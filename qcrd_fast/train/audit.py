@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.distributed.comm import ALONE, Ranks
+from qcrd_fast.distributed.comm import SINGLE, Comm
 from qcrd_fast.errors import RunError
 from qcrd_fast.models.lm_head import Head
 from qcrd_fast.ops.checks import product_type
@@ -110,8 +110,8 @@ class Audit:
 class Audits:
     """When a run is audited, and what follows where an audit fails (`--audit-every`, `--on-audit-failure`)."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, ranks: Ranks = ALONE):
-        self.seed, self.on_failure, self.ranks = config.seed, config.on_audit_failure, ranks
+    def __init__(self, config: TrainConfig, device: torch.device, comm: Comm = SINGLE):
+        self.seed, self.on_failure, self.comm = config.seed, config.on_audit_failure, comm
         self.impl = choose_impl(config.impl, device, torch.float32)[0]  # the active one
         self.every = config.audit_every if config.audit_every is not None else EVERY if self.impl == "triton" else 0
         self.failed: str | None = None  # the implementation that this run does not go back to
@@ -126,9 +126,9 @@ class Audits:
         """
         if not self.every or step % self.every:
             return compute(0, None), {}
-        audit = Audit(self.seed, step, self.ranks.rank)
+        audit = Audit(self.seed, step, self.comm.rank)
         result = compute(int(words(self.seed, (step, 0, 0), 1)) % micro_batches, audit)
-        everyone = self.ranks.gather(audit.read())
+        everyone = self.comm.gather(audit.read())
         found = {name: max(each.get(name, 0.0) for each in everyone) for name in sorted({n for e in everyone for n in e})}
         fields: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in found.items()}
         if found.get("audit_budget_used", 0.0) <= 1:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.discriminator.cross_fit import CrossFitTrainer
-from qcrd_fast.distributed.parallel import Engine, like
+from qcrd_fast.distributed.parallel import Strategy, like
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.loading import save_tokenizer
 from qcrd_fast.models.lora import save_model
@@ -108,11 +108,11 @@ class Keeper:
         student: Student,
         optimizer: torch.optim.Optimizer,
         trainer: CrossFitTrainer | None,
-        engine: Engine,
+        strategy: Strategy,
         snapshots: Snapshots | None,
     ):
         self.config, self.run, self.data, self.schedule = config, run, data, schedule
-        self.student, self.optimizer, self.trainer, self.engine = student, optimizer, trainer, engine
+        self.student, self.optimizer, self.trainer, self.strategy = student, optimizer, trainer, strategy
         self.snapshots = snapshots
         self.saved_step: int | None = None
         self._passed_over: set[int] = set()  # steps of checkpoints later than the one that was resumed from
@@ -130,11 +130,11 @@ class Keeper:
             "snapshots": self.snapshots.digests(self._oldest_for(step)) if self.snapshots else {},
             **progress,
         }
-        save_checkpoint(self.run, step, self.student, self.optimizer, self.trainer, state, self.engine)
+        save_checkpoint(self.run, step, self.student, self.optimizer, self.trainer, state, self.strategy)
         self.saved_step = step
         self._passed_over.discard(step)
         at, keep = best["step"] if best else None, self.config.save_total_limit
-        self.engine.ranks.on_first(lambda: checkpoints.rotate(self.run, step, keep, at, self._passed_over))
+        self.strategy.comm.on_rank0(lambda: checkpoints.rotate(self.run, step, keep, at, self._passed_over))
 
     def restore(self, found: Path) -> dict[str, Any]:
         """Put back what a checkpoint holds beside the student's weights, which are loaded already; returns its state."""
@@ -183,33 +183,33 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     trainer: CrossFitTrainer | None,
     state: dict[str, Any],
-    engine: Engine | None = None,
+    strategy: Strategy | None = None,
 ) -> Path:
     """Write checkpoint-`step`; the earlier ones stay untouched if that fails. Raises `RunError` when the disk is full.
 
     Of several ranks all must call it: rank 0 writes, and of a sharded model each its own share of the optimizer's state.
     """
-    engine = engine or Engine(student.model)
-    ranks = engine.ranks
+    strategy = strategy or Strategy(student.model)
+    comm = strategy.comm
     final, temporary = checkpoint_path(run, step), run / f".tmp-checkpoint-{step}"
     moments = {n: t.detach() for n, t in optimizer_tensors(student.model, optimizer).items()}
 
     def write_model() -> None:
         remove_tree(temporary)
         temporary.mkdir()
-        save_model(student.model, temporary, engine.weights())
+        save_model(student.model, temporary, strategy.weights())
         save_tokenizer(student.tokenizer, temporary)
         if trainer is not None:
             save_file({n: t.cpu() for n, t in trainer.tensors().items()}, temporary / DISCRIMINATOR)
 
     def write_optimizer() -> str | None:
-        if not (engine.sharded or ranks.first):
+        if not (strategy.sharded or comm.first):
             return None
         tensors = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in moments.items()}
-        if trainer is not None and ranks.first:
+        if trainer is not None and comm.first:
             own, state["discriminator_optimizer"] = trainer.optimizer_tensors()
             tensors |= {_OWN + name: tensor for name, tensor in own.items()}
-        name = f"optimizer-{ranks.rank + 1:05d}-of-{ranks.size:05d}.safetensors" if engine.sharded else OPTIMIZER
+        name = f"optimizer-{comm.rank + 1:05d}-of-{comm.size:05d}.safetensors" if strategy.sharded else OPTIMIZER
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary / name)
         sync(temporary / name)  # by the machine that wrote it
         return name
@@ -228,12 +228,12 @@ def save_checkpoint(
         sync(run)
 
     try:
-        with engine.whole():
-            ranks.on_first(write_model)
-        shares = {name for name in ranks.together(write_optimizer) if name}
-        ranks.on_first(lambda: finish(shares))
+        with strategy.unsharded():
+            comm.on_rank0(write_model)
+        shares = {name for name in comm.together(write_optimizer) if name}
+        comm.on_rank0(lambda: finish(shares))
     except BaseException as error:
-        if ranks.first:
+        if comm.first:
             remove_tree(temporary)
         if not isinstance(error, OSError | SafetensorError | RunError):  # such as a second signal
             raise

@@ -13,7 +13,7 @@ import torch
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.schema import Question
-from qcrd_fast.distributed.comm import Ranks
+from qcrd_fast.distributed.comm import Comm
 from qcrd_fast.evaluate import accuracy, ask_by_chat_template, explain, predict
 from qcrd_fast.models.student import Student
 from qcrd_fast.runs import checkpoints
@@ -35,15 +35,15 @@ Best = dict[str, Any] | None  # {step, accuracy} of the best checkpoint on valid
 class Evaluation:
     """Answers a run's questions; of several ranks each its share."""
 
-    def __init__(self, config: TrainConfig, run: Path, data: Data, autocast: Callable[[], torch.autocast], ranks: Ranks):
-        self.config, self.run, self.data, self.autocast, self.ranks = config, run, data, autocast, ranks
+    def __init__(self, config: TrainConfig, run: Path, data: Data, autocast: Callable[[], torch.autocast], comm: Comm):
+        self.config, self.run, self.data, self.autocast, self.comm = config, run, data, autocast, comm
         self.questions = data.test or data.validation  # of the end
 
     def predict(self, student: Student, questions: list[Question], zero_shot: bool = False) -> list[dict[str, Any]]:
         """A record a question, as `evaluate.predict` gives them."""
         records = predict(
             student,
-            self.ranks.share(questions),
+            self.comm.shard(questions),
             self.data.task,
             batch_size=self.config.eval_batch_size,
             max_answer_tokens=self.config.max_answer_tokens,
@@ -52,14 +52,14 @@ class Evaluation:
             impl=self.config.impl,
             batch_option="--eval-batch-size",
         )
-        return self.ranks.collect(records)
+        return self.comm.gather_in_order(records)
 
     def validate(self, student: Student) -> tuple[float, str]:
         """(accuracy on the validation questions, 0..1; what is said of it, with two of the student's rationales)."""
         records = self.predict(student, self.data.validation)
         right, unreadable = sum(r["correct"] for r in records), sum(r["prediction"] is None for r in records)
         text = accuracy_text(right, len(records), f", {unreadable} without a readable answer" if unreadable else "")
-        if self.ranks.first and method_of(self.config).teaches_rationales:
+        if self.comm.first and method_of(self.config).teaches_rationales:
             text += "\n" + self._rationales(student, records[:RATIONALES])
         return right / len(records), text
 
@@ -79,7 +79,7 @@ class Evaluation:
         """Point `final` at the best checkpoint of a run that ended behind `step`, and evaluate it and the untrained student, on
         the test set, else on the validation set. `student`: whose device and prompts are taken. `more` is added to the
         results."""
-        chosen = self.ranks.on_first(lambda: self._choose_final(log, best, step))
+        chosen = self.comm.on_rank0(lambda: self._choose_final(log, best, step))
         if chosen["finished"] is not None:
             return dict(chosen["finished"])
         final, best = Path(chosen["path"]), chosen["best"]
@@ -127,13 +127,13 @@ class Evaluation:
                 write_lines(self.run / PREDICTIONS, records)
             write_json(self.run / RESULTS, results)
 
-        self.ranks.on_first(write)
+        self.comm.on_rank0(write)
         return results
 
     def _add_rationales(self, student: Student, records: list[dict[str, Any]]) -> None:
         """Put the student's greedy rationale of each question into its record, whatever the method taught."""
-        said = self._explain(student, self.ranks.share(records), self.config.max_target_length)
-        for record, rationale in zip(records, self.ranks.collect(said), strict=True):
+        said = self._explain(student, self.comm.shard(records), self.config.max_target_length)
+        for record, rationale in zip(records, self.comm.gather_in_order(said), strict=True):
             record["rationale"] = rationale
 
     def _explain(self, student: Student, records: Sequence[dict[str, Any]], max_new_tokens: int) -> list[str]:

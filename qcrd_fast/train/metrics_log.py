@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qcrd_fast.distributed.comm import ALONE, Ranks
+from qcrd_fast.distributed.comm import SINGLE, Comm
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.runs.folder import METRICS
 from qcrd_fast.train.run_text import duration, progress_line
@@ -86,15 +86,15 @@ class MetricsLog:
     `InputError` when the package of `report_to` is not installed.
     """
 
-    def __init__(self, run: Path, report_to: str = "none", ranks: Ranks = ALONE, name: str | None = None):
-        self.path, self.ranks = run / METRICS, ranks
+    def __init__(self, run: Path, report_to: str = "none", comm: Comm = SINGLE, name: str | None = None):
+        self.path, self.comm = run / METRICS, comm
         self._pending: tuple[dict[str, Any], list[str], Tensor, float, list[str], bool] | None = None
-        self._writer = _writer(run, report_to, name) if ranks.first else None
+        self._writer = _writer(run, report_to, name) if comm.first else None
         self.last: dict[str, Any] | None = None  # the latest record that was read, for a person who watches
 
     def cut(self, step: int) -> None:
         """Drop what was logged after `step`, when a run resumes from there."""
-        self.ranks.on_first(lambda: write_lines(self.path, [record for record in self.read() if record["step"] <= step]))
+        self.comm.on_rank0(lambda: write_lines(self.path, [record for record in self.read() if record["step"] <= step]))
 
     def read(self) -> list[dict[str, Any]]:
         """The records that can be read; a damaged line is passed over, with a warning."""
@@ -139,7 +139,7 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; of several ranks the first does, alone."""
-        if not self.ranks.first:
+        if not self.comm.first:
             return
         append_lines(self.path, [record])
         if self._writer:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qcrd_fast.distributed.comm import ALONE, Ranks
+from qcrd_fast.distributed.comm import SINGLE, Comm
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.quality.cases import Case
 from qcrd_fast.runs.folder import negatives_name
@@ -42,8 +42,8 @@ class NegativeStore:
     ids: of the training questions, as `schedule` counts them. kept: iterations before the latest that stay in memory.
     """
 
-    def __init__(self, folder: Path, schedule: Schedule, ids: Sequence[str], ranks: Ranks = ALONE, kept: int = 1):
-        self.folder, self.schedule, self.ranks = folder, schedule, ranks
+    def __init__(self, folder: Path, schedule: Schedule, ids: Sequence[str], comm: Comm = SINGLE, kept: int = 1):
+        self.folder, self.schedule, self.comm = folder, schedule, comm
         self._ids, self._kept = ids, kept
         self._said: dict[int, dict[int, dict[str, Negative]]] = {}  # by iteration and chunk, in the order of the file
 
@@ -60,7 +60,7 @@ class NegativeStore:
             return self._said[iteration]
         self._said = {i: said for i, said in self._said.items() if i >= iteration - self._kept}
         said = self._said[iteration] = {}
-        for record in self.ranks.on_first(lambda: self._read(iteration)):
+        for record in self.comm.on_rank0(lambda: self._read(iteration)):
             if "end" not in record:
                 said.setdefault(record["chunk"], {})[record["id"]] = Negative(
                     record["tokens"], record["text"], record.get("cut", False)
@@ -75,7 +75,7 @@ class NegativeStore:
             for i, n in found.items()
         ]
         end = {"chunk": chunk, "end": len(records), "sha256": digest(records)}
-        self.ranks.on_first(lambda: append_lines(self.path(iteration), [*records, end], durable=True))
+        self.comm.on_rank0(lambda: append_lines(self.path(iteration), [*records, end], durable=True))
 
     def cut(self, iteration: int) -> None:
         """Forget what was said in later iterations than this one; -1: everything. A run that goes on from here may be another:
@@ -87,7 +87,7 @@ class NegativeStore:
                 if number.isdecimal() and int(number) > iteration:
                     path.unlink()
 
-        self.ranks.on_first(remove)
+        self.comm.on_rank0(remove)
 
     def _read(self, iteration: int) -> list[dict[str, Any]]:
         """The records of an iteration's whole chunks; the file is cut behind them."""

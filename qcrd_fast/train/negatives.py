@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.distributed.comm import ALONE, Ranks
+from qcrd_fast.distributed.comm import SINGLE, Comm
 from qcrd_fast.generation.engine import Sampler, SampleSettings
 from qcrd_fast.generation.hf_generate import GenerateSampler
 from qcrd_fast.generation.sample import make_sampler
@@ -68,7 +68,7 @@ class LaggedNegatives:
         config: TrainConfig,
         autocast: Callable[[], torch.autocast],
         lane: Lane | None = None,
-        ranks: Ranks = ALONE,
+        comm: Comm = SINGLE,
         answers: StudentAnswers | None = None,
     ):
         self.answers = answers
@@ -85,13 +85,13 @@ class LaggedNegatives:
         self.lane = lane or Lane("serial", torch.device("cpu"))
         self.wait_s = self.busy_s = 0.0  # the caller waited; drawing took
         self.tokens = 0
-        self.ranks = ranks
+        self.comm = comm
         self._student = student
         self._sampler: Sampler | GenerateSampler | None = None
         self._loaded: int | None = None
         self._stop = threading.Event()
         self._ahead: dict[tuple[int, int], Future[_Drawn]] = {}
-        self.store = NegativeStore(folder, schedule, [q.id for q in questions], ranks, kept=1 + AHEAD)
+        self.store = NegativeStore(folder, schedule, [q.id for q in questions], comm, kept=1 + AHEAD)
 
     def source_iteration(self, iteration: int) -> int:
         """Whose snapshot speaks in an iteration."""
@@ -145,7 +145,7 @@ class LaggedNegatives:
             drawn = self._draw(iteration, chunk).result()
             self.wait_s += time.perf_counter() - started
             self.busy_s += drawn.seconds
-            tokens = self.ranks.collect(drawn.tokens)
+            tokens = self.comm.gather_in_order(drawn.tokens)
             self.tokens += sum(map(len, tokens))
             asked = self._asked(iteration, chunk)
             eos = self._student.tokenizer.eos_token_id
@@ -206,7 +206,7 @@ class LaggedNegatives:
         if self._loaded != source:
             self.snapshots.load_into(source, sampler.student.model)
             self._loaded = source
-        asked = self.ranks.share(self._asked(iteration, chunk))
+        asked = self.comm.shard(self._asked(iteration, chunk))
         keys = [key_words(self.config.seed, q.id) for q in asked]
         tokens = sampler.generate([q.source for q in asked], keys, iteration=iteration, stop=self._stop) if asked else []
         return _Drawn(tokens, time.perf_counter() - started)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.distributed.parallel import Engine
+from qcrd_fast.distributed.parallel import Strategy
 from qcrd_fast.errors import RunError
 from qcrd_fast.losses import ContrastiveOutput, contrastive_loss, weighted_rationale_loss
 from qcrd_fast.models.lm_head import eval_mode
@@ -66,10 +66,10 @@ class Objective:
         judges: Judges | None,
         autocast: Callable[[], torch.autocast],
         warmup_steps: int = 0,
-        engine: Engine | None = None,
+        strategy: Strategy | None = None,
     ):
         self.student, self.config, self.judges, self.autocast = student, config, judges or Judges(), autocast
-        self.engine = engine or Engine(student.model)
+        self.strategy = strategy or Strategy(student.model)
         self.warmup_steps = warmup_steps
         self.audit: Audit | None = None  # what watches the passes of the next step
         self.method = method_of(config)
@@ -87,7 +87,7 @@ class Objective:
     ) -> tuple[dict[str, Tensor], Counter[str]]:
         """`weight` multiplies the loss; 0 is for the stand-in of a rank that has no question in a micro-batch."""
         stats: Counter[str] = Counter()
-        training = self.engine.training
+        training = self.strategy.training
         if self.method.contrastive and self.config.forward == "joint":
             losses = training(lambda: self._joint(batch, lagged, num_questions, iteration, stats))
         elif self.method.mutual_information:
@@ -96,7 +96,7 @@ class Objective:
             weighted = self._weigh(batch, lagged, num_questions, step, iteration, stats)
             losses = training(lambda: self._train(batch, weighted, num_questions, stats))
         if losses["loss"].requires_grad:
-            (losses["loss"] * (weight * self.engine.scale)).backward()
+            (losses["loss"] * (weight * self.strategy.scale)).backward()
         return {name: weight * value.detach() for name, value in losses.items()}, stats if weight else Counter()
 
     # Weights
@@ -138,11 +138,11 @@ class Objective:
         chosen = Weighted([], [], [], self.config.beta, self.config.delta)
         sources, targets, scored = [e.explain for e in batch], [c.tokens for c in candidates], question
         if not candidates:
-            if not self.engine.sharded:
+            if not self.strategy.sharded:
                 return chosen
             targets, scored = [batch[0].label], [0]  # as many passes as the other ranks run
         with torch.no_grad(), eval_mode(self.student.model):
-            packed, logprob_T = self.engine.scoring(lambda: self.score(sources, targets, scored, stats))
+            packed, logprob_T = self.strategy.scoring(lambda: self.score(sources, targets, scored, stats))
         if not candidates:
             return chosen
         out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)
@@ -203,7 +203,7 @@ class Objective:
         return score_R
 
     def _shared_by_quality(self, share: float, example: Example, stats: Counter[str]) -> list[float]:
-        """`share` dealt to a question's positives by their quality, so that the question counts as before; nothing where every
+        """`part_of_loss` dealt to a question's positives by their quality, so that the question counts as before; nothing where every
         quality is 0."""
         quality_R = self._quality([example], list(example.positives), [0] * len(example.positives))
         assert quality_R is not None
@@ -255,10 +255,10 @@ class Objective:
                 dlogprob_T = (-dnll_R / torch.bincount(packed.segment, minlength=len(nll_R)))[packed.segment]
                 self.audit.watch(packed.hidden, head, packed.target, logprob_T, loss, dlogprob_T)
 
-        def share(which_R: Tensor) -> Tensor:
+        def part_of_loss(which_R: Tensor) -> Tensor:
             return loss_terms(nll_R, positive_R, weight_R * which_R, weighted.beta, weighted.delta)[0]
 
-        return {"loss": loss, "loss_pred": share(is_label_R), "loss_cl": share(~is_label_R)}
+        return {"loss": loss, "loss_pred": part_of_loss(is_label_R), "loss_cl": part_of_loss(~is_label_R)}
 
     def _label_targets(
         self, batch: Sequence[Example], num_questions: int
@@ -281,7 +281,7 @@ class Objective:
         labels = self._train(batch, Weighted([], [], []), num_questions, stats)
         candidates, question = _candidates(batch, lagged)
         if not candidates:
-            if self.engine.sharded:  # as many passes as the other ranks run
+            if self.strategy.sharded:  # as many passes as the other ranks run
                 idle_T = self.score([batch[0].explain], [batch[0].label], [0], stats)[1]
                 labels["loss"] = labels["loss"] + 0.0 * idle_T.sum()
             return labels

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qcrd_fast.distributed.comm import ALONE, Ranks
-from qcrd_fast.distributed.parallel import full
+from qcrd_fast.distributed.comm import SINGLE, Comm
+from qcrd_fast.distributed.parallel import unshard
 from qcrd_fast.errors import RunError
 from qcrd_fast.runs.folder import snapshot_name
 from qcrd_fast.utils.files import disk_space_text, sha256, sync
@@ -31,8 +31,8 @@ class Snapshots:
     and all of them wait for it.
     """
 
-    def __init__(self, folder: Path, in_memory: int = 0, ranks: Ranks = ALONE):
-        self.folder, self.in_memory, self.ranks = folder, in_memory, ranks
+    def __init__(self, folder: Path, in_memory: int = 0, comm: Comm = SINGLE):
+        self.folder, self.in_memory, self.comm = folder, in_memory, comm
         self._known: dict[int, str] = {}  # sha256 by iteration
         self._ring: dict[int, tuple[Weights, Any]] = {}  # weights on the host, and the event after their copy
         self._spare: list[Weights] = []  # host buffers whose snapshot has left the ring
@@ -66,7 +66,7 @@ class Snapshots:
         the device and goes on; a stream of its own moves the copy to the host."""
         self.wait()
         device = next(model.parameters()).device
-        weights = {n: full(p.detach()).to(torch.bfloat16, copy=True) for n, p in model.named_parameters()}
+        weights = {n: unshard(p.detach()).to(torch.bfloat16, copy=True) for n, p in model.named_parameters()}
         arrived = None
         if device.type == "cuda":
             weights, arrived = self._to_host(weights, device)
@@ -74,8 +74,8 @@ class Snapshots:
             self._ring[iteration] = weights, arrived
             for old in sorted(self._ring)[: -self.in_memory]:
                 self._spare.append(self._ring.pop(old)[0])
-        if self.ranks.size > 1:
-            self._known[iteration] = self.ranks.on_first(lambda: self._write(iteration, weights, arrived))
+        if self.comm.size > 1:
+            self._known[iteration] = self.comm.on_rank0(lambda: self._write(iteration, weights, arrived))
         else:
             self._writing[iteration] = self._writer.submit(self._write, iteration, weights, arrived)
 
@@ -133,7 +133,7 @@ class Snapshots:
 
     def prune(self, oldest: int, keep_initial: bool) -> None:
         """Delete what no iteration from `oldest` on can ask for. Of several ranks the first does."""
-        for path in self.folder.glob("iteration-*.safetensors") if self.ranks.first else ():
+        for path in self.folder.glob("iteration-*.safetensors") if self.comm.first else ():
             number = path.stem.removeprefix("iteration-")
             if number.isdecimal() and int(number) < oldest and not (keep_initial and int(number) == 0):
                 path.unlink()

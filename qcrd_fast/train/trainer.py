@@ -18,8 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from qcrd_fast.config import SPELLED_OUT, TrainConfig
 from qcrd_fast.discriminator.cross_fit import Check, CrossFitTrainer, build_judge
-from qcrd_fast.distributed.comm import ALONE, Ranks, joined, own_device
-from qcrd_fast.distributed.parallel import Engine, full, make_engine
+from qcrd_fast.distributed.comm import SINGLE, Comm, own_device, process_group
+from qcrd_fast.distributed.parallel import Strategy, make_strategy, unshard
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.models.lora import add_lora, find_target_modules, load_adapter
 from qcrd_fast.models.model_folder import count_parameters
@@ -90,23 +90,23 @@ def train(
     if device.type == "cuda" and (parameters := count_parameters(Path(str(config.student)))):
         require_memory(config, parameters, torch.cuda.mem_get_info(device)[0], str(device))
     if run is None:
-        return _train(config.resolved(), None, device, ALONE, data)
+        return _train(config.resolved(), None, device, SINGLE, data)
     with (
-        joined(device, config.ddp_timeout) as ranks,
+        process_group(device, config.ddp_timeout) as comm,
         deterministic(config.deterministic),
         threads_kept(),
         explaining_oom(for_weights(config)),
     ):
         # of a run that is resumed, those that it began with
-        spelled = ranks.on_first(lambda: {name: getattr(run.config, name) for name in SPELLED_OUT})
-        return _train(dataclasses.replace(config, **spelled), run, device, ranks, data, judges, make_objective)
+        spelled = comm.on_rank0(lambda: {name: getattr(run.config, name) for name in SPELLED_OUT})
+        return _train(dataclasses.replace(config, **spelled), run, device, comm, data, judges, make_objective)
 
 
 def _train(
     config: TrainConfig,
     run: RunFolder | None,
     device: torch.device,
-    ranks: Ranks,
+    comm: Comm,
     data: Data | None,
     judges: Judges | None = None,
     make_objective: Callable[..., Objective] = Objective,
@@ -122,7 +122,7 @@ def _train(
     log.info("%d training, %d validation, %d test questions; task %s; %d steps, %d an iteration; dropped %d that are tested",
              len(data.train), len(data.validation), len(data.test), data.task, schedule.total_steps,
              schedule.iteration_steps, data.dropped)  # fmt: skip
-    found = ranks.on_first(lambda: resume_point(config, run.path, schedule)) if run and config.resume else None
+    found = comm.on_rank0(lambda: resume_point(config, run.path, schedule)) if run and config.resume else None
     prompts = PromptSettings.from_option(
         config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt
     )
@@ -141,20 +141,20 @@ def _train(
         log.info("this run (--method %s) does not use %s", config.method, ", ".join(unused))
     resumed = Path(found) if found else None
     choose_threads(device, sum(p.numel() for p in student.model.parameters()))
-    session = Session(config, run.path, data, schedule, student, examples, ranks, resumed, judges, make_objective)
+    session = Session(config, run.path, data, schedule, student, examples, comm, resumed, judges, make_objective)
     try:
         if found:
             session.restore(Path(found))
         if not session.ended:
-            ranks.on_first(lambda: session.keeper.require_room(session.step))
-        ranks.on_first(run.write_config)
+            comm.on_rank0(lambda: session.keeper.require_room(session.step))
+        comm.on_rank0(run.write_config)
         log.info("%s", session.describe())
         if not found:
             session.cut(0)
             log.info("%s", session.example())
         with StopSignals() as stop, _no_bars_of_transformers():
             session.loop(stop)
-            if signum := ranks.max(stop.signum):
+            if signum := comm.max(stop.signum):
                 raise Stopped(signum)
         with _no_bars_of_transformers():
             return session.finish()
@@ -189,16 +189,16 @@ class Session:
         schedule: Schedule,
         student: Student,
         examples: list[Example],
-        ranks: Ranks = ALONE,
+        comm: Comm = SINGLE,
         found: Path | None = None,
         judges: Judges | None = None,
         make_objective: Callable[..., Objective] = Objective,
     ):
-        self.config, self.run, self.data, self.schedule, self.ranks = config, run, data, schedule, ranks
+        self.config, self.run, self.data, self.schedule, self.comm = config, run, data, schedule, comm
         self.student, self.examples = student, examples
         self.autocast = make_autocast(student.device, config.bf16)
-        self.evaluation = Evaluation(config, run, data, self.autocast, ranks)
-        self.log = MetricsLog(run, config.report_to, ranks, config.run_name)
+        self.evaluation = Evaluation(config, run, data, self.autocast, comm)
+        self.log = MetricsLog(run, config.report_to, comm, config.run_name)
         self.trainer: CrossFitTrainer | None = None
         self.check: Check | None = None  # of the discriminator, the last one
         if has_discriminator(config) and judges is None:
@@ -209,26 +209,26 @@ class Session:
             if found:
                 load_adapter(found, student.model)
         on_gpu = student.device.type == "cuda"
-        self.snapshots = Snapshots(run / SNAPSHOTS, config.negative_lag + 3 if on_gpu else 0, ranks)
+        self.snapshots = Snapshots(run / SNAPSHOTS, config.negative_lag + 3 if on_gpu else 0, comm)
         self.lagged: LaggedNegatives | None = None
         if samples_student(config):
             asked = [Asked(e.id, e.explain) for e in examples]
             lane = Lane(choose_overlap(config, student.device), student.device)
             self.lagged = LaggedNegatives(
-                student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, lane, ranks,
+                student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, lane, comm,
                 StudentAnswers(data.train, schedule, student.tokenizer.eos_token_id),
             )  # fmt: skip
         if config.gradient_checkpointing:
             checkpoint_activations(student.model)
-        self.engine = self._share_model()
+        self.strategy = self._share_model()
         self.optimizer = _adamw(student.model, config)
         snapshots = self.snapshots if self.lagged else None
-        self.keeper = Keeper(config, run, data, schedule, student, self.optimizer, self.trainer, self.engine, snapshots)
+        self.keeper = Keeper(config, run, data, schedule, student, self.optimizer, self.trainer, self.strategy, snapshots)
         warmup = round(config.redi_warmup * schedule.total_steps)
         if judges is None:
             judges = make_judges(config, data.train, self.trainer.discriminator if self.trainer else None)
-        self.objective = make_objective(student, config, judges, self.autocast, warmup, self.engine)
-        self.audits = Audits(config, student.device, ranks)
+        self.objective = make_objective(student, config, judges, self.autocast, warmup, self.strategy)
+        self.audits = Audits(config, student.device, comm)
         self.step = 0  # optimizer steps done
         self.best: Best = None
         self.stale = 0  # validations in a row that were no better than the best
@@ -238,14 +238,14 @@ class Session:
         if config.forward == "joint" and _has_dropout(student.model):
             log.warning("--forward joint scores with dropout on; the two-pass default scores without")
 
-    def _share_model(self) -> Engine:
-        if self.config.fsdp and self.ranks.size > 1:  # what needs the model in one piece comes first
+    def _share_model(self) -> Strategy:
+        if self.config.fsdp and self.comm.size > 1:  # what needs the model in one piece comes first
             _ = self.config.shared_prompts and self.student.sharing
             if self.lagged:
                 self.lagged.prepare()
-        engine = make_engine(self.student.model, self.ranks, self.config.fsdp)
-        self.student.most = engine.most
-        return engine
+        strategy = make_strategy(self.student.model, self.comm, self.config.fsdp)
+        self.student.most = strategy.most
+        return strategy
 
     def describe(self) -> str:
         """What is trained, where and for how long, on one line."""
@@ -288,7 +288,7 @@ class Session:
             self.lagged.prepare()
         if self.step == 0 and self.trainer:
             self._pretrain_discriminator(stop)
-        with contextlib.closing(Progress(self.schedule.total_steps, self.step, shown=self.ranks.first)) as progress:
+        with contextlib.closing(Progress(self.schedule.total_steps, self.step, shown=self.comm.first)) as progress:
             self._steps(progress, stop)
         self._warn_of_idle_negatives(self.schedule.iteration(self.step - 1))
         if self.step < self.schedule.total_steps:
@@ -310,7 +310,7 @@ class Session:
                 self._save()
             elif done or self.step % self.schedule.save_steps == 0:
                 self._save()
-            if signum := self.ranks.max(stop.signum):  # also after the last step: a resume evaluates
+            if signum := self.comm.max(stop.signum):  # also after the last step: a resume evaluates
                 self._save()
                 raise Stopped(signum)
         progress.last(self.log.last)
@@ -326,17 +326,17 @@ class Session:
         agreeing = [n for n in drawn if n.case and n.case.agrees]
         if self.config.agreeing_negatives == "drop":
             lagged = {i: n for i, n in lagged.items() if not (n.case and n.case.agrees)}
-        batches = self.schedule.micro_batches(step, self.ranks.rank)
+        batches = self.schedule.micro_batches(step, self.comm.rank)
 
         def compute(watched: int, audit: Audit | None) -> tuple[dict[str, torch.Tensor], Counter[str]]:
             losses: dict[str, torch.Tensor] = {}
             counts: Counter[str] = Counter()
             for micro, rows in enumerate(batches):
                 # dropout, a function of the step and the rank alone
-                torch.manual_seed(seed_from(self.config.seed, step, micro * self.ranks.size + self.ranks.rank))
+                torch.manual_seed(seed_from(self.config.seed, step, micro * self.comm.size + self.comm.rank))
                 batch = [self.examples[i] for i in rows or questions[:1]]
                 self.objective.audit = audit if micro == watched else None
-                with self.engine.accumulating(last=micro == len(batches) - 1):
+                with self.strategy.accumulating(last=micro == len(batches) - 1):
                     try:
                         terms, stats = self.objective.step(batch, lagged, len(questions), step, iteration, 1.0 if rows else 0.0)
                     except RunError as error:
@@ -347,12 +347,12 @@ class Session:
             return losses, counts
 
         (losses, counts), audited = self.audits.run(step, len(batches), compute, self._fall_back)
-        counts = sum(map(Counter, self.ranks.gather(counts)), Counter())
+        counts = sum(map(Counter, self.comm.gather(counts)), Counter())
         ids = [self.examples[i].id for i in questions]
         if self.trainer and counts["weighed"] and not counts["weight"]:
             raise RunError(f"step {step + 1}: the discriminator weighs every rationale with 0; questions {', '.join(ids)}")
-        losses = dict(zip(losses, self.ranks.sum(torch.stack(list(losses.values()))), strict=True))
-        norm = full(torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf))
+        losses = dict(zip(losses, self.comm.sum(torch.stack(list(losses.values()))), strict=True))
+        norm = unshard(torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf))
         lr = self.schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -444,7 +444,7 @@ class Session:
         steps = min(self.config.discriminator_pretrain_steps, 10 * self.schedule.total_steps)
 
         def check(_: int) -> None:
-            if signum := self.ranks.max(stop.signum):  # nothing is trained yet, so nothing is lost
+            if signum := self.comm.max(stop.signum):  # nothing is trained yet, so nothing is lost
                 raise Stopped(signum)
 
         if steps:
@@ -471,7 +471,7 @@ class Session:
             found = trainer.check(self.data.train, self.data.validation)
             return {"check": found.to_dict(), "platt": trainer.discriminator.platt}
 
-        told = self.ranks.on_first(check)  # ranks whose GPUs round otherwise must not decide otherwise
+        told = self.comm.on_rank0(check)  # ranks whose GPUs round otherwise must not decide otherwise
         self.check = Check(**told["check"])
         trainer.discriminator.platt = told["platt"] and [(slope, offset) for slope, offset in told["platt"]]
         log.info("discriminator, %s: %s", when, self.check.text)
@@ -492,7 +492,7 @@ class Session:
 
     def _validate(self) -> None:
         self.log.flush()
-        with self.engine.whole():
+        with self.strategy.unsharded():
             value, text = self.evaluation.validate(self.student)
         if self.best is None or value > self.best["accuracy"]:
             self.best, self.stale = {"step": self.step, "accuracy": value}, 0
@@ -517,7 +517,7 @@ class Session:
         if self.lagged:
             self.lagged.store.cut(self.schedule.iteration(step) if step else -1)
         if not self.ended:
-            self.ranks.on_first(lambda: (self.run / RESULTS).unlink(missing_ok=True))
+            self.comm.on_rank0(lambda: (self.run / RESULTS).unlink(missing_ok=True))
 
     def restore(self, found: Path) -> None:
         """Continue from a checkpoint; the student's weights are loaded already."""
