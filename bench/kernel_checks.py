@@ -63,7 +63,10 @@ def find_checks(sizes: Sizes) -> list[Check]:
     """All of them, those that most depends on first."""
     every = dict(bias=True, scale=0.3, softcap=1.5, temperature=1.4)
     T, H, V = sizes
-    logprob, kept = ("forward_kernel", "combine_kernel", "da_kernel"), ("forward_kernel", "combine_kernel", "kept_kernel")
+    logprob, kept = (
+        ("forward_kernel", "combine_kernel", "dlogits_kernel"),
+        ("forward_kernel", "combine_kernel", "dlogits_from_saved"),
+    )
     drawn = ("product_kernel", "select_kernel", "gather_kernel", "pick_kernel")
     whole, few = Sizes(T, 128, 256), Sizes(40, H, V)
     half, fewer = Sizes(T // 2, H, V), Sizes(T // 25, H, V)

@@ -203,7 +203,7 @@ def count(code: Code) -> Counts | None:
         return None
     _, step, product = best
     loop = set(range(len(after)))
-    if code.kernel != "da_kernel":
+    if code.kernel != "dlogits_kernel":
         loop = _reach([product], after).keys() & _reach([product], before).keys()
     else:
         loop = set(_reach([0], after))
@@ -230,7 +230,7 @@ class Variant(NamedTuple):
     top_k: int = 0
 
 
-FORWARD, BOTH = ("forward_kernel",), ("forward_kernel", "da_kernel")
+FORWARD, BOTH = ("forward_kernel",), ("forward_kernel", "dlogits_kernel")
 EVERY: dict[str, Any] = dict(bias=True, options=(0.3, 30.0, 1.4))
 WIDE: dict[str, Any] = dict(H=4096, V=128256)
 VARIANTS = [
@@ -254,7 +254,7 @@ VARIANTS = [
     Variant("top-k", ("product_kernel", "select_kernel", "gather_kernel", "pick_kernel"), rows=256, top_k=50),
     Variant("top-k, 262144 entries", ("select_kernel",), rows=256, top_k=50, V=262144),
 ]
-SMALL_KERNELS = ("combine_kernel", "kept_kernel", "mean_kernel", "question_kernel", "backward_kernel")
+SMALL_KERNELS = ("combine_kernel", "dlogits_from_saved", "mean_kernel", "question_kernel", "backward_kernel")
 
 
 def launch_variant(variant: Variant) -> None:

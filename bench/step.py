@@ -27,9 +27,9 @@ from qcrd_fast.losses import contrastive_loss
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.examples import Candidate, Example
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.train.negatives import Asked, LaggedNegatives
+from qcrd_fast.train.negatives import LaggedNegatives, SamplingPrompt
 from qcrd_fast.train.objective import Objective
-from qcrd_fast.train.overlap import Lane, choose_overlap
+from qcrd_fast.train.overlap import SamplingWorker, choose_overlap
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.utils.device import make_autocast
@@ -48,7 +48,18 @@ ARMS = (*OVERLAPS, "given", "hf", "hf given", *(f"hf-{name} given" for name in F
 TARGET_TOKENS, PROMPT_TOKENS, LABEL_TOKENS = (48, 144), (24, 96), (2, 6)
 DELTA = 1e3  # every hinge active, as random weights find everything unlikely
 WARM_STEPS = 2  # before each timing: the lane is filled
-MEASURED = ("status", "step_ms", "ms_p20", "ms_p80", "sampling_ms", "hidden_share", "of_longest", "of_hf", "loss", "peak_mib")
+MEASURED = (
+    "status",
+    "step_ms",
+    "ms_p20",
+    "ms_p80",
+    "sampling_ms",
+    "overlap_fraction",
+    "of_longest",
+    "of_hf",
+    "loss",
+    "peak_mib",
+)
 
 log = logging.getLogger("qcrd_fast.bench")
 
@@ -132,12 +143,12 @@ class Ours(Arm):
         self.objective = Objective(self.student, self.config, None, self.autocast)
         self.lagged: LaggedNegatives | None = None
         if kind != "given":
-            lane = Lane(choose_overlap(self.config, device), device)
+            worker = SamplingWorker(choose_overlap(self.config, device), device)
             folder.mkdir()
             self.snapshots = Snapshots(folder / "snapshots", in_memory=4 if device.type == "cuda" else 0)
-            asked = [Asked(e.id, e.explain) for e in self.examples]
+            asked = [SamplingPrompt(e.id, e.explain) for e in self.examples]
             self.lagged = LaggedNegatives(
-                self.student, asked, self.schedule, self.snapshots, folder / "negatives", self.config, self.autocast, lane
+                self.student, asked, self.schedule, self.snapshots, folder / "negatives", self.config, self.autocast, worker
             )
             self.lagged.prepare()
 
@@ -159,7 +170,7 @@ class Ours(Arm):
 
     def rest(self) -> None:
         if self.lagged:
-            for begun in list(self.lagged._ahead.values()):
+            for begun in list(self.lagged._prefetched.values()):
                 begun.result()
 
     def close(self) -> None:
@@ -372,14 +383,14 @@ def check_losses(rows: list[dict[str, Any]]) -> None:
 
 
 def summarise(rows: list[dict[str, Any]]) -> None:
-    """hidden_share: of serial sampling's time, how much the step no longer shows; of_longest: over the longer of training
+    """overlap_fraction: of serial sampling's time, how much the step no longer shows; of_longest: over the longer of training
     alone and sampling alone; of_hf: the plain implementation's time over this one's, negatives given or not alike."""
     by_arm = {row["arm"]: row for row in rows if "step_ms" in row}
     training, serial = by_arm.get("given"), by_arm.get("serial")
     for name, row in by_arm.items():
         if training and serial and name in OVERLAPS:
             sampling = serial["sampling_ms"]
-            row["hidden_share"] = max(0.0, min(1.0, (training["step_ms"] + sampling - row["step_ms"]) / sampling))
+            row["overlap_fraction"] = max(0.0, min(1.0, (training["step_ms"] + sampling - row["step_ms"]) / sampling))
             row["of_longest"] = row["step_ms"] / max(training["step_ms"], sampling)
         plain = by_arm.get("hf given" if name.endswith("given") else "hf")
         row["of_hf"] = plain["step_ms"] / row["step_ms"] if plain else None
@@ -402,7 +413,7 @@ def as_text(results: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            "hidden_share: of serial sampling's time, how much the step no longer shows",
+            "overlap_fraction: of serial sampling's time, how much the step no longer shows",
             "of_longest: over the longer of training alone (given) and sampling alone",
             "of_hf: the plain implementation's time over this one's, both with negatives given or both without",
         ]

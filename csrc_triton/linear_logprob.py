@@ -147,7 +147,7 @@ def combine_kernel(
 
 
 @triton.jit(do_not_specialize=["S"])
-def da_kernel(
+def dlogits_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, lse_ptr, onehot_ptr, prob_ptr, problog_ptr, da_ptr,
     S, V, H, first_col, last_col, pitch, scale, inverse_softcap, slope,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -189,11 +189,11 @@ def da_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def kept_kernel(
+def dlogits_from_saved(
     kept_ptr, kept_max_ptr, target_ptr, lse_ptr, onehot_ptr, prob_ptr, T, V, pitch, slope,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program: what `forward_kernel` kept of BLOCK_T rows and a tile becomes d loss / d a, in place, as in `da_kernel`."""
+    """One program: what `forward_kernel` kept of BLOCK_T rows and a tile becomes d loss / d a, in place, as in `dlogits_kernel`."""
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     tile = tl.program_id(1)
     cols_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -309,7 +309,7 @@ def backward_kept(
         da_TV = hidden_TH.new_empty((0, V))
     else:
         onehot_T = dlogprob_T / temperature
-        kept_kernel[(triton.cdiv(T, 32), len(kept.max_NT))](
+        dlogits_from_saved[(triton.cdiv(T, 32), len(kept.max_NT))](
             kept.exp_TV, kept.max_NT, target_T.contiguous(), lse_T, onehot_T, -onehot_T,
             T, V, kept.exp_TV.shape[1], scalar_args(bias_V, options)[2], BLOCK_T=32, BLOCK_V=kept.block_v, **LAUNCH,
         )  # fmt: skip
@@ -363,7 +363,7 @@ def backward(
     for first in range(0, V, C):
         last = min(first + C, V)
         if S:
-            da_kernel[(triton.cdiv(S, tile.block_t), triton.cdiv(last - first, tile.block_v))](
+            dlogits_kernel[(triton.cdiv(S, tile.block_t), triton.cdiv(last - first, tile.block_v))](
                 *operand_args(hidden_SH, weight_VH, tile), bias_V, *rows, da_SC,
                 S, V, H, first, last, C, *scalar_args(bias_V, options),
                 **flags, **shape_of(tile, V, H, hidden_SH.device), HAS_PROBLOG=coefficients[2] is not None,

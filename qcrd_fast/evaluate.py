@@ -20,7 +20,7 @@ from qcrd_fast.models.loading import read_config
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
-from qcrd_fast.runs.checkpoints import require_whole
+from qcrd_fast.runs.checkpoints import verify_checkpoint
 from qcrd_fast.runs.folder import CONFIG, MANIFEST, PREDICTIONS, RESULTS
 from qcrd_fast.runs.load import find_model, find_state, load_student
 from qcrd_fast.utils.config_files import read_object, read_options
@@ -219,7 +219,7 @@ def plan_answers(
     _check_tasks(run_or_model, reasoning, zero_shot)
     _, questions = _with_answers(data, task, on_bad_row)
     name = base_model(run_or_model) if zero_shot else find_model(run_or_model)
-    require_whole(Path(name))
+    verify_checkpoint(Path(name))
     read_config(name, "student")
     return {"would_answer": len(questions), "model": name, "predictions": str(folder / PREDICTIONS)}
 

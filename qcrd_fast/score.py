@@ -277,11 +277,11 @@ def train_alone(model: str, questions: Sequence[Question], config: TrainConfig, 
     trainer.set_alpha(1.0)
     steps, all_steps = config.discriminator_pretrain_steps, config.discriminator_pretrain_steps * config.folds
 
-    def said(step: int) -> None:
+    def log_step(step: int) -> None:
         if (step + 1) % 50 == 0 or step + 1 == all_steps:
             log.info("discriminator: step %d of %d", step + 1, all_steps)
 
-    loss = trainer.pretrain(train, steps, said)
+    loss = trainer.pretrain(train, steps, log_step)
     if loss is None:
         raise InputError("--train: no question has a positive rationale, and a negative or --discriminator-augment to make one")
     check = trainer.check(train, test)

@@ -164,12 +164,12 @@ def make_mask_mod(layout: Layout, window: int | None = None) -> Callable[[Tensor
     """
     group, part, position = layout.group_BL, layout.part_BL, layout.position_BL
 
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         same = (part[b, k] == 0) | (part[b, k] == part[b, q])
         seen = (k <= q) & (group[b, k] == group[b, q]) & same
         return seen if window is None else seen & (position[b, q] - position[b, k] < window)
 
-    return sees
+    return mask_mod
 
 
 def dense_mask(layout: Layout, window: int | None, dtype: torch.dtype) -> Tensor:

@@ -40,14 +40,14 @@ def latest_checkpoint(run: Path, resume: bool = False) -> Path | None:
     With `resume`, the snapshots that it needs must be whole too.
     """
     for checkpoint in checkpoints(run):
-        fault = find_fault(checkpoint, run if resume else None)
+        fault = find_corruption(checkpoint, run if resume else None)
         if fault is None:
             return checkpoint
         log.warning("%s is damaged (%s); trying an earlier one", checkpoint, fault)
     return None
 
 
-def find_fault(checkpoint: Path, run: Path | None = None) -> str | None:
+def find_corruption(checkpoint: Path, run: Path | None = None) -> str | None:
     """What is wrong with a checkpoint (and with the snapshots in `run` that it needs), naming the file; None if whole."""
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
@@ -67,10 +67,10 @@ def find_fault(checkpoint: Path, run: Path | None = None) -> str | None:
     return _find_bad_file(run / SNAPSHOTS, {snapshot_path(run, int(i)).name: d for i, d in wanted.items()}, STATE)
 
 
-def require_whole(folder: Path) -> None:
+def verify_checkpoint(folder: Path) -> None:
     """Raises `InputError` for a checkpoint that is not as its manifest says; nothing for a folder that has none, or
     a hub id."""
-    if os.path.isfile(folder / MANIFEST) and (fault := find_fault(folder)):
+    if os.path.isfile(folder / MANIFEST) and (fault := find_corruption(folder)):
         raise InputError(f"{folder}: the checkpoint is damaged: {fault}")
 
 
@@ -135,7 +135,7 @@ def best_checkpoint(run: Path, step: int, rated: dict[int, float]) -> tuple[Path
     for at in sorted(rated, key=lambda at: (-rated[at], at)):
         if at in kept or at == best:
             path = checkpoint_path(run, at)
-            if (fault := find_fault(path)) is None:
+            if (fault := find_corruption(path)) is None:
                 return path, {"step": at, "accuracy": rated[at]}
             log.warning("%s is damaged (%s); taking the next best", path, fault)
     return checkpoint_path(run, step), None

@@ -15,7 +15,7 @@ from qcrd_fast.config import TASKS
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
-from qcrd_fast.runs.checkpoints import latest_checkpoint, require_whole
+from qcrd_fast.runs.checkpoints import latest_checkpoint, verify_checkpoint
 from qcrd_fast.runs.folder import CONFIG, FINAL, MANIFEST, STATE
 from qcrd_fast.utils.config_files import read_object
 from qcrd_fast.utils.device import resolve_device
@@ -59,7 +59,7 @@ def load_student(run_or_model: str, device: str = "auto") -> tuple[Student, dict
     """A student with the prompts that it was trained with, and the state saved beside it ({} for a plain model). Of a folder
     with a LoRA adapter: the base model that it names, with the adapter merged."""
     name = find_model(run_or_model)
-    require_whole(Path(name))
+    verify_checkpoint(Path(name))
     state: dict[str, Any] = {}
     path = find_state(name)
     if path is not None:

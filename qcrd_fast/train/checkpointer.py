@@ -61,42 +61,42 @@ def resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | No
     """
     if config.resume != "auto":
         chosen = Path(str(config.resume))
-        fault = checkpoints.find_fault(chosen, run) if chosen.is_dir() else "no such folder"
+        fault = checkpoints.find_corruption(chosen, run) if chosen.is_dir() else "no such folder"
         if fault or chosen.resolve().parent != run.resolve():
             raise InputError(f"--resume: {chosen}: {fault or f'is not a checkpoint of {run}'}")
-        found: Path | None = chosen
+        resume_from: Path | None = chosen
     else:
-        found = checkpoints.latest_checkpoint(run, resume=True)
-        if found is None and checkpoints.checkpoints(run):
+        resume_from = checkpoints.latest_checkpoint(run, resume=True)
+        if resume_from is None and checkpoints.checkpoints(run):
             raise RunError(f"{run}: no whole checkpoint is left to resume from")
-    if found is None:
+    if resume_from is None:
         return None
-    state = checkpoints.read_state(found)
-    check_same_config(config, state.get("config"), found / STATE)
+    state = checkpoints.read_state(resume_from)
+    check_same_config(config, state.get("config"), resume_from / STATE)
     began = state["config"]
     alone = math.prod(began.get(name, getattr(config, name)) for name in DEALT)  # runs before there were several processes
     before = state.get("questions_per_step", alone)
     if before != schedule.questions_per_step:
         raise InputError(
-            f"{found}: the run began with {before} questions a step, now it is {schedule.questions_per_step} "
+            f"{resume_from}: the run began with {before} questions a step, now it is {schedule.questions_per_step} "
             f"(--per-device-train-batch-size {config.per_device_train_batch_size} x --gradient-accumulation-steps "
             f"{config.gradient_accumulation_steps} x {schedule.world_size} processes); their product must stay"
         )
-    return str(found)
+    return str(resume_from)
 
 
-def as_before(found: Path, prompts: PromptSettings) -> PromptSettings:
-    """`prompts` with the version and date of the checkpoint `found`. Raises `InputError` where a template or system
+def as_before(resume_from: Path, prompts: PromptSettings) -> PromptSettings:
+    """`prompts` with the version and date of the checkpoint `resume_from`. Raises `InputError` where a template or system
     prompt that stands in a file has changed since."""
-    before = PromptSettings.of_state(checkpoints.read_state(found)["prompt"])
+    before = PromptSettings.of_state(checkpoints.read_state(resume_from)["prompt"])
     for name, option in (("template", "--prompt-template"), ("system", "--system-prompt")):
         was, now = getattr(before, name), getattr(prompts, name)
         if was != now:
-            raise InputError(f"{found}: the run began with {option} {was[:80]!r}, now it is {now[:80]!r}")
+            raise InputError(f"{resume_from}: the run began with {option} {was[:80]!r}, now it is {now[:80]!r}")
     return dataclasses.replace(prompts, version=before.version, date=before.date)
 
 
-class Keeper:
+class Checkpointer:
     """Saves a run and restores it. `snapshots` is None where the run has no lagged negatives."""
 
     def __init__(
@@ -107,12 +107,17 @@ class Keeper:
         schedule: Schedule,
         student: Student,
         optimizer: torch.optim.Optimizer,
-        trainer: CrossFitTrainer | None,
+        discriminator_trainer: CrossFitTrainer | None,
         strategy: Strategy,
         snapshots: Snapshots | None,
     ):
         self.config, self.run, self.data, self.schedule = config, run, data, schedule
-        self.student, self.optimizer, self.trainer, self.strategy = student, optimizer, trainer, strategy
+        self.student, self.optimizer, self.discriminator_trainer, self.strategy = (
+            student,
+            optimizer,
+            discriminator_trainer,
+            strategy,
+        )
         self.snapshots = snapshots
         self.saved_step: int | None = None
         self._passed_over: set[int] = set()  # steps of checkpoints later than the one that was resumed from
@@ -130,17 +135,17 @@ class Keeper:
             "snapshots": self.snapshots.digests(self._oldest_for(step)) if self.snapshots else {},
             **progress,
         }
-        save_checkpoint(self.run, step, self.student, self.optimizer, self.trainer, state, self.strategy)
+        save_checkpoint(self.run, step, self.student, self.optimizer, self.discriminator_trainer, state, self.strategy)
         self.saved_step = step
         self._passed_over.discard(step)
         at, keep = best["step"] if best else None, self.config.save_total_limit
         self.strategy.comm.on_rank0(lambda: checkpoints.rotate(self.run, step, keep, at, self._passed_over))
 
-    def restore(self, found: Path) -> dict[str, Any]:
+    def restore(self, resume_from: Path) -> dict[str, Any]:
         """Put back what a checkpoint holds beside the student's weights, which are loaded already; returns its state."""
-        state = load_checkpoint(found, self.student, self.optimizer, self.trainer)
+        state = load_checkpoint(resume_from, self.student, self.optimizer, self.discriminator_trainer)
         if state["data_sha256"] != self.data.digest:
-            raise InputError(f"--data: the rows differ from those that {found} was trained on")
+            raise InputError(f"--data: the rows differ from those that {resume_from} was trained on")
         self.saved_step = state["step"]
         self._passed_over = {s for s in map(checkpoints.step_of, checkpoints.checkpoints(self.run)) if s > state["step"]}
         if self.snapshots:
@@ -156,7 +161,7 @@ class Keeper:
         iterations = self.schedule.iteration(self.schedule.total_steps - 1) + 1
         snapshots = min(iterations, self.config.negative_lag + 3) if self.snapshots else 0
         kept = min(saves, (self.config.save_total_limit or saves) + bool(self.data.validation))
-        require_room(self.run, self.student, self.trainer, snapshots, kept)
+        require_room(self.run, self.student, self.discriminator_trainer, snapshots, kept)
 
     def snapshot(self, step: int) -> None:
         """Keep the student as it is at the start of an iteration, and delete the snapshots that nobody will ask for."""
@@ -181,7 +186,7 @@ def save_checkpoint(
     step: int,
     student: Student,
     optimizer: torch.optim.Optimizer,
-    trainer: CrossFitTrainer | None,
+    discriminator_trainer: CrossFitTrainer | None,
     state: dict[str, Any],
     strategy: Strategy | None = None,
 ) -> Path:
@@ -199,15 +204,15 @@ def save_checkpoint(
         temporary.mkdir()
         save_model(student.model, temporary, strategy.weights())
         save_tokenizer(student.tokenizer, temporary)
-        if trainer is not None:
-            save_file({n: t.cpu() for n, t in trainer.tensors().items()}, temporary / DISCRIMINATOR)
+        if discriminator_trainer is not None:
+            save_file({n: t.cpu() for n, t in discriminator_trainer.tensors().items()}, temporary / DISCRIMINATOR)
 
     def write_optimizer() -> str | None:
         if not (strategy.sharded or comm.first):
             return None
         tensors = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in moments.items()}
-        if trainer is not None and comm.first:
-            own, state["discriminator_optimizer"] = trainer.optimizer_tensors()
+        if discriminator_trainer is not None and comm.first:
+            own, state["discriminator_optimizer"] = discriminator_trainer.optimizer_tensors()
             tensors |= {_OWN + name: tensor for name, tensor in own.items()}
         name = f"optimizer-{comm.rank + 1:05d}-of-{comm.size:05d}.safetensors" if strategy.sharded else OPTIMIZER
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary / name)
@@ -237,13 +242,13 @@ def save_checkpoint(
             remove_tree(temporary)
         if not isinstance(error, OSError | SafetensorError | RunError):  # such as a second signal
             raise
-        room = disk_space_text(run, checkpoint_bytes(student, trainer))
+        room = disk_space_text(run, checkpoint_bytes(student, discriminator_trainer))
         raise RunError(f"cannot write {final}: {error} ({room}); earlier checkpoints are intact") from error
     return final
 
 
 def load_checkpoint(
-    checkpoint: Path, student: Student, optimizer: torch.optim.Optimizer, trainer: CrossFitTrainer | None
+    checkpoint: Path, student: Student, optimizer: torch.optim.Optimizer, discriminator_trainer: CrossFitTrainer | None
 ) -> dict[str, Any]:
     """Put a whole checkpoint's optimizer and discriminator state back; returns its `state.json`.
 
@@ -262,8 +267,8 @@ def load_checkpoint(
             if moment != "step" and tensor.shape != parameter.shape:
                 raise ValueError(f"{key} has shape {tuple(tensor.shape)}, its weight {tuple(parameter.shape)}")
             optimizer.state[parameter][moment] = tensor if moment == "step" else like(tensor, parameter)
-        if trainer is not None:
-            trainer.load(load_file(checkpoint / DISCRIMINATOR), own, state["discriminator_optimizer"])
+        if discriminator_trainer is not None:
+            discriminator_trainer.load(load_file(checkpoint / DISCRIMINATOR), own, state["discriminator_optimizer"])
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}"
         raise InputError(f"{checkpoint}: optimizer or discriminator are not this student's safetensors: {reason}") from error
@@ -291,19 +296,19 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
     }
 
 
-def checkpoint_bytes(student: Student, trainer: CrossFitTrainer | None) -> int:
+def checkpoint_bytes(student: Student, discriminator_trainer: CrossFitTrainer | None) -> int:
     """About what a checkpoint takes on disk: weights, AdamW's two moments of those that are trained, tokenizer."""
     parameters = list(student.model.parameters())
     needed = _bytes(parameters) + 2 * _bytes(p for p in parameters if p.requires_grad)
-    if trainer is not None:
-        needed += _bytes(trainer.discriminator.parameters()) + trainer.optimizer_bytes
+    if discriminator_trainer is not None:
+        needed += _bytes(discriminator_trainer.discriminator.parameters()) + discriminator_trainer.optimizer_bytes
     return needed + TOKENIZER_BYTES * len(student.tokenizer) + 2**16
 
 
-def require_room(run: Path, student: Student, trainer: CrossFitTrainer | None, snapshots: int, kept: int) -> None:
+def require_room(run: Path, student: Student, discriminator_trainer: CrossFitTrainer | None, snapshots: int, kept: int) -> None:
     """Raises `RunError` where the disk has no room for a checkpoint and, unless `snapshots` is 0, a snapshot; warns where it
     has none for `kept` checkpoints, the one being written and that many snapshots."""
-    one, weights = checkpoint_bytes(student, trainer), 2 * sum(p.numel() for p in student.model.parameters())
+    one, weights = checkpoint_bytes(student, discriminator_trainer), 2 * sum(p.numel() for p in student.model.parameters())
     needed, free = one + weights * bool(snapshots), shutil.disk_usage(run).free
     if free < needed:
         raise RunError(f"--output-dir: {run}: no room for a checkpoint ({disk_space_text(run, needed)})")

@@ -89,7 +89,9 @@ class Worst:
     tokens: int
 
 
-def survey(student: Student, examples: Sequence[Example], validation: Sequence[Question], schedule: Schedule) -> dict[str, Any]:
+def estimate_memory(
+    student: Student, examples: Sequence[Example], validation: Sequence[Question], schedule: Schedule
+) -> dict[str, Any]:
     """{longest_row, memory} of a run that is not begun; the student is made what training would make of it."""
     config, model = schedule.config, student.model
     judge = build_judge(config.to_dict(), model, student.tokenizer) if has_discriminator(config) else None

@@ -31,7 +31,7 @@ def mean(counts: Counter[str], total: str, number: str) -> float | None:
     return counts[total] / counts[number] if counts[number] else None
 
 
-def share(counts: Counter[str], source: str) -> float | None:
+def active_fraction(counts: Counter[str], source: str) -> float | None:
     """Share of a source's negatives whose hinge is active."""
     return mean(counts, f"{source}_active", source)
 
@@ -92,7 +92,7 @@ class MetricsLog:
         self._writer = _writer(run, report_to, name) if comm.first else None
         self.last: dict[str, Any] | None = None  # the latest record that was read, for a person who watches
 
-    def cut(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Drop what was logged after `step`, when a run resumes from there."""
         self.comm.on_rank0(lambda: write_lines(self.path, [record for record in self.read() if record["step"] <= step]))
 

@@ -27,7 +27,7 @@ class Negative:
 
     tokens: TokenIds
     text: str
-    cut: bool = False  # before EOS
+    truncated: bool = False  # before EOS
     case: Case | None = None
 
 
@@ -45,7 +45,7 @@ class NegativeStore:
     def __init__(self, folder: Path, schedule: Schedule, ids: Sequence[str], comm: Comm = SINGLE, kept: int = 1):
         self.folder, self.schedule, self.comm = folder, schedule, comm
         self._ids, self._kept = ids, kept
-        self._said: dict[int, dict[int, dict[str, Negative]]] = {}  # by iteration and chunk, in the order of the file
+        self._by_iteration: dict[int, dict[int, dict[str, Negative]]] = {}  # by iteration and chunk, in the order of the file
 
     def path(self, iteration: int) -> Path:
         return self.folder / negatives_name(iteration)
@@ -56,28 +56,28 @@ class NegativeStore:
 
     def chunks(self, iteration: int) -> dict[int, dict[str, Negative]]:
         """The chunks of an iteration that are in the store. What stands behind the first damaged one is drawn again."""
-        if iteration in self._said:
-            return self._said[iteration]
-        self._said = {i: said for i, said in self._said.items() if i >= iteration - self._kept}
-        said = self._said[iteration] = {}
+        if iteration in self._by_iteration:
+            return self._by_iteration[iteration]
+        self._by_iteration = {i: by_chunk for i, by_chunk in self._by_iteration.items() if i >= iteration - self._kept}
+        by_chunk = self._by_iteration[iteration] = {}
         for record in self.comm.on_rank0(lambda: self._read(iteration)):
             if "end" not in record:
-                said.setdefault(record["chunk"], {})[record["id"]] = Negative(
+                by_chunk.setdefault(record["chunk"], {})[record["id"]] = Negative(
                     record["tokens"], record["text"], record.get("cut", False)
                 )
-        return said
+        return by_chunk
 
     def append(self, iteration: int, chunk: int, found: Mapping[str, Negative]) -> None:
         """Keep a chunk that was drawn; it is on the disk when this returns."""
         self.chunks(iteration)[chunk] = dict(found)
         records: list[dict[str, Any]] = [
-            {"chunk": chunk, "id": i, "tokens": n.tokens, "text": n.text} | ({"cut": True} if n.cut else {})
+            {"chunk": chunk, "id": i, "tokens": n.tokens, "text": n.text} | ({"cut": True} if n.truncated else {})
             for i, n in found.items()
         ]
         end = {"chunk": chunk, "end": len(records), "sha256": digest(records)}
         self.comm.on_rank0(lambda: append_lines(self.path(iteration), [*records, end], durable=True))
 
-    def cut(self, iteration: int) -> None:
+    def truncate_after(self, iteration: int) -> None:
         """Forget what was said in later iterations than this one; -1: everything. A run that goes on from here may be another:
         of other rows, or not to the bit the one that said it."""
 

@@ -27,17 +27,17 @@ from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
 from qcrd_fast.train.negative_store import Negative, NegativeStore, was_cut
-from qcrd_fast.train.overlap import Lane
+from qcrd_fast.train.overlap import SamplingWorker
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.train.student_answers import StudentAnswers
 from qcrd_fast.utils.oom import explains_oom, for_sampling
 
-AHEAD = 2  # chunks drawn before their steps
+PREFETCH_CHUNKS = 2  # chunks drawn before their steps
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class SamplingPrompt:
     """A question to sample a rationale for."""
 
     id: str
@@ -50,7 +50,7 @@ def _longest_prompt(negatives: LaggedNegatives, *_: Any) -> str:
 
 
 class LaggedNegatives:
-    """One sampled rationale per question and iteration, drawn just before the steps that use it, or up to `AHEAD` chunks
+    """One sampled rationale per question and iteration, drawn just before the steps that use it, or up to `PREFETCH_CHUNKS` chunks
     earlier beside training (`--overlap`).
 
     Iteration t samples from the snapshot of iteration max(t - j, 0) (`fixed`: always 0) and keeps what was said in its `store`.
@@ -61,13 +61,13 @@ class LaggedNegatives:
     def __init__(
         self,
         student: Student,
-        questions: Sequence[Asked],
+        questions: Sequence[SamplingPrompt],
         schedule: Schedule,
         snapshots: Snapshots,
         folder: Path,
         config: TrainConfig,
         autocast: Callable[[], torch.autocast],
-        lane: Lane | None = None,
+        worker: SamplingWorker | None = None,
         comm: Comm = SINGLE,
         answers: StudentAnswers | None = None,
     ):
@@ -82,7 +82,7 @@ class LaggedNegatives:
             config.sample_batch_size,
             config.impl,
         )
-        self.lane = lane or Lane("serial", torch.device("cpu"))
+        self.worker = worker or SamplingWorker("serial", torch.device("cpu"))
         self.wait_s = self.busy_s = 0.0  # the caller waited; drawing took
         self.tokens = 0
         self.comm = comm
@@ -90,8 +90,8 @@ class LaggedNegatives:
         self._sampler: Sampler | GenerateSampler | None = None
         self._loaded: int | None = None
         self._stop = threading.Event()
-        self._ahead: dict[tuple[int, int], Future[_Drawn]] = {}
-        self.store = NegativeStore(folder, schedule, [q.id for q in questions], comm, kept=1 + AHEAD)
+        self._prefetched: dict[tuple[int, int], Future[_Drawn]] = {}
+        self.store = NegativeStore(folder, schedule, [q.id for q in questions], comm, kept=1 + PREFETCH_CHUNKS)
 
     def source_iteration(self, iteration: int) -> int:
         """Whose snapshot speaks in an iteration."""
@@ -117,26 +117,26 @@ class LaggedNegatives:
             sampler.warm_up()
             return sampler
 
-        self._sampler = self.lane.run(make).result()
+        self._sampler = self.worker.run(make).result()
 
     def use(self, impl: str) -> None:
         """Draw with another implementation from here on."""
         self.settings = dataclasses.replace(self.settings, impl=impl)
         if (sampler := self._sampler) is not None:
-            self.lane.run(lambda: sampler.use(impl)).result()
+            self.worker.run(lambda: sampler.use(impl)).result()
 
     @explains_oom("sampling negatives", for_sampling, _longest_prompt)
     def for_step(self, step: int) -> dict[str, Negative]:
         """Negatives by question id for the questions of a step (and of its chunk)."""
         iteration, chunk = self.schedule.chunk(step)
-        said = self.store.chunks(iteration)
+        by_chunk = self.store.chunks(iteration)
         if self.answers:
             for earlier in range(chunk):  # there, but where damage took them
                 self._fetch(iteration, earlier)
         self._fetch(iteration, chunk)
-        if self.lane.kind != "serial":
-            self._look_ahead(step)
-        return self.answers.read(step, said) if self.answers else said[chunk]
+        if self.worker.kind != "serial":
+            self._prefetch(step)
+        return self.answers.read(step, by_chunk) if self.answers else by_chunk[chunk]
 
     def _fetch(self, iteration: int, chunk: int) -> None:
         """Have a chunk in the store, drawn now where it is not."""
@@ -160,9 +160,9 @@ class LaggedNegatives:
         return found
 
     @property
-    def hidden_share(self) -> float:
+    def overlap_fraction(self) -> float:
         """Of the time that drawing took so far, how much nobody waited for, 0..1."""
-        return max(0.0, 1 - self.wait_s / self.busy_s) if self.busy_s and self.lane.kind != "serial" else 0.0
+        return max(0.0, 1 - self.wait_s / self.busy_s) if self.busy_s and self.worker.kind != "serial" else 0.0
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -171,29 +171,29 @@ class LaggedNegatives:
     def close(self) -> None:
         """Stop what is being drawn ahead; a resume draws it again."""
         self._stop.set()
-        self.lane.close()
+        self.worker.close()
 
     # Drawing
 
     def _draw(self, iteration: int, chunk: int) -> Future[_Drawn]:
         """The draw of a chunk: the one that began ahead, else a new one."""
         self.prepare()
-        begun = self._ahead.pop((iteration, chunk), None)
-        return begun or self.lane.run(lambda: self._sample(iteration, chunk))
+        begun = self._prefetched.pop((iteration, chunk), None)
+        return begun or self.worker.run(lambda: self._sample(iteration, chunk))
 
-    def _look_ahead(self, step: int) -> None:
+    def _prefetch(self, step: int) -> None:
         """Begin drawing the chunks after a step's, where their snapshot is taken already."""
         for iteration, chunk in self._following(step):
             if not self.snapshots.has(self.source_iteration(iteration)):
                 return
-            if chunk not in self.store.chunks(iteration) and (iteration, chunk) not in self._ahead:
-                self._ahead[iteration, chunk] = self.lane.run(lambda i=iteration, c=chunk: self._sample(i, c))  # type: ignore[misc]
+            if chunk not in self.store.chunks(iteration) and (iteration, chunk) not in self._prefetched:
+                self._prefetched[iteration, chunk] = self.worker.run(lambda i=iteration, c=chunk: self._sample(i, c))  # type: ignore[misc]
 
     def _following(self, step: int) -> Iterator[tuple[int, int]]:
-        """The next `AHEAD` chunks of the run."""
+        """The next `PREFETCH_CHUNKS` chunks of the run."""
         now = self.schedule.chunk(step)
         found: dict[tuple[int, int], None] = {}
-        while (step := step + 1) < self.schedule.total_steps and len(found) < AHEAD:
+        while (step := step + 1) < self.schedule.total_steps and len(found) < PREFETCH_CHUNKS:
             if (chunk := self.schedule.chunk(step)) != now:
                 found[chunk] = None
         return iter(found)
@@ -216,7 +216,7 @@ class LaggedNegatives:
         with self.autocast():
             return torch.is_autocast_enabled(device)
 
-    def _asked(self, iteration: int, chunk: int) -> list[Asked]:
+    def _asked(self, iteration: int, chunk: int) -> list[SamplingPrompt]:
         return [self.questions[i] for i in self.schedule.chunk_questions(iteration, chunk)]
 
 

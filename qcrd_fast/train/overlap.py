@@ -39,7 +39,7 @@ def _no_green_context() -> str | None:
     return None if getattr(green_contexts, "SUPPORTED", True) else f"torch {torch.__version__} was built without green contexts"
 
 
-class Lane:
+class SamplingWorker:
     """Runs draws one after another.
 
     `serial`: at once, in the caller's thread. `stream`: in a thread with a CUDA stream of its own (on a CPU, in a thread).

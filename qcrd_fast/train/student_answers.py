@@ -32,9 +32,9 @@ class StudentAnswers:
                 self._cases = {}
             self._iteration, self._next, self._tally = iteration, iteration * self.schedule.iteration_steps, Tally()
         while self._next <= step:
-            said = chunks[self.schedule.chunk(self._next)[1]]
+            by_question = chunks[self.schedule.chunk(self._next)[1]]
             for index in self.schedule.questions(self._next):
-                self._tally.add(self._case(self.questions[index].id, said))
+                self._tally.add(self._case(self.questions[index].id, by_question))
             self._next += 1
         silent = self._teacher_silent if self._tally.silent else 0.0
         return {
@@ -42,9 +42,9 @@ class StudentAnswers:
             for i, n in chunks[chunk].items()
         }
 
-    def _case(self, question_id: str, said: Mapping[str, Negative]) -> Case:
+    def _case(self, question_id: str, by_question: Mapping[str, Negative]) -> Case:
         if question_id not in self._cases:
-            own = said[question_id]
+            own = by_question[question_id]
             self._cases[question_id] = student_case(self._by_id[question_id], own.text, cut=was_cut(own.tokens, self.eos))
         return self._cases[question_id]
 

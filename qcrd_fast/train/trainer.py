@@ -30,16 +30,16 @@ from qcrd_fast.runs import checkpoints
 from qcrd_fast.runs.folder import NEGATIVES, RESULTS, SNAPSHOTS, RunFolder
 from qcrd_fast.train import checkpointer
 from qcrd_fast.train.audit import Audit, Audits
-from qcrd_fast.train.checkpointer import Keeper, as_before, resume_point
+from qcrd_fast.train.checkpointer import Checkpointer, as_before, resume_point
 from qcrd_fast.train.evaluation import Best, Evaluation
 from qcrd_fast.train.examples import Candidate, Example, make_examples
 from qcrd_fast.train.judging import WEIGHT_KINDS, Judges, make_judges
-from qcrd_fast.train.memory_estimate import checkpoint_activations, survey
+from qcrd_fast.train.memory_estimate import checkpoint_activations, estimate_memory
 from qcrd_fast.train.methods import has_discriminator, method_of, samples_student
-from qcrd_fast.train.metrics_log import MetricsLog, Progress, mean, share
-from qcrd_fast.train.negatives import Asked, LaggedNegatives
+from qcrd_fast.train.metrics_log import MetricsLog, Progress, active_fraction, mean
+from qcrd_fast.train.negatives import LaggedNegatives, SamplingPrompt
 from qcrd_fast.train.objective import Objective
-from qcrd_fast.train.overlap import Lane, choose_overlap
+from qcrd_fast.train.overlap import SamplingWorker, choose_overlap
 from qcrd_fast.train.preflight import check_start, require_memory
 from qcrd_fast.train.questions import Data
 from qcrd_fast.train.run_text import example_text
@@ -122,44 +122,44 @@ def _train(
     log.info("%d training, %d validation, %d test questions; task %s; %d steps, %d an iteration; dropped %d that are tested",
              len(data.train), len(data.validation), len(data.test), data.task, schedule.total_steps,
              schedule.iteration_steps, data.dropped)  # fmt: skip
-    found = comm.on_rank0(lambda: resume_point(config, run.path, schedule)) if run and config.resume else None
+    resume_from = comm.on_rank0(lambda: resume_point(config, run.path, schedule)) if run and config.resume else None
     prompts = PromptSettings.from_option(
         config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt
     )
-    if found:
-        prompts = as_before(Path(found), prompts)
+    if resume_from:
+        prompts = as_before(Path(resume_from), prompts)
     else:
-        checkpoints.require_whole(Path(str(config.student)))
-    name = str(config.student) if config.use_peft else found or str(config.student)
+        checkpoints.verify_checkpoint(Path(str(config.student)))
+    name = str(config.student) if config.use_peft else resume_from or str(config.student)
     student = Student.load(name, prompts, device, config.attn_implementation)
     if config.use_peft:
         find_target_modules(student.model, config.lora_target_modules)  # before a discriminator is made or pretrained
     examples = make_examples(data.train, student, config)
     if run is None:
-        return _plan(config, data, schedule, student) | survey(student, examples, data.validation, schedule)
+        return _plan(config, data, schedule, student) | estimate_memory(student, examples, data.validation, schedule)
     if unused := config.unused():
         log.info("this run (--method %s) does not use %s", config.method, ", ".join(unused))
-    resumed = Path(found) if found else None
+    resumed = Path(resume_from) if resume_from else None
     choose_threads(device, sum(p.numel() for p in student.model.parameters()))
-    session = Session(config, run.path, data, schedule, student, examples, comm, resumed, judges, make_objective)
+    trainer = Trainer(config, run.path, data, schedule, student, examples, comm, resumed, judges, make_objective)
     try:
-        if found:
-            session.restore(Path(found))
-        if not session.ended:
-            comm.on_rank0(lambda: session.keeper.require_room(session.step))
+        if resume_from:
+            trainer.restore(Path(resume_from))
+        if not trainer.ended:
+            comm.on_rank0(lambda: trainer.checkpointer.require_room(trainer.step))
         comm.on_rank0(run.write_config)
-        log.info("%s", session.describe())
-        if not found:
-            session.cut(0)
-            log.info("%s", session.example())
+        log.info("%s", trainer.describe())
+        if not resume_from:
+            trainer.truncate_after(0)
+            log.info("%s", trainer.example())
         with StopSignals() as stop, _no_bars_of_transformers():
-            session.loop(stop)
+            trainer.loop(stop)
             if signum := comm.max(stop.signum):
                 raise Stopped(signum)
         with _no_bars_of_transformers():
-            return session.finish()
+            return trainer.finish()
     except OSError as error:
-        room = disk_space_text(run.path, checkpointer.checkpoint_bytes(student, session.trainer))
+        room = disk_space_text(run.path, checkpointer.checkpoint_bytes(student, trainer.discriminator_trainer))
         raise RunError(f"{run.path}: {error} (the next checkpoint: {room}); whole checkpoints are intact") from error
 
 
@@ -178,7 +178,7 @@ def _plan(config: TrainConfig, data: Data, schedule: Schedule, student: Student)
     }
 
 
-class Session:
+class Trainer:
     """A run in progress: its student, optimizer, discriminator, negatives and log."""
 
     def __init__(
@@ -190,7 +190,7 @@ class Session:
         student: Student,
         examples: list[Example],
         comm: Comm = SINGLE,
-        found: Path | None = None,
+        resume_from: Path | None = None,
         judges: Judges | None = None,
         make_objective: Callable[..., Objective] = Objective,
     ):
@@ -199,23 +199,23 @@ class Session:
         self.autocast = make_autocast(student.device, config.bf16)
         self.evaluation = Evaluation(config, run, data, self.autocast, comm)
         self.log = MetricsLog(run, config.report_to, comm, config.run_name)
-        self.trainer: CrossFitTrainer | None = None
+        self.discriminator_trainer: CrossFitTrainer | None = None
         self.check: Check | None = None  # of the discriminator, the last one
         if has_discriminator(config) and judges is None:
             judge = build_judge(config.to_dict(), student.model, student.tokenizer)
-            self.trainer = CrossFitTrainer(judge, config) if judge else None
+            self.discriminator_trainer = CrossFitTrainer(judge, config) if judge else None
         if config.use_peft:  # after the discriminator has copied what it needs
             add_lora(student.model, config)
-            if found:
-                load_adapter(found, student.model)
+            if resume_from:
+                load_adapter(resume_from, student.model)
         on_gpu = student.device.type == "cuda"
         self.snapshots = Snapshots(run / SNAPSHOTS, config.negative_lag + 3 if on_gpu else 0, comm)
         self.lagged: LaggedNegatives | None = None
         if samples_student(config):
-            asked = [Asked(e.id, e.explain) for e in examples]
-            lane = Lane(choose_overlap(config, student.device), student.device)
+            asked = [SamplingPrompt(e.id, e.explain) for e in examples]
+            worker = SamplingWorker(choose_overlap(config, student.device), student.device)
             self.lagged = LaggedNegatives(
-                student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, lane, comm,
+                student, asked, schedule, self.snapshots, run / NEGATIVES, config, self.autocast, worker, comm,
                 StudentAnswers(data.train, schedule, student.tokenizer.eos_token_id),
             )  # fmt: skip
         if config.gradient_checkpointing:
@@ -223,10 +223,14 @@ class Session:
         self.strategy = self._share_model()
         self.optimizer = _adamw(student.model, config)
         snapshots = self.snapshots if self.lagged else None
-        self.keeper = Keeper(config, run, data, schedule, student, self.optimizer, self.trainer, self.strategy, snapshots)
+        self.checkpointer = Checkpointer(
+            config, run, data, schedule, student, self.optimizer, self.discriminator_trainer, self.strategy, snapshots
+        )
         warmup = round(config.redi_warmup * schedule.total_steps)
         if judges is None:
-            judges = make_judges(config, data.train, self.trainer.discriminator if self.trainer else None)
+            judges = make_judges(
+                config, data.train, self.discriminator_trainer.discriminator if self.discriminator_trainer else None
+            )
         self.objective = make_objective(student, config, judges, self.autocast, warmup, self.strategy)
         self.audits = Audits(config, student.device, comm)
         self.step = 0  # optimizer steps done
@@ -286,7 +290,7 @@ class Session:
     def _loop(self, stop: StopSignals) -> None:
         if self.lagged and not self.ended:
             self.lagged.prepare()
-        if self.step == 0 and self.trainer:
+        if self.step == 0 and self.discriminator_trainer:
             self._pretrain_discriminator(stop)
         with contextlib.closing(Progress(self.schedule.total_steps, self.step, shown=self.comm.first)) as progress:
             self._steps(progress, stop)
@@ -349,7 +353,7 @@ class Session:
         (losses, counts), audited = self.audits.run(step, len(batches), compute, self._fall_back)
         counts = sum(map(Counter, self.comm.gather(counts)), Counter())
         ids = [self.examples[i].id for i in questions]
-        if self.trainer and counts["weighed"] and not counts["weight"]:
+        if self.discriminator_trainer and counts["weighed"] and not counts["weight"]:
             raise RunError(f"step {step + 1}: the discriminator weighs every rationale with 0; questions {', '.join(ids)}")
         losses = dict(zip(losses, self.comm.sum(torch.stack(list(losses.values()))), strict=True))
         norm = unshard(torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf))
@@ -374,8 +378,8 @@ class Session:
             "quality_negative": mean(counts, "quality_negative", "num_negative"),
             **{f"weight_{kind}": mean(counts, f"weight_{kind}", f"weighed_{kind}") for kind in WEIGHT_KINDS},
             "lagged_agrees": len(agreeing) / len(drawn) if drawn else None,
-            "active_hinge_lagged": share(counts, "lagged"),
-            "active_hinge_minority": share(counts, "minority"),
+            "active_hinge_lagged": active_fraction(counts, "lagged"),
+            "active_hinge_minority": active_fraction(counts, "minority"),
             "masked_minority_share": mean(counts, "masked_minorities", "minority_questions"),
             "lr": lr,
             "grad_norm": None,
@@ -383,7 +387,7 @@ class Session:
             "step_ms": 1e3 * elapsed,
             "sample_wait_ms": 1e3 * (sampled - started),
             "sampled_tokens_per_s": self.lagged.tokens_per_s if self.lagged else None,
-            "sample_hidden_share": self.lagged.hidden_share if self.lagged else None,
+            "sample_hidden_share": self.lagged.overlap_fraction if self.lagged else None,
             "discriminator_auc": self.check.auc if self.check else None,
             "discriminator_auc_low": self.check.auc_low if self.check else None,
             **audited,
@@ -404,15 +408,15 @@ class Session:
     def _begin_iteration(self, iteration: int) -> None:
         """Learn from the last iteration's negatives, then keep the student as it is now for a later one."""
         self._warn_of_idle_negatives(iteration - 1)
-        if self.trainer and iteration:
-            self.trainer.set_alpha(self.schedule.alpha_d(iteration - 1))  # of the iteration that is learnt from
+        if self.discriminator_trainer and iteration:
+            self.discriminator_trainer.set_alpha(self.schedule.alpha_d(iteration - 1))  # of the iteration that is learnt from
             drawn = self.lagged.of_iteration(iteration - 1) if self.lagged else {}
             texts = {e.id: [c.text] for e in self.examples for c in e.candidates(drawn) if self._is_wrong(c)}
-            loss = self.trainer.update(self.data.train, texts, iteration)
+            loss = self.discriminator_trainer.update(self.data.train, texts, iteration)
             self.loss_d = self.loss_d if loss is None else loss
             if loss is not None:
                 self._check_discriminator(f"iteration {iteration}")
-        self.keeper.snapshot(self.step)
+        self.checkpointer.snapshot(self.step)
 
     def _warn_of_idle_negatives(self, iteration: int) -> None:
         seen, self.negatives_seen = self.negatives_seen, Counter()
@@ -425,7 +429,7 @@ class Session:
             )  # fmt: skip
         agrees, differs = (mean(seen, f"weight_lagged_{kind}", f"weighed_lagged_{kind}") for kind in ("agrees", "differs"))
         fewest = min(seen["weighed_lagged_agrees"], seen["weighed_lagged_differs"])
-        if self.trainer and fewest >= FEWEST_TO_COMPARE and (agrees or 0.0) > BLIND * (differs or 0.0):
+        if self.discriminator_trainer and fewest >= FEWEST_TO_COMPARE and (agrees or 0.0) > BLIND * (differs or 0.0):
             log.warning(
                 "iteration %d: samples of the student that give the majority's answer weigh %.3f as negatives, those that give "
                 "another %.3f: the discriminator does not tell them apart, and may push away from right reasoning "
@@ -440,7 +444,7 @@ class Session:
             )  # fmt: skip
 
     def _pretrain_discriminator(self, stop: StopSignals) -> None:
-        assert self.trainer
+        assert self.discriminator_trainer
         steps = min(self.config.discriminator_pretrain_steps, 10 * self.schedule.total_steps)
 
         def check(_: int) -> None:
@@ -450,8 +454,8 @@ class Session:
         if steps:
             folds = self.config.folds
             log.info("pretraining the discriminator for %d steps%s", steps, f" on each of {folds} folds" if folds > 1 else "")
-            self.trainer.set_alpha(1.0)  # a3 weighs the online updates alone
-            self.loss_d = self.trainer.pretrain(self.data.train, steps, check)
+            self.discriminator_trainer.set_alpha(1.0)  # a3 weighs the online updates alone
+            self.loss_d = self.discriminator_trainer.pretrain(self.data.train, steps, check)
         self._check_discriminator("pretrained")
 
     def _is_wrong(self, candidate: Candidate) -> bool:
@@ -463,7 +467,7 @@ class Session:
 
     def _check_discriminator(self, when: str) -> None:
         """Calibrate the scores; where they do not tell right from wrong, weigh by the vote from here on."""
-        trainer = self.trainer
+        trainer = self.discriminator_trainer
         assert trainer
 
         def check() -> dict[str, Any]:
@@ -484,7 +488,7 @@ class Session:
             self._drop_discriminator()
 
     def _drop_discriminator(self) -> None:
-        self.trainer = self.keeper.trainer = None
+        self.discriminator_trainer = self.checkpointer.discriminator_trainer = None
         self.objective.judges = make_judges(self.config, self.data.train, None)
         self.loss_d = None
 
@@ -502,38 +506,38 @@ class Session:
         log.info("step %d: validation accuracy %s", self.step, text)
 
     def _save(self) -> None:
-        if self.keeper.saved_step != self.step:
+        if self.checkpointer.saved_step != self.step:
             self.log.sync()  # a loss that is not finite stops here, before anything is overwritten
             progress = {"loss_d": self.loss_d, "failed_impl": self.audits.failed, "stale": self.stale, **self._checked()}
-            self.keeper.save(self.step, self.best, progress)
+            self.checkpointer.save(self.step, self.best, progress)
 
     def _checked(self) -> dict[str, Any]:
         return {"discriminator_check": self.check.to_dict()} if self.check else {}
 
-    def cut(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Cut the log and the negatives back to a step, 0 being all of what a run left that had no checkpoint yet; results of a
         run that has steps to go are no longer its own."""
-        self.log.cut(step)
+        self.log.truncate_after(step)
         if self.lagged:
-            self.lagged.store.cut(self.schedule.iteration(step) if step else -1)
+            self.lagged.store.truncate_after(self.schedule.iteration(step) if step else -1)
         if not self.ended:
             self.comm.on_rank0(lambda: (self.run / RESULTS).unlink(missing_ok=True))
 
-    def restore(self, found: Path) -> None:
+    def restore(self, resume_from: Path) -> None:
         """Continue from a checkpoint; the student's weights are loaded already."""
-        if told := checkpoints.read_state(found).get("discriminator_check"):
+        if told := checkpoints.read_state(resume_from).get("discriminator_check"):
             self.check = Check(**told)
             if self.check.refused:
                 self._drop_discriminator()
-        state = self.keeper.restore(found)
+        state = self.checkpointer.restore(resume_from)
         self.step, self.best, self.loss_d = state["step"], state["best"], state["loss_d"]
         self.stale = state.get("stale", 0)
         if self.audits.restore(state.get("failed_impl")):
             self._fall_back()
         if not self.log.path.exists():
             log.warning("%s is gone; it begins anew", self.log.path)
-        self.cut(self.step)
-        log.info("resuming from %s", found)
+        self.truncate_after(self.step)
+        log.info("resuming from %s", resume_from)
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint; returns what `eval_results.json` holds."""

@@ -131,7 +131,7 @@ def test_every_arm_trains_on_the_same_loss(shape: str, tmp_path: Path) -> None:
     assert by_arm["hf given"]["loss"] == pytest.approx(by_arm["given"]["loss"], abs=1e-3)
     assert by_arm["stream"]["loss"] == by_arm["serial"]["loss"]
     assert by_arm["given"]["sampling_ms"] is None and all(by_arm[a]["sampling_ms"] > 0 for a in ("serial", "stream", "hf"))
-    assert 0 <= by_arm["stream"]["hidden_share"] <= 1 and by_arm["hf"]["of_hf"] == 1
+    assert 0 <= by_arm["stream"]["overlap_fraction"] <= 1 and by_arm["hf"]["of_hf"] == 1
 
 
 def test_a_wrong_loss_is_said() -> None:
@@ -150,7 +150,7 @@ def test_what_is_hidden() -> None:
         {"arm": "hf given", "step_ms": 300.0, "sampling_ms": None},
     ]
     step.summarise(rows)
-    assert [row.get("hidden_share") for row in rows[:3]] == [0, pytest.approx(0.9), None]
+    assert [row.get("overlap_fraction") for row in rows[:3]] == [0, pytest.approx(0.9), None]
     assert rows[1]["of_longest"] == pytest.approx(1.04)
     assert rows[1]["of_hf"] == pytest.approx(700 / 104) and rows[2]["of_hf"] == 3
 
@@ -177,4 +177,4 @@ def test_step_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     with open(tmp_path / "step.csv", newline="") as file:
         given, priority = csv.DictReader(file)
     assert float(given["step_ms"]) > 0 and "needs a GPU" in priority["status"]
-    assert "hidden_share" in capsys.readouterr().out
+    assert "overlap_fraction" in capsys.readouterr().out

@@ -178,7 +178,7 @@ def test_a_rank_that_is_lost_ends_the_others(run_all):
     for name in ("killed", "killed, sharded"):
         codes, seconds, run = runs[name]
         assert codes == [1, -signal.SIGKILL] and seconds[0] < 10, (codes, seconds)
-        assert checkpoints.find_fault(run / "checkpoint-2", run) is None
+        assert checkpoints.find_corruption(run / "checkpoint-2", run) is None
     codes, seconds, _ = runs["stopped"]
     assert codes == [1, -signal.SIGKILL] and 2 < seconds[0] < 13, (codes, seconds)
     for name, code in (("asked", 143), ("interrupted", 130)):

@@ -339,7 +339,7 @@ def test_a_stream_of_a_green_context_is_one_while_the_lane_lives(monkeypatch):
     """torch destroys a green context with its last reference, and its streams with it."""
     from torch.cuda import green_contexts
 
-    from qcrd_fast.train.overlap import Lane
+    from qcrd_fast.train.overlap import SamplingWorker
 
     class Green:
         def Stream(self):
@@ -354,10 +354,10 @@ def test_a_stream_of_a_green_context_is_one_while_the_lane_lives(monkeypatch):
 
     monkeypatch.setattr(green_contexts.GreenContext, "create", create)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    lane = Lane("green-context", torch.device("cuda", 0))
+    worker = SamplingWorker("green-context", torch.device("cuda", 0))
     gc.collect()
-    assert lane._stream == "stream" and len(alive) == 1
-    lane.close()
+    assert worker._stream == "stream" and len(alive) == 1
+    worker.close()
 
 
 @pytest.fixture
@@ -391,11 +391,11 @@ def test_graphs_draw_what_eager_steps_draw(on_gpu, student):
 def test_fifty_swaps_of_weights_take_no_memory(on_gpu, student, kind, tmp_path):
     """The graphs stay, and so does the memory; each swap changes what is said."""
     from qcrd_fast.config import TrainConfig
-    from qcrd_fast.train.overlap import Lane, choose_overlap
+    from qcrd_fast.train.overlap import SamplingWorker, choose_overlap
     from qcrd_fast.train.snapshots import Snapshots
 
     device = torch.device("cuda")
-    lane = Lane(choose_overlap(TrainConfig(overlap=kind), device), device)
+    worker = SamplingWorker(choose_overlap(TrainConfig(overlap=kind), device), device)
     snapshots, sources = Snapshots(tmp_path, in_memory=2), prompts(student, 32)
     keys, settings = [key_words(11, str(i)) for i in range(32)], SampleSettings(TEMPERATURE, 50, 1.0, max_new_tokens=12)
 
@@ -404,7 +404,7 @@ def test_fifty_swaps_of_weights_take_no_memory(on_gpu, student, kind, tmp_path):
         made.warm_up()
         return made
 
-    maker = lane.run(make).result()
+    maker = worker.run(make).result()
     snapshots.save(0, on_gpu.model)
     learner = copy.deepcopy(on_gpu.model)
     with torch.no_grad():
@@ -418,9 +418,9 @@ def test_fifty_swaps_of_weights_take_no_memory(on_gpu, student, kind, tmp_path):
             snapshots.load_into(swap % 2, on_gpu.model)
             return maker.generate(sources, keys)
 
-        said.append(lane.run(draw).result())
+        said.append(worker.run(draw).result())
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())
-    lane.close()
+    worker.close()
     assert max(held[10:]) == min(held[10:])
     assert said[0] == said[48] and said[1] == said[49] and said[0] != said[1]

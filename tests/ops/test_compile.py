@@ -34,7 +34,7 @@ def check(rows: list[Row]) -> None:
         capability = row["capability"]
         assert row["shared"] <= SHARED_KIB[capability] * 1024, row
         assert row["spills"] <= (SPILLS.get(row["variant"], 0) if capability == 90 else 0), row
-        if row["kernel"] in ("forward_kernel", "da_kernel", "product_kernel") and not row["variant"].endswith("fp32"):
+        if row["kernel"] in ("forward_kernel", "dlogits_kernel", "product_kernel") and not row["variant"].endswith("fp32"):
             assert row["matrix"] == (MATRIX[capability],), row
         if row["kernel"] == "forward_kernel":
             assert row["programs"] == row["counted"], row
@@ -56,7 +56,7 @@ def test_every_variant_on_every_gpu() -> None:
 def test_two_programs_of_an_h100_wherever_tiles_are_narrow(rows: list[Row]) -> None:
     """One's products hide the other's exponentials; the compiler is held to it."""
     narrow = [
-        r for r in rows if r["capability"] == 90 and r["kernel"] in ("forward_kernel", "da_kernel") and r["shared"] < 2**17
+        r for r in rows if r["capability"] == 90 and r["kernel"] in ("forward_kernel", "dlogits_kernel") and r["shared"] < 2**17
     ]
     assert len(narrow) > 15
     for row in narrow:
@@ -65,7 +65,7 @@ def test_two_programs_of_an_h100_wherever_tiles_are_narrow(rows: list[Row]) -> N
 
 def test_wide_heads_take_the_copy_engine(rows: list[Row]) -> None:
     wide = [row for row in rows if row["variant"] == "H = 4096, plain"]
-    assert {row["kernel"] for row in wide} == {"forward_kernel", "da_kernel"}
+    assert {row["kernel"] for row in wide} == {"forward_kernel", "dlogits_kernel"}
     for row in wide:
         assert row["copy_engine"] and row["shared"] >= 144 * 1024 and row["programs"] == 1, row
 

@@ -53,7 +53,7 @@ def test_compiled_kernels(capability: int, name: str, dtype: str) -> None:
     assert set(check.kernels) <= set(executed.programs)
     assert all(made.enable_fp_fusion for made in executed.metadata.values())
     products = [
-        made for kernel, made in executed.metadata.items() if kernel in ("forward_kernel", "da_kernel", "product_kernel")
+        made for kernel, made in executed.metadata.items() if kernel in ("forward_kernel", "dlogits_kernel", "product_kernel")
     ]
     assert all((made.maxnreg is not None) == (capability == 90) for made in products)
 
@@ -86,7 +86,7 @@ def test_wide_heads_on_hopper(dtype: str) -> None:
     with executing(90) as executed:
         errors = check_logprob(DTYPES[dtype], CPU, 128, 1024, 300)
     assert judge(errors, dtype), errors
-    for kernel in ("forward_kernel", "da_kernel"):
+    for kernel in ("forward_kernel", "dlogits_kernel"):
         assert 144 * 1024 <= executed.metadata[kernel].shared <= 227 * 1024 and executed.metadata[kernel].maxnreg is None
 
 
@@ -159,7 +159,7 @@ def test_parts_of_the_vocabulary_and_chunks_of_the_gradient(monkeypatch: pytest.
     with executing(90, shuffle=2, multiprocessors=100) as executed:
         errors = check_logprob(torch.bfloat16, CPU, 70, 72, 1003, bias=True)
     assert judge(errors, "bf16"), errors
-    assert executed.programs["forward_kernel"] == 2 and executed.programs["da_kernel"] == 8
+    assert executed.programs["forward_kernel"] == 2 and executed.programs["dlogits_kernel"] == 8
 
 
 @pytest.fixture(scope="module")

@@ -104,12 +104,12 @@ class TestTrial5:
         text = (folder / "MANIFEST.json").read_bytes()
         digests = json.loads(text)["files"]
         monkeypatch.setattr(checkpoints, "sha256", lambda path: digests[path.name])
-        assert checkpoints.find_fault(folder) is None
+        assert checkpoints.find_corruption(folder) is None
         for bit in range(8 * len(text)):
             flipped = bytearray(text)
             flipped[bit // 8] ^= 1 << bit % 8
             (folder / "MANIFEST.json").write_bytes(flipped)
-            assert checkpoints.find_fault(folder) is not None, bit
+            assert checkpoints.find_corruption(folder) is not None, bit
 
     def test_flips_beside_the_checkpoint(self, crashes: Crashes, tmp_path) -> None:
         """Sampled negatives are drawn again, a damaged line of the log is passed over, temporary files are cleared."""

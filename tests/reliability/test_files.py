@@ -323,13 +323,13 @@ class TestTrial23:
         name = name.format(victim)
         manifest["files"][name] = "0" * 64
         write_json(folder / MANIFEST, manifest)
-        assert checkpoints.find_fault(folder) == f"{name}, listed in MANIFEST.json, is missing"
+        assert checkpoints.find_corruption(folder) == f"{name}, listed in MANIFEST.json, is missing"
 
     def test_a_checkpoint_of_links_is_none(self, run: Path, victim: Path) -> None:
         moved = victim.parent / "moved"
         (run / "checkpoint-2" / "optimizer.safetensors").rename(moved)
         (run / "checkpoint-2" / "optimizer.safetensors").symlink_to(moved)
-        assert checkpoints.find_fault(run / "checkpoint-2") == "optimizer.safetensors is a link"
+        assert checkpoints.find_corruption(run / "checkpoint-2") == "optimizer.safetensors is a link"
         (run / "checkpoint-3").symlink_to(run / "checkpoint-1")
         assert [path.name for path in checkpoints.checkpoints(run)] == ["checkpoint-2", "checkpoint-1"]
 

@@ -278,7 +278,7 @@ def run(rows_file: Path, llama_folder: Path, tmp_path_factory: pytest.TempPathFa
     for name in ("model.safetensors", "optimizer.safetensors", "tokenizer.json"):  # what is not spoilt need not be long
         (out / "checkpoint-1" / name).write_bytes(b"short")
     reseal(out / "checkpoint-1")
-    assert checkpoints.find_fault(out / "checkpoint-1", out) is None
+    assert checkpoints.find_corruption(out / "checkpoint-1", out) is None
     return out
 
 
@@ -302,7 +302,7 @@ def test_any_manifest_is_whole_or_a_fault(run: Path, data: st.DataObject) -> Non
     path.write_bytes(content)
     try:
         with quickly():
-            fault = checkpoints.find_fault(path.parent, run)
+            fault = checkpoints.find_corruption(path.parent, run)
         with contextlib.suppress(ValueError, RecursionError):
             listed = json.loads(content)["files"] if fault is None else {}
             assert listed.items() <= json.loads(original)["files"].items()  # nothing is whole that was not
@@ -320,7 +320,7 @@ def test_any_state_is_read_or_a_fault(run: Path, data: st.DataObject) -> None:
     reseal(path.parent)
     try:
         with quickly():
-            fault = checkpoints.find_fault(path.parent, run)
+            fault = checkpoints.find_corruption(path.parent, run)
         if fault is None:
             state = checkpoints.read_state(path.parent)
             assert type(state["step"]) is int and PromptSettings(**state["prompt"])

@@ -116,5 +116,5 @@ class TestTrial10:
         assert done.code == 1 and "Traceback" not in done.err, done.err
         last = done.err.strip().splitlines()[-1]
         assert re.search(rf"step {step}: .*{says}.*questions q\d+", last), last
-        assert steps(run) == saved and (not saved or checkpoints.find_fault(run / f"checkpoint-{saved[-1]}", run) is None)
+        assert steps(run) == saved and (not saved or checkpoints.find_corruption(run / f"checkpoint-{saved[-1]}", run) is None)
         assert (run / "metrics.jsonl").read_text().count('"loss"') < step and not list(run.glob(".tmp*"))

@@ -42,7 +42,7 @@ def child(rank, scenario, port, mark):
         )
     torch.set_num_threads(1)
     if inject and inject["rank"] == rank:
-        step = module.Session._train_step
+        step = module.Trainer._train_step
 
         def injecting(self):
             if self.step == inject["step"]:
@@ -51,7 +51,7 @@ def child(rank, scenario, port, mark):
                 os.kill(os.getpid(), getattr(signal, inject["signal"]))
             step(self)
 
-        module.Session._train_step = injecting
+        module.Trainer._train_step = injecting
     code = 70
     try:
         with doubles() if scenario["float64"] else contextlib.nullcontext():

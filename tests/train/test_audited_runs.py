@@ -16,7 +16,7 @@ from qcrd_fast.ops import chunked, dispatch, reference
 from qcrd_fast.ops.chunked import head_logits, pick_tokens
 from qcrd_fast.ops.reference import HeadOptions
 from qcrd_fast.runs import checkpoints
-from qcrd_fast.train.trainer import Session, train
+from qcrd_fast.train.trainer import Trainer, train
 from tests.support.short_runs import metrics, same, weights
 from tests.support.short_runs import settings as full_settings
 
@@ -165,7 +165,7 @@ class Killed(BaseException):
 
 
 def killed_at(monkeypatch, step, config):
-    real = Session._train_step
+    real = Trainer._train_step
 
     def dies(self):
         if self.step == step:
@@ -173,7 +173,7 @@ def killed_at(monkeypatch, step, config):
         real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "_train_step", dies)
+        patch.setattr(Trainer, "_train_step", dies)
         with pytest.raises(Killed):
             train(config)
 
@@ -186,13 +186,13 @@ def test_killed_and_resumed_it_is_the_same_run(kernels, rows_file, llama_folder,
         return off(logprob_T, call) if seen["broken"] else logprob_T
 
     seen, kernels.harm = {"broken": False}, harm
-    real = Session._train_step
+    real = Trainer._train_step
 
     def breaks(self):
         seen["broken"] = self.step >= 2
         real(self)
 
-    monkeypatch.setattr(Session, "_train_step", breaks)
+    monkeypatch.setattr(Trainer, "_train_step", breaks)
     options = dict(audit_every=4, save_steps=1)
     whole, out = tmp_path / "whole", tmp_path / "run"
     train(settings(rows_file, llama_folder, whole, **options))
@@ -211,13 +211,13 @@ def test_stop_keeps_the_last_good_checkpoint(kernels, rows_file, llama_folder, t
     """Exit 1, nothing of the failed step saved; with the kill-switch the rest is a torch run's."""
     kernels.harm = lambda logprob_T, call: off(logprob_T, call) if seen["broken"] else logprob_T
     seen = {"broken": False}
-    real = Session._train_step
+    real = Trainer._train_step
 
     def breaks(self):
         seen["broken"] = self.step >= 3
         real(self)
 
-    monkeypatch.setattr(Session, "_train_step", breaks)
+    monkeypatch.setattr(Trainer, "_train_step", breaks)
     out = tmp_path / "run"
     config = settings(rows_file, llama_folder, out, audit_every=3, on_audit_failure="stop").to_dict()
     given = tmp_path / "config.json"  # JSON is YAML
@@ -225,7 +225,7 @@ def test_stop_keeps_the_last_good_checkpoint(kernels, rows_file, llama_folder, t
     assert entry(["train", "--config", str(given)]) == 1
     said = capsys.readouterr().err
     assert "step 4: --impl triton failed its audit" in said and "QCRD_FAST_IMPL=torch" in said
-    assert [p.name for p in checkpoints.checkpoints(out)] == ["checkpoint-3"] and checkpoints.find_fault(
+    assert [p.name for p in checkpoints.checkpoints(out)] == ["checkpoint-3"] and checkpoints.find_corruption(
         out / "checkpoint-3"
     ) is None
     monkeypatch.setenv("QCRD_FAST_IMPL", "torch")
@@ -271,7 +271,7 @@ def test_eager_falls_back_to_torch_too(rows_file, llama_folder, tmp_path, monkey
 
 def test_a_student_that_is_nan_is_not_blamed_on_the_kernels(kernels, rows_file, llama_folder, tmp_path, monkeypatch):
     """The loss is NaN under any implementation: the run stops as it would without audits, naming the step and its questions."""
-    real = Session._train_step
+    real = Trainer._train_step
 
     def poisons(self):
         if self.step == 1:
@@ -279,7 +279,7 @@ def test_a_student_that_is_nan_is_not_blamed_on_the_kernels(kernels, rows_file, 
                 next(iter(self.student.model.parameters())).fill_(math.nan)
         real(self)
 
-    monkeypatch.setattr(Session, "_train_step", poisons)
+    monkeypatch.setattr(Trainer, "_train_step", poisons)
     with pytest.raises(RunError, match=r"step 2: loss nan, .*; questions q\d"):
         train(settings(rows_file, llama_folder, tmp_path / "run", audit_every=1))
     assert "audit_fallback" not in (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -287,12 +287,12 @@ def test_a_student_that_is_nan_is_not_blamed_on_the_kernels(kernels, rows_file, 
 
 def test_negatives_that_are_drawn_ahead_change_over_too(kernels, rows_file, llama_folder, tmp_path, plain, monkeypatch):
     """What is queued is drawn as it was; nothing after it."""
-    kernels.harm, real, drawn = off, Session._fall_back, []
+    kernels.harm, real, drawn = off, Trainer._fall_back, []
 
     def falls_back(self):
         real(self)
         drawn.append(kernels.samples)
 
-    monkeypatch.setattr(Session, "_fall_back", falls_back)
+    monkeypatch.setattr(Trainer, "_fall_back", falls_back)
     train(settings(rows_file, llama_folder, tmp_path / "run", overlap="stream"))
     assert same(weights(tmp_path / "run"), weights(plain)) and drawn == [kernels.samples] and kernels.samples

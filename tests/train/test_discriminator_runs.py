@@ -14,7 +14,7 @@ from qcrd_fast.discriminator.cross_fit import CrossFitTrainer
 from qcrd_fast.errors import InputError
 from qcrd_fast.score import load_discriminator
 from qcrd_fast.train.judging import DiscriminatorJudge
-from qcrd_fast.train.trainer import Session, train
+from qcrd_fast.train.trainer import Trainer, train
 from qcrd_fast.utils.files import sha256, write_json
 from tests.support.short_runs import metrics, same, settings, weights
 
@@ -27,7 +27,7 @@ class Killed(BaseException):
 
 def killed_and_resumed(monkeypatch, config: TrainConfig, at: int = 4, between=lambda run: None, **changes) -> Path:
     """A run that dies before step `at + 1` and is resumed with `changes`; `between` is given its folder in between."""
-    real, run = Session._train_step, Path(str(config.output_dir))
+    real, run = Trainer._train_step, Path(str(config.output_dir))
 
     def dies(self):
         if self.step == at:
@@ -35,7 +35,7 @@ def killed_and_resumed(monkeypatch, config: TrainConfig, at: int = 4, between=la
         real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "_train_step", dies)
+        patch.setattr(Trainer, "_train_step", dies)
         with pytest.raises(Killed):
             train(config)
     between(run)

@@ -12,7 +12,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.train.questions import Data
 from qcrd_fast.train.schedule import Schedule
-from qcrd_fast.train.trainer import Session, train
+from qcrd_fast.train.trainer import Trainer, train
 from tests.support.short_runs import settings
 
 STOPPING = dict(method="finetune", max_steps=12, eval_steps=2, save_steps=2, early_stopping_patience=2, save_total_limit=None)
@@ -42,17 +42,17 @@ def test_a_run_ends_after_validations_without_a_better_one(rows_file, t5_folder,
 
 
 def test_a_resume_counts_on_and_ends_where_the_unbroken_run_did(rows_file, t5_folder, tmp_path, rated, monkeypatch):
-    run, step = tmp_path / "run", Session._train_step
+    run, step = tmp_path / "run", Trainer._train_step
 
-    def killed(self: Session) -> None:
+    def killed(self: Trainer) -> None:
         if self.step == 9:
             raise KeyboardInterrupt
         step(self)
 
-    monkeypatch.setattr(Session, "_train_step", killed)
+    monkeypatch.setattr(Trainer, "_train_step", killed)
     with pytest.raises(KeyboardInterrupt):
         train(settings(rows_file, t5_folder, run, **STOPPING))
-    monkeypatch.setattr(Session, "_train_step", step)
+    monkeypatch.setattr(Trainer, "_train_step", step)
     assert json.loads((run / "checkpoint-8" / "state.json").read_text())["stale"] == 1
     results = train(settings(rows_file, t5_folder, run, resume="auto", **STOPPING))
     assert (results["steps"], results["best_step"]) == (10, 6)
@@ -117,13 +117,13 @@ def test_lora_on_the_named_layers_alone(rows_file, llama_folder, tmp_path: Path)
 
 def test_attention_of_the_students_choice(rows_file, llama_folder, tmp_path, monkeypatch):
     seen = []
-    real = Session.__init__
+    real = Trainer.__init__
 
-    def watch(self: Session, *args: Any, **kwargs: Any) -> None:
+    def watch(self: Trainer, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
         seen.append(self.student.model.config._attn_implementation)
 
-    monkeypatch.setattr(Session, "__init__", watch)
+    monkeypatch.setattr(Trainer, "__init__", watch)
     for attention in ("eager", "sdpa"):
         options = dict(method="finetune", max_steps=1, attn_implementation=attention)
         train(settings(rows_file, llama_folder, tmp_path / attention, **options))

@@ -129,7 +129,7 @@ def test_what_several_processes_hold(t5_folder, rows_file) -> None:
     told = {}
     for name, size, fsdp in (("alone", 1, False), ("ddp", 2, False), ("fsdp", 2, True)):
         config, student, examples, _ = prepared(t5_folder, rows_file, fsdp=fsdp, method="dss")
-        told[name] = memory_estimate.survey(student, examples, [], Schedule(len(examples), config, size))["memory"]
+        told[name] = memory_estimate.estimate_memory(student, examples, [], Schedule(len(examples), config, size))["memory"]
     alone = told["alone"]
     assert told["ddp"]["gradients"] == 2 * alone["gradients"] and told["ddp"]["optimizer"] == alone["optimizer"]
     for part in ("parameters", "gradients", "optimizer"):
@@ -143,6 +143,6 @@ def test_what_cannot_be_counted_is_unknown_and_said(t5_folder, rows_file, monkey
 
     _, student, examples, schedule = prepared(t5_folder, rows_file)
     monkeypatch.setattr(memory_estimate._Fake, "training", fails)
-    told = memory_estimate.survey(student, examples, [], schedule)["memory"]
+    told = memory_estimate.estimate_memory(student, examples, [], schedule)["memory"]
     assert told["activations"] is None and told["peak"] is None and told["parameters"] > 0
     assert "NotImplementedError: no such kernel" in caplog.text

@@ -17,8 +17,8 @@ from qcrd_fast.generation.engine import Cancelled
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.methods import samples_student
-from qcrd_fast.train.negatives import AHEAD, Asked, LaggedNegatives
-from qcrd_fast.train.overlap import Lane, choose_overlap
+from qcrd_fast.train.negatives import PREFETCH_CHUNKS, LaggedNegatives, SamplingPrompt
+from qcrd_fast.train.overlap import SamplingWorker, choose_overlap
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
 from qcrd_fast.utils.determinism import deterministic, deterministic_already, require_deterministic
@@ -42,13 +42,15 @@ def lagged(folder, student=None, kind="serial", **options):
         max_steps=12,
     )
     config = TrainConfig(**(shape | options))
-    questions = [Asked(f"q{i}", student.source_ids(EXPLAIN, f"Ann has {i} apples.")) for i in range(8)] if student else []
+    questions = (
+        [SamplingPrompt(f"q{i}", student.source_ids(EXPLAIN, f"Ann has {i} apples.")) for i in range(8)] if student else []
+    )
     snapshots = Snapshots(folder / "snapshots")
     folder.mkdir(exist_ok=True)
     schedule = Schedule(8, config)
     return LaggedNegatives(
         student, questions, schedule, snapshots, folder / "negatives", config,
-        lambda: torch.autocast("cpu", enabled=False), Lane(kind, CPU),
+        lambda: torch.autocast("cpu", enabled=False), SamplingWorker(kind, CPU),
     )  # fmt: skip
 
 
@@ -224,14 +226,14 @@ def test_drawing_ahead_says_the_same(student, tmp_path, lag, iteration_steps):
                     negatives.of_iteration(step // iteration_steps - 1)
                 negatives.snapshots.save(step // iteration_steps, learner.model)
             negatives.for_step(step)
-            ahead.append(len(negatives._ahead))
+            ahead.append(len(negatives._prefetched))
             drift(learner, step)
         negatives.close()
         files = sorted((tmp_path / kind / "negatives").iterdir())
         said[kind] = {path.name: path.read_text() for path in files}
-        assert max(ahead) == (0 if kind == "serial" else 1 if iteration_steps == 1 else AHEAD)
-        assert 0 <= negatives.hidden_share <= 1 and negatives.tokens_per_s > 0
-        assert kind == "stream" or negatives.hidden_share == 0
+        assert max(ahead) == (0 if kind == "serial" else 1 if iteration_steps == 1 else PREFETCH_CHUNKS)
+        assert 0 <= negatives.overlap_fraction <= 1 and negatives.tokens_per_s > 0
+        assert kind == "stream" or negatives.overlap_fraction == 0
         assert ahead[-1] == 0  # never beyond the last step
     assert said["serial"] == said["stream"] and len(said["serial"]) == 12 // iteration_steps
 
@@ -244,7 +246,7 @@ def test_what_fails_ahead_fails_where_it_is_needed(student, tmp_path, monkeypatc
     def fail(*_, **__):
         raise RuntimeError("out of memory")
 
-    for begun in negatives._ahead.values():
+    for begun in negatives._prefetched.values():
         begun.result()
     monkeypatch.setattr(type(negatives._sampler), "draw", fail)
     negatives.for_step(2)  # drawn before; what is begun now fails

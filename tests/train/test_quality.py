@@ -26,7 +26,7 @@ from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.train.objective import Objective
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.student_answers import StudentAnswers
-from qcrd_fast.train.trainer import Session, train
+from qcrd_fast.train.trainer import Trainer, train
 from tests.support.short_runs import metrics, same, settings, weights
 
 QUESTION = Question(
@@ -158,7 +158,7 @@ def test_killed_and_resumed(quality, rows_file, t5_folder, tmp_path, monkeypatch
     if quality is None:  # the defaults
         changes |= {"scheme": None, "negative_source": None}
     train(settings(rows_file, t5_folder, whole, **changes))
-    real = Session._train_step
+    real = Trainer._train_step
 
     class Killed(BaseException):
         pass
@@ -168,10 +168,10 @@ def test_killed_and_resumed(quality, rows_file, t5_folder, tmp_path, monkeypatch
             raise Killed
         real(self)
 
-    monkeypatch.setattr(Session, "_train_step", dies)
+    monkeypatch.setattr(Trainer, "_train_step", dies)
     with pytest.raises(Killed):
         train(settings(rows_file, t5_folder, out, **changes))
-    monkeypatch.setattr(Session, "_train_step", real)
+    monkeypatch.setattr(Trainer, "_train_step", real)
     train(settings(rows_file, t5_folder, out, resume="auto", **changes))
     assert metrics(out) == metrics(whole) and same(weights(out), weights(whole))
     assert (whole / "negatives").exists() == (quality is not None)
@@ -270,7 +270,7 @@ def test_a_discriminator_that_is_blind_is_said(rows_file, llama_folder, tmp_path
         train(settings(rows_file, llama_folder, tmp_path / "run", max_steps=2))
     assert "does not tell them apart" not in caplog.text  # nothing was read
 
-    class Blind(Session):
+    class Blind(Trainer):
         def _train_step(self):
             super()._train_step()
             n = FEWEST_TO_COMPARE

@@ -54,7 +54,7 @@ def test_checkpoint_loads_with_from_pretrained(whole):
     is_t5 = json.loads((folder / "config.json").read_text())["model_type"] == "t5"
     model = (AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM).from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) > 0 and AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
-    assert checkpoints.find_fault(folder.resolve(), run) is None
+    assert checkpoints.find_corruption(folder.resolve(), run) is None
 
 
 def test_negatives_come_from_the_lagged_snapshot(whole):
@@ -120,22 +120,22 @@ def test_drawing_beside_training_is_the_same_run(whole, rows_file, tmp_path, mon
     """`--overlap stream`, killed between two saves and resumed in turn: weights, metrics and negatives of the serial run."""
     student, unbroken = whole
     out = tmp_path / "run"
-    from qcrd_fast.train.trainer import Session
+    from qcrd_fast.train.trainer import Trainer
 
     class Killed(BaseException):
         pass
 
-    real = Session._train_step
+    real = Trainer._train_step
 
     def dies(self):
         if self.step == 4:
             raise Killed
         real(self)
 
-    monkeypatch.setattr(Session, "_train_step", dies)
+    monkeypatch.setattr(Trainer, "_train_step", dies)
     with pytest.raises(Killed):
         train(settings(rows_file, student, out, overlap="stream"))
-    monkeypatch.setattr(Session, "_train_step", real)
+    monkeypatch.setattr(Trainer, "_train_step", real)
     train(settings(rows_file, student, out, overlap="stream", resume="auto"))
 
     def timeless(run):
@@ -160,7 +160,7 @@ def test_a_damaged_best_checkpoint_is_passed_over(whole, rows_file, tmp_path, ca
         train(settings(rows_file, student, out, resume="auto", beta=0.3))
     train(settings(rows_file, student, out, resume="auto"))
     assert "damaged" in caplog.text
-    assert checkpoints.find_fault((out / "final").resolve()) is None
+    assert checkpoints.find_corruption((out / "final").resolve()) is None
     assert (out / "predictions.jsonl").is_file() and (out / "config.resolved.yaml").is_file()
 
 
