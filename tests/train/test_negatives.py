@@ -248,7 +248,7 @@ def test_what_fails_ahead_fails_where_it_is_needed(student, tmp_path, monkeypatc
 
     for begun in negatives._prefetched.values():
         begun.result()
-    monkeypatch.setattr(type(negatives._sampler), "draw", fail)
+    monkeypatch.setattr(type(negatives._sampler), "generate", fail)
     negatives.for_step(2)  # drawn before; what is begun now fails
     with pytest.raises(RuntimeError, match="out of memory"):
         negatives.for_step(4)
