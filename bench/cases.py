@@ -87,8 +87,9 @@ class Truth(NamedTuple):
 
 
 def make_batch(case: Case, device: torch.device, seed: int = 0) -> Batch:
-    """Rationales of 72 to 120 tokens. `random` logits are normal; `peaked` ones are wider and favour the target, by 0 to twice
-    what it takes to beat the rest. Candidates of a question differ by `STEP` a token, in an order drawn at random."""
+    """Rationales of 72 to 120 tokens. `random` logits are normal; `peaked` ones are wider and favour the target, by 0
+    to twice what it takes to beat the rest. Candidates of a question differ by `STEP` a token, in an order drawn at
+    random."""
     H, V, scale = HEADS[case.head]
     T, n = case.tokens, case.positives + case.negatives
     generator = torch.Generator().manual_seed(seed)
@@ -127,8 +128,8 @@ def make_batch(case: Case, device: torch.device, seed: int = 0) -> Batch:
 
 @torch.no_grad()
 def find_truth(batch: Batch, chunk: int | None = None, every: bool = False) -> Truth:
-    """From the formulas (Eq. 3, 6, 7; `every`: the mean -log p of all tokens), `chunk` rows of logits at a time (1 GiB);
-    nothing of the library is called."""
+    """From the formulas (Eq. 3, 6, 7; `every`: the mean -log p of all tokens), `chunk` rows of logits at a time (1
+    GiB); nothing of the library is called."""
     hidden_TH, weight_VH = batch.hidden_TH.double(), batch.weight_VH.double()
     T, R = len(hidden_TH), len(batch.question_R)
     chunk = chunk or max(1, 2**27 // len(weight_VH))
@@ -137,10 +138,16 @@ def find_truth(batch: Batch, chunk: int | None = None, every: bool = False) -> T
         return torch.log_softmax(batch.scale * hidden_TH[rows] @ weight_VH.T, 1)
 
     every_T = torch.arange(T, device=hidden_TH.device)
-    nll_T = torch.cat([-log_softmax(rows).gather(1, batch.target_T[rows][:, None])[:, 0] for rows in every_T.split(chunk)])
+    nll_T = torch.cat(
+        [-log_softmax(rows).gather(1, batch.target_T[rows][:, None])[:, 0] for rows in every_T.split(chunk)]
+    )
     count_R = torch.bincount(batch.rationale_T, minlength=R)
     nll_R = (torch.bincount(batch.rationale_T, nll_T, minlength=R) / count_R).tolist()
-    positive, question, quality = batch.positive_R.tolist(), batch.question_R.tolist(), batch.quality_R.double().tolist()
+    positive, question, quality = (
+        batch.positive_R.tolist(),
+        batch.question_R.tolist(),
+        batch.quality_R.double().tolist(),
+    )
     N = max(question) + 1
     loss, slope = 0.0, [0.0] * R  # d loss / d nll of each rationale
     for q in range(N):

@@ -60,8 +60,8 @@ class Driver:
 def compiling(
     capability: int, run: Callable[[Launch], None] | None = None, *, multiprocessors: int = 132
 ) -> Iterator[list[Launch]]:
-    """Within it kernels with CPU tensors are compiled for this compute capability (90 is 9.0), as the launchers ask for it on
-    such a GPU with so many multiprocessors. Each launch is handed to `run`, or else collected."""
+    """Within it kernels with CPU tensors are compiled for this compute capability (90 is 9.0), as the launchers ask for
+    it on such a GPU with so many multiprocessors. Each launch is handed to `run`, or else collected."""
     launched: list[Launch] = []
     take = run or launched.append
 

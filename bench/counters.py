@@ -2,8 +2,8 @@
 
     python -m qcrd_fast.bench.counters [--head llama-3-8b] [--tokens 4096] [--json FILE]
 
-Runs `ncu` on itself (`--launch TILE`), one launch a tile. `model` predicts both: at 128 x 128 the L2 cache's bandwidth ends it,
-and more than 62% of the peak would refute that.
+Runs `ncu` on itself (`--launch TILE`), one launch a tile. `model` predicts both: at 128 x 128 the L2 cache's bandwidth
+ends it, and more than 62% of the peak would refute that.
 """
 
 from __future__ import annotations
@@ -42,7 +42,13 @@ def launch(tile: str, head: str, tokens: int) -> None:
     with forced(TILES[tile]):
         for _ in range(2):
             linear_logprob.forward(
-                batch.hidden_TH.detach(), batch.weight_VH.detach(), batch.target_T, None, HeadOptions(batch.scale), -100, False
+                batch.hidden_TH.detach(),
+                batch.weight_VH.detach(),
+                batch.target_T,
+                None,
+                HeadOptions(batch.scale),
+                -100,
+                False,
             )
     torch.cuda.synchronize()
 
@@ -53,7 +59,9 @@ def read_counters(text: str) -> dict[str, float]:
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     rows = csv.DictReader(line for line in lines[start:] if line.startswith('"'))
     return {
-        row["Metric Name"]: float(row["Metric Value"].replace(",", "")) for row in rows if row["Metric Value"][:1].isdigit()
+        row["Metric Name"]: float(row["Metric Value"].replace(",", ""))
+        for row in rows
+        if row["Metric Value"][:1].isdigit()
     }
 
 
@@ -68,7 +76,9 @@ def count(ncu: str, tile: str, head: str, tokens: int) -> dict[str, Any]:
     if METRICS[0] in found:
         row["tflops"] = 2 * Case(head, tokens).unit / found[METRICS[0]] / 1e3  # operations a nanosecond are gigaflops
     else:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if "==ERROR==" in line] or ["it counted nothing"]
+        said = [line for line in (done.stdout + done.stderr).splitlines() if "==ERROR==" in line] or [
+            "it counted nothing"
+        ]
         row["status"] = f"failed: ncu: {said[0].removeprefix('==ERROR==').strip()}"
     return row
 

@@ -1,4 +1,5 @@
-"""The demo with several methods and seeds, one CSV row a run: python bench/demo.py --methods finetune,dss,qcrd --seeds 0,1,2"""
+"""The demo with several methods and seeds, one CSV row a run: python bench/demo.py --methods finetune,dss,qcrd --seeds
+0,1,2"""
 
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ from pathlib import Path
 from qcrd_fast.config import PARTS
 
 RESULTS = Path(__file__).parent / "results" / "demo.csv"
-RUN = "import json, sys; from qcrd_fast.demo import run_demo; print(json.dumps(run_demo(json.loads(sys.argv[1]), sys.argv[2])))"
+RUN = (
+    "import json, sys; from qcrd_fast.demo import run_demo; "
+    "print(json.dumps(run_demo(json.loads(sys.argv[1]), sys.argv[2])))"
+)
 
 
 def run(method: str, seed: int, threads: int) -> dict[str, object]:

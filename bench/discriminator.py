@@ -3,10 +3,10 @@
     python -m qcrd_fast.bench.discriminator --data svamp_aug_t5_large.json [--student NAME] [--encoder NAME] [--append]
         [--arms bce-all/none ratio/mask,replace]
 
-An arm is LOSS/AUGMENT of `--discriminator-loss` and `--discriminator-augment`. Each is trained in K folds by question and
-judged by gold: out of fold, by the discriminator that has not seen the question, and in-sample, by one that has, as the printed
-method scores its own training set. One CSV row an arm, with the commit; `gain` is its AUC less the first arm's, on the same
-resamples of the questions.
+An arm is LOSS/AUGMENT of `--discriminator-loss` and `--discriminator-augment`. Each is trained in K folds by question
+and judged by gold: out of fold, by the discriminator that has not seen the question, and in-sample, by one that has, as
+the printed method scores its own training set. One CSV row an arm, with the commit; `gain` is its AUC less the first
+arm's, on the same resamples of the questions.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ from .record import append, check_appendable
 
 RESULTS = Path(__file__).parent / "results" / "discriminator.csv"
 COLUMNS = (
-    "data", "encoder", "loss", "augment", "folds", "steps", "learning_rate", "seed", "auc", "auc_low", "auc_high", "gain",
+    "data", "encoder", "loss", "augment", "folds", "steps", "learning_rate", "seed", "auc", "auc_low", "auc_high",
+    "gain",
     "gain_low", "gain_high", "auc_within_questions", "in_sample_auc", "in_sample_low", "in_sample_high", "error_raw",
-    "error_platt", "mean_right", "mean_wrong", "train_loss", "questions", "right", "wrong", "wall_s", "threads", "torch",
+    "error_platt", "mean_right", "mean_wrong", "train_loss", "questions", "right", "wrong", "wall_s", "threads",
+    "torch",
     "transformers", "commit",
 )  # fmt: skip
 
@@ -52,7 +54,9 @@ def in_sample_logits(judge: CrossFitted, pairs: list[Pair]) -> list[float]:
     return judge.by_model(pairs, lambda text: (judge.fold(text) + 1) % count).double().tolist()
 
 
-def measure(arm: str, questions: list[Question], student: Student, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+def measure(
+    arm: str, questions: list[Question], student: Student, args: argparse.Namespace
+) -> tuple[dict[str, Any], Any]:
     """(the row of an arm, its AUC on each resample of the questions)."""
     loss, _, augment = arm.partition("/")
     config = TrainConfig(
@@ -72,7 +76,10 @@ def measure(arm: str, questions: list[Question], student: Student, args: argpars
 
     def watch(step: int) -> None:
         if (step + 1) % 100 == 0:
-            print(f"{arm}: step {step + 1} of {args.steps * config.folds}, {time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                f"{arm}: step {step + 1} of {args.steps * config.folds}, {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
 
     train_loss = trainer.pretrain(questions, args.steps, watch)
     wall_s = time.perf_counter() - started
@@ -118,7 +125,8 @@ def measure(arm: str, questions: list[Question], student: Student, args: argpars
 
 
 def load_student(name: str | None, questions: list[Question], seed: int) -> Student:
-    """The student of that name, or an untrained T5 of 2 layers, 128 wide, over the words of the questions and rationales."""
+    """The student of that name, or an untrained T5 of 2 layers, 128 wide, over the words of the questions and
+    rationales."""
     if name:
         return Student.load(name, PromptSettings(), "cpu")
     texts = [question_text(q) for q in questions] + [r.text for q in questions for r in (*q.positives, *q.negatives)]

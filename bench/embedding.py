@@ -1,4 +1,5 @@
-"""One training step of a T5 in a host trainer: the loss from the model's logits, and through `attach`, in time and memory.
+"""One training step of a T5 in a host trainer: the loss from the model's logits, and through `attach`, in time and
+memory.
 
 python -m bench.embedding [--append]: each with the same weights, rows and loss, whose value is checked.
 The student has T5-small's shape with random weights; the step is a forward and a backward pass from empty gradients.
@@ -100,7 +101,11 @@ def make_step(provider: str) -> tuple[Callable[[], float], dict[str, Any]]:
         loss.backward()
         return loss.item()
 
-    versions = {"threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     return step, {"tokens": int((batch["target"] != -100).sum()), "vocabulary": V, **versions}
 
 
@@ -126,7 +131,8 @@ def memory(provider: str) -> dict[str, Any]:
 
 
 def processor_ms() -> dict[str, list[float]]:
-    """Processor time of each provider's steps, taken in turn: that of the wall counts whatever else the machine does."""
+    """Processor time of each provider's steps, taken in turn: that of the wall counts whatever else the machine
+    does."""
     steps = {provider: make_step(provider)[0] for provider in PROVIDERS}
     times: dict[str, list[float]] = {provider: [] for provider in PROVIDERS}
     for _ in range(1 + ROUNDS):
@@ -152,7 +158,9 @@ def main() -> None:
 
     def run(only: str) -> Any:
         command = [sys.executable, "-m", __spec__.name, "--only", only]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
         return json.loads(done.stdout)
 
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -162,7 +170,9 @@ def main() -> None:
         ms = times[provider]
         spread = {"cpu_ms": round(ms[len(ms) // 2], 1), "cpu_ms_min": round(ms[0], 1), "cpu_ms_max": round(ms[-1], 1)}
         rows.append(run(provider) | spread | where)
-        assert abs(rows[-1]["loss"] - rows[0]["loss"]) < 1e-4 * rows[0]["loss"], f"{provider} computed another loss: {rows[-1]}"
+        assert abs(rows[-1]["loss"] - rows[0]["loss"]) < 1e-4 * rows[0]["loss"], (
+            f"{provider} computed another loss: {rows[-1]}"
+        )
         share = {name: rows[-1][name] / rows[0][name] for name in ("step_mib", "cpu_ms", "process_peak_mib")}
         print(f"{provider:18}", *(f"{name} {rows[-1][name]} ({value:.2f} of logits)" for name, value in share.items()))
     if args.append:

@@ -57,7 +57,9 @@ def exposure(method: str, examples: Sequence[Example], config: TrainConfig) -> d
     }[method]
     return {
         "method": method,
-        "labels": {"gold": "gold", "majority": "teacher's majority"}.get(str(label_kind(config)), "gold, else majority"),
+        "labels": {"gold": "gold", "majority": "teacher's majority"}.get(
+            str(label_kind(config)), "gold, else majority"
+        ),
         "stages": STAGES.get(method, "one"),
         "questions": len(examples),
         "teacher rationales a question": round(seen / len(examples), 2),
@@ -78,7 +80,9 @@ def table(recipe: str, student: str | None = None) -> str:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         encoder_decoder = AutoConfig.from_pretrained(name, trust_remote_code=False).is_encoder_decoder
     except (OSError, ValueError) as error:
-        raise InputError(f"student: cannot load the tokenizer of {name!r}: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(
+            f"student: cannot load the tokenizer of {name!r}: {' '.join(str(error).split())[:200]}"
+        ) from error
     settings = PromptSettings.from_option(base.prompt_template, base.max_source_length, base.max_target_length)
     prompter: Any = Prompter(tokenizer, settings, bool(encoder_decoder))
     lines = [_line(HEAD), _line(["---"] * len(HEAD))]

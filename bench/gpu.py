@@ -1,12 +1,14 @@
-"""Everything that needs a GPU, in one command and a given time: kernels against float64, tests, counters, benchmarks, training.
+"""Everything that needs a GPU, in one command and a given time: kernels against float64, tests, counters, benchmarks,
+training.
 
     python -m qcrd_fast.bench.gpu --minutes 8 --output-dir DIR [--data DIR --student DIR] [--resume] [--append]
-    python -m qcrd_fast.bench.gpu --minutes 3 --output-dir DIR --rehearse      # tiny shapes on a CPU, in Triton's interpreter
+    python -m qcrd_fast.bench.gpu --minutes 3 --output-dir DIR --rehearse      # tiny shapes on a CPU, in Triton's
+    interpreter
 
-Each part is a process of its own with a limit of its own; what it found is in DIR/PART.json, what it said in DIR/PART.log.
-DIR/summary.json has a line for each, and DIR/results.md the same for reading, with what the cost model predicts beside what was
-measured. With `--resume` finished parts are not run again. Exit codes: 1 if a kernel is wrong or a part failed; 75 if the time
-ran out with parts left (`--resume` goes on); 130 or 143 after a signal; else 0.
+Each part is a process of its own with a limit of its own; what it found is in DIR/PART.json, what it said in
+DIR/PART.log. DIR/summary.json has a line for each, and DIR/results.md the same for reading, with what the cost model
+predicts beside what was measured. With `--resume` finished parts are not run again. Exit codes: 1 if a kernel is wrong
+or a part failed; 75 if the time ran out with parts left (`--resume` goes on); 130 or 143 after a signal; else 0.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ class Call:
 
     @contextlib.contextmanager
     def listing(self, part: Part, row: dict[str, Any]) -> Iterator[None]:
-        """Whatever happens, the summary names the part, and its file says what machine it was and whether it is a rehearsal."""
+        """Whatever happens, the summary names the part, and its file says what machine it was and whether it is a
+        rehearsal."""
         (self.folder / f"{part.name}.json").unlink(missing_ok=True)
         try:
             yield
@@ -96,7 +99,8 @@ class Call:
             self.write()
 
     def judge(self, part: Part, code: int, ended: str) -> dict[str, str]:
-        """{"status", "said"} of a part that has ended. What it measured before its time was up still counts against it."""
+        """{"status", "said"} of a part that has ended. What it measured before its time was up still counts against
+        it."""
         results, log = read_json(self.folder / f"{part.name}.json"), self.folder / f"{part.name}.log"
         try:
             status, said = part.read(code, results, log.read_text(encoding="utf-8", errors="replace"))
@@ -126,7 +130,12 @@ def run_process(part: Part, log: Path, limit_s: float, rehearse: bool) -> tuple[
         file.write(f"# {REHEARSAL}\n" if rehearse else "")
         file.flush()
         process = subprocess.Popen(
-            part.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            part.command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
         )
         try:
             return process.wait(limit_s), ""
@@ -163,7 +172,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder of svamp's published files, at any depth")
     parser.add_argument("--student", help="Hugging Face folder, or hub id, to train")
     parser.add_argument("--seeds", type=int, default=5, help="of each method; default: 5")
-    parser.add_argument("--parts", default="", help="only the parts whose names begin with one of these, such as loss,tuning")
+    parser.add_argument(
+        "--parts", default="", help="only the parts whose names begin with one of these, such as loss,tuning"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with what an earlier call left")
     parser.add_argument("--append", action="store_true", help="add the rows to bench/results as well")
     parser.add_argument("--rehearse", action="store_true", help="the whole with tiny shapes on a CPU")

@@ -33,7 +33,8 @@ class Setting(NamedTuple):
 
 
 class Part(NamedTuple):
-    """`read(exit code, what is in NAME.json, the log)`; `lacks`: why it cannot run here; `least_s`: not begun with less."""
+    """`read(exit code, what is in NAME.json, the log)`; `lacks`: why it cannot run here; `least_s`: not begun with
+    less."""
 
     name: str
     limit_s: float
@@ -51,7 +52,9 @@ def find_parts(setting: Setting) -> list[Part]:
     parts = [_kernels(setting), _tests(setting), _sanitizer(setting), _model(setting), _counters(setting)]
     for head in heads:
         flags = ["--heads", head, "--device", "cpu" if small else "cuda", "--repeats", "1" if small else "20"]
-        flags += ["--tokens", "112", "--logits", "peaked", "--providers", "eager,qcrd-torch,qcrd-triton"] if small else []
+        flags += (
+            ["--tokens", "112", "--logits", "peaked", "--providers", "eager,qcrd-torch,qcrd-triton"] if small else []
+        )
         parts.append(_bench(setting, "loss", head, 90, flags, read_loss))
     for head in heads:
         flags = ["--short", "--heads", head, "--repeats", "1" if small else "10"]
@@ -59,7 +62,11 @@ def find_parts(setting: Setting) -> list[Part]:
         command = _module("tuning", setting, f"tuning-{head}", *flags, *(["--append"] if setting.append else []))
         parts.append(Part(f"tuning-{head}", 90, command, read_tuning, env=_env(setting)))
     for shape in shapes:
-        flags = ["--prompts", "4", "--new-tokens", "4", "--lengths", "fixed", "--providers", "qcrd,generate"] if small else []
+        flags = (
+            ["--prompts", "4", "--new-tokens", "4", "--lengths", "fixed", "--providers", "qcrd,generate"]
+            if small
+            else []
+        )
         flags += ["--repeats", "1"] if small else ["--repeats", "3", "--prompts", "64", "--lengths", "ragged"]
         parts.append(_bench(setting, "sampler", shape, 120, ["--shapes", shape, *flags], read_rates))
     for shape in shapes:
@@ -68,7 +75,8 @@ def find_parts(setting: Setting) -> list[Part]:
     return [*parts, _training(setting)]
 
 
-# ---- what each runs ----------------------------------------------------------------------------------------------------
+# ---- what each runs
+# ----------------------------------------------------------------------------------------------------
 
 
 def _env(setting: Setting) -> dict[str, str]:
@@ -77,13 +85,35 @@ def _env(setting: Setting) -> dict[str, str]:
 
 
 def _module(module: str, setting: Setting, name: str, *flags: str) -> list[str]:
-    return [sys.executable, "-W", "ignore", "-m", f"{PACKAGE}.{module}", *flags, "--json", str(setting.output / f"{name}.json")]
+    return [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        f"{PACKAGE}.{module}",
+        *flags,
+        "--json",
+        str(setting.output / f"{name}.json"),
+    ]
 
 
-def _bench(setting: Setting, verb: str, what: str, limit_s: float, flags: list[str], read: Callable[..., Verdict]) -> Part:
+def _bench(
+    setting: Setting, verb: str, what: str, limit_s: float, flags: list[str], read: Callable[..., Verdict]
+) -> Part:
     """`qcrd-fast bench VERB`."""
     name = f"{verb}-{what}"
-    command = [sys.executable, "-W", "ignore", "-c", CLI, "bench", verb, *flags, "--json", str(setting.output / f"{name}.json")]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        CLI,
+        "bench",
+        verb,
+        *flags,
+        "--json",
+        str(setting.output / f"{name}.json"),
+    ]
     env = _env(setting)
     if verb != "loss":
         env.pop("TRITON_INTERPRET", None)  # there is nothing to see of the kernels, and it is slow
@@ -99,7 +129,19 @@ def _tests(setting: Setting) -> Part:
     tests = ROOT / "tests"
     lacks = None if find_spec("pytest") and tests.is_dir() else "needs pytest and a checkout"
     files = [str(path) for path in sorted(tests.rglob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(ROOT),
+        *files,
+    ]
     return Part("tests", 180, command, read_tests, lacks, env=_env(setting))
 
 
@@ -113,11 +155,17 @@ def _sanitizer(setting: Setting) -> Part:
 
 
 def _model(setting: Setting) -> Part:
-    """What is measured afterwards is held against it. It compiles for an H100 whatever GPU is here, and runs nothing there."""
+    """What is measured afterwards is held against it. It compiles for an H100 whatever GPU is here, and runs nothing
+    there."""
     missing = missing_tools()
     lacks = f"this triton brings no {' and no '.join(missing)}" if missing else None
     return Part(
-        "model", 60, _module("model", setting, "model"), read_model, lacks, env=_env(setting) | {"TRITON_INTERPRET": "0"}
+        "model",
+        60,
+        _module("model", setting, "model"),
+        read_model,
+        lacks,
+        env=_env(setting) | {"TRITON_INTERPRET": "0"},
     )
 
 
@@ -131,15 +179,23 @@ def _training(setting: Setting) -> Part:
     if not setting.rehearse:
         lacks = "--data and --student are not given" if not (setting.data and setting.student) else None
         lacks = lacks or (None if (ROOT / "recipes").is_dir() else "needs a checkout, for its recipes")
-    flags = ["--output-dir", str(setting.output / "training"), "--seeds", "1" if setting.rehearse else str(setting.seeds)]
+    flags = [
+        "--output-dir",
+        str(setting.output / "training"),
+        "--seeds",
+        "1" if setting.rehearse else str(setting.seeds),
+    ]
     flags += ["--rehearse"] if setting.rehearse else ["--data", str(setting.data), "--student", str(setting.student)]
     env = _env(setting)
     env.pop("TRITON_INTERPRET", None)
     command = _module("gpu_training", setting, "training", *flags)
-    return Part("training", float("inf"), command, read_training, lacks, least_s=30 if not setting.rehearse else 5, env=env)
+    return Part(
+        "training", float("inf"), command, read_training, lacks, least_s=30 if not setting.rehearse else 5, env=env
+    )
 
 
-# ---- how it is read ----------------------------------------------------------------------------------------------------
+# ---- how it is read
+# ----------------------------------------------------------------------------------------------------
 
 
 def _worst(statuses: list[str]) -> str:
@@ -156,7 +212,8 @@ def read_kernels(code: int, results: dict[str, Any], log: str) -> Verdict:
     worst = max(rows, key=lambda row: row["budget_used"])
     return (
         "ok",
-        f"{len(rows)} checks; the worst uses {worst['budget_used']:.0%} of its budget: {worst['check']} {worst['dtype']}",
+        f"{len(rows)} checks; the worst uses {worst['budget_used']:.0%} of its budget: {worst['check']} "
+        f"{worst['dtype']}",
     )
 
 
@@ -171,7 +228,11 @@ def read_sanitizer(code: int, results: dict[str, Any], log: str) -> Verdict:
 
 def read_model(code: int, results: dict[str, Any], log: str) -> Verdict:
     rows = results.get("rows", [])
-    return ("failed", last_line(log)) if code or not rows else ("ok", f"{len(rows)} designs; beside measurements in results.md")
+    return (
+        ("failed", last_line(log))
+        if code or not rows
+        else ("ok", f"{len(rows)} designs; beside measurements in results.md")
+    )
 
 
 def read_counters(code: int, results: dict[str, Any], log: str) -> Verdict:
@@ -192,8 +253,8 @@ def read_loss(code: int, results: dict[str, Any], log: str) -> Verdict:
         other = min((row for row in timed if row["provider"] != "qcrd-triton"), key=lambda row: row["ms"], default=None)
         if mine and other:
             said.append(
-                f"{case['case']['logits']}: {mine['mode']} {mine['ms']:.4g} ms, {mine['floor_share']:.0%} of the floor's rate; "
-                f"best other {other['provider']} {other['mode']} {other['ms']:.4g} ms"
+                f"{case['case']['logits']}: {mine['mode']} {mine['ms']:.4g} ms, {mine['floor_share']:.0%} of the "
+                f"floor's rate; best other {other['provider']} {other['mode']} {other['ms']:.4g} ms"
             )
     return _worst([row["status"] for row in ours]) if ours else "failed", "; ".join(said) or "qcrd-triton did not run"
 

@@ -57,7 +57,9 @@ def _of_tuning(results: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str,
 def _of_counters(results: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str, str], tuple[float, str]]:
     rows = results.get("counters", {}).get("rows", ())
     return {
-        ("plain", row["way"], row["head"]): (row["tflops"] / MACHINE.peak_tflops, "counters") for row in rows if "tflops" in row
+        ("plain", row["way"], row["head"]): (row["tflops"] / MACHINE.peak_tflops, "counters")
+        for row in rows
+        if "tflops" in row
     }
 
 

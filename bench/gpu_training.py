@@ -1,4 +1,5 @@
-"""dss, sft-all and the default method on svamp, from the published files to rows of a CSV: the last part of `bench.gpu`.
+"""dss, sft-all and the default method on svamp, from the published files to rows of a CSV: the last part of
+`bench.gpu`.
 
     python -m qcrd_fast.bench.gpu_training --data DIR --student DIR --output-dir DIR [--seeds 5] [--json FILE]
 
@@ -30,7 +31,8 @@ MAIN, TEST = "svamp_3_train.json", "svamp_test.json"
 MENTORS = ("aug/t5_large/svamp_rand3_aug3.json", "aug/flan-t5_large/svamp_rand3_aug3.json")  # in Mentor-KD's repository
 FLAT = ("svamp_aug_t5_large.json", "svamp_aug_flan-t5_large.json")  # the same, in one folder
 CONTEXT_BYTES = 2**30  # of a process on a GPU: CUDA's context, cuBLAS, fragments
-REHEARSAL = dict(max_steps=4, eval_steps=4, save_steps=4, iteration_steps=2, max_new_tokens=8, discriminator_pretrain_steps=1,
+REHEARSAL = dict(max_steps=4, eval_steps=4, save_steps=4, iteration_steps=2, max_new_tokens=8,
+    discriminator_pretrain_steps=1,
                  discriminator_update_batches=1, per_device_train_batch_size=8)  # fmt: skip
 
 
@@ -82,7 +84,10 @@ def run(data: Path, student: str, output: Path, seeds: int, rehearse: bool) -> N
 
         if not (output / "demo" / "student").is_dir():
             write_demo(output / "demo", 0)
-        recipe, values = "ci", read_recipe(RECIPES / "ci.yaml") | REHEARSAL | {"data": str(output / "demo" / "train.jsonl")}
+        recipe, values = (
+            "ci",
+            read_recipe(RECIPES / "ci.yaml") | REHEARSAL | {"data": str(output / "demo" / "train.jsonl")},
+        )
         values |= {"test_data": str(output / "demo" / "test.jsonl"), "student": str(output / "demo" / "student")}
     else:
         recipe, inputs, test = find_data(data)

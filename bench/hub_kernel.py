@@ -1,13 +1,14 @@
 """The loss as a repository of the Hugging Face `kernels` library: `python -m qcrd_fast.bench.hub_kernel DIR`.
 
-Writes DIR/build/torch-universal/qcrd_fast with the kernels, their torch twins and `QCRDLoss`, and nothing else of this project:
+Writes DIR/build/torch-universal/qcrd_fast with the kernels, their torch twins and `QCRDLoss`, and nothing else of this
+project:
 
     from kernels import get_local_kernel
     qcrd_fast = get_local_kernel(Path("DIR"))
     loss_fn = qcrd_fast.QCRDLoss(beta=0.2, delta=3.0)
 
-Such a kernel is loaded under a name of its own, beside other versions of itself, so that its imports become relative and its
-operators get a namespace that names its content.
+Such a kernel is loaded under a name of its own, beside other versions of itself, so that its imports become relative
+and its operators get a namespace that names its content.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def relative(text: str, place: Path, sources: dict[str, str]) -> str:
         assert node.module is not None
         inside = "" if node.module == "qcrd_fast" else node.module.removeprefix("qcrd_fast.")
         line = lines[node.lineno - 1]
-        lines[node.lineno - 1] = line.replace(f"from {node.module} import", f"from {'.' * len(place.parts)}{inside} import", 1)
+        lines[node.lineno - 1] = line.replace(
+            f"from {node.module} import", f"from {'.' * len(place.parts)}{inside} import", 1
+        )
     return "".join(lines)
 
 
@@ -120,7 +123,10 @@ def _path(module: str) -> Path:
 
 
 def _entry(sources: dict[str, str]) -> str:
-    lines = [f'"""The fused contrastive loss of qcrd-fast {__version__}: the functions of its page on embedding."""', ""]
+    lines = [
+        f'"""The fused contrastive loss of qcrd-fast {__version__}: the functions of its page on embedding."""',
+        "",
+    ]
     for name, module in sorted(EXPORTED.items(), key=lambda item: (item[1], item[0])):
         inside = ".".join(location(module).with_suffix("").parts)
         lines.append(f"from .{inside} import {name}")

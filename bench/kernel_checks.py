@@ -54,7 +54,8 @@ class Check(NamedTuple):
 
 
 def limits(dtype: torch.dtype) -> Errors:
-    """What each error may be: gradients are rounded to the operands' type on their way, and noisy logits may nearly tie."""
+    """What each error may be: gradients are rounded to the operands' type on their way, and noisy logits may nearly
+    tie."""
     grad = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     return {"out": 1e-5, "grad": grad, "tokens": 0.02}
 
@@ -80,7 +81,12 @@ def find_checks(sizes: Sizes) -> list[Check]:
         Check("log p of few rows", logprob, _bound(check_logprob, few)),
         Check("loss of known weights", kept, _bound(check_rationale_loss, sizes)),
         Check("loss of known weights, bias", kept, _bound(check_rationale_loss, sizes, bias=True, temperature=0.7)),
-        Check("selections", ("mean_kernel", "question_kernel", "backward_kernel"), _bound(check_selections, sizes), ("fp32",)),
+        Check(
+            "selections",
+            ("mean_kernel", "question_kernel", "backward_kernel"),
+            _bound(check_selections, sizes),
+            ("fp32",),
+        ),
         Check("tokens", drawn[:1], _bound(check_sample, half, temperature=1.5)),
         Check("tokens, top-k 50", drawn, _bound(check_sample, fewer, bias=True, temperature=1.5, top_k=50)),
         Check("tokens, greedy", drawn[:1], _bound(check_sample, half, temperature=0.0)),
@@ -100,9 +106,13 @@ def error(got: Tensor, want: Tensor) -> float:
 def make_operands(
     T: int, H: int, V: int, dtype: torch.dtype, device: torch.device, bias: bool, ignored: int = 0
 ) -> tuple[list[Tensor], Tensor]:
-    """([hidden [T, H], weight [V, H] and perhaps bias [V]], target [T]): one row of seven and the first few are ignored."""
+    """([hidden [T, H], weight [V, H] and perhaps bias [V]], target [T]): one row of seven and the first few are
+    ignored."""
     generator = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(T, H, generator=generator), 0.3 * torch.randn(V, H, generator=generator) * min(1, (72 / H) ** 0.5)]
+    leaves = [
+        torch.randn(T, H, generator=generator),
+        0.3 * torch.randn(V, H, generator=generator) * min(1, (72 / H) ** 0.5),
+    ]
     leaves += [torch.randn(V, generator=generator)] * bias
     target_T = torch.randint(0, V, (T,), generator=generator)
     target_T[3::7] = target_T[:ignored] = -100
@@ -124,7 +134,8 @@ def check_logprob(
     ignored: int = 0,
     **options: Any,
 ) -> Errors:
-    """log p, with `extras` log-sum-exp and entropy too, and the gradients of a weighted sum that spares a third of the rows."""
+    """log p, with `extras` log-sum-exp and entropy too, and the gradients of a weighted sum that spares a third of the
+    rows."""
     leaves, target_T = make_operands(T, H, V, dtype, device, bias, ignored)
     weight_T = torch.randn(T, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(device)
     weight_T[1::3] = 0
@@ -132,7 +143,9 @@ def check_logprob(
     for mine, impl in ((leaves, "triton"), (doubled(leaves), "eager")):
         (hidden_TH, weight_VH), rest = mine[:2], mine[2:]
         extra = dict(return_lse=extras, return_entropy=extras)
-        out = linear_logprob(hidden_TH, weight_VH, target_T, bias=rest[0] if bias else None, impl=impl, **extra, **options)
+        out = linear_logprob(
+            hidden_TH, weight_VH, target_T, bias=rest[0] if bias else None, impl=impl, **extra, **options
+        )
         out = out if extras else (out,)
         total = sum((x.double() * weight_T).sum() / (i + 1) for i, x in enumerate(out))
         results.append((out, torch.autograd.grad(total, mine)))
@@ -162,8 +175,9 @@ def check_rationale_loss(
 def check_selections(
     dtype: torch.dtype, device: torch.device, T: int, H: int, V: int, pairs: Sequence[tuple[str, str]] = ()
 ) -> Errors:
-    """Selections of ragged questions, with quality and tokens that do not count: `pairs` of them, by default each of a side at
-    least once, since a pair takes a compilation. log p is fp32 whatever the operands' type, and the sizes are its own."""
+    """Selections of ragged questions, with quality and tokens that do not count: `pairs` of them, by default each of a
+    side at least once, since a pair takes a compilation. log p is fp32 whatever the operands' type, and the sizes are
+    its own."""
     generator = torch.Generator().manual_seed(5)
     length_R = torch.randint(1, 9, (40,), generator=generator)
     length_R[3] = 600  # more than a block of tokens
@@ -181,7 +195,12 @@ def check_selections(
         for impl, of in (("triton", torch.float32), ("eager", torch.float64)):
             leaf = logprob_T.to(device, of).requires_grad_()
             out = contrastive_loss(
-                leaf, *segments, positive_select=positive, negative_select=negative, valid_T=valid_T.to(device), impl=impl
+                leaf,
+                *segments,
+                positive_select=positive,
+                negative_select=negative,
+                valid_T=valid_T.to(device),
+                impl=impl,
             )
             results.append(((out.loss, out.nll_R, out.weight_R, out.selected_R), torch.autograd.grad(out.loss, [leaf])))
         found = _compare(*results)

@@ -1,7 +1,7 @@
 """`qcrd-fast bench loss`: the contrastive loss, forward and backward, in every way that is installed, on the same work.
 
-Each provider is first compared with float64, then timed in turn with the others. The floor is (2 + 6s) U at the rate of plain
-products of the same shape, timed in the same rounds: U = T V H, s the share of tokens that are selected.
+Each provider is first compared with float64, then timed in turn with the others. The floor is (2 + 6s) U at the rate of
+plain products of the same shape, timed in the same rounds: U = T V H, s the share of tokens that are selected.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def find_cases(
 
 
 def find_names(device: torch.device, providers: Sequence[str]) -> tuple[str, ...]:
-    """The providers asked for, or all; on a CPU `compiled` only where asked for, since it compiles for half a minute."""
+    """The providers asked for, or all; on a CPU `compiled` only where asked for, since it compiles for half a
+    minute."""
     every = tuple(name for name in SOURCES if device.type == "cuda" or name != "compiled")
     return _known("provider", providers, SOURCES) or every
 
@@ -170,9 +171,14 @@ def check(provider: Provider, batch: Batch, truth: Truth, limit: float, device: 
     row: dict[str, Any] = {"provider": provider.name, "mode": provider.mode, "status": "ok", "note": provider.note}
     with _failure_into(row, device):
         out: list[tuple[Tensor, Tensor]] = []
-        row["first_call_s"] = round(timing.time_ms(lambda: out.append(forward_backward(provider, batch)), device) / 1e3, 3)
+        row["first_call_s"] = round(
+            timing.time_ms(lambda: out.append(forward_backward(provider, batch)), device) / 1e3, 3
+        )
         loss, selected_R = out[0]
-        grads = {"dhidden": (batch.hidden_TH.grad, truth.dhidden_TH), "dweight": (batch.weight_VH.grad, truth.dweight_VH)}
+        grads = {
+            "dhidden": (batch.hidden_TH.grad, truth.dhidden_TH),
+            "dweight": (batch.weight_VH.grad, truth.dweight_VH),
+        }
         row["loss_error"] = abs(float(loss) - truth.loss) / abs(truth.loss)
         for name, (got, want) in grads.items() if provider.mode != "score" else ():
             row[f"{name}_error"] = 1.0 if got is None else float((got.double() - want).norm() / want.norm())
@@ -192,7 +198,8 @@ def selected_share(batch: Batch) -> float:
 
 
 def the_products(batch: Batch) -> tuple[Callable[[], None], Callable[[], None], float]:
-    """(the first, and all three products of a loss with kept logits, of at most 4,096 rows, written to memory; their flops)."""
+    """(the first, and all three products of a loss with kept logits, of at most 4,096 rows, written to memory; their
+    flops)."""
     hidden_CH, weight_VH = batch.hidden_TH.detach()[:RATE_ROWS], batch.weight_VH.detach()
     logits_CV = torch.empty(len(hidden_CH), len(weight_VH), dtype=hidden_CH.dtype, device=hidden_CH.device)
     dhidden_CH, dweight_VH = torch.empty_like(hidden_CH), torch.empty_like(weight_VH)
@@ -253,7 +260,8 @@ def as_text(results: dict[str, Any]) -> str:
     notes = {row["provider"]: row["note"] for case in results["cases"] for row in case["rows"] if row["note"]}
     lines += ["", *(f"{name}: {note}" for name, note in notes.items())]
     lines.append(
-        "of eager, composed, torch: time over that of eager plain, eager composed, torch-fused composed, round by round,"
+        "of eager, composed, torch: time over that of eager plain, eager composed, torch-fused composed, round by "
+        "round,"
     )
     lines.append("median; of the modes `every`, over eager and torch-fused in mode `every`")
     lines.append("ms: of the device; on a CPU, user time of all threads")

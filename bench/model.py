@@ -1,10 +1,12 @@
-"""A prediction, not a measurement: the forward kernel's share of an H100's peak, from instructions counted in its machine code.
+"""A prediction, not a measurement: the forward kernel's share of an H100's peak, from instructions counted in its
+machine code.
 
     python -m qcrd_fast.bench.model [--only DESIGN] [--json FILE] [--update docs/kernels.md]
 
-Prints the table of docs/kernels.md, or brings it up to date there. A multiprocessor is simulated step by step: its programs
-take turns at the L2 cache, the tensor cores and the units of the epilogue. What the kernels cost in instructions is counted
-(`sass`); what the hardware does in a clock is in `MACHINE`. Needs no GPU. The H200 has the H100's multiprocessors.
+Prints the table of docs/kernels.md, or brings it up to date there. A multiprocessor is simulated step by step: its
+programs take turns at the L2 cache, the tensor cores and the units of the epilogue. What the kernels cost in
+instructions is counted (`sass`); what the hardware does in a clock is in `MACHINE`. Needs no GPU. The H200 has the
+H100's multiprocessors.
 
 T rows, V columns and H hidden of a tile; a step is one pass over a tile's depth BLOCK_H.
 """
@@ -32,12 +34,14 @@ from .tuning import way_name
 class Machine(NamedTuple):
     """An H100 SXM. Rates are of one multiprocessor, a clock.
 
-    `tensor_fma`, `mufu`, `schedulers`: NVIDIA's H100 whitepaper and the CUDA programming guide's table of throughputs (9.0).
-    989.4 dense bf16 TFLOP/s are 132 x 2,048 multiply-adds at 1.83 GHz; 16 exponentials; 4 schedulers of an instruction a warp.
-    `l2_bytes`, low and high: an assumption. At full rate 128 x 256 tiles take 48 bytes; products of such tiles that share
-    nothing between multiprocessors would reach 70 to 81% of the peak. `latency`: assumed too, of a load from the L2 cache until
-    a product can start on it. `drain`: of the shuffles and barriers in a tile's reductions.
-    `cap`: cuBLAS's own rate, which power and clocks limit: 716 to 795 TFLOP/s (README of pranjalssh/fast.cu) are 72 to 80%.
+    `tensor_fma`, `mufu`, `schedulers`: NVIDIA's H100 whitepaper and the CUDA programming guide's table of throughputs
+    (9.0). 989.4 dense bf16 TFLOP/s are 132 x 2,048 multiply-adds at 1.83 GHz; 16 exponentials; 4 schedulers of an
+    instruction a warp. `l2_bytes`, low and high: an assumption. At full rate 128 x 256 tiles take 48 bytes; products of
+    such tiles that share nothing between multiprocessors would reach 70 to 81% of the peak. `latency`: assumed too, of
+    a load from the L2 cache until a product can start on it. `drain`: of the shuffles and barriers in a tile's
+    reductions.
+    `cap`: cuBLAS's own rate, which power and clocks limit: 716 to 795 TFLOP/s (README of pranjalssh/fast.cu) are 72 to
+    80%.
     """
 
     multiprocessors: int = 132
@@ -62,7 +66,8 @@ REFUTED_ABOVE = 0.62  # of the peak, at 128 x 128
 
 
 class Work(NamedTuple):
-    """What a tile costs a program, in a multiprocessor's clocks: counted instructions through the units that execute them."""
+    """What a tile costs a program, in a multiprocessor's clocks: counted instructions through the units that execute
+    them."""
 
     tile: Tile
     programs: int  # that share a multiprocessor
@@ -77,7 +82,8 @@ class Work(NamedTuple):
 
 
 def work_of(tile: Tile, threads: int, programs: int, counts: sass.Counts) -> Work:
-    """From a warp's instructions of a tile: all that are no exponential and no multiply-add come first, one after another."""
+    """From a warp's instructions of a tile: all that are no exponential and no multiply-add come first, one after
+    another."""
     _, units = counts.by_pipe()
     warps, mufu, fma = threads // 32, units["mufu"], units["fma"]
     issue = warps / MACHINE.schedulers
@@ -94,8 +100,9 @@ def work_of(tile: Tile, threads: int, programs: int, counts: sass.Counts) -> Wor
 def simulate(work: Work, H: int, l2_bytes: float) -> float:
     """Share of the tensor cores' peak, 0..1, with so many bytes a clock from the L2 cache.
 
-    Each program: step g asks for the operands of step g + stages - 1, waits for its own and issues its product; the product
-    before it must have ended. After a tile's last product comes the epilogue. L2, tensor cores and exponentials serve in order.
+    Each program: step g asks for the operands of step g + stages - 1, waits for its own and issues its product; the
+    product before it must have ended. After a tile's last product comes the epilogue. L2, tensor cores and exponentials
+    serve in order.
     """
     steps, ahead = -(-H // work.tile.block_h), work.tile.num_stages - 1
     load, matrix = work.step_bytes / l2_bytes, work.step_clocks
@@ -125,7 +132,9 @@ def simulate(work: Work, H: int, l2_bytes: float) -> float:
             tensor_free = start + matrix
             before, ended[program] = ended[program], tensor_free
             done = (step + 1) % steps == 0
-            following = (tensor_free, program, step, "serial") if done else (max(start, before), program, step + 1, "step")
+            following = (
+                (tensor_free, program, step, "serial") if done else (max(start, before), program, step + 1, "step")
+            )
             heapq.heappush(events, following)
         elif what == "serial":
             heapq.heappush(events, (now + work.serial, program, step, "shared"))
@@ -179,7 +188,12 @@ DESIGNS = [
     Design("as launched, bias", None, "bias"),
     Design("128 x 128, cp.async, bias, registers without a limit", DEFAULT, "bias", limited=False),
     Design("as launched, keeps the exponentials", None, "keeps the exponentials"),
-    Design("128 x 128, cp.async, keeps the exponentials, registers without a limit", DEFAULT, "keeps the exponentials", False),
+    Design(
+        "128 x 128, cp.async, keeps the exponentials, registers without a limit",
+        DEFAULT,
+        "keeps the exponentials",
+        False,
+    ),
     Design("as launched, softcap", None, "softcap"),
     Design("as launched, entropy", None, "entropy"),
     Design("128 x 256, cp.async", WIDE),
@@ -255,12 +269,19 @@ def show(shares: tuple[float, float] | None) -> str:
 
 def markdown(only: str = "") -> str:
     """The table of docs/kernels.md."""
-    head = ["design", "registers", "programs a multiprocessor", "epilogue, clocks", *(f"H = {HEADS[h].H:,}" for h in ORDER)]
+    head = [
+        "design",
+        "registers",
+        "programs a multiprocessor",
+        "epilogue, clocks",
+        *(f"H = {HEADS[h].H:,}" for h in ORDER),
+    ]
     lines = [head, ["---"] * len(head)]
     for row in rows(only):
         name = f"*{row['design']}; supposed: {row['supposed']}*" if row["supposed"] else row["design"]
         cells = [
-            " / ".join(dict.fromkeys(f"{n:,}" for n in row[of].values())) for of in ("registers", "programs", "epilogue_clocks")
+            " / ".join(dict.fromkeys(f"{n:,}" for n in row[of].values()))
+            for of in ("registers", "programs", "epilogue_clocks")
         ]
         lines.append([name, *cells, *map(show, row["shares"].values())])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

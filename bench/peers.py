@@ -2,9 +2,11 @@
 
 score: log p of every token and the selection, without gradients.
 plain: log p of every token, then the contrastive loss over it, differentiated through both.
-composed: score every token without gradients, select, then train on the selected tokens alone with the weights now known.
+composed: score every token without gradients, select, then train on the selected tokens alone with the weights now
+known.
 joint: one differentiable pass that skips the losers in its backward.
-every, on a CPU: the mean -log p of all tokens, each with a gradient, as fine-tuning has it; every-kept: ours with a workspace.
+every, on a CPU: the mean -log p of all tokens, each with a gradient, as fine-tuning has it; every-kept: ours with a
+workspace.
 
 The contrastive part, selection and all, is qcrd-fast's for everyone: it is small, and none of the others has one.
 """
@@ -56,11 +58,13 @@ class Source(NamedTuple):
     """Where a provider's per-token loss comes from; `load` raises what keeps it from running here."""
 
     load: Callable[[torch.device, torch.dtype], PerToken]
-    backward_units: int  # of U, for each token that has a gradient: 4 if the logits are kept, 6 if they are computed again
+    # of U, for each token that has a gradient: 4 if the logits are kept, 6 if they are computed again
+    backward_units: int
     note: str = ""
 
 
-# ---- per-token losses ---------------------------------------------------------------------------------------------------
+# ---- per-token losses
+# ---------------------------------------------------------------------------------------------------
 
 
 def eager_nll(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, scale: float) -> Tensor:
@@ -93,7 +97,9 @@ def load_torch_fused(*_: Any) -> PerToken:
 def load_liger(device: torch.device, _: torch.dtype) -> PerToken:
     module = _peer("liger-kernel", "liger_kernel.transformers.functional", device)
     # Without accum_dtype it adds up dWeight in bf16.
-    return scaled(lambda h, w, t: module.liger_fused_linear_cross_entropy(h, w, t, reduction="none", accum_dtype=torch.float32))
+    return scaled(
+        lambda h, w, t: module.liger_fused_linear_cross_entropy(h, w, t, reduction="none", accum_dtype=torch.float32)
+    )
 
 
 def load_liger_scaled(device: torch.device, _: torch.dtype) -> PerToken:
@@ -156,7 +162,8 @@ SOURCES = {
 }
 
 
-# ---- from per-token losses to a step ------------------------------------------------------------------------------------
+# ---- from per-token losses to a step
+# ------------------------------------------------------------------------------------
 
 
 def plain(per_token: PerToken) -> Callable[[Batch], tuple[Tensor, Tensor]]:
@@ -227,7 +234,9 @@ def every(per_token: PerToken) -> Callable[[Batch], tuple[Tensor, Tensor]]:
     return step
 
 
-def find_providers(device: torch.device, dtype: torch.dtype, names: tuple[str, ...]) -> tuple[list[Provider], dict[str, str]]:
+def find_providers(
+    device: torch.device, dtype: torch.dtype, names: tuple[str, ...]
+) -> tuple[list[Provider], dict[str, str]]:
     """(those that can run, {name: why it cannot})."""
     found: list[Provider] = []
     absent: dict[str, str] = {}
@@ -249,7 +258,9 @@ def find_providers(device: torch.device, dtype: torch.dtype, names: tuple[str, .
         if name.startswith("qcrd-"):
             impl = name.removeprefix("qcrd-")
             found.append(Provider(name, "joint", joint(impl), 2, again, source.note))
-            found.append(Provider(name, "composed", composed_of_ours(per_token, impl), 2, 2 + again, source.note, kept_units=6))
+            found.append(
+                Provider(name, "composed", composed_of_ours(per_token, impl), 2, 2 + again, source.note, kept_units=6)
+            )
         else:
             found.append(Provider(name, "plain", plain(per_token), 2 + again, 0, source.note))
             found.append(Provider(name, "composed", composed(per_token), 2, 2 + again, source.note))

@@ -12,7 +12,8 @@ CASE = ("head", "tokens", "positives", "negatives", "logits", "dtype", "device")
 
 
 def latest(path: Path) -> dict[str, dict[str, float]]:
-    """{case: {provider: ms}}; a later row replaces an earlier one, and what is wrong, failed or of another loss is left out."""
+    """{case: {provider: ms}}; a later row replaces an earlier one, and what is wrong, failed or of another loss is left
+    out."""
     cases: dict[str, dict[str, float]] = {}
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):

@@ -1,11 +1,12 @@
 """What sharing prompts saves: tokens through the model and time, against one sequence a rationale, on real lengths.
 
-    python -m qcrd_fast.bench.prompts --data svamp.jsonl --student SmolLM2-135M --questions 2,4 [--shape t5-small] [--append]
+    python -m qcrd_fast.bench.prompts --data svamp.jsonl --student SmolLM2-135M --questions 2,4 [--shape t5-small]
+    [--append]
 
-Each round takes other questions of the (prepared) data and runs both ways on them, in turns: the scoring pass alone and a whole
-step (scoring, training what was selected, backward; no optimizer, no sampling). Each question also gets one negative of the
-student's own: a rationale of another question. `--shape t5-small` keeps the student's tokenizer, and so its lengths and its
-head, and puts T5-small's body with random weights in between. Only statistics are kept, never text.
+Each round takes other questions of the (prepared) data and runs both ways on them, in turns: the scoring pass alone and
+a whole step (scoring, training what was selected, backward; no optimizer, no sampling). Each question also gets one
+negative of the student's own: a rationale of another question. `--shape t5-small` keeps the student's tokenizer, and so
+its lengths and its head, and puts T5-small's body with random weights in between. Only statistics are kept, never text.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ RESULTS = Path(__file__).parent / "results" / "prompts.csv"
 PASSES = ("score", "step")
 COLUMNS = (
     "student", "data", "questions", "pass", "tokens_shared", "tokens_alone", "tokens_quotient", "ms_shared", "ms_alone",
-    "time_quotient", "time_quotient_p20", "time_quotient_p80", "prompt_tokens", "rationale_tokens", "rationales", "mask",
+    "time_quotient", "time_quotient_p20", "time_quotient_p80", "prompt_tokens", "rationale_tokens", "rationales",
+    "mask",
     "dtype", "repeats", "transformers", "device", "threads", "cuda", "torch", "triton", "commit", "time",
 )  # fmt: skip
 T5_SMALL = dict(d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8)
@@ -56,8 +58,8 @@ def load_student(folder: str, shape: str | None, device: torch.device) -> Studen
 
 
 def make_objectives(student: Student, bf16: bool) -> dict[str, Objective]:
-    """{shared, alone}: the same objective with and without shared prompts; every hinge is active, so two of each question's
-    rationales are trained."""
+    """{shared, alone}: the same objective with and without shared prompts; every hinge is active, so two of each
+    question's rationales are trained."""
     config = TrainConfig(delta=1e3, discriminator="none", scheme="minmax", negative_source="lagged")
     autocast = make_autocast(student.device, bf16)
     return {
@@ -86,7 +88,11 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """{pass: tokens a step and milliseconds of each way, and the quotient of times round by round}."""
     draw = random.Random(0)
-    own = {e.id: other.positives[-1] for e, other in zip(examples, examples[1:] + examples[:1], strict=True) if other.positives}
+    own = {
+        e.id: other.positives[-1]
+        for e, other in zip(examples, examples[1:] + examples[:1], strict=True)
+        if other.positives
+    }
     lagged = {i: Negative(c.tokens[:128], c.text) for i, c in own.items()}
     seen: dict[str, dict[str, list[float]]] = {what: defaultdict(list) for what in PASSES}
     for number in range(repeats + 1):
@@ -157,7 +163,11 @@ def main(args: Sequence[str] | None = None) -> None:
     examples = make_examples(questions_of_data, student, TrainConfig(negative_source="minority"))
     for questions in map(int, given.questions.split(",")):
         for what, row in measure(objectives, examples, questions, given.repeats, device).items():
-            case = {"student": given.shape or Path(given.student).name, "data": Path(given.data).stem, "questions": questions}
+            case = {
+                "student": given.shape or Path(given.student).name,
+                "data": Path(given.data).stem,
+                "questions": questions,
+            }
             how = {
                 "mask": student.sharing,
                 "dtype": "bf16" if given.bf16 else "fp32",

@@ -1,4 +1,5 @@
-"""What stands beside every measurement (machine, versions, commit), and the CSV files in bench/results that it is added to."""
+"""What stands beside every measurement (machine, versions, commit), and the CSV files in bench/results that it is added
+to."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def check_appendable(path: Path, columns: Sequence[str]) -> None:
 
 
 def append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], digits: int = 5) -> None:
-    """Add a line a row, floats with so many significant digits; a new file gets a header, and what is not a column is left out.
+    """Add a line a row, floats with so many significant digits; a new file gets a header, and what is not a column is
+    left out.
 
     Raises `InputError` as `check_appendable` does.
     """
@@ -57,7 +59,9 @@ def append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
         if not file.tell():
             writer.writerow(columns)
         for row in rows:
-            writer.writerow([float(f"{v:.{digits}g}") if isinstance(v := row.get(name), float) else v for name in columns])
+            writer.writerow(
+                [float(f"{v:.{digits}g}") if isinstance(v := row.get(name), float) else v for name in columns]
+            )
 
 
 def run_cases(
@@ -68,8 +72,8 @@ def run_cases(
     append_to: Path | None,
     **shared: Any,
 ) -> dict[str, Any]:
-    """{"where", what is `shared` by all rows, "rows": those of `run` for each case}; with `append_to`, rows are added to that
-    CSV file as soon as they are measured."""
+    """{"where", what is `shared` by all rows, "rows": those of `run` for each case}; with `append_to`, rows are added
+    to that CSV file as soon as they are measured."""
     if append_to:
         check_appendable(append_to, columns)
     where, rows = describe_machine(device), []

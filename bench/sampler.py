@@ -1,9 +1,9 @@
-"""`qcrd-fast bench sampler`: tokens a second of our sampler and of what transformers offers, on the same prompts, batch,
-temperature, top-k and lengths.
+"""`qcrd-fast bench sampler`: tokens a second of our sampler and of what transformers offers, on the same prompts,
+batch, temperature, top-k and lengths.
 
-Students have the shapes of real ones and random weights, and EOS is off: every continuation has the length that the case gives
-it. `fixed`: all the longest. `ragged`: a quarter of it to all of it, in half as many rows as there are prompts, which is where
-a batch that waits for its longest row loses.
+Students have the shapes of real ones and random weights, and EOS is off: every continuation has the length that the
+case gives it. `fixed`: all the longest. `ragged`: a quarter of it to all of it, in half as many rows as there are
+prompts, which is where a batch that waits for its longest row loses.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Draw = Callable[[], list[TokenIds]]
 
 
-# ---- who samples --------------------------------------------------------------------------------------------------------
+# ---- who samples
+# --------------------------------------------------------------------------------------------------------
 
 
 def load_ours(work: Work) -> Draw:
@@ -128,7 +129,9 @@ def load_generate(cache: str | None, compiled: bool) -> Callable[[Work], Draw]:
                 rows = order[at : at + case.rows]
                 width = max(len(work.sources[i]) for i in rows)
                 pads = [width - len(work.sources[i]) for i in rows]
-                ids = torch.tensor([[pad] * p + work.sources[i] for i, p in zip(rows, pads, strict=True)], device=device)
+                ids = torch.tensor(
+                    [[pad] * p + work.sources[i] for i, p in zip(rows, pads, strict=True)], device=device
+                )
                 mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads], device=device)
                 start = 1 if work.student.is_encoder_decoder else width
                 limits = torch.tensor([work.limits[i] for i in rows], device=device)
@@ -154,7 +157,8 @@ def load_generate_batch(work: Work) -> Draw:
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     model = copy.deepcopy(work.student.model)  # it changes its attention
     config = GenerationConfig(
-        do_sample=True, temperature=TEMPERATURE, top_k=work.case.top_k, max_new_tokens=work.case.new, eos_token_id=NO_EOS,
+        do_sample=True, temperature=TEMPERATURE, top_k=work.case.top_k, max_new_tokens=work.case.new,
+        eos_token_id=NO_EOS,
         pad_token_id=work.student.pad_id,
     )  # fmt: skip
     # Else it takes nearly all of the memory for its cache, and keeps it
@@ -171,8 +175,8 @@ def load_generate_batch(work: Work) -> Draw:
     return draw
 
 
-# In this order. Ours is the last to capture graphs: when torch.compile records its own, it frees the workspaces of cuBLAS that
-# graphs captured before it go on using.
+# In this order. Ours is the last to capture graphs: when torch.compile records its own, it frees the workspaces of
+# cuBLAS that graphs captured before it go on using.
 PROVIDERS: dict[str, Callable[[Work], Draw]] = {
     "generate": load_generate(None, compiled=False),
     "generate-static": load_generate("static", compiled=False),
@@ -188,7 +192,8 @@ def absent_vllm() -> dict[str, str]:
     return {"vllm": "installed, but not driven from here" if installed else "not installed"}
 
 
-# ---- the run ------------------------------------------------------------------------------------------------------------
+# ---- the run
+# ------------------------------------------------------------------------------------------------------------
 
 
 def find_cases(
@@ -229,7 +234,9 @@ def run_bench(
     With `append_to`, each case's rows are added to that CSV file as soon as they are measured.
     """
     names, count = find_names(device, providers), repeats or (7 if device.type == "cuda" else 3)
-    told = run_cases(cases, lambda case: run_case(case, device, names, count), device, COLUMNS, append_to, repeats=count)
+    told = run_cases(
+        cases, lambda case: run_case(case, device, names, count), device, COLUMNS, append_to, repeats=count
+    )
     return told | {"absent": absent_vllm()}
 
 
@@ -273,7 +280,9 @@ def as_text(results: dict[str, Any]) -> str:
         f"{where['device']}, {where['threads']} threads; torch {where['torch']}, transformers {where['transformers']}, "
         f"commit {where['commit']}; median of {results['repeats']}"
     ]
-    for case in dict.fromkeys(Case(**{f.name: row[f.name] for f in dataclasses.fields(Case)}) for row in results["rows"]):
+    for case in dict.fromkeys(
+        Case(**{f.name: row[f.name] for f in dataclasses.fields(Case)}) for row in results["rows"]
+    ):
         mine = [row for row in results["rows"] if all(row[k] == v for k, v in dataclasses.asdict(case).items())]
         lines += ["", str(case), *table(mine, ("provider", *(m for m in MEASURED if m != "status"), "status"))]
     lines += [f"{name}: {reason}" for name, reason in results["absent"].items()]

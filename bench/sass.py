@@ -1,9 +1,10 @@
-"""What the kernels compile to for NVIDIA GPUs that are not here: registers, spills, shared memory, instructions by pipe.
+"""What the kernels compile to for NVIDIA GPUs that are not here: registers, spills, shared memory, instructions by
+pipe.
 
     python -m qcrd_fast.bench.sass [--capabilities 80,86,89,90,100,120] [--only TEXT] [--json FILE]
 
-Compiles the launchers' own launches (`compiling`) and reads the machine code (SASS) with the `nvdisasm` and `cuobjdump` that
-triton brings. Prints a table; needs no GPU.
+Compiles the launchers' own launches (`compiling`) and reads the machine code (SASS) with the `nvdisasm` and `cuobjdump`
+that triton brings. Prints a table; needs no GPU.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ class Code(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """How many a multiprocessor holds at once. Registers are given in units of 8 a thread, and 1 KiB of shared memory
-        a program is the driver's."""
+        """How many a multiprocessor holds at once. Registers are given in units of 8 a thread, and 1 KiB of shared
+        memory a program is the driver's."""
         by_registers = 65536 // (self.threads * ((self.registers + 7) // 8 * 8))
         by_shared = SHARED_KIB[self.capability] * 1024 // (self.shared + 1024)
         by_tensor = TENSOR_COLUMNS // self.tensor_columns if self.tensor_columns else by_shared
@@ -125,7 +126,8 @@ def _ask(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-# ---- counting --------------------------------------------------------------------------------------------------------------
+# ---- counting
+# --------------------------------------------------------------------------------------------------------------
 
 
 def opcode(instruction: str) -> str:
@@ -177,8 +179,9 @@ class Counts(NamedTuple):
 
 
 def count(code: Code) -> Counts | None:
-    """The step is the shortest way around through a product. A tile's other instructions (address, mask, exponentials) are the
-    rest of the loop over tiles, or where a program has one tile alone, of the program. None without products."""
+    """The step is the shortest way around through a product. A tile's other instructions (address, mask, exponentials)
+    are the rest of the loop over tiles, or where a program has one tile alone, of the program. None without
+    products."""
     after = successors(code)
     before: list[list[int]] = [[] for _ in after]
     for at, ways in enumerate(after):
@@ -211,7 +214,8 @@ def count(code: Code) -> Counts | None:
     return Counts([code.instructions[i] for i in sorted(step)], [code.instructions[i] for i in rest])
 
 
-# ---- what is launched ------------------------------------------------------------------------------------------------------
+# ---- what is launched
+# ------------------------------------------------------------------------------------------------------
 
 
 class Variant(NamedTuple):
@@ -293,7 +297,9 @@ def launch_small() -> None:
     contrastive.backward(quality[0], quality[0], target, valid, positive, quality, count_)
 
 
-def compile_variants(capability: int, variants: Iterable[Variant] = tuple(VARIANTS)) -> Iterator[tuple[Variant, Launch]]:
+def compile_variants(
+    capability: int, variants: Iterable[Variant] = tuple(VARIANTS)
+) -> Iterator[tuple[Variant, Launch]]:
     """Each launch that a variant means, at the tile that `product.forced_tile` names if it does."""
     for variant in variants:
         with compiling(capability) as launched:
@@ -347,14 +353,25 @@ def rows_of(capability: int, only: str = "", names: Collection[str] | None = Non
             yield describe("small", launch)
 
 
-HEADINGS = ("GPU", "kernel", "variant", "registers", "spills", "shared KiB", "programs a multiprocessor", "step", "tile")
+HEADINGS = (
+    "GPU",
+    "kernel",
+    "variant",
+    "registers",
+    "spills",
+    "shared KiB",
+    "programs a multiprocessor",
+    "step",
+    "tile",
+)
 
 
 def line(row: dict[str, Any]) -> str:
     """Of the table: instructions of a step, and of a tile besides, exponentials and the like (MUFU) of them."""
     step, tile = row.get("step", {}), row.get("tile", {})
     counts = (sum(step.values()), f"{sum(tile.values())}, {tile.get('mufu', 0)} MUFU") if step else ("", "")
-    cells = (f"sm_{row['capability']} {GPUS[row['capability']]}", f"`{row['kernel']}`", row["variant"], row["registers"],
+    cells = (f"sm_{row['capability']} {GPUS[row['capability']]}", f"`{row['kernel']}`", row["variant"],
+        row["registers"],
              row["spills"], row["shared"] // 1024, row["programs"], *counts)  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -1,5 +1,5 @@
-"""Students of known shapes with random weights, and the ragged prompts that the benchmarks of sampling and of whole steps give
-them. Nothing is downloaded."""
+"""Students of known shapes with random weights, and the ragged prompts that the benchmarks of sampling and of whole
+steps give them. Nothing is downloaded."""
 
 from __future__ import annotations
 

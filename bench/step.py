@@ -1,10 +1,10 @@
-"""`qcrd-fast bench step`: a whole training step, negatives included, in every arm of `--overlap`, and as plain Hugging Face
-code does it.
+"""`qcrd-fast bench step`: a whole training step, negatives included, in every arm of `--overlap`, and as plain Hugging
+Face code does it.
 
 All train the same students of random weights on the same questions, m positives and k minority rationales each, and one
-negative of the student as it was at the start of the iteration before. Ours: score, select, train what was selected, on shared
-prompts. `hf`: `generate`, then one padded sequence a rationale, with logits and gradients for all of them. `hf-NAME`: no
-padding, and a fused cross entropy. `given`: the negatives are there already.
+negative of the student as it was at the start of the iteration before. Ours: score, select, train what was selected, on
+shared prompts. `hf`: `generate`, then one padded sequence a rationale, with logits and gradients for all of them.
+`hf-NAME`: no padding, and a fused cross entropy. `given`: the negatives are there already.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Case:
 
     def __str__(self) -> str:
         return (
-            f"{self.shape}: {self.questions} questions a step in micro-batches of {self.micro}, each with {self.positives} + "
-            f"{self.minority} rationales and a negative of {self.new} tokens"
+            f"{self.shape}: {self.questions} questions a step in micro-batches of {self.micro}, each with "
+            f"{self.positives} + {self.minority} rationales and a negative of {self.new} tokens"
         )
 
 
@@ -92,7 +92,8 @@ class Arm:
         self.student = make_student(case.shape, device)
         self.student.model.train()
         self.config = TrainConfig(
-            per_device_train_batch_size=case.micro, gradient_accumulation_steps=case.questions // case.micro, max_steps=10**9,
+            per_device_train_batch_size=case.micro, gradient_accumulation_steps=case.questions // case.micro,
+            max_steps=10**9,
             iteration_steps=4, negative_lag=1, negative_temperature=TEMPERATURE, negative_top_k=case.top_k, delta=DELTA,
             max_new_tokens=case.new, sample_batch_size=case.questions, discriminator="none", overlap=_overlap(kind),
             scheme="minmax", negative_source="lagged",
@@ -148,7 +149,14 @@ class Ours(Arm):
             self.snapshots = Snapshots(folder / "snapshots", in_memory=4 if device.type == "cuda" else 0)
             asked = [SamplingPrompt(e.id, e.explain) for e in self.examples]
             self.lagged = LaggedNegatives(
-                self.student, asked, self.schedule, self.snapshots, folder / "negatives", self.config, self.autocast, worker
+                self.student,
+                asked,
+                self.schedule,
+                self.snapshots,
+                folder / "negatives",
+                self.config,
+                self.autocast,
+                worker,
             )
             self.lagged.prepare()
 
@@ -180,7 +188,8 @@ class Ours(Arm):
 
 
 class Plain(Arm):
-    """Hugging Face alone: `generate` from a copy of the old weights, then one differentiable pass over every rationale."""
+    """Hugging Face alone: `generate` from a copy of the old weights, then one differentiable pass over every
+    rationale."""
 
     def __init__(self, case: Case, device: torch.device, folder: Path, kind: str):
         super().__init__(case, device, folder, kind)
@@ -225,7 +234,11 @@ class Plain(Arm):
                 hidden_TH, target_T, segment_T = packed.hidden, packed.target, packed.segment
             else:
                 hidden_TH, target_T, segment_T = self._padded([sources[i] for i in source_of], targets)
-            dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else torch.float32
+            dtype = (
+                torch.get_autocast_dtype(self.device.type)
+                if torch.is_autocast_enabled(self.device.type)
+                else torch.float32
+            )
             nll_T = self.per_token(hidden_TH.to(dtype), head.weight.to(dtype), target_T, head.scale).float()
         labels = len(batch)
         is_label_T = segment_T < labels
@@ -246,7 +259,8 @@ class Plain(Arm):
         return loss.detach()
 
     def _padded(self, prompts: Sequence[list[int]], targets: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states that predict the targets' tokens, their targets and which target each belongs to: one padded batch."""
+        """Hidden states that predict the targets' tokens, their targets and which target each belongs to: one padded
+        batch."""
         decoded = self.student.decode(self.student.encode(prompts), targets, range(len(targets)))
         return decoded.hidden, decoded.target, decoded.segment
 
@@ -270,7 +284,8 @@ def make_examples(case: Case, chunks: int = 4) -> list[Example]:
         return tuple(Candidate(f"{source} {i} {n}", tokens[i], source) for n, tokens in enumerate(candidates[source]))
 
     return [
-        Example(f"q{i}", i, "", predict[i], explain[i], label[i], side("teacher", i), side("minority", i)) for i in range(count)
+        Example(f"q{i}", i, "", predict[i], explain[i], label[i], side("teacher", i), side("minority", i))
+        for i in range(count)
     ]
 
 
@@ -280,7 +295,8 @@ def given_negatives(case: Case, chunks: int = 4) -> dict[str, Negative]:
     return {f"q{i}": Negative(tokens, f"given {i}") for i, tokens in enumerate(drawn)}
 
 
-# ---- the run ------------------------------------------------------------------------------------------------------------
+# ---- the run
+# ------------------------------------------------------------------------------------------------------------
 
 
 def find_cases(
@@ -349,14 +365,19 @@ def run_case(
                 which = (i + r) % len(alive)
                 times[which].append(time_steps(alive[which][1], steps))
         for (row, arm), ms in zip(alive, times, strict=True):
-            row |= {"step_ms": timing.quantile(ms, 0.5), "ms_p20": timing.quantile(ms, 0.2), "ms_p80": timing.quantile(ms, 0.8)}
+            row |= {
+                "step_ms": timing.quantile(ms, 0.5),
+                "ms_p20": timing.quantile(ms, 0.2),
+                "ms_p80": timing.quantile(ms, 0.8),
+            }
             row["sampling_ms"] = 1e3 * arm.sampling_s / arm.steps if arm.sampling_s else None
     summarise(rows)
     return rows
 
 
 def time_steps(arm: Arm, steps: int) -> float:
-    """Milliseconds a step in the steady state (a CPU: user time). Nothing waits for the sampling stream but the arm itself."""
+    """Milliseconds a step in the steady state (a CPU: user time). Nothing waits for the sampling stream but the arm
+    itself."""
 
     def finish() -> None:
         if arm.device.type == "cuda":
@@ -378,13 +399,15 @@ def check_losses(rows: list[dict[str, Any]]) -> None:
     """Arms that are given the same negatives begin with the same loss."""
     given = [row for row in rows if row["arm"].endswith("given")]
     for row in given[1:]:
-        if not abs(row["loss"] - given[0]["loss"]) <= 0.1:  # of about 10 nats a token; the hinge's margin is a constant in it
+        # of about 10 nats a token; the hinge's margin is a constant in it
+        if not abs(row["loss"] - given[0]["loss"]) <= 0.1:
             row["status"] = f"wrong: its loss is {row['loss']:.4f}, not {given[0]['loss']:.4f}"
 
 
 def summarise(rows: list[dict[str, Any]]) -> None:
-    """overlap_fraction: of serial sampling's time, how much the step no longer shows; of_longest: over the longer of training
-    alone and sampling alone; of_hf: the plain implementation's time over this one's, negatives given or not alike."""
+    """overlap_fraction: of serial sampling's time, how much the step no longer shows; of_longest: over the longer of
+    training alone and sampling alone; of_hf: the plain implementation's time over this one's, negatives given or not
+    alike."""
     by_arm = {row["arm"]: row for row in rows if "step_ms" in row}
     training, serial = by_arm.get("given"), by_arm.get("serial")
     for name, row in by_arm.items():
@@ -403,10 +426,13 @@ def plan_text(cases: Sequence[Case], device: torch.device, providers: Sequence[s
 def as_text(results: dict[str, Any]) -> str:
     where = results["where"]
     lines = [
-        f"{where['device']}, {where['threads']} threads; torch {where['torch']}, transformers {where['transformers']}, commit "
-        f"{where['commit']}; median of {results['repeats']} times {results['steps']} steps"
+        f"{where['device']}, {where['threads']} threads; torch {where['torch']}, transformers "
+        f"{where['transformers']}, commit {where['commit']}; median of {results['repeats']} times {results['steps']} "
+        f"steps"
     ]
-    for case in dict.fromkeys(Case(**{f.name: row[f.name] for f in dataclasses.fields(Case)}) for row in results["rows"]):
+    for case in dict.fromkeys(
+        Case(**{f.name: row[f.name] for f in dataclasses.fields(Case)}) for row in results["rows"]
+    ):
         mine = [row for row in results["rows"] if all(row[k] == v for k, v in dataclasses.asdict(case).items())]
         lines += ["", str(case), *table(mine, ("arm", *(m for m in MEASURED if m != "status"), "status"))]
     return "\n".join(

@@ -45,8 +45,8 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """`against`: labels that every line is compared with. `tune`: judged on validation, without a test set. `columns`: means of
-    these columns instead of accuracies."""
+    """`against`: labels that every line is compared with. `tune`: judged on validation, without a test set. `columns`:
+    means of these columns instead of accuracies."""
 
     name: str
     title: str
@@ -68,8 +68,10 @@ METHOD = {name: Variant(name, {"method": name}, PAPER.get(name)) for name in NAM
 METHOD |= {"qcrd": qcrd("qcrd", PAPER["qcrd"]), "default": Variant("default", {"method": TrainConfig.method})}
 MAIN, SMALL = ("pooled-smollm2", "svamp-equation-smollm2"), ("svamp-mentors-smollm2",)
 TABLES = (
-    Table("tuning", "Learning rates, on validation alone: the best of each method is used in all other tables", MAIN + SMALL,
-          tuple(Variant(f"{m}, {rate:g}", {**METHOD[m].options, "learning_rate": rate}) for m in METHOD for rate in RATES),
+    Table("tuning", "Learning rates, on validation alone: the best of each method is used in all other tables",
+    MAIN + SMALL,
+          tuple(Variant(f"{m}, {rate:g}", {**METHOD[m].options,
+          "learning_rate": rate}) for m in METHOD for rate in RATES),
           tune=True),
     Table("methods", "Methods", MAIN, tuple(METHOD.values()), ("dss", "sft-all")),
     Table("ablation", "Ablation", SMALL, (
@@ -87,7 +89,8 @@ TABLES = (
         qcrd("min, max-active (ours)", negative_select="max-active"),
     ), ("minmax",)),
     Table("negatives", "Negative source and lag", SMALL, (
-        qcrd("lagged, j = 3", 68.0, negative_lag=3), qcrd("lagged, j = 5", 69.0), qcrd("lagged, j = 10", 68.5, negative_lag=10),
+        qcrd("lagged, j = 3", 68.0, negative_lag=3), qcrd("lagged, j = 5", 69.0),
+        qcrd("lagged, j = 10", 68.5, negative_lag=10),
         qcrd("fixed: the initial student (the paper's: a DSS student)", 66.5, negative_source="fixed"),
         qcrd("minority alone", 64.5, negative_source="minority"), qcrd("none", negative_source="none"),
     ), ("lagged, j = 5",)),
@@ -101,13 +104,18 @@ TABLES = (
     )),
     Table("rationales", "Rationales on the test questions: shares", MAIN,
           tuple(METHOD[m] for m in ("dss", "sft-all", "mi", "redi", "qcrd", "default")), columns=JUDGEMENTS),
-    Table("logs", "What the logs say of the negatives: means over the steps", MAIN + SMALL, (qcrd("qcrd"),), columns=MEANS),
+    Table("logs", "What the logs say of the negatives: means over the steps", MAIN + SMALL, (qcrd("qcrd"),),
+    columns=MEANS),
 )  # fmt: skip
 
 
 def arm(options: Mapping[str, Any]) -> str:
     """What a line's learning rate is tuned as, of `NAMES`."""
-    return "default" if options["method"] == "qcrd" and not {"scheme", "paper"} & options.keys() else str(options["method"])
+    return (
+        "default"
+        if options["method"] == "qcrd" and not {"scheme", "paper"} & options.keys()
+        else str(options["method"])
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +125,8 @@ class Settings:
     seeds: tuple[int, ...]
     tune_seeds: tuple[int, ...]
     student: str | None = None
-    rates: dict[tuple[str, int], dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)  # what tuning chose
+    # what tuning chose
+    rates: dict[tuple[str, int], dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def job(self, table: Table, recipe: str, variant: Variant, seed: int, rows: Rows) -> Job:
         """The run of a line, at the learning rate that tuning chose."""
@@ -136,8 +145,8 @@ class Settings:
         return [self.job(table, recipe, variant, s, rows) for s in (self.tune_seeds if table.tune else self.seeds)]
 
     def tuned(self, recipe: str, rows: Rows) -> dict[str, dict[str, Any]]:
-        """{name of `NAMES`: the learning rate of the best mean validation accuracy, ties to the smaller}; {} unless all that
-        were to be tried for all are there, so that no method is tuned longer than another."""
+        """{name of `NAMES`: the learning rate of the best mean validation accuracy, ties to the smaller}; {} unless all
+        that were to be tried for all are there, so that no method is tuned longer than another."""
         known = (recipe, len(rows))
         if known not in self.rates:
             best: dict[str, tuple[float, float]] = {}
@@ -183,15 +192,17 @@ def select(names: str, recipes: str, lines: str) -> list[Table]:
 def render(tables: Sequence[Table], settings: Settings, rows: Rows) -> str:
     """All tables, each with the command behind it; what has no row is "not run"."""
     parts = [
-        "# Results\n\nMade by `python -m qcrd_fast.bench.tables` from `bench/results/runs.csv`. Accuracies in percent with 95% "
-        "intervals over questions and seeds, differences in points, paired; *detectable*: the smallest true difference that "
-        "such an experiment finds with 80% power. How: [recipes](recipes.md)."
+        "# Results\n\nMade by `python -m qcrd_fast.bench.tables` from `bench/results/runs.csv`. Accuracies in percent "
+        "with 95% intervals over questions and seeds, differences in points, paired; *detectable*: the smallest true "
+        "difference that such an experiment finds with 80% power. How: [recipes](recipes.md)."
     ]
     for table in tables:
         for recipe in table.recipes:
             lines = as_means if table.columns else as_accuracies
             head = f"## {table.title}: {recipe}"
-            parts.append("\n".join([head, "", command(table, recipe, settings), "", *lines(table, recipe, settings, rows)]))
+            parts.append(
+                "\n".join([head, "", command(table, recipe, settings), "", *lines(table, recipe, settings, rows)])
+            )
     return "\n\n".join(parts) + "\n"
 
 
@@ -199,7 +210,11 @@ def command(table: Table, recipe: str, settings: Settings) -> str:
     own = recipe in next(t for t in TABLES if t.name == table.name).recipes
     seeds = len(settings.tune_seeds if table.tune else settings.seeds)
     text = f"`python -m qcrd_fast.bench.tables --tables {table.name}{'' if own else f' --recipes {recipe}'}`"
-    return text if table.tune else f"{text}; a line: `qcrd-fast train --config recipes/{recipe}.yaml --seeds {seeds}` OPTIONS"
+    return (
+        text
+        if table.tune
+        else f"{text}; a line: `qcrd-fast train --config recipes/{recipe}.yaml --seeds {seeds}` OPTIONS"
+    )
 
 
 def as_accuracies(table: Table, recipe: str, settings: Settings, rows: Rows) -> list[str]:
@@ -226,7 +241,10 @@ def as_accuracies(table: Table, recipe: str, settings: Settings, rows: Rows) -> 
                 against = pair(answers[variant.label], answers[label]) if label != variant.label else None
                 cells.append(f"{signed(against)}, {100 * against.detectable:.1f}" if against else "")
             minutes = [float(r["gpu_minutes"]) for r in mine if r["gpu_minutes"]]
-            cells += [f"{statistics.mean(minutes):.1f}" if minutes else "", ", ".join(sorted({r["device"] for r in mine}))]
+            cells += [
+                f"{statistics.mean(minutes):.1f}" if minutes else "",
+                ", ".join(sorted({r["device"] for r in mine})),
+            ]
         cells += [f"{variant.paper:.1f}" if variant.paper else ""] if paper else []
         shown = dataclasses.replace(variant, options=dict(variant.options) | rates.get(variant.options["method"], {}))
         lines.append(line([variant.label, f"`{shown.flags()}`", *cells]))
@@ -234,7 +252,10 @@ def as_accuracies(table: Table, recipe: str, settings: Settings, rows: Rows) -> 
 
 
 def as_means(table: Table, recipe: str, settings: Settings, rows: Rows) -> list[str]:
-    lines = [line(["", *(c.replace("_", " ") for c in table.columns), "seeds"]), line(["---"] * (len(table.columns) + 2))]
+    lines = [
+        line(["", *(c.replace("_", " ") for c in table.columns), "seeds"]),
+        line(["---"] * (len(table.columns) + 2)),
+    ]
     for variant in table.variants:
         mine = found_rows(table, recipe, variant, settings, rows)
         without = "none" if mine else "not run"  # nothing of the kind in any run

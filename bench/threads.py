@@ -1,8 +1,8 @@
 """How many CPU threads a student of some size trains fastest with: python -m qcrd_fast.bench.threads
 
-Forward and backward of decoders with random weights, 24 sequences of 48 tokens, 1 and 2 threads in turn; wall time, since
-threads that wait for each other cost no processor time. Beside busy processes (`load`, of the last minute) a second thread
-waits for its core.
+Forward and backward of decoders with random weights, 24 sequences of 48 tokens, 1 and 2 threads in turn; wall time,
+since threads that wait for each other cost no processor time. Beside busy processes (`load`, of the last minute) a
+second thread waits for its core.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Clocks and memory: CUDA events and the caching allocator's peak on a GPU; on a CPU the user time of all threads, which other
-work beside it changes least, and the profiler's record of every allocation (torch's own; what a matrix library takes for itself
-is not in it)."""
+"""Clocks and memory: CUDA events and the caching allocator's peak on a GPU; on a CPU the user time of all threads,
+which other work beside it changes least, and the profiler's record of every allocation (torch's own; what a matrix
+library takes for itself is not in it)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ CACHE_BYTES = 2**28  # more than any GPU's second-level cache
 
 
 def time_ms(call: Callable[[], Any], device: torch.device) -> float:
-    """One call. On a GPU what the device takes for it, from a cold cache on, with the host that far ahead of it as it is in
+    """One call. On a GPU what the device takes for it, from a cold cache on, with the host that far ahead of it as it
+    is in
     training: launches cost time only where they take longer than the work."""
     if device.type == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

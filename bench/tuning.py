@@ -1,11 +1,13 @@
 """What the kernels' fixed choices rest on: tiles of the forward pass, and ways through the backward pass.
 
-    python -m qcrd_fast.bench.tuning [--heads t5-base,...] [--tokens 16384] [--dtype bf16] [--repeats 20] [--short] [--append]
+    python -m qcrd_fast.bench.tuning [--heads t5-base,...] [--tokens 16384] [--dtype bf16] [--repeats 20] [--short]
+    [--append]
 
 Needs a GPU. Forward: every tile of SHAPES, through pointers and through tensor descriptors (sm_90 and newer), against
-`torch.mm` of the same shape. Backward, of the selected 2/7 of the tokens and of 1/32 of them: workspaces of several sizes,
-chunked torch, and the training pass whose gradients are made in forward, against three products of that shape. Each is compared
-with fp32 torch before it is timed; the fastest is marked. `--short`: the few ways that a first look needs.
+`torch.mm` of the same shape. Backward, of the selected 2/7 of the tokens and of 1/32 of them: workspaces of several
+sizes, chunked torch, and the training pass whose gradients are made in forward, against three products of that shape.
+Each is compared with fp32 torch before it is timed; the fastest is marked. `--short`: the few ways that a first look
+needs.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ from .peers import one_line
 from .record import append, describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "tuning.csv"
-COLUMNS = ("head", "tokens", "dtype", "pass", "way", "status", "ms", "ms_p20", "ms_p80", "of_products", "error", "repeats",
+COLUMNS = ("head", "tokens", "dtype", "pass", "way", "status", "ms", "ms_p20", "ms_p80", "of_products", "error",
+    "repeats",
            "device", "torch", "triton", "commit", "time")  # fmt: skip
 SHAPES = {
-    torch.bfloat16: [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3), (64, 256, 64, 8, 3),
+    torch.bfloat16: [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3),
+    (64, 256, 64, 8, 3),
                      (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 128, 8, 2),
                      (64, 128, 32, 4, 4)],
     torch.float32: [(128, 64, 16, 8, 2), (64, 64, 32, 4, 2), (128, 128, 16, 8, 2)],
@@ -125,7 +129,9 @@ def backward_ways(
             torch.mm(logits_CV.T, rows_CH)
 
     ways: dict[str, Callable[[], Any]] = {"products": products}
-    ways |= {f"workspace {mib} MiB": functools.partial(workspace, mib) for mib in (SHORT_MIB if short else WORKSPACES_MIB)}
+    ways |= {
+        f"workspace {mib} MiB": functools.partial(workspace, mib) for mib in (SHORT_MIB if short else WORKSPACES_MIB)
+    }
     ways["chunked torch"] = lambda: chunked.chunked_backward(*arguments)[:2]
     ways["forward included, kept"] = in_forward
 

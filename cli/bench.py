@@ -39,7 +39,9 @@ def measured(csv: str, repeats: str) -> Callable[[Any], Any]:
         names("--providers", help="only these; --dry-run lists them"),
         click.option("--repeats", type=click.IntRange(1), metavar="INT", help=f"timings of each; default: {repeats}"),
         click.option("--append", is_flag=True, help=f"add the rows to bench/results/{csv} of this checkout"),
-        click.option("--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="write all of it as JSON"),
+        click.option(
+            "--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="write all of it as JSON"
+        ),
         device_option,
         config_option,
         dry_run_option,
@@ -69,8 +71,8 @@ def bench() -> None:
 def bench_loss(**options: Any) -> None:
     """The loss, forward and backward.
 
-    Each is compared with float64 first. Lists are separated by commas. By default, on a GPU: four heads, 16,384 tokens, bf16;
-    on a CPU: one tiny head, in under a minute.
+    Each is compared with float64 first. Lists are separated by commas. By default, on a GPU: four heads, 16,384 tokens,
+    bf16; on a CPU: one tiny head, in under a minute.
     """
     _run("loss", **options)
 
@@ -79,14 +81,16 @@ def bench_loss(**options: Any) -> None:
 @names("--shapes", help="t5-base, smollm2-135m, tiny-t5, tiny-llama; random weights")
 @ints("--prompts", help="prompts of a draw, such as 64,256")
 @names("--lengths", help="fixed, ragged")
-@positive("--new-tokens", default=None, show_default=False, help="longest continuation; default: 128 on a GPU, 32 on a CPU")
+@positive(
+    "--new-tokens", default=None, show_default=False, help="longest continuation; default: 128 on a GPU, 32 on a CPU"
+)
 @natural("--top-k", default=50, help="0: the whole softmax")
 @measured("sampler.csv", "7 on a GPU, 3 on a CPU")
 def bench_sampler(**options: Any) -> None:
     """Sampling: tokens a second, ours and generate's (dynamic, static and compiled cache, continuous batching).
 
-    The same prompts, batch, temperature, top-k and lengths for all. By default, on a GPU: T5-base and SmolLM2-135M, 64 and 256
-    prompts, 128 new tokens, bf16; on a CPU: two tiny models.
+    The same prompts, batch, temperature, top-k and lengths for all. By default, on a GPU: T5-base and SmolLM2-135M, 64
+    and 256 prompts, 128 new tokens, bf16; on a CPU: two tiny models.
     """
     _run("sampler", **options)
 
@@ -95,7 +99,9 @@ def bench_sampler(**options: Any) -> None:
 @names("--shapes", help="t5-base, smollm2-135m, tiny-t5, tiny-llama; random weights")
 @positive("--questions", default=None, show_default=False, help="of a step; default: 64 on a GPU, 4 on a CPU")
 @positive("--positives", default=None, show_default=False, help="of a question; default: 5 on a GPU, 3 on a CPU")
-@positive("--new-tokens", default=None, show_default=False, help="of a sampled negative; default: 128 on a GPU, 24 on a CPU")
+@positive(
+    "--new-tokens", default=None, show_default=False, help="of a sampled negative; default: 128 on a GPU, 24 on a CPU"
+)
 @measured("step.csv", "5 on a GPU, 3 on a CPU, of 8 and 2 steps")
 def bench_step(**options: Any) -> None:
     """A training step with its negatives: ours in every arm of --overlap, and plain Hugging Face code with generate.

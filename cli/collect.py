@@ -42,15 +42,23 @@ _amount = partial(click.option, type=click.FloatRange(0), metavar="FLOAT", show_
 
 @click.command(cls=Verb)
 @click.option("--questions", required=True, metavar="FILE", help="questions: JSONL, or whatever prepare reads")
-@click.option("--output", "-o", required=True, metavar="FILE", help="samples to write; FILE.ledger.jsonl stands beside it")
-@click.option("--teacher", required=True, metavar="URL|PATH|HUB_ID|replay:FILE", help="who answers")
-@click.option("--teacher-model", default="", metavar="NAME", help="model of the endpoint; default: the one that it offers")
 @click.option(
-    "--api", type=click.Choice(("chat", "completions")), help="how to ask; default: chat, where a local model has a template"
+    "--output", "-o", required=True, metavar="FILE", help="samples to write; FILE.ledger.jsonl stands beside it"
+)
+@click.option("--teacher", required=True, metavar="URL|PATH|HUB_ID|replay:FILE", help="who answers")
+@click.option(
+    "--teacher-model", default="", metavar="NAME", help="model of the endpoint; default: the one that it offers"
+)
+@click.option(
+    "--api",
+    type=click.Choice(("chat", "completions")),
+    help="how to ask; default: chat, where a local model has a template",
 )
 @positive("--num-samples", default=5, help="samples of each question")
 @_amount("--temperature", default=0.7, help="of the sampling")
-@positive("--max-tokens", default=512, help="longest sample, its reasoning included [tokens]; a higher one goes on, too")
+@positive(
+    "--max-tokens", default=512, help="longest sample, its reasoning included [tokens]; a higher one goes on, too"
+)
 @click.option(
     "--template",
     default="auto",
@@ -64,7 +72,8 @@ _amount = partial(click.option, type=click.FloatRange(0), metavar="FLOAT", show_
     type=click.Choice(THINKING),
     default="auto",
     show_default=True,
-    help="reasoning of a teacher that thinks: auto: the rationale where the reply has none of its own; only, keep: it is, or "
+    help="reasoning of a teacher that thinks: auto: the rationale where the reply has none of its own; only, keep: it "
+    "is, or "
     "begins, the rationale; drop: left out",
 )
 @task_option
@@ -81,9 +90,14 @@ _amount = partial(click.option, type=click.FloatRange(0), metavar="FLOAT", show_
 @natural("--max-requests", default=None, help="of this output over all runs; exit code 75 when reached")
 @click.option("--extra-body", metavar="JSON", help='more of a request, such as {"top_p": 0.9}; null takes a field out')
 @click.option(
-    "--header", multiple=True, metavar="NAME: VALUE", help="header of each request, such as 'api-key: ${MY_KEY}' (environment)"
+    "--header",
+    multiple=True,
+    metavar="NAME: VALUE",
+    help="header of each request, such as 'api-key: ${MY_KEY}' (environment)",
 )
-@click.option("--query", multiple=True, metavar="NAME=VALUE", help="query of each request, such as api-version=2024-10-21")
+@click.option(
+    "--query", multiple=True, metavar="NAME=VALUE", help="query of each request, such as api-version=2024-10-21"
+)
 @click.option("--allow-plain-http", is_flag=True, help="send the key unencrypted to another machine")
 @natural("--seed", default=0, help="of a local model's samples")
 @positive("--batch-size", default=16, help="samples that a local model draws at a time")
@@ -95,8 +109,9 @@ _amount = partial(click.option, type=click.FloatRange(0), metavar="FLOAT", show_
 def collect(ctx: click.Context, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Sample a teacher: an OpenAI-compatible endpoint, a local model, or a file of earlier samples.
 
-    The same command again goes on where it was stopped or killed. The key is read from OPENAI_API_KEY, or is a --header of
-    its own. The exit code is 0 when every question had its turn, also where samples are missing; the summary counts them.
+    The same command again goes on where it was stopped or killed. The key is read from OPENAI_API_KEY, or is a --header
+    of its own. The exit code is 0 when every question had its turn, also where samples are missing; the summary counts
+    them.
     """
     from qcrd_fast.collect.collection import CollectSettings
     from qcrd_fast.collect.collector import collect as run
@@ -183,10 +198,16 @@ def _prediction(found: dict[str, Any]) -> str:
         ("cost", found.get("cost"), found.get("cost_at_most")),
     ]
     lines = [f"{'still to collect':<20}{'expected':>14}{'at most':>14}"]
-    lines += [f"{name:<20}{_cell(expected)}{_cell(most)}".rstrip() for name, expected, most in rows if expected is not None]
+    lines += [
+        f"{name:<20}{_cell(expected)}{_cell(most)}".rstrip() for name, expected, most in rows if expected is not None
+    ]
     if "tokens_a_sample" in found:
-        lines.append(f"\nexpected: {found['tokens_a_sample']} tokens a sample, a guess until samples came; a teacher that")
-        lines.append("thinks uses many times that. At most: each sample --max-tokens long, one a request where n is ignored.")
+        lines.append(
+            f"\nexpected: {found['tokens_a_sample']} tokens a sample, a guess until samples came; a teacher that"
+        )
+        lines.append(
+            "thinks uses many times that. At most: each sample --max-tokens long, one a request where n is ignored."
+        )
     if "requests" in found and "cost" not in found:
         lines.append("The cost is not known: --price-input and --price-output are the prices of a million tokens.")
     return "\n".join(lines)

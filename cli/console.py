@@ -118,7 +118,8 @@ def _say(text: str) -> None:
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Lines on stderr. On a terminal they stand above a progress bar, and lines of mere progress are left to the bar."""
+    """Lines on stderr. On a terminal they stand above a progress bar, and lines of mere progress are left to the
+    bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not self.stream.isatty():
@@ -149,8 +150,9 @@ def _logs_to_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_exit() -> Iterator[None]:
-    """SIGINT and SIGTERM unwind, then exit with 130 and 143; in the midst of an import, which would turn what is raised into an
-    error of its own, they end the process at once. `train` and `collect` handle them while there is a step to finish."""
+    """SIGINT and SIGTERM unwind, then exit with 130 and 143; in the midst of an import, which would turn what is raised
+    into an error of its own, they end the process at once. `train` and `collect` handle them while there is a step to
+    finish."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         at = frame

@@ -44,7 +44,8 @@ from .outputs import check_file, export, report, score
 
 
 def entry(args: list[str] | None = None) -> int:
-    """The console command; returns the exit code: 0, 1 failed, 2 usage or data, 75 resumable, 130 SIGINT, 143 SIGTERM."""
+    """The console command; returns the exit code: 0, 1 failed, 2 usage or data, 75 resumable, 130 SIGINT, 143
+    SIGTERM."""
     return console.run(lambda: cli.main(args, prog_name="qcrd-fast", standalone_mode=False))
 
 
@@ -59,7 +60,8 @@ def entry(args: list[str] | None = None) -> int:
 )
 @click.version_option(__version__, prog_name="qcrd-fast")
 def cli() -> None:
-    """Distil a teacher's rationales into a small language model: quality-guided contrastive rationale distillation (QCRD).
+    """Distil a teacher's rationales into a small language model: quality-guided contrastive rationale distillation
+    (QCRD).
 
     Results go to stdout, logs to stderr. Exit codes: 0; 1 failed while running; 2 usage, config or data; 75 stopped but
     resumable; 130 interrupted; 143 terminated. In option names, - and _ are the same.
@@ -127,9 +129,9 @@ def prepare(
 ) -> None:
     """Turn a teacher's samples into training rows.
 
-    Pools the samples of each question, votes, and splits them into positives and negatives. INPUT is JSONL, JSON, CSV, TSV or
-    parquet, also in gzip; a `datasets` folder or OWNER/NAME of the hub; or a folder of Distilling Step-by-Step. Its format is
-    told by its keys and named on the first line.
+    Pools the samples of each question, votes, and splits them into positives and negatives. INPUT is JSONL, JSON, CSV,
+    TSV or parquet, also in gzip; a `datasets` folder or OWNER/NAME of the hub; or a folder of Distilling Step-by-Step.
+    Its format is told by its keys and named on the first line.
     """
     from qcrd_fast.data import load
     from qcrd_fast.data.input_report import keys_text
@@ -144,7 +146,9 @@ def prepare(
     inspection = Inspection(reader, show=show, page=inspect is not None)
     try:
         with console.quiet_stdout():
-            summary, skipped = load.prepare(inputs, output, dry_run=dry_run, reader=reader, watch=inspection.add, **options)
+            summary, skipped = load.prepare(
+                inputs, output, dry_run=dry_run, reader=reader, watch=inspection.add, **options
+            )
         for line in summary.taken:
             click.echo(line, err=as_json)
     finally:  # also where nothing could be read: then it says why
@@ -153,7 +157,9 @@ def prepare(
         if inspect is not None and not dry_run:
             inspection.write(inspect)
     if not summary.positives and summary.samples:
-        click.echo("warning: no sample of a majority has a rationale: these rows teach answers, no rationales", err=True)
+        click.echo(
+            "warning: no sample of a majority has a rationale: these rows teach answers, no rationales", err=True
+        )
     for warning in (*filter(None, [keys_text(summary.keys_not_read)]), *summary.warnings, *inspection.warnings):
         click.echo(f"warning: {warning}", err=True)
     for row in skipped:
@@ -201,7 +207,8 @@ def validate(ctx: click.Context, files: tuple[str, ...], **options: Any) -> None
     "--results",
     cls=RareOption,
     metavar="FILE.csv",
-    help="CSV that several runs add a row each to; default: bench/results/runs.csv, or OUTPUT_DIR/runs.csv outside a checkout",
+    help="CSV that several runs add a row each to; default: bench/results/runs.csv, or OUTPUT_DIR/runs.csv outside a "
+    "checkout",
 )
 @config_option
 @dry_run_option
@@ -228,7 +235,9 @@ def train(
     """
     config = TrainConfig.from_dict(given_train_options(ctx))
     if not config.data:
-        raise InputError("train needs --data FILE; without data of your own, try `qcrd-fast demo --output-dir runs/demo`")
+        raise InputError(
+            "train needs --data FILE; without data of your own, try `qcrd-fast demo --output-dir runs/demo`"
+        )
     if not config.student:
         raise InputError("train needs --student, a local folder or hub id")
     if not config.output_dir:
@@ -238,7 +247,9 @@ def train(
         several(ctx, config, seeds, methods, parallel, results, dry_run, as_json)
         return
     if results or parallel > 1:
-        raise InputError(f"--{'results' if results else 'parallel'} is for several runs; it goes with --seeds or --methods")
+        raise InputError(
+            f"--{'results' if results else 'parallel'} is for several runs; it goes with --seeds or --methods"
+        )
     with console.quiet_stdout():
         from qcrd_fast.train import preflight
 
@@ -274,12 +285,15 @@ def several(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """`train` with --seeds or --methods: runs them, and prints a line each and the methods' accuracies with intervals."""
+    """`train` with --seeds or --methods: runs them, and prints a line each and the methods' accuracies with
+    intervals."""
     from qcrd_fast.sweep import runner as library
     from qcrd_fast.sweep.results_csv import as_text, check_csv
 
     if config.resume not in (None, "auto"):
-        raise InputError(f"--resume {config.resume} is for one run; of several, each goes on from its own latest checkpoint")
+        raise InputError(
+            f"--resume {config.resume} is for one run; of several, each goes on from its own latest checkpoint"
+        )
     for option, one in (("seeds", "seed"), ("methods", "method")):
         if ctx.params[option] and ctx.get_parameter_source(one) is click.core.ParameterSource.COMMANDLINE:
             raise InputError(f"--{option} and --{one} are given; one of them says what to run")
@@ -303,14 +317,18 @@ def several(
 @click.argument("run_or_model")
 @click.option("--data", required=True, metavar="FILE", help="rows to answer")
 @click.option(
-    "--output", metavar="DIR", help="folder for predictions.jsonl; default: eval-DATA in the run folder, else this folder"
+    "--output",
+    metavar="DIR",
+    help="folder for predictions.jsonl; default: eval-DATA in the run folder, else this folder",
 )
 @task_option
 @positive("--batch-size", default=64, help="questions of a batch")
 @positive("--max-answer-tokens", default=48, help="longest answer [tokens]")
 @reasoning_option
 @click.option(
-    "--zero-shot", is_flag=True, help="ask the base model of the run, or the model, by its own chat template: the baseline"
+    "--zero-shot",
+    is_flag=True,
+    help="ask the base model of the run, or the model, by its own chat template: the baseline",
 )
 @device_option
 @bad_row_option
@@ -320,8 +338,8 @@ def several(
 def evaluate(run_or_model: str, data: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Answer questions greedily and print the accuracy.
 
-    RUN_OR_MODEL is a run folder, a model folder or a hub id. The answers go to predictions.jsonl; that of the run itself, which
-    belongs to its eval_results.json, is left alone.
+    RUN_OR_MODEL is a run folder, a model folder or a hub id. The answers go to predictions.jsonl; that of the run
+    itself, which belongs to its eval_results.json, is left alone.
     """
     with console.quiet_stdout():
         if dry_run:

@@ -1,4 +1,5 @@
-"""Options of the command line: `train`'s come from `TrainConfig`; every verb reads `--config FILE.yaml` and suggests names."""
+"""Options of the command line: `train`'s come from `TrainConfig`; every verb reads `--config FILE.yaml` and suggests
+names."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ _HELP_ALL = "qcrd_fast.help_all"  # and whether the help lists every option
 class Group(click.Group):
     """A group that names the nearest verb."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             raise click.UsageError(f"unknown verb {name!r}{suggest(name, self.commands)}", ctx)
@@ -62,7 +65,8 @@ class PathText(click.types.StringParamType):
 
 
 class Verb(click.Command):
-    """A command whose help lists the options in groups; of `train`'s the usual ones alone, unless `--help-all` asks for all."""
+    """A command whose help lists the options in groups; of `train`'s the usual ones alone, unless `--help-all` asks for
+    all."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -160,7 +164,8 @@ def _type(kind: type, meta: Any, can_be_none: bool) -> click.ParamType:
 def train_options(
     defaults: Mapping[str, Any] | None = None, hidden: Sequence[str] = (), only: Sequence[str] | None = None
 ) -> Callable[[Any], Any]:
-    """Decorator: every field of `TrainConfig`, or `only` these, as an option; `defaults` are shown instead of their own."""
+    """Decorator: every field of `TrainConfig`, or `only` these, as an option; `defaults` are shown instead of their
+    own."""
     hints = typing.get_type_hints(TrainConfig)
 
     def decorate(command: Any) -> Any:
@@ -254,7 +259,10 @@ def input_options(command: Any) -> Any:
     for option in (
         click.option("--batch-input", metavar="FILE", help="input of the OpenAI batch whose output is read"),
         click.option(
-            "--map", "mapping", metavar="NAME=KEY,...", help="which key is which, such as question=instruction,gold=answer"
+            "--map",
+            "mapping",
+            metavar="NAME=KEY,...",
+            help="which key is which, such as question=instruction,gold=answer",
         ),
         click.option("--config-name", metavar="NAME", help="configuration of a data set of the hub"),
         click.option("--split", metavar="NAME", help="only this split of the input, such as train or test"),
@@ -283,7 +291,8 @@ def reading_options(command: Any) -> Any:
                 type=click.Choice(THINKING),
                 default="auto",
                 show_default=True,
-                help="reasoning blocks such as <think>; drop, keep: without or with them; only: they are the rationale; "
+                help="reasoning blocks such as <think>; drop, keep: without or with them; only: they are the "
+                "rationale; "
                 "auto: only where the reply has no rationale outside of them",
             ),
             click.option(
@@ -305,7 +314,9 @@ def reading_options(command: Any) -> Any:
                 help="a reply's answer: the first group of its last match, or all of that match",
             ),
             click.option(
-                "--answer-reader", metavar="MODULE:FUNCTION", help="your (text, task, choices) -> the reply's answer, or None"
+                "--answer-reader",
+                metavar="MODULE:FUNCTION",
+                help="your (text, task, choices) -> the reply's answer, or None",
             ),
             natural("--show", default=0, help="questions to print, with what was read of each sample and why"),
             click.option("--inspect", metavar="FILE.html", help="the same as a page, of up to 200 questions"),

@@ -39,20 +39,23 @@ TRAINED_ALONE = ("loss", "augment", "folds", "calibration", "learning_rate", "ba
 @click.option(
     "--quality",
     type=click.Choice(("vote", "text", "checks", "discriminator")),
-    help="what scores: the votes of the rows, the votes and the text, both without a RUN, or a run's discriminator; default: "
+    help="what scores: the votes of the rows, the votes and the text, both without a RUN, or a run's discriminator; "
+    "default: "
     "discriminator",
 )
 @click.option(
     "--samples",
     metavar="FILE",
-    help="with --quality vote or text: score these samples of a student against the votes of --data; any format that prepare "
+    help="with --quality vote or text: score these samples of a student against the votes of --data; any format that "
+    "prepare "
     "reads, or a run's negatives/iteration-N.jsonl",
 )
 @click.option("--output", "-o", metavar="FILE", help="JSONL to write; default: standard output")
 @click.option(
     "--sample-student",
     metavar="T,T",
-    help="also score what the run's student says at these temperatures, such as 1.5,2.0, and keep the scores in the run "
+    help="also score what the run's student says at these temperatures, such as 1.5,2.0, and keep the scores in the "
+    "run "
     "folder, where report looks for them",
 )
 @click.option("--train", metavar="DIR", help="train a discriminator alone on --data, keep it in DIR, and score with it")
@@ -103,12 +106,12 @@ def score(
     qcrd-fast score --quality vote --data train.jsonl --json
     qcrd-fast score runs/one --data train.jsonl
 
-    Each rationale of --data gets a "score" in (0, 1) beside it; AUC (95% interval over questions) and calibration of right
-    against wrong ones, by the gold answer, are printed. The rows go to --output, else to standard output and the summary to
-    standard error; with --json the summary alone goes to standard output.
+    Each rationale of --data gets a "score" in (0, 1) beside it; AUC (95% interval over questions) and calibration of
+    right against wrong ones, by the gold answer, are printed. The rows go to --output, else to standard output and the
+    summary to standard error; with --json the summary alone goes to standard output.
 
-    RUN is a run folder, a checkpoint, or a folder that --train wrote. With --train it is the student, a run or model, whose
-    encoder (T5) or vocabulary the discriminator takes.
+    RUN is a run folder, a checkpoint, or a folder that --train wrote. With --train it is the student, a run or model,
+    whose encoder (T5) or vocabulary the discriminator takes.
     """
     given = given_train_options(ctx)
     by_votes = quality in ("vote", "text", "checks")
@@ -120,7 +123,9 @@ def score(
     if samples and not by_votes:
         raise InputError("--samples goes with --quality vote or text; of a run's own student: --sample-student")
     if given and not train:
-        raise InputError(f"--{next(iter(given)).replace('_', '-')} is for --train; a run's discriminator is trained already")
+        raise InputError(
+            f"--{next(iter(given)).replace('_', '-')} is for --train; a run's discriminator is trained already"
+        )
     if train and sample_student:
         raise InputError("--sample-student needs a run; it does not go with --train")
     config = TrainConfig.from_dict({"discriminator_pretrain_steps": 500} | given | {"seed": seed, "device": device})
@@ -149,7 +154,12 @@ def score(
             scored = library.score_questions(library.load_discriminator(train, device)[0], questions)
         else:
             scored, summary = library.score_run(
-                str(run), questions, temperatures=temperatures, seed=seed, device=device, quality=quality or "discriminator"
+                str(run),
+                questions,
+                temperatures=temperatures,
+                seed=seed,
+                device=device,
+                quality=quality or "discriminator",
             )
         if output and not dry_run:
             rows.write_prepared(output, scored)
@@ -172,9 +182,10 @@ def score(
 def report(runs: tuple[str, ...], output: str, results: str | None, dry_run: bool, as_json: bool) -> None:
     """Write one HTML page about one or more runs.
 
-    Losses, accuracy, accuracy against minutes, active hinges, throughput, quality-score densities, rationales side by side and
-    a table of the runs, in a file that needs no network. Runs are only read, finished or not. The densities come from
-    `score RUN --sample-student`; --results takes a CSV that `train --seeds` wrote, such as bench/results/runs.csv.
+    Losses, accuracy, accuracy against minutes, active hinges, throughput, quality-score densities, rationales side by
+    side and a table of the runs, in a file that needs no network. Runs are only read, finished or not. The densities
+    come from `score RUN --sample-student`; --results takes a CSV that `train --seeds` wrote, such as
+    bench/results/runs.csv.
     """
     with console.quiet_stdout():
         from qcrd_fast.report.page import write_report
@@ -188,8 +199,12 @@ def report(runs: tuple[str, ...], output: str, results: str | None, dry_run: boo
 @click.command(cls=Verb)
 @click.argument("run")
 @click.option("--output", "-o", required=True, metavar="DIR", help="new folder for the model")
-@click.option("--checkpoint", metavar="NAME", help="such as checkpoint-100; default: the run's final one, else its latest")
-@click.option("--adapter", is_flag=True, help="of a run with --use-peft: the LoRA adapter alone, without its base model")
+@click.option(
+    "--checkpoint", metavar="NAME", help="such as checkpoint-100; default: the run's final one, else its latest"
+)
+@click.option(
+    "--adapter", is_flag=True, help="of a run with --use-peft: the LoRA adapter alone, without its base model"
+)
 @click.option(
     "--push-to-hub",
     metavar="NAME",
@@ -202,8 +217,8 @@ def report(runs: tuple[str, ...], output: str, results: str | None, dry_run: boo
 def export(run: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write a run's model as a Hugging Face folder with a model card.
 
-    The folder has weights, tokenizer, greedy generation settings, a chat template that sends the prompt of training, and a
-    README.md with method, data, settings, figures and how to serve it. A LoRA adapter is merged.
+    The folder has weights, tokenizer, greedy generation settings, a chat template that sends the prompt of training,
+    and a README.md with method, data, settings, figures and how to serve it. A LoRA adapter is merged.
 
     The token for the hub is that of `hf auth login` or HF_TOKEN; HF_ENDPOINT names another server.
     """
@@ -224,7 +239,8 @@ def summary_text(summary: dict[str, Any]) -> str:
     if table := summary.get("reliability"):
         text += "\nscore bin   n  mean score  share positive"
         for row in table:
-            text += f"\n{row['low']:.1f}-{row['high']:.1f} {row['n']:6d}  {row['score']:10.3f}  {row['share_positive']:14.3f}"
+            text += f"\n{row['low']:.1f}-{row['high']:.1f} {row['n']:6d}  {row['score']:10.3f}"
+            text += f"  {row['share_positive']:14.3f}"
     return text
 
 

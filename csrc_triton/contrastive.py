@@ -1,7 +1,8 @@
 """log p of each token -> mean per rationale, selection per question, weights, hinge, and the two terms of Eq. 3.
 
-T tokens, R rationales. Two launches forward (the means; then one program a question), one backward. Sampling is the choice of
-the largest `score`, which the caller hashes, so that every selection is an extremum, a mean or a weighted mean.
+T tokens, R rationales. Two launches forward (the means; then one program a question), one backward. Sampling is the
+choice of the largest `score`, which the caller hashes, so that every selection is an extremum, a mean or a weighted
+mean.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ SOFTMIN_RATE = tl.constexpr(5.0)  # 1 / selection.SOFTMIN_TEMPERATURE
 def mean_kernel(
     logprob_ptr, valid_ptr, offset_ptr, nll_ptr, count_ptr, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program: one rationale. logprob, valid [T], offset [R + 1] -> mean -log p over its valid tokens, their number [R]."""
+    """One program: one rationale. logprob, valid [T], offset [R + 1] -> mean -log p over its valid tokens, their number
+    [R]."""
     r = tl.program_id(0)
     begin, stop = tl.load(offset_ptr + r), tl.load(offset_ptr + r + 1)
     lane = tl.arange(0, BLOCK)
@@ -102,14 +104,17 @@ def _candidates(
 
 @triton.jit
 def question_kernel(
-    question_ptr, order_ptr, end_ptr, positive_ptr, quality_ptr, score_ptr, nll_ptr, count_ptr, num_questions_ptr, delta,
+    question_ptr, order_ptr, end_ptr, positive_ptr, quality_ptr, score_ptr, nll_ptr, count_ptr, num_questions_ptr,
+    delta,
     weight_ptr, active_ptr, loss_pos_ptr, loss_neg_ptr,
     POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, HAS_QUALITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the question whose rationales begin at this place of the list sorted by question; others find nothing.
+    """One program: the question whose rationales begin at this place of the list sorted by question; others find
+    nothing.
 
-    order [R]: rationales sorted by question; question, end [R]: in that order, the question and where it ends; positive,
-    quality, score, nll, count [R]: by rationale. Out: weight, active [R] by rationale; loss_pos, loss_neg [R]: its terms.
+    order [R]: rationales sorted by question; question, end [R]: in that order, the question and where it ends;
+    positive, quality, score, nll, count [R]: by rationale. Out: weight, active [R] by rationale; loss_pos, loss_neg
+    [R]: its terms.
     """
     place = tl.program_id(0)
     question = tl.load(question_ptr + place)
@@ -146,7 +151,9 @@ def question_kernel(
             first + lane, end, order_ptr, positive_ptr, quality_ptr, nll_ptr, count_ptr, delta, HAS_QUALITY, ACTIVE_ONLY
         )
         pos_rank_b = _rank(nll_b, score_ptr, r_b, mask_b, POSITIVE)
-        pos_share_b = _share(_softened(s_b, pos_rank_b, pos_best, POSITIVE), r_b, pos_winner, pos_members, pos_total, POSITIVE)
+        pos_share_b = _share(
+            _softened(s_b, pos_rank_b, pos_best, POSITIVE), r_b, pos_winner, pos_members, pos_total, POSITIVE
+        )
         neg_share_b = _share(s_b, r_b, neg_winner, neg_members, neg_total, NEGATIVE)
         weight_b = tl.where(positive_b, pos_share_b, neg_share_b) / num_questions
         inactive_b = (positive_b == 0) & (nll_b >= delta)
@@ -167,7 +174,8 @@ def backward_kernel(
     dloss_pos_ptr, dloss_neg_ptr, rationale_ptr, valid_ptr, positive_ptr, weight_ptr, count_ptr, dlogprob_ptr, T,
     HAS_VALID: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK tokens. rationale, valid [T]; positive, weight, count [R] -> d log p [T] = -weight/count * d term."""
+    """One program: BLOCK tokens. rationale, valid [T]; positive, weight, count [R] -> d log p [T] = -weight/count * d
+    term."""
     at_b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_b = at_b < T
     r_b = tl.load(rationale_ptr + at_b, mask=in_b, other=0)
@@ -206,7 +214,8 @@ def forward(
     delta: float,
     num_questions: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss_pos, loss_neg, nll_R, weight_R, active_R, count_R), fp32. `num_questions`: N of Eq. 3, a scalar on the device."""
+    """(loss_pos, loss_neg, nll_R, weight_R, active_R, count_R), fp32. `num_questions`: N of Eq. 3, a scalar on the
+    device."""
     R = len(question_R)
     nll_R, count_R = means(logprob_T, rationale_T, valid_T, R)
     weight_R, loss_pos_R, loss_neg_R = (logprob_T.new_empty(R) for _ in range(3))
@@ -220,7 +229,8 @@ def forward(
         question_kernel[(R,)](
             sorted_R, order_R, end_R, positive_R, quality_R, score_R, nll_R, count_R, num_questions, delta,
             weight_R, active_R.view(torch.int8), loss_pos_R, loss_neg_R,
-            POSITIVE=selects[0], NEGATIVE=selects[1], HAS_QUALITY=quality_R is not None, BLOCK=32, num_warps=1, **LAUNCH,
+            POSITIVE=selects[0], NEGATIVE=selects[1], HAS_QUALITY=quality_R is not None, BLOCK=32, num_warps=1,
+            **LAUNCH,
         )  # fmt: skip
     return loss_pos_R.sum(), loss_neg_R.sum(), nll_R, weight_R, active_R, count_R
 

@@ -1,4 +1,5 @@
-"""hidden [T, H] x head [V, H] -> log p of each target, and the gradients of selected rows, without T x V logits in memory.
+"""hidden [T, H] x head [V, H] -> log p of each target, and the gradients of selected rows, without T x V logits in
+memory.
 
 T tokens, H hidden, V vocabulary, S rows with a gradient, C columns of a chunk of the vocabulary; P parts into which the
 vocabulary is split so that few rows still fill the GPU. u, z, slope and `options`: see `product`.
@@ -50,8 +51,8 @@ def forward_kernel(
     """One program: BLOCK_T rows against one part of the vocabulary, with an online log-sum-exp.
 
     hidden [T, H], weight [V, H], bias [V], target [T] int64; out, each [P, T] fp32: the largest u, m; sum e with
-    e = exp(slope (u - m)); and sum e (u - m), for the entropy. KEEP: also every e, kept [T, pitch] in the operands' type,
-    and the m of each tile, kept_max [tiles, T] fp32.
+    e = exp(slope (u - m)); and sum e (u - m), for the entropy. KEEP: also every e, kept [T, pitch] in the operands'
+    type, and the m of each tile, kept_max [tiles, T] fp32.
     """
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(1)
@@ -95,14 +96,15 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "P"])
 def combine_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, plogp_ptr, logprob_ptr, lse_ptr, entropy_ptr, rest_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, plogp_ptr, logprob_ptr, lse_ptr, entropy_ptr,
+    rest_ptr,
     T, H, P, scale, inverse_softcap, slope, ignore_index,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WANT_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_T rows: all parts of `forward_kernel` [P, T] and the target's own logit, which is one row of the head
-    a token and so cheaper here than a comparison for each logit there -> log p, log-sum-exp, entropy [T] in nats, and with the
-    entropy what rounding left of the log-sum-exp, rest [T].
+    """One program: BLOCK_T rows: all parts of `forward_kernel` [P, T] and the target's own logit, which is one row of
+    the head a token and so cheaper here than a comparison for each logit there -> log p, log-sum-exp, entropy [T] in
+    nats, and with the entropy what rounding left of the log-sum-exp, rest [T].
     """
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_t = rows_t < T
@@ -156,8 +158,9 @@ def dlogits_kernel(
 ):  # fmt: skip
     """One program: d loss / d a of BLOCK_T rows and BLOCK_V columns of the chunk [first_col, last_col).
 
-    hidden [S, H], weight [V, H], bias [V], target, lse [S]; da [S, pitch] in the operands' type. The gradient of a row's logits
-    is onehot [j = target] + p_j (prob + problog log p_j); onehot, prob and problog [S] come divided by the temperature.
+    hidden [S, H], weight [V, H], bias [V], target, lse [S]; da [S, pitch] in the operands' type. The gradient of a
+    row's logits is onehot [j = target] + p_j (prob + problog log p_j); onehot, prob and problog [S] come divided by the
+    temperature.
     """
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     local_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -193,7 +196,8 @@ def dlogits_from_saved(
     kept_ptr, kept_max_ptr, target_ptr, lse_ptr, onehot_ptr, prob_ptr, T, V, pitch, slope,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program: what `forward_kernel` kept of BLOCK_T rows and a tile becomes d loss / d a, in place, as in `dlogits_kernel`."""
+    """One program: what `forward_kernel` kept of BLOCK_T rows and a tile becomes d loss / d a, in place, as in
+    `dlogits_kernel`."""
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     tile = tl.program_id(1)
     cols_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -229,8 +233,8 @@ def forward(
     ignore_index: int,
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log p, log-sum-exp, entropy or [0]) of each token [T], fp32 nats; 0 where the target is `ignore_index`. Then what
-    rounding left of the log-sum-exp [T], or [0] without the entropy."""
+    """(log p, log-sum-exp, entropy or [0]) of each token [T], fp32 nats; 0 where the target is `ignore_index`. Then
+    what rounding left of the log-sum-exp [T], or [0] without the entropy."""
     head = operands(hidden_TH, weight_VH, bias_V)
     return _forward(*head, target_T, options, ignore_index, want_entropy)[:4]
 
@@ -254,7 +258,9 @@ def _forward(
     heavy = keep or is_heavy(flags, V, H, want_entropy)
     tile = choose_tile(hidden_TH, weight_VH, heavy)
     blocks, tiles, parts, part_size = layout(tile, T, V, hidden_TH.device, heavy)
-    partial_PT = [hidden_TH.new_empty((parts, T if i < 2 or want_entropy else 0), dtype=torch.float32) for i in range(3)]
+    partial_PT = [
+        hidden_TH.new_empty((parts, T if i < 2 or want_entropy else 0), dtype=torch.float32) for i in range(3)
+    ]
     pitch = triton.cdiv(V, 16) * 16
     kept = None
     if keep:
@@ -281,11 +287,13 @@ def forward_keeping(
     ignore_index: int,
     kept_bytes: int,
 ) -> tuple[Tensor, Tensor, Kept | None] | None:
-    """(log p, log-sum-exp, what `backward_kept` needs), or None where that would be more than `kept_bytes`, or under a softcap,
-    whose slope cannot be had from what is kept."""
+    """(log p, log-sum-exp, what `backward_kept` needs), or None where that would be more than `kept_bytes`, or under a
+    softcap, whose slope cannot be had from what is kept."""
     if options[1] or len(target_T) * (len(weight_VH) + 15) * hidden_TH.element_size() > kept_bytes:
         return None
-    logprob_T, lse_T, *_, kept = _forward(*operands(hidden_TH, weight_VH, bias_V), target_T, options, ignore_index, keep=True)
+    logprob_T, lse_T, *_, kept = _forward(
+        *operands(hidden_TH, weight_VH, bias_V), target_T, options, ignore_index, keep=True
+    )
     return logprob_T, lse_T, kept
 
 
@@ -344,8 +352,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dHidden [S, H] fp32, dWeight [V, H] in the weight's type, dBias [V]), None where `needs` says no.
 
-    A chunk of the vocabulary at a time: d loss / d a into a workspace, then two products that accumulate in fp32. Each row of
-    dWeight is written once; nothing is added atomically, so the result does not change from run to run.
+    A chunk of the vocabulary at a time: d loss / d a into a workspace, then two products that accumulate in fp32. Each
+    row of dWeight is written once; nothing is added atomically, so the result does not change from run to run.
     """
     need_hidden, need_weight, need_bias = needs
     dweight_VH = torch.empty_like(weight_VH, memory_format=torch.contiguous_format) if need_weight else None

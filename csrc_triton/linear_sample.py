@@ -1,13 +1,14 @@
 """hidden [B, H] x head [V, H] -> one token a row by Gumbel-max, without B x V logits in memory.
 
-B rows, H hidden, V vocabulary, P parts of the vocabulary, G groups of GROUP neighbouring entries, K entries kept by top-k.
-Logits and `options` are those of `product`; a temperature of 0 means the largest logit. The noise is that of
+B rows, H hidden, V vocabulary, P parts of the vocabulary, G groups of GROUP neighbouring entries, K entries kept by
+top-k. Logits and `options` are those of `product`; a temperature of 0 means the largest logit. The noise is that of
 `ops.philox`: Philox4x32-10 with the key of a row, and counter (entry // 4, position, index, iteration), word entry % 4.
 
-Without top-k, one pass: noise is added to a tile of the product and its largest entry kept (FlashSampling, arXiv 2603.15854).
-With top-k, the pass keeps the largest logit of every group. The k largest entries lie in the k groups with the largest
-maxima, equal ones taken in order of their entries: whatever precedes a group's maximum by (value, entry) precedes all of the
-group. So only the entries of k groups are computed again, the k largest of them found, and the noise added to those.
+Without top-k, one pass: noise is added to a tile of the product and its largest entry kept (FlashSampling, arXiv
+2603.15854). With top-k, the pass keeps the largest logit of every group. The k largest entries lie in the k groups with
+the largest maxima, equal ones taken in order of their entries: whatever precedes a group's maximum by (value, entry)
+precedes all of the group. So only the entries of k groups are computed again, the k largest of them found, and the
+noise added to those.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ MOST_TOP_K = 256  # 8,192 entries of 256 groups are held by one program
 
 @triton.jit
 def _gumbel(word):
-    """Gumbel noise of 32 random bits: -log(-log(1 - u)), u = (word + 1/2) / 2^32. u and 1 - u are both exact where small, and
-    -log(1 - u) is a series where u is, since the hardware's logarithm is not exact near 1."""
+    """Gumbel noise of 32 random bits: -log(-log(1 - u)), u = (word + 1/2) / 2^32. u and 1 - u are both exact where
+    small, and -log(1 - u) is a series where u is, since the hardware's logarithm is not exact near 1."""
     u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     rest = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6))))))
@@ -57,7 +58,8 @@ def _most_gumbel(word):
 
 @triton.jit
 def _words(key_ptr, counter_ptr, rows, quad):
-    """The four Philox words of rows and quads of entries, which broadcast together. key [B, 2], counter [B, 3] int64."""
+    """The four Philox words of rows and quads of entries, which broadcast together. key [B, 2], counter [B, 3]
+    int64."""
     seed = tl.load(key_ptr + rows * 2) | (tl.load(key_ptr + rows * 2 + 1) << 32)
     position = tl.load(counter_ptr + rows * 3).to(tl.uint32)
     index = tl.load(counter_ptr + rows * 3 + 1).to(tl.uint32)
@@ -95,11 +97,11 @@ def product_kernel(
     hidden [B, H], weight [V, H], bias [V]. Out: GROUPED, the largest u of each group, top [B, G] fp32; else the largest
     logit, with noise if NOISY, and its entry: best [P, B] fp32, entry [P, B] int64.
 
-    Most of the noise's cost is its logarithms, and a tile goes without them where none of its entries can win. floor [B] fp32,
-    at first LOWEST, is what some part has found for a row: the noisy logit of one of its entries, so the largest of the row is
-    no less. Left out are tiles in which logit plus `_most_gumbel` is less than that for every entry. Rounding keeps the order
-    of the two sums, so none of these entries is the largest or ties with it: the token is the same, whatever the parts read
-    and write there in which order.
+    Most of the noise's cost is its logarithms, and a tile goes without them where none of its entries can win. floor
+    [B] fp32, at first LOWEST, is what some part has found for a row: the noisy logit of one of its entries, so the
+    largest of the row is no less. Left out are tiles in which logit plus `_most_gumbel` is less than that for every
+    entry. Rounding keeps the order of the two sums, so none of these entries is the largest or ties with it: the token
+    is the same, whatever the parts read and write there in which order.
     """
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(1)
@@ -186,7 +188,8 @@ def pick_kernel(
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """One program: draws a row's token among the top_k largest of its u [K * GROUP]. group [B, K] -> token [B] int64."""
+    """One program: draws a row's token among the top_k largest of its u [K * GROUP]. group [B, K] -> token [B]
+    int64."""
     row = tl.program_id(0).to(tl.int64)
     place_n = tl.arange(0, BLOCK)
     in_n = place_n < K * GROUP
@@ -202,8 +205,8 @@ def pick_kernel(
 
 
 def choose_sample_tile(hidden: Tensor, weight: Tensor, grouped: bool) -> Tile:
-    """Noise and the search for the largest take registers beside a tile of the product: a smaller one holds all unspilled, on
-    an H100 or B200 where the copy engine keeps the addresses."""
+    """Noise and the search for the largest take registers beside a tile of the product: a smaller one holds all
+    unspilled, on an H100 or B200 where the copy engine keeps the addresses."""
     if grouped:
         return plain_tile(hidden.dtype, len(hidden))
     return Tile(64, 64, 32 if hidden.dtype == torch.float32 else 64, 8, 3, fetchable(hidden, weight))
@@ -247,9 +250,13 @@ def sample(
     group_BK = torch.empty((B, K), dtype=torch.int32, device=hidden_BH.device)
     u_BKG = hidden_BH.new_empty((B, K, GROUP), dtype=torch.float32)
     select_kernel[(B,)](top_BG, group_BK, G, K, **_block(G), **LAUNCH)
-    gather_kernel[(B, K)](*head, group_BK, u_BKG, V, H, K, scale, inverse_softcap, GROUP=GROUP, BLOCK_H=128, **flags, **LAUNCH)
+    gather_kernel[(B, K)](
+        *head, group_BK, u_BKG, V, H, K, scale, inverse_softcap, GROUP=GROUP, BLOCK_H=128, **flags, **LAUNCH
+    )
     token_B = torch.empty(B, dtype=torch.int64, device=hidden_BH.device)
-    pick_kernel[(B,)](u_BKG, group_BK, key_B2, counter_B3, token_B, K, top_k, slope, GROUP=GROUP, **_block(K * GROUP), **LAUNCH)
+    pick_kernel[(B,)](
+        u_BKG, group_BK, key_B2, counter_B3, token_B, K, top_k, slope, GROUP=GROUP, **_block(K * GROUP), **LAUNCH
+    )
     return token_B
 
 

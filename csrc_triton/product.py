@@ -1,10 +1,11 @@
-"""A tile of the product hidden [T, H] x head [V, H], as every kernel over the vocabulary takes it, and its launch settings.
+"""A tile of the product hidden [T, H] x head [V, H], as every kernel over the vocabulary takes it, and its launch
+settings.
 
-T rows, H hidden, V vocabulary. A row's logits are z = softcap * tanh(a / softcap) / temperature with a = scale * h W^T + bias.
-`options` everywhere is (scale, softcap or 0, temperature). The product is accumulated in fp32.
+T rows, H hidden, V vocabulary. A row's logits are z = softcap * tanh(a / softcap) / temperature with a = scale * h W^T
++ bias. `options` everywhere is (scale, softcap or 0, temperature). The product is accumulated in fp32.
 
-The kernels hold u, a tile of the product after whatever cannot wait, such that z = u * slope with one positive number `slope`;
-then the largest u gives the largest z, and exp(z - m) is one multiply-add and one exp2 for each logit.
+The kernels hold u, a tile of the product after whatever cannot wait, such that z = u * slope with one positive number
+`slope`; then the largest u gives the largest z, and exp(z - m) is one multiply-add and one exp2 for each logit.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LAUNCH = dict(enable_fp_fusion=True)  # multiply-adds in one instruction: of every kernel, whatever Triton's default becomes
+# multiply-adds in one instruction: of every kernel, whatever Triton's default becomes
+LAUNCH = dict(enable_fp_fusion=True)
 LOG2_E = tl.constexpr(1 / math.log(2))
 LOWEST = tl.constexpr(-1e30)  # below every finite logit; -inf would make NaNs where all of a tile is masked
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of a block of the product. With 128 columns, operands in flight stay within 99 KiB of shared
-    memory, which every GPU has; with 256 they take 144 KiB of an H100's 227."""
+    """Rows, columns and depth of a block of the product. With 128 columns, operands in flight stay within 99 KiB of
+    shared memory, which every GPU has; with 256 they take 144 KiB of an H100's 227."""
 
     block_t: int
     block_v: int
@@ -47,9 +49,10 @@ def plain_tile(dtype: torch.dtype, rows: int) -> Tile:
 
 
 def choose_tile(hidden: Tensor, weight: Tensor, heavy: bool = False, wide: bool = True) -> Tile:
-    """The tile of a product of these operands. On an H100, where the copy engine can fetch them, 256 columns from H = 1024 on:
-    each byte that comes from the L2 cache is used more often. `heavy`: an epilogue whose registers leave two programs room
-    there only if the copy engine keeps the addresses. `wide`: whether 256 columns' worth of the epilogue fits in registers."""
+    """The tile of a product of these operands. On an H100, where the copy engine can fetch them, 256 columns from H =
+    1024 on: each byte that comes from the L2 cache is used more often. `heavy`: an epilogue whose registers leave two
+    programs room there only if the copy engine keeps the addresses. `wide`: whether 256 columns' worth of the epilogue
+    fits in registers."""
     if forced_tile is not None:
         return forced_tile
     H, tile = hidden.shape[1], plain_tile(hidden.dtype, len(hidden))
@@ -67,7 +70,8 @@ def fetchable(*operands: Tensor) -> bool:
 
 
 def choose_parts(blocks: int, tiles: int, slots: int) -> int:
-    """Parts of the vocabulary for `blocks` of rows, so that the programs fill `slots` places in the fewest whole rounds.
+    """Parts of the vocabulary for `blocks` of rows, so that the programs fill `slots` places in the fewest whole
+    rounds.
 
     A part has four tiles or more, else its start would show, and there are at most four rounds.
     """
@@ -76,9 +80,9 @@ def choose_parts(blocks: int, tiles: int, slots: int) -> int:
 
 
 def choose_chunk(tile: Tile, S: int, V: int, H: int, most: int, slots: int) -> int:
-    """Tiles of the vocabulary in a chunk of the backward pass, from half of `most` to `most`: those whose products take the
-    fewest whole rounds of `slots` programs. d loss / d a is S x C of depth H, in this kernel's tiles; a chunk of dWeight C x H
-    of depth S, say in tiles of 128 x 128. The tiles of dHidden do not depend on C."""
+    """Tiles of the vocabulary in a chunk of the backward pass, from half of `most` to `most`: those whose products take
+    the fewest whole rounds of `slots` programs. d loss / d a is S x C of depth H, in this kernel's tiles; a chunk of
+    dWeight C x H of depth S, say in tiles of 128 x 128. The tiles of dHidden do not depend on C."""
     blocks, tiles = -(-S // tile.block_t), -(-V // tile.block_v)
     if most >= tiles:
         return tiles
@@ -95,9 +99,10 @@ def choose_chunk(tile: Tile, S: int, V: int, H: int, most: int, slots: int) -> i
 
 
 def programs_at_once(tile: Tile, capability: int, heavy: bool = False) -> int:
-    """Programs that share a multiprocessor: what their registers and shared memory leave room for, as compiled. On an H100 it
-    is what `shape_of` has the compiler keep to. With matrix instructions of a warp (Ampere, Ada, and Blackwell's workstation
-    GPUs) the registers of 8 warps leave room for one; on a B200 those of a `heavy` epilogue do."""
+    """Programs that share a multiprocessor: what their registers and shared memory leave room for, as compiled. On an
+    H100 it is what `shape_of` has the compiler keep to. With matrix instructions of a warp (Ampere, Ada, and
+    Blackwell's workstation GPUs) the registers of 8 warps leave room for one; on a B200 those of a `heavy` epilogue
+    do."""
     family = capability // 10
     if tile.block_t * tile.block_v > 64 * 32 * tile.num_warps:  # more than 64 sums a thread
         return 1
@@ -140,10 +145,11 @@ def product_tile(
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """u [BLOCK_T, BLOCK_V] from row `first_t` and column `first_v` on, -inf beyond V. hidden [T, H], weight [V, H], bias [V].
+    """u [BLOCK_T, BLOCK_V] from row `first_t` and column `first_v` on, -inf beyond V. hidden [T, H], weight [V, H],
+    bias [V].
 
-    Rows beyond T and columns beyond V read the last one instead, and descriptors read zeros: no load of the inner loop needs
-    a mask.
+    Rows beyond T and columns beyond V read the last one instead, and descriptors read zeros: no load of the inner loop
+    needs a mask.
     """
     acc_tv = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     depth_h = tl.arange(0, BLOCK_H)
@@ -261,7 +267,8 @@ def adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """Its compute capability times ten: 80 to 89 are Ampere and Ada, 90 Hopper, 100 and 120 Blackwell; off a GPU, Hopper."""
+    """Its compute capability times ten: 80 to 89 are Ampere and Ada, 90 Hopper, 100 and 120 Blackwell; off a GPU,
+    Hopper."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return 10 * major + minor
 

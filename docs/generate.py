@@ -28,12 +28,23 @@ OUTPUTS = (
 TABLES = {  # file: (title, what it says, key columns, shown columns)
     "embedding": (
         "A training step inside a host trainer",
-        "A T5 of T5-small's shape with random weights, forward and backward on one CPU thread in fp32, the same loss each "
-        "time: from the model's logits, and through `attach` in one pass and in two. `step_mib`: what the step allocates at "
-        "once, its gradients included; `process_peak_mib`: the whole process, with torch and the weights; `cpu_ms`: "
-        "processor time, the median of five in turn, with the least and the most. `python -m bench.embedding --append`",
+        "A T5 of T5-small's shape with random weights, forward and backward on one CPU thread in fp32, the same loss "
+        "each time: from the model's logits, and through `attach` in one pass and in two. `step_mib`: what the step "
+        "allocates at once, its gradients included; `process_peak_mib`: the whole process, with torch and the "
+        "weights; `cpu_ms`: processor time, the median of five in turn, with the least and the most. `python -m "
+        "bench.embedding --append`",
         ("provider",),
-        ("provider", "tokens", "vocabulary", "step_mib", "process_peak_mib", "cpu_ms", "cpu_ms_min", "cpu_ms_max", "commit"),
+        (
+            "provider",
+            "tokens",
+            "vocabulary",
+            "step_mib",
+            "process_peak_mib",
+            "cpu_ms",
+            "cpu_ms_min",
+            "cpu_ms_max",
+            "commit",
+        ),
     ),
     "loss": (
         "The loss alone",
@@ -43,9 +54,9 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
     ),
     "executed": (
         "Compiled kernels, executed on a CPU",
-        "Every case of the grid against float64: the largest error of log p, of a gradient, and share of tokens that differ; "
-        "kernels run in five other orders of programs and warps. Not a measurement of speed: [the executor](executor.md). "
-        "`python -m tests.support.ptx.grid --append`",
+        "Every case of the grid against float64: the largest error of log p, of a gradient, and share of tokens that "
+        "differ; kernels run in five other orders of programs and warps. Not a measurement of speed: [the "
+        "executor](executor.md). `python -m tests.support.ptx.grid --append`",
         ("gpu", "dtype"),
         (
             "gpu",
@@ -65,7 +76,17 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
         "The demo",
         "Accuracy on 300 new questions. `python bench/demo.py --threads 1`",
         ("method", "seed", "threads"),
-        ("method", "seed", "accuracy_untrained", "accuracy", "accuracy_validation", "steps", "threads", "wall_s", "commit"),
+        (
+            "method",
+            "seed",
+            "accuracy_untrained",
+            "accuracy",
+            "accuracy_validation",
+            "steps",
+            "threads",
+            "wall_s",
+            "commit",
+        ),
     ),
     "prompts": (
         "Shared prompts",
@@ -103,8 +124,8 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
     ),
     "threads": (
         "Threads of a small student",
-        "A training step's wall time [ms] with one CPU thread and with two, medians; `load`: of the machine, which other "
-        "processes kept busy. `python -m qcrd_fast.bench.threads --append`",
+        "A training step's wall time [ms] with one CPU thread and with two, medians; `load`: of the machine, which "
+        "other processes kept busy. `python -m qcrd_fast.bench.threads --append`",
         ("parameters",),
         ("parameters", "width", "layers", "ms_1", "ms_2", "of_one", "load", "cores", "commit"),
     ),
@@ -124,8 +145,8 @@ def api_markdown() -> str:
     lines = [
         "# Python API",
         "",
-        "These names are stable: `from qcrd_fast import ...`. Everything else may change. Equation numbers are those of",
-        "[arXiv 2405.13014](https://arxiv.org/abs/2405.13014); shapes stand in brackets.",
+        "These names are stable: `from qcrd_fast import ...`. Everything else may change. Equation numbers are those",
+        "of [arXiv 2405.13014](https://arxiv.org/abs/2405.13014); shapes stand in brackets.",
         "",
     ]
     for name in sorted(qcrd_fast.__all__, key=str.lower):
@@ -185,11 +206,14 @@ def numbers_markdown() -> str:
     lines = [
         "# Numbers",
         "",
-        "Made from `bench/results/*.csv` by `docs/generate.py`: the latest row of each case. A file there has every run,",
+        "Made from `bench/results/*.csv` by `docs/generate.py`: the latest row of each case. A file there has every "
+        "run,",
         "with its versions and commit (`-dirty`: with changes not yet committed). What was not measured is not here.",
         "",
     ]
-    for path in sorted((ROOT / "bench" / "results").glob("*.csv"), key=lambda p: ([*TABLES, p.stem].index(p.stem), p.stem)):
+    for path in sorted(
+        (ROOT / "bench" / "results").glob("*.csv"), key=lambda p: ([*TABLES, p.stem].index(p.stem), p.stem)
+    ):
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         if not rows:

@@ -1,7 +1,7 @@
 """Every option of `train`, once: name, default, meaning, unit and range.
 
-The command line, the YAML file and `config.resolved.yaml` are all made from `TrainConfig`; equation numbers are those of
-arXiv 2405.13014.
+The command line, the YAML file and `config.resolved.yaml` are all made from `TrainConfig`; equation numbers are those
+of arXiv 2405.13014.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ NEGATIVE_SELECT = ("max", "max-active", "min", "mean", "wmean", "sampling")
 TASKS = ("number", "equation", "math", "choice", "yes-no", "text")
 DISCRIMINATOR_LOSSES = ("ratio", "infonce", "bce", "bce-all")
 QUALITIES = ("vote", "text", "checks", "discriminator", "none")
-BEFORE_QUALITIES = {"positive_quality": None, "negative_quality": None, "agreeing_negatives": "weigh"}  # of runs before them
-DEFAULT_QUALITIES = ("checks", "vote")  # of positives and negatives, where neither --quality nor a discriminator is named
+# of runs before them
+BEFORE_QUALITIES = {"positive_quality": None, "negative_quality": None, "agreeing_negatives": "weigh"}
+# of positives and negatives, where neither --quality nor a discriminator is named
+DEFAULT_QUALITIES = ("checks", "vote")
 DEFAULT_SELECTS = ("softmin", "max")  # of positives and negatives, without a scheme
 # Defaults that were others before, or are with `--paper`: see `TrainConfig.resolved`.
 DEFAULTS: dict[str, Any] = {
@@ -68,7 +70,9 @@ IMPLS = ("auto", "triton", "torch", "eager")
 ATTENTIONS = ("eager", "sdpa")
 
 
-_QUANTIZED = "not supported: weights are fp32 (bf16 under autocast); --use-peft --gradient-checkpointing takes the least memory"
+_QUANTIZED = (
+    "not supported: weights are fp32 (bf16 under autocast); --use-peft --gradient-checkpointing takes the least memory"
+)
 ELSEWHERE = {  # options of TRL, LLaMA-Factory and the scripts of Hugging Face: what they are here
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit"), _QUANTIZED),
     **dict.fromkeys(("dataset_name", "dataset", "train_file"), "here it is --data"),
@@ -103,8 +107,8 @@ def option(
     group: str = "Training",
     usual: bool = False,
 ) -> Any:
-    """A dataclass field that carries what the command line and the checks need to know of it. `--help` lists the `usual` ones,
-    `--help-all` every one."""
+    """A dataclass field that carries what the command line and the checks need to know of it. `--help` lists the
+    `usual` ones, `--help-all` every one."""
     metadata = dict(
         help=help, choices=choices, low=low, high=high, open_low=open_low, aliases=aliases, group=group, usual=usual
     )
@@ -198,8 +202,8 @@ class TrainConfig:
     )
     paper: bool = option(
         False,
-        "defaults as the paper prints them: min and max selections, lagged negatives, a discriminator by Eq. 2 with masked and "
-        "replaced words, in-sample scores as they come out; options that are given win",
+        "defaults as the paper prints them: min and max selections, lagged negatives, a discriminator by Eq. 2 with "
+        "masked and replaced words, in-sample scores as they come out; options that are given win",
         group="Method",
     )
     shared_prompts: bool = option(
@@ -208,14 +212,15 @@ class TrainConfig:
     impl: str = option("auto", "implementation of the loss; QCRD_FAST_IMPL overrides", choices=IMPLS, group="Method")
     audit_every: int | None = option(
         None,
-        "steps between audits, from the first on: 64 log-probs of each pass, and their gradients, are computed again in "
-        "float64 torch; 0: never; default: 200 where the Triton kernels run, else 0",
+        "steps between audits, from the first on: 64 log-probs of each pass, and their gradients, are computed again "
+        "in float64 torch; 0: never; default: 200 where the Triton kernels run, else 0",
         low=0,
         group="Method",
     )
     on_audit_failure: str = option(
         "torch",
-        "what follows an audit that fails; torch: that step again, and the rest of the run, with --impl torch; stop: exit 1",
+        "what follows an audit that fails; torch: that step again, and the rest of the run, with --impl torch; stop: "
+        "exit 1",
         choices=("torch", "stop"),
         group="Method",
     )
@@ -238,19 +243,21 @@ class TrainConfig:
     max_new_tokens: int = option(128, "longest sampled negative [tokens]", low=1, group="Negatives")
     overlap: str = option(
         "auto",
-        "when negatives are drawn; serial: in turn with training; the rest ahead of need, beside it; stream: on a CUDA stream "
-        "(on a CPU, in a thread) of their own; priority: on one of high priority; green-context: on a quarter of the GPU; "
-        "auto: serial, since none is measured on a GPU yet",
+        "when negatives are drawn; serial: in turn with training; the rest ahead of need, beside it; stream: on a "
+        "CUDA stream (on a CPU, in a thread) of their own; priority: on one of high priority; green-context: on a "
+        "quarter of the GPU; auto: serial, since none is measured on a GPU yet",
         choices=("auto", "serial", "stream", "priority", "green-context"),
         group="Negatives",
     )
-    sample_batch_size: int = option(64, "questions of a sampling batch, and fewest of a chunk", low=1, group="Negatives")
+    sample_batch_size: int = option(
+        64, "questions of a sampling batch, and fewest of a chunk", low=1, group="Negatives"
+    )
 
     # Quality
     quality: str | None = option(
         None,
-        "what weighs the rationales (s of Eq. 6 and 7); vote: the share of the question's samples that give the same answer; "
-        "text: the vote, and for numbers what the rationale's equations say; "
+        "what weighs the rationales (s of Eq. 6 and 7); vote: the share of the question's samples that give the same "
+        "answer; text: the vote, and for numbers what the rationale's equations say; "
         "checks: the vote, times fixed factors where an equation is false or starts from numbers from nowhere; "
         "discriminator: a trained encoder (the paper's); "
         "none: no weights; default: none with --discriminator none, discriminator where one is named, else "
@@ -270,7 +277,8 @@ class TrainConfig:
     )
     agreeing_negatives: str = option(
         "weigh",
-        "a sample of the student whose answer is the majority's; weigh: it is a negative of the weight 1 - s; drop: it is none",
+        "a sample of the student whose answer is the majority's; weigh: it is a negative of the weight 1 - s; drop: "
+        "it is none",
         choices=("weigh", "drop"),
         group="Quality",
     )
@@ -321,8 +329,8 @@ class TrainConfig:
     )
     discriminator_agreeing: str | None = option(
         None,
-        "samples of the student in the updates whose answer is the majority's; drop: left out, as are those cut before their "
-        f"end; negative: negatives like the others; default: {DEFAULTS['discriminator_agreeing']}",
+        "samples of the student in the updates whose answer is the majority's; drop: left out, as are those cut "
+        f"before their end; negative: negatives like the others; default: {DEFAULTS['discriminator_agreeing']}",
         choices=AGREEING_UPDATES,
         group="Discriminator",
     )
@@ -338,8 +346,12 @@ class TrainConfig:
     )
 
     # Optimization, as in Hugging Face
-    learning_rate: float = option(5e-5, "peak learning rate of AdamW", low=0, open_low=True, aliases=("lr",), usual=True)
-    per_device_train_batch_size: int = option(8, "questions of a micro-batch", low=1, aliases=("batch_size",), usual=True)
+    learning_rate: float = option(
+        5e-5, "peak learning rate of AdamW", low=0, open_low=True, aliases=("lr",), usual=True
+    )
+    per_device_train_batch_size: int = option(
+        8, "questions of a micro-batch", low=1, aliases=("batch_size",), usual=True
+    )
     gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step", low=1)
     num_train_epochs: float = option(3.0, "passes over the data", low=0, open_low=True, aliases=("epochs",), usual=True)
     max_steps: int = option(-1, "optimizer steps; -1: from num_train_epochs", low=-1, usual=True)
@@ -361,7 +373,8 @@ class TrainConfig:
         "all-linear", "linear layers that get them: all-linear (all but the head), or names such as q_proj,v_proj"
     )
     fsdp: bool = option(
-        False, "under torchrun: shard weights, gradients and optimizer over the processes (FSDP2); else each has all (DDP)"
+        False,
+        "under torchrun: shard weights, gradients and optimizer over the processes (FSDP2); else each has all (DDP)",
     )
     ddp_timeout: float = option(1800.0, "seconds that processes wait for a silent one", low=0, open_low=True)
     seed: int = option(0, "seed of everything random", low=0, high=2**32 - 1)
@@ -372,9 +385,14 @@ class TrainConfig:
 
     # Evaluation, logging, checkpoints
     eval_steps: int | None = option(None, "steps between validations; default: save_steps", low=1, group="Run")
-    save_steps: int | None = option(None, "steps between checkpoints; default: one pass over the data", low=1, group="Run")
+    save_steps: int | None = option(
+        None, "steps between checkpoints; default: one pass over the data", low=1, group="Run"
+    )
     early_stopping_patience: int | None = option(
-        None, "end after this many validations in a row that were no better than the best before them", low=1, group="Run"
+        None,
+        "end after this many validations in a row that were no better than the best before them",
+        low=1,
+        group="Run",
     )
     save_total_limit: int | None = option(2, "checkpoints kept beside the best one", low=1, group="Run")
     logging_steps: int = option(1, "steps between lines of metrics.jsonl", low=1, group="Run")
@@ -383,7 +401,8 @@ class TrainConfig:
     )
     zero_shot: bool = option(
         True,
-        "at the end also ask the untrained student by its chat template, where it has one, 64 questions at most: the baseline",
+        "at the end also ask the untrained student by its chat template, where it has one, 64 questions at most: the "
+        "baseline",
         group="Run",
     )
     max_answer_tokens: int = option(48, "longest answer generated in evaluation [tokens]", low=1, group="Run")
@@ -426,17 +445,23 @@ class TrainConfig:
             raise InputError(f"--run-name is the name of a folder and of a line, without / and \\; got {name!r}")
         if self.max_samples and self.train_fraction < 1:
             raise InputError("--max-samples and --train-fraction are given; one of them says how many questions to use")
-        alone = [f for f in dataclasses.fields(self) if f.name.startswith("lora_") and getattr(self, f.name) != f.default]
+        alone = [
+            f for f in dataclasses.fields(self) if f.name.startswith("lora_") and getattr(self, f.name) != f.default
+        ]
         if alone and not self.use_peft:
             raise InputError(f"--{alone[0].name.replace('_', '-')} needs --use-peft")
 
     def _check_quality(self) -> None:
         without = self.discriminator == "none"
         if without and self.quality not in (None, "none"):
-            raise InputError(f"--discriminator none is --quality none, but --quality {self.quality} is given; leave one out")
+            raise InputError(
+                f"--discriminator none is --quality none, but --quality {self.quality} is given; leave one out"
+            )
         for name in ("positive_quality", "negative_quality"):
             if without and getattr(self, name) == "discriminator":
-                raise InputError(f"--{name.replace('_', '-')} discriminator needs one, but --discriminator none is given")
+                raise InputError(
+                    f"--{name.replace('_', '-')} discriminator needs one, but --discriminator none is given"
+                )
         named = self.discriminator not in ("none", "auto")
         if named and self.quality == "none" and "discriminator" not in (self.positive_quality, self.negative_quality):
             raise InputError(f"--quality none has no use for --discriminator {self.discriminator}; leave one out")
@@ -458,7 +483,8 @@ class TrainConfig:
     def resolved(self, before: Mapping[str, Any] | None = None) -> TrainConfig:
         """The config with the options of `DEFAULTS` and the quality spelled out.
 
-        What is not given is as `--paper` says, else as in a run which began with the options `before`, else the default.
+        What is not given is as `--paper` says, else as in a run which began with the options `before`, else the
+        default.
         """
         found = self._defaults()
         if before is not None:
@@ -473,7 +499,9 @@ class TrainConfig:
             if before is None or self.paper or self.discriminator == "none":
                 found |= self._default_quality()
             else:
-                found |= {"quality": "discriminator"} | {name: before[name] for name in QUALITY_OPTIONS if name in before}
+                found |= {"quality": "discriminator"} | {
+                    name: before[name] for name in QUALITY_OPTIONS if name in before
+                }
         return dataclasses.replace(
             self, **{name: value for name, value in found.items() if getattr(self, name) is None or name == "paper"}
         )
@@ -578,7 +606,12 @@ def nearest(name: str, known: Any) -> str:
 
 def options_markdown() -> str:
     """`docs/options.md`: every option with its default, range and meaning, by group."""
-    lines = ["# Options of `train`", "", "`-` and `_` are the same in names; `--config FILE.yaml` takes the same names.", ""]
+    lines = [
+        "# Options of `train`",
+        "",
+        "`-` and `_` are the same in names; `--config FILE.yaml` takes the same names.",
+        "",
+    ]
     group = None
     for field in dataclasses.fields(TrainConfig):
         meta = field.metadata
@@ -612,7 +645,9 @@ def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise InputError(f"{flag} expects {kind.__name__}, got {value!r}")
     if meta["choices"] and value not in meta["choices"]:
-        raise InputError(f"{flag} is one of {', '.join(meta['choices'])}; got {value!r}{nearest(value, meta['choices'])}")
+        raise InputError(
+            f"{flag} is one of {', '.join(meta['choices'])}; got {value!r}{nearest(value, meta['choices'])}"
+        )
     if kind in (int, float):
         low, high = meta["low"], meta["high"]
         if not math.isfinite(value):

@@ -66,7 +66,9 @@ class Problem:
 
     @property
     def question(self) -> str:
-        return f"{self.name} has {self.a} {self.thing}, {self.more} {self.b} and {self.less} {self.c}. How many are left?"
+        return (
+            f"{self.name} has {self.a} {self.thing}, {self.more} {self.b} and {self.less} {self.c}. How many are left?"
+        )
 
 
 def draw_problems(count: int, rng: random.Random) -> list[Problem]:
@@ -118,7 +120,8 @@ def demo_paths(folder: Path) -> dict[str, str]:
 
 
 def write_demo(folder: Path, seed: int) -> dict[str, str]:
-    """Write train.jsonl (sampled rows), test.jsonl and the untrained student; returns their paths as train's options."""
+    """Write train.jsonl (sampled rows), test.jsonl and the untrained student; returns their paths as train's
+    options."""
     rng = random.Random(seed)
     paths = demo_paths(folder)
     train, test, student = (Path(paths[option]) for option in ("data", "test_data", "student"))
@@ -133,7 +136,10 @@ def write_demo(folder: Path, seed: int) -> dict[str, str]:
     write_lines(train, rows)
     write_lines(
         test,
-        [{"id": f"test-{i}", "question": p.question, "answer": p.answer, "samples": []} for i, p in enumerate(test_problems)],
+        [
+            {"id": f"test-{i}", "question": p.question, "answer": p.answer, "samples": []}
+            for i, p in enumerate(test_problems)
+        ],
     )
     texts = [row["question"] for row in rows] + [s["rationale"] for row in rows for s in row["samples"]]
     build_student(student, texts, seed)

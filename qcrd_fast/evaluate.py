@@ -57,8 +57,8 @@ def predict(
     """Greedy answers: one record of id, question, gold, output, prediction, correct for each question.
 
     `gold` is the majority where a question has no gold answer. With `reasoning`, the answer stands behind the rationale
-    of the third task, after `Answer:`. With `zero_shot`, the question is asked in words (`ZERO_SHOT`), as of a model that was
-    trained on none of the tasks, and the reply is read as a teacher's is.
+    of the third task, after `Answer:`. With `zero_shot`, the question is asked in words (`ZERO_SHOT`), as of a model
+    that was trained on none of the tasks, and the reply is read as a teacher's is.
     """
     settings = SampleSettings(max_new_tokens=max_answer_tokens, batch_size=batch_size, impl=impl)
     if reasoning:
@@ -149,12 +149,12 @@ def evaluate_run(
     device: str = "auto",
     on_bad_row: str = "error",
 ) -> dict[str, Any]:
-    """Accuracy of a run or model on a file. `predictions.jsonl` goes to `output`, else to the folder eval-DATA of a run, whose
-    own predictions stay those of its `eval_results.json`, else to the current folder.
+    """Accuracy of a run or model on a file. `predictions.jsonl` goes to `output`, else to the folder eval-DATA of a
+    run, whose own predictions stay those of its `eval_results.json`, else to the current folder.
 
-    With `zero_shot` the base model of a run, or the model, is asked by its own chat template; the folder: eval-DATA-zero-shot.
-    Raises `InputError` for unreadable data, a folder that cannot be written, or a task that the run was not trained on, before
-    the model is loaded; `RunError` where the disk is full at the end.
+    With `zero_shot` the base model of a run, or the model, is asked by its own chat template; the folder:
+    eval-DATA-zero-shot. Raises `InputError` for unreadable data, a folder that cannot be written, or a task that the
+    run was not trained on, before the model is loaded; `RunError` where the disk is full at the end.
     """
     folder = _answers_folder(run_or_model, data, output, zero_shot)
     _check_tasks(run_or_model, reasoning, zero_shot)
@@ -177,7 +177,8 @@ def evaluate_run(
         )
     if count := sum(length > student.prompts.max_source_length for length in lengths.prompts):
         log.warning(
-            "%d of %d questions have a prompt over the %d tokens that the student was trained with: its beginning is cut off",
+            "%d of %d questions have a prompt over the %d tokens that the student was trained with: its beginning is "
+            "cut off",
             count, len(questions), student.prompts.max_source_length,
         )  # fmt: skip
     try:

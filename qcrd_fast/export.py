@@ -1,4 +1,5 @@
-"""`export`: a run's model, or its LoRA adapter, as a Hugging Face folder with chat template, generation settings, card."""
+"""`export`: a run's model, or its LoRA adapter, as a Hugging Face folder with chat template, generation settings,
+card."""
 
 from __future__ import annotations
 
@@ -42,10 +43,10 @@ def export_run(
     """Write the model of `run` (its final checkpoint, or `checkpoint`, a name or path within the run) to the new folder
     `output`, and upload it to the repository `push_to_hub`, which is private unless `public`.
 
-    A LoRA adapter is merged into its base model; with `adapter` it is written alone. Returns what was, or with `dry_run` would
-    be, written. Raises `InputError` for a run without a whole checkpoint, an `output` that is not empty, or a repository that
-    cannot be written to; `RunError` when writing fails, which leaves nothing behind, or when the upload does, which leaves
-    `output`.
+    A LoRA adapter is merged into its base model; with `adapter` it is written alone. Returns what was, or with
+    `dry_run` would be, written. Raises `InputError` for a run without a whole checkpoint, an `output` that is not
+    empty, or a repository that cannot be written to; `RunError` when writing fails, which leaves nothing behind, or
+    when the upload does, which leaves `output`.
     """
     folder, target = _source(run, checkpoint), Path(output)
     _check_target(target)
@@ -103,12 +104,15 @@ def export_run(
         write_text(temporary / "README.md", card)
         if ollama and not adapter:
             write_text(temporary / MODELFILE, ollama)
-        for weights in temporary.glob("*.safetensors"):  # written for their owner alone, and a server may be another user
+        # written for their owner alone, and a server may be another user
+        for weights in temporary.glob("*.safetensors"):
             weights.chmod((temporary / "README.md").stat().st_mode)
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
-        raise RunError(f"cannot write {output}: {getattr(error, 'strerror', None) or error} ({free} bytes free)") from error
+        raise RunError(
+            f"cannot write {output}: {getattr(error, 'strerror', None) or error} ({free} bytes free)"
+        ) from error
     finally:
         remove_tree(temporary)
     if repository is not None:
@@ -132,7 +136,8 @@ def _check_target(target: Path) -> None:
 
 
 def _save_model(student: Student, folder: Path) -> None:
-    """The model with its generation settings; its configuration, which some servers read instead, names the same tokens."""
+    """The model with its generation settings; its configuration, which some servers read instead, names the same
+    tokens."""
     model = student.model
     model.generation_config = _generation_config(student)
     if not student.is_encoder_decoder:
@@ -162,7 +167,8 @@ def _is_final(run: Path, folder: Path) -> bool:
 
 
 def _check_alone(folder: Path, config: dict[str, Any], push_to_hub: str | None) -> None:
-    """Raises `InputError` for a checkpoint without an adapter of its own, or one that nobody else could load from the hub."""
+    """Raises `InputError` for a checkpoint without an adapter of its own, or one that nobody else could load from the
+    hub."""
     if not (folder / lora.ADAPTER).is_file():
         raise InputError(f"--adapter: {folder} has no {lora.ADAPTER}; it takes a run of train --use-peft")
     student = config.get("student")
@@ -171,8 +177,8 @@ def _check_alone(folder: Path, config: dict[str, Any], push_to_hub: str | None) 
     check_model_name(student, "--adapter: the base model")  # a path may be relative to where training began
     if push_to_hub is not None and os.path.exists(student):
         raise InputError(
-            f"--adapter: the base model {student} is a folder of this machine, which others cannot load; push the merged "
-            "model, without --adapter"
+            f"--adapter: the base model {student} is a folder of this machine, which others cannot load; push the "
+            "merged model, without --adapter"
         )
 
 

@@ -1,4 +1,5 @@
-"""Uploads to the hub of Hugging Face, or to the server that HF_ENDPOINT names. The token is the library's own business."""
+"""Uploads to the hub of Hugging Face, or to the server that HF_ENDPOINT names. The token is the library's own
+business."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ OPTION = "--push-to-hub"
 def writable_repository(name: str, *, public: bool) -> str:
     """OWNER/NAME of a model repository that an upload may go to; without an owner it is the user's.
 
-    Raises `InputError` for a name that is none, without a valid token, or where the repository exists and is public, but
-    `public` is not said; `RunError` where the hub cannot be reached.
+    Raises `InputError` for a name that is none, without a valid token, or where the repository exists and is public,
+    but `public` is not said; `RunError` where the hub cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
@@ -37,13 +38,15 @@ def writable_repository(name: str, *, public: bool) -> str:
             api.whoami()  # a wrong token is not told from a missing repository
             return name
     if not is_private and not public:
-        raise InputError(f"{OPTION}: {name} exists and is public; add --public if the model may be, or choose another name")
+        raise InputError(
+            f"{OPTION}: {name} exists and is public; add --public if the model may be, or choose another name"
+        )
     return name
 
 
 def push(folder: Path, name: str, *, public: bool) -> str:
-    """Upload a folder to the repository `name`, made where it is missing; returns its address. Raises `RunError` where that
-    fails, naming the command that tries again."""
+    """Upload a folder to the repository `name`, made where it is missing; returns its address. Raises `RunError` where
+    that fails, naming the command that tries again."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -62,9 +65,15 @@ def _explained(doing: str, rest: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of the hub, of the connection, or of the library that uploads
-        status = getattr(getattr(error, "response", None), "status_code", None) if isinstance(error, HfHubHTTPError) else None
+        status = (
+            getattr(getattr(error, "response", None), "status_code", None)
+            if isinstance(error, HfHubHTTPError)
+            else None
+        )
         if status in (401, 403):
-            raise InputError(f"{OPTION}: the hub refuses the token ({status}); it must be allowed to write{rest}") from error
+            raise InputError(
+                f"{OPTION}: the hub refuses the token ({status}); it must be allowed to write{rest}"
+            ) from error
         said = redact(" ".join(str(error).split()))[:300] or type(error).__name__
         raise RunError(f"{OPTION}: cannot {doing} {_endpoint()}: {said}{rest}") from error
 

@@ -1,6 +1,7 @@
 """The many-to-one contrastive loss (Eq. 3, 6, 7 of arXiv 2405.13014), as a module and as functions.
 
-T tokens, R rationales. A batch is a packed list of rationales; each belongs to a question and is a positive or a negative.
+T tokens, R rationales. A batch is a packed list of rationales; each belongs to a question and is a positive or a
+negative.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from qcrd_fast.ops.checks import is_finite, require, require_constants, require_
 class ContrastiveOutput(NamedTuple):
     """`loss = loss_pos - beta * loss_neg`; those three are differentiable scalars, the rest is detached.
 
-    loss_pos = sum over positives of weight_R * l_R, loss_neg = sum over negatives of weight_R * h(l_R): the weight holds the
-    quality, the scheme's normalisation and 1/N, and is 0 for what is not selected. `selected_R` is where gradient flows.
+    loss_pos = sum over positives of weight_R * l_R, loss_neg = sum over negatives of weight_R * h(l_R): the weight
+    holds the quality, the scheme's normalisation and 1/N, and is 0 for what is not selected. `selected_R` is where
+    gradient flows.
     """
 
     loss: Tensor
@@ -39,10 +41,11 @@ class QCRDLoss(nn.Module):
     out = loss_fn(hidden, weight, target, rationale, question, positive, quality)
     out.loss.backward()
 
-    beta: weight of the negative term. delta: margin of the hinge [nats/token]. scheme: `minmax` (the paper's), `maxmin`,
-    `sampling`, `mean` or `wmean`; `positive_select` and `negative_select` override its halves. scale, softcap, temperature,
-    ignore_index, workspace_bytes, process_group, vocab_start: as in `linear_logprob`. seed: of the sampling schemes. impl:
-    auto, triton, torch or eager.
+    beta: weight of the negative term. delta: margin of the hinge [nats/token]. scheme: `minmax` (the paper's),
+    `maxmin`, `sampling`, `mean` or `wmean`; `positive_select` and `negative_select` override its halves. scale,
+    softcap, temperature,
+    ignore_index, workspace_bytes, process_group, vocab_start: as in `linear_logprob`. seed: of the sampling schemes.
+    impl: auto, triton, torch or eager.
     """
 
     def __init__(
@@ -74,10 +77,11 @@ class QCRDLoss(nn.Module):
 
     @classmethod
     def for_model(cls, model: Any, beta: float = 0.2, delta: float = 3.0, **settings: Any) -> QCRDLoss:
-        """With scale, softcap and bias read off a Hugging Face model, and compared with its own logits on one tiny input.
+        """With scale, softcap and bias read off a Hugging Face model, and compared with its own logits on one tiny
+        input.
 
-        A bias is looked up at each call, in whichever module PEFT has active then. A loss for a model with a bias refers to the
-        model, so deep-copy or pickle the two together.
+        A bias is looked up at each call, in whichever module PEFT has active then. A loss for a model with a bias
+        refers to the model, so deep-copy or pickle the two together.
 
         Raises `InputError` if they differ: the architecture computes its logits in another way.
         """
@@ -107,14 +111,15 @@ class QCRDLoss(nn.Module):
         iteration: int = 0,
         max_selected_tokens: int | None = None,
     ) -> ContrastiveOutput:
-        """hidden [..., H], weight [V, H], target [...] (already shifted), rationale [...]: the rationale a token belongs to,
-        contiguous and non-decreasing; question [R], positive [R] bool, quality [R] in [0, 1], or None for weights of 1.
+        """hidden [..., H], weight [V, H], target [...] (already shifted), rationale [...]: the rationale a token
+        belongs to, contiguous and non-decreasing; question [R], positive [R] bool, quality [R] in [0, 1], or None for
+        weights of 1.
 
-        num_questions: N of Eq. 3, the count over the whole optimizer batch (default: question.max() + 1, which counts gaps
-        between the numbers in `question` too). question_key, int64 by question: what `sampling` is keyed by, with the seed and
-        the iteration (default: the question's index). max_selected_tokens: a bound on the tokens selected, which saves the
-        backward pass a host sync on a GPU. A quality that is NaN reaches the loss only where it weighs in: of a rationale that
-        is selected, and under `wmean` of any candidate of its question and kind.
+        num_questions: N of Eq. 3, the count over the whole optimizer batch (default: question.max() + 1, which counts
+        gaps between the numbers in `question` too). question_key, int64 by question: what `sampling` is keyed by, with
+        the seed and the iteration (default: the question's index). max_selected_tokens: a bound on the tokens selected,
+        which saves the backward pass a host sync on a GPU. A quality that is NaN reaches the loss only where it weighs
+        in: of a rationale that is selected, and under `wmean` of any candidate of its question and kind.
 
         Raises `ValueError` naming what was expected and what came, `TypeError` for an argument that is no tensor.
         """
@@ -158,7 +163,8 @@ class QCRDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         positive, negative = self.selects
-        return f"beta={self.beta}, delta={self.delta}, positive_select={positive}, negative_select={negative}, impl={self.impl}"
+        selects = f"positive_select={positive}, negative_select={negative}"
+        return f"beta={self.beta}, delta={self.delta}, {selects}, impl={self.impl}"
 
 
 def contrastive_loss(
@@ -182,8 +188,8 @@ def contrastive_loss(
 ) -> ContrastiveOutput:
     """The loss of `QCRDLoss` from log p of each token [...] (nats); `valid_T`: which tokens count, default all.
 
-    The other arguments are those of `QCRDLoss`. Raises `ValueError` naming what was expected and what came, `TypeError` for an
-    argument that is no tensor.
+    The other arguments are those of `QCRDLoss`. Raises `ValueError` naming what was expected and what came, `TypeError`
+    for an argument that is no tensor.
     """
     optional = {"quality": quality, "valid_T": valid_T, "question_key": question_key}
     given = {name: x for name, x in optional.items() if x is not None}
@@ -240,10 +246,12 @@ def weighted_rationale_loss(
     delta: float | None,
     valid_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The training pass of score-then-train: (loss, loss_pos, loss_neg, nll_R [detached]) of rationales with known weights.
+    """The training pass of score-then-train: (loss, loss_pos, loss_neg, nll_R [detached]) of rationales with known
+    weights.
 
-    loss = loss_pos - beta * loss_neg, loss_pos = sum over positives of w l, loss_neg = sum over negatives of w h(l), with the
-    hinge h(u) = min(u - delta, 0) of this pass's own l; `delta` None: h(u) = u. `weight_R`: as `ContrastiveOutput` gives it.
+    loss = loss_pos - beta * loss_neg, loss_pos = sum over positives of w l, loss_neg = sum over negatives of w h(l),
+    with the hinge h(u) = min(u - delta, 0) of this pass's own l; `delta` None: h(u) = u. `weight_R`: as
+    `ContrastiveOutput` gives it.
     """
     require(
         logprob_T.shape == rationale_T.shape,
@@ -261,7 +269,9 @@ def weighted_rationale_loss(
     return loss_pos - beta * loss_neg, loss_pos, loss_neg, nll_R.detach()
 
 
-def resolve_selects(scheme: str, positive_select: str | None = None, negative_select: str | None = None) -> tuple[str, str]:
+def resolve_selects(
+    scheme: str, positive_select: str | None = None, negative_select: str | None = None
+) -> tuple[str, str]:
     """(positive, negative) selection: the scheme's pair, unless overridden. Raises `ValueError` naming the choices."""
     _check_choice("scheme", scheme, tuple(SCHEMES))
     positive = SCHEMES[scheme][0] if positive_select is None else positive_select
@@ -279,7 +289,9 @@ def check_settings(beta: float, delta: float, impl: str) -> None:
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    require(value in choices, lambda: f"{name} is one of {', '.join(choices)}; got {value!r}{nearest(str(value), choices)}")
+    require(
+        value in choices, lambda: f"{name} is one of {', '.join(choices)}; got {value!r}{nearest(str(value), choices)}"
+    )
 
 
 def _check_batch(
@@ -326,7 +338,8 @@ def _check_batch(
     require(
         ((question >= 0) if upper is None else (question >= 0) & (question.long() < upper)).all(),
         lambda: (
-            f"question must lie in [0, {'...' if upper is None else upper}), got {int(question.min())} to {int(question.max())}"
+            f"question must lie in [0, {'...' if upper is None else upper}), got {int(question.min())} to "
+            f"{int(question.max())}"
         ),
     )
     if quality is not None:  # one that is not finite is let through, so that the loss shows it

@@ -1,4 +1,5 @@
-"""The model card of an exported model: method, data and counts, the exact prompt, how to serve it, figures with n, limits."""
+"""The model card of an exported model: method, data and counts, the exact prompt, how to serve it, figures with n,
+limits."""
 
 from __future__ import annotations
 
@@ -22,11 +23,13 @@ CITATION = """@inproceedings{wang2025qcrd,
   note   = {EMNLP 2025; arXiv:2405.13014},
 }"""
 HYPER_PARAMETERS = (
-    "scheme", "positive_select", "negative_select", "beta", "delta", "alpha_pred", "alpha_cl", "alpha_d", "alpha_d_decay",
+    "scheme", "positive_select", "negative_select", "beta", "delta", "alpha_pred", "alpha_cl", "alpha_d",
+    "alpha_d_decay",
     "negative_source", "negative_lag", "iteration_steps", "negative_temperature", "negative_top_k", "negative_top_p",
     "max_new_tokens", "discriminator", "discriminator_loss", "discriminator_learning_rate", "num_positives", "label",
     "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
-    "warmup_ratio", "lr_scheduler_type", "weight_decay", "max_grad_norm", "max_source_length", "max_target_length", "bf16",
+    "warmup_ratio", "lr_scheduler_type", "weight_decay", "max_grad_norm", "max_source_length", "max_target_length",
+    "bf16",
     "seed",
 )  # fmt: skip
 
@@ -95,15 +98,16 @@ def model_card(exported: Exported) -> str:
 
 
 def _fetch(base: str, folder: str) -> str:
-    """Shell that puts the weights of an adapter's base model beside it; what describes the prompt stays the adapter's."""
+    """Shell that puts the weights of an adapter's base model beside it; what describes the prompt stays the
+    adapter's."""
     if os.path.isdir(base):
         return f"cp {base}/config.json {base}/*.safetensors* {folder}/"
     return f'hf download {base} --include config.json "*.safetensors*" --local-dir {folder}'
 
 
 def usage(student: Student, served: bool = False, adapter: bool = False) -> str:
-    """Code that gives `input_ids` exactly as in training, for `folder` and `question`, and an answer; `served`: the folder's
-    tokenizer has a template of `chat_template`."""
+    """Code that gives `input_ids` exactly as in training, for `folder` and `question`, and an answer; `served`: the
+    folder's tokenizer has a template of `chat_template`."""
     template, seq2seq = student.prompts.template, student.is_encoder_decoder
     auto = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM"
     lines = [
@@ -151,12 +155,18 @@ def _prompt_text(student: Student) -> str:
     template = student.prompts.template
     limit = f"Questions were cut at {student.prompts.max_source_length} tokens."
     if template == "chat":
-        told = f"The base model's chat template around `predict: ` (or `explain: `) + question, as one user turn. {limit}"
+        told = (
+            f"The base model's chat template around `predict: ` (or `explain: `) + question, as one user turn. {limit}"
+        )
         return told + (
-            f" Before it stands the system message\n\n{_fence(student.prompts.system)}" if student.prompts.system else ""
+            f" Before it stands the system message\n\n{_fence(student.prompts.system)}"
+            if student.prompts.system
+            else ""
         )
     if template != "raw":
-        return f"`{{prompt}}` is `predict: ` (or `explain: `) + question, in this template. {limit}\n\n{_fence(template)}"
+        return (
+            f"`{{prompt}}` is `predict: ` (or `explain: `) + question, in this template. {limit}\n\n{_fence(template)}"
+        )
     newline = "" if student.is_encoder_decoder else " + a newline"
     return f"`predict: ` (or `explain: `) + question{newline}. {limit}"
 
@@ -164,7 +174,8 @@ def _prompt_text(student: Student) -> str:
 def _data_text(config: dict[str, Any], state: dict[str, Any], results: dict[str, Any]) -> str:
     lines = [f"- training rows: {_cell(_name(config.get('data')))}"]
     if "train_questions" in results:
-        lines.append(f"- {results['train_questions']} training questions; {results.get('dropped_from_train', 0)} dropped "
+        lines.append(f"- {results['train_questions']} training questions; {results.get('dropped_from_train', 0)} "
+            f"dropped "
                      "because they stand in the evaluation sets")  # fmt: skip
     for name in ("eval_data", "test_data"):
         if config.get(name):
@@ -177,7 +188,10 @@ def _data_text(config: dict[str, Any], state: dict[str, Any], results: dict[str,
 def _figures(results: dict[str, Any], config: dict[str, Any]) -> str:
     accuracy, n = _share(results.get("accuracy")), results.get("n")
     if accuracy is None or type(n) is not int or not 0 < n < 2**53:
-        return "Not evaluated: this is not the checkpoint that the run evaluated at its end, or it had nothing to evaluate on."
+        return (
+            "Not evaluated: this is not the checkpoint that the run evaluated at its end, "
+            "or it had nothing to evaluate on."
+        )
     low, high = wilson(accuracy, n)
     if results.get("evaluated_on") == "test":
         where = f"test: {_cell(_name(config.get('test_data')))}"

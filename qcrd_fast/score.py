@@ -1,4 +1,5 @@
-"""`score`: the quality of every rationale, by votes, text or a run's discriminator; and the discriminator trained alone.
+"""`score`: the quality of every rationale, by votes, text or a run's discriminator; and the discriminator trained
+alone.
 
 A discriminator's folder is a checkpoint of a run, or what `train_alone` writes: discriminator.safetensors and
 discriminator.json, which names the student whose encoder or vocabulary it was built on.
@@ -45,7 +46,8 @@ QUALITY_SCORES = "quality_scores.jsonl"  # in a run folder: what the densities o
 
 
 def load_discriminator(run: str, device: str = "auto") -> tuple[CrossFitted, Student, dict[str, Any]]:
-    """(discriminator, the student beside it, settings) of a run, of one of its checkpoints, or of a `train_alone` folder.
+    """(discriminator, the student beside it, settings) of a run, of one of its checkpoints, or of a `train_alone`
+    folder.
 
     Raises `InputError` where there is none: a method or `--discriminator none` that has none, or a damaged folder.
     """
@@ -122,7 +124,8 @@ def score_run(
     """The questions with scores, of the run's discriminator or of `--quality vote` or `text`, and their summary.
 
     With `temperatures`, the student says one rationale a question at each, and the scores of all kinds go to the run's
-    `quality_scores.jsonl` (`report` draws their densities, Fig. 6), the student's with whether they agree with the majority.
+    `quality_scores.jsonl` (`report` draws their densities, Fig. 6), the student's with whether they agree with the
+    majority.
     """
     judge: Judge
     if quality == "discriminator":
@@ -146,7 +149,12 @@ def score_run(
             values = list(judge.scores(cases))
             kind = f"student at {temperature:g}"
             records += [
-                {"kind": kind, "id": case.question.id, "question": question_text(case.question), "text": case.rationale.text}
+                {
+                    "kind": kind,
+                    "id": case.question.id,
+                    "question": question_text(case.question),
+                    "text": case.rationale.text,
+                }
                 | {"score": round(value, 6), "agrees": case.agrees}
                 for case, value in zip(cases, values, strict=True)
             ]
@@ -165,7 +173,9 @@ def score_teacher(judge: Judge, questions: Sequence[Question]) -> list[Question]
     def scored(question: Question) -> Question:
         scores = iter(judge.scores(teacher_cases(question)))
         sides = (question.positives, question.negatives)
-        positives, negatives = (tuple(dataclasses.replace(r, score=round(next(scores), 6)) for r in side) for side in sides)
+        positives, negatives = (
+            tuple(dataclasses.replace(r, score=round(next(scores), 6)) for r in side) for side in sides
+        )
         return dataclasses.replace(question, positives=positives, negatives=negatives)
 
     return [scored(question) for question in questions]
@@ -174,11 +184,12 @@ def score_teacher(judge: Judge, questions: Sequence[Question]) -> list[Question]
 def score_by_votes(
     quality: str, questions: Sequence[Question], samples: str | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The questions as rows with the scores of `--quality vote` or `text`, and their summary; no run and no model is needed.
+    """The questions as rows with the scores of `--quality vote` or `text`, and their summary; no run and no model is
+    needed.
 
-    With `samples`, a file of a student's samples, each question's are scored against its votes: they are the row's `student`,
-    and the summary is theirs. Right and wrong are told by the gold answer; without one, or a conclusion, a rationale is counted
-    in `without_gold` or `without_answer` alone.
+    With `samples`, a file of a student's samples, each question's are scored against its votes: they are the row's
+    `student`, and the summary is theirs. Right and wrong are told by the gold answer; without one, or a conclusion, a
+    rationale is counted in `without_gold` or `without_answer` alone.
 
     Raises `InputError` for a file of samples that cannot be read, or of other questions.
     """
@@ -190,7 +201,12 @@ def score_by_votes(
         if said is not None:
             own = said.cases.get(question.id, [])
             row["student"] = [
-                {"text": case.rationale.text, "answer": case.rationale.answer, "score": round(s, 6), "agrees": case.agrees}
+                {
+                    "text": case.rationale.text,
+                    "answer": case.rationale.answer,
+                    "score": round(s, 6),
+                    "agrees": case.agrees,
+                }
                 for case, s in zip(own, judge.scores(own), strict=True)
             ]
         rows.append(row)
@@ -203,7 +219,8 @@ def score_by_votes(
 
 
 def measure(cases: Sequence[Case], scores: Sequence[float]) -> dict[str, Any]:
-    """How scores tell right from wrong by the gold answer: AUC, its 95% interval (bootstrap over questions) and calibration;
+    """How scores tell right from wrong by the gold answer: AUC, its 95% interval (bootstrap over questions) and
+    calibration;
     `weight_on_right`: of the weights 1 - s that the cases have as negatives, the share on right ones."""
     from qcrd_fast.discriminator.metrics import score_report
 
@@ -223,8 +240,8 @@ def measure(cases: Sequence[Case], scores: Sequence[float]) -> dict[str, Any]:
 
 
 def summarize_scores(scored: Sequence[Question]) -> dict[str, Any]:
-    """Means by side, AUC with its interval and calibration of questions that carry scores: right against wrong by the gold
-    answer, or, of a rationale where that cannot be told, positive against negative."""
+    """Means by side, AUC with its interval and calibration of questions that carry scores: right against wrong by the
+    gold answer, or, of a rationale where that cannot be told, positive against negative."""
     from qcrd_fast.discriminator.metrics import score_report
 
     rows, of_sides = [], {"positives": list[float](), "negatives": list[float]()}
@@ -260,12 +277,14 @@ def is_right(case: Case) -> bool | None:
     return same(case.question, answer, case.question.gold)
 
 
-def train_alone(model: str, questions: Sequence[Question], config: TrainConfig, output: str, held_out: float) -> dict[str, Any]:
-    """Pretrain a discriminator on the rationales of `questions`, keep it in the folder `output`, and return how it does on the
-    share `held_out` of the questions, which it has not seen.
+def train_alone(
+    model: str, questions: Sequence[Question], config: TrainConfig, output: str, held_out: float
+) -> dict[str, Any]:
+    """Pretrain a discriminator on the rationales of `questions`, keep it in the folder `output`, and return how it does
+    on the share `held_out` of the questions, which it has not seen.
 
-    `model` is the student, a run or a model folder, whose encoder or vocabulary it takes. Raises `InputError` when nothing can
-    be learnt from the questions.
+    `model` is the student, a run or a model folder, whose encoder or vocabulary it takes. Raises `InputError` when
+    nothing can be learnt from the questions.
     """
     folder = new_folder(output, "--train")
     train, test = hold_out(questions, held_out, config.seed)
@@ -283,7 +302,9 @@ def train_alone(model: str, questions: Sequence[Question], config: TrainConfig, 
 
     loss = trainer.pretrain(train, steps, log_step)
     if loss is None:
-        raise InputError("--train: no question has a positive rationale, and a negative or --discriminator-augment to make one")
+        raise InputError(
+            "--train: no question has a positive rationale, and a negative or --discriminator-augment to make one"
+        )
     check = trainer.check(train, test)
     log.info("discriminator: %s", check.text)
     summary = {"train_questions": len(train), "train_loss": loss, "check": check.to_dict()}
@@ -307,7 +328,9 @@ def new_folder(path: str, option: str) -> Path:
     return folder
 
 
-def _say(student: Student, questions: Sequence[Question], temperature: float, config: dict[str, Any], seed: int) -> list[Case]:
+def _say(
+    student: Student, questions: Sequence[Question], temperature: float, config: dict[str, Any], seed: int
+) -> list[Case]:
     """One rationale a question from the student, sampled as the run samples its negatives but for the temperature."""
     known = TrainConfig().to_dict() | config
     settings = SampleSettings(

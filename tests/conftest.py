@@ -20,7 +20,8 @@ COMPARES = re.compile(r"assert_close|allclose|torch\.float64|\.double\(\)|suppor
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What compares floats is numeric, in files that do so or by the fixture: `make test-machines` runs it as elsewhere."""
+    """What compares floats is numeric, in files that do so or by the fixture: `make test-machines` runs it as
+    elsewhere."""
     sources = {path: path.read_text(encoding="utf-8") for path in {item.path for item in items}}
     for item in items:
         if "float64" in getattr(item, "fixturenames", ()) or COMPARES.search(sources[item.path]):
@@ -37,7 +38,8 @@ def rows_file(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def float64(t5_folder, llama_folder):
-    """Every number of the test is float64, those of the library and of its models too; the folders hold fp32 all the same."""
+    """Every number of the test is float64, those of the library and of its models too; the folders hold fp32 all the
+    same."""
     from tests.support.doubles import doubles
 
     with doubles():

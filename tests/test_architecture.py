@@ -48,7 +48,9 @@ def imports(name: str) -> set[str]:
 def room(name: str) -> str:
     """A module's row of the table: its folder, or a file at the top of `qcrd_fast`."""
     parts = name.split(".")
-    return parts[1] if parts[0] == "qcrd_fast" and len(parts) > 1 else "__init__" if parts == ["qcrd_fast"] else parts[0]
+    return (
+        parts[1] if parts[0] == "qcrd_fast" and len(parts) > 1 else "__init__" if parts == ["qcrd_fast"] else parts[0]
+    )
 
 
 def table() -> dict[str, set[str] | None]:
@@ -122,7 +124,9 @@ def test_kernels_import_torch_and_triton_alone():
         if room(name) == "csrc_triton":
             tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             found = {a.name for n in tree if isinstance(n, ast.Import) for a in n.names}
-            found |= {str(n.module) for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.ImportFrom)}
+            found |= {
+                str(n.module) for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.ImportFrom)
+            }
             allowed = {"torch", "triton", "csrc_triton", *sys.stdlib_module_names}
             assert {each.split(".")[0] for each in found} <= allowed, name
 
@@ -150,7 +154,8 @@ def test_files_that_the_page_names_are_there():
 
 
 @pytest.mark.parametrize(
-    "code", ["import qcrd_fast", "import qcrd_fast.cli.main", "import qcrd_fast.data.load", "import qcrd_fast.train.methods"]
+    "code",
+    ["import qcrd_fast", "import qcrd_fast.cli.main", "import qcrd_fast.data.load", "import qcrd_fast.train.methods"],
 )
 def test_without_torch(code):
     code += "; import sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
@@ -158,5 +163,7 @@ def test_without_torch(code):
 
 
 def test_help_loads_no_torch():
-    code = "import sys; from qcrd_fast.cli.main import entry; entry(['train', '--help']); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from qcrd_fast.cli.main import entry; entry(['train', '--help']); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0

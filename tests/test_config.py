@@ -36,7 +36,9 @@ def test_bad_values_are_refused_with_the_option_and_the_value(values, message):
 
 
 def test_yaml_floats_and_aliases():
-    config = TrainConfig.from_dict({"learning-rate": "5e-4", "model-name-or-path": "s", "resume-from-checkpoint": "auto"})
+    config = TrainConfig.from_dict(
+        {"learning-rate": "5e-4", "model-name-or-path": "s", "resume-from-checkpoint": "auto"}
+    )
     assert (config.learning_rate, config.student, config.resume) == (5e-4, "s", "auto")
 
 

@@ -33,7 +33,8 @@ def blocks(path):
 
 @pytest.fixture
 def desk(tmp_path, rows_file, t5_folder, llama_folder, monkeypatch):
-    """A working folder with what the pages name: models under their hub ids, and rows as `qcrd-fast prepare` writes them."""
+    """A working folder with what the pages name: models under their hub ids, and rows as `qcrd-fast prepare` writes
+    them."""
     from qcrd_fast.data.load import load_questions, write_prepared
 
     for name, folder in (("google-t5/t5-small", t5_folder), ("HuggingFaceTB/SmolLM2-135M", llama_folder)):
@@ -44,7 +45,9 @@ def desk(tmp_path, rows_file, t5_folder, llama_folder, monkeypatch):
 
 
 def test_generated_pages_are_current():
-    stale = [str(path.relative_to(ROOT)) for path, page in generate().generated().items() if path.read_text("utf-8") != page]
+    stale = [
+        str(path.relative_to(ROOT)) for path, page in generate().generated().items() if path.read_text("utf-8") != page
+    ]
     assert not stale, f"{', '.join(stale)}: run python docs/generate.py"
 
 

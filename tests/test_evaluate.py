@@ -52,7 +52,9 @@ def replies(monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> list[str]:
 
     def say(student: Student, sources: list[list[int]], *_: object, **__: object) -> list[list[int]]:
         asked.extend(student.tokenizer.decode(ids) for ids in sources)
-        return [student.tokenizer(texts[i % len(texts)], add_special_tokens=False).input_ids for i in range(len(sources))]
+        return [
+            student.tokenizer(texts[i % len(texts)], add_special_tokens=False).input_ids for i in range(len(sources))
+        ]
 
     monkeypatch.setattr(evaluate, "sample", say)
     return asked
@@ -74,7 +76,10 @@ def test_reasoning_needs_a_run_that_was_trained_for_it(run: Path, rows_file: Pat
     export_run(str(run), str(tmp_path / "model"))
     for name in (str(run), str(tmp_path / "model")):
         for rest in (["--dry-run"], []):
-            assert entry(["eval", name, "--data", str(rows_file), "--reasoning", "--output", str(tmp_path / "out"), *rest]) == 2
+            assert (
+                entry(["eval", name, "--data", str(rows_file), "--reasoning", "--output", str(tmp_path / "out"), *rest])
+                == 2
+            )
             assert f"--reasoning: {name} was trained without --reasoning-task" in capsys.readouterr().err
         assert entry(["generate", name, "2 + 3?", "--reasoning"]) == 2
         assert "was trained without --reasoning-task" in capsys.readouterr().err
@@ -101,9 +106,13 @@ def test_the_zero_shot_baseline_asks_in_words(
     assert json.loads(capsys.readouterr().out)["accuracy"] == told["accuracy"]
 
 
-def test_a_model_without_a_chat_template_has_no_zero_shot(t5_folder: Path, llama_folder: Path, rows_file: Path, capsys) -> None:
+def test_a_model_without_a_chat_template_has_no_zero_shot(
+    t5_folder: Path, llama_folder: Path, rows_file: Path, capsys
+) -> None:
     for folder in (t5_folder, llama_folder):
-        assert entry(["eval", str(folder), "--data", str(rows_file), "--zero-shot", "--output", str(folder / "out")]) == 2
+        assert (
+            entry(["eval", str(folder), "--data", str(rows_file), "--zero-shot", "--output", str(folder / "out")]) == 2
+        )
         assert "has no chat template to be asked by" in capsys.readouterr().err
 
 
@@ -118,7 +127,9 @@ def test_a_run_ends_with_the_baseline_and_rationales(run: Path) -> None:
 def test_zero_shot_text_is_of_the_task() -> None:
     question = Question("a", "Which? {form} (a) x (b) y")
     text = evaluate.zero_shot_text(question, "choice")
-    assert text.startswith("Which? {form} (a) x (b) y\n\n") and text.endswith("`Answer: ` and the letter of the right choice.")
+    assert text.startswith("Which? {form} (a) x (b) y\n\n") and text.endswith(
+        "`Answer: ` and the letter of the right choice."
+    )
 
 
 def test_a_path_comes_before_a_hub_name(run: Path, rows_file: Path, tmp_path: Path, monkeypatch, capsys) -> None:

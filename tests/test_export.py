@@ -59,7 +59,8 @@ def test_what_is_exported_loads_and_is_the_final_model(run: Path, tmp_path: Path
     assert not names & {"optimizer.safetensors", "discriminator.safetensors", "MANIFEST.json"}
     assert summary["parameters"] == model.num_parameters() and sorted(names) == summary["files"]
     assert [p.name for p in output.parent.iterdir()] == ["model"]  # no temporary folder is left
-    before, after = load_student(str(run))[0], load_student(str(output))[0]  # eval and generate ask with the same prompt
+    # eval and generate ask with the same prompt
+    before, after = load_student(str(run))[0], load_student(str(output))[0]
     assert before.prompts == after.prompts
 
 
@@ -71,7 +72,13 @@ def test_the_card(run: Path, tmp_path: Path) -> None:
     results = json.loads((run / "eval_results.json").read_text())
     low, high = wilson(results["accuracy"], results["n"])
     assert f"| {results['accuracy']:.4f} | {results['n']} | {low:.4f} to {high:.4f} |" in card
-    for wanted in ("`--method qcrd`", "`rows.jsonl`", f"{results['train_questions']} training", "2405.13014", "## Limitations"):
+    for wanted in (
+        "`--method qcrd`",
+        "`rows.jsonl`",
+        f"{results['train_questions']} training",
+        "2405.13014",
+        "## Limitations",
+    ):
         assert wanted in card, wanted
     assert "| `learning_rate` | 5e-05 |" in card and str(run.parent) not in card  # no path of this machine
     if run.name == "llama":
@@ -186,7 +193,9 @@ def test_an_adapter_is_merged(llama_folder: Path, tmp_path: Path, float64: None)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = torch.tensor([[5, 6, 7]])
     assert torch.allclose(merged(ids).logits, model.eval()(ids).logits, rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(merged(ids).logits, AutoModelForCausalLM.from_pretrained(llama_folder)(ids).logits, atol=1e-3)
+    assert not torch.allclose(
+        merged(ids).logits, AutoModelForCausalLM.from_pretrained(llama_folder)(ids).logits, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,10 +221,14 @@ def test_an_adapter_that_does_not_fit(changes, tensors, said, llama_folder: Path
 def test_wilson_against_the_textbook() -> None:
     low, high = wilson(0.5, 100)
     assert math.isclose(low, 0.40383, abs_tol=1e-5) and math.isclose(high, 0.59617, abs_tol=1e-5)
-    assert math.isclose(wilson(0.0, 150)[0], 0, abs_tol=1e-12) and math.isclose(wilson(0.0, 150)[1], 0.02497, abs_tol=1e-5)
+    assert math.isclose(wilson(0.0, 150)[0], 0, abs_tol=1e-12) and math.isclose(
+        wilson(0.0, 150)[1], 0.02497, abs_tol=1e-5
+    )
 
 
-@pytest.mark.parametrize("figures", [{"accuracy": 7, "n": 3}, {"accuracy": 0.5, "n": 10**400}, {"accuracy": 0.5, "n": -3}])
+@pytest.mark.parametrize(
+    "figures", [{"accuracy": 7, "n": 3}, {"accuracy": 0.5, "n": 10**400}, {"accuracy": 0.5, "n": -3}]
+)
 def test_figures_that_are_none(figures, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run", symlinks=True)
     (tmp_path / "run" / "eval_results.json").write_text(json.dumps(figures))
@@ -238,7 +251,13 @@ def test_an_adapter_alone_is_the_merged_model(lora_run: Path, llama_folder: Path
 
     summary = export_run(str(lora_run), str(tmp_path / "adapter"), adapter=True)
     names = {p.name for p in (tmp_path / "adapter").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"} <= names
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "README.md",
+    } <= names
     assert "config.json" not in names and "model.safetensors" not in names  # a base model's
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 4 and config["lora_alpha"] == 32 and config["task_type"] == "CAUSAL_LM"
@@ -299,7 +318,13 @@ def test_what_the_card_says_of_serving(run: Path, tmp_path: Path) -> None:
         assert template is None and "An encoder-decoder takes no chat" in serving and "qcrd-fast generate ." in serving
         assert not (tmp_path / "model" / "Modelfile").exists()
         return
-    for tool in ("transformers serve .", "vllm serve .", "mlx_lm.server --model .", "convert_hf_to_gguf.py .", "ollama create"):
+    for tool in (
+        "transformers serve .",
+        "vllm serve .",
+        "mlx_lm.server --model .",
+        "convert_hf_to_gguf.py .",
+        "ollama create",
+    ):
         assert tool in serving, tool
     body = serving.partition("-d '")[2].partition("'\n")[0]
     assert json.loads(body)["max_tokens"] == 256 and json.loads(body)["temperature"] == 0

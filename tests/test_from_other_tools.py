@@ -69,7 +69,15 @@ def test_a_file_of_another_tool_trains_without_preparation(t5_folder, tmp_path: 
              "generations": [f"{n} + {n + 1} = {2 * n + 1}. The answer is {2 * n + 1}."] * 2 + [f"The answer is {n}."]}
             for n in range(2, 12)]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = ["train", "--data", str(tmp_path / "rows.jsonl"), "--model", str(t5_folder), "--output-dir", str(tmp_path / "run")]
+    args = [
+        "train",
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--model",
+        str(t5_folder),
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
     assert entry([*args, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["train"], plan["validation"], plan["task"]) == (9, 1, "number")

@@ -64,7 +64,9 @@ def test_a_model_is_uploaded_as_a_user_does_it(run: Path, tmp_path: Path) -> Non
     assert b"transformers serve ann/small" in held["README.md"]
 
 
-def test_a_repository_that_is_public_is_not_written_to_by_chance(run: Path, tmp_path: Path, hub: FakeHub, capsys) -> None:
+def test_a_repository_that_is_public_is_not_written_to_by_chance(
+    run: Path, tmp_path: Path, hub: FakeHub, capsys
+) -> None:
     hub.repositories["ann/open"] = {"private": False, "files": {}}
     args = ["export", str(run), "--output", str(tmp_path / "model"), "--push-to-hub", "ann/open"]
     assert entry(args) == 2

@@ -1,4 +1,5 @@
-"""The loss and its gradients against an independent float64 evaluation and numbers worked out by hand; what callers rely on."""
+"""The loss and its gradients against an independent float64 evaluation and numbers worked out by hand; what callers
+rely on."""
 
 import itertools
 import math
@@ -37,7 +38,8 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 1024)
 
 
-# ---- by hand ------------------------------------------------------------------------------------------------------------
+# ---- by hand
+# ------------------------------------------------------------------------------------------------------------
 
 # Question 0: l = 1, 2 positive; 2.5, 4 negative. Question 1: 0.5 positive; 1, 2 negative. delta 3, beta 0.2, N 2.
 HAND = dict(
@@ -72,7 +74,8 @@ def test_numbers_worked_out_by_hand(selects, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradients_worked_out_by_hand(impl):
-    """Raising log p of the chosen positive lowers the loss by s/N; of the chosen negative it raises it by beta (1-s)/N."""
+    """Raising log p of the chosen positive lowers the loss by s/N; of the chosen negative it raises it by beta
+    (1-s)/N."""
     logprob = HAND["logprob"].clone().requires_grad_()
     contrastive_loss(**{**HAND, "logprob": logprob}, beta=0.2, delta=3.0, impl=impl).loss.backward()
     expected = torch.tensor([-0.8 / 2, 0, 0, 0, -0.9 / 2, 0, 0.2 * 0.6 / 2], dtype=torch.float64)
@@ -97,7 +100,8 @@ def test_ties_go_to_the_lowest_index(selects, impl):
     assert out.selected_R.nonzero()[:, 0].tolist() == [0, 1]
 
 
-# ---- against the independent evaluation ----------------------------------------------------------------------------------
+# ---- against the independent evaluation
+# ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -106,7 +110,9 @@ def test_ties_go_to_the_lowest_index(selects, impl):
 def test_every_pair_of_selections(selects, impl, dtype):
     truth, batch = random_batch().to(torch.float64), random_batch().to(dtype)
     expected = expected_terms(truth, dense_logprob(truth), selects)
-    out = QCRDLoss(BETA, DELTA, positive_select=selects[0], negative_select=selects[1], impl=impl)(*batch.call, bias=batch.bias)
+    out = QCRDLoss(BETA, DELTA, positive_select=selects[0], negative_select=selects[1], impl=impl)(
+        *batch.call, bias=batch.bias
+    )
     assert out.selected_R.nonzero()[:, 0].tolist() == expected["selected"]
     for name in ("loss", "loss_pos", "loss_neg"):  # nats, and a hinge near 0 is the difference of two numbers near 8
         assert abs(getattr(out, name).item() - expected[name].item()) < 3 * BUDGET[dtype], name
@@ -156,7 +162,10 @@ OPTIONS = [
 def test_log_prob_and_its_gradients(options, impl, dtype):
     batch = random_batch(V=167).to(dtype)
     truth = Batch(
-        **{**vars(batch), **{n: getattr(batch, n).detach().double().requires_grad_() for n in ("hidden", "weight", "bias")}}
+        **{
+            **vars(batch),
+            **{n: getattr(batch, n).detach().double().requires_grad_() for n in ("hidden", "weight", "bias")},
+        }
     )
     weights = torch.randn(len(batch.target), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     weights[::3] = 0  # rows without a gradient are skipped
@@ -195,8 +204,8 @@ def test_log_sum_exp_and_entropy(impl):
 @pytest.mark.parametrize("seed", range(100, 110))
 @pytest.mark.parametrize("spread, close", [(0.05, True), (0.5, True), (0.3, False), (1.0, False)])
 def test_selection_never_flips_beyond_rounding(impl, seed, spread, close):
-    """bf16 operands, losses in fp32: what is selected is the extremum in float64 of the same operands, or within 1e-5 nats of
-    it. `close`: all candidates are nearly the same tokens, where losses in bf16 flip one selection in six."""
+    """bf16 operands, losses in fp32: what is selected is the extremum in float64 of the same operands, or within 1e-5
+    nats of it. `close`: all candidates are nearly the same tokens, where losses in bf16 flip one selection in six."""
     batch = random_batch(seed, spread=spread).to(torch.bfloat16)
     if close:
         hidden, target = batch.hidden.detach().clone(), batch.target.clone()
@@ -213,13 +222,16 @@ def test_selection_never_flips_beyond_rounding(impl, seed, spread, close):
             continue
         rivals = (batch.question == batch.question[r]) & (batch.positive == batch.positive[r])
         exact = {
-            int(o): -truth[(batch.rationale == o) & valid].mean().item() for o in rivals.nonzero()[:, 0] if out.nll_R[o] > 0
+            int(o): -truth[(batch.rationale == o) & valid].mean().item()
+            for o in rivals.nonzero()[:, 0]
+            if out.nll_R[o] > 0
         }
         best = min(exact.values()) if batch.positive[r] else max(exact.values())
         assert abs(exact[r] - best) < 1e-5
 
 
-# ---- edges ----------------------------------------------------------------------------------------------------------------
+# ---- edges
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -255,7 +267,9 @@ def test_a_rationale_of_3000_tokens(impl):
     """Its mean is exact to fp32 rounding."""
     logprob = -torch.rand(3003, generator=torch.Generator().manual_seed(0)) * 9
     rationale = torch.tensor([0] + [1] * 3000 + [2] * 2)
-    out = contrastive_loss(logprob, rationale, torch.zeros(3).long(), torch.tensor([1, 0, 1]).bool(), impl=impl, delta=5.0)
+    out = contrastive_loss(
+        logprob, rationale, torch.zeros(3).long(), torch.tensor([1, 0, 1]).bool(), impl=impl, delta=5.0
+    )
     assert float(out.nll_R[1]) == pytest.approx(float(-logprob[1:3001].double().mean()), rel=3e-7)
 
 
@@ -281,15 +295,20 @@ def test_masked_vocabulary_rows(impl):
     batch = random_batch().to(torch.float64)
     bias = torch.zeros(203, dtype=torch.float64)
     bias[:70] = -math.inf
-    out = linear_logprob(batch.hidden, batch.weight, batch.target.clamp(min=70), bias=bias, return_entropy=True, impl=impl)
-    dense = linear_logprob(batch.hidden, batch.weight[70:], batch.target.clamp(min=70) - 70, return_entropy=True, impl="eager")
+    out = linear_logprob(
+        batch.hidden, batch.weight, batch.target.clamp(min=70), bias=bias, return_entropy=True, impl=impl
+    )
+    dense = linear_logprob(
+        batch.hidden, batch.weight[70:], batch.target.clamp(min=70) - 70, return_entropy=True, impl="eager"
+    )
     for got, want in zip(out, dense, strict=True):
         assert error(got, want) < 1e-12
     grad = torch.autograd.grad(out[0].sum() + out[1].sum(), batch.weight)[0]
     assert grad.isfinite().all() and (grad[:70] == 0).all()
 
 
-# ---- selection and gradients -----------------------------------------------------------------------------------------------
+# ---- selection and gradients
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -347,7 +366,9 @@ def test_the_bound_on_selected_tokens():
         grads = batch.grads(loss_fn(*batch.call, bias=batch.bias, max_selected_tokens=bound).loss)
         for got, want in zip(grads, expected, strict=True):
             torch.testing.assert_close(got, want)
-    with pytest.raises(ValueError, match=rf"max_selected_tokens is {selected - 1} \(.*max_rows\), but {selected} tokens"):
+    with pytest.raises(
+        ValueError, match=rf"max_selected_tokens is {selected - 1} \(.*max_rows\), but {selected} tokens"
+    ):
         loss_fn(*batch.call, max_selected_tokens=selected - 1).loss.backward()
 
 
@@ -366,7 +387,8 @@ def test_a_nan_reaches_the_loss(impl):
     assert contrastive_loss(**{**HAND, "quality": quality}, impl=impl).loss.isnan()
 
 
-# ---- sampling ---------------------------------------------------------------------------------------------------------------
+# ---- sampling
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_sampling_hash_is_pinned():
@@ -388,7 +410,9 @@ def test_sampling_does_not_depend_on_the_batch(impl):
     for q in (0, 1):
         mine = question == q
         zeros = torch.zeros(4).long()
-        alone = contrastive_loss(logprob[mine], torch.arange(4), zeros, positive[mine], question_key=key[q, None], **settings)
+        alone = contrastive_loss(
+            logprob[mine], torch.arange(4), zeros, positive[mine], question_key=key[q, None], **settings
+        )
         assert alone.selected_R.tolist() == both.selected_R[mine].tolist()
 
 
@@ -406,7 +430,8 @@ def test_sampling_is_uniform_and_changes_with_its_key():
         assert abs((a == b).float().mean() - 1 / R) < 0.05
 
 
-# ---- types, choice of implementation, errors --------------------------------------------------------------------------------
+# ---- types, choice of implementation, errors
+# --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -425,7 +450,9 @@ def test_autocast_rounds_the_operands_and_nothing_else(impl):
     with torch.autocast("cpu", torch.bfloat16):
         out = linear_logprob(batch.hidden, batch.weight, batch.target, bias=batch.bias, impl=impl)
         (out * out).sum().backward()
-    rounded = Batch(**{**vars(batch), "hidden": batch.hidden.bfloat16().double(), "weight": batch.weight.bfloat16().double()})
+    rounded = Batch(
+        **{**vars(batch), "hidden": batch.hidden.bfloat16().double(), "weight": batch.weight.bfloat16().double()}
+    )
     assert out.dtype == torch.float32 and error(out, dense_logprob(rounded)) < 2e-6
     assert batch.weight.grad.dtype == torch.float32 and batch.hidden.grad.dtype == torch.float32
 
@@ -487,12 +514,18 @@ def test_errors_name_what_was_expected_and_what_came():
         (dict(valid_T=torch.ones(7)), "valid_T must be bool"),
         (dict(num_questions=0), "num_questions must be above 0, got 0"),
         (dict(num_questions=torch.tensor(-2)), "num_questions must be above 0, got -2"),
-        (dict(scheme="minmx"), r"scheme is one of minmax, maxmin, sampling, mean, wmean; got 'minmx'; did you mean 'minmax'\?"),
+        (
+            dict(scheme="minmx"),
+            r"scheme is one of minmax, maxmin, sampling, mean, wmean; got 'minmx'; did you mean 'minmax'\?",
+        ),
         (
             dict(positive_select="max-active"),
             "positive_select is one of min, softmin, max, mean, wmean, sampling; got 'max-active'",
         ),
-        (dict(negative_select="none"), "negative_select is one of max, max-active, min, mean, wmean, sampling; got 'none'"),
+        (
+            dict(negative_select="none"),
+            "negative_select is one of max, max-active, min, mean, wmean, sampling; got 'none'",
+        ),
         (dict(impl="fused"), "impl is one of auto, triton, torch, eager; got 'fused'"),
         (dict(beta=-0.1), "beta must be finite and at least 0, got -0.1"),
         (dict(delta=math.inf), "delta must be finite, got inf"),
@@ -505,7 +538,9 @@ def test_errors_name_what_was_expected_and_what_came():
     for name in ("quality", "valid_T", "question_key"):
         with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
             contrastive_loss(**{**HAND, name: [1.0] * 7})
-    call = dict(zip(("hidden", "weight", "target", "rationale", "question", "positive"), random_batch().call, strict=False))
+    call = dict(
+        zip(("hidden", "weight", "target", "rationale", "question", "positive"), random_batch().call, strict=False)
+    )
     for name in call:
         with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
             QCRDLoss()(**{**call, name: [1, 2]})
@@ -514,7 +549,8 @@ def test_errors_name_what_was_expected_and_what_came():
             QCRDLoss(**settings)
 
 
-# ---- inside other machinery ---------------------------------------------------------------------------------------------
+# ---- inside other machinery
+# ---------------------------------------------------------------------------------------------
 
 
 def test_operators_are_well_formed():
@@ -529,7 +565,9 @@ def test_operators_are_well_formed():
         torch.library.opcheck(linear_logprob_op._linear_logprob, args, test_utils=checks)
     logprob = -torch.rand(len(batch.target), requires_grad=True)
     segments = (logprob, batch.rationale, batch.target >= 0, batch.question, batch.positive, batch.quality, None)
-    torch.library.opcheck(contrastive._contrastive, (*segments, "min", "max", 3.0, torch.tensor(4.0), False), test_utils=checks)
+    torch.library.opcheck(
+        contrastive._contrastive, (*segments, "min", "max", 3.0, torch.tensor(4.0), False), test_utils=checks
+    )
 
 
 class Tiny(torch.nn.Module):
@@ -545,7 +583,11 @@ class Tiny(torch.nn.Module):
         return torch.tanh(self.layer(self.embed(ids)))
 
     def forward(self, ids, *batch):
-        hidden = torch.utils.checkpoint.checkpoint(self.body, ids, use_reentrant=False) if self.checkpoint else self.body(ids)
+        hidden = (
+            torch.utils.checkpoint.checkpoint(self.body, ids, use_reentrant=False)
+            if self.checkpoint
+            else self.body(ids)
+        )
         return self.loss_fn(hidden, self.embed.weight, ids.roll(-1), *batch).loss
 
 
@@ -592,13 +634,17 @@ def test_module_and_functions_give_the_same_numbers():
 def test_data_parallel_and_sharded_models():
     """DDP and FSDP2 on two ranks give the gradients of one process, also where the head that comes in is sharded."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, SUPPORT / "sharded_loss.py"], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, SUPPORT / "sharded_loss.py"], env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_shift_of_all_logits_changes_nothing():
     batch = random_batch().to(torch.float64)
-    a, b = (linear_logprob(batch.hidden, batch.weight, batch.target, bias=batch.bias + c, impl="torch") for c in (0, 40))
+    a, b = (
+        linear_logprob(batch.hidden, batch.weight, batch.target, bias=batch.bias + c, impl="torch") for c in (0, 40)
+    )
     assert error(a, b) < 1e-12
 
 

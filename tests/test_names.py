@@ -1,4 +1,5 @@
-"""Names are the field's: what an older name meant has one that is found by grep, and no definition brings the old one back."""
+"""Names are the field's: what an older name meant has one that is found by grep, and no definition brings the old one
+back."""
 
 from __future__ import annotations
 
@@ -84,6 +85,9 @@ def test_coined_words_are_gone():
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout: nothing to search")
     found = subprocess.run(
-        ["git", "grep", "-nw", *(part for word in GONE for part in ("-e", word))], cwd=ROOT, capture_output=True, text=True
+        ["git", "grep", "-nw", *(part for word in GONE for part in ("-e", word))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert found.returncode == 1, found.stdout

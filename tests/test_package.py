@@ -45,7 +45,8 @@ def test_every_import_is_a_declared_dependency() -> None:
     known = modules()
     declared = {"click", "httpx", "jinja2", "numpy", "yaml", "safetensors", "torch", "transformers", "triton"}
     brought_along = {"huggingface_hub", "tokenizers", "tqdm"}  # transformers depends on them
-    extras = {"tensorboard", "wandb", "matplotlib", "peft"}  # pyarrow and datasets are imported by name, in data/tables.py
+    # pyarrow and datasets are imported by name, in data/tables.py
+    extras = {"tensorboard", "wandb", "matplotlib", "peft"}
     allowed = {*sys.stdlib_module_names, *PACKAGES, *declared, *brought_along, *extras}
     for name, path in known.items():
         assert {i.split(".")[0] for i in imports(name, path, known)} <= allowed, name
@@ -59,7 +60,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source / file)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(source / "dist"), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(source / "dist"),
+        str(source),
+    ]
     built = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert built.returncode == 0, built.stdout + built.stderr
     return zipfile.ZipFile(next((source / "dist").glob("*.whl"))).namelist()

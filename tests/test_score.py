@@ -54,7 +54,8 @@ def test_scores_stand_beside_the_data(run: Path, rows_file: Path, tmp_path: Path
     output = tmp_path / "scored.jsonl"
     assert entry(["score", str(run), "--data", str(rows_file), "--output", str(output), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
-    before, after = load_questions(rows_file).questions, load_questions(output).questions  # our own reader takes it back
+    # our own reader takes it back
+    before, after = load_questions(rows_file).questions, load_questions(output).questions
     assert [q.id for q in before] == [q.id for q in after]
     discriminator, *_ = load_discriminator(str(run))
     for old, new in zip(before, after, strict=True):
@@ -65,7 +66,8 @@ def test_scores_stand_beside_the_data(run: Path, rows_file: Path, tmp_path: Path
             assert [r.score for r in said] == pytest.approx(expected, rel=0, abs=5.1e-7)  # rounded to six places
     assert summary["positives"] == sum(len(q.positives) for q in before) and summary["questions"] == 24
     assert 0 <= summary["auc_95"][0] <= summary["auc"] <= summary["auc_95"][1] <= 1
-    assert entry(["score", str(run), "--data", str(rows_file)]) == 0  # without --output: rows on stdout, the summary beside
+    # without --output: rows on stdout, the summary beside
+    assert entry(["score", str(run), "--data", str(rows_file)]) == 0
     out, err = capsys.readouterr()
     assert out == output.read_text(encoding="utf-8") and "95% interval" in err and "share positive" in err
 
@@ -96,14 +98,28 @@ def test_the_small_encoder_of_a_decoder_comes_back(rows_file: Path, llama_folder
     assert summary["questions"] == 4
 
 
-def test_the_students_own_rationales_are_kept_for_the_report(run: Path, rows_file: Path, tmp_path: Path, capsys) -> None:
+def test_the_students_own_rationales_are_kept_for_the_report(
+    run: Path, rows_file: Path, tmp_path: Path, capsys
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder, symlinks=True)
-    args = ["score", str(folder), "--data", str(rows_file), "-o", str(tmp_path / "s.jsonl"), "--sample-student", "1.5,2.0"]
+    args = [
+        "score",
+        str(folder),
+        "--data",
+        str(rows_file),
+        "-o",
+        str(tmp_path / "s.jsonl"),
+        "--sample-student",
+        "1.5,2.0",
+    ]
     assert entry(args) == 0
     first = (folder / "quality_scores.jsonl").read_text()
     records = [json.loads(line) for line in first.splitlines()]
-    kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("student at 1.5", "student at 2", "teacher positive")}
+    kinds = {
+        kind: [r for r in records if r["kind"] == kind]
+        for kind in ("student at 1.5", "student at 2", "teacher positive")
+    }
     assert len(kinds["student at 1.5"]) == len(kinds["student at 2"]) == 24
     assert [r["text"] for r in kinds["student at 1.5"]] != [r["text"] for r in kinds["student at 2"]]
     assert all(0 < r["score"] < 1 for r in records)
@@ -117,14 +133,26 @@ def test_the_students_own_rationales_are_kept_for_the_report(run: Path, rows_fil
 def test_a_discriminator_trained_alone(run: Path, rows_file: Path, tmp_path: Path, capsys) -> None:
     folder, output = tmp_path / "judge", tmp_path / "s.jsonl"
     student = run / "final"
-    args = ["score", str(student), "--data", str(rows_file), "--train", str(folder), "--held-out", "0.25", "-o", str(output)]
+    args = [
+        "score",
+        str(student),
+        "--data",
+        str(rows_file),
+        "--train",
+        str(folder),
+        "--held-out",
+        "0.25",
+        "-o",
+        str(output),
+    ]
     options = ["--discriminator-pretrain-steps", "6", "--discriminator-augment", "answer-swap,sentence-drop", "--json"]
     assert entry([*args, *options, "--discriminator-loss", "bce-all"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["train_questions"] == 18 and summary["questions"] == 6 and math.isfinite(summary["train_loss"])
     assert json.loads((folder / "discriminator.json").read_text())["config"]["discriminator_loss"] == "bce-all"
     kept = [r["score"] for r in rationales(output)]
-    assert entry(["score", str(folder), "--data", str(rows_file), "-o", str(output)]) == 0  # the folder scores by itself
+    # the folder scores by itself
+    assert entry(["score", str(folder), "--data", str(rows_file), "-o", str(output)]) == 0
     assert [r["score"] for r in rationales(output)] == kept
     assert entry([*args, *options]) == 2 and "not an empty folder" in capsys.readouterr().err
 
@@ -185,7 +213,12 @@ def test_what_is_refused(run: Path, rows_file: Path, t5_folder: Path, tmp_path: 
 
 def test_a_run_without_a_discriminator_says_so(rows_file: Path, t5_folder: Path, tmp_path: Path) -> None:
     options = dict(
-        OPTIONS, max_steps=1, method="dss", data=str(rows_file), student=str(t5_folder), output_dir=str(tmp_path / "run")
+        OPTIONS,
+        max_steps=1,
+        method="dss",
+        data=str(rows_file),
+        student=str(t5_folder),
+        output_dir=str(tmp_path / "run"),
     )
     train(TrainConfig(**options))
     with pytest.raises(InputError, match=r"has no discriminator .it was trained with --method dss."):

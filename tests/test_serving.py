@@ -1,4 +1,5 @@
-"""Exported students behind `transformers serve` on loopback: the prompt of training arrives, and the reply is `generate`'s."""
+"""Exported students behind `transformers serve` on loopback: the prompt of training arrives, and the reply is
+`generate`'s."""
 
 from __future__ import annotations
 
@@ -38,14 +39,20 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     set_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **special
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **special,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "student")
     tokenizer.save_pretrained(folder / "student")
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in sampled_rows(2)), encoding="utf-8")
     options: dict[str, Any] = dict(
-        data=str(rows), validation_fraction=0, student=str(folder / "student"), output_dir=str(folder / "run"), max_steps=40,
+        data=str(rows), validation_fraction=0, student=str(folder / "student"), output_dir=str(folder / "run"),
+        max_steps=40,
         save_steps=40, method="dss", learning_rate=3e-2, use_peft=True, max_target_length=24, max_answer_tokens=4,
         prompt_template=SAVED[request.param],
     )  # fmt: skip
@@ -84,7 +91,9 @@ def served(request: pytest.FixtureRequest, run: Path, tmp_path: Path) -> Iterato
         server.kill_server()
 
 
-def test_the_server_reads_and_says_what_generate_does(served: tuple[Path, str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_reads_and_says_what_generate_does(
+    served: tuple[Path, str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, address, server = served
     (loaded,) = server._model_manager.loaded_models.values()
     arrived: list[list[int]] = []

@@ -29,7 +29,9 @@ log = logging.getLogger("qcrd_fast.bench")
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m qcrd_fast.bench.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m qcrd_fast.bench.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--stage", choices=STAGES, default="screen")
     parser.add_argument("--tasks", default=TASKS[0], help=f"of {','.join(TASKS)}; default: %(default)s")
@@ -38,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0-3", help="such as 0-7 or 0,3,5; default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=Case._field_defaults["learning_rate"])
     parser.add_argument("--epochs", type=float, default=Case._field_defaults["epochs"])
-    parser.add_argument("--questions", type=int, default=Case._field_defaults["questions"], help="to train on, of a seed")
+    parser.add_argument(
+        "--questions", type=int, default=Case._field_defaults["questions"], help="to train on, of a seed"
+    )
     parser.add_argument("--budget-minutes", type=float, help="start no run after so many minutes")
     parser.add_argument("--results", type=Path, default=RESULTS, help="CSV file; rows that it has are not run again")
     parser.add_argument(
@@ -46,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--baselines", default="sft-all,dss", help="arms that --table compares with")
-    parser.add_argument("--table", action="store_true", help="print what the CSV holds of the chosen stage, and run nothing")
+    parser.add_argument(
+        "--table", action="store_true", help="print what the CSV holds of the chosen stage, and run nothing"
+    )
     parser.add_argument("--list", action="store_true", help="print the arms")
     options = parser.parse_args(arguments)
     if options.list:

@@ -1,4 +1,5 @@
-"""The arms: what differs from the common settings, as options of `train` and, for what `train` does not offer, as `Rules`."""
+"""The arms: what differs from the common settings, as options of `train` and, for what `train` does not offer, as
+`Rules`."""
 
 from __future__ import annotations
 
@@ -78,7 +79,9 @@ ARMS: dict[str, Arm] = {
     "soft checks": Arm(SOFT | {"positive_quality": "checks"}),
     "soft checks + minority": Arm(SOFT | CHECKED | {"negative_source": "minority"}),
     "soft checks + lagged": Arm(SOFT | CHECKED | {"negative_source": "lagged"}),
-    "soft checks + lagged mean": Arm(SOFT | CHECKED | {"negative_source": "lagged", "negative_select": "mean", "beta": 0.05}),
+    "soft checks + lagged mean": Arm(
+        SOFT | CHECKED | {"negative_source": "lagged", "negative_select": "mean", "beta": 0.05}
+    ),
     "sft-all text": Arm({"method": "sft-all", "positive_quality": "text"}),
     **{
         f"softmin {t:g}/{judge}": Arm({"method": "sft-all"}, Rules("softmin", t, positive_judge=judge))
@@ -102,7 +105,9 @@ ARMS: dict[str, Arm] = {
     "minority first": _negatives("minority", beta=0.02, gate="first"),
     "minority first 0.1": _negatives("minority", beta=0.1, gate="first"),
     "lagged first vote": _negatives("lagged", beta=0.02, gate="first", negative_judge="vote"),
-    "checks + minority first": _negatives("minority", beta=0.02, gate="first", positives="wmean", positive_judge="checks"),
+    "checks + minority first": _negatives(
+        "minority", beta=0.02, gate="first", positives="wmean", positive_judge="checks"
+    ),
     "checks + both vote": _negatives("both", positives="wmean", positive_judge="checks", negative_judge="vote"),
     "softmin + minority first": _negatives("minority", beta=0.02, gate="first", positives="softmin"),
     "minority late": _negatives("minority", warmup=0.5),

@@ -1,6 +1,8 @@
-"""Judges of rationales by what they can see: votes, equations, the other chains of the question, or (oracles) everything.
+"""Judges of rationales by what they can see: votes, equations, the other chains of the question, or (oracles)
+everything.
 
-A rule is a function of a prepared question and one of its texts with its answer, to s in 0..1. Only an oracle looks at gold.
+A rule is a function of a prepared question and one of its texts with its answer, to s in 0..1. Only an oracle looks at
+gold.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The experimental objective: one pass over all of a question's rationales, with the study's rules for their weights.
 
-What `train` offers is left to `qcrd_fast.train.objective`; here is what had to be tried before it may become an option there.
+What `train` offers is left to `qcrd_fast.train.objective`; here is what had to be tried before it may become an option
+there.
 Suffixes: R rationales, T tokens, Q questions.
 """
 
@@ -27,8 +28,10 @@ class Rules:
     """positives: how a question's positives share its weight; softmin: s exp(-l / temperature), normalised.
     positive_judge, negative_judge: names of `judges`. negatives: none, minority, lagged, both.
     negative_select: max, max-active, mean. agreeing: weigh or drop samples with the majority's answer.
-    gate: which of a negative's tokens are pushed down: all; those that no positive holds; the first where it leaves them all.
-    relative: the margin is delta above the question's mean nll of positives. warmup: share of the steps without negatives.
+    gate: which of a negative's tokens are pushed down: all; those that no positive holds; the first where it leaves
+    them all.
+    relative: the margin is delta above the question's mean nll of positives. warmup: share of the steps without
+    negatives.
     """
 
     positives: str = "mean"
@@ -111,7 +114,12 @@ class StudyObjective(Objective):
         return [s if c.positive else 1 - s for s, c in zip(quality_R.tolist(), candidates, strict=True)]
 
     def _pull(
-        self, example: Example, positives: list[tuple[int, Candidate]], nll_R: Tensor, iteration: int, stats: Counter[str]
+        self,
+        example: Example,
+        positives: list[tuple[int, Candidate]],
+        nll_R: Tensor,
+        iteration: int,
+        stats: Counter[str],
     ) -> Tensor:
         if not positives:
             return torch.zeros(())
@@ -157,7 +165,11 @@ class StudyObjective(Objective):
         judged = self._weights(example, [c for _, c in negatives])
         for (r, candidate), weight in zip(negatives, judged, strict=True):
             tokens = gated(candidate.tokens, [c.tokens for _, c in positives], rules.gate)
-            value = -logprob_T[[start_R[r] + t for t in tokens]].sum() / len(candidate.tokens) if tokens else torch.zeros(())
+            value = (
+                -logprob_T[[start_R[r] + t for t in tokens]].sum() / len(candidate.tokens)
+                if tokens
+                else torch.zeros(())
+            )
             if rules.gate != "all":  # over the tokens that are pushed: few of a rationale's
                 value = value * len(candidate.tokens) / max(len(tokens), 1)
             active = bool(tokens) and float(value.detach()) < delta

@@ -1,8 +1,10 @@
-"""Synthetic reasoning tasks: word problems with their computation, a noisy teacher, and neutral text of the same vocabulary.
+"""Synthetic reasoning tasks: word problems with their computation, a noisy teacher, and neutral text of the same
+vocabulary.
 
-A computation is a list of steps (left, operation, right); every number is one token. The teacher's faults are those that votes,
-equations and agreement between chains can each see in part: slips of arithmetic, wrong operations, chains that reach the right
-answer by luck or by force. Within a question half of the faults are the same one, as they are with a real teacher.
+A computation is a list of steps (left, operation, right); every number is one token. The teacher's faults are those
+that votes, equations and agreement between chains can each see in part: slips of arithmetic, wrong operations, chains
+that reach the right answer by luck or by force. Within a question half of the faults are the same one, as they are with
+a real teacher.
 """
 
 from __future__ import annotations
@@ -66,8 +68,14 @@ def _mix(rng: random.Random, kinds: Sequence[int]) -> Drawn:
             f"{n} has {a} {thing}, {less} {b}, {more} {c} and {less} {d}. {left}",
             [(a, "-", b), (a - b, "+", c), (a - b + c, "-", d)],
         ),
-        5: (f"{n} {more} {a} {thing} a day for {b} days and then {c} more. How many in all?", [(a, "*", b), (a * b, "+", c)]),
-        6: (f"{n} has {a} {thing}. {m} has {b} times as many. How many more does {m} have?", [(a, "*", b), (a * b, "-", a)]),
+        5: (
+            f"{n} {more} {a} {thing} a day for {b} days and then {c} more. How many in all?",
+            [(a, "*", b), (a * b, "+", c)],
+        ),
+        6: (
+            f"{n} has {a} {thing}. {m} has {b} times as many. How many more does {m} have?",
+            [(a, "*", b), (a * b, "-", a)],
+        ),
         7: (
             f"{n} has {a} red and {b} blue {thing} and gives {c} to each of {d} others. {left}",
             [(a, "+", b), (c, "*", d), (a + b, "-", c * d)],
@@ -106,7 +114,8 @@ TASKS = tuple(_DRAW)
 
 
 def draw_problems(task: str, count: int, rng: random.Random, taken: set[str] | None = None) -> list[Problem]:
-    """Distinct problems, none of them in `taken`, to which they are added; a quarter states a number that is not needed."""
+    """Distinct problems, none of them in `taken`, to which they are added; a quarter states a number that is not
+    needed."""
     problems: list[Problem] = []
     seen = set() if taken is None else taken
     while len(problems) < count:
@@ -147,7 +156,8 @@ def _sound(problem: Problem) -> Stated:
 
 
 def _rerun(problem: Problem, change: Callable[[int, Step], tuple[Step, int]]) -> Stated | None:
-    """The computation with each step as `change` has it, later steps taking the results of earlier ones; None out of range."""
+    """The computation with each step as `change` has it, later steps taking the results of earlier ones; None out of
+    range."""
     carried: dict[int, int] = {}
     stated: Stated = []
     for i, (left, operation, right) in enumerate(problem.steps):
@@ -207,7 +217,8 @@ def _made_up(problem: Problem, rng: random.Random) -> Stated | None:
 
 
 def _lucky(problem: Problem, rng: random.Random) -> Stated | None:
-    """Another computation over the question's numbers that happens to give the answer: true equations, wrong reasoning."""
+    """Another computation over the question's numbers that happens to give the answer: true equations, wrong
+    reasoning."""
     numbers = sorted(problem.numbers)
     for _ in range(60):
         steps: list[Step] = [(rng.choice(numbers), rng.choice("+-*"), rng.choice(numbers))]
@@ -220,8 +231,8 @@ def _lucky(problem: Problem, rng: random.Random) -> Stated | None:
 
 
 def _habit(problem: Problem) -> Stated | None:
-    """A kind's own shortcut to the right answer: another operation first, or a slip, and the answer forced; else an equation of
-    numbers from nowhere."""
+    """A kind's own shortcut to the right answer: another operation first, or a slip, and the answer forced; else an
+    equation of numbers from nowhere."""
     other = {"+": "-", "-": "+", "*": "+"}
     if problem.kind % 3 == 1:
         return _made_up(problem, random.Random(problem.text))
@@ -241,7 +252,8 @@ HABIT, WRONG_SHARE = 0.6, 0.5  # of the faults; of the others
 
 
 def teach(problem: Problem, rng: random.Random) -> list[tuple[str, str]]:
-    """`SAMPLES` sampled (rationale, answer) pairs. Kinds differ in how hard they are, and faults are mostly a kind's habit."""
+    """`SAMPLES` sampled (rationale, answer) pairs. Kinds differ in how hard they are, and faults are mostly a kind's
+    habit."""
     samples = []
     for _ in range(SAMPLES):
         stated: Stated | None = None
@@ -257,12 +269,19 @@ def teach(problem: Problem, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def write_rows(task: str, problems: Sequence[Problem], rng: random.Random | None) -> list[dict[str, Any]]:
-    """Rows of sampled questions as `prepare` and `train` read them; without `rng`, of questions that nobody answered."""
+    """Rows of sampled questions as `prepare` and `train` read them; without `rng`, of questions that nobody
+    answered."""
     rows = []
     for i, problem in enumerate(problems):
         samples = [{"rationale": r, "answer": a} for r, a in teach(problem, rng)] if rng else []
         rows.append(
-            {"id": f"{task}-{i}", "question": problem.text, "answer": str(problem.answer), "task": "number", "samples": samples}
+            {
+                "id": f"{task}-{i}",
+                "question": problem.text,
+                "answer": str(problem.answer),
+                "task": "number",
+                "samples": samples,
+            }
         )
     return rows
 
@@ -271,8 +290,8 @@ def write_rows(task: str, problems: Sequence[Problem], rng: random.Random | None
 
 
 def symbol_pairs(count: int, rng: random.Random) -> list[tuple[str, str, str]]:
-    """(prefix, prompt, target): computations in symbols, with words thrown in that mean nothing. They teach arithmetic and the
-    shape of a chain."""
+    """(prefix, prompt, target): computations in symbols, with words thrown in that mean nothing. They teach arithmetic
+    and the shape of a chain."""
     words = [
         *NAMES,
         *THINGS,
@@ -296,7 +315,9 @@ def symbol_pairs(count: int, rng: random.Random) -> list[tuple[str, str, str]]:
         for _ in range(rng.randint(0, 2)):
             left, other = result(steps[-1]), rng.randint(2, 12)
             operation = rng.choice("+-*") if left < 14 else rng.choice("+-")
-            steps.append((left, operation, other) if rng.random() < 0.7 or operation == "-" else (other, operation, left))
+            steps.append(
+                (left, operation, other) if rng.random() < 0.7 or operation == "-" else (other, operation, left)
+            )
         if _valid(steps):
             noise = [" ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in steps]
             prompt = ". ".join(f"{w} {a} {o} {b}" for w, (a, o, b) in zip(noise, steps, strict=True)) + "."
@@ -305,8 +326,8 @@ def symbol_pairs(count: int, rng: random.Random) -> list[tuple[str, str, str]]:
 
 
 def lookup_pairs(count: int, rng: random.Random) -> list[tuple[str, str, str]]:
-    """As `symbol_pairs`: words with numbers in any order, then a computation over the words. They teach to find a number by
-    what stands beside it, and nothing of what the words of a task ask for."""
+    """As `symbol_pairs`: words with numbers in any order, then a computation over the words. They teach to find a
+    number by what stands beside it, and nothing of what the words of a task ask for."""
     verbs = ["has", "and", "at", "each", *MORE, *LESS, "packs", "cost"]
     pairs: list[tuple[str, str, str]] = []
     while len(pairs) < count:
@@ -352,8 +373,8 @@ def stated_steps(text: str) -> list[tuple[int, str, int, int]]:
 
 
 def is_sound(text: str, question: str, gold: str) -> bool:
-    """It holds an equation, every equation holds, every number comes from the question or an earlier result, and it ends in
-    the gold answer."""
+    """It holds an equation, every equation holds, every number comes from the question or an earlier result, and it
+    ends in the gold answer."""
     steps = stated_steps(text)
     known = {int(word) for word in question.replace(".", " ").replace(",", " ").split() if word.isdigit()}
     for left, operation, right, stated in steps:

@@ -1,4 +1,5 @@
-"""One run of the study: data of a seed, the common student, `train`, and what the trained student answers and writes."""
+"""One run of the study: data of a seed, the common student, `train`, and what the trained student answers and
+writes."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ def draw_data(case: Case, folder: Path) -> tuple[Path, dict[str, Problem], list[
     """(training rows, their problems by id, the stage's test problems). The same for all arms of a seed."""
     taken: set[str] = set()
     tests = {
-        stage: draw_problems(case.task, TEST_QUESTIONS, random.Random(f"{case.task} {stage} test"), taken) for stage in STAGES
+        stage: draw_problems(case.task, TEST_QUESTIONS, random.Random(f"{case.task} {stage} test"), taken)
+        for stage in STAGES
     }
     rng = random.Random(f"{case.task} {case.stage} {case.seed}")
     problems = draw_problems(case.task, case.questions, rng, taken)
@@ -84,7 +86,9 @@ def run_case(case: Case, cache: Path) -> dict[str, Any]:
         make: Any = Objective
         rules = arm.rules or Rules()
         if arm.rules and not arm.product:
-            make = functools.partial(StudyObjective, rules=rules, total_steps=Schedule(len(problems), config).total_steps)
+            make = functools.partial(
+                StudyObjective, rules=rules, total_steps=Schedule(len(problems), config).total_steps
+            )
         judged = rules.positive_judge, rules.negative_judge
         judges = Judges(*(find_judge(name, problems) for name in judged)) if any(n != "none" for n in judged) else None
         started = time.process_time()
@@ -106,8 +110,8 @@ def run_case(case: Case, cache: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def judge_student(student: Student, tests: list[Problem], reasoning: bool = False) -> dict[str, Any]:
-    """Shares of right labels, sound and faithful rationales (greedy), with a bit a question, and what the student finds likely:
-    nll of sound chains and of ones with a fault [nats/token], entropy at the sound ones [nats]."""
+    """Shares of right labels, sound and faithful rationales (greedy), with a bit a question, and what the student finds
+    likely: nll of sound chains and of ones with a fault [nats/token], entropy at the sound ones [nats]."""
     questions = [Question(f"q{i}", p.text, gold=str(p.answer), task="number") for i, p in enumerate(tests)]
     labels = [r["correct"] for r in predict(student, questions, "number", batch_size=1000, max_answer_tokens=4)]
     settings = SampleSettings(max_new_tokens=40, batch_size=1000)

@@ -1,4 +1,5 @@
-"""The study's students: a small decoder and a small T5, trained once on neutral text so that seeds agree; kept by a hash."""
+"""The study's students: a small decoder and a small T5, trained once on neutral text so that seeds agree; kept by a
+hash."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ Rows = dict[int, dict[str, str]]  # by seed
 
 
 def read_runs(path: Path, stage: str) -> dict[tuple[str, ...], dict[str, Rows]]:
-    """Rows by (task, family, learning rate, epochs, questions), arm and seed. Raises `InputError` where there is no file."""
+    """Rows by (task, family, learning rate, epochs, questions), arm and seed. Raises `InputError` where there is no
+    file."""
     if not path.exists():
         raise InputError(f"--results: there is no {path}")
     found: dict[tuple[str, ...], dict[str, Rows]] = defaultdict(lambda: defaultdict(dict))
@@ -95,7 +96,9 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str]) -> None:
         print(f"\n## {stage}: {task}, {family}; learning rate {rate}, {epochs} epochs of {questions} questions\n")
         known = [base for base in baselines if base in runs]
         heads = [f"{metric} - {base}" for base in known for metric in METRICS]
-        print("| arm | seeds | labels (sd) | sound (sd) | faithful | nll | entropy | CPU-s | " + " | ".join(heads) + " |")
+        print(
+            "| arm | seeds | labels (sd) | sound (sd) | faithful | nll | entropy | CPU-s | " + " | ".join(heads) + " |"
+        )
         print("|---" * (8 + len(heads)) + "|")
         for arm, rows in runs.items():
             cells = [arm, str(len(rows))]
@@ -121,6 +124,10 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str]) -> None:
             print("| " + " | ".join(cells) + " |")
     if stage == "confirm" and tests:
         print("\n## Every comparison, Holm over all of them\n")
-        print("| task | family | arm | against | metric | difference | 95% interval | seeds | p (Holm) |\n" + "|---" * 9 + "|")
+        print(
+            "| task | family | arm | against | metric | difference | 95% interval | seeds | p (Holm) |\n"
+            + "|---" * 9
+            + "|"
+        )
         for (name, found, _), p in zip(tests, holm([p for _, _, p in tests]), strict=True):
             print(f"| {name} | {found.mean:+.3f} | {found.low:+.3f} to {found.high:+.3f} | {found.seeds} | {p:.2g} |")

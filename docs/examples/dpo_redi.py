@@ -42,7 +42,8 @@ def dpo_loss(model, reference, batch, beta=0.1):
 
 
 def redi_loss(model, batch, alpha=0.8):
-    """1/N sum over questions of the positives' mean nll minus alpha times the negatives', each nll a mean over tokens."""
+    """1/N sum over questions of the positives' mean nll minus alpha times the negatives', each nll a mean over
+    tokens."""
     logprob_B, tokens_B = sequence_logprobs(model, batch)
     nll_B, question, positive = -logprob_B / tokens_B, batch["question"], batch["positive"]
     same_BB = (question[:, None] == question) & (positive[:, None] == positive)

@@ -9,14 +9,20 @@ from qcrd_fast import RationaleCollator, attach, score_then_train
 
 
 class RationaleTrainer(Seq2SeqTrainer):
-    """Scores, selects and trains by hand, so that the terms of the loss can be logged; the plain Trainer needs none of it."""
+    """Scores, selects and trains by hand, so that the terms of the loss can be logged; the plain Trainer needs none of
+    it."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         out = score_then_train(model, inputs, num_questions=num_items_in_batch, iteration=int(self.state.epoch or 0))
-        self.terms = {"loss_pred": out.loss_pred.item(), "loss_cl": out.loss_cl.item(), "active": out.active_R.sum().item()}
+        self.terms = {
+            "loss_pred": out.loss_pred.item(),
+            "loss_cl": out.loss_cl.item(),
+            "active": out.active_R.sum().item(),
+        }
         loss = out.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # N counts the questions of all ranks, whose gradients are averaged
+            # N counts the questions of all ranks, whose gradients are averaged
+            loss = loss * self.accelerator.num_processes
         return (loss, out) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):

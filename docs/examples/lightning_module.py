@@ -18,7 +18,9 @@ class Distiller(lightning.LightningModule):
 
     def training_step(self, batch, index):
         out = score_then_train(self.model, batch)
-        self.log_dict({"loss": out.loss, "loss_pred": out.loss_pred, "loss_cl": out.loss_cl}, batch_size=batch["num_questions"])
+        self.log_dict(
+            {"loss": out.loss, "loss_pred": out.loss_pred, "loss_cl": out.loss_cl}, batch_size=batch["num_questions"]
+        )
         return out.loss
 
     def configure_optimizers(self):

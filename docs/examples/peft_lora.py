@@ -10,7 +10,8 @@ from qcrd_fast import RationaleCollator, attach
 
 
 def train(model, tokenizer, rows, output_dir="out", lora=None, **settings):
-    lora = lora or LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")  # the head is left out
+    # the head is left out
+    lora = lora or LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
     model = attach(get_peft_model(model, lora))
     args = TrainingArguments(output_dir, remove_unused_columns=False, logging_steps=1, **settings)
     trainer = Trainer(model, args, RationaleCollator(tokenizer, model), rows)

@@ -13,7 +13,8 @@ from qcrd_fast import RationaleCollator, attach
 
 class RationaleSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """SFTTrainer's own would ask the model for the metrics of a next-token loss; Trainer's takes the model's loss."""
+        """SFTTrainer's own would ask the model for the metrics of a next-token loss; Trainer's takes the model's
+        loss."""
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 

@@ -116,7 +116,11 @@ class Collection:
             raise InputError(f"--output: {printable(output)} exists and has no ledger beside it; choose another name")
         template = Template(settings.template)
         loaded = load_questions(
-            settings.questions, split=settings.split, part=settings.split, task=settings.task, on_bad_row=settings.on_bad_row
+            settings.questions,
+            split=settings.split,
+            part=settings.split,
+            task=settings.task,
+            on_bad_row=settings.on_bad_row,
         )
         log.info("%s", loaded.taken_for)
         for row in loaded.skipped:
@@ -135,7 +139,8 @@ class Collection:
     # What is there and what is missing
 
     def samples(self, question: Question) -> list[dict[str, Any]]:
-        """Those that count: one that was cut before an answer does until a higher `--max-tokens` gives it another chance."""
+        """Those that count: one that was cut before an answer does until a higher `--max-tokens` gives it another
+        chance."""
         found = self.ledger.samples.get(question.id, [])
         return [s for s in found if "cut" not in s or s["cut"] >= self.settings.max_tokens or self.settings.is_replay]
 
@@ -164,7 +169,9 @@ class Collection:
             if id not in digests:
                 what = f"has samples of question {id!r}, which is not in --questions"
             elif digest != digests[id]:
-                what = f"asked question {id!r} with another prompt (text, --task, --template or --system-prompt changed)"
+                what = (
+                    f"asked question {id!r} with another prompt (text, --task, --template or --system-prompt changed)"
+                )
             else:
                 continue
             raise InputError(f"{printable(self.ledger.path)} {what}; choose another --output")
@@ -289,7 +296,8 @@ class Collection:
             self.why = why
 
     def identical(self) -> tuple[int, int]:
-        """Questions of which all samples are the same, and questions with at least two samples with rationale and answer."""
+        """Questions of which all samples are the same, and questions with at least two samples with rationale and
+        answer."""
         same = several = 0
         for question in self.questions:
             answered = [s for s in self.samples(question) if s["answer"] is not None and s["rationale"].strip()]
@@ -319,8 +327,8 @@ class Collection:
         same, several = self.identical()
         if several and 2 * same > several:
             log.warning(
-                "all samples of a question are the same for %d of %d questions: the teacher seems to ignore the temperature "
-                "(%g), so there is nothing to vote on",
+                "all samples of a question are the same for %d of %d questions: the teacher seems to ignore the "
+                "temperature (%g), so there is nothing to vote on",
                 same,
                 several,
                 self.settings.temperature,
@@ -328,8 +336,8 @@ class Collection:
         silent = sum(not s["rationale"].strip() for s in answered)
         if 2 * silent > len(answered):
             log.warning(
-                "%d of %d samples have an answer and no rationale: a teacher that hides its reasoning has to be asked for an "
-                "explanation (--template), or to show its reasoning (--extra-body)",
+                "%d of %d samples have an answer and no rationale: a teacher that hides its reasoning has to be asked "
+                "for an explanation (--template), or to show its reasoning (--extra-body)",
                 silent,
                 len(answered),
             )

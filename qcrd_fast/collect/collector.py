@@ -1,7 +1,7 @@
 """`collect`: K samples of a teacher for each question, so written down that a kill loses only what was in flight.
 
-An endpoint is asked by several workers, each with one question at a time, in one event loop; a local model and a file of
-earlier samples are read in turn. No torch here but for a local model.
+An endpoint is asked by several workers, each with one question at a time, in one event loop; a local model and a file
+of earlier samples are read in turn. No torch here but for a local model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ TICK_S = 0.05
 
 
 def collect(settings: CollectSettings, *, dry_run: bool = False) -> tuple[dict[str, Any], Exception | None]:
-    """(summary, why it stopped before the end, if it did): `LimitReached`, `Stopped` or `RunError`, for the caller to raise.
+    """(summary, why it stopped before the end, if it did): `LimitReached`, `Stopped` or `RunError`, for the caller to
+    raise.
 
     A dry run sends and writes nothing; its summary has one prompt, the request that would be sent and the prediction.
 
@@ -66,7 +67,12 @@ def collect(settings: CollectSettings, *, dry_run: bool = False) -> tuple[dict[s
                 run.why = RunError(f"no sample came; the last reason: {last}")
             else:
                 log.warning("%d samples are missing; the same command asks for them again", summary["missing"])
-        if run.why is None and settings.is_url and summary["samples"] and summary["cut_before_an_answer"] == summary["samples"]:
+        if (
+            run.why is None
+            and settings.is_url
+            and summary["samples"]
+            and summary["cut_before_an_answer"] == summary["samples"]
+        ):
             run.why = RunError(f"every sample was cut before an answer; {run.advice_on_cuts()}")
         if summary["samples"] and run.why is None:
             log.info("next: qcrd-fast prepare %s --output train.jsonl", printable(settings.output))
@@ -97,7 +103,9 @@ def _begin(run: Collection, api: str) -> bool:
         settings = {"model": run.model, "api": "replay", "temperature": None, "max_tokens": None}
     prices = {"price_input": s.price_input, "price_output": s.price_output}
     more = {"thinking": s.thinking} | ({"system_prompt": redact(s.system_prompt)} if s.system_prompt else {})
-    run.ledger.start({**settings, "teacher": s.teacher, "num_samples": s.num_samples, **prices, **more}, longer=s.is_url)
+    run.ledger.start(
+        {**settings, "teacher": s.teacher, "num_samples": s.num_samples, **prices, **more}, longer=s.is_url
+    )
     prediction = run.predict()
     figures = ", ".join(f"{key.replace('_', ' ')} {_figure(value)}" for key, value in prediction.items())
     log.info("still to collect: %s", figures if prediction["samples"] else "nothing")
@@ -182,7 +190,8 @@ def _endpoint_settings(run: Collection, model: str) -> EndpointSettings:
 
 
 class _Journal:
-    """Writes the requests for one question down; holds them back where a limit would be passed, or the collection stops."""
+    """Writes the requests for one question down; holds them back where a limit would be passed, or the collection
+    stops."""
 
     def __init__(self, run: Collection, flying: set[asyncio.Task[Any]], question: Question | None):
         self.run, self.flying, self.question = run, flying, question
@@ -260,7 +269,8 @@ async def _ask_endpoint(run: Collection, signals: StopSignals) -> None:
 
 
 class _Streak:
-    """Questions given up, or replies cut before an answer, one after the other; too many of them stop the collection."""
+    """Questions given up, or replies cut before an answer, one after the other; too many of them stop the
+    collection."""
 
     def __init__(self, run: Collection):
         self.run, self.length, self.cut = run, 0, 0
@@ -269,7 +279,9 @@ class _Streak:
         self.length += 1
         self.run.given_up[question.id] = str(error)
         if self.length >= self.run.settings.max_failures:
-            self.run.stop(RunError(f"{self.length} questions in a row failed, the last one: {error}; the same command goes on"))
+            self.run.stop(
+                RunError(f"{self.length} questions in a row failed, the last one: {error}; the same command goes on")
+            )
 
     def came(self, question: Question, reply: Reply) -> None:
         self.length, run = 0, self.run
@@ -318,8 +330,11 @@ async def _find_model(run: Collection, endpoint: Endpoint, flying: set[asyncio.T
         run.model = names[0]
 
 
-async def _watch(run: Collection, signals: StopSignals, tasks: set[asyncio.Task[Any]], flying: set[asyncio.Task[Any]]) -> None:
-    """Until all tasks are done. Once the collection stops, what waits is cancelled, and what is in flight after a while."""
+async def _watch(
+    run: Collection, signals: StopSignals, tasks: set[asyncio.Task[Any]], flying: set[asyncio.Task[Any]]
+) -> None:
+    """Until all tasks are done. Once the collection stops, what waits is cancelled, and what is in flight after a
+    while."""
     stopped_at = None
     with Progress(run) as progress:
         while tasks:

@@ -14,7 +14,9 @@ Pairs = tuple[tuple[str, str], ...]
 _PAIR = re.compile(r"\s*([^\s:=]+)\s*[:=]\s*(.*?)\s*", re.DOTALL)
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _OURS = ("accept-encoding", "connection", "content-length", "host", "transfer-encoding", "x-client-request-id")
-_CREDENTIAL = re.compile(r"auth|key|token|secret|password|passwd|cookie|credential|signature|^sig$|^code$", re.IGNORECASE)
+_CREDENTIAL = re.compile(
+    r"auth|key|token|secret|password|passwd|cookie|credential|signature|^sig$|^code$", re.IGNORECASE
+)
 _HARMLESS = re.compile(r"version|title|referer|user-agent|origin|accept|content-type", re.IGNORECASE)
 _FIELD = re.compile(r"key$|token$|auth|secret|password|passwd|credential|bearer", re.IGNORECASE)  # of a request's body
 _NO_SECRET = re.compile(
@@ -24,7 +26,8 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 def read_pairs(option: str, given: Any) -> Pairs:
-    """(name, value) of each `NAME: VALUE` or `NAME=VALUE`, or of a mapping; `${NAME}` in a value is an environment variable.
+    """(name, value) of each `NAME: VALUE` or `NAME=VALUE`, or of a mapping; `${NAME}` in a value is an environment
+    variable.
 
     Raises:
         InputError: a name or a value that cannot be sent, without the value, which may be a key.
@@ -92,7 +95,12 @@ def secrets_within(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple
     elif isinstance(value, list) and depth < 16:
         for item in value:
             yield from secrets_within(item, name, depth + 1)
-    elif isinstance(value, str) and _FIELD.search(name) and not _NO_SECRET.search(name) and not re.search(r"\s", value.strip()):
+    elif (
+        isinstance(value, str)
+        and _FIELD.search(name)
+        and not _NO_SECRET.search(name)
+        and not re.search(r"\s", value.strip())
+    ):
         yield value, name
 
 

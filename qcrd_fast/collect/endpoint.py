@@ -1,7 +1,7 @@
 """A teacher behind an OpenAI-compatible endpoint: one careful request, and the one owner of retries.
 
-The key comes from OPENAI_API_KEY, or from a header of the user's own, and goes to the endpoint's own host alone: redirects are
-not followed, and nothing that a server says is written down or raised before the key is taken out of it.
+The key comes from OPENAI_API_KEY, or from a header of the user's own, and goes to the endpoint's own host alone:
+redirects are not followed, and nothing that a server says is written down or raised before the key is taken out of it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,13 @@ class Failed(Exception):
         body: refusals.ErrorBody | None = None,
     ):
         super().__init__("; ".join(filter(None, (f"{reason}: {detail}" if detail else reason, advice))))
-        self.reason, self.detail, self.retry, self.charged, self.retry_after_s = reason, detail, retry, charged, retry_after_s
+        self.reason, self.detail, self.retry, self.charged, self.retry_after_s = (
+            reason,
+            detail,
+            retry,
+            charged,
+            retry_after_s,
+        )
         self.fatal, self.advice, self.body = fatal, advice, body
 
 
@@ -84,7 +90,8 @@ class Journal(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class EndpointSettings:
-    """Where and how to ask. `timeout_s` is for one request as a whole, `deadline_s` for one ask with all its retries."""
+    """Where and how to ask. `timeout_s` is for one request as a whole, `deadline_s` for one ask with all its
+    retries."""
 
     url: str
     api: str = "chat"
@@ -104,8 +111,8 @@ class EndpointSettings:
 class Endpoint:
     """An endpoint with its connections; use as an asynchronous context manager.
 
-    What a server refuses by name is left out of further requests, or sent under its newer name, and said once: the number of
-    samples, the temperature, max_tokens, a system prompt.
+    What a server refuses by name is left out of further requests, or sent under its newer name, and said once: the
+    number of samples, the temperature, max_tokens, a system prompt.
 
     Raises `InputError` for a URL that is none, that carries credentials or a query, or that would take a key over plain
     http to another machine.
@@ -156,7 +163,8 @@ class Endpoint:
             follow_redirects=False,
             timeout=httpx.Timeout(s.timeout_s, connect=min(CONNECT_S, s.timeout_s)),
             limits=httpx.Limits(max_connections=s.concurrency, max_keepalive_connections=s.concurrency),
-            mounts={f"all://{f'[{host}]' if ':' in host else host}": None for host in LOOPBACK},  # never through a proxy
+            # never through a proxy
+            mounts={f"all://{f'[{host}]' if ':' in host else host}": None for host in LOOPBACK},
         )
         return self
 
@@ -170,11 +178,18 @@ class Endpoint:
         """What is posted to ask for `n` samples. A null in `extra` takes a field out."""
         s = self.settings
         if s.api == "chat" and s.system and self._system_apart:
-            said: dict[str, Any] = {"messages": [{"role": "system", "content": s.system}, {"role": "user", "content": prompt}]}
+            said: dict[str, Any] = {
+                "messages": [{"role": "system", "content": s.system}, {"role": "user", "content": prompt}]
+            }
         else:
             prompt = f"{s.system}\n\n{prompt}" if s.system else prompt
             said = {"messages": [{"role": "user", "content": prompt}]} if s.api == "chat" else {"prompt": prompt}
-        wanted: dict[str, Any] = {"n": n, "temperature": s.temperature, "max_tokens": s.max_tokens, "stream": self._streams}
+        wanted: dict[str, Any] = {
+            "n": n,
+            "temperature": s.temperature,
+            "max_tokens": s.max_tokens,
+            "stream": self._streams,
+        }
         wanted |= {"stream_options": {"include_usage": True}} if self._streams else {}
         sampling = {self._renamed.get(name, name) or "": value for name, value in wanted.items()}
         body = {"model": s.model, **said, **sampling, **s.extra}
@@ -195,7 +210,8 @@ class Endpoint:
         """Up to `n` samples: the first reply that holds one. Every retry happens here, under one deadline.
 
         Raises:
-            Failed: no sample within `deadline_s`, a reply that a repetition would not change, or `BAD_REPLIES` bad ones.
+            Failed: no sample within `deadline_s`, a reply that a repetition would not change, or `BAD_REPLIES` bad
+            ones.
             Interrupted: by the journal.
         """
         s = self.settings
@@ -251,7 +267,12 @@ class Endpoint:
         elif name == "n":
             self._renamed[name] = ""
             log.warning("the teacher refuses n: %s", error.detail)
-        elif self.settings.system and self._system_apart and self.settings.api == "chat" and refusals.refuses_system(said):
+        elif (
+            self.settings.system
+            and self._system_apart
+            and self.settings.api == "chat"
+            and refusals.refuses_system(said)
+        ):
             self._system_apart = False
             log.warning("the teacher takes no system prompt, so it is put before each question: %s", error.detail)
         else:
@@ -293,7 +314,8 @@ class Endpoint:
         return dataclasses.replace(reply, seconds=time.monotonic() - begun)
 
     def _no_sample(self, value: Any, reply: Reply) -> Failed:
-        """What a reply without a sample means: perhaps an error, since a router that has begun cannot change the status."""
+        """What a reply without a sample means: perhaps an error, since a router that has begun cannot change the
+        status."""
         faults, detail = ", ".join(reply.faults) or "nothing in it", ""
         if within := refusals.error_within(value):
             with contextlib.suppress(RecursionError):
@@ -334,7 +356,9 @@ class Endpoint:
             if 300 <= status < 400:
                 host = urlsplit(response.headers.get("location", "")).hostname or "the same host"
                 advice = "if --teacher has moved there, give it that address"
-                raise Failed("redirect", f"{status} to {self.hide(host)[:100]}, not followed", retry=False, advice=advice)
+                raise Failed(
+                    "redirect", f"{status} to {self.hide(host)[:100]}, not followed", retry=False, advice=advice
+                )
             if status != 200:
                 text = ""
                 with contextlib.suppress(Failed, httpx.HTTPError):
@@ -406,8 +430,8 @@ def base_url(url: str) -> str:
         raise InputError(f"--teacher: not a URL: {redact(url)}")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise InputError(
-            f"--teacher: a URL without credentials and query is expected; the key goes into {KEY_NAME} or --header, a query "
-            "such as api-version into --query"
+            f"--teacher: a URL without credentials and query is expected; the key goes into {KEY_NAME} or --header, a "
+            "query such as api-version into --query"
         )
     path = re.sub(r"/(?:chat/)?completions$", "", parts.path.rstrip("/"))
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"

@@ -1,4 +1,5 @@
-"""A reply that came as server-sent events, put together as if it had come whole: some models are served in no other way."""
+"""A reply that came as server-sent events, put together as if it had come whole: some models are served in no other
+way."""
 
 from __future__ import annotations
 
@@ -84,7 +85,9 @@ def _joined(key: str, values: list[Any]) -> Any:
             for value in values:
                 for part in value if isinstance(value, list) else [{"type": "text", "text": value}] if value else []:
                     if parts and _continues(parts[-1], part):
-                        parts[-1] = {name: _both(name, parts[-1].get(name), part.get(name)) for name in {**parts[-1], **part}}
+                        parts[-1] = {
+                            name: _both(name, parts[-1].get(name), part.get(name)) for name in {**parts[-1], **part}
+                        }
                     else:
                         parts.append(part)
             return parts

@@ -1,7 +1,8 @@
 """The ledger of a collection: an append-only JSONL file in which every request and every reply is written down.
 
     {"kind": "start", ...}    one for each run of the collector: settings, process, prices
-    {"kind": "intent", ...}   written and synced before a request is sent; `request` is also sent as its X-Client-Request-Id
+    {"kind": "intent", ...}   written and synced before a request is sent; `request` is also sent as its
+    X-Client-Request-Id
     {"kind": "reply", ...}    samples, tokens and faults of a request, or of a batch of a local model or a replay
     {"kind": "failure", ...}  a request that brought no sample, and why
 
@@ -65,12 +66,13 @@ class Prices:
 class Ledger:
     """An open, locked ledger; use as a context manager.
 
-    `samples` holds what was collected: {question id: [sample, ...]} in the order it came, each with rationale, answer and
-    source, perhaps reasoning, and, where it was cut before an answer, `cut`: the maximum length that it was asked with.
-    `prompts` holds the digest of the prompt that each question was asked with. `reread` is given the samples that were read
-    with another `thinking`.
+    `samples` holds what was collected: {question id: [sample, ...]} in the order it came, each with rationale, answer
+    and source, perhaps reasoning, and, where it was cut before an answer, `cut`: the maximum length that it was asked
+    with. `prompts` holds the digest of the prompt that each question was asked with. `reread` is given the samples that
+    were read with another `thinking`.
 
-    Raises `InputError` when the file cannot be written, is no ledger, or belongs to a running collector (named by its PID).
+    Raises `InputError` when the file cannot be written, is no ledger, or belongs to a running collector (named by its
+    PID).
     """
 
     def __init__(self, path: Path, thinking: str = "auto", reread: Reread | None = None):
@@ -98,7 +100,9 @@ class Ledger:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -115,12 +119,15 @@ class Ledger:
                 for line in file:
                     if line.startswith(b'{"kind": "start"'):
                         owner = str(json.loads(line)["pid"])
-            raise InputError(f"--output: {printable(self.path)} is in use by process {owner}; choose another file") from None
+            raise InputError(
+                f"--output: {printable(self.path)} is in use by process {owner}; choose another file"
+            ) from None
 
     # Reading
 
     def read(self, *, repair: bool = False) -> None:
-        """Take in what is there; the tail of a line that a kill cut is left out and, with `repair`, dropped from the file.
+        """Take in what is there; the tail of a line that a kill cut is left out and, with `repair`, dropped from the
+        file.
 
         Raises `InputError` for a line that is no record of a ledger.
         """
@@ -129,7 +136,9 @@ class Ledger:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     if repair:
-                        log.warning("%s:%d: the cut line of a killed collector is dropped", printable(self.path), number)
+                        log.warning(
+                            "%s:%d: the cut line of a killed collector is dropped", printable(self.path), number
+                        )
                         os.ftruncate(self._file, end)
                     break
                 end += len(line)
@@ -138,7 +147,8 @@ class Ledger:
                     self._take(record)
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise InputError(
-                        f"{printable(self.path)}:{number}: no record of a ledger; move the file away, or choose another --output"
+                        f"{printable(self.path)}:{number}: no record of a ledger; move the file away, or choose "
+                        f"another --output"
                     ) from None
         self.lost, self.open = self.open, {}
         self.totals.lost = len(self.lost)
@@ -201,7 +211,9 @@ class Ledger:
 
     def _append(self, record: dict[str, Any]) -> None:
         """One record, on the disk before this returns. Raises `RunError` where it could not be written."""
-        line = (json.dumps({**record, "time": round(time.time(), 3)}, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+        line = (json.dumps({**record, "time": round(time.time(), 3)}, ensure_ascii=False) + "\n").encode(
+            "utf-8", "replace"
+        )
         try:
             append_whole(self._file, line)
         except OSError as error:
@@ -223,7 +235,8 @@ class Ledger:
                 continue
             if self.samples and name in self.settings and before != settings[name]:
                 raise InputError(
-                    f"{printable(self.path)}: sampled with {name} {before!r}, now it is {settings[name]!r}; choose another --output"
+                    f"{printable(self.path)}: sampled with {name} {before!r}, now it is {settings[name]!r}; choose "
+                    f"another --output"
                 )
         self._append({"kind": "start", "version": 1, "pid": os.getpid(), **settings})
 
@@ -234,15 +247,20 @@ class Ledger:
         self._append({"kind": "intent", "request": request, **what, **tokens})
         return request
 
-    def reply(self, request: str | None, question_id: str, prompt: str, samples: list[dict[str, Any]], **what: Any) -> None:
-        self._append({"kind": "reply", "request": request, "id": question_id, "prompt": prompt, "samples": samples, **what})
+    def reply(
+        self, request: str | None, question_id: str, prompt: str, samples: list[dict[str, Any]], **what: Any
+    ) -> None:
+        self._append(
+            {"kind": "reply", "request": request, "id": question_id, "prompt": prompt, "samples": samples, **what}
+        )
 
     def done(self, request: str) -> None:
         """A request that was not for samples has ended well."""
         self._append({"kind": "done", "request": request})
 
     def failure(self, request: str, reason: str, *, charged: bool, **what: Any) -> None:
-        """`reason` is one of a few words that are counted; a request that may have been worked on is charged as expected."""
+        """`reason` is one of a few words that are counted; a request that may have been worked on is charged as
+        expected."""
         intent = self.open.get(request, {})
         tokens = {key: intent.get(key, 0) if charged else 0 for key in ("prompt_tokens", "completion_tokens")}
         estimate = {"estimated": True} if charged else {}

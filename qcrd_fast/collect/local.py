@@ -27,7 +27,8 @@ class LocalTeacher:
     """A model of transformers: a folder or hub id, in fp32. Raises `InputError` for what is none.
 
     `api` is chat, completions, or empty for chat where the model has a template; `system` is a chat's first message.
-    Sample `index` of a question depends on (seed, question id, index) and on nothing else, but for the rounding of a batch.
+    Sample `index` of a question depends on (seed, question id, index) and on nothing else, but for the rounding of a
+    batch.
     """
 
     def __init__(

@@ -30,7 +30,9 @@ class Progress:
                 handler.addFilter(self._clear)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.terminal:
             for handler in logging.getLogger("qcrd_fast").handlers:
                 handler.removeFilter(self._clear)

@@ -1,6 +1,8 @@
-"""What a teacher is asked, and how its reply is read: a template for each kind of answer, and rationale and answer apart.
+"""What a teacher is asked, and how its reply is read: a template for each kind of answer, and rationale and answer
+apart.
 
-The idea is that of Figure 3 of arXiv 2405.13014: an explanation first, then the answer in a given form, here a last line
+The idea is that of Figure 3 of arXiv 2405.13014: an explanation first, then the answer in a given form, here a last
+line
 `Answer: ...`.
 """
 
@@ -16,10 +18,14 @@ from qcrd_fast.data.answers import parse_choices
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError
 
-_FRAME = "{{context}}Question: {{question}}\n\nExplain step by step how to find the answer, in a few short sentences. {form}\n"
+_FRAME = (
+    "{{context}}Question: {{question}}\n\n"
+    "Explain step by step how to find the answer, in a few short sentences. {form}\n"
+)
 _FORMS = {
     "number": "Then end with a line `Answer: ` and the number alone, without units.",
-    "equation": "Then end with a line `Answer: ` and the arithmetic expression that gives the result, such as (8 - 3) * 2.",
+    "equation": "Then end with a line `Answer: ` and the arithmetic expression that gives the result, such as (8 - 3) "
+    "* 2.",
     "choice": "Then end with a line `Answer: ` and the letter of the right choice, such as (a).",
     "yes-no": "Then end with a line `Answer: ` and yes or no.",
     "nli": "Then end with a line `Answer: ` and one word: entailment, neutral or contradiction.",
@@ -27,7 +33,8 @@ _FORMS = {
     "text": "Then end with a line `Answer: ` and the answer alone, as short as possible.",
 }
 TEMPLATES = {name: _FRAME.format(form=form) for name, form in _FORMS.items()} | {
-    "nli": "Premise: {context}Hypothesis: {question}\n\nExplain in a few short sentences whether the premise entails the "
+    "nli": "Premise: {context}Hypothesis: {question}\n\nExplain in a few short sentences whether the premise entails "
+    "the "
     "hypothesis, contradicts it or does neither. " + _FORMS["nli"] + "\n"
 }
 NLI_LABELS = {"entailment", "neutral", "contradiction"}
@@ -69,7 +76,8 @@ class Template:
         if context and self.text is None:
             context += "\n"
         values = {"{question}": body, "{context}": context}
-        return re.sub(r"\{(?:question|context)\}", lambda match: values[match[0]], text)  # what is put in is not read again
+        # what is put in is not read again
+        return re.sub(r"\{(?:question|context)\}", lambda match: values[match[0]], text)
 
     def _kind(self, question: Question) -> str:
         if self.name != "auto":
@@ -85,7 +93,8 @@ def prompt_digest(prompt: str, system: str = "") -> str:
 
 
 def take_apart(text: str, question: Question, *, cut: bool = False, thinking: str = "auto") -> replies.Reading:
-    """Reasoning, rationale and answer of a reply, read as `prepare` reads one; `cut`: it ended at its maximum length."""
+    """Reasoning, rationale and answer of a reply, read as `prepare` reads one; `cut`: it ended at its maximum
+    length."""
     task, choices = question.task or "text", parse_choices(question.question)
     return replies.read_reply(_clean(text), task, choices, truncated=cut, thinking=thinking)
 
@@ -97,9 +106,12 @@ def read_reply(text: str, question: Question, *, cut: bool = False, thinking: st
 
 
 def written(reading: replies.Reading, source: str | None, thinking: str) -> dict[str, Any]:
-    """A sample as a row has it. Reasoning that is not its rationale stands beside it, so that `prepare --thinking` has both."""
+    """A sample as a row has it. Reasoning that is not its rationale stands beside it, so that `prepare --thinking` has
+    both."""
     sample = {"rationale": reading.rationale, "answer": reading.answer, "source": source}
-    beside = thinking in ("auto", "only") and reading.answer is not None and reading.reasoning not in ("", reading.rationale)
+    beside = (
+        thinking in ("auto", "only") and reading.answer is not None and reading.reasoning not in ("", reading.rationale)
+    )
     return sample | ({"reasoning": reading.reasoning} if beside else {})
 
 

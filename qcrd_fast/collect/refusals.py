@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 _UNKNOWN = re.compile(
     r"unsupported|not (?:be )?(?:supported|permitted|allowed|accepted|available)|"
     r"(?:does|do)(?:n't| not) (?:support|accept|allow|take)|"
-    r"unknown|unrecogni[sz]ed|unexpected|extra (?:inputs?|fields?)|extra_forbidden|deprecated|incompatible|additional propert|"
+    r"unknown|unrecogni[sz]ed|unexpected|extra (?:inputs?|fields?)|extra_forbidden|deprecated|incompatible|additional "
+    r"propert|"
     r"\bonly\b|\binstead\b|must be (?:1|one)\b|at most 1\b",
     re.IGNORECASE,
 )
@@ -37,14 +38,18 @@ _AGAIN = re.compile(
 _DELAY = re.compile(r"\"?retry_?delay\"?\s*:\s*\"?(\d+(?:\.\d+)?s)", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|milli|h|m|s)", re.IGNORECASE)
 _SECONDS = {"ms": 0.001, "milli": 0.001, "h": 3600.0, "m": 60.0, "s": 1.0}
-_CONTEXT = re.compile(r"context|too long|maximum.{0,24}(?:tokens|length)|reduce.{0,40}(?:length|prompt|tokens)", re.IGNORECASE)
+_CONTEXT = re.compile(
+    r"context|too long|maximum.{0,24}(?:tokens|length)|reduce.{0,40}(?:length|prompt|tokens)", re.IGNORECASE
+)
 _STREAM = re.compile(
     r"only supports? (?:the )?stream|non-?stream|stream(?:ing)?(?: mode)? is required|"
     r"(?:enable|set)\W+(?:the )?.{0,20}\bstream",
     re.IGNORECASE,
 )
 _LIMITS = ("max_tokens", "max_completion_tokens")
-_CHOICES = re.compile(r"\b(?:one|single|several|multiple|number of|more than \w+) (?:\w+ ){0,2}choices?\b", re.IGNORECASE)
+_CHOICES = re.compile(
+    r"\b(?:one|single|several|multiple|number of|more than \w+) (?:\w+ ){0,2}choices?\b", re.IGNORECASE
+)
 _REFUSES = re.compile(
     r"not\b|n't\b|only|must|should|most|maximum|greater|more than|exceed|exactly|single|\b(?:1|one)\b", re.IGNORECASE
 )
@@ -81,8 +86,8 @@ class ErrorBody(NamedTuple):
 
 
 def read_error(body: str) -> ErrorBody:
-    """OpenAI's {"error": {...}}, a bare string at error, message or detail, and FastAPI's list of faults; else the text, of a
-    page its title."""
+    """OpenAI's {"error": {...}}, a bare string at error, message or detail, and FastAPI's list of faults; else the
+    text, of a page its title."""
     body = body.removeprefix("\ufeff")
     if body.lstrip()[:1] == "<":
         title = _TITLE.search(body)
@@ -119,7 +124,8 @@ def _words(value: Mapping[str, Any], *keys: str) -> str:
 
 
 def error_within(value: Any) -> dict[str, Any] | None:
-    """The error that came as a reply: the whole of it, or that of its first choice; None where it has choices and no error."""
+    """The error that came as a reply: the whole of it, or that of its first choice; None where it has choices and no
+    error."""
     if not isinstance(value, dict):
         return None
     choices = value.get("choices")
@@ -159,7 +165,8 @@ def refused_parameter(error: ErrorBody, sent: Collection[str], prompt: str = "")
 
 
 def _mention(name: str, text: str, prompt: str) -> re.Match[str] | None:
-    bare = rf"(?<![\w\\-]){name}(?![\w'-])" if len(name) < 3 else rf"(?<!\w){re.escape(name)}(?!\w)"  # `n` is also a letter
+    # `n` is also a letter
+    bare = rf"(?<![\w\\-]){name}(?![\w'-])" if len(name) < 3 else rf"(?<!\w){re.escape(name)}(?!\w)"
     quoted = rf"['\"`\u2018\u201c]{re.escape(name)}['\"`\u2019\u201d]"
     return re.search(quoted if re.search(bare, prompt) else f"{quoted}|{bare}", text)
 
@@ -173,7 +180,9 @@ def refuses_several(error: ErrorBody, prompt: str = "") -> bool:
     """Whether a server gives one choice a request only."""
     if error.parameter in ("n", "best_of"):
         return True
-    named = _mention("n", error.text, prompt) or _CHOICES.search(error.text.replace(prompt, "") if prompt else error.text)
+    named = _mention("n", error.text, prompt) or _CHOICES.search(
+        error.text.replace(prompt, "") if prompt else error.text
+    )
     return bool(named and _REFUSES.search(error.text))
 
 
@@ -207,11 +216,13 @@ def wants_money(status: int, error: ErrorBody, wait_s: float | None) -> bool:
         return False
     if _QUOTA_CODES.search(error.code):
         return True
-    return status != 400 and wait_s is None and bool(_QUOTA.search(error.text))  # of 400, the text may repeat the question
+    # of 400, the text may repeat the question
+    return status != 400 and wait_s is None and bool(_QUOTA.search(error.text))
 
 
 def wait_s(headers: Mapping[str, str], body: str) -> float | None:
-    """Seconds that a server asks for, in Retry-After (a number or a date), retry-after-ms or its words; None: no word of it."""
+    """Seconds that a server asks for, in Retry-After (a number or a date), retry-after-ms or its words; None: no word
+    of it."""
     asked: float | None
     try:
         asked = float(headers["retry-after-ms"]) / 1000
@@ -237,14 +248,18 @@ def _retry_after_s(value: str | None) -> float | None:
 def advice_on_money(error: ErrorBody, max_tokens: int) -> str:
     """What helps where the account of the key has too little credit for a request, or none."""
     if any(name in error.message for name in (*_LIMITS, "afford")):
-        return f"lower --max-tokens ({max_tokens}), which the server counts in full, or add credit; the same command goes on"
+        return (
+            f"lower --max-tokens ({max_tokens}), which the server counts in full, or add credit; "
+            "the same command goes on"
+        )
     if re.search(r"per[- ]day|daily", error.message, re.IGNORECASE):
         return "the key has used up what it may ask for in a day; the same command goes on when it may ask again"
     return "the account of the key has no credit left; the same command goes on when it has"
 
 
 def advice_on_length(error: ErrorBody, max_tokens: int) -> str:
-    """What helps where prompt and reply together, or the reply alone, are longer than the model takes; empty: another fault."""
+    """What helps where prompt and reply together, or the reply alone, are longer than the model takes; empty: another
+    fault."""
     if error.parameter in _LIMITS or any(name in error.message for name in _LIMITS) or _CONTEXT.search(error.text):
         return f"lower --max-tokens ({max_tokens}) or shorten the prompt: together they are more than the model takes"
     return ""

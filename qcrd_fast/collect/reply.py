@@ -19,7 +19,8 @@ _FILTERED = re.compile(r"content_?filter|safety|recitation|prohibited|blocklist|
 class Choice:
     """One sample as it came; `cut` at the maximum length.
 
-    `text` is the whole reply, its reasoning in <think> tags before what was said; `message` is the message of a chat, whole.
+    `text` is the whole reply, its reasoning in <think> tags before what was said; `message` is the message of a chat,
+    whole.
     """
 
     text: str
@@ -46,7 +47,8 @@ class Reply:
 def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str, max_tokens: int = 0) -> Reply:
     """The choices of a decoded reply, whatever it is, each text through `clean`; what is no text is a counted fault.
 
-    Tokens that the server does not say are estimated, of a choice that was cut as `max_tokens`: its thoughts may be hidden.
+    Tokens that the server does not say are estimated, of a choice that was cut as `max_tokens`: its thoughts may be
+    hidden.
     """
     value = value if isinstance(value, dict) else {}
     faults: dict[str, int] = {}
@@ -88,7 +90,8 @@ def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str, max_
 
 
 def _choice(item: Mapping[str, Any]) -> Choice | None:
-    """A choice that was paid for and will not come out better: one that says something, or that ended before it could."""
+    """A choice that was paid for and will not come out better: one that says something, or that ended before it
+    could."""
     if item.get("finish_reason") == "error":  # of a router whose server broke off
         return None
     message = item.get("message")
@@ -102,7 +105,8 @@ def _choice(item: Mapping[str, Any]) -> Choice | None:
 
 
 def _cleaned(value: Any, clean: Callable[[str], str], depth: int = 0) -> Any:
-    """`value` with each text in it through `clean`; null for what nests too deep and for numbers that are not finite."""
+    """`value` with each text in it through `clean`; null for what nests too deep and for numbers that are not
+    finite."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, list | dict) and depth > DEEPEST:

@@ -1,7 +1,7 @@
 """Answers as values: their canonical form, and when two of them are one.
 
-Everything here is pure text work with bounds on length, digits and exponents: nothing is ever passed to `eval`. Where an answer
-stands in a reply is found in `replies`.
+Everything here is pure text work with bounds on length, digits and exponents: nothing is ever passed to `eval`. Where
+an answer stands in a reply is found in `replies`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ from qcrd_fast.data.expressions import MAX_DIGITS, evaluate_expression, strip_in
 from qcrd_fast.data.options import read_choice
 from qcrd_fast.data.quantities import Number, one_number, plain, read_quantity
 
-__all__ = ["Value", "canonical", "equal", "groups", "guess_task", "parse_choices", "read_value", "same_answer", "surface"]
+__all__ = [
+    "Value",
+    "canonical",
+    "equal",
+    "groups",
+    "guess_task",
+    "parse_choices",
+    "read_value",
+    "same_answer",
+    "surface",
+]
 
 MAX_ANSWER = 4096  # characters looked at
 
@@ -29,9 +39,11 @@ EMPHASIS = re.compile(  # Markdown's, around a whole value
 _WORDS = {
     "yes": "yes", "true": "yes", "no": "no", "false": "no",
     "ja": "yes", "wahr": "yes", "nein": "no", "falsch": "no", "oui": "yes", "vrai": "yes", "non": "no", "faux": "no",
-    "s\u00ed": "yes", "s\u00ec": "yes", "verdadero": "yes", "falso": "no", "vero": "yes", "sim": "yes", "verdadeiro": "yes",
+    "s\u00ed": "yes", "s\u00ec": "yes", "verdadero": "yes", "falso": "no", "vero": "yes", "sim": "yes",
+    "verdadeiro": "yes",
     "n\u00e3o": "no", "да": "yes", "нет": "no", "верно": "yes", "неверно": "no",
-    "\u662f": "yes", "\u662f\u7684": "yes", "\u5bf9": "yes", "\u6b63\u786e": "yes", "\u5426": "no", "\u4e0d\u662f": "no",
+    "\u662f": "yes", "\u662f\u7684": "yes", "\u5bf9": "yes", "\u6b63\u786e": "yes", "\u5426": "no",
+    "\u4e0d\u662f": "no",
     "\u9519\u8bef": "no", "\u4e0d\u5bf9": "no", "\u4e0d\u6b63\u786e": "no",
     "\u306f\u3044": "yes", "\u3044\u3044\u3048": "no", "1": "", "0": "",
 }  # fmt: skip
@@ -93,7 +105,8 @@ class Value(NamedTuple):
 
 
 def read_value(answer: str, task: str, choices: Sequence[str] = (), decimal: str = "point") -> Value | None:
-    """The value of a text that is an answer, perhaps wrapped in Markdown, LaTeX, units or an option's letter; None for none."""
+    """The value of a text that is an answer, perhaps wrapped in Markdown, LaTeX, units or an option's letter; None for
+    none."""
     text = strip_invisible(answer[:MAX_ANSWER]).strip()
     if not text:
         return None
@@ -112,18 +125,19 @@ def read_value(answer: str, task: str, choices: Sequence[str] = (), decimal: str
 def canonical(answer: str, task: str, choices: Sequence[str] = (), decimal: str = "point") -> str | None:
     """The form in which two equal answers are equal strings; None where the answer cannot be read as one of `task`.
 
-    number: its value, `32` for `32.0`, `$32` or `\\frac{64}{2}`, `1,000` -> `1000`, `1/2` -> `0.5`; units, currency and `%` are
-    ignored, and a sum, a range or a text with several numbers is none. equation: its value. math: the value, else LaTeX in one
-    spelling. yes-no: `yes` or `no` (also from true, false; `not` turns it round). choice: the choice's text where known (from
-    `choices` or the answer itself), else its letter. text: without case, invisible characters (joiners, direction marks), outer
-    punctuation and repeated white space, in NFKC.
+    number: its value, `32` for `32.0`, `$32` or `\\frac{64}{2}`, `1,000` -> `1000`, `1/2` -> `0.5`; units, currency and
+    `%` are ignored, and a sum, a range or a text with several numbers is none. equation: its value. math: the value,
+    else LaTeX in one spelling. yes-no: `yes` or `no` (also from true, false; `not` turns it round). choice: the
+    choice's text where known (from `choices` or the answer itself), else its letter. text: without case, invisible
+    characters (joiners, direction marks), outer punctuation and repeated white space, in NFKC.
     """
     value = read_value(answer, task, choices, decimal)
     return value.key if value else None
 
 
 def surface(answer: str, task: str, choices: Sequence[str] = (), decimal: str = "point") -> str | None:
-    """A readable answer as it is taught: the canonical form of numbers and yes/no, the choice's own text, else as written."""
+    """A readable answer as it is taught: the canonical form of numbers and yes/no, the choice's own text, else as
+    written."""
     value = read_value(answer, task, choices, decimal)
     return value.text if value else None
 
@@ -150,8 +164,8 @@ def equal(a: Value, b: Value, task: str, tolerance: Fraction | None = None) -> b
 def agree(a: Number, b: Number, tolerance: Fraction | None = None) -> bool:
     """Whether two numbers are one answer.
 
-    By value; else, without a `tolerance`, where the more precise one, rounded or cut to the decimals of the other, of which
-    there are at least 2, gives it. With a tolerance: where they differ by no more than that.
+    By value; else, without a `tolerance`, where the more precise one, rounded or cut to the decimals of the other, of
+    which there are at least 2, gives it. With a tolerance: where they differ by no more than that.
     """
     if a.value == b.value:
         return True
@@ -168,10 +182,11 @@ def agree(a: Number, b: Number, tolerance: Fraction | None = None) -> bool:
 
 
 def groups(values: Sequence[Value], task: str, tolerance: Fraction | None = None) -> list[int]:
-    """For each value the index of the one that leads its group: the most precise member, with which all others are equal.
+    """For each value the index of the one that leads its group: the most precise member, with which all others are
+    equal.
 
-    Values are compared with leaders alone, so that no chain of near values makes one answer of two. The order of the values
-    does not matter, but for which of several equal ones leads.
+    Values are compared with leaders alone, so that no chain of near values makes one answer of two. The order of the
+    values does not matter, but for which of several equal ones leads.
     """
     first: dict[str, int] = {}
     for index, value in enumerate(values):
@@ -234,7 +249,8 @@ class TaskGuess:
 
     @property
     def task(self) -> str:
-        """number, equation, math, choice (single letters), yes-no or text: what at least 95% of the answers can be read as."""
+        """number, equation, math, choice (single letters), yes-no or text: what at least 95% of the answers can be read
+        as."""
         counts, total = dict(self._counts), sum(self._counts.values())
         if counts["math"] > 0.05 * total:
             counts["math"] += counts["number"] + counts["equation"]

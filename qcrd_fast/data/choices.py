@@ -17,7 +17,8 @@ _LINES = tuple(re.compile(style, re.MULTILINE) for style in _LABEL_STYLES)
 _INLINE = tuple(
     re.compile(style)
     for style in (
-        r"(?:(?<!\w)\(|（)([A-Za-z])[)）][ \t]*", r"(?:(?<!\w)\[|【)([A-Za-z])[\]】][ \t]*", r"(?<![\w(])([A-Za-z])[)）][ \t]*",
+        r"(?:(?<!\w)\(|（)([A-Za-z])[)）][ \t]*", r"(?:(?<!\w)\[|【)([A-Za-z])[\]】][ \t]*",
+        r"(?<![\w(])([A-Za-z])[)）][ \t]*",
         r"(?<![\w'])([A-Z])[:：][ \t]*", r"(?<![\w'])([A-Z])[.．、][ \t]*", r"(?<![\w])[(（](\d)[)）][ \t]*",
     )
 )  # fmt: skip
@@ -44,7 +45,7 @@ class Choices(tuple[str, ...]):
 def parse_choices(question: str) -> Choices:
     """The options that a question lists, on lines of their own or on its own line; empty where it has none.
 
-    Read are `(a) x`, `A) x`, `A. x`, `A: x`, `[A] x`, `（A）x`, with a bullet or without, and `1. x` on lines at the end.
+    Read are `(a) x`, `A) x`, `A. x`, `A: x`, `[A] x`, `（A）x`, with or without a bullet, and `1. x` on last lines.
     """
     text = _BOLD.sub(r"\2", question[-_QUESTION_END:].translate(_WIDE))
     if _TEX.search(text):
@@ -80,7 +81,8 @@ def _are_options(text: str, start: int) -> bool:
 
 
 def _is_told(text: str, found: tuple[int, list[str]]) -> bool:
-    """Whether the labels belong to what a question tells, or are questions themselves: it goes on behind them, to its end."""
+    """Whether the labels belong to what a question tells, or are questions themselves: it goes on behind them, to its
+    end."""
     if _are_options(text, found[0]):
         return False
     if not text[: found[0]].strip(" \t*-\u2022$\n(") and _TASK.match(found[1][0]):

@@ -25,7 +25,8 @@ _RANK = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3, "pos": 3, "**": 4}
 
 
 def evaluate_expression(text: str) -> Fraction | None:
-    """The value of an arithmetic expression with + - * / ** ^ and parentheses; None where it is none, or out of bounds."""
+    """The value of an arithmetic expression with + - * / ** ^ and parentheses; None where it is none, or out of
+    bounds."""
     if len(text) > MAX_EXPRESSION:
         return None
     text = _TIMES.sub("*", fold(text)).strip().rstrip(".=").strip()

@@ -1,7 +1,8 @@
-"""Open an input of any file type: JSON lines, JSON arrays, CSV, TSV, parquet, gzip of them, `datasets` folders, hub names.
+"""Open an input of any file type: JSON lines, JSON arrays, CSV, TSV, parquet, gzip of them, `datasets` folders, hub
+names.
 
-Reading is streamed with a bound on every row and on what a gzip file expands to. `jsonl` holds the JSON readers, `tables`
-those of CSV, parquet and `datasets`; a new file type is added in `open_rows`.
+Reading is streamed with a bound on every row and on what a gzip file expands to. `jsonl` holds the JSON readers,
+`tables` those of CSV, parquet and `datasets`; a new file type is added in `open_rows`.
 """
 
 from __future__ import annotations
@@ -66,11 +67,13 @@ class Rows:
         self.blank_lines += 1
 
 
-def open_rows(path: str | Path, *, split: str | None = None, part: str | None = None, config_name: str | None = None) -> Rows:
+def open_rows(
+    path: str | Path, *, split: str | None = None, part: str | None = None, config_name: str | None = None
+) -> Rows:
     """The rows of a file, a `datasets` folder or a data set of the hub.
 
-    Of a data set with several splits, `split` is read, which must be there; else `part`, under any of its usual names; else
-    train. `config_name` is the configuration of a data set of the hub.
+    Of a data set with several splits, `split` is read, which must be there; else `part`, under any of its usual names;
+    else train. `config_name` is the configuration of a data set of the hub.
 
     Raises:
         InputError: the input cannot be opened, or has no such split.
@@ -83,7 +86,8 @@ def open_rows(path: str | Path, *, split: str | None = None, part: str | None = 
 
 
 def is_hub_name(path: str | Path) -> bool:
-    """Whether `path` can only be a data set of the hub: OWNER/NAME, and no such file, folder or parent folder is here."""
+    """Whether `path` can only be a data set of the hub: OWNER/NAME, and no such file, folder or parent folder is
+    here."""
     name = os.fspath(path)
     if not _HUB_NAME.fullmatch(name) or _FILE_NAME.search(name):
         return False
@@ -154,7 +158,9 @@ def _spread(head: bytes) -> str | None:
     if first.strip() == b"{" and rest.lstrip()[:1] not in (b'"', b"}"):
         return None
     if first.startswith(b"["):
-        return "a JSON array over several lines, which a file called .json may hold; rows of JSONL are one object a line"
+        return (
+            "a JSON array over several lines, which a file called .json may hold; rows of JSONL are one object a line"
+        )
     inner = _INNER_LIST.match(head)
     how = f"jq -c '.{inner[1].decode()}[]'" if inner else "jq -c ."
     return (
@@ -210,6 +216,8 @@ class _Inflated(io.RawIOBase):
         data = self._stream.read1(len(view))
         self._size += len(data)
         if self._size > self._limit:
-            raise RowError(f"the gzip file expands to more than {self._limit:,} bytes, {MAX_RATIO} times its size; not read on")
+            raise RowError(
+                f"the gzip file expands to more than {self._limit:,} bytes, {MAX_RATIO} times its size; not read on"
+            )
         view[: len(data)] = data
         return len(data)

@@ -57,7 +57,9 @@ _VERB = re.compile(
 )
 _BECAUSE = re.compile(r",?\s+(?:because|since)(?![\w])", re.IGNORECASE)
 _TAGS = re.compile(r"</?(?:answer|solution|response|output|final)\s*>|```\w{0,12}", re.IGNORECASE)
-_BETWEEN_BOXES = re.compile(r"[\s$.]*(?:and|or|,|;|\\text\{\s*(?:and|or)\s*\}|und|oder|et|ou|y|o|e)[\s$]*", re.IGNORECASE)
+_BETWEEN_BOXES = re.compile(
+    r"[\s$.]*(?:and|or|,|;|\\text\{\s*(?:and|or)\s*\}|und|oder|et|ou|y|o|e)[\s$]*", re.IGNORECASE
+)
 _EDGES = " \t\n,，、;:：*_#>(-\u2013\u2014|$"
 _PROSE_START = re.compile(
     r"\s*(?:correct|right|wrong|incorrect|clear|obvious|not|unknown|based|as\s+follows|below|found|given|because|let|"
@@ -177,7 +179,8 @@ class Found(NamedTuple):
 
 
 def answer_text(text: str, decimal: str = "point") -> str:
-    """The part of a reply, or of a worked solution, that looks like its answer, whatever its task; for guessing the task."""
+    """The part of a reply, or of a worked solution, that looks like its answer, whatever its task; for guessing the
+    task."""
     text = cut_next_question(split_thinking(text).outside).strip()
     for marker in reversed(find_markers(text)):
         if marker.clause and not marker.doubt:
@@ -206,7 +209,11 @@ def find_answer(text: str, task: str, choices: Sequence[str], decimal: str, expl
         if task == "text":
             marker = _with_initials(text, marker)
         value, why_not, blocks = _in_clause(marker, task, choices, decimal)
-        if value is not None and not explicit and TAKEN_BACK.search(text, marker.end if marker.kind != "box" else marker.stop):
+        if (
+            value is not None
+            and not explicit
+            and TAKEN_BACK.search(text, marker.end if marker.kind != "box" else marker.stop)
+        ):
             return Found(None, f"taken back: {_short(text[marker.end :])}", marker)
         if (
             value is not None
@@ -271,7 +278,9 @@ def _next_value(text: str, marker: Marker, value: Value) -> bool:
     return len(following[2].split()) <= 5 and other.number is not None and other.number != value.number
 
 
-def _boxed(text: str, box: Marker, value: Value, task: str, choices: Sequence[str], decimal: str) -> tuple[Value | None, str]:
+def _boxed(
+    text: str, box: Marker, value: Value, task: str, choices: Sequence[str], decimal: str
+) -> tuple[Value | None, str]:
     """The value of a box with what its sentence adds to it: a sign, a multiplier, a unit; or why it is none."""
     effect, _ = lead_of_box(text, box.start)
     if effect not in ("", "-") and (effect.startswith("denied") or task in ("number", "equation", "math")):
@@ -302,7 +311,9 @@ def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) 
     if whole and marker.kind == "tag" and (inner := find_markers(clause)):
         return _in_clause(inner[-1], task, choices, decimal)
     if task in ("number", "equation"):
-        found = read_quantity(clause, decimal=decimal, expressions=task == "equation", label=marker.kind in ("label", "hash"))
+        found = read_quantity(
+            clause, decimal=decimal, expressions=task == "equation", label=marker.kind in ("label", "hash")
+        )
         if several_names(simplify(clause)):
             return None, "several values", True
         denied = _DENIAL.search(clause) is not None and found.number is None
@@ -316,12 +327,18 @@ def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) 
         value = read_value(clause, task, choices)
         if not choices and value is not None and value.letter is None and not whole and _PROSE_START.match(clause):
             return None, "no option follows directly", False
-        return value, "no option follows", value is None and (whole or _settles(clause) or says_options(clause, choices))
+        return (
+            value,
+            "no option follows",
+            value is None and (whole or _settles(clause) or says_options(clause, choices)),
+        )
     if task == "yes-no":
         return read_value(clause, task), "neither yes nor no", whole
     if task == "math":
         formula = clause if whole else _formula(clause)
-        value = None if formula is None or mathforms.looks_like_prose(formula) else read_value(formula, task, (), decimal)
+        value = (
+            None if formula is None or mathforms.looks_like_prose(formula) else read_value(formula, task, (), decimal)
+        )
         return value, "no formula follows directly", whole or formula is None
     if marker.kind == "box":
         clause = simplify(clause)
@@ -346,7 +363,9 @@ def _with_initials(text: str, marker: Marker) -> Marker:
     clause, stop = marker.clause or "", marker.stop
     if marker.kind in ("box", "tag", "hash"):
         return marker
-    if clause.lstrip().startswith(("- ", "* ", "\u2022 ")) and re.match(r"\s*\n[ \t]*[-*\u2022][ \t]", text[stop : stop + 80]):
+    if clause.lstrip().startswith(("- ", "* ", "\u2022 ")) and re.match(
+        r"\s*\n[ \t]*[-*\u2022][ \t]", text[stop : stop + 80]
+    ):
         return marker._replace(clause="")  # a list
     for _ in range(4):
         if not _INITIAL.search(clause) or not (said := _NAME.match(text, stop)):
@@ -377,7 +396,8 @@ def _settles(clause: str) -> bool:
 def _formula(clause: str) -> str | None:
     """The formula that a clause consists of, but for a unit and a reason; None where it says more than that."""
     match = re.match(
-        r"[\s:]*(?:(?:simply|just|exactly|therefore|equal\s+to|the\s+\w+)\s+)?(\$\$?|\\\(|\\\[)(.+?)(?:\$\$?|\\\)|\\\])", clause
+        r"[\s:]*(?:(?:simply|just|exactly|therefore|equal\s+to|the\s+\w+)\s+)?(\$\$?|\\\(|\\\[)(.+?)(?:\$\$?|\\\)|\\\])",
+        clause,
     )
     if match:
         return match[2] if _AFTER_FORMULA.match(clause, match.end()) else None
@@ -462,7 +482,9 @@ def _option_in(text: str, found: list[str], choices: Sequence[str], explicit: bo
         if begun and begun.key != option_value(index, choices).key and not is_denied(found[0][first.end() :], choices):
             return Found(None, "the first and the last sentence differ")
     value = option_value(index, choices) if index is not None else None
-    return Found(value, f"the last sentence: {_short(last)}" if value else f"no option in the last sentence: {_short(last)}")
+    return Found(
+        value, f"the last sentence: {_short(last)}" if value else f"no option in the last sentence: {_short(last)}"
+    )
 
 
 def _word(text: str) -> bool:
@@ -537,7 +559,9 @@ def _number_in(sentence: str, task: str, decimal: str) -> Found:
     if task == "math" and (spans := re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", sentence)):
         formula = (spans[-1][0] or spans[-1][1]).rpartition("=")[2]
         read = read_value(formula, task, (), decimal) if len(spans) == 1 else None
-        return Found(read, f"the last sentence: {_short(sentence)}" if read else f"several formulas: {_short(sentence)}")
+        return Found(
+            read, f"the last sentence: {_short(sentence)}" if read else f"several formulas: {_short(sentence)}"
+        )
     if task == "math" and re.search(r"[\[{]|\(\s*-?[\d.]+\s*,", sentence):
         return Found(None, f"a formula among words: {_short(sentence)}")
     text = EMPHASIS.sub(r"\2", simplify(sentence))
@@ -557,7 +581,9 @@ def _number_in(sentence: str, task: str, decimal: str) -> Found:
     if found.number is not None and verb and _COMPARED.match(text, verb.start() - 7 if verb.start() > 6 else 0):
         return Found(None, f"a comparison in a clause of its own: {_short(sentence)}")
     value = numeric_value(found.number, found.text if task == "equation" else "")
-    return Found(value, f"the last sentence: {_short(sentence)}" if value else f"{found.why or 'no value'}: {_short(sentence)}")
+    return Found(
+        value, f"the last sentence: {_short(sentence)}" if value else f"{found.why or 'no value'}: {_short(sentence)}"
+    )
 
 
 def find_rationale(text: str, found: Found) -> str:
@@ -572,7 +598,11 @@ def find_rationale(text: str, found: Found) -> str:
         lead = text[begin:start]
         if not inside and (re.search(r"[\d=]", lead) or (len(lead.split()) >= 6 and not _SO.match(lead))):
             stop = text.find("\n", marker.stop)
-            sentence = text[begin : marker.start] + (marker.clause or "") + text[marker.stop : stop if stop >= 0 else len(text)]
+            sentence = (
+                text[begin : marker.start]
+                + (marker.clause or "")
+                + text[marker.stop : stop if stop >= 0 else len(text)]
+            )
             return (text[:begin] + sentence).strip()
         start = begin
     start = sentence_start(text, start)
@@ -592,7 +622,12 @@ def _without_closing(text: str) -> str:
     """A text without its last sentence, where that says the answer and nothing else."""
     last = (sentences(text) or [""])[-1]
     at = text.rfind(last)
-    if last and at > 0 and text[:at].strip() and (_CLOSING.fullmatch(last) or (_SAYS.match(last) and len(last.split()) <= 8)):
+    if (
+        last
+        and at > 0
+        and text[:at].strip()
+        and (_CLOSING.fullmatch(last) or (_SAYS.match(last) and len(last.split()) <= 8))
+    ):
         return text[:at].strip()
     return text
 

@@ -48,13 +48,18 @@ class InputReport:
         """What the user should know of this input."""
         found = []
         if self.without_sample:
-            found.append(f"{self.path}: {self.without_sample:,} of {self.rows:,} rows have no sample; their questions count")
+            found.append(
+                f"{self.path}: {self.without_sample:,} of {self.rows:,} rows have no sample; their questions count"
+            )
         if self.repeated_ids:
             found.append(
-                f"{self.path}: {self.repeated_ids:,} rows have the id of another question; samples were pooled by question"
+                f"{self.path}: {self.repeated_ids:,} rows have the id of another question; samples were pooled by "
+                f"question"
             )
         if self.other_system:
-            found.append(f"{self.path}: {self.other_system:,} rows were pooled with a question under another system prompt")
+            found.append(
+                f"{self.path}: {self.other_system:,} rows were pooled with a question under another system prompt"
+            )
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,7 +84,10 @@ def keys_text(keys: dict[str, str | None]) -> str:
     """The keys of `keys_not_read` for a message; empty where there are none."""
     if not keys:
         return ""
-    named = [f"{printable(key)[:80]!r}" + (f" (nearest that is read: {near!r})" if near else "") for key, near in keys.items()]
+    named = [
+        f"{printable(key)[:80]!r}" + (f" (nearest that is read: {near!r})" if near else "")
+        for key, near in keys.items()
+    ]
     more = f", and {len(named) - _SHOWN_KEYS:,} more" if len(named) > _SHOWN_KEYS else ""
     return f"keys not read: {', '.join(named[:_SHOWN_KEYS])}{more}"
 

@@ -1,4 +1,5 @@
-"""What `prepare --show` prints and `--inspect` writes: each question with its samples, what was read of them and why."""
+"""What `prepare --show` prints and `--inspect` writes: each question with its samples, what was read of them and
+why."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ _COMMA_GOLD = re.compile(r"-?\d{1,3}(?:\.\d{3})*,\d{1,2}|-?\d{1,3}(?:\.\d{3}){2,
 
 
 class Inspection:
-    """Questions as they go by, kept as far as they are shown: `show` of them as text, and the first 200 for a `page`."""
+    """Questions as they go by, kept as far as they are shown: `show` of them as text, and the first 200 for a
+    `page`."""
 
     def __init__(self, reader: Reader, *, show: int = 0, page: bool = False):
         self.reader = reader
@@ -34,7 +36,9 @@ class Inspection:
     def add(self, question: Question, vote: Vote | None) -> None:
         self.total += 1
         self._sampled += vote is not None and bool(vote.readings)
-        self._solutions += bool(vote) and any(r.source == "gold" for r in question.positives) and not (vote and vote.readings)
+        self._solutions += (
+            bool(vote) and any(r.source == "gold" for r in question.positives) and not (vote and vote.readings)
+        )
         if question.gold is not None and re.search(r"\d", question.gold):
             self._golds += 1
             self._comma_golds += _COMMA_GOLD.fullmatch(question.gold.strip(" $\u20ac%")) is not None
@@ -51,7 +55,9 @@ class Inspection:
                 "if 3.000 is three thousand here"
             )
         if self._solutions and not self._sampled:
-            found.append(f"no samples: {self._solutions:,} golds' own solutions are the positives, and there are no negatives")
+            found.append(
+                f"no samples: {self._solutions:,} golds' own solutions are the positives, and there are no negatives"
+            )
         return found
 
     def _record(self, question: Question, vote: Vote | None) -> dict[str, Any]:
@@ -78,7 +84,8 @@ class Inspection:
             for side, rationales in (("majority", question.positives), ("minority", question.negatives)):
                 samples += [
                     {"text": r.text, "given": r.answer, "reasoning": "", "rationale": r.text, "answer": r.answer,
-                     "why": "as prepared" if vote is None else "the gold's own solution", "side": side, "source": r.source}
+                     "why": "as prepared" if vote is None else "the gold's own solution", "side": side,
+                     "source": r.source}
                     for r in rationales
                 ]  # fmt: skip
         both = question.gold is not None and question.majority is not None

@@ -22,7 +22,8 @@ _CHUNK = 1024 * 1024
 
 
 def line_rows(path: str | Path, file: io.BufferedReader, on_blank: Callable[[], None]) -> Iterator[tuple[int, Any]]:
-    """Each line of JSONL as (line, value); the value is a `BadRow` where there is a fault. `on_blank` counts blank lines."""
+    """Each line of JSONL as (line, value); the value is a `BadRow` where there is a fault. `on_blank` counts blank
+    lines."""
     for line in itertools.count(1):
         raw = file.readline(MAX_ROW_BYTES + 1)
         if not raw:

@@ -16,21 +16,29 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 DROPPED = {
-    "left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr", "bigg", "Bigg", "displaystyle", "textstyle", "limits",
+    "left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr", "bigg", "Bigg", "displaystyle", "textstyle",
+    "limits",
     "boxed", "fbox", "framebox",
-    "text", "textrm", "textbf", "textit", "textsf", "texttt", "textup", "textnormal", "mathrm", "mathbf", "mathit", "mathsf",
-    "mathtt", "mathnormal", "mbox", "hbox", "operatorname", "emph", "underline", "boldsymbol", "bm", "bf", "rm", "it", "unit",
+    "text", "textrm", "textbf", "textit", "textsf", "texttt", "textup", "textnormal", "mathrm", "mathbf", "mathit",
+    "mathsf",
+    "mathtt", "mathnormal", "mbox", "hbox", "operatorname", "emph", "underline", "boldsymbol", "bm", "bf", "rm", "it",
+    "unit",
     "ensuremath", "phantom", "vphantom", "hphantom", "color", "bold", "num", "si", "SI",
 }  # fmt: skip
 _WORDS = {
-    "times": "*", "cdot": "*", "ast": "*", "div": "/", "approx": "≈", "simeq": "≈", "sim": "≈", "pm": "±", "mp": "±", "pi": "π",
-    "infty": "∞", "circ": "°", "degree": "°", "degrees": "°", "celsius": "°C", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥",
+    "times": "*", "cdot": "*", "ast": "*", "div": "/", "approx": "≈", "simeq": "≈", "sim": "≈", "pm": "±", "mp": "±",
+    "pi": "π",
+    "infty": "∞", "circ": "°", "degree": "°", "degrees": "°", "celsius": "°C", "le": "≤", "leq": "≤", "ge": "≥",
+    "geq": "≥",
     "lt": "<", "gt": ">", "ne": "≠", "neq": "≠", "implies": " = ", "Rightarrow": " = ", "quad": " ", "qquad": " ",
-    "space": " ", "ldots": "...", "dots": "...", "cdots": "...", "percent": "%", "pounds": "£", "euro": "€", "therefore": " ",
-    "thinspace": "\u2009", "newline": "\n", "par": "\n", "minus": "-", "colon": ":", "lbrack": "[", "rbrack": "]", "equiv": "=",
+    "space": " ", "ldots": "...", "dots": "...", "cdots": "...", "percent": "%", "pounds": "£", "euro": "€",
+    "therefore": " ",
+    "thinspace": "\u2009", "newline": "\n", "par": "\n", "minus": "-", "colon": ":", "lbrack": "[", "rbrack": "]",
+    "equiv": "=",
     "dollar": "$", "textdollar": "$", "cup": "∪", "cap": "∩", "emptyset": "∅", "varnothing": "∅",
 }  # fmt: skip
-_SYMBOLS = {",": "\u2009", ";": "\u2009", ":": "\u2009", "!": "", " ": " ", "\n": " ", "(": "", ")": "", "[": "", "]": "",
+_SYMBOLS = {",": "\u2009", ";": "\u2009", ":": "\u2009", "!": "", " ": " ", "\n": " ", "(": "", ")": "", "[": "",
+    "]": "",
             "\\": "\n", "/": ""}  # fmt: skip
 _ESCAPED = "%&#_$"
 
@@ -65,7 +73,8 @@ def boxes(text: str) -> Iterator[Box]:
 
 
 def simplify(text: str) -> str:
-    r"""`text` without LaTeX's markup: `\frac{1}{2}` as `1/2`, `2{,}250` as `2,250`, `\times` as `*`, `\text{ cm}` as ` cm`.
+    r"""`text` without LaTeX's markup: `\frac{1}{2}` as `1/2`, `2{,}250` as `2,250`, `\times` as `*`, `\text{ cm}` as
+    ` cm`.
 
     Commands that are not known stay, so that what holds one is no number.
     """

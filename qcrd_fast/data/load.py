@@ -1,4 +1,5 @@
-"""From files to questions: read any mix of inputs, pool the samples of each question, vote, split; and write the result.
+"""From files to questions: read any mix of inputs, pool the samples of each question, vote, split; and write the
+result.
 
     result = load_questions(["svamp_3_train.json", "svamp_aug_t5_large.json"])
     write_prepared("train.jsonl", result.questions)
@@ -66,11 +67,12 @@ def load_questions(
     `split` keeps those, and those without one. `part` (default: `split`, else train) is the part of a Distilling
     Step-by-Step folder to read, and filters nothing.
     `split_by="gold"` splits by agreement with the gold answer instead of the majority, and every sampled question must
-    have one. `task` overrides the answer type, which is otherwise the row's own, or guessed from the answers of its file.
-    `reader` reads and compares replies and answers.
+    have one. `task` overrides the answer type, which is otherwise the row's own, or guessed from the answers of its
+    file. `reader` reads and compares replies and answers.
 
     Raises:
-        InputError: an unknown option, a file that cannot be read or is larger than the memory that is free, no question at
+        InputError: an unknown option, a file that cannot be read or is larger than the memory that is free, no question
+        at
             all, or, unless `on_bad_row="skip"` sets them aside in `skipped`, the first bad row, as `file:line: reason`.
     """
     for path in _inputs(paths):
@@ -98,8 +100,9 @@ def load_questions(
 def prepare(
     paths: Sequence[str | Path] | str | Path, output: str | Path, *, dry_run: bool = False, **options: Any
 ) -> tuple[PrepareSummary, list[BadRow]]:
-    """Write the questions of `load_questions(paths, **options)` to `output`, whatever they weigh: rows wait in a file without
-    a name beside it, and memory grows by about 400 bytes a row. Returns (summary, the rows that were set aside).
+    """Write the questions of `load_questions(paths, **options)` to `output`, whatever they weigh: rows wait in a file
+    without a name beside it, and memory grows by about 400 bytes a row. Returns (summary, the rows that were set
+    aside).
 
     Raises:
         InputError: as `load_questions`; or `output` is a device or pipe.
@@ -124,7 +127,11 @@ def _trainable(questions: Iterator[Question], tally: Tally, inputs: list[Path]) 
     yield from questions
     summary = tally.summary
     lost = misspelt(summary.keys_not_read) if not summary.samples else []
-    if summary.positives or summary.samples > summary.unreadable or (summary.with_gold and not summary.samples and not lost):
+    if (
+        summary.positives
+        or summary.samples > summary.unreadable
+        or (summary.with_gold and not summary.samples and not lost)
+    ):
         return
     reason = "no question has a sample" + (" (is a key misspelt?)" if lost else " or a gold answer")
     if summary.samples:
@@ -164,7 +171,8 @@ def _read(
     reader: Reader = DEFAULT,
     watch: Callable[[Question, Vote | None], None] | None = None,
 ) -> Iterator[Question]:
-    """The questions of `load_questions`, one at a time, counted in `tally` as they go; rows wait in `folder`, if given."""
+    """The questions of `load_questions`, one at a time, counted in `tally` as they go; rows wait in `folder`, if
+    given."""
     scanner = Scanner(format, split, split or part, config_name, mapping, batch_input)
     tally.reports = scanner.reports
     for name, value, known in (
@@ -205,12 +213,16 @@ def _read(
             yield question
     tally.notes += scanner.warnings
     if pool.renamed:
-        tally.notes.append(f"{pool.renamed:,} questions have the id of another question in another file; they got new ids")
+        tally.notes.append(
+            f"{pool.renamed:,} questions have the id of another question in another file; they got new ids"
+        )
     if not tally.summary.questions:
         reason = f"; the first of {tally.skipped} bad rows: {skipped[0]}" if skipped else ""
         raise InputError(f"{', '.join(map(printable, inputs)) or 'no input'}: no questions{reason}")
     if batch_input is not None and not any(report.format == "openai-batch" for report in scanner.reports):
-        raise InputError(f"--batch-input is for the output of a batch, which no input is: {'; '.join(tally.summary.taken)}")
+        raise InputError(
+            f"--batch-input is for the output of a batch, which no input is: {'; '.join(tally.summary.taken)}"
+        )
 
 
 def iter_records(path: str | Path, format: str = "auto", split: str | None = None) -> Iterator[Record | BadRow]:
@@ -225,8 +237,8 @@ def iter_records(path: str | Path, format: str = "auto", split: str | None = Non
 def validate_file(
     path: str | Path, format: str = "auto", *, reports: list[InputReport] | None = None, **options: Any
 ) -> Iterator[BadRow]:
-    """Every bad row of a file, or of all the splits of a folder, as it is met. Memory does not grow with the file but for
-    about 300 bytes an id. What the file was taken for is added to `reports`; `options` are those of `Scanner`.
+    """Every bad row of a file, or of all the splits of a folder, as it is met. Memory does not grow with the file but
+    for about 300 bytes an id. What the file was taken for is added to `reports`; `options` are those of `Scanner`.
 
     Raises:
         InputError: the file cannot be read.
@@ -247,8 +259,8 @@ def validate_file(
 
 
 def write_prepared(path: str | Path, questions: Iterable[Question | dict[str, Any]]) -> None:
-    """Write questions, or rows made of them, as JSONL under a temporary name beside `path`, then rename it: a reader sees the
-    whole file or none.
+    """Write questions, or rows made of them, as JSONL under a temporary name beside `path`, then rename it: a reader
+    sees the whole file or none.
 
     Raises:
         InputError: `path` is a device or pipe.

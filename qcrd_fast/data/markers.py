@@ -1,4 +1,5 @@
-"""Where a reply says that its answer comes: `Answer:`, "the answer is" and the like, in nine languages and in Markdown."""
+"""Where a reply says that its answer comes: `Answer:`, "the answer is" and the like, in nine languages and in
+Markdown."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ _QUESTION = (
     r"(?:Next|Another)\s(?:question|problem)|Now\s+(?:try|solve)\s+this(?:\s+one)?|Вопрос|Задача|问题|問題|题目|題目|质问|質問|问|問)"
 )
 _NEXT = re.compile(
-    rf"\n[ \t>]{{0,12}}[*_#]{{0,4}}\s?(?:\d{{1,3}}[.)]\s)?{_QUESTION}\s?\d{{0,4}}\s?[*_]{{0,3}}[:：]|(?<=[.!?])\s{{0,4}}Q:\s|"
+    rf"\n[ \t>]{{0,12}}[*_#]{{0,4}}\s?(?:\d{{1,3}}[.)]\s)?{_QUESTION}\s?\d{{0,4}}\s?[*_]{{0,3}}[:：]|"
+    r"(?<=[.!?])\s{0,4}Q:\s|"
     rf"\n[ \t>]{{0,12}}[*_#]{{0,4}}\s?{_QUESTION}\s?\d{{1,4}}(?:[.)*_]{{1,3}}(?:\s|$)|[ \t]{{0,4}}\n)|"
     rf"\n#{{2,4}}[ \t]{{0,9}}(?:Instruction|Question|Input)\b",
     re.IGNORECASE,

@@ -1,4 +1,5 @@
-r"""LaTeX answers in one spelling (task `math`), and the optional comparison by math-verify, in a process that can be killed."""
+r"""LaTeX answers in one spelling (task `math`), and the optional comparison by math-verify, in a process that can be
+killed."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _MATH = re.compile(r"\\[A-Za-z]+|[\^_]|^[\[(][^\[\]()]*,[^\[\]()]*[\])]$|^\{.*\}
 _WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("{", "}"))
 _WHOLE_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|boxed)\{([^{}]*)\}")
 _UNIT = re.compile(
-    r"(?:\\[,;: ]|~|\s)*\\(?:text|mathrm|mbox)\{\s*[A-Za-z .^/%°]+\}(?:\^\{?[23]\}?)?$|(?:\^\{?\\circ\}?|\\degree|°|\\%|%)$"
+    r"(?:\\[,;: ]|~|\s)*\\(?:text|mathrm|mbox)\{\s*[A-Za-z "
+    r".^/%°]+\}(?:\^\{?[23]\}?)?$|(?:\^\{?\\circ\}?|\\degree|°|\\%|%)$"
 )
 _PLAIN = re.compile(r"[-+]?\s*[\d.,/()\s*^]+%?|[-+]?\d[\d.,]*\s*[A-Za-z. ]{0,40}")
 _VARIABLE = re.compile(r"^[A-Za-z](?:_\{?\w\}?)?\s*=\s*")
@@ -58,14 +60,20 @@ def looks_like_prose(text: str) -> bool:
 
 
 def unwrapped(text: str) -> str:
-    r"""`text` without the delimiters around the whole of it: `$..$`, `\(..\)`, `\text{..}`, `**..**`, and a final stop."""
+    r"""`text` without the delimiters around the whole of it: `$..$`, `\(..\)`, `\text{..}`, `**..**`, and a final
+    stop."""
     text = text[:MAX_FORM].strip()
     for _ in range(6):
         before = text
         text = text.rstrip(" .。,;") if not text.endswith("...") else text
         for left, right in _WRAPPERS:
             inner = text[len(left) : len(text) - len(right)]
-            if len(text) > len(left) + len(right) and text.startswith(left) and text.endswith(right) and _balanced(inner, left):
+            if (
+                len(text) > len(left) + len(right)
+                and text.startswith(left)
+                and text.endswith(right)
+                and _balanced(inner, left)
+            ):
                 text = inner.strip()
         if match := _WHOLE_TEXT.fullmatch(text):
             text = match[1].strip()
@@ -94,7 +102,8 @@ def is_plain_number(text: str) -> bool:
 
 
 def normal_form(text: str) -> str | None:
-    r"""LaTeX in one spelling: `\dfrac` as `\frac`, no sizes, no white space, units and `x =` dropped; None for prose."""
+    r"""LaTeX in one spelling: `\dfrac` as `\frac`, no sizes, no white space, units and `x =` dropped; None for
+    prose."""
     if _PROSE.search(text):
         return None
     text = _BINOMIAL.sub(lambda match: f"binom({match[1] or match[3]},{match[2] or match[4]})", text)
@@ -107,7 +116,9 @@ def normal_form(text: str) -> str | None:
     text = re.sub(r"(?<=[\dA-Za-z)])\*(?=[A-Za-zπ√(])", "", text)
     text = re.sub(r"√\((\w)\)", r"√\1", text)
     text = re.sub(r"\^\((-?\w+)\)", r"^\1", text)
-    text = re.sub(r"(?<![\w)])\((\d+|[A-Za-zπ])\)(?=/)|(?<=/)\((\d+|[A-Za-zπ])\)", lambda match: match[1] or match[2], text)
+    text = re.sub(
+        r"(?<![\w)])\((\d+|[A-Za-zπ])\)(?=/)|(?<=/)\((\d+|[A-Za-zπ])\)", lambda match: match[1] or match[2], text
+    )
     return text or None
 
 

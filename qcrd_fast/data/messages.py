@@ -9,12 +9,14 @@ from qcrd_fast.data.thinking import drop_tags, split_thinking
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
 _REASONING_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_content", "think", "thought")
-_INNER = ("thinking", "reasoning_content", "reasoning", "text", "summary", "content")  # of a part: where its text stands
+# of a part: where its text stands
+_INNER = ("thinking", "reasoning_content", "reasoning", "text", "summary", "content")
 _DEEPEST = 8
 
 
 class Message(NamedTuple):
-    """`reasoning` is empty where there is none; `content` is None where it is null or missing, or has no part that is text."""
+    """`reasoning` is empty where there is none; `content` is None where it is null or missing, or has no part that is
+    text."""
 
     reasoning: str
     content: str | None
@@ -28,8 +30,8 @@ class Message(NamedTuple):
 def read_message(message: Mapping[str, Any]) -> Message:
     """Whatever is not text, such as encrypted reasoning or a tool call, is left out.
 
-    The first field with reasoning counts: servers that fill several repeat themselves. Reasoning that also stands in the
-    content, between tags, is taken from there.
+    The first field with reasoning counts: servers that fill several repeat themselves. Reasoning that also stands in
+    the content, between tags, is taken from there.
     """
     value = message.get("content")
     value = [value] if isinstance(value, Mapping) else value

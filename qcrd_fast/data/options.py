@@ -131,7 +131,9 @@ _VERDICT = re.compile(
     re.IGNORECASE,
 )
 _ITEM = re.compile(r"\s*(?:[-*\u2022]\s+)?[*_(\[（【]{0,4}([A-Za-z])[*_)\]）】.:：、-]{1,5}\s*(?=\S)")
-_LOOSE = re.compile(r"[a-z]{1,2}|yes|no|true|false|maybe|none|all|both|ja|nein|oui|non|s\u00ed|s\u00ec|sim|n\u00e3o|да|нет")
+_LOOSE = re.compile(
+    r"[a-z]{1,2}|yes|no|true|false|maybe|none|all|both|ja|nein|oui|non|s\u00ed|s\u00ec|sim|n\u00e3o|да|нет"
+)
 
 
 class _Table(NamedTuple):
@@ -195,7 +197,8 @@ def _option(index: int, table: _Table) -> Named:
 
 
 def read_choice(text: str, choices: Sequence[str]) -> Named:
-    """(index, text) of the option that a text, such as what follows "the answer is", consists of; (None, None) for none.
+    """(index, text) of the option that a text, such as what follows "the answer is", consists of; (None, None) for
+    none.
 
     Where the options are not known, the index is that of the letter, and the text is what follows it.
     """
@@ -208,7 +211,11 @@ def read_choice(text: str, choices: Sequence[str]) -> Named:
             at = table.keys.index(key)
             label = _LABELLED.fullmatch(whole.strip("*_`\"' ")) if len(key) <= 2 else None
             letter = next(filter(None, label.groups()[:3]), "") if label else ""
-            if not letter or letter.isdigit() != table.digits or _index(letter, table.digits) in (at, *range(len(choices), 99)):
+            if (
+                not letter
+                or letter.isdigit() != table.digits
+                or _index(letter, table.digits) in (at, *range(len(choices), 99))
+            ):
                 return at, key
             if not label or not label[1]:
                 return NONE  # the letter of one option, the text of another
@@ -378,7 +385,8 @@ def choice_in_sentence(sentence: str, choices: Sequence[str]) -> Named:
 
 
 def choice_in_list(lines: Sequence[str], choices: Sequence[str]) -> tuple[bool, Named]:
-    """Whether the last of some sentences or lines is one of a list that goes through the options; the only one found right."""
+    """Whether the last of some sentences or lines is one of a list that goes through the options; the only one found
+    right."""
     if not lines or not (last := _ITEM.match(lines[-1])):
         return False, NONE
     table = _table(choices)

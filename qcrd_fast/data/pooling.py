@@ -1,7 +1,7 @@
 """The samples of one question, wherever its rows stand, brought together and voted on one question at a time.
 
-Rows wait in memory, or, where the questions go to a file, beside that file: what is held then grows with the number of rows
-and not with their length.
+Rows wait in memory, or, where the questions go to a file, beside that file: what is held then grows with the number of
+rows and not with their length.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ class Pool:
     """
 
     def __init__(
-        self, bad: Callable[[BadRow], None], task: str | None = None, folder: Path | None = None, reader: Reader = DEFAULT
+        self,
+        bad: Callable[[BadRow], None],
+        task: str | None = None,
+        folder: Path | None = None,
+        reader: Reader = DEFAULT,
     ):
         self.bad, self.task, self.reader = bad, task, reader
         self._spool = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(folder)) if folder else None  # noqa: SIM115
@@ -58,7 +62,9 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._spool:
             self._spool.close()
 
@@ -126,7 +132,9 @@ class Pool:
             elif same:
                 named = " and ".join(map(repr, same[:2]))
                 self.bad(
-                    BadRow(first.path, first.line, f"this question has the ids {named}; give the row the one that is meant")
+                    BadRow(
+                        first.path, first.line, f"this question has the ids {named}; give the row the one that is meant"
+                    )
                 )
                 del self._rows[key]
         self._rows = dict(sorted(self._rows.items(), key=lambda item: _order(item[1][0])))
@@ -137,7 +145,9 @@ class Pool:
             return source, record
         question = record.question
         sides = [record.samples] if not record.prepared else [question.positives, question.negatives]
-        packed = [[(r.text, _packed(r.answer), r.source, r.score, r.reply, r.truncated) for r in side] for side in sides]
+        packed = [
+            [(r.text, _packed(r.answer), r.source, r.score, r.reply, r.truncated) for r in side] for side in sides
+        ]
         values = [source, record.line, record.prepared, [_packed(getattr(question, name)) for name in _FIELDS], packed]
         place = self._end
         self._end += self._spool.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
@@ -225,7 +235,8 @@ def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tup
     )
     if solution is not None and not samples:
         golds = [record.question.gold for record in group if record.question.gold is not None]
-        solutions = [found for gold in golds if (found := reader.solution(gold, task, choices))]  # all of one answer, as above
+        # all of one answer, as above
+        solutions = [found for gold in golds if (found := reader.solution(gold, task, choices))]
         texts = tuple(dict.fromkeys(found.rationale for found in solutions))
         shown = tuple(Rationale(text, fields["gold"], "gold") for text in texts)
         result = Vote(fields["gold"], {fields["gold"]: len(shown)}, shown, ())

@@ -1,4 +1,5 @@
-"""Quantities in text: a number with its sign, wrappings, multiplier and unit, or the finding that there is none, or several."""
+"""Quantities in text: a number with its sign, wrappings, multiplier and unit, or the finding that there is none, or
+several."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Number(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A number and the text it was read from, or why there is none; `blocks`: an answer was given, but no single value."""
+    """A number and the text it was read from, or why there is none; `blocks`: an answer was given, but no single
+    value."""
 
     number: Number | None
     why: str = ""
@@ -65,19 +67,22 @@ _FIRST = re.compile(r"[-+(\s]{0,16}\.?\d")
 _SUM = re.compile(r"(?<=[\d)])\s*[-+]\s*(?=[\d(.])")
 _SCIENTIFIC = re.compile(rf"([-+]?\s*{NUMBER})\s*(?:\*|[xX])\s*10\s*(?:\^|\*\*)\s*\(?\s*([-+]?\s*\d{{1,3}})\s*\)?")
 _MULTIPLIERS = {
-    "hundred": 2, "thousand": 3, "million": 6, "millions": 6, "billion": 9, "billions": 9, "trillion": 12, "bn": 9, "mn": 6,
+    "hundred": 2, "thousand": 3, "million": 6, "millions": 6, "billion": 9, "billions": 9, "trillion": 12, "bn": 9,
+    "mn": 6,
     "mln": 6,
     "tausend": 3, "millionen": 6, "mio": 6, "milliarde": 9, "milliarden": 9, "mrd": 9, "billionen": 12,
     "mille": 3, "milliard": 9, "milliards": 9, "mil": 3, "mil millones": 9, "mill\u00f3n": 6, "millones": 6, "mila": 3,
     "milione": 6,
-    "milioni": 6, "miliardo": 9, "miliardi": 9, "milh\u00e3o": 6, "milh\u00f5es": 6, "bilh\u00e3o": 9, "bilh\u00f5es": 9,
+    "milioni": 6, "miliardo": 9, "miliardi": 9, "milh\u00e3o": 6, "milh\u00f5es": 6, "bilh\u00e3o": 9,
+    "bilh\u00f5es": 9,
     "тысяча": 3, "тысячи": 3, "тысяч": 3, "тыс": 3, "миллион": 6, "миллиона": 6, "миллионов": 6, "млн": 6,
     "миллиард": 9, "миллиарда": 9, "миллиардов": 9, "млрд": 9,
     "\u5341": 1, "\u767e": 2, "\u5343": 3, "\u4e07": 4, "\u842c": 4, "\u5104": 8, "\u4ebf": 8, "\u5146": 12,
     "\u767e\u4e07": 6, "\u5343\u4e07": 7,
 }  # fmt: skip
 _MULTIPLIER = re.compile(
-    r"\s*(?:(" + "|".join(sorted((re.escape(w) for w in _MULTIPLIERS if w.isascii() or w[0] < "\u3000"), key=len, reverse=True))
+    r"\s*(?:(" + "|".join(sorted((re.escape(w) for w in _MULTIPLIERS if w.isascii() or w[0] < "\u3000"), key=len,
+    reverse=True))
     + r")(?![\w])\.?|([\u5341\u767e\u5343\u4e07\u842c\u5104\u4ebf\u5146]{1,2}))", re.IGNORECASE,
 )  # fmt: skip
 _HALF = re.compile(r"\s+and\s+(?:a|one)\s+(half|quarter|third)(?![\w])", re.IGNORECASE)
@@ -207,7 +212,9 @@ _PLACE = re.compile(
     r"\[\s*$",
     re.IGNORECASE,
 )
-_NO_UNIT = re.compile(r"\s*(?:decimals?|significant|d\.?p\.?|sig\.?)(?![\w])|\s*\](?!\s*$)|\s*steps?(?![\w])", re.IGNORECASE)
+_NO_UNIT = re.compile(
+    r"\s*(?:decimals?|significant|d\.?p\.?|sig\.?)(?![\w])|\s*\](?!\s*$)|\s*steps?(?![\w])", re.IGNORECASE
+)
 _STEP = re.compile(
     r"(?<![\w])(?:steps?|part|case|question|problem|figure|equation|schritt|\u00e9tape|paso|passo|шаг)\s*\d+[.:)]?|"
     r"\u6b65\u9aa4\s*\d+|\u7b2c\s*\d+\s*\u6b65",
@@ -236,7 +243,8 @@ _WORDED_MORE = re.compile(rf"[\s,]*(?:and\s+)?(?:{NUMBER_WORDS.pattern})", re.IG
 
 
 def point_style(text: str, decimal: str, groups: bool = True) -> str:
-    """`text` with its numbers as in English, `1234.5`: decimal commas, and groups set off by spaces or apostrophes, undone."""
+    """`text` with its numbers as in English, `1234.5`: decimal commas, and groups set off by spaces or apostrophes,
+    undone."""
     if decimal == "comma":
         return _COMMA_RUN.sub(lambda run: _uncomma(run[0]), text)
     if groups and ("'" in text or "\u2019" in text or " " in text):
@@ -260,9 +268,10 @@ def plain(text: str, decimal: str = "point", groups: bool = True) -> str:
 def read_quantity(text: str, *, decimal: str = "point", expressions: bool = False, label: bool = False) -> Found:
     """The quantity that a text, such as a box's content or the sentence behind "the answer is", consists of.
 
-    After it may come a unit, a clause with "because", or further remarks behind a comma; `label`: behind a mere `Answer:`,
-    where
-    such remarks with digits of their own show that a train of thought begins. With `expressions`, a sum is one quantity.
+    After it may come a unit, a clause with "because", or further remarks behind a comma; `label`: behind a mere
+    `Answer:`, where
+    such remarks with digits of their own show that a train of thought begins. With `expressions`, a sum is one
+    quantity.
     """
     text = plain(strip_invisible(text[:MAX_QUANTITY]), decimal).rstrip(" .\n")
     if _ENUMERATION.match(text.lstrip()) and label:
@@ -298,7 +307,8 @@ def read_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
 
 
 def sole_quantity(text: str, *, decimal: str = "point", expressions: bool = False, words: bool = False) -> Found:
-    """The only quantity that stands anywhere in a text; none where there are several, or with `words` number words as well."""
+    """The only quantity that stands anywhere in a text; none where there are several, or with `words` number words as
+    well."""
     text = _STEP.sub(" ", _UNIT_POWER.sub("", plain(strip_invisible(text), decimal, groups=False))).rstrip(" .\n")
     only: tuple[int, str] | None = None
     position = 0
@@ -319,16 +329,20 @@ def sole_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
     while body.endswith(")") and body.count(")") > opened:
         body = body[:-1].rstrip()
     before = text[max(0, start - 40) : start]
-    if (re.match(r"[-+]\s", body) and before[-1:].isspace() and before.rstrip()[-1:].isalnum()) or before.rstrip().endswith(
-        ("*", "/", "^", "+", "(-")
-    ):
+    if (
+        re.match(r"[-+]\s", body) and before[-1:].isspace() and before.rstrip()[-1:].isalnum()
+    ) or before.rstrip().endswith(("*", "/", "^", "+", "(-")):
         return Found(None, "part of an expression without a value", blocks=True)
     if _BOUND_BEFORE.search(before) or before.rstrip().endswith(
         ("\u221a", "\u221a(", "<", ">", "<=", ">=", "!=", "\u2264", "\u2265", "\u00b1", "\u2260")
     ):
         return Found(None, "a bound or a denial, no value", blocks=True)
     after = text[start + len(body) :]
-    if _ODD.search(text[start : start + len(body) + 12].split("=")[-1]) or _DATE_AFTER.match(after) or _REMAINDER.match(after):
+    if (
+        _ODD.search(text[start : start + len(body) + 12].split("=")[-1])
+        or _DATE_AFTER.match(after)
+        or _REMAINDER.match(after)
+    ):
         return Found(None, "a date or another spelling, no number", blocks=True)
     unit = _NO_UNIT.match(after)
     precision = unit is not None and (not unit[0].lstrip().startswith("step") or _PLACE.search(before) is not None)

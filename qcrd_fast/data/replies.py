@@ -3,8 +3,8 @@ r"""One reader of replies: reasoning, rationale and answer of whatever a teacher
     read_reply("3 * 6 = 18 jars. The answer is \\boxed{18}.", "number")
     -> Reading(reasoning="", rationale="3 * 6 = 18 jars.", answer="18", why="\\boxed{18}")
 
-The rules stand in docs/replies.md. Where the text leaves a doubt there is no answer: an unreadable reply costs one sample, a
-wrong reading teaches a wrong rationale.
+The rules stand in docs/replies.md. Where the text leaves a doubt there is no answer: an unreadable reply costs one
+sample, a wrong reading teaches a wrong rationale.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ MAX_OWN_ANSWER = 32768  # characters, the last ones, of an answer of its own
 
 
 class Reading(NamedTuple):
-    """A reply taken apart. `answer` is None where none can be read as one of the task; `why` says what was read, or why not."""
+    """A reply taken apart. `answer` is None where none can be read as one of the task; `why` says what was read, or why
+    not."""
 
     reasoning: str
     rationale: str
@@ -57,11 +58,12 @@ class Reading(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """How replies and answers are read and compared: the options `--thinking`, `--decimal`, `--tolerance`, `--answer-regex`
-    and `--answer-reader`.
+    """How replies and answers are read and compared: the options `--thinking`, `--decimal`, `--tolerance`,
+    `--answer-regex` and `--answer-reader`.
 
-    `pattern`: of the last match in a reply its first group, or all of it, is the answer. `function`: (text, task, choices) ->
-    the answer or None. With either, replies are read in no other way; golds and answers of their own are, where it finds none.
+    `pattern`: of the last match in a reply its first group, or all of it, is the answer. `function`: (text, task,
+    choices) -> the answer or None. With either, replies are read in no other way; golds and answers of their own are,
+    where it finds none.
     """
 
     thinking: str = "auto"
@@ -98,7 +100,8 @@ class Reader:
         return cls(thinking, decimal, width, pattern, _load(answer_reader) if answer_reader is not None else None)
 
     def read(self, text: str, task: str, choices: Sequence[str] = (), *, truncated: bool = False) -> Reading:
-        """A whole reply taken apart; where it was `truncated` at its maximum length, only an announced answer counts."""
+        """A whole reply taken apart; where it was `truncated` at its maximum length, only an announced answer
+        counts."""
         parts = split_thinking(text)
         outside = cut_next_question(parts.outside).strip()
         if self.pattern or self.function:
@@ -119,7 +122,8 @@ class Reader:
         return Reading(parts.thinking, rationale, found.value.text if found.value else None, found.why, found.value)
 
     def sample(self, sample: Rationale, task: str, choices: Sequence[str] = ()) -> Reading:
-        """A sample's rationale and answer: of a raw reply both are read from its text; else its answer is read by itself."""
+        """A sample's rationale and answer: of a raw reply both are read from its text; else its answer is read by
+        itself."""
         if sample.reply:
             return self.read(sample.text, task, choices, truncated=sample.truncated)
         parts = split_thinking(sample.text)
@@ -198,7 +202,8 @@ DEFAULT = Reader()
 
 
 def _from_json(text: str) -> tuple[str, str] | None:
-    """(rationale, answer) of a reply that is a JSON object with an answer, perhaps in a code fence; None for any other."""
+    """(rationale, answer) of a reply that is a JSON object with an answer, perhaps in a code fence; None for any
+    other."""
     text = _JSON_FENCE.sub("", text).strip() if text.startswith("```") else text
     if not (text.startswith("{") and text.endswith("}")) or len(text) > MAX_OWN_ANSWER:
         return None
@@ -214,9 +219,9 @@ def _from_json(text: str) -> tuple[str, str] | None:
         return None
     why = next((values[key] for key in _REASON_KEYS if isinstance(values.get(key), (str, list))), "")
     steps = why if isinstance(why, list) else [why]
-    return "\n".join(step for step in steps if isinstance(step, str)).strip(), answer if isinstance(answer, str) else str(
-        answer
-    ).lower()
+    return "\n".join(step for step in steps if isinstance(step, str)).strip(), answer if isinstance(
+        answer, str
+    ) else str(answer).lower()
 
 
 def _load(name: str) -> Callable[[str, str, Sequence[str]], str | None]:
@@ -264,7 +269,8 @@ def extract_answer(text: str, task: str, choices: Sequence[str] = ()) -> str | N
 
 
 def is_correct(prediction: str, gold: str, task: str, choices: Sequence[str] = ()) -> bool:
-    """Whether generated text answers `gold`. Pass `parse_choices(question)` for choices, so that letters are understood."""
+    """Whether generated text answers `gold`. Pass `parse_choices(question)` for choices, so that letters are
+    understood."""
     said, wanted = extract_answer(prediction, task, choices), DEFAULT.answer(gold, task, choices)[0]
     return said is not None and wanted is not None and DEFAULT.same(said, wanted, task, choices)
 

@@ -1,4 +1,5 @@
-"""The rows of one input, good and bad, as they are read: file type and format recognised, before any pooling or vote."""
+"""The rows of one input, good and bad, as they are read: file type and format recognised, before any pooling or
+vote."""
 
 from __future__ import annotations
 
@@ -27,7 +28,19 @@ from qcrd_fast.utils.files import printable
 AHEAD_ROWS = 64  # whose keys tell what a file is
 AHEAD_CHARACTERS = 1024 * 1024
 _BESIDE = {
-    *("context", "contexts", "passages", "facts", "fact", "document", "documents", "paragraph", "paragraphs", "story", "table"),
+    *(
+        "context",
+        "contexts",
+        "passages",
+        "facts",
+        "fact",
+        "document",
+        "documents",
+        "paragraph",
+        "paragraphs",
+        "story",
+        "table",
+    ),
     *("premise", "background", "evidence", "support", "supportingfacts", "articles"),
 }  # plain names of what a question may be about; those in `fields.ROLES` come on top
 
@@ -36,7 +49,8 @@ _BESIDE = {
 class Scanner:
     """How inputs are read. One scanner reads all inputs of a command, so that ids are the same in all of them.
 
-    `split` must be there; `part` is what a folder of several splits is read for. `mapping` is role: key, as `--map` says.
+    `split` must be there; `part` is what a folder of several splits is read for. `mapping` is role: key, as `--map`
+    says.
 
     Raises:
         InputError: an unknown format or role.
@@ -55,7 +69,8 @@ class Scanner:
         self.mapping = parse_mapping(self.mapping)
         self.reports: list[InputReport] = []
         self._ids: dict[bytes, str] = {}  # id of the question with a text, where rows are told apart by it
-        self.beside: dict[bytes, tuple[str, bytes]] = {}  # where a key beside a question was first seen, with what value
+        # where a key beside a question was first seen, with what value
+        self.beside: dict[bytes, tuple[str, bytes]] = {}
         self._owners: dict[bytes, bytes] = {}  # the text that an id of another tool was first seen with
         self._batch: Mapping[str, str] | None = None
         self._answered: set[str] = set()  # requests of the batch that have a line of output
@@ -92,7 +107,9 @@ class Scanner:
         if not missing:
             return []
         named = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        return [f"{len(missing):,} of {len(self._batch or ()):,} requests of --batch-input have no line of output: {named}"]
+        return [
+            f"{len(missing):,} of {len(self._batch or ()):,} requests of --batch-input have no line of output: {named}"
+        ]
 
     def answered(self, identity: Any) -> None:
         """Count a request of the batch as one with a line of output."""
@@ -124,7 +141,9 @@ class _Scan:
     def records(self, format: str) -> Iterator[Record | BadRow]:
         where, files = self.report.path, self.files
         samples = dss.iter_samples(files) if files and files.samples else None
-        opened = open_rows(self.rows, split=self.scanner.split, part=self.scanner.part, config_name=self.scanner.config_name)
+        opened = open_rows(
+            self.rows, split=self.scanner.split, part=self.scanner.part, config_name=self.scanner.config_name
+        )
         head = list(_first_rows(iter(opened)))
         self._decide([value for _, value in head if isinstance(value, dict)], format)
         line, count, unpaired = 1, 0, 0
@@ -153,14 +172,17 @@ class _Scan:
             self.report.without_sample = 0
         total = count - unpaired + sum(1 for _ in samples) if samples else count
         if total != count:
-            raise Mismatch(BadRow(where, line, f"{count} rows, but {total} samples in {printable(self.rows.parent / 'llm')}"))
+            raise Mismatch(
+                BadRow(where, line, f"{count} rows, but {total} samples in {printable(self.rows.parent / 'llm')}")
+            )
         assert not isinstance(self.scanner.mapping, str)
         for role, key in (self.scanner.mapping or {}).items():
             if count and key not in self.mapped:
                 raise InputError(f"{where}: no row has a key {key!r}, which --map {role}={key} names")
 
     def _decide(self, rows: list[dict[str, Any]], format: str) -> None:
-        """Find the format that the first rows have: that of the first, but where it has no sample, that of all their keys."""
+        """Find the format that the first rows have: that of the first, but where it has no sample, that of all their
+        keys."""
         if not rows:
             return
         union: dict[str, Any] = {}
@@ -184,10 +206,13 @@ class _Scan:
             return
         keys = ", ".join(f"{printable(key)[:80]!r}" for key in list(row.values)[:20])
         hint = f"; they look like {usual.name!r} ({usual.title})" if usual else ""
-        raise InputError(f"{self.report.path}: --format {forced.name} is for {forced.title}, but its rows have {keys}{hint}")
+        raise InputError(
+            f"{self.report.path}: --format {forced.name} is for {forced.title}, but its rows have {keys}{hint}"
+        )
 
     def _has_samples(self, found: Format, row: Row) -> bool:
-        """Whether a row has samples as this format reads it, or is of a format whose samples do not stand in its rows."""
+        """Whether a row has samples as this format reads it, or is of a format whose samples do not stand in its
+        rows."""
         if found.name in ("openai-batch", "openai-batch-input", "dss"):
             return True
         try:
@@ -213,7 +238,8 @@ class _Scan:
         return Row(values, mapping)
 
     def _parse(self, values: dict[str, Any], format: str) -> Parsed:
-        """What the file's format makes of a row; where its first rows did not tell, the first that a format claims does."""
+        """What the file's format makes of a row; where its first rows did not tell, the first that a format claims
+        does."""
         row = self._row(values)
         self.mapped |= row.values.keys() & set(row.mapping.values())
         if self.found is None:
@@ -228,7 +254,11 @@ class _Scan:
         except InputError as error:
             raise InputError(f"{self.report.path}: {error}") from None
         except RowError as error:
-            if str(error).startswith("missing key 'question'") and not row.has("question") and "positives" not in row.values:
+            if (
+                str(error).startswith("missing key 'question'")
+                and not row.has("question")
+                and "positives" not in row.values
+            ):
                 raise RowError(_no_question(row)) from None
             raise
         self.report.add_unread(parsed.unread)
@@ -248,7 +278,9 @@ class _Scan:
         text = text_digest(question)
         for key, value in self.beside.items():
             digest = hashlib.blake2b(f"{value!r}".encode("utf-8", "replace"), digest_size=8).digest()
-            first, other = self.scanner.beside.setdefault(_short(f"{text} {key}"), (f"{self.report.path}:{line}", digest))
+            first, other = self.scanner.beside.setdefault(
+                _short(f"{text} {key}"), (f"{self.report.path}:{line}", digest)
+            )
             if other == digest:
                 continue
             if key.endswith("[system]"):
@@ -269,7 +301,9 @@ class _Scan:
         question, kind = parsed.question, parsed.kind
         if kind == "question":
             self.report.without_sample += 1
-        among_samples = parsed.by_text and self.kind == "sampled" and not misspelt({key: nearest(key) for key in parsed.unread})
+        among_samples = (
+            parsed.by_text and self.kind == "sampled" and not misspelt({key: nearest(key) for key in parsed.unread})
+        )
         if kind == "question" != self.kind and not among_samples:
             key = {"prepared": "'positives'", "sampled": "'samples'"}.get(self.kind, "of a sample")
             what = f"missing key {key}" if not parsed.by_text else "no sample"
@@ -314,7 +348,8 @@ def _size(value: Any) -> int:
 
 
 class Mismatch(InputError):
-    """The samples beside a file are not as many as its rows: which belongs to which is not known, so none can be used."""
+    """The samples beside a file are not as many as its rows: which belongs to which is not known, so none can be
+    used."""
 
     def __init__(self, row: BadRow):
         super().__init__(str(row))
@@ -338,7 +373,11 @@ def parse_mapping(text: Mapping[str, str] | str | None) -> dict[str, str]:
     """
     if not text:
         return {}
-    pairs = list(text.items()) if isinstance(text, Mapping) else [tuple(part.partition("=")[::2]) for part in text.split(",")]
+    pairs = (
+        list(text.items())
+        if isinstance(text, Mapping)
+        else [tuple(part.partition("=")[::2]) for part in text.split(",")]
+    )
     found: dict[str, str] = {}
     for name, key in pairs:
         name, key = name.strip(), key.strip()
@@ -361,7 +400,9 @@ def _beside(row: Row, unread: Iterable[str]) -> dict[str, Any]:
     for key in sorted(unread):
         name, bracket, part = key.partition("[")
         if part == "system]" and name in row.values:
-            found[key] = [turn for turn in as_list(row.values[name]) if isinstance(turn, dict) and _speaks(turn) == "system"]
+            found[key] = [
+                turn for turn in as_list(row.values[name]) if isinstance(turn, dict) and _speaks(turn) == "system"
+            ]
         elif not bracket and (role_of(key) in ("question", "context") or plain(key) in _BESIDE):
             found[key] = row.values.get(key)
     return found

@@ -17,7 +17,8 @@ REJECTED = "rejected"
 class Rationale:
     """One rationale, with the answer it ends in, who said it and the discriminator's score.
 
-    `reply`: `text` is a raw reply from which reasoning, rationale and answer are still to be read; never written to a file.
+    `reply`: `text` is a raw reply from which reasoning, rationale and answer are still to be read; never written to a
+    file.
     `truncated`: the reply was cut at its maximum length, so only an announced answer counts; never written either.
     """
 
@@ -107,7 +108,8 @@ def get_text(
 
 
 def get_answer(row: dict[str, Any], key: str) -> str | None:
-    """An answer: a string, a number as its own text, a boolean as yes or no; None where it is missing, null or empty."""
+    """An answer: a string, a number as its own text, a boolean as yes or no; None where it is missing, null or
+    empty."""
     return get_text(row, key, numbers=True, booleans=True) or None
 
 
@@ -178,7 +180,8 @@ _BESIDE = re.compile(r"\s*([^\w\s])\s*")
 def leak_key(question: Question) -> str:
     """What questions have in common that differ in case, in white space beside signs or in punctuation alone.
 
-    `.,;:!?` and quotes are dropped, but where a digit follows (`2.5`, `.5`, `1,000`); operators, signs and brackets are kept.
+    `.,;:!?` and quotes are dropped, but where a digit follows (`2.5`, `.5`, `1,000`); operators, signs and brackets are
+    kept.
     """
     text = text_key(question).casefold()
     text = _DROPPED.sub(

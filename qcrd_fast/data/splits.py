@@ -12,7 +12,8 @@ SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)
 
 
 def hold_out(questions: Sequence[Question], fraction: float, seed: int = 0) -> tuple[list[Question], list[Question]]:
-    """(train, validation), both in the order given; which questions are held out depends on their ids and the seed alone.
+    """(train, validation), both in the order given; which questions are held out depends on their ids and the seed
+    alone.
 
     `fraction` is rounded to whole questions, at least one on each side where there are two and it is not 0.
     """
@@ -25,7 +26,8 @@ def hold_out(questions: Sequence[Question], fraction: float, seed: int = 0) -> t
 
 
 def drop_overlap(train: Sequence[Question], test: Iterable[Question]) -> tuple[list[Question], int]:
-    """`train` without the questions that stand in `test`, also in other punctuation or case, and how many were dropped."""
+    """`train` without the questions that stand in `test`, also in other punctuation or case, and how many were
+    dropped."""
     seen = {leak_key(question) for question in test}
     kept = [question for question in train if leak_key(question) not in seen]
     return kept, len(train) - len(kept)

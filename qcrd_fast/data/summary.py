@@ -158,10 +158,15 @@ class Tally:
         if count["worked"]:
             return  # the golds' own solutions, which `inspection` speaks of
         if count["with_samples"] and not count["several"]:
-            yield "no question has more than one sample: there is nothing to vote on, and qcrd has no minority to learn from"
+            yield (
+                "no question has more than one sample: there is nothing to vote on, "
+                "and qcrd has no minority to learn from"
+            )
         elif count["questions"] and not count["samples"] and not count["with_samples"] and not count["dropped"]:
             words = count["gold_words"] / max(count["with_gold"], 1)
-            hint = f"; golds have {words:.0f} words: if they are worked solutions, --map solution=KEY" if words > 8 else ""
+            hint = (
+                f"; golds have {words:.0f} words: if they are worked solutions, --map solution=KEY" if words > 8 else ""
+            )
             yield f"no question has a sample: these rows serve eval, collect and --method finetune{hint}"
 
 

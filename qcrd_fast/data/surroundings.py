@@ -104,7 +104,8 @@ def in_doubt(before: str) -> bool:
 
 
 def lead_of_box(text: str, start: int) -> tuple[str, str]:
-    """(what the words and signs before a box do to it: "", "-" or why there is no answer in it; the lead as plain text)."""
+    """(what the words and signs before a box do to it: "", "-" or why there is no answer in it; the lead as plain
+    text)."""
     raw = sentence_before(text, start)
     depth, at = 0, len(raw)
     for brace in reversed(list(re.finditer(r"(?<!\\)[{}]", raw))):
@@ -132,7 +133,11 @@ def asked(text: str, stop: int) -> bool:
 def split_boxes(between: str) -> bool:
     """Whether two boxes, with this text between them, belong to different sentences, lines or steps of a chain."""
     plain = simplify(between).strip("$ \t")
-    return plain in ("=", "\u2248") or _FULL_STOP.search(plain + " ") is not None or TAKEN_BACK.search(". " + plain) is not None
+    return (
+        plain in ("=", "\u2248")
+        or _FULL_STOP.search(plain + " ") is not None
+        or TAKEN_BACK.search(". " + plain) is not None
+    )
 
 
 def tail_of_box(text: str, stop: int) -> str:

@@ -1,4 +1,5 @@
-"""Rows of CSV, TSV, parquet and `datasets`: a row becomes an object of column: value, without the columns that are empty.
+"""Rows of CSV, TSV, parquet and `datasets`: a row becomes an object of column: value, without the columns that are
+empty.
 
 pyarrow and datasets are imported where they are needed; the extra `datasets` installs both.
 """
@@ -150,7 +151,9 @@ def parquet_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
             meta = file.metadata
             largest = max((meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)), default=0)
             if largest > free_bytes():
-                raise RowError(f"a row group of {largest:,} bytes, more than the memory that is free; write smaller row groups")
+                raise RowError(
+                    f"a row group of {largest:,} bytes, more than the memory that is free; write smaller row groups"
+                )
             for batch in file.iter_batches(batch_size=BATCH_ROWS, use_threads=False):
                 yield from _arrow_rows(path, batch, lines)
             if not meta.num_rows:
@@ -159,7 +162,10 @@ def parquet_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
         raise
     except (OSError, ValueError) as error:  # what pyarrow raises
         line = next(lines)
-        yield line, BadRow(printable(path), line, f"not readable as parquet: {_first_line(error)}; nothing after it is read")
+        yield (
+            line,
+            BadRow(printable(path), line, f"not readable as parquet: {_first_line(error)}; nothing after it is read"),
+        )
 
 
 def _arrow_rows(path: str | Path, batch: Any, lines: Iterator[int]) -> Iterator[tuple[int, Any]]:
@@ -169,7 +175,10 @@ def _arrow_rows(path: str | Path, batch: Any, lines: Iterator[int]) -> Iterator[
     for part in parts:
         if part.num_rows == 1 and part.nbytes > MAX_ROW_BYTES:
             line = next(lines)
-            yield line, BadRow(printable(path), line, f"a row of {part.nbytes:,} bytes; at most {MAX_ROW_BYTES:,} are read")
+            yield (
+                line,
+                BadRow(printable(path), line, f"a row of {part.nbytes:,} bytes; at most {MAX_ROW_BYTES:,} are read"),
+            )
             continue
         for row in part.to_pylist():
             # a column is there for every row; a null means that this row lacks the key
@@ -230,7 +239,9 @@ def _split(names: list[str], split: str | None, part: str | None, path: str | Pa
         return close[0]
     if len(names) == 1 and not split:
         return names[0]
-    how = f"--split NAME picks one, or name {printable(path)}/SPLIT" if os.path.isdir(path) else "--split NAME picks one"
+    how = (
+        f"--split NAME picks one, or name {printable(path)}/SPLIT" if os.path.isdir(path) else "--split NAME picks one"
+    )
     raise InputError(f"{printable(path)}: no split {wanted!r} (there: {', '.join(names)}); {how}")
 
 

@@ -1,4 +1,5 @@
-"""Reasoning blocks of a reply told apart from what stands outside them: tags, channels and control tokens of chat models."""
+"""Reasoning blocks of a reply told apart from what stands outside them: tags, channels and control tokens of chat
+models."""
 
 from __future__ import annotations
 
@@ -38,13 +39,16 @@ _ANSWER_TAG = re.compile(r"<(/?)(?:final[_ -]?)?answer\s*>", re.IGNORECASE)
 _LINE_TAG = re.compile(
     r"<(?:/?(?:p|div|h[1-6]|li|ul|ol|tr|table|tbody|blockquote)|br\s*/?)(?:\s[^<>\n]{0,120})?>", re.IGNORECASE
 )
-_WORD_TAG = re.compile(r"</?(?:b|strong|i|em|u|span|mark|font|small|code|td|th|center)(?:\s[^<>\n]{0,120})?>", re.IGNORECASE)
+_WORD_TAG = re.compile(
+    r"</?(?:b|strong|i|em|u|span|mark|font|small|code|td|th|center)(?:\s[^<>\n]{0,120})?>", re.IGNORECASE
+)
 _FENCE_NAMES = frozenset(_NAMES.split("|"))
 _SOLUTION = re.compile(r"<\|(?:begin|end)_of_solution\|>")
 
 
 class Parts(NamedTuple):
-    """`thinking` and `outside` of a reply; `cut`: a block has a start and no end, so the reply never came to its answer."""
+    """`thinking` and `outside` of a reply; `cut`: a block has a start and no end, so the reply never came to its
+    answer."""
 
     thinking: str
     outside: str

@@ -1,4 +1,5 @@
-"""Self-consistency: the majority answer of a question's samples splits them into positives and negatives (section 2)."""
+"""Self-consistency: the majority answer of a question's samples splits them into positives and negatives (section
+2)."""
 
 from __future__ import annotations
 
@@ -45,12 +46,14 @@ def vote(
     - A sample without a rationale votes, but is on neither side; it is counted in `without_rationale`.
     - The same rationale with the same answer counts once; the further ones are counted in `duplicates`.
     - Answers are equal as `answers.groups` says: numbers also where they agree rounded.
-    - A tie goes to the answer with the smallest sha256 of (seed, question id, answer): it depends neither on the order of
-      the samples nor on chance, and favours no answer. All answers distinct is a tie of all of them. Fewer samples than K
-      are no special case: one sample is a majority of one.
+    - A tie goes to the answer with the smallest sha256 of (seed, question id, answer): it depends neither on the order
+    of
+      the samples nor on chance, and favours no answer. All answers distinct is a tie of all of them. Fewer samples than
+      K are no special case: one sample is a majority of one.
     - `votes` and the answers of the returned rationales are spelled one way for each answer: numbers and yes/no in
       canonical form, other answers as most samples write them (the smallest such spelling), so `votes[majority]` holds.
-    - Where samples are of preference pairs, the majority is that of the chosen ones; where none of these is readable, no
+    - Where samples are of preference pairs, the majority is that of the chosen ones; where none of these is readable,
+    no
       rejected reply takes their place: the majority is None, and both sides are empty but for `gold`.
     - With `gold` the sides are split by agreement with it instead; the majority stays the vote's.
 
@@ -59,7 +62,8 @@ def vote(
     samples = list(samples)
     readings = [reader.sample(sample, task, choices) for sample in samples]
     read = [
-        None if reading.answer is None else reading.value or reader.value(reading.answer, task, choices) for reading in readings
+        None if reading.answer is None else reading.value or reader.value(reading.answer, task, choices)
+        for reading in readings
     ]
     led = iter(groups([value for value in read if value is not None], task, reader.tolerance))
     values = [value for value in read if value is not None]
@@ -78,7 +82,12 @@ def vote(
         seen.add(mark)
         without += not mark[0]
         kept.append(
-            (key, dataclasses.replace(sample, text=reading.rationale, answer=reading.answer, reply=False, truncated=False))
+            (
+                key,
+                dataclasses.replace(
+                    sample, text=reading.rationale, answer=reading.answer, reply=False, truncated=False
+                ),
+            )
         )
     told = tuple(zip(samples, readings, strict=True))
     if not kept:

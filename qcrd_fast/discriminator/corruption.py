@@ -28,12 +28,12 @@ def augment(
     """`text` corrupted in one of the ways `kinds`; never `text` itself. A pure function of its arguments: `key` (seed,
     question id, index) names the random numbers.
 
-    mask, replace: 15 to 50 % of the words (at least one) become `BLANK`, or words of `words`. What is not a word, spaces
-    and punctuation, is kept, so that the corruption cannot be told by its layout.
-    answer-swap: `answer` becomes another one, wherever it stands: a number near it or of the same text, else one of `others`.
-    sentence-drop: one sentence of two or more is missing.
-    Where the drawn way changes nothing (no answer in the text, a single sentence) the others are tried, and at last a `BLANK`
-    is put at the end.
+    mask, replace: 15 to 50 % of the words (at least one) become `BLANK`, or words of `words`. What is not a word,
+    spaces and punctuation, is kept, so that the corruption cannot be told by its layout.
+    answer-swap: `answer` becomes another one, wherever it stands: a number near it or of the same text, else one of
+    `others`. sentence-drop: one sentence of two or more is missing.
+    Where the drawn way changes nothing (no answer in the text, a single sentence) the others are tried, and at last a
+    `BLANK` is put at the end.
     """
     if not kinds or set(kinds) - set(AUGMENTATIONS):
         raise ValueError(f"kinds are of {', '.join(AUGMENTATIONS)}; got {kinds!r}")

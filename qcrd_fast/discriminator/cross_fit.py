@@ -1,8 +1,8 @@
 """Cross-fitting: each question is scored by a discriminator that was trained without it.
 
-A discriminator repeats the labels of what it was trained on, so the scores of a run's own rationales are worth something out
-of fold alone. A question's fold is a hash of its text and the seed: another spelling of a question is in the same fold, and
-what a checkpoint scores later needs no list of who was trained on what.
+A discriminator repeats the labels of what it was trained on, so the scores of a run's own rationales are worth
+something out of fold alone. A question's fold is a hash of its text and the seed: another spelling of a question is in
+the same fold, and what a checkpoint scores later needs no list of who was trained on what.
 
 Shapes: R rationales, K folds.
 """
@@ -105,7 +105,9 @@ class CrossFitted(nn.Module):
         else:
             prefixes = [f"fold-{k}." for k in range(count)]
             if stray := [name for name in own if not name.startswith(tuple(prefixes))]:
-                raise InputError(f"{len(stray)} weights are not those of a discriminator of {count} folds, e.g. {stray[0]}")
+                raise InputError(
+                    f"{len(stray)} weights are not those of a discriminator of {count} folds, e.g. {stray[0]}"
+                )
             for k, prefix in enumerate(prefixes):
                 self._model(k).load_tensors({n.removeprefix(prefix): t for n, t in own.items() if n.startswith(prefix)})
         self.platt = None if found is None else [(float(a), float(b)) for a, b in found.tolist()]
@@ -115,7 +117,9 @@ class CrossFitted(nn.Module):
         assert isinstance(model, Discriminator)
         return model
 
-    def _of_folds(self, pairs: Sequence[Pair], run: Callable[[int, list[Pair]], Tensor], which: Callable[[str], int]) -> Tensor:
+    def _of_folds(
+        self, pairs: Sequence[Pair], run: Callable[[int, list[Pair]], Tensor], which: Callable[[str], int]
+    ) -> Tensor:
         by_fold: dict[int, list[int]] = {}
         for i, (question, _) in enumerate(pairs):
             by_fold.setdefault(which(question), []).append(i)
@@ -131,7 +135,8 @@ def build_judge(options: Mapping[str, Any], student_model: Any, student_tokenize
     """The discriminators of the options `discriminator`, `discriminator_folds` and `seed`, all alike at first; None for
     `discriminator` none. Options that a run did not have yet mean what it did then."""
     known = TrainConfig().to_dict() | LEGACY | {name: value for name, value in options.items() if value is not None}
-    TrainConfig.from_dict({name: known[name] for name in ("discriminator", "discriminator_folds", "seed")})  # may be of a file
+    # may be of a file
+    TrainConfig.from_dict({name: known[name] for name in ("discriminator", "discriminator_folds", "seed")})
     first = build_discriminator(known["discriminator"], student_model, student_tokenizer, seed=known["seed"])
     if first is None:
         return None
@@ -144,7 +149,8 @@ def build_judge(options: Mapping[str, Any], student_model: Any, student_tokenize
 class Check:
     """How a discriminator does on rationales of questions that it has not seen.
 
-    auc, auc_low, auc_high: of right against wrong, with the 95 % interval over questions; None where there are not both.
+    auc, auc_low, auc_high: of right against wrong, with the 95 % interval over questions; None where there are not
+    both.
     calibration_error: of the scores in use. refused: auc_low is under `--discriminator-min-auc`.
     """
 
@@ -162,7 +168,11 @@ class Check:
     @property
     def results(self) -> dict[str, Any]:
         """For `eval_results.json`."""
-        return {"discriminator_auc": self.auc, "discriminator_auc_low": self.auc_low, "discriminator_refused": self.refused}
+        return {
+            "discriminator_auc": self.auc,
+            "discriminator_auc_low": self.auc_low,
+            "discriminator_refused": self.refused,
+        }
 
     @property
     def low_text(self) -> str:
@@ -173,11 +183,13 @@ class Check:
         """For the log."""
         if self.auc is None or self.auc_low is None:
             return (
-                f"held-out AUC unknown: {self.questions} held-out questions with {self.rationales} rationales, not both classes"
+                f"held-out AUC unknown: {self.questions} held-out questions with {self.rationales} rationales, "
+                "not both classes"
             )
         return (
-            f"held-out AUC {self.auc:.3f} (95% interval {self.auc_low:.3f} to {self.auc_high:.3f}) on {self.rationales} "
-            f"rationales of {self.questions} questions, calibration error {self.calibration_error:.3f}"
+            f"held-out AUC {self.auc:.3f} (95% interval {self.auc_low:.3f} to {self.auc_high:.3f}) on "
+            f"{self.rationales} rationales of {self.questions} questions, calibration error "
+            f"{self.calibration_error:.3f}"
         )
 
 
@@ -187,7 +199,9 @@ class CrossFitTrainer:
     def __init__(self, discriminator: CrossFitted, config: TrainConfig):
         self.discriminator, self.config = discriminator, config
         count = len(discriminator.models)
-        self.trainers = [DiscriminatorTrainer(discriminator._model(k), config, k if count > 1 else None) for k in range(count)]
+        self.trainers = [
+            DiscriminatorTrainer(discriminator._model(k), config, k if count > 1 else None) for k in range(count)
+        ]
 
     @property
     def optimizer_bytes(self) -> int:
@@ -198,7 +212,9 @@ class CrossFitTrainer:
         for trainer in self.trainers:
             trainer.set_alpha(alpha_d)
 
-    def pretrain(self, questions: Sequence[Question], steps: int, on_step: Callable[[int], None] | None = None) -> float | None:
+    def pretrain(
+        self, questions: Sequence[Question], steps: int, on_step: Callable[[int], None] | None = None
+    ) -> float | None:
         """`steps` optimizer steps of each discriminator on the teacher's rationales; mean loss or None.
 
         `on_step(step)` is called after each step, counted over all folds.
@@ -218,18 +234,23 @@ class CrossFitTrainer:
         on_step: Callable[[int], None] | None = None,
     ) -> float | None:
         """One pass over at most config.discriminator_update_batches batches of each; mean loss, or None without any."""
-        return _mean([t.update(self._without(k, questions), lagged, iteration, on_step) for k, t in enumerate(self.trainers)])
+        return _mean(
+            [t.update(self._without(k, questions), lagged, iteration, on_step) for k, t in enumerate(self.trainers)]
+        )
 
     def check(self, questions: Sequence[Question], held_out: Sequence[Question], calibrate: bool = True) -> Check:
-        """Calibrate the scores on questions that their discriminator has not seen, and see how well they tell right from wrong.
+        """Calibrate the scores on questions that their discriminator has not seen, and see how well they tell right
+        from wrong.
 
-        Out of fold that is `questions`, those trained on; a single discriminator has `held_out` alone. At most `MAX_CHECKED`
-        of them, by a hash. Platt scaling learns the split into positives and negatives, as the discriminators do. The AUC
-        compares rationales of one fold, whose logits are of one discriminator that saw none of their labels; right and wrong is
-        by gold where the row has it (and `--label` is not majority).
+        Out of fold that is `questions`, those trained on; a single discriminator has `held_out` alone. At most
+        `MAX_CHECKED` of them, by a hash. Platt scaling learns the split into positives and negatives, as the
+        discriminators do. The AUC compares rationales of one fold, whose logits are of one discriminator that saw none
+        of their labels; right and wrong is by gold where the row has it (and `--label` is not majority).
         """
         several, config = len(self.trainers) > 1, self.config
-        chosen = sorted(questions if several else held_out, key=lambda q: hashlib.sha256(q.id.encode()).digest())[:MAX_CHECKED]
+        chosen = sorted(questions if several else held_out, key=lambda q: hashlib.sha256(q.id.encode()).digest())[
+            :MAX_CHECKED
+        ]
         rows = [(q, r, up) for q in chosen for up, side in ((True, q.positives), (False, q.negatives)) for r in side]
         pairs = [(question_text(q), r.text) for q, r, _ in rows]
         logits = self.discriminator.logits(pairs).double().tolist()
@@ -237,13 +258,18 @@ class CrossFitTrainer:
         positive = [up for *_, up in rows]
         if calibrate and config.effective("discriminator_calibration") == "platt":
             of_fold = [[i for i, fold in enumerate(folds) if fold == k] for k in range(len(self.trainers))]
-            self.discriminator.platt = [platt([logits[i] for i in some], [positive[i] for i in some]) for some in of_fold]
+            self.discriminator.platt = [
+                platt([logits[i] for i in some], [positive[i] for i in some]) for some in of_fold
+            ]
         scales = self.discriminator.platt or [(1.0, 0.0)] * len(self.trainers)
         scores = [_sigmoid(scales[k][0] * z + scales[k][1]) for z, k in zip(logits, folds, strict=True)]
         right = [up if config.label == "majority" else is_right(q, r, up) for q, r, up in rows]
         ids = [q.id for q, *_ in rows]
         value = float(auc_by_fold(logits, right, folds, np.ones((1, len(rows))))[0])
-        low, high = interval(auc_by_fold(logits, right, folds, question_weights(ids, resamples=RESAMPLES))) or (None, None)
+        low, high = interval(auc_by_fold(logits, right, folds, question_weights(ids, resamples=RESAMPLES))) or (
+            None,
+            None,
+        )
         least = config.effective("discriminator_min_auc")
         return Check(
             auc=None if math.isnan(value) else value,

@@ -45,7 +45,9 @@ def load_encoder(name: str) -> tuple[Any, Any]:
     model, tokenizer = load_pretrained(name, "--discriminator", lambda _: AutoModel, whole=False)
     encoder = model.get_encoder() if model.config.is_encoder_decoder else model
     if not isinstance(getattr(encoder.config, "hidden_size", None), int):
-        raise InputError(f"--discriminator {name!r} is no text encoder: {type(encoder).__name__} has no single hidden size")
+        raise InputError(
+            f"--discriminator {name!r} is no text encoder: {type(encoder).__name__} has no single hidden size"
+        )
     return encoder, tokenizer
 
 

@@ -17,8 +17,8 @@ MAX_CELLS = 4_000_000  # of weight_BR held at once
 
 
 def auc(score_R: Any, positive_R: Any, weight_BR: Any = None) -> Any:
-    """Chance that a positive scores above a negative, a tie counting half: a float, or [B] with `weight_BR`; nan without
-    a pair to compare."""
+    """Chance that a positive scores above a negative, a tie counting half: a float, or [B] with `weight_BR`; nan
+    without a pair to compare."""
     score_R, positive_R = np.asarray(score_R, float), np.asarray(positive_R, bool)
     single = weight_BR is None
     weight_BR = np.ones((1, len(score_R))) if single else np.asarray(weight_BR, float)
@@ -89,7 +89,8 @@ def auc_within(score_R: Any, positive_R: Any, question_R: Sequence[Any]) -> floa
 
 
 def calibration(score_R: Any, positive_R: Any, bins: int = BINS) -> dict[str, Any]:
-    """Expected calibration error, and the table behind it: mean score against the share of positives, in bins of the score."""
+    """Expected calibration error, and the table behind it: mean score against the share of positives, in bins of the
+    score."""
     score_R, positive_R = np.asarray(score_R, float), np.asarray(positive_R, bool)
     bin_R = np.clip((score_R * bins).astype(int), 0, bins - 1)
     table, error = [], 0.0
@@ -105,9 +106,9 @@ def calibration(score_R: Any, positive_R: Any, bins: int = BINS) -> dict[str, An
 def platt(logit_R: Any, positive_R: Any, steps: int = 100) -> tuple[float, float]:
     """(a, b) of the calibrated score sigmoid(a logit + b): Platt scaling, by Newton's method.
 
-    The targets are smoothed as in Platt (1999): (n+ + 1) / (n+ + 2) and 1 / (n- + 2), so that classes that are told apart
-    without error keep a finite slope. a >= 0: where a higher logit means worse, the score is the base rate. Without both
-    classes (1, 0): the scores stay as they are.
+    The targets are smoothed as in Platt (1999): (n+ + 1) / (n+ + 2) and 1 / (n- + 2), so that classes that are told
+    apart without error keep a finite slope. a >= 0: where a higher logit means worse, the score is the base rate.
+    Without both classes (1, 0): the scores stay as they are.
     """
     logit_R, positive_R = np.asarray(logit_R, float), np.asarray(positive_R, bool)
     rights, wrongs = int(positive_R.sum()), int((~positive_R).sum())

@@ -41,7 +41,8 @@ class Discriminator(nn.Module):
         return next(self.parameters()).device
 
     def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-        """score_B in (0, 1), fp32 even under autocast. Every row needs a token with attention mask 1, as `encode` sees to."""
+        """score_B in (0, 1), fp32 even under autocast. Every row needs a token with attention mask 1, as `encode` sees
+        to."""
         return torch.sigmoid(self._logit(input_ids_BL, attention_mask_BL))
 
     def _logit(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
@@ -52,14 +53,16 @@ class Discriminator(nn.Module):
             return self.head(pooled_BH).squeeze(-1)
 
     def encode(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        """(input_ids_BL, attention_mask_BL) of question, separator, rationale; padded on the right, on the module's device.
+        """(input_ids_BL, attention_mask_BL) of question, separator, rationale; padded on the right, on the module's
+        device.
 
         Beyond `max_length` the question loses its left end first, then the rationale its right end.
         """
         return pad_right(self._token_ids(pairs), self._pad_id, self.device)
 
     def rate(self, pairs: Sequence[Pair], max_tokens: int = MAX_TOKENS) -> Tensor:
-        """score_R of `pairs` in their order, with gradient, in the current mode; pairs of similar length run together."""
+        """score_R of `pairs` in their order, with gradient, in the current mode; pairs of similar length run
+        together."""
         return torch.sigmoid(self.logits(pairs, max_tokens))
 
     def logits(self, pairs: Sequence[Pair], max_tokens: int = MAX_TOKENS) -> Tensor:
@@ -81,7 +84,9 @@ class Discriminator(nn.Module):
         """{name: weight}, each once however many names it is tied to: what safetensors accepts."""
         first_name = self._first_names()
         return {
-            name: t.detach().contiguous() for name, t in self.state_dict(keep_vars=True).items() if first_name[name] == name
+            name: t.detach().contiguous()
+            for name, t in self.state_dict(keep_vars=True).items()
+            if first_name[name] == name
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -120,12 +125,15 @@ class Discriminator(nn.Module):
         return _first_id(self.tokenizer, "pad_token_id", "eos_token_id") or 0
 
 
-def build_discriminator(name: str, student_model: Any, student_tokenizer: Any, *, seed: int = 0) -> Discriminator | None:
-    """The discriminator of `--discriminator name`, fp32, on the student's device, sharing no parameter with the student.
+def build_discriminator(
+    name: str, student_model: Any, student_tokenizer: Any, *, seed: int = 0
+) -> Discriminator | None:
+    """The discriminator of `--discriminator name`, fp32, on the student's device, sharing no parameter with the
+    student.
 
     "none": None. "auto": a copy of an encoder-decoder student's own encoder, else a `SmallEncoder` over the student's
-    vocabulary. Anything else: a Hugging Face folder or hub id (of an encoder-decoder, its encoder), from safetensors alone
-    and without remote code; raises `InputError` where it cannot be loaded.
+    vocabulary. Anything else: a Hugging Face folder or hub id (of an encoder-decoder, its encoder), from safetensors
+    alone and without remote code; raises `InputError` where it cannot be loaded.
     """
     if name == "none":
         return None

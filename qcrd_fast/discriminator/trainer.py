@@ -2,8 +2,8 @@
 
 Shapes: R rationales, Q questions.
 
-Everything random here comes from a key (seed, what, when), never from call order, and inside a fork of torch's generators:
-the student's random numbers are left alone and a resumed run repeats the uninterrupted one.
+Everything random here comes from a key (seed, what, when), never from call order, and inside a fork of torch's
+generators: the student's random numbers are left alone and a resumed run repeats the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ WEIGHT_DECAY = 0.01
 MAX_REPLACEMENT_WORDS = 100_000
 
 
-def discriminator_loss(score_R: Tensor, question_R: Tensor, positive_R: Tensor, kind: str = "bce-all") -> tuple[Tensor, Tensor]:
+def discriminator_loss(
+    score_R: Tensor, question_R: Tensor, positive_R: Tensor, kind: str = "bce-all"
+) -> tuple[Tensor, Tensor]:
     """(L_D, number of questions counted [int64 scalar]); L_D is the mean over the questions that have both classes
     ("bce-all": over all).
 
@@ -105,9 +107,11 @@ class DiscriminatorTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.discriminator_learning_rate * alpha_d
 
-    def pretrain(self, questions: Sequence[Question], steps: int, on_step: Callable[[int], None] | None = None) -> float | None:
-        """`steps` optimizer steps on the teacher's rationales, balanced by corrupted positives (`discriminator_augment`);
-        mean loss or None.
+    def pretrain(
+        self, questions: Sequence[Question], steps: int, on_step: Callable[[int], None] | None = None
+    ) -> float | None:
+        """`steps` optimizer steps on the teacher's rationales, balanced by corrupted positives
+        (`discriminator_augment`); mean loss or None.
 
         Each pass over the questions corrupts anew. `on_step(step)` is called after each step, e.g. to stop the run.
         """
@@ -121,7 +125,8 @@ class DiscriminatorTrainer:
                 for batch in self._batches(usable, key):
                     examples = [_example(question) for question in batch]
                     yield [
-                        e._replace(negatives=e.negatives + _corrupted(e, (*key, e.id), words, kinds, others)) for e in examples
+                        e._replace(negatives=e.negatives + _corrupted(e, (*key, e.id), words, kinds, others))
+                        for e in examples
                     ]
 
         return self._train(itertools.islice(batches(), steps), "pretraining", on_step)
@@ -133,7 +138,8 @@ class DiscriminatorTrainer:
         iteration: int,
         on_step: Callable[[int], None] | None = None,
     ) -> float | None:
-        """One pass over at most config.discriminator_update_batches batches; mean loss, or None if nothing could be learnt.
+        """One pass over at most config.discriminator_update_batches batches; mean loss, or None if nothing could be
+        learnt.
 
         Negatives are the teacher's minority and `lagged[question id]`, the student's. Batches are made of the questions
         that have both classes, shuffled by (seed, iteration).
@@ -181,7 +187,9 @@ class DiscriminatorTrainer:
     def _teaches(self, positives: Sequence[Any], negatives: Sequence[Any] | None) -> bool:
         """Whether a question with these counts in the loss."""
         return bool(
-            positives or negatives if self.config.effective("discriminator_loss") == "bce-all" else positives and negatives
+            positives or negatives
+            if self.config.effective("discriminator_loss") == "bce-all"
+            else positives and negatives
         )
 
     def _batches(self, questions: Sequence[Question], key: tuple[Any, ...]) -> Iterator[list[Question]]:
@@ -190,7 +198,9 @@ class DiscriminatorTrainer:
         random.Random(keyed(*key)).shuffle(order)
         return (order[start : start + size] for start in range(0, len(order), size))
 
-    def _train(self, batches: Iterator[list[_Example]], when: str, on_step: Callable[[int], None] | None) -> float | None:
+    def _train(
+        self, batches: Iterator[list[_Example]], when: str, on_step: Callable[[int], None] | None
+    ) -> float | None:
         """One optimizer step a batch; the mean loss over questions, or None without a batch."""
         total, count = 0.0, 0
         with own_randomness(self.discriminator.device, self.config.seed, "discriminator", when, *self._of_fold):
@@ -234,7 +244,12 @@ class DiscriminatorTrainer:
 
 def judge_questions(discriminator: Scorer, questions: Sequence[Question]) -> dict[str, Any]:
     """`quality.judge` of the teacher's positives against its negatives, on questions that were best held out."""
-    rows = [(q, r.text, right) for q in questions for right, side in ((True, q.positives), (False, q.negatives)) for r in side]
+    rows = [
+        (q, r.text, right)
+        for q in questions
+        for right, side in ((True, q.positives), (False, q.negatives))
+        for r in side
+    ]
     scores = discriminator.score([(question_text(q), text) for q, text, _ in rows]).tolist()
     return score_report(scores, [right for *_, right in rows], [q.id for q, *_ in rows])
 

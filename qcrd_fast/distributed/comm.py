@@ -1,9 +1,9 @@
 """Several processes that train one student, started by torchrun: who they are, and what they tell each other.
 
-A rank is one process with one device. Each step's questions are dealt out to the ranks (`Schedule.micro_batches`); the loss is
-divided by the questions of all ranks, so the sum of their gradients is the gradient of one process that has them all. Rank 0
-alone writes files; the run folder must be one that every rank can read. What ranks tell each other is JSON in tensors, through
-gloo; gradients and shards go through NCCL on GPUs.
+A rank is one process with one device. Each step's questions are dealt out to the ranks (`Schedule.micro_batches`); the
+loss is divided by the questions of all ranks, so the sum of their gradients is the gradient of one process that has
+them all. Rank 0 alone writes files; the run folder must be one that every rank can read. What ranks tell each other is
+JSON in tensors, through gloo; gradients and shards go through NCCL on GPUs.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def _decoded(data: Tensor) -> Any:
 
 
 def own_device(name: str) -> str:
-    """The device of this process for `--device name`: of several on one machine each takes the GPU of its local rank."""
+    """The device of this process for `--device name`: of several on one machine each takes the GPU of its local
+    rank."""
     if world_size() == 1:
         return name
     if name.startswith("cuda:"):
@@ -178,19 +179,21 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[Comm]:
             raise
         reason = " ".join(str(error).split())[:300]
         raise RunError(
-            f"rank {comm.rank}: another of the {size} processes has ended or was silent for --ddp-timeout {timeout_s:g} s "
-            f"({reason}); whole checkpoints are intact, continue with --resume auto"
+            f"rank {comm.rank}: another of the {size} processes has ended or was silent for --ddp-timeout "
+            f"{timeout_s:g} s ({reason}); whole checkpoints are intact, continue with --resume auto"
         ) from error
     _leave()
 
 
 def _leave() -> None:
-    """End this process's part in the group. DDP goes first: were it the last to hold the group, the group's end would wait for
-    a thread that waits for Python's lock, which whoever frees DDP has."""
+    """End this process's part in the group. DDP goes first: were it the last to hold the group, the group's end would
+    wait for a thread that waits for Python's lock, which whoever frees DDP has."""
     gc.collect()
     dist.destroy_process_group()
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection", "timed out"))
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "nccl", "connection", "timed out")
+    )

@@ -19,8 +19,8 @@ T = TypeVar("T")
 class Strategy:
     """How a training pass runs on the ranks: here in one process, the model as it is.
 
-    `training(compute)` and `scoring(compute)` call `compute`, with the model's weights whole inside; the loss that `training`
-    returns is to be multiplied by `scale` before its backward pass.
+    `training(compute)` and `scoring(compute)` call `compute`, with the model's weights whole inside; the loss that
+    `training` returns is to be multiplied by `scale` before its backward pass.
     """
 
     sharded = False
@@ -36,7 +36,8 @@ class Strategy:
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Around a micro-batch's forward and backward passes; gradients are summed over ranks in the `last` one of a step."""
+        """Around a micro-batch's forward and backward passes; gradients are summed over ranks in the `last` one of a
+        step."""
         yield
 
     @contextlib.contextmanager
@@ -56,8 +57,9 @@ class Strategy:
 class DDPStrategy(Strategy):
     """Every rank has the whole model; gradients are averaged over ranks (DistributedDataParallel).
 
-    DDP lays out its buckets anew behind the first pass, unless it looks for unused parameters. Three ranks or more add in an
-    order that follows the layout, so there it looks: a run that is resumed has another first pass than the unbroken one.
+    DDP lays out its buckets anew behind the first pass, unless it looks for unused parameters. Three ranks or more add
+    in an order that follows the layout, so there it looks: a run that is resumed has another first pass than the
+    unbroken one.
     """
 
     def __init__(self, model: Any, comm: Comm):
@@ -79,7 +81,8 @@ class DDPStrategy(Strategy):
 class FSDPStrategy(Strategy):
     """Every rank has a share of each parameter, its gradient and its optimizer state (FSDP2, `fully_shard`).
 
-    Each block of the model is gathered for its own call, the rest for the pass. All ranks must run the model equally often.
+    Each block of the model is gathered for its own call, the rest for the pass. All ranks must run the model equally
+    often.
     """
 
     sharded = True
@@ -116,7 +119,8 @@ class FSDPStrategy(Strategy):
                 unit.reshard()
 
     def weights(self) -> dict[str, Tensor]:
-        found = {n: p.detach() for n, p in self.model.named_parameters(remove_duplicate=False)}  # state_dict() would shard them
+        # state_dict() would shard them
+        found = {n: p.detach() for n, p in self.model.named_parameters(remove_duplicate=False)}
         for prefix, module in self.model.named_modules(remove_duplicate=False):
             for name, buffer in module.named_buffers(recurse=False):
                 if name not in module._non_persistent_buffers_set:
@@ -139,8 +143,8 @@ class _Pass(nn.Module):
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
-    """The model's repeated blocks, inner ones first: what its class names as not to be split, else the members of its longest
-    module list."""
+    """The model's repeated blocks, inner ones first: what its class names as not to be split, else the members of its
+    longest module list."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     if found := [module for module in model.modules() if type(module).__name__ in names]:
         return found[::-1]

@@ -1,8 +1,8 @@
 """One token a row through a Hugging Face model's body, each row at a position of its own.
 
-The caches are buffers [rows, heads, slots, width] that are written in place: a row's token number p stands in slot p, so there
-is no padding to the left, a row can be given to another prompt at any time, and the addresses that a captured CUDA graph knows
-stay. Suffixes: B rows, L tokens of a prompt, S slots, H hidden, h heads, d width of a head.
+The caches are buffers [rows, heads, slots, width] that are written in place: a row's token number p stands in slot p,
+so there is no padding to the left, a row can be given to another prompt at any time, and the addresses that a captured
+CUDA graph knows stay. Suffixes: B rows, L tokens of a prompt, S slots, H hidden, h heads, d width of a head.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # ||logits - model's|| /
 
 
 class Decoder:
-    """A student's body with caches for `rows` prompts of at most `prompt` tokens and `new` tokens after each; fewer rows where
-    they would take more than `most_bytes`.
+    """A student's body with caches for `rows` prompts of at most `prompt` tokens and `new` tokens after each; fewer
+    rows where they would take more than `most_bytes`.
 
-    `style`: how the body wants its mask, a tensor or one by type of layer. Everything runs without gradient, in eval mode and
-    under `autocast`, which the caller sees to.
+    `style`: how the body wants its mask, a tensor or one by type of layer. Everything runs without gradient, in eval
+    mode and under `autocast`, which the caller sees to.
     """
 
     def __init__(
@@ -66,13 +66,18 @@ class Decoder:
     def refresh(self) -> None:
         """After the weights have changed: [h, S] bias of each distance, the largest first, in buffers that stay."""
         for i, module in enumerate(self.biased if self.shared else ()):
-            table = module.compute_bias(1, self.slots, device=self.student.device, past_seen_tokens=self.slots - 1)[0, :, 0]
+            table = module.compute_bias(1, self.slots, device=self.student.device, past_seen_tokens=self.slots - 1)[
+                0, :, 0
+            ]
             self.tables[i] = self.tables[i].copy_(table) if len(self.tables[i]) else table.clone()
 
     # Prompts
 
-    def prefill(self, sources: Sequence[TokenIds], rows: Sequence[int], of: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Row `rows[i]` takes the prompt `sources[of[i]]`, each read once. Returns (first input, its position) of each row."""
+    def prefill(
+        self, sources: Sequence[TokenIds], rows: Sequence[int], of: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Row `rows[i]` takes the prompt `sources[of[i]]`, each read once. Returns (first input, its position) of each
+        row."""
         device = self.student.device
         rows_N, of_N = torch.tensor(rows, device=device), torch.tensor(of, device=device)
         if self.shared:
@@ -85,8 +90,8 @@ class Decoder:
         return [sources[u][-1] for u in of], [len(sources[u]) - 1 for u in of]
 
     def _read(self, sources: Sequence[TokenIds]) -> tuple[States, States]:
-        """Keys and values of the body's own attention and of its attention to the encoder, for right-padded prompts: a causal
-        body never looks at what stands behind."""
+        """Keys and values of the body's own attention and of its attention to the encoder, for right-padded prompts: a
+        causal body never looks at what stands behind."""
         ids_BL, mask_BL = pad_right(sources, self.student.pad_id, self.student.device)
         own, cross = DynamicCache(), DynamicCache()
         if not self.shared:
@@ -113,8 +118,8 @@ class Decoder:
     # Tokens
 
     def step(self, token_B: Tensor, position_B: Tensor, kv_length: int, width: int) -> Tensor:
-        """Hidden states [B, H] after `token_B` at `position_B`, of the first B rows; looks at the first `kv_length` slots, which
-        must hold every position, and at the first `width` tokens of the encoder's."""
+        """Hidden states [B, H] after `token_B` at `position_B`, of the first B rows; looks at the first `kv_length`
+        slots, which must hold every position, and at the first `width` tokens of the encoder's."""
         B = len(token_B)
         self.cache.at(B, kv_length, position_B)
         slot_S = self.slot_S[:kv_length]
@@ -181,10 +186,11 @@ def _plain_attention(config: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def find_style(student: Student, longest: int) -> str:
-    """How the body wants its mask, found by comparing logits with the model's own on a few tokens (more than a sliding window
-    holds, where a sequence of `longest` tokens would leave it).
+    """How the body wants its mask, found by comparing logits with the model's own on a few tokens (more than a sliding
+    window holds, where a sequence of `longest` tokens would leave it).
 
-    Raises `ValueError` saying what goes wrong where this body cannot decode row by row. Call it without autocast, in eval mode.
+    Raises `ValueError` saying what goes wrong where this body cannot decode row by row. Call it without autocast, in
+    eval mode.
     """
     window = getattr(student.model.config.get_text_config(decoder=True), "sliding_window", None) or 0
     first = window + 2 if window and longest > window else 5
@@ -208,8 +214,8 @@ def find_style(student: Student, longest: int) -> str:
 
 @torch.no_grad()
 def teacher_forced(decoder: Decoder, sources: Sequence[TokenIds], replies: Sequence[TokenIds]) -> Tensor:
-    """Logits [B, L + 1, V], fp32, before, between and after the tokens of the replies (all L long), decoded one by one. Each
-    row starts a step after the one before it, so that no two are at the same position."""
+    """Logits [B, L + 1, V], fp32, before, between and after the tokens of the replies (all L long), decoded one by one.
+    Each row starts a step after the one before it, so that no two are at the same position."""
     device, B, steps = decoder.student.device, len(sources), len(replies[0]) + 1
     fed, at = decoder.prefill(sources, list(range(B)), list(range(B)))
     logits: list[list[Tensor]] = [[] for _ in sources]

@@ -1,8 +1,9 @@
-"""Sampling many continuations: a batch that stays full, one decode step captured as a CUDA graph, no host sync but every few
-tokens.
+"""Sampling many continuations: a batch that stays full, one decode step captured as a CUDA graph, no host sync but
+every few tokens.
 
-Prompts wait in a queue, longest first. A row whose continuation has ended goes to the next prompts in the queue, several at a
-time; when the queue is empty, on a CPU, the last rows move into the gaps and the batch shrinks. Suffixes: B rows, N new tokens.
+Prompts wait in a queue, longest first. A row whose continuation has ended goes to the next prompts in the queue,
+several at a time; when the queue is empty, on a CPU, the last rows move into the gaps and the batch shrinks. Suffixes:
+B rows, N new tokens.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ log = logging.getLogger(__name__)
 
 
 def nucleus(top_p: float) -> Callable[[Tensor], Tensor] | None:
-    """What keeps the likeliest entries of logits [B, V], `top_p` of the mass in all, the rest -inf; None where that is all."""
+    """What keeps the likeliest entries of logits [B, V], `top_p` of the mass in all, the rest -inf; None where that is
+    all."""
     if top_p >= 1:
         return None
     warper = TopPLogitsWarper(top_p)
@@ -66,11 +68,12 @@ class Cancelled(Exception):
 
 
 class Sampler:
-    """Draws continuations of prompts of at most `longest` tokens from a student, whose weights may change between two draws but
-    stay where they are in memory.
+    """Draws continuations of prompts of at most `longest` tokens from a student, whose weights may change between two
+    draws but stay where they are in memory.
 
-    Noise belongs to the question (`ops.philox`), so a draw depends on the batch through rounding alone. `static`: decode
-    as a CUDA graph does, all rows always and a few tokens at a time; graphs are captured at the first draw or by `warm_up`.
+    Noise belongs to the question (`ops.philox`), so a draw depends on the batch through rounding alone. `static`:
+    decode as a CUDA graph does, all rows always and a few tokens at a time; graphs are captured at the first draw or by
+    `warm_up`.
     """
 
     def __init__(
@@ -122,11 +125,13 @@ class Sampler:
         stop: threading.Event | None = None,
         limits: Sequence[int] | None = None,
     ) -> list[TokenIds]:
-        """One continuation for each source, EOS included where it was reached; see `qcrd_fast.generation.sample.sample`.
+        """One continuation for each source, EOS included where it was reached; see
+        `qcrd_fast.generation.sample.sample`.
 
         limits: tokens of each at most, 1 or more, where that is fewer than `max_new_tokens`.
 
-        Raises `Cancelled` within a few tokens of `stop` being set, `ValueError` for a prompt or a limit that does not fit.
+        Raises `Cancelled` within a few tokens of `stop` being set, `ValueError` for a prompt or a limit that does not
+        fit.
         """
         most, longest = self.settings.max_new_tokens, self.decoder.prompt
         for i, source in enumerate(sources):
@@ -182,7 +187,9 @@ class Sampler:
             unique = {tuple(r.source): r.source for _, r in some}
             number = {source: u for u, source in enumerate(unique)}
             rows = [b for b, _ in some]
-            token, position = self.decoder.prefill(list(unique.values()), rows, [number[tuple(r.source)] for _, r in some])
+            token, position = self.decoder.prefill(
+                list(unique.values()), rows, [number[tuple(r.source)] for _, r in some]
+            )
             at = torch.tensor(rows, device=device)
             for state_B, values in (
                 (self.token_B, token),
@@ -204,7 +211,15 @@ class Sampler:
         last = [b for b in range(active, self.rows) if row[b] is not None]
         if gaps:
             self.decoder.move(gaps, last)
-            for state in (self.token_B, self.position_B, self.new_B, self.limit_B, self.index_B, self.key_B2, self.done_B):
+            for state in (
+                self.token_B,
+                self.position_B,
+                self.new_B,
+                self.limit_B,
+                self.index_B,
+                self.key_B2,
+                self.done_B,
+            ):
                 state[gaps] = state[last]
             self.out_BN[gaps] = self.out_BN[last]
             for to, source in zip(gaps, last, strict=True):
@@ -244,7 +259,9 @@ class Sampler:
 
     def _step(self, active: int, kv_length: int, width: int) -> None:
         """One token of the first rows; nothing here depends on a value, so that a graph can hold it."""
-        token_B, position_B, new_B, done_B = (x[:active] for x in (self.token_B, self.position_B, self.new_B, self.done_B))
+        token_B, position_B, new_B, done_B = (
+            x[:active] for x in (self.token_B, self.position_B, self.new_B, self.done_B)
+        )
         hidden_BH = self.decoder.step(token_B, position_B, kv_length, width)
         counter_B3 = torch.stack([new_B, self.index_B[:active], self.iteration_B[:active]], 1)
         chosen_B = self._pick(hidden_BH, self.key_B2[:active], counter_B3)
@@ -268,7 +285,8 @@ class Sampler:
             return pick_tokens(logits_BV, key_B2, counter_B3, settings.top_k, warp=self._top_p)
 
     def _graph(self, kv_length: int) -> torch.cuda.CUDAGraph | None:
-        """The graph of a few steps over `kv_length` slots; None, said once, where the body does what a graph cannot hold."""
+        """The graph of a few steps over `kv_length` slots; None, said once, where the body does what a graph cannot
+        hold."""
         if kv_length not in self._graphs:
             states = (self.token_B, self.position_B, self.new_B, self.done_B)
             kept = [state.clone() for state in states]
@@ -300,15 +318,15 @@ class Sampler:
         return graph
 
     def _capture_stream(self) -> torch.cuda.Stream:
-        """The stream that draws, so that a graph has its priority and its multiprocessors; another where that is the default
-        one, which cannot be captured."""
+        """The stream that draws, so that a graph has its priority and its multiprocessors; another where that is the
+        default one, which cannot be captured."""
         device = self.student.device
         current = torch.cuda.current_stream(device)
         return current if current != torch.cuda.default_stream(device) else _side_stream(device)
 
     def _end_capture(self) -> None:
-        """A capture that fails leaves torch's generator as if it went on, and the next dropout would raise: one that succeeds
-        sets it right."""
+        """A capture that fails leaves torch's generator as if it went on, and the next dropout would raise: one that
+        succeeds sets it right."""
         stream = self._capture_stream()
         with contextlib.suppress(RuntimeError), torch.cuda.stream(stream):
             nothing = torch.zeros(1, device=self.student.device)
@@ -323,8 +341,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextlib.contextmanager
 def _never_waiting() -> Iterator[None]:
-    """Inside, what makes the host wait for the device raises `RuntimeError`: here rather than in a capture, which it would
-    break. The mode is the process's, so it is left alone while another thread draws."""
+    """Inside, what makes the host wait for the device raises `RuntimeError`: here rather than in a capture, which it
+    would break. The mode is the process's, so it is left alone while another thread draws."""
     here = threading.current_thread()
     if any(thread is not here and thread.name.startswith(WORKER_NAME) for thread in threading.enumerate()):
         yield

@@ -79,7 +79,8 @@ class GenerateSampler:
         order = sorted(range(len(sources)), key=lambda i: (len(sources[i]), i))
         with eval_mode(model), contextlib.ExitStack() as stack:
             stack.callback(setattr, model, "generation_config", model.generation_config)
-            model.generation_config = GenerationConfig()  # else its penalties and beams would fill what `config` leaves open
+            # else its penalties and beams would fill what `config` leaves open
+            model.generation_config = GenerationConfig()
             for at in range(0, len(order), settings.batch_size):
                 if stop is not None and stop.is_set():
                     raise Cancelled
@@ -94,7 +95,9 @@ class GenerateSampler:
                     key_B2 = torch.tensor([keys[i] for i in rows], device=device)
                     index_B = torch.tensor([indices[i] if indices else 0 for i in rows], device=device)
                     processors.append(
-                        KeyedSampling(key_B2, index_B, iteration, start, settings.temperature, settings.top_k, settings.top_p)
+                        KeyedSampling(
+                            key_B2, index_B, iteration, start, settings.temperature, settings.top_k, settings.top_p
+                        )
                     )
                 with self.autocast() if self.autocast else torch.autocast(device.type, enabled=False):
                     out = model.generate(

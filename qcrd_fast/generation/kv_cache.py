@@ -12,8 +12,8 @@ States = list[tuple[Tensor, Tensor]]  # keys and values [U, heads, L, width] of 
 
 
 class SlotCache(Cache):
-    """Keys and values by row and slot. `at` is set before each step: the rows in use, how many slots are looked at, and the
-    slot that each row writes."""
+    """Keys and values by row and slot. `at` is set before each step: the rows in use, how many slots are looked at, and
+    the slot that each row writes."""
 
     def __init__(self, buffers: States):
         super().__init__(layers=[])
@@ -23,7 +23,9 @@ class SlotCache(Cache):
     def at(self, rows: int, kv_length: int, slot_B: Tensor) -> None:
         self.rows, self.kv_length, self.slot_B = rows, kv_length, slot_B
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         found = []
         for buffer, new in zip(self.buffers[layer_idx], (key_states, value_states), strict=True):
             where = self.slot_B[:, None, None, None].expand(-1, buffer.shape[1], 1, buffer.shape[3])

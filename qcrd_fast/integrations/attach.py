@@ -1,5 +1,5 @@
-"""The loss inside a model's own forward, so that whatever wraps the model (DDP, FSDP2, torch.compile, PEFT, a trainer) sees one
-ordinary forward call, and a sharded head is whole when the loss reads it."""
+"""The loss inside a model's own forward, so that whatever wraps the model (DDP, FSDP2, torch.compile, PEFT, a trainer)
+sees one ordinary forward call, and a sharded head is whole when the loss reads it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.integrations.batch_loss import ATTACHED, IGNORE, Batch, RationaleOutput, Settings, answers_rationales, batch_loss
+from qcrd_fast.integrations.batch_loss import (
+    ATTACHED,
+    IGNORE,
+    Batch,
+    RationaleOutput,
+    Settings,
+    answers_rationales,
+    batch_loss,
+)
 from qcrd_fast.losses import QCRDLoss
 from qcrd_fast.models.lm_head import check_head, check_readable, read_head, unwrapped
 from qcrd_fast.ops.checks import require
@@ -33,29 +41,32 @@ def attach(
 
         model = attach(AutoModelForSeq2SeqLM.from_pretrained("google-t5/t5-small"))
 
-    The result is the same object. Its forward is as before, except that a batch with `rationale` in it is answered with a
-    `RationaleOutput` instead of logits: L = alpha_pred L_pred + alpha_cl L_cl (Eq. 8 without the discriminator's term). `N` of
-    Eq. 3 is `num_items_in_batch` (which Hugging Face's trainers pass, and which counts questions here), else `num_questions`.
+    The result is the same object. Its forward is as before, except that a batch with `rationale` in it is answered with
+    a `RationaleOutput` instead of logits: L = alpha_pred L_pred + alpha_cl L_cl (Eq. 8 without the discriminator's
+    term). `N` of Eq. 3 is `num_items_in_batch` (which Hugging Face's trainers pass, and which counts questions here),
+    else `num_questions`.
 
-    loss_fn: default `QCRDLoss.for_model(model)`: beta 0.2, delta 3 nats/token. two_pass: with gradient, score all rationales
-    first and train those selected (`score_then_train`); otherwise one pass, with gradient through all of them. Without gradient
-    it is always one pass.
+    loss_fn: default `QCRDLoss.for_model(model)`: beta 0.2, delta 3 nats/token. two_pass: with gradient, score all
+    rationales first and train those selected (`score_then_train`); otherwise one pass, with gradient through all of
+    them. Without gradient it is always one pass.
 
-    Call it before or after wrapping the model in DistributedDataParallel, `fully_shard`, `torch.compile`, PEFT or Accelerate,
-    but before FSDP1 and once the weights are there. Once more changes the settings, and heals what replaced the model's forward
-    meanwhile (Liger kernels). The head is looked up at each batch, so it may be resized or replaced, and PEFT may switch or
-    disable its adapters; its weight is read inside the head's own call, where FSDP has made it whole. `detach` undoes it.
+    Call it before or after wrapping the model in DistributedDataParallel, `fully_shard`, `torch.compile`, PEFT or
+    Accelerate, but before FSDP1 and once the weights are there. Once more changes the settings, and heals what replaced
+    the model's forward meanwhile (Liger kernels). The head is looked up at each batch, so it may be resized or
+    replaced, and PEFT may switch or disable its adapters; its weight is read inside the head's own call, where FSDP has
+    made it whole. `detach` undoes it.
 
-    Raises `InputError` where the model has no output embedding, where that has an active adapter (LoRA) of its own, where its
-    weight is not there or split (meta device, FSDP1, ZeRO-3, tensor parallelism), where the model's logits are not those of its
-    head, where `config.output_router_logits` adds a router's loss, which would be left out, and where `loss_fn` scales logits
-    otherwise than the model does.
+    Raises `InputError` where the model has no output embedding, where that has an active adapter (LoRA) of its own,
+    where its weight is not there or split (meta device, FSDP1, ZeRO-3, tensor parallelism), where the model's logits
+    are not those of its head, where `config.output_router_logits` adds a router's loss, which would be left out, and
+    where `loss_fn` scales logits otherwise than the model does.
     """
     settings = read_settings(model, loss_fn, alpha_pred, alpha_cl, two_pass)
     inner: Any = unwrapped(model)
     if not answers_rationales(inner):
         inner.forward = _Forward(inner)
-    inner.accepts_loss_kwargs = True  # so that Hugging Face's trainers pass N and do not divide by the accumulation steps
+    # so that Hugging Face's trainers pass N and do not divide by the accumulation steps
+    inner.accepts_loss_kwargs = True
     setattr(inner, ATTACHED, settings)
     for wrapper in _peft_wrappers(model):
         if _refuse_prompt_tuning not in wrapper._forward_pre_hooks.values():
@@ -64,13 +75,16 @@ def attach(
 
 
 def read_settings(model: Any, loss_fn: QCRDLoss | None, alpha_pred: float, alpha_cl: float, two_pass: bool) -> Settings:
-    """The settings of `attach`, once the model's head was found to be one that the loss can stand in for. Errors as there."""
+    """The settings of `attach`, once the model's head was found to be one that the loss can stand in for. Errors as
+    there."""
     for name, value in (("alpha_pred", alpha_pred), ("alpha_cl", alpha_cl)):
         if not (math.isfinite(value) and value >= 0):
             raise InputError(f"{name} must be finite and at least 0, got {value}")
     inner: Any = unwrapped(model)
     if not (hasattr(inner, "config") and hasattr(inner, "base_model")):
-        raise InputError(f"{type(inner).__name__} is not a Hugging Face model; call QCRDLoss inside its forward instead")
+        raise InputError(
+            f"{type(inner).__name__} is not a Hugging Face model; call QCRDLoss inside its forward instead"
+        )
     _check_router(inner)
     before: Settings | None = vars(inner).get(ATTACHED)
     known = before is not None and answers_rationales(inner)
@@ -87,7 +101,9 @@ def read_settings(model: Any, loss_fn: QCRDLoss | None, alpha_pred: float, alpha
             f"{head.scale:g} and softcap {head.softcap}; make it with QCRDLoss.for_model(model, ...)"
         )
     if loss_fn.ignore_index != IGNORE:
-        raise InputError(f"loss_fn.ignore_index must be {IGNORE}, which the collator writes; got {loss_fn.ignore_index}")
+        raise InputError(
+            f"loss_fn.ignore_index must be {IGNORE}, which the collator writes; got {loss_fn.ignore_index}"
+        )
     accepts = vars(inner).get("accepts_loss_kwargs") if before is None else before.accepts_loss_kwargs
     return Settings(loss_fn, float(alpha_pred), float(alpha_cl), bool(two_pass), lower, accepts)
 
@@ -95,8 +111,8 @@ def read_settings(model: Any, loss_fn: QCRDLoss | None, alpha_pred: float, alpha
 def detach(model: Model) -> Model:
     """Undo `attach`: the model has the forward and attributes that it had before. Returns the same object.
 
-    Does nothing to a model that was not attached to. Where something wrapped the forward since (Accelerate), the wrapper stays
-    and passes every call on to the model's own forward.
+    Does nothing to a model that was not attached to. Where something wrapped the forward since (Accelerate), the
+    wrapper stays and passes every call on to the model's own forward.
     """
     inner: Any = unwrapped(model)
     settings: Settings | None = vars(inner).pop(ATTACHED, None)
@@ -117,7 +133,8 @@ def detach(model: Model) -> Model:
 
 
 class _Forward:
-    """The forward of an attached model: it answers batches of rationales, and passes other calls on to what it replaced.
+    """The forward of an attached model: it answers batches of rationales, and passes other calls on to what it
+    replaced.
 
     An object rather than a closure, so that a deep copy or a pickle of the model has one of its own.
     """
@@ -127,7 +144,8 @@ class _Forward:
     def __init__(self, model: Any):
         self.model = model
         replaced = vars(model).get("forward")  # None: the class's own
-        self.is_method = hasattr(replaced, "__func__")  # kept as a function, so that a copy of the model calls it with itself
+        # kept as a function, so that a copy of the model calls it with itself
+        self.is_method = hasattr(replaced, "__func__")
         self.replaced: Callable[..., Any] | None = getattr(replaced, "__func__", replaced)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -177,8 +195,8 @@ def _check_router(model: Any) -> None:
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     if getattr(config, "output_router_logits", False) or getattr(text, "output_router_logits", False):
         raise InputError(
-            f"{type(model).__name__}: config.output_router_logits is on, but the router's auxiliary loss would be left out; "
-            "set model.config.output_router_logits = False (the experts are then trained without it)"
+            f"{type(model).__name__}: config.output_router_logits is on, but the router's auxiliary loss would be "
+            "left out; set model.config.output_router_logits = False (the experts are then trained without it)"
         )
 
 
@@ -196,8 +214,8 @@ def _refuse_prompt_tuning(module: Any, args: Any, kwargs: dict[str, Any]) -> Non
     """A PEFT model's own forward would put virtual tokens in front of the batch."""
     if "rationale" in kwargs and "forward" not in vars(module) and module.active_peft_config.is_prompt_learning:
         raise InputError(
-            f"{module.active_peft_config.peft_type.value}: prompt tuning, prefix tuning and other virtual tokens are not "
-            "supported for a batch of rationales; use LoRA"
+            f"{module.active_peft_config.peft_type.value}: prompt tuning, prefix tuning and other virtual tokens are "
+            "not supported for a batch of rationales; use LoRA"
         )
 
 
@@ -225,8 +243,8 @@ def rationale_forward(
     hidden: Tensor | None = None,
     **others: Any,
 ) -> RationaleOutput:
-    """`forward` of a batch with `rationale` in it. `labels` was for counting alone; what other arguments wrappers add is
-    refused unless it says nothing."""
+    """`forward` of a batch with `rationale` in it. `labels` was for counting alone; what other arguments wrappers add
+    is refused unless it says nothing."""
     unknown = [name for name, value in others.items() if value is not None and name not in ("return_dict", "use_cache")]
     if unknown:
         raise ValueError(f"a batch of rationales takes no {', '.join(unknown)}")

@@ -1,7 +1,8 @@
-"""The loss of a padded batch of rationales and labels, L = a1 L_pred + a2 L_cl (Eq. 8 without the discriminator's term).
+"""The loss of a padded batch of rationales and labels, L = a1 L_pred + a2 L_cl (Eq. 8 without the discriminator's
+term).
 
-Two passes: all rationales are scored without gradient, then those that were selected, and the labels, are trained. Or one, in
-which every rationale carries gradient through the model. `attach` runs this inside a model's own forward.
+Two passes: all rationales are scored without gradient, then those that were selected, and the labels, are trained. Or
+one, in which every rationale carries gradient through the model. `attach` runs this inside a model's own forward.
 
 Shapes: S sources, B sequences (R rationales, then the labels), L padded length, T target tokens, H hidden, Q questions.
 """
@@ -32,12 +33,14 @@ IGNORE = -100  # a target that is not scored
 
 @dataclasses.dataclass
 class RationaleOutput(ModelOutput):
-    """What an attached model returns for a batch of rationales. The losses are differentiable scalars, the rest is detached.
+    """What an attached model returns for a batch of rationales. The losses are differentiable scalars, the rest is
+    detached.
 
     loss = alpha_pred * loss_pred + alpha_cl * loss_cl (Eq. 8 without the discriminator's term)
     loss_pred: 1/N sum over questions of the label's mean -log p [nats/token]
     loss_cl = loss_pos - beta * loss_neg (Eq. 3), with the terms of Eq. 6 and Eq. 7
-    nll_R, selected_R, active_R, weight_R: as in `QCRDLoss`, for the batch's R rationales, from the scoring pass if there is one
+    nll_R, selected_R, active_R, weight_R: as in `QCRDLoss`, for the batch's R rationales, from the scoring pass if
+    there is one
     """
 
     loss: Tensor | None = None
@@ -53,8 +56,8 @@ class RationaleOutput(ModelOutput):
     def __getitem__(self, name: Any) -> Any:
         if name == "logits":  # what label smoothing, and metrics of a next-token loss, ask for
             raise InputError(
-                "a batch of rationales has a loss but no logits: label smoothing (label_smoothing_factor) is not supported, "
-                "nor are metrics of the logits"
+                "a batch of rationales has a loss but no logits: label smoothing (label_smoothing_factor) is not "
+                "supported, nor are metrics of the logits"
             )
         return super().__getitem__(name)
 
@@ -67,25 +70,27 @@ def score_then_train(
     quality: Tensor | None = None,
     iteration: int = 0,
 ) -> RationaleOutput:
-    """The two-pass step: score all rationales of a batch in eval mode without gradient, select, then run what was selected,
-    and the labels, with gradient. Call `backward` on the result's `loss`.
+    """The two-pass step: score all rationales of a batch in eval mode without gradient, select, then run what was
+    selected, and the labels, with gradient. Call `backward` on the result's `loss`.
 
-    model: one that `attach` was called on, also inside DistributedDataParallel, FSDP2, torch.compile or PEFT. batch: of a
-    `RationaleCollator`. num_questions: N of Eq. 3, the questions of the whole optimizer batch over all micro-batches and ranks
-    (default: those of this batch). quality: the scores of the batch's rationales in [0, 1], fp32 [R], in place of the batch's
-    own. iteration: what `sampling` is keyed by, beside the seed and the question.
+    model: one that `attach` was called on, also inside DistributedDataParallel, FSDP2, torch.compile or PEFT. batch: of
+    a `RationaleCollator`. num_questions: N of Eq. 3, the questions of the whole optimizer batch over all micro-batches
+    and ranks (default: those of this batch). quality: the scores of the batch's rationales in [0, 1], fp32 [R], in
+    place of the batch's own. iteration: what `sampling` is keyed by, beside the seed and the question.
 
-    Micro-batches then add up: each one's `loss` is its share of the whole batch's, so no division by their number is due. Where
-    ranks' gradients are averaged (DDP, FSDP), multiply by the number of ranks.
+    Micro-batches then add up: each one's `loss` is its share of the whole batch's, so no division by their number is
+    due. Where ranks' gradients are averaged (DDP, FSDP), multiply by the number of ranks.
 
-    Raises `InputError` for a model that `attach` was not called on, and `ValueError` for a batch that is not as the collator's.
+    Raises `InputError` for a model that `attach` was not called on, and `ValueError` for a batch that is not as the
+    collator's.
     """
     inner = unwrapped(model)
     if not hasattr(inner, ATTACHED):
         raise InputError(f"{type(inner).__name__}: call qcrd_fast.attach(model) once before score_then_train")
     if not answers_rationales(inner):
         raise InputError(
-            f"{type(inner).__name__}: something replaced the model's forward after attach (Liger kernels do); call attach again"
+            f"{type(inner).__name__}: something replaced the model's forward after attach (Liger kernels do); call "
+            f"attach again"
         )
     given = {"num_questions": num_questions, "quality": quality}
     batch = {**batch, **{name: value for name, value in given.items() if value is not None}}
@@ -106,7 +111,8 @@ class Settings:
 
 
 def answers_rationales(model: Any) -> bool:
-    """Whether the forward that `attach` gave the model is its forward still, by itself or inside of wrappers (Accelerate's)."""
+    """Whether the forward that `attach` gave the model is its forward still, by itself or inside of wrappers
+    (Accelerate's)."""
     forward = vars(model).get("forward")
     while forward is not None and not hasattr(forward, ANSWERS):
         forward = getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)
@@ -189,7 +195,9 @@ def batch_loss(
         return out, torch.cat([out.weight_R, of_labels.to(out.weight_R.dtype)])
 
     @eagerly
-    def total(out: ContrastiveOutput, logprob_T: Tensor, sequence_T: Tensor, weight_B: Tensor, kept_B: Any) -> RationaleOutput:
+    def total(
+        out: ContrastiveOutput, logprob_T: Tensor, sequence_T: Tensor, weight_B: Tensor, kept_B: Any
+    ) -> RationaleOutput:
         def loss_terms_of(weight_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             terms = (logprob_T, sequence_T, positive[kept_B], weight_B[kept_B])
             return weighted_rationale_loss(*terms, beta=loss_fn.beta, delta=loss_fn.delta)
@@ -209,7 +217,8 @@ def batch_loss(
         )
 
     if two_pass and torch.is_grad_enabled():
-        with torch.no_grad(), eval_mode(model):  # of the ranks of a group each must run its model, with rationales or without
+        # of the ranks of a group each must run its model, with rationales or without
+        with torch.no_grad(), eval_mode(model):
             scored_B = torch.arange(max(R, 1), device=question.device)
             out, weight_B = select(*token_logprobs(model, settings, batch.take(scored_B)))
         kept_B = (weight_B != 0).nonzero()[:, 0]
@@ -227,7 +236,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """(log p of each target token [T], its sequence [T]); the head runs as a module, whose weight is then whole.
 
-    Which module that is, is looked up at each call: heads are resized and replaced, and PEFT switches and disables them.
+    Which module that is, is looked up at each call: heads are resized and replaced, and PEFT switches and disables
+    them.
     """
     hidden_BLH = hidden_states(model, batch) if hidden_BLH is None else hidden_BLH
     scored_BL = batch.target != IGNORE
@@ -247,13 +257,19 @@ def token_logprobs(
 
 
 def _head_logprob(
-    self: Any, hidden: Tensor, *, logprob_target: Tensor, head_bias: Tensor | None, loss_fn: QCRDLoss, max_rows: int | None
+    self: Any,
+    hidden: Tensor,
+    *,
+    logprob_target: Tensor,
+    head_bias: Tensor | None,
+    loss_fn: QCRDLoss,
+    max_rows: int | None,
 ) -> Tensor:
     """The head's forward meanwhile: log p of each target [T], without logits."""
     if hasattr(self.weight, "full_tensor"):  # FSDP has made it whole by now
         raise InputError(
-            "the output head is split over ranks by tensor parallelism, which is not supported, or, in make_compute_loss_func, "
-            "by FSDP: use attach there"
+            "the output head is split over ranks by tensor parallelism, which is not supported, or, in "
+            "make_compute_loss_func, by FSDP: use attach there"
         )
     own = getattr(self, "bias", None)
     return linear_logprob(

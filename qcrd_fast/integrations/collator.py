@@ -1,4 +1,5 @@
-"""Prepared rows -> the padded tensors of one batch, ready for a model that `attach` was called on, or for `QCRDLoss` by hand.
+"""Prepared rows -> the padded tensors of one batch, ready for a model that `attach` was called on, or for `QCRDLoss` by
+hand.
 
 Shapes: Q questions, B sequences (R rationales, then the labels), S sources, L padded length.
 """
@@ -30,8 +31,8 @@ class RationaleCollator:
         collate = RationaleCollator(tokenizer, model)
         batch = collate(rows)
 
-    The prompts are those of `qcrd-fast train`: `explain: ` before a rationale's question, `predict: ` before a label's. A
-    target ends in EOS, which counts; one cut at `max_target_length` gets none. The batch is a dictionary:
+    The prompts are those of `qcrd-fast train`: `explain: ` before a rationale's question, `predict: ` before a label's.
+    A target ends in EOS, which counts; one cut at `max_target_length` gets none. The batch is a dictionary:
 
     | key | shape | what |
     |---|---|---|
@@ -44,16 +45,20 @@ class RationaleCollator:
     | `positive`, `is_label` | [B] bool | positives and labels; labels |
     | `quality` | [B] fp32 | only where `quality` is given; 1 for labels |
     | `question_key` | [Q] int64 | 63 bits of the question's id, which sampling is keyed by |
-    | `labels` | [Q, 2] | (-100, key): one entry a question, so that Hugging Face's `num_items_in_batch` counts questions |
+    | `labels` | [Q, 2] | (-100, key): one entry a question, so that Hugging Face's `num_items_in_batch` counts
+    questions |
     | `num_questions` | int | Q |
-    | `max_selected_tokens` | int | a bound on the tokens that get gradient where one rationale of each kind is selected |
+    | `max_selected_tokens` | int | a bound on the tokens that get gradient where one rationale of each kind is selected
+    |
 
     tokenizer: a Hugging Face tokenizer with EOS. model: its model, read for the next two and not kept.
-    is_encoder_decoder, decoder_start_token_id: in place of a model (default of the second: the pad token, as in T5). A model's
-    own shift is asked what comes before a target (T5Gemma: BOS; mBART: the target's last token), unless it is given here.
-    label: what the label task teaches: `auto` (gold where known, else majority), `gold`, `majority`, or `none` for no labels.
-    quality: None for weights of 1; `"score"` for the rows' own scores; or a function of [(question, rationale), ...] to scores
-    [R] in [0, 1], such as `discriminator.score`. num_positives: at most so many positives of a question.
+    is_encoder_decoder, decoder_start_token_id: in place of a model (default of the second: the pad token, as in T5). A
+    model's own shift is asked what comes before a target (T5Gemma: BOS; mBART: the target's last token), unless it is
+    given here.
+    label: what the label task teaches: `auto` (gold where known, else majority), `gold`, `majority`, or `none` for no
+    labels.
+    quality: None for weights of 1; `"score"` for the rows' own scores; or a function of [(question, rationale), ...] to
+    scores [R] in [0, 1], such as `discriminator.score`. num_positives: at most so many positives of a question.
     prompt_template, max_source_length, max_target_length [tokens]: as in `qcrd-fast train`.
 
     Raises `InputError` for a row that is not a prepared one, or that lacks the label or score asked for.
@@ -76,7 +81,9 @@ class RationaleCollator:
         config = None if model is None else unwrapped(model).config
         if is_encoder_decoder is None:
             if config is None:
-                raise InputError("RationaleCollator needs the model, or is_encoder_decoder=True (T5) or False (decoder-only)")
+                raise InputError(
+                    "RationaleCollator needs the model, or is_encoder_decoder=True (T5) or False (decoder-only)"
+                )
             is_encoder_decoder = bool(config.is_encoder_decoder)
         if label not in LABELS:
             raise InputError(f"label is one of {', '.join(LABELS)}; got {label!r}")
@@ -110,7 +117,9 @@ class RationaleCollator:
         R = len(sequences)
         for q, item in enumerate(questions if self.label != "none" else ()):
             label = self._label(item)
-            sequences.append((q, self.prompter.source_ids(PREDICT, question_text(item)), self.prompter.target_ids(label), True))
+            sequences.append(
+                (q, self.prompter.source_ids(PREDICT, question_text(item)), self.prompter.target_ids(label), True)
+            )
         if not sequences:  # a rank of its own must still run its model: a sequence without a scored token
             sequences.append((0, self.prompter.source_ids(EXPLAIN, question_text(questions[0])), [], True))
         B, key_Q = len(sequences), torch.tensor([question_key(item.id or item.question) for item in questions])
@@ -121,7 +130,9 @@ class RationaleCollator:
         batch["is_label"] = torch.arange(B) >= R
         if self.quality is not None:
             batch["quality"] = torch.ones(B)
-            batch["quality"][:R] = self._scores(questions, [(s[0], r) for s, r in zip(sequences, rationales, strict=False)])
+            batch["quality"][:R] = self._scores(
+                questions, [(s[0], r) for s, r in zip(sequences, rationales, strict=False)]
+            )
         batch["question_key"] = key_Q
         batch["labels"] = torch.stack([torch.full_like(key_Q, IGNORE), key_Q], 1)
         batch["num_questions"] = len(questions)
@@ -131,7 +142,9 @@ class RationaleCollator:
         batch["max_selected_tokens"] = sum(longest.values()) + sum(len(s[2]) for s in sequences[R:])
         return batch
 
-    def _rationales(self, questions: Sequence[Question]) -> tuple[list[tuple[int, TokenIds, TokenIds, bool]], list[Rationale]]:
+    def _rationales(
+        self, questions: Sequence[Question]
+    ) -> tuple[list[tuple[int, TokenIds, TokenIds, bool]], list[Rationale]]:
         """(question, prompt, target, positive) of every rationale, and the rationales."""
         sequences, rationales = [], []
         for q, item in enumerate(questions):

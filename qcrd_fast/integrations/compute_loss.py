@@ -25,10 +25,11 @@ def make_compute_loss_func(
 
         Trainer(model, args, RationaleCollator(tokenizer, model), rows, compute_loss_func=make_compute_loss_func(model))
 
-    The model's forward is not replaced: hooks take from the batch what the model does not know, and read the hidden states that
-    its own call computes. Hence one pass, with gradient through all rationales, and logits of one position a sequence where the
-    model can be told so (`logits_to_keep`; T5 cannot, and computes them all); `attach` has two passes and never any logits.
-    The head is read outside of the model's forward, so not under FSDP. `remove()` of the result takes the hooks out.
+    The model's forward is not replaced: hooks take from the batch what the model does not know, and read the hidden
+    states that its own call computes. Hence one pass, with gradient through all rationales, and logits of one position
+    a sequence where the model can be told so (`logits_to_keep`; T5 cannot, and computes them all); `attach` has two
+    passes and never any logits. The head is read outside of the model's forward, so not under FSDP. `remove()` of the
+    result takes the hooks out.
 
     loss_fn, alpha_pred, alpha_cl: as in `attach`, which raises the same errors. N of Eq. 3 is `num_items_in_batch`.
     """
@@ -54,7 +55,9 @@ class ComputeLoss:
         batch, hidden = self.batch, self.hidden
         self.batch = self.hidden = None
         if batch is None or hidden is None:
-            raise InputError("compute_loss_func: the model has not run on a RationaleCollator's batch since the last call")
+            raise InputError(
+                "compute_loss_func: the model has not run on a RationaleCollator's batch since the last call"
+            )
         batch = {"num_items_in_batch": num_items_in_batch, **batch}
         settings = dataclasses.replace(self.settings, lower=self.lower)
         loss = rationale_forward(self.model, settings, **batch, hidden=hidden, two_pass=False).loss
@@ -67,11 +70,14 @@ class ComputeLoss:
             hook.remove()
 
     def _take(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Keep a batch of rationales, and pass on what the model knows of it; each sequence with a copy of its prompt."""
+        """Keep a batch of rationales, and pass on what the model knows of it; each sequence with a copy of its
+        prompt."""
         self.batch = self.hidden = None
         if "rationale" not in kwargs:
             return None
-        self.batch = {name: value for name, value in kwargs.items() if name not in ("num_items_in_batch", "return_dict")}
+        self.batch = {
+            name: value for name, value in kwargs.items() if name not in ("num_items_in_batch", "return_dict")
+        }
         given = {name: kwargs[name] for name in KEPT if name in kwargs}
         if "source" in kwargs:
             given |= {name: given[name].index_select(0, kwargs["source"]) for name in KEPT[:2]}

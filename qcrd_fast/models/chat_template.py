@@ -1,7 +1,7 @@
 """A chat template that sends a student's own prompt: for servers, which know messages and no `predict: `.
 
-The template is Jinja, as Hugging Face tokenizers hold it. It takes the last user message for the question. A server tokenises
-what it gives without adding special tokens, so the template writes those that the tokenizer would have added.
+The template is Jinja, as Hugging Face tokenizers hold it. It takes the last user message for the question. A server
+tokenises what it gives without adding special tokens, so the template writes those that the tokenizer would have added.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ PROBES = (
 )
 
 _PRELUDE = """\
-{#- Sends the last user message as the prompt of training. `task` (%(names)s), or such a word and a colon before the question,
-    says what is wanted; without either it is %(default)s. Texts of special tokens in a message are no tokens. -#}
+{#- Sends the last user message as the prompt of training. `task` (%(names)s), or such a word and a colon before the
+    question, says what is wanted; without either it is %(default)s. Texts of special
+    tokens in a message are no tokens. -#}
 {%%- set ns = namespace(content='', text='', task='', after=[]) -%%}
 {%%- for message in messages if message['role'] in ['user', 'assistant'] -%%}
 {%%- set ns.content = message['content'] or '' -%%}
@@ -68,10 +69,11 @@ _ANSWERS = "{%- for message in ns.after -%}{{- message['content'] + eos_token -}
 
 
 def chat_template(prompter: Prompter, prefixes: Sequence[str]) -> str | None:
-    """The chat template of a trained decoder; None for an encoder-decoder, or where no text gives the tokens of training.
+    """The chat template of a trained decoder; None for an encoder-decoder, or where no text gives the tokens of
+    training.
 
-    `prefixes` are those of the tasks that it was trained on, the first of which is taken where a message names none. Each
-    is tried on `PROBES`, and the tokens compared with `source_ids`.
+    `prefixes` are those of the tasks that it was trained on, the first of which is taken where a message names none.
+    Each is tried on `PROBES`, and the tokens compared with `source_ids`.
     """
     if prompter.is_encoder_decoder:
         return None
@@ -93,10 +95,12 @@ def chat_template(prompter: Prompter, prefixes: Sequence[str]) -> str | None:
 
 
 def sends_the_prompt(prompter: Prompter, template: str, prefixes: Sequence[str] = (PREDICT,)) -> bool:
-    """Whether `template` gives the tokens of `source_ids` for every probe, with the task as a word in the message and as a
-    variable."""
+    """Whether `template` gives the tokens of `source_ids` for every probe, with the task as a word in the message and
+    as a variable."""
     long = Prompter(
-        prompter.tokenizer, dataclasses.replace(prompter.prompts, max_source_length=UNBOUND), prompter.is_encoder_decoder
+        prompter.tokenizer,
+        dataclasses.replace(prompter.prompts, max_source_length=UNBOUND),
+        prompter.is_encoder_decoder,
     )
     try:
         for prefix in prefixes:
@@ -121,7 +125,8 @@ def tokens_sent(tokenizer: Any, template: str, message: str, **variables: Any) -
 
 
 def modelfile(prompter: Prompter, prefix: str) -> str | None:
-    """An Ollama Modelfile that sends the prompt of one task. None where its template language cannot write the prompt."""
+    """An Ollama Modelfile that sends the prompt of one task. None where its template language cannot write the
+    prompt."""
     tokenizer, mark = prompter.tokenizer, "\0"
     text = prompter.chat_text(mark) if prompter.prompts.template == "chat" else prompter.form.replace("{prompt}", mark)
     if _tokens_in_front(prompter) and tokenizer.bos_token:  # which Ollama adds as the tokenizer does
@@ -129,16 +134,17 @@ def modelfile(prompter: Prompter, prefix: str) -> str | None:
     if '"""' in text or "{{" in text or "}}" in text or mark not in text or text.endswith('"'):
         return None
     text = text.replace(mark, prefix + "{{ .Prompt }}")
-    return (
-        f'FROM .\nTEMPLATE """{text}"""\nPARAMETER temperature 0\nPARAMETER num_predict {prompter.prompts.max_target_length}\n'
-    )
+    limit = prompter.prompts.max_target_length
+    return f'FROM .\nTEMPLATE """{text}"""\nPARAMETER temperature 0\nPARAMETER num_predict {limit}\n'
 
 
 def _bodies(prompter: Prompter) -> list[str]:
     """What comes after the prelude, the likeliest first."""
     if prompter.prompts.template == "chat":
         own = prompter.own_template()
-        system = f"{{'role': 'system', 'content': {quoted(prompter.prompts.system)}}}, " if prompter.prompts.system else ""
+        system = (
+            f"{{'role': 'system', 'content': {quoted(prompter.prompts.system)}}}, " if prompter.prompts.system else ""
+        )
         messages = "{%- set messages = [" + system + "{'role': 'user', 'content': ns.text}] + ns.after -%}"
         return [_ALONE + messages + "{{- '' }}" + own]
     added = _tokens_in_front(prompter)

@@ -16,7 +16,8 @@ LEAST_PRODUCT = 3_000_000  # N I O below which the calls cost more than the prod
 
 
 def use_fast_products(model: nn.Module) -> None:
-    """Turn the model's plain `nn.Linear` into `CPULinear` where that is faster on this processor; weights and names stay."""
+    """Turn the model's plain `nn.Linear` into `CPULinear` where that is faster on this processor; weights and names
+    stay."""
     if onednn_is_faster():
         for module in model.modules():
             if type(module) is nn.Linear:
@@ -26,8 +27,8 @@ def use_fast_products(model: nn.Module) -> None:
 class CPULinear(nn.Linear):
     """`nn.Linear` whose large fp32 products on a CPU are taken by oneDNN; all else is left to torch.
 
-    Values and gradients are those of `nn.Linear` within the rounding of fp32, the same each time; they can be differentiated
-    once.
+    Values and gradients are those of `nn.Linear` within the rounding of fp32, the same each time; they can be
+    differentiated once.
     """
 
     def forward(self, input: Tensor) -> Tensor:

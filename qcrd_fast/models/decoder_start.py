@@ -1,4 +1,5 @@
-"""What a decoder is fed before the first token of a target: asked of the model, since some shift in a way of their own."""
+"""What a decoder is fed before the first token of a target: asked of the model, since some shift in a way of their
+own."""
 
 from __future__ import annotations
 
@@ -13,10 +14,11 @@ Start = int | Literal["last"]
 
 
 def decoder_start(model: Any) -> Start | None:
-    """The token id; "last" where a target's own last token goes first (mBART); None where neither model nor config says.
+    """The token id; "last" where a target's own last token goes first (mBART); None where neither model nor config
+    says.
 
-    A model's `prepare_decoder_input_ids_from_labels` or `_shift_right` is asked, which trains it, and then its configuration.
-    Raises `InputError` where that fails, or does something else than shift right by one.
+    A model's `prepare_decoder_input_ids_from_labels` or `_shift_right` is asked, which trains it, and then its
+    configuration. Raises `InputError` where that fails, or does something else than shift right by one.
     """
     model = unwrapped(model)
     config, name = model.config, type(model).__name__

@@ -1,4 +1,5 @@
-"""How a Hugging Face model turns its last hidden states into logits: read off the model, and checked against it once."""
+"""How a Hugging Face model turns its last hidden states into logits: read off the model, and checked against it
+once."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ T5_LIKE = ("umt5", "switch_transformers")  # they scale when embeddings are tied
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """logits = softcap * tanh(a / softcap), a = scale * hidden weight^T + bias, with the model's own tensors (not copies)."""
+    """logits = softcap * tanh(a / softcap), a = scale * hidden weight^T + bias, with the model's own tensors (not
+    copies)."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
@@ -76,8 +78,9 @@ def output_layer(model: Any) -> Any:
 
 
 def plain_layer(output: Any) -> Any:
-    """The layer with a weight that computes the logits of an output layer as things stand. PEFT is asked: of `modules_to_save`
-    it is the active adapter's copy or the original; of a head with LoRA that is disabled, merged or not active, the base layer.
+    """The layer with a weight that computes the logits of an output layer as things stand. PEFT is asked: of
+    `modules_to_save` it is the active adapter's copy or the original; of a head with LoRA that is disabled, merged or
+    not active, the base layer.
 
     Raises `InputError` where an active adapter adds to the logits, or where there is no weight.
     """
@@ -87,16 +90,21 @@ def plain_layer(output: Any) -> Any:
             output = wrapped
         elif "modules_to_save" in inside:
             active = _active_adapters(output)
-            original = output.disable_adapters or not active or any(name not in output.modules_to_save for name in active)
+            original = (
+                output.disable_adapters or not active or any(name not in output.modules_to_save for name in active)
+            )
             output = output.original_module if original else output.modules_to_save[active[0]]
         elif "token_adapter" in inside:
             output = output.token_adapter
         elif "base_layer" in inside:
             here = getattr(output, "_get_available_adapters", lambda output=output: _active_adapters(output))()
-            if not (output.disable_adapters or output.merged) and any(name in here for name in _active_adapters(output)):
+            if not (output.disable_adapters or output.merged) and any(
+                name in here for name in _active_adapters(output)
+            ):
                 raise InputError(
-                    f"the output head has an adapter of its own ({type(output).__module__}), which the loss would leave out; "
-                    "take it out of target_modules, train it in full with modules_to_save, or merge the adapter first"
+                    f"the output head has an adapter of its own ({type(output).__module__}), which the loss would "
+                    "leave out; take it out of target_modules, train it in full with modules_to_save, or merge the "
+                    "adapter first"
                 )
             output = output.base_layer
         else:
@@ -112,26 +120,27 @@ def _active_adapters(layer: Any) -> list[str]:
 
 
 def check_readable(model: Any) -> None:
-    """Raises `InputError`, on every rank alike, where the head cannot be read: its weight is not there or is a part of it."""
+    """Raises `InputError`, on every rank alike, where the head cannot be read: its weight is not there or is a part of
+    it."""
     name = type(unwrapped(model)).__name__
     if any("_fsdp_wrapped_module" in module._modules for module in model.modules()):
         raise InputError(f"{name} is sharded by FullyShardedDataParallel (FSDP1): call this before wrapping it")
     weight = read_head(model).weight
     if weight.is_meta:
         raise InputError(
-            f"{name}: the output head is on the meta device; call this after the weights are there (from_pretrained, or "
-            "to_empty and initialising), and keep the head out of offloading (device_map)"
+            f"{name}: the output head is on the meta device; call this after the weights are there (from_pretrained, "
+            "or to_empty and initialising), and keep the head out of offloading (device_map)"
         )
     if weight.dim() != 2 or weight.numel() == 0:
         raise InputError(
-            f"{name}: the output head's weight is {list(weight.shape)}, as ZeRO-3 and FSDP1 leave it between calls; call this "
-            "before the model is sharded"
+            f"{name}: the output head's weight is {list(weight.shape)}, as ZeRO-3 and FSDP1 leave it between calls; "
+            "call this before the model is sharded"
         )
     fsdp2 = any(hasattr(module, "set_reshard_after_forward") for module in model.modules())
     if hasattr(weight, "full_tensor") and not fsdp2:
         raise InputError(
-            f"{name}: the output head is split over ranks by tensor parallelism, which is not supported; leave it out of the "
-            "plan (tp_plan, parallelize_module)"
+            f"{name}: the output head is split over ranks by tensor parallelism, which is not supported; leave it out "
+            "of the plan (tp_plan, parallelize_module)"
         )
 
 
@@ -169,14 +178,16 @@ def check_head(model: Any, head: Head) -> torch.dtype | None:
         raise InputError(f"{_name(model)} is not supported: its last hidden states could not be read")
     if expected.shape[-1] > len(head.weight):
         raise InputError(
-            f"{_name(model)}: the output head holds {len(head.weight)} rows of {expected.shape[-1]} logits; a vocabulary split "
-            "by tensor parallelism is not supported"
+            f"{_name(model)}: the output head holds {len(head.weight)} rows of {expected.shape[-1]} logits; a "
+            "vocabulary split by tensor parallelism is not supported"
         )
     with torch.autocast(device.type, dtype=lower, enabled=lower is not None):
         actual = head.logits(hidden[-1].to(head.weight.dtype)).float()
     exact = lower is None and {head.weight.dtype, hidden[-1].dtype} <= {torch.float32, torch.float64}
     tolerance = 1e-4 if exact else 3e-2
-    error = (actual - expected).norm() / expected.norm().clamp(min=1e-12) if actual.shape == expected.shape else torch.inf
+    error = (
+        (actual - expected).norm() / expected.norm().clamp(min=1e-12) if actual.shape == expected.shape else torch.inf
+    )
     if not error <= tolerance:
         raise InputError(
             f"{_name(model)} is not supported: it computes its logits in another way than "
@@ -202,13 +213,14 @@ def backbone(model: Any) -> Any:
 
 
 def hidden_parts(model: Any) -> set[Any]:
-    """The modules of which the last to return, in the model's own forward, returns what enters the head: the body, and what it
-    wraps, since OPT calls its decoder without the body around it."""
+    """The modules of which the last to return, in the model's own forward, returns what enters the head: the body, and
+    what it wraps, since OPT calls its decoder without the body around it."""
     return {backbone(model), model.get_decoder() if hasattr(model, "get_decoder") else backbone(model)} - {model}
 
 
 def unwrapped(model: Any) -> Any:
-    """The Hugging Face model inside DistributedDataParallel, FSDP, torch.compile and PEFT, in whatever order they stand."""
+    """The Hugging Face model inside DistributedDataParallel, FSDP, torch.compile and PEFT, in whatever order they
+    stand."""
     while True:
         inner = getattr(model, "module", getattr(model, "_orig_mod", model))
         if inner is model and hasattr(model, "get_base_model"):

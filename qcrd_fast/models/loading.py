@@ -1,7 +1,7 @@
 """What is read of a model, whoever made it: configuration, tokenizer and safetensors, of its own folder; never code.
 
-What would reach for a pickle, another folder or somebody's code is refused before any weight is loaded, and weights that the
-configuration does not describe after that.
+What would reach for a pickle, another folder or somebody's code is refused before any weight is loaded, and weights
+that the configuration does not describe after that.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from qcrd_fast.utils.network import is_online
 def read_config(name_or_path: str, option: str) -> Any:
     """The checked configuration of a local folder or hub id.
 
-    Raises `InputError`, naming `option`, for a path without a model, weights that are no safetensors, names that lead out of
-    the folder, and a configuration that asks for code.
+    Raises `InputError`, naming `option`, for a path without a model, weights that are no safetensors, names that lead
+    out of the folder, and a configuration that asks for code.
     """
     check_model_name(name_or_path, option)
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=_only_local(name_or_path))
+        config = AutoConfig.from_pretrained(
+            name_or_path, trust_remote_code=False, local_files_only=_only_local(name_or_path)
+        )
     except Exception as error:  # whatever a configuration of anybody's can make a library raise
         raise _cannot_load(name_or_path, option, error) from error
     _check_config(config, name_or_path, option)
@@ -40,8 +42,8 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a local folder or hub id, the model by the class that `choose` takes for its configuration.
 
-    Raises `InputError` as `read_config` does, and for what cannot be loaded or, with `whole`, does not fit: both shapes of a
-    weight that has another than the configuration says, names of weights that it lacks or has too many of.
+    Raises `InputError` as `read_config` does, and for what cannot be loaded or, with `whole`, does not fit: both shapes
+    of a weight that has another than the configuration says, names of weights that it lacks or has too many of.
     """
     config = read_config(name_or_path, option)
     local = _only_local(name_or_path)
@@ -66,7 +68,8 @@ def load_pretrained(
 
 
 def _only_local(name: str) -> bool:
-    """Whether a model is read from its folder or the cache alone, without the retries of a hub that cannot be reached."""
+    """Whether a model is read from its folder or the cache alone, without the retries of a hub that cannot be
+    reached."""
     return os.path.isdir(name) or not is_online()
 
 
@@ -85,7 +88,9 @@ def _check_loaded(model: Any, info: Any, name: str, option: str, whole: bool) ->
     places, there = ({of(name) for name in model.state_dict()} for of in (_place, _layer))
     layers = [name for name in unexpected if _place(name) in places and _layer(name) not in there]
     if whole and layers and not getattr(model.config, "num_nextn_predict_layers", 0):  # which are only for drafting
-        raise InputError(f"{says} of fewer layers than the weights: it has no place for {len(layers)}, such as {layers[0]}")
+        raise InputError(
+            f"{says} of fewer layers than the weights: it has no place for {len(layers)}, such as {layers[0]}"
+        )
 
 
 def _place(name: str) -> str:
@@ -101,16 +106,22 @@ def _layer(name: str) -> str:
 
 def _cannot_load(name: str, option: str, error: Exception) -> InputError:
     reason = " ".join(str(error).partition("Model type should be one of")[0].split())[:300] or type(error).__name__
-    nowhere = "" if os.path.exists(name) or "/" not in name else "there is no such folder here, and as a model of the hub: "
+    nowhere = (
+        "" if os.path.exists(name) or "/" not in name else "there is no such folder here, and as a model of the hub: "
+    )
     return InputError(f"{option}: cannot load {name!r} (safetensors weights are needed): {nowhere}{reason}")
 
 
 def _check_config(config: Any, name: str, option: str) -> None:
-    for key, value in _strings(config.to_dict() | {"attn_implementation": getattr(config, "_attn_implementation", None)}):
+    for key, value in _strings(
+        config.to_dict() | {"attn_implementation": getattr(config, "_attn_implementation", None)}
+    ):
         if key.endswith(("attn_implementation", "experts_implementation")) and "/" in value:
             raise InputError(f"{option}: {name!r} asks for code from the hub ({key} {value!r}), which is never run")
         if key == "transformers_weights" and not (os.path.basename(value) == value and value.endswith(WEIGHTS)):
-            raise InputError(f"{option}: {name!r} has its weights in {value!r}; safetensors of its own folder are needed")
+            raise InputError(
+                f"{option}: {name!r} has its weights in {value!r}; safetensors of its own folder are needed"
+            )
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

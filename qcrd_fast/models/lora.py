@@ -46,8 +46,8 @@ def add_lora(model: Any, config: TrainConfig) -> None:
 
 
 def find_target_modules(model: Any, wanted: str) -> str | list[str]:
-    """`--lora-target-modules` for PEFT. Raises `InputError` for a name that is no linear layer of the model, or its head: the
-    loss reads the head's own weight."""
+    """`--lora-target-modules` for PEFT. Raises `InputError` for a name that is no linear layer of the model, or its
+    head: the loss reads the head's own weight."""
     if wanted == "all-linear":
         return wanted
     head = model.get_output_embeddings()
@@ -56,13 +56,15 @@ def find_target_modules(model: Any, wanted: str) -> str | list[str]:
     for name in names or [wanted]:
         if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
             known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
-            raise InputError(f"--lora-target-modules: no linear layer of the student is called {name!r}; there are: {known}")
+            raise InputError(
+                f"--lora-target-modules: no linear layer of the student is called {name!r}; there are: {known}"
+            )
     return names
 
 
 def save_model(model: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """`save_pretrained`; of one with LoRA the merged weights, and the matrices beside them. `weights`: its whole state dict,
-    where it is sharded."""
+    """`save_pretrained`; of one with LoRA the merged weights, and the matrices beside them. `weights`: its whole state
+    dict, where it is sharded."""
     weights = model.state_dict() if weights is None else weights
     adapter = {name: tensor for name, tensor in weights.items() if MARK in name}
     if not adapter:
@@ -85,7 +87,9 @@ def merged(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_adapter(folder: Path, model: Any) -> None:
     """Put a checkpoint's matrices into a model after `add_lora`. Raises `InputError` for those of other settings."""
     saved, own = load_file(folder / ADAPTER), {n: t for n, t in model.state_dict().items() if MARK in n}
-    wrong = [n for n in sorted(saved.keys() | own.keys()) if n not in saved or n not in own or saved[n].shape != own[n].shape]
+    wrong = [
+        n for n in sorted(saved.keys() | own.keys()) if n not in saved or n not in own or saved[n].shape != own[n].shape
+    ]
     if wrong:
         raise InputError(f"--use-peft: {folder / ADAPTER} does not fit this student and --lora-r, e.g. {wrong[0]}")
     model.load_state_dict(saved, strict=False)
@@ -97,8 +101,8 @@ def base_name(student: str) -> str:
 
 
 def write_adapter(checkpoint: Path, folder: Path, base: str, config: dict[str, Any], model: Any) -> int:
-    """Write a checkpoint's matrices to `folder` as PEFT does (adapter_config.json, adapter_model.safetensors), for the base
-    model `base` of `model`'s architecture; returns how many numbers they are."""
+    """Write a checkpoint's matrices to `folder` as PEFT does (adapter_config.json, adapter_model.safetensors), for the
+    base model `base` of `model`'s architecture; returns how many numbers they are."""
     require_peft()
     from peft import LoraConfig
 

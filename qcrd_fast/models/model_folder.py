@@ -1,4 +1,5 @@
-"""A model's name or folder before anything is loaded: whether it is there, as safetensors, and how large. Imports no torch."""
+"""A model's name or folder before anything is loaded: whether it is there, as safetensors, and how large. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -14,30 +15,35 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.utils.network import is_online
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
-_TOKENIZER = ("token", "vocab", "spiece", "sentencepiece", "merges", "tekken")  # one of them is in the name of one of its files
+# one of them is in the name of one of its files
+_TOKENIZER = ("token", "vocab", "spiece", "sentencepiece", "merges", "tekken")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _LONGEST_HEADER = 1 << 26  # bytes
 
 
 def check_model_name(name_or_path: str, option: str) -> None:
-    """Raises `InputError`, naming `option`, for a path without a model, weights that are no safetensors, and an index that
-    names files of another folder, for a folder where something is missing, and for a name of the hub where that
-    cannot be reached and nothing of it is cached. A name such as `runs/one` is a path where the folder `runs` is here, else one
-    of the hub."""
+    """Raises `InputError`, naming `option`, for a path without a model, weights that are no safetensors, and an index
+    that names files of another folder, for a folder where something is missing, and for a name of the hub where that
+    cannot be reached and nothing of it is cached. A name such as `runs/one` is a path where the folder `runs` is here,
+    else one of the hub."""
     folder = Path(name_or_path)
     if os.path.isfile(folder):
-        raise InputError(f"{option}: {name_or_path!r} is a file; name the folder with config.json and model.safetensors")
+        raise InputError(
+            f"{option}: {name_or_path!r} is a file; name the folder with config.json and model.safetensors"
+        )
     is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if (is_path or os.path.isdir(os.path.dirname(name_or_path))) and not os.path.exists(folder):
         raise InputError(f"{option}: folder {name_or_path!r} does not exist")
     if os.path.isdir(folder):
         if not (folder / "config.json").is_file():
-            raise InputError(f"{option}: {name_or_path!r} holds no config.json, so it is not a Hugging Face model folder")
+            raise InputError(
+                f"{option}: {name_or_path!r} holds no config.json, so it is not a Hugging Face model folder"
+            )
         _check_folder(folder, option)
     elif not is_online() and not _is_cached(name_or_path):
         raise InputError(
-            f"{option}: cannot load {name_or_path!r}: there is no such folder here, the hub cannot be reached (no network?), "
-            "and nothing of that name is in the cache"
+            f"{option}: cannot load {name_or_path!r}: there is no such folder here, the hub cannot be reached (no "
+            "network?), and nothing of that name is in the cache"
         )
 
 
@@ -51,7 +57,8 @@ def _is_cached(name: str) -> bool:
 
 
 def count_parameters(folder: Path) -> int | None:
-    """How many numbers the safetensors files of a model folder hold, from their headers; None where they cannot be read."""
+    """How many numbers the safetensors files of a model folder hold, from their headers; None where they cannot be
+    read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         index, shards = folder / "model.safetensors.index.json", {"model.safetensors"}
         if index.is_file():
@@ -78,8 +85,8 @@ def _check_folder(folder: Path, option: str) -> None:
         pickled = sorted(name for name in names if name.endswith(_PICKLED))
         if pickled:
             raise InputError(
-                f"{option}: {str(folder)!r} has its weights in {pickled[0]}, a pickle, which is never loaded; convert them to "
-                "safetensors"
+                f"{option}: {str(folder)!r} has its weights in {pickled[0]}, a pickle, which is never loaded; convert "
+                "them to safetensors"
             )
     for index in sorted(name for name in names if name.endswith(".index.json")):
         try:

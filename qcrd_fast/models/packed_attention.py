@@ -1,8 +1,8 @@
 """How a model is told what the tokens of a packed row may see, and whether it listens: tried out on a few tokens once.
 
-Models differ in how they take a mask, in what they do with position ids and in which layers look at a window; some ignore a
-mask that is not theirs, and some carry a state along the row. What counts is that packed targets get the hidden states they
-would get alone.
+Models differ in how they take a mask, in what they do with position ids and in which layers look at a window; some
+ignore a mask that is not theirs, and some carry a state along the row. What counts is that packed targets get the
+hidden states they would get alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 ATTENTION = "qcrd_fast"  # our name among transformers' attention functions
 FLEX_DEVICES = ("cuda",)  # flex_attention has no backward pass on a CPU
 FLEX_WIDTH = 16  # of a head, at least, in flex_attention's kernels
-FLEX_RECOMPILES = 64  # with and without gradient, one row and several, new shapes; behind torch's 8 it would run unfused
+# with and without gradient, one row and several, new shapes; behind torch's 8 it would run unfused
+FLEX_RECOMPILES = 64
 KINDS = {"full_attention", "sliding_attention"}
 Hidden = Callable[[str | None], Tensor]  # mode -> hidden states [T, H] of the same few targets
 
@@ -80,10 +81,12 @@ def probe_packed_attention(model: Any, hidden: Hidden) -> str | None:
 
 @torch.no_grad()
 def check_causal(model: Any) -> None:
-    """Raises `InputError` if a token's hidden state depends on what comes after it, so that targets would be given away."""
+    """Raises `InputError` if a token's hidden state depends on what comes after it, so that targets would be given
+    away."""
     device, training = model.device, model.training
     rows, pad = model.get_input_embeddings().weight.shape[0], getattr(model.config, "pad_token_id", None) or 0
-    ids = (torch.arange(1, 7, device=device) + pad).remainder(rows).expand(2, 6).clone()  # T5Gemma masks padding by its id
+    # T5Gemma masks padding by its id
+    ids = (torch.arange(1, 7, device=device) + pad).remainder(rows).expand(2, 6).clone()
     ids[1, -1] = ids[1, 0]
     try:
         model.eval()
@@ -97,8 +100,8 @@ def check_causal(model: Any) -> None:
     apart = float((hidden[0, :-1] - hidden[1, :-1]).norm() / hidden[0, :-1].norm().clamp(min=1e-12))
     if not apart <= 1e-2:
         raise InputError(
-            f"student: in {type(model).__name__} tokens see what comes after them (hidden states move by {apart:.2g} of their "
-            "norm), so it cannot learn to predict it; transformers 5.17 does so to UMT5, 5.23 does not"
+            f"student: in {type(model).__name__} tokens see what comes after them (hidden states move by {apart:.2g} "
+            "of their norm), so it cannot learn to predict it; transformers 5.17 does so to UMT5, 5.23 does not"
         )
 
 
@@ -161,7 +164,8 @@ def _may_flex(model: Any, config: Any) -> bool:
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """flex_attention for a BlockMask and sdpa for everything else, so that generation and plain batches stay as they were."""
+    """flex_attention for a BlockMask and sdpa for everything else, so that generation and plain batches stay as they
+    were."""
     if isinstance(attention_mask, BlockMask):
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings leave them in fp32
         return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)

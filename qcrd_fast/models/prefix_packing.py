@@ -1,8 +1,8 @@
 """Targets that ride on one prompt: which go into a row of the model, and what each token of a row may see.
 
-A group is a prompt with targets behind it: every target sees the prompt and itself, as if the others were not there, and
-its position ids go on where the prompt's end. A row holds one group or several. An encoder-decoder's groups have no prompt
-(the encoder has read it), so that they are targets side by side.
+A group is a prompt with targets behind it: every target sees the prompt and itself, as if the others were not there,
+and its position ids go on where the prompt's end. A row holds one group or several. An encoder-decoder's groups have no
+prompt (the encoder has read it), so that they are targets side by side.
 
 Suffixes: B rows, L padded length, T target tokens.
 """
@@ -34,7 +34,8 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A padded batch of rows. `at_T` says where in the flattened [B * L] hidden states each target token is predicted."""
+    """A padded batch of rows. `at_T` says where in the flattened [B * L] hidden states each target token is
+    predicted."""
 
     ids_BL: Tensor
     position_BL: Tensor  # in the text that the token belongs to, not in the row
@@ -50,8 +51,9 @@ class Layout:
 def best_room(prompt: int, hidden_size: int) -> int:
     """How many target tokens to put behind a prompt where the mask is dense.
 
-    r tokens behind a prompt of P cost (P + r)(c + a(P + r)) / r each, a = 4H for attention over the whole row, c = 24H^2 for
-    the other products of a layer; the least is at r^2 = P(P + c/a). Longer rows pay more for hidden pairs than they save.
+    r tokens behind a prompt of P cost (P + r)(c + a(P + r)) / r each, a = 4H for attention over the whole row, c =
+    24H^2 for the other products of a layer; the least is at r^2 = P(P + c/a). Longer rows pay more for hidden pairs
+    than they save.
     """
     return max(min(math.isqrt(prompt * (prompt + 6 * hidden_size)), MAX_ROW - prompt), 1)
 
@@ -59,8 +61,8 @@ def best_room(prompt: int, hidden_size: int) -> int:
 def group_by_prompt(lengths: Sequence[int], source_of: Sequence[int], rooms: Sequence[int]) -> list[Group]:
     """Each source with its targets; over several groups of about equal length where they would pass its room.
 
-    `lengths` are the targets', `rooms` what a row of each source may hold of them [tokens]. A source without a target gets
-    no group.
+    `lengths` are the targets', `rooms` what a row of each source may hold of them [tokens]. A source without a target
+    gets no group.
     """
     groups = []
     for source in dict.fromkeys(source_of):
@@ -97,7 +99,8 @@ def length_batches(lengths: Sequence[int], max_tokens: int, max_pairs: int | Non
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices in rows of at most `capacity` tokens (or one sequence): the longest first, each into the first row with room."""
+    """Indices in rows of at most `capacity` tokens (or one sequence): the longest first, each into the first row with
+    room."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -131,7 +134,8 @@ def pack_rows(
         for g, group in enumerate(row):
             prompt = prompts[group.source] if prompts is not None else []
             tokens += [(token, t, g, 0) for t, token in enumerate(prompt)]
-            predicts_first = [] if start else [len(tokens) - 1]  # the prompt's last token, for all of the group's targets
+            # the prompt's last token, for all of the group's targets
+            predicts_first = [] if start else [len(tokens) - 1]
             for part, i in enumerate(group.targets, 1):
                 piece = start + targets[i][:-1]
                 at = predicts_first + [len(tokens) + t for t in range(len(piece))]
@@ -159,8 +163,8 @@ def pack_rows(
 def make_mask_mod(layout: Layout, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The one mask function: (row, head, query, key) -> whether the query sees the key.
 
-    `window`: how far back a query sees, by position in its own text and itself included. Padding sees padding, so that no
-    softmax is empty.
+    `window`: how far back a query sees, by position in its own text and itself included. Padding sees padding, so that
+    no softmax is empty.
     """
     group, part, position = layout.group_BL, layout.part_BL, layout.position_BL
 

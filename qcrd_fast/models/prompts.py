@@ -26,7 +26,8 @@ class PromptSettings:
     max_source_length: int = 1024
     max_target_length: int = 256
     system: str = ""  # text of the system message; with the chat template alone
-    version: int = 2  # how texts become tokens; 1: a raw prompt's newline by itself, and texts of special tokens as tokens
+    # how texts become tokens; 1: a raw prompt's newline by itself, and texts of special tokens as tokens
+    version: int = 2
     date: str = ""  # the day, as YYYY-MM-DD, that a chat template which writes the date is told; empty: today
 
     def __post_init__(self) -> None:
@@ -34,7 +35,9 @@ class PromptSettings:
         if not isinstance(self.template, str) or any(type(length) is not int or length < 1 for length in lengths):
             raise InputError(f"a prompt has a text as template and two lengths above 0; got {self}")
         if self.template not in ("raw", "chat") and "{prompt}" not in self.template:
-            raise InputError(f"a prompt's template is raw, chat or a text with {{prompt}} in it; got {self.template[:80]!r}")
+            raise InputError(
+                f"a prompt's template is raw, chat or a text with {{prompt}} in it; got {self.template[:80]!r}"
+            )
         if not isinstance(self.system, str) or (self.system and self.template != "chat"):
             raise InputError("--system-prompt needs --prompt-template chat; a template FILE holds such a text itself")
         if type(self.version) is not int or self.version not in (1, 2):
@@ -46,7 +49,8 @@ class PromptSettings:
 
     @classmethod
     def of_state(cls, saved: Mapping[str, Any]) -> PromptSettings:
-        """What a `state.json` holds under `prompt`. One without a version is older: 1, unless it knows of system prompts."""
+        """What a `state.json` holds under `prompt`. One without a version is older: 1, unless it knows of system
+        prompts."""
         unsaid: dict[str, Any] = {"version": 2 if "system" in saved else 1}
         return cls(**unsaid | dict(saved))
 
@@ -54,8 +58,8 @@ class PromptSettings:
     def from_option(
         cls, value: str, max_source_length: int, max_target_length: int, system: str | None = None
     ) -> PromptSettings:
-        """Read `--prompt-template raw|chat|FILE` and `--system-prompt TEXT|FILE`. Raises `InputError` for a missing file, one
-        without {prompt} or one that is not UTF-8, and for a system prompt without the chat template."""
+        """Read `--prompt-template raw|chat|FILE` and `--system-prompt TEXT|FILE`. Raises `InputError` for a missing
+        file, one without {prompt} or one that is not UTF-8, and for a system prompt without the chat template."""
         if value not in ("raw", "chat"):
             path = Path(value)
             if not os.path.isfile(path):
@@ -90,8 +94,8 @@ class Lengths(NamedTuple):
 class Prompter:
     """A tokenizer and a prompt template: text to tokens, for encoder-decoders (T5) and decoder-only models.
 
-    Raises `InputError` when the tokenizer has no end-of-sequence token, no chat template where one is asked for, or one that
-    leaves the system prompt out.
+    Raises `InputError` when the tokenizer has no end-of-sequence token, no chat template where one is asked for, or one
+    that leaves the system prompt out.
     """
 
     def __init__(self, tokenizer: Any, prompts: PromptSettings, is_encoder_decoder: bool):
@@ -127,7 +131,11 @@ class Prompter:
     def own_template(self) -> str:
         """The tokenizer's chat template, which takes the date of training for today's."""
         own = str(self.tokenizer.get_chat_template())
-        forms = {form for _, form in re.findall(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)", own)} if self.prompts.date else set()
+        forms = (
+            {form for _, form in re.findall(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)", own)}
+            if self.prompts.date
+            else set()
+        )
         if not forms:
             return own
         date = datetime.datetime.fromisoformat(self.prompts.date)
@@ -135,8 +143,8 @@ class Prompter:
         return "{%- macro strftime_now(form) -%}{{- {" + dates + "}[form] -}}{%- endmacro -%}{{- '' }}" + own
 
     def source_ids(self, prefix: str, question: str) -> TokenIds:
-        """Tokens of a task's input. A text over the maximum length loses its beginning, which is the context, or else the story
-        before the question; the template, the prefix and the question at its end stay.
+        """Tokens of a task's input. A text over the maximum length loses its beginning, which is the context, or else
+        the story before the question; the template, the prefix and the question at its end stay.
 
         Raises `InputError` where a decoder would have nothing to go on from.
         """
@@ -157,7 +165,8 @@ class Prompter:
                 return ids
             if ids and ids[-1] == tokenizer.eos_token_id:  # a prompt goes on
                 ids.pop()
-            if ids[:2] == [tokenizer.bos_token_id] * 2 and self.prompts.version > 1:  # the template's own, and the tokenizer's
+            # the template's own, and the tokenizer's
+            if ids[:2] == [tokenizer.bos_token_id] * 2 and self.prompts.version > 1:
                 ids.pop(0)
             ids += self._plain_ids("\n") if self.newline_apart else []
         if not ids:
@@ -166,8 +175,8 @@ class Prompter:
 
     @property
     def form(self) -> str:
-        """The text around `{prompt}` of a template that is not the tokenizer's own; it is tokenised with the prompt, as one
-        text, so that whoever serves the student sends the same tokens."""
+        """The text around `{prompt}` of a template that is not the tokenizer's own; it is tokenised with the prompt, as
+        one text, so that whoever serves the student sends the same tokens."""
         if self.prompts.template != "raw":
             return self.prompts.template
         return "{prompt}" if self.is_encoder_decoder else "{prompt}\n"
@@ -212,7 +221,8 @@ class Prompter:
 
 
 def special_texts(tokenizer: Any) -> list[str]:
-    """How the special tokens of a tokenizer are spelled, longest first: a text that holds one would be read as that token."""
+    """How the special tokens of a tokenizer are spelled, longest first: a text that holds one would be read as that
+    token."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     found = {token.content for token in added if token.special} | set(getattr(tokenizer, "all_special_tokens", []))
     return sorted((text for text in found if len(text) > 1), key=lambda text: (-len(text), text))

@@ -22,7 +22,14 @@ from qcrd_fast.models.lm_head import Head, backbone, check_head, read_head
 from qcrd_fast.models.loading import load_pretrained
 from qcrd_fast.models.packed_attention import attention_inputs, check_causal, probe_packed_attention
 from qcrd_fast.models.padding import pad_right
-from qcrd_fast.models.prefix_packing import Group, Layout, first_fit_decreasing, group_by_prompt, length_batches, pack_rows
+from qcrd_fast.models.prefix_packing import (
+    Group,
+    Layout,
+    first_fit_decreasing,
+    group_by_prompt,
+    length_batches,
+    pack_rows,
+)
 from qcrd_fast.models.prompts import Prompter, PromptSettings, TokenIds
 
 MAX_TOKENS = 16_384  # padded tokens that run through the model at once
@@ -43,8 +50,9 @@ class PackedHidden:
 class Student(Prompter):
     """A T5-like or decoder-only model with its tokenizer and prompts.
 
-    Raises `InputError` when the tokenizer has more tokens than the model has rows, when the model's logits are not those that
-    its head and hidden states give (`check_head`), or when tokens see what comes after them (`check_causal`).
+    Raises `InputError` when the tokenizer has more tokens than the model has rows, when the model's logits are not
+    those that its head and hidden states give (`check_head`), or when tokens see what comes after them
+    (`check_causal`).
     """
 
     def __init__(self, model: Any, tokenizer: Any, prompts: PromptSettings):
@@ -63,16 +71,23 @@ class Student(Prompter):
         check_causal(model)
 
     def _start(self, rows: int) -> int:
-        """The token that the model itself starts a decoder with; where that is a target's last one, EOS, which ends targets."""
+        """The token that the model itself starts a decoder with; where that is a target's last one, EOS, which ends
+        targets."""
         start = decoder_start(self.model)
         start = self.tokenizer.eos_token_id if start == "last" else start
         if not (isinstance(start, int) and 0 <= start < rows):
-            raise InputError(f"student: decoder_start_token_id is {start} in config.json, but the model has {rows} rows")
+            raise InputError(
+                f"student: decoder_start_token_id is {start} in config.json, but the model has {rows} rows"
+            )
         return start
 
     @classmethod
     def load(
-        cls, name_or_path: str, prompts: PromptSettings, device: torch.device | str = "cpu", attention: str | None = None
+        cls,
+        name_or_path: str,
+        prompts: PromptSettings,
+        device: torch.device | str = "cpu",
+        attention: str | None = None,
     ) -> Student:
         """Load a local folder or hub id in fp32. Only safetensors and code of the transformers package are read.
 
@@ -116,9 +131,9 @@ class Student(Prompter):
     ) -> PackedHidden:
         """Hidden states at the tokens of `targets`, target i following `sources[source_of[i]]`.
 
-        Each source is read once, its targets side by side behind it (`shared` False: each target has a copy of its own, save
-        that an encoder still runs once). Rows of similar length run together, at most `max_tokens` padded tokens at a time;
-        the result is in the order of `targets`.
+        Each source is read once, its targets side by side behind it (`shared` False: each target has a copy of its own,
+        save that an encoder still runs once). Rows of similar length run together, at most `max_tokens` padded tokens
+        at a time; the result is in the order of `targets`.
         """
         several = len(set(source_of)) < len(targets)
         return self._hidden(sources, targets, source_of, self.sharing if shared and several else None, max_tokens)
@@ -173,7 +188,8 @@ class Student(Prompter):
         return self.model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state, mask_BL
 
     def decode(self, encoded: Any, targets: Sequence[TokenIds], source_of: Sequence[int]) -> PackedHidden:
-        """`hidden` for one padded batch of already encoded sources, one sequence a target, with the padded states too."""
+        """`hidden` for one padded batch of already encoded sources, one sequence a target, with the padded states
+        too."""
         rows = [[Group(source, [i])] for i, source in enumerate(source_of)]
         hidden_BLH, layout = self._run(encoded, rows, targets, None)
         body_tokens = layout.ids_BL.numel() + (encoded[1].numel() if self.is_encoder_decoder else 0)
@@ -185,7 +201,9 @@ class Student(Prompter):
         if self.is_encoder_decoder:
             return prefix_packing.BIASED_ROW
         return (
-            prefix_packing.MAX_ROW - prompt if mode == "flex" else prefix_packing.best_room(prompt, self.head.weight.shape[1])
+            prefix_packing.MAX_ROW - prompt
+            if mode == "flex"
+            else prefix_packing.best_room(prompt, self.head.weight.shape[1])
         )
 
     def _run(

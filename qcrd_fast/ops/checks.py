@@ -54,16 +54,23 @@ def check_head(
         lambda: f"weight, target and bias must be on {hidden.device} with hidden",
     )
     require(is_finite(scale), lambda: f"scale must be finite, got {scale}")
-    require(softcap is None or 0 < softcap < INFINITY, lambda: f"softcap must be above 0 and finite, or None, got {softcap}")
+    require(
+        softcap is None or 0 < softcap < INFINITY, lambda: f"softcap must be above 0 and finite, or None, got {softcap}"
+    )
     hidden_TH, target_T = hidden.reshape(-1, H), target.reshape(-1).long()
     require(
         ((target_T == ignore_index) | ((target_T >= 0) & (target_T < V))).all(),
         lambda: (
-            f"target must lie in [0, {V}) or be ignore_index {ignore_index}, got {int(target.min())} to {int(target.max())}"
+            f"target must lie in [0, {V}) or be ignore_index {ignore_index}, got {int(target.min())} to "
+            f"{int(target.max())}"
         ),
     )
     operand_TH = hidden_TH.to(product_type(hidden))
-    return operand_TH, target_T, HeadOptions(float(scale), float(softcap or 0), _temperature(temperature, target, operand_TH))
+    return (
+        operand_TH,
+        target_T,
+        HeadOptions(float(scale), float(softcap or 0), _temperature(temperature, target, operand_TH)),
+    )
 
 
 def _temperature(temperature: float | Tensor, target: Tensor, hidden_TH: Tensor) -> float | Tensor:
@@ -77,7 +84,9 @@ def _temperature(temperature: float | Tensor, target: Tensor, hidden_TH: Tensor)
     )
     require(
         ((temperature > 0) & temperature.isfinite()).all(),
-        lambda: f"temperature must be above 0 and finite, got {float(temperature.min()):g} to {float(temperature.max()):g}",
+        lambda: (
+            f"temperature must be above 0 and finite, got {float(temperature.min()):g} to {float(temperature.max()):g}"
+        ),
     )
     return temperature.reshape(-1, 1).to(accumulation_dtype(hidden_TH.dtype))
 
@@ -91,7 +100,9 @@ def require_constants(**arguments: object) -> None:
     """`ValueError` naming the first argument that requires a gradient, which it would not get."""
     for name, x in arguments.items():
         if isinstance(x, Tensor) and x.requires_grad:
-            raise ValueError(f"{name} must be a constant: it requires grad, but no gradient for it is computed; detach it")
+            raise ValueError(
+                f"{name} must be a constant: it requires grad, but no gradient for it is computed; detach it"
+            )
 
 
 def require_no_tangent(*arguments: Tensor | None) -> None:
@@ -110,7 +121,8 @@ def product_type(hidden: Tensor) -> torch.dtype:
 
 
 def require_unsharded(name: str, x: Tensor, device: torch.device) -> None:
-    """`ValueError` for a shard (a DTensor), and for what FSDP, ZeRO-3 and offloading leave of a weight between forwards."""
+    """`ValueError` for a shard (a DTensor), and for what FSDP, ZeRO-3 and offloading leave of a weight between
+    forwards."""
     if hasattr(x, "full_tensor"):
         kind = "a DTensor, one rank's shard (of FSDP2; of tensor parallelism, give `to_local()` and the process_group)"
     elif x.numel() == 0:
@@ -119,7 +131,9 @@ def require_unsharded(name: str, x: Tensor, device: torch.device) -> None:
         kind = "on the meta device, as offloading leaves it between calls"
     else:
         return
-    raise ValueError(f"{name} is {kind}; it is whole only inside the model's own forward, where qcrd_fast.attach runs the loss")
+    raise ValueError(
+        f"{name} is {kind}; it is whole only inside the model's own forward, where qcrd_fast.attach runs the loss"
+    )
 
 
 def require_tensors(**arguments: object) -> None:
@@ -130,7 +144,8 @@ def require_tensors(**arguments: object) -> None:
 
 
 def require(condition: Tensor | bool, message: Callable[[], str]) -> None:
-    """`ValueError` unless true. A value on a GPU is asserted there, without a host sync; under torch.compile it is trusted."""
+    """`ValueError` unless true. A value on a GPU is asserted there, without a host sync; under torch.compile it is
+    trusted."""
     if not isinstance(condition, Tensor):
         if not condition:
             raise ValueError(message())

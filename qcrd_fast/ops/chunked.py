@@ -1,7 +1,8 @@
-"""The vectorised torch twins of the ops, which `--impl torch` runs: a chunk of the vocabulary at a time, gradients written out.
+"""The vectorised torch twins of the ops, which `--impl torch` runs: a chunk of the vocabulary at a time, gradients
+written out.
 
-Shape suffixes: T tokens, H hidden, V vocabulary, C chunk of the vocabulary, R rationales, S rows with a gradient, B rows,
-K entries kept by top-k.
+Shape suffixes: T tokens, H hidden, V vocabulary, C chunk of the vocabulary, R rationales, S rows with a gradient, B
+rows, K entries kept by top-k.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ def chunked_forward(
     want_sum_p2: bool = False,
     kept_bytes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `linear_logprob_eager`, one chunk of the vocabulary at a time with an online log-sum-exp. What is unwanted is [0].
+    """As `linear_logprob_eager`, one chunk of the vocabulary at a time with an online log-sum-exp. What is unwanted is
+    [0].
 
-    The last two: [T] with the entropy, what rounding left of the log-sum-exp, which the entropy's gradient needs; and the
-    logits of the first chunks, as many as `kept_bytes` hold, [T, C] of each chunk in turn, for `chunked_backward`.
+    The last two: [T] with the entropy, what rounding left of the log-sum-exp, which the entropy's gradient needs; and
+    the logits of the first chunks, as many as `kept_bytes` hold, [T, C] of each chunk in turn, for `chunked_backward`.
     """
     dtype = accumulation_dtype(hidden_TH.dtype)
     (T, _), V = hidden_TH.shape, len(weight_VH)
-    # The smallest finite number, not -inf, so that a chunk of logits that are all -inf (masked by the bias) gives no NaN.
+    # The smallest finite number, not -inf, so that a chunk of logits that are all -inf (masked by the bias) gives no
+    # NaN.
     max_T = torch.full((T,), torch.finfo(dtype).min, dtype=dtype, device=hidden_TH.device)
     sum_T, picked_T = torch.zeros_like(max_T), torch.zeros_like(max_T)
     plogp_T = torch.zeros_like(max_T) if want_entropy else max_T.new_empty(0)  # sum of e log e, e = exp(logit - max)
@@ -92,11 +95,11 @@ def chunked_backward(
 
     `coefficients` (onehot_S, prob_S, problog_S) make the gradient of a row's logits z:
     onehot * [j = target] + p_j * (prob + problog * log p_j), which covers log p, log-sum-exp and entropy.
-    `kept`: the logits that a forward pass over `num_rows` rows kept, of which these are `rows_S` (None: all, in order); the
-    rest is computed again.
+    `kept`: the logits that a forward pass over `num_rows` rows kept, of which these are `rows_S` (None: all, in order);
+    the rest is computed again.
 
-    Where the processor multiplies bf16, the two products of bf16 operands with the logits' gradient, rounded to bf16, are
-    its own: summed in fp32 and rounded once, chunk by chunk for dHidden.
+    Where the processor multiplies bf16, the two products of bf16 operands with the logits' gradient, rounded to bf16,
+    are its own: summed in fp32 and rounded once, chunk by chunk for dHidden.
     """
     dtype = accumulation_dtype(hidden_SH.dtype)
     onehot_S, prob_S, problog_S = coefficients
@@ -117,7 +120,9 @@ def chunked_backward(
             kept_TC = kept[T * start : T * stop].view(T, stop - start)
             logits_SC = kept_TC.clone() if rows_S is None else kept_TC[rows_S]
             weight_CH = raw_CH if narrow or not need_hidden else operand(raw_CH)
-            slope_SC = softcap_slope(logits_SC * options.temperature / options.softcap, options) if options.softcap else None
+            slope_SC = (
+                softcap_slope(logits_SC * options.temperature / options.softcap, options) if options.softcap else None
+            )
         else:
             weight_CH = operand(raw_CH)
             logits_SC, slope_SC = chunk_logits(hidden_SH, weight_CH, bias_C, options, want_slope=True)
@@ -193,7 +198,8 @@ def local_target(target_T: Tensor, start: int, stop: int) -> tuple[Tensor, Tenso
 
 
 def operand(x: Tensor) -> Tensor:
-    """`x` ready for `matmul`: half types stay on a GPU and are widened elsewhere, where their product would be rounded."""
+    """`x` ready for `matmul`: half types stay on a GPU and are widened elsewhere, where their product would be
+    rounded."""
     return x if x.is_cuda else accumulable(x)
 
 
@@ -219,7 +225,8 @@ def contrastive_torch(
     """As `contrastive_eager`, vectorised and without autograd. `score_R`: who wins where a class is sampled."""
     R, dtype = len(question_R), logprob_T.dtype
     nll_R, count_R = rationale_mean(logprob_T, rationale_T, valid_T, R)
-    # One group for each question and class. Numbering by first appearance needs no host sync for the number of questions.
+    # One group for each question and class. Numbering by first appearance needs no host sync for the number of
+    # questions.
     order_R = torch.argsort(question_R, stable=True)
     sorted_R = question_R[order_R]
     index_R = torch.arange(R, device=question_R.device)
@@ -270,9 +277,11 @@ def contrastive_torch(
 
 
 def hinge_terms(nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, delta: float | None) -> tuple[Tensor, Tensor]:
-    """(w l of a positive, w h(l) of a negative; w, which is 0 where the hinge is inactive), each [R]. Differentiable in l.
+    """(w l of a positive, w h(l) of a negative; w, which is 0 where the hinge is inactive), each [R]. Differentiable in
+    l.
 
-    Eq. 7: h(u) = min(u - delta, 0), or h(u) = u where `delta` is None. What weighs nothing adds nothing, not even a NaN.
+    Eq. 7: h(u) = min(u - delta, 0), or h(u) = u where `delta` is None. What weighs nothing adds nothing, not even a
+    NaN.
     """
     value_R = nll_R
     if delta is not None:
@@ -282,7 +291,8 @@ def hinge_terms(nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, delta: floa
 
 
 def rationale_mean(logprob_T: Tensor, rationale_T: Tensor, valid_T: Tensor | None, R: int) -> tuple[Tensor, Tensor]:
-    """(mean -log p [R], tokens [R] int64) over valid tokens, 0 where there are none. Differentiable; sums in float64."""
+    """(mean -log p [R], tokens [R] int64) over valid tokens, 0 where there are none. Differentiable; sums in
+    float64."""
     valid_T = torch.ones_like(rationale_T, dtype=torch.bool) if valid_T is None else valid_T
     count_R = torch.zeros(R, dtype=torch.int64, device=logprob_T.device).scatter_add(0, rationale_T, valid_T.long())
     sums_R = torch.zeros(R, dtype=torch.float64, device=logprob_T.device)

@@ -1,4 +1,5 @@
-"""The many-to-one contrastive loss as a torch operator: means per rationale, selection, weights, hinge, Eq. 3's terms."""
+"""The many-to-one contrastive loss as a torch operator: means per rationale, selection, weights, hinge, Eq. 3's
+terms."""
 
 from __future__ import annotations
 
@@ -97,7 +98,13 @@ def _contrastive_backward(
 
 @_contrastive_backward.register_fake
 def _(
-    dloss_pos: Tensor, dloss_neg: Tensor, rationale_T: Tensor, valid_T: Any, positive_R: Any, weight_R: Tensor, *rest: Any
+    dloss_pos: Tensor,
+    dloss_neg: Tensor,
+    rationale_T: Tensor,
+    valid_T: Any,
+    positive_R: Any,
+    weight_R: Tensor,
+    *rest: Any,
 ) -> Tensor:
     return weight_R.new_empty(rationale_T.shape)
 

@@ -1,7 +1,7 @@
 """Matrix products on a CPU, by the fastest library that torch carries for them.
 
-torch hands fp32 products to MKL, which on processors that are not Intel's runs code for older ones: on an AMD EPYC with AVX-512
-oneDNN took 0.4 of its time (T = C = 2,048, H = 576, one thread). With AVX2 both are equal, so there MKL stays.
+torch hands fp32 products to MKL, which on processors that are not Intel's runs code for older ones: on an AMD EPYC with
+AVX-512 oneDNN took 0.4 of its time (T = C = 2,048, H = 576, one thread). With AVX2 both are equal, so there MKL stays.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""hidden states x head -> log p of each target as a torch operator: choice of implementation, autograd. No logits are held.
+"""hidden states x head -> log p of each target as a torch operator: choice of implementation, autograd. No logits are
+held.
 
 Shape suffixes as in `reference`.
 """
@@ -20,14 +21,15 @@ from qcrd_fast.ops.reference import HeadOptions
 
 
 class LogProbOutput(tuple[Tensor, ...]):
-    """What `linear_logprob` returns where an extra was asked for: a named tuple of log p and those extras, in this order.
+    """What `linear_logprob` returns where an extra was asked for: a named tuple of log p and those extras, in this
+    order.
 
         out = linear_logprob(hidden, weight, target, return_lse=True, return_entropy=True)
         out.logprob, out.lse, out.entropy
         logprob, lse, entropy = out
 
-    An extra that was not asked for is None and takes no place in the tuple. All have the shape of the targets, and are 0 where
-    ignored.
+    An extra that was not asked for is None and takes no place in the tuple. All have the shape of the targets, and are
+    0 where ignored.
     """
 
     __slots__ = ()
@@ -93,21 +95,22 @@ def linear_logprob(
     """log p(target) in nats [...], fp32 (float64 for float64 operands), never above 0; 0 and no gradient where ignored.
 
     hidden [..., H]; weight [V, H]; target [...] int64, already shifted; bias [V].
-    logits = softcap * tanh(a / softcap) / temperature, a = scale * hidden weight^T + bias; temperature: a number, or one for
-    each token [...].
+    logits = softcap * tanh(a / softcap) / temperature, a = scale * hidden weight^T + bias; temperature: a number, or
+    one for each token [...].
 
     With any `return_...` a `LogProbOutput`: log p, and from the same pass the log-sum-exp and the entropy, in nats and
-    differentiable too, whether the target has the largest logit, and the sum of p^2, both without gradient. The last two and a
-    temperature for each token are not in the kernels: `triton` computes such a call as `torch` does, a chunk at a time.
+    differentiable too, whether the target has the largest logit, and the sum of p^2, both without gradient. The last
+    two and a temperature for each token are not in the kernels: `triton` computes such a call as `torch` does, a chunk
+    at a time.
 
-    The product is taken in hidden's type (under autocast, autocast's) and accumulated in fp32. The backward pass visits only
-    rows whose gradient is not 0; `max_rows`, a bound on their number, saves it one host sync on a GPU; a bound that is
-    exceeded raises in backward (on a GPU, asserts). `workspace_bytes`: how many bytes of logits `torch` may keep for the
-    backward pass (T V 4 for all in fp32), which then does not compute them again; the kernels always do.
+    The product is taken in hidden's type (under autocast, autocast's) and accumulated in fp32. The backward pass visits
+    only rows whose gradient is not 0; `max_rows`, a bound on their number, saves it one host sync on a GPU; a bound
+    that is exceeded raises in backward (on a GPU, asserts). `workspace_bytes`: how many bytes of logits `torch` may
+    keep for the backward pass (T V 4 for all in fp32), which then does not compute them again; the kernels always do.
 
-    process_group: of the ranks over which the head's rows are split, one after another: `weight` and `bias` are this rank's
-    slice, which begins at row `vocab_start` of the whole (default: rank times V, for slices of one size), and hidden and target
-    are the same on all ranks, as is what is returned. There is no `return_top1` then.
+    process_group: of the ranks over which the head's rows are split, one after another: `weight` and `bias` are this
+    rank's slice, which begins at row `vocab_start` of the whole (default: rank times V, for slices of one size), and
+    hidden and target are the same on all ranks, as is what is returned. There is no `return_top1` then.
 
     Raises `ValueError` naming what was expected and what came, also under forward-mode AD and for a scale, softcap or
     temperature that requires grad; `TypeError` for an argument that is no tensor.
@@ -116,7 +119,9 @@ def linear_logprob(
     require(workspace_bytes >= 0, lambda: f"workspace_bytes must be at least 0, got {workspace_bytes}")
     if process_group is not None:
         require(not return_top1, lambda: "return_top1 is not available with a process_group")
-        settings: Any = dict(bias=bias, scale=scale, softcap=softcap, temperature=temperature, ignore_index=ignore_index)
+        settings: Any = dict(
+            bias=bias, scale=scale, softcap=softcap, temperature=temperature, ignore_index=ignore_index
+        )
         settings |= dict(impl=impl, max_rows=max_rows, workspace_bytes=workspace_bytes)
         settings |= dict(return_entropy=return_entropy, return_sum_p2=return_sum_p2)
         logprob, lse, entropy, sum_p2 = _over_slices(hidden, weight, target, process_group, vocab_start, **settings)
@@ -134,7 +139,9 @@ def linear_logprob(
             triton = chosen == "triton" and each_T1 is None and not (return_top1 or return_sum_p2)
             numbers = (scale, softcap, temperature if each_T1 is None else 1.0, each_T1)
             head = (hidden_TH, weight, target_T, bias, *numbers)
-            differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+            differentiated = torch.is_grad_enabled() and any(
+                x is not None and x.requires_grad for x in (hidden, weight, bias)
+            )
             kept_bytes = workspace_bytes if differentiated and not triton else 0
             out = _linear_logprob(*head, ignore_index, return_entropy, return_sum_p2, triton, max_rows, kept_bytes)
     wants = (True, return_lse, return_entropy, return_top1, return_sum_p2)
@@ -144,20 +151,26 @@ def linear_logprob(
 def _returned(values: Sequence[Any], wants: Sequence[bool]) -> Any:
     """log p alone, or a `LogProbOutput` of what was asked for."""
     wanted = list(itertools.compress(values, wants))
-    return wanted[0] if len(wanted) == 1 else _named_output(tuple(itertools.compress(("logprob", *EXTRAS), wants)), wanted)
+    return (
+        wanted[0] if len(wanted) == 1 else _named_output(tuple(itertools.compress(("logprob", *EXTRAS), wants)), wanted)
+    )
 
 
 def _over_slices(
-    hidden: Tensor, weight: Tensor, target: Tensor, group: Any, start: int | None, *, ignore_index: int, return_entropy: bool,
+    hidden: Tensor, weight: Tensor, target: Tensor, group: Any, start: int | None, *, ignore_index: int,
+    return_entropy: bool,
     return_sum_p2: bool, **settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(log p, log-sum-exp, entropy or None, sum p^2 or None) over the vocabulary of all ranks, in the target's shape."""
+    """(log p, log-sum-exp, entropy or None, sum p^2 or None) over the vocabulary of all ranks, in the target's
+    shape."""
     start = torch.distributed.get_rank(group) * len(weight) if start is None else start
     valid = target != ignore_index
     here = valid & (target >= start) & (target < start + len(weight))
     out = linear_logprob(
-        vocab_parallel.ToSlices.apply(hidden, group), weight, (target - start).where(here, 0).where(valid, ignore_index),
-        ignore_index=ignore_index, return_lse=True, return_entropy=return_entropy, return_sum_p2=return_sum_p2, **settings,
+        vocab_parallel.ToSlices.apply(hidden, group), weight,
+        (target - start).where(here, 0).where(valid, ignore_index),
+        ignore_index=ignore_index, return_lse=True, return_entropy=return_entropy, return_sum_p2=return_sum_p2,
+        **settings,
     )  # fmt: skip
     slice_ = vocab_parallel.Slice(out.logprob, out.lse, out.entropy, out.sum_p2)
     return vocab_parallel.combine(slice_, here, valid, group)
@@ -180,8 +193,8 @@ def _linear_logprob(
     max_rows: int | None,
     kept_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(log p, log-sum-exp, entropy or [0], is top 1 ([0] by triton), sum p^2 or [0], rest and kept logits as `chunked_forward`
-    gives them)."""
+    """(log p, log-sum-exp, entropy or [0], is top 1 ([0] by triton), sum p^2 or [0], rest and kept logits as
+    `chunked_forward` gives them)."""
     options = HeadOptions(scale, softcap, temperature if temperature_T1 is None else temperature_T1)
     arguments = (hidden_TH, weight_VH, target_T, bias_V, options, ignore_index, want_entropy)
     with torch.autocast(hidden_TH.device.type, enabled=False), torch.cuda.device_of(hidden_TH):
@@ -190,7 +203,15 @@ def _linear_logprob(
 
             logprob_T, lse_T, entropy_T, rest_T = forward(*arguments)
             nothing = lse_T.new_empty(0)
-            return logprob_T, lse_T, entropy_T, target_T.new_empty(0, dtype=torch.bool), nothing, rest_T, nothing.clone()
+            return (
+                logprob_T,
+                lse_T,
+                entropy_T,
+                target_T.new_empty(0, dtype=torch.bool),
+                nothing,
+                rest_T,
+                nothing.clone(),
+            )
         return chunked.chunked_forward(*arguments, want_sum_p2, kept_bytes)
 
 
@@ -261,7 +282,9 @@ def _linear_logprob_backward(
 @_linear_logprob_backward.register_fake
 def _(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, bias_V: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     needs = rest[-1]
-    return tuple(empty_gradient(x, need, hidden_TH) for x, need in zip((hidden_TH, weight_VH, bias_V), needs, strict=True))
+    return tuple(
+        empty_gradient(x, need, hidden_TH) for x, need in zip((hidden_TH, weight_VH, bias_V), needs, strict=True)
+    )
 
 
 def empty_gradient(x: Tensor | None, need: bool, other: Tensor) -> Tensor:
@@ -270,7 +293,8 @@ def empty_gradient(x: Tensor | None, need: bool, other: Tensor) -> Tensor:
 
 
 def compact(wanted_T: Tensor, max_rows: int | None) -> tuple[Tensor, Tensor | None]:
-    """(indices of the true entries, which of them are real). With `max_rows`: exactly that many, padded, and no host sync."""
+    """(indices of the true entries, which of them are real). With `max_rows`: exactly that many, padded, and no host
+    sync."""
     if max_rows is None:
         return wanted_T.nonzero()[:, 0], None
     T = len(wanted_T)
@@ -278,7 +302,9 @@ def compact(wanted_T: Tensor, max_rows: int | None) -> tuple[Tensor, Tensor | No
     count = wanted_T.sum()
     require(
         count <= S,
-        lambda: f"max_selected_tokens is {max_rows} (linear_logprob: max_rows), but {int(count)} tokens have a gradient",
+        lambda: (
+            f"max_selected_tokens is {max_rows} (linear_logprob: max_rows), but {int(count)} tokens have a gradient"
+        ),
     )
     slot_T = torch.where(wanted_T, wanted_T.cumsum(0) - 1, S).clamp(max=S)
     index_T = torch.arange(T, device=wanted_T.device)
@@ -287,7 +313,9 @@ def compact(wanted_T: Tensor, max_rows: int | None) -> tuple[Tensor, Tensor | No
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *head, scale, softcap, temperature, temperature_T1, ignore_index, _entropy, _sum_p2, triton, max_rows, _kept = inputs
+    *head, scale, softcap, temperature, temperature_T1, ignore_index, _entropy, _sum_p2, triton, max_rows, _kept = (
+        inputs
+    )
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
     ctx.save_for_backward(*head, output[1], output[2], output[5], output[6], temperature_T1)
@@ -301,7 +329,8 @@ def _linear_backward(
     hidden_TH, weight_VH, target_T, bias_V, lse_T, entropy_T, rest_T, kept, temperature_T1 = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     # With z a row's logits and H its entropy: d log p_t / dz_j = [j = t] - p_j; d lse / dz_j = p_j;
-    # d H / dz_j = -p_j (log p_j + H), and log p_j = z_j - lse - rest: near p_j = 1 the rounding of a large lse is all there is.
+    # d H / dz_j = -p_j (log p_j + H), and log p_j = z_j - lse - rest: near p_j = 1 the rounding of a large lse is all
+    # there is.
     zero_T = torch.zeros_like(lse_T)
     onehot_T = zero_T if dlogprob_T is None else dlogprob_T
     prob_T = -onehot_T if dlse_T is None else dlse_T - onehot_T

@@ -1,5 +1,6 @@
-"""hidden states x head -> one sampled token a row, by the Gumbel-max rule: argmax of logits + Gumbel noise is a draw from the
-softmax of the logits. On a GPU no logits are held (the kernels of `csrc_triton.linear_sample`); the torch twin holds [B, V].
+"""hidden states x head -> one sampled token a row, by the Gumbel-max rule: argmax of logits + Gumbel noise is a draw
+from the softmax of the logits. On a GPU no logits are held (the kernels of `csrc_triton.linear_sample`); the torch twin
+holds [B, V].
 
 Suffixes: B rows, H hidden, V vocabulary, K entries kept by top-k.
 """
@@ -33,8 +34,9 @@ def linear_sample(
     """One token of each row [B], int64, from softmax(logits), logits = softcap * tanh(a / softcap) / temperature,
     a = scale * hidden weight^T + bias, cut to the `top_k` largest (0: all). Temperature 0: the largest logit.
 
-    hidden [B, H], weight [V, H], bias [V]; key [B, 2], counter [B, 3] = (position, index, iteration): int64 in [0, 2^32), which
-    with the vocabulary entry are all that the noise depends on (`qcrd_fast.ops.philox`). Equal logits: the lowest entry first.
+    hidden [B, H], weight [V, H], bias [V]; key [B, 2], counter [B, 3] = (position, index, iteration): int64 in [0,
+    2^32), which with the vocabulary entry are all that the noise depends on (`qcrd_fast.ops.philox`). Equal logits: the
+    lowest entry first.
 
     Raises `ValueError` naming what was expected and what came, `TypeError` for an argument that is no tensor.
     """
@@ -46,7 +48,9 @@ def linear_sample(
     require(key.dtype == torch.int64, lambda: f"key must be int64, got {key.dtype}")
     require(counter.dtype == torch.int64, lambda: f"counter must be int64, got {counter.dtype}")
     require(temperature >= 0, lambda: f"temperature must be at least 0, got {temperature}")
-    require(softcap is None or 0 < softcap < math.inf, lambda: f"softcap must be above 0 and finite, or None, got {softcap}")
+    require(
+        softcap is None or 0 < softcap < math.inf, lambda: f"softcap must be above 0 and finite, or None, got {softcap}"
+    )
     require(top_k >= 0, lambda: f"top_k must be at least 0, got {top_k}")
     if temperature == 0:
         softcap = None  # it keeps the order, and rounds large logits to ties

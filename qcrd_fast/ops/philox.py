@@ -1,8 +1,8 @@
 """Random numbers that belong to (seed, question, index, iteration, position), and Gumbel noise made of them.
 
-They never depend on the batch, on the order of the questions or on earlier draws: they are Philox4x32-10 (Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the question in the key and the rest in the counter. Suffixes:
-B rows, K vocabulary entries.
+They never depend on the batch, on the order of the questions or on earlier draws: they are Philox4x32-10 (Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the question in the key and the rest in the counter.
+Suffixes: B rows, K vocabulary entries.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def key_words(seed: int, question_id: str) -> tuple[int, int]:
 def philox(
     key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor], rounds: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four 32-bit words of Philox4x32, as int64 in [0, 2^32). Arguments are int64 tensors that broadcast together."""
+    """The four 32-bit words of Philox4x32, as int64 in [0, 2^32). Arguments are int64 tensors that broadcast
+    together."""
     k0, k1 = key
     c0, c1, c2, c3 = counter
     for _ in range(rounds):
@@ -38,8 +39,8 @@ def philox(
 def gumbel(key_B2: Tensor, counter_B3: Tensor, vocab_BK: Tensor | None = None, size: int = 0) -> Tensor:
     """Gumbel(0, 1) noise [B, K], float64, of the vocabulary entries `vocab_BK`, or of all `size` of them.
 
-    `key_B2`: `key_words` of each row; `counter_B3`: (position, index, iteration), all int64. Entry v takes word v % 4 of the
-    counter (v // 4, position, index, iteration), so that one Philox serves four entries.
+    `key_B2`: `key_words` of each row; `counter_B3`: (position, index, iteration), all int64. Entry v takes word v % 4
+    of the counter (v // 4, position, index, iteration), so that one Philox serves four entries.
     """
     columns = (*key_B2.split(1, 1), *counter_B3.split(1, 1))
     if vocab_BK is None:

@@ -1,8 +1,9 @@
-"""The training pass of score-then-train as one node: the rationales' weights are known, so the gradients are made in forward.
+"""The training pass of score-then-train as one node: the rationales' weights are known, so the gradients are made in
+forward.
 
-`linear_rationale_loss` costs 6U (U = T V H) where all logits (the kernels: their exponentials) fit a workspace; those beyond it
-(the kernels: all) are computed twice, which is 8U at most, as `linear_logprob` and its backward pass would. Suffixes: T tokens,
-H hidden, V vocabulary, R rationales.
+`linear_rationale_loss` costs 6U (U = T V H) where all logits (the kernels: their exponentials) fit a workspace; those
+beyond it (the kernels: all) are computed twice, which is 8U at most, as `linear_logprob` and its backward pass would.
+Suffixes: T tokens, H hidden, V vocabulary, R rationales.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ def linear_rationale_loss(
     return_logprob: bool = False,
     workspace_bytes: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """(loss, nll_R [detached]): loss = sum over positives of w l - beta * sum over negatives of w h(l), l the mean -log p of a
-    rationale's tokens in nats, h(u) = min(u - delta, 0), or h(u) = u where `delta` is None. With `return_logprob` also log p
-    of each token [T], detached.
+    """(loss, nll_R [detached]): loss = sum over positives of w l - beta * sum over negatives of w h(l), l the mean -log
+    p of a rationale's tokens in nats, h(u) = min(u - delta, 0), or h(u) = u where `delta` is None. With
+    `return_logprob` also log p of each token [T], detached.
 
     hidden [..., H], weight [V, H], bias [V], target [...], rationale [...]: as in `QCRDLoss`; positive [R] bool;
     rationale_weight [R], without gradient: as `ContrastiveOutput.weight_R` gives it. The numbers are those of
@@ -63,7 +64,9 @@ def linear_rationale_loss(
     )
     require(
         positive.dim() == 1 and positive.shape == rationale_weight.shape,
-        lambda: f"positive and rationale_weight must be [R], got {list(positive.shape)} and {list(rationale_weight.shape)}",
+        lambda: (
+            f"positive and rationale_weight must be [R], got {list(positive.shape)} and {list(rationale_weight.shape)}"
+        ),
     )
     require(
         ((rationale_T[1:] >= rationale_T[:-1]).all() & (rationale_T >= 0).all() & (rationale_T < len(positive)).all()),
@@ -75,8 +78,10 @@ def linear_rationale_loss(
         # fp16: its small gradients need the loss's scale before rounding
         if chosen == "eager" or hidden_TH.dtype == torch.float16 or isinstance(options.temperature, Tensor):
             logprob_T = linear_logprob(
-                hidden_TH, weight, target_T, bias=bias, scale=scale, softcap=softcap, impl=impl, ignore_index=ignore_index,
-                temperature=options.temperature[:, 0] if isinstance(options.temperature, Tensor) else options.temperature,
+                hidden_TH, weight, target_T, bias=bias, scale=scale, softcap=softcap, impl=impl,
+                ignore_index=ignore_index,
+                temperature=options.temperature[:, 0] if isinstance(options.temperature,
+                Tensor) else options.temperature,
             )  # fmt: skip
             valid_T = target_T != ignore_index
             nll_R, _ = chunked.rationale_mean(logprob_T, rationale_T, valid_T, len(positive))
@@ -91,7 +96,9 @@ def linear_rationale_loss(
         return _rationale_loss(*head, *arguments)[: 2 + return_logprob]
 
 
-def loss_terms(nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, beta: float, delta: float | None) -> tuple[Tensor, Tensor]:
+def loss_terms(
+    nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, beta: float, delta: float | None
+) -> tuple[Tensor, Tensor]:
     """(loss, d loss / d nll [R]) of rationales whose weights are known; `delta` None: no margin."""
     signed_R = torch.where(positive_R, weight_R, -beta * weight_R)
     term_R, signed_R = chunked.hinge_terms(nll_R, positive_R, signed_R, delta)
@@ -162,7 +169,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _scale(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    """The gradients made in forward, times the loss's own, in place: one of a head's size more would be the largest tensor.
+    """The gradients made in forward, times the loss's own, in place: one of a head's size more would be the largest
+    tensor.
 
     A scalar would be rounded to their type first, in which a loss scale of 2^16 may be infinite; [1] is not.
     """

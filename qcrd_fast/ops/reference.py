@@ -1,4 +1,5 @@
-"""The loss in plain torch with full logits, Python loops and autograd: the oracle that the other implementations are held to.
+"""The loss in plain torch with full logits, Python loops and autograd: the oracle that the other implementations are
+held to.
 
 Shape suffixes: T tokens, H hidden, V vocabulary, R rationales. Equation numbers: arXiv 2405.13014.
 """
@@ -22,7 +23,8 @@ class HeadOptions(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """What the contrastive ops return. `weight_R` includes quality, the scheme's normalisation, 1/N and the hinge's gate."""
+    """What the contrastive ops return. `weight_R` includes quality, the scheme's normalisation, 1/N and the hinge's
+    gate."""
 
     loss_pos: Tensor
     loss_neg: Tensor
@@ -32,14 +34,20 @@ class Contrast(NamedTuple):
     count_R: Tensor
 
 
-# ---- log p of each token ------------------------------------------------------------------------------------------------
+# ---- log p of each token
+# ------------------------------------------------------------------------------------------------
 
 
 def linear_logprob_eager(
-    hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, bias_V: Tensor | None, options: HeadOptions, ignore_index: int
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    options: HeadOptions,
+    ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(log p of the target, log-sum-exp, entropy, whether the target's logit is the largest, sum of p^2), each [T]: the first
-    three in nats and differentiated by autograd, all 0 where ignored.
+    """(log p of the target, log-sum-exp, entropy, whether the target's logit is the largest, sum of p^2), each [T]: the
+    first three in nats and differentiated by autograd, all 0 where ignored.
 
     Operands are rounded to `hidden`'s type and multiplied in fp32 (float64 stays float64).
     """
@@ -75,7 +83,8 @@ def accumulable(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.dtype))
 
 
-# ---- many-to-one contrastive loss ---------------------------------------------------------------------------------------
+# ---- many-to-one contrastive loss
+# ---------------------------------------------------------------------------------------
 
 
 def contrastive_eager(
@@ -125,7 +134,10 @@ def contrastive_eager(
             else:
                 if select.random:
                     key = int(key_R[members[0]])
-                    score = {r: float(sampling_score(seed, key, iteration, is_positive, members.index(r))) for r in candidates}
+                    score = {
+                        r: float(sampling_score(seed, key, iteration, is_positive, members.index(r)))
+                        for r in candidates
+                    }
                 else:
                     score = {r: select.order * float(nll[r].detach()) for r in candidates}
                 score = {r: float("inf") if x != x else x for r, x in score.items()}  # a NaN must reach the loss

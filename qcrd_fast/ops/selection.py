@@ -1,7 +1,7 @@
 """The selections of Table 5 and their properties, once. Names and schemes are in `config`.
 
-A new selection is a row of `SELECTIONS`, its weights in `reference.contrastive_eager` and `chunked.contrastive_torch`, and a
-branch of `csrc_triton.contrastive`. Shape suffix: R rationales.
+A new selection is a row of `SELECTIONS`, its weights in `reference.contrastive_eager` and `chunked.contrastive_torch`,
+and a branch of `csrc_triton.contrastive`. Shape suffix: R rationales.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ def signed(x: int) -> int:
 
 
 def sampling_scores(seed: int, key_R: Tensor, iteration: int, question_R: Tensor, positive_R: Tensor) -> Tensor:
-    """`sampling_score` of every rationale, fp32 [R]. Its rank is that among its question's rationales of the same class."""
+    """`sampling_score` of every rationale, fp32 [R]. Its rank is that among its question's rationales of the same
+    class."""
     return _sampling_scores(signed(seed), key_R, signed(iteration), question_R, positive_R)
 
 
-@torch.library.custom_op("qcrd_fast::sampling_scores", mutates_args=())  # int64 that wraps around is nothing for a compiler
+# int64 that wraps around is nothing for a compiler
+@torch.library.custom_op("qcrd_fast::sampling_scores", mutates_args=())
 def _sampling_scores(seed: int, key_R: Tensor, iteration: int, question_R: Tensor, positive_R: Tensor) -> Tensor:
     R = len(question_R)
     group_R = 2 * question_R + ~positive_R

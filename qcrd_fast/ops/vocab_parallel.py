@@ -1,7 +1,7 @@
 """`linear_logprob` of a head whose vocabulary is split over ranks, as Megatron's tensor parallelism splits it.
 
-Each rank has all hidden states and a contiguous slice of the head's rows; two all-reduces of a few numbers a token make log p
-of the whole vocabulary, and in the backward pass one makes dHidden. A shape suffix T is that of the targets.
+Each rank has all hidden states and a contiguous slice of the head's rows; two all-reduces of a few numbers a token make
+log p of the whole vocabulary, and in the backward pass one makes dHidden. A shape suffix T is that of the targets.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from qcrd_fast.ops.checks import require
 
 
 class Slice(NamedTuple):
-    """What one rank's slice says of each token [T]; those of a target elsewhere are of its first row, and masked out."""
+    """What one rank's slice says of each token [T]; those of a target elsewhere are of its first row, and masked
+    out."""
 
     logprob: Tensor  # log p of the target among the slice's rows
     lse: Tensor
@@ -25,7 +26,8 @@ class Slice(NamedTuple):
 
 
 class ToSlices(torch.autograd.Function):
-    """Hidden states as they are; their gradient is summed over the ranks, since each has used them for its own slice."""
+    """Hidden states as they are; their gradient is summed over the ranks, since each has used them for its own
+    slice."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, group: Any) -> Tensor:
@@ -63,14 +65,19 @@ class Combine(torch.autograd.Function):
         dist.all_reduce(sums_KT, group=group)
         require(
             (sums_KT[2] == valid_T).all(),
-            lambda: "each target must be a row of exactly one rank's slice; check vocab_start, which counts the rows before it",
+            lambda: (
+                "each target must be a row of exactly one rank's slice; check vocab_start, which counts the rows "
+                "before it"
+            ),
         )
         log_sum_T = sums_KT[1].log()
         lse_T = largest_T + log_sum_T
         logprob_T = (sums_KT[0] - lse_T).clamp(max=0)
         entropy_T = log_sum_T - sums_KT[3] / sums_KT[1] if want_entropy else entropy_l.clone()
         mass_T = share_T / sums_KT[1]
-        slope_T = mass_T * ((lse_T - entropy_T) - (lse_l - entropy_l)).where(mass_T > 0, 0) if want_entropy else entropy_l
+        slope_T = (
+            mass_T * ((lse_T - entropy_T) - (lse_l - entropy_l)).where(mass_T > 0, 0) if want_entropy else entropy_l
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mass_T, slope_T)
         return logprob_T, lse_T, entropy_T
@@ -89,7 +96,9 @@ class Combine(torch.autograd.Function):
         return dlogprob_T, dlse_l, dentropy_l, None, None, None
 
 
-def combine(slice_: Slice, here_T: Tensor, valid_T: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def combine(
+    slice_: Slice, here_T: Tensor, valid_T: Tensor, group: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(log p, log-sum-exp, entropy, sum p^2) of the whole vocabulary, [T] each, 0 where ignored.
 
     here_T: whether the target's row is in this rank's slice; the slice's numbers are those of valid tokens.

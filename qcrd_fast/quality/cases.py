@@ -17,8 +17,9 @@ POSITIVE, MINORITY, STUDENT = "positive", "minority", "student"
 class Case:
     """One rationale to score.
 
-    kind: `positive` or `minority` of the teacher, or `student`. votes: n, how many of the teacher's readable samples give this
-    rationale's answer; None where the question has no votes, or where the rationale has no conclusion that can be compared.
+    kind: `positive` or `minority` of the teacher, or `student`. votes: n, how many of the teacher's readable samples
+    give this rationale's answer; None where the question has no votes, or where the rationale has no conclusion that
+    can be compared.
     agrees: whether the answer is the majority's; None where that cannot be told. expected: the chance that it is, for a
     student's sample without a conclusion (see `fill_unknown`).
     """
@@ -41,7 +42,8 @@ class Case:
 
 
 def teacher_case(question: Question, rationale: Rationale, kind: str) -> Case:
-    """The case of one of the question's own rationales. A positive without an answer of its own ends in the majority's."""
+    """The case of one of the question's own rationales. A positive without an answer of its own ends in the
+    majority's."""
     answer = rationale.answer
     if answer is None and kind == POSITIVE:
         answer = question.majority
@@ -55,10 +57,11 @@ def teacher_cases(question: Question) -> list[Case]:
 
 
 def student_case(question: Question, said: str | Rationale, *, cut: bool = False) -> Case:
-    """The case of a rationale that the student wrote. Its answer is the one that came with it, else read as that of any reply.
+    """The case of a rationale that the student wrote. Its answer is the one that came with it, else read as that of any
+    reply.
 
-    `cut`: the sampling stopped before EOS, so the text has no conclusion. A question of the task `text` has none either, since
-    such answers cannot be compared.
+    `cut`: the sampling stopped before EOS, so the text has no conclusion. A question of the task `text` has none
+    either, since such answers cannot be compared.
     """
     said = Rationale(said) if isinstance(said, str) else said
     cut, answer, text = cut or said.truncated, None, said.text
@@ -110,8 +113,8 @@ def _choices(text: str) -> tuple[str, ...]:
 
 
 def silent_share(questions: Iterable[Question]) -> float:
-    """Share of the teacher's positives in whose text no answer can be read, so that a student that writes as they do ends in
-    none either. 0 without any."""
+    """Share of the teacher's positives in whose text no answer can be read, so that a student that writes as they do
+    ends in none either. 0 without any."""
     silent = total = 0
     for question in questions:
         if comparable(question):
@@ -123,7 +126,8 @@ def silent_share(questions: Iterable[Question]) -> float:
 
 @dataclasses.dataclass
 class Tally:
-    """What an iteration's samples conclude: how many are readable, of those how many agree, how many end in no answer."""
+    """What an iteration's samples conclude: how many are readable, of those how many agree, how many end in no
+    answer."""
 
     readable: int = 0
     agree: int = 0
@@ -139,9 +143,9 @@ class Tally:
     def fill_unknown(self, case: Case, silent_share: float) -> Case:
         """The case with its chance to agree, where its text does not tell.
 
-        A sample that was cut takes the share of readable samples that agree. A complete one without an answer is one of the
-        `agree * u / (1 - u)` samples that are expected to agree in silence, `u` being the teacher's `silent_share`; where the
-        teacher's rationales always end in an answer, that is none.
+        A sample that was cut takes the share of readable samples that agree. A complete one without an answer is one of
+        the `agree * u / (1 - u)` samples that are expected to agree in silence, `u` being the teacher's `silent_share`;
+        where the teacher's rationales always end in an answer, that is none.
         """
         if case.kind != STUDENT or case.votes is not None or case.agrees is not None or not comparable(case.question):
             return case

@@ -1,7 +1,8 @@
 """Checks as a judge: the vote, times what a rationale's equations are worth by fixed factors. Nothing is learnt.
 
-The vote is one for all of a question's positives; these factors tell them apart. They follow from real chains of an answer that
-won the vote: of T5-large's on svamp 95% are right where all equations hold, 81% where there is none, 62% where one is false.
+The vote is one for all of a question's positives; these factors tell them apart. They follow from real chains of an
+answer that won the vote: of T5-large's on svamp 95% are right where all equations hold, 81% where there is none, 62%
+where one is false.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ FALSE, NO_EQUATION, UNTRACED = 0.05, 0.5, 0.3  # a false equation; none at all; 
 
 
 class ChecksJudge:
-    """s = the vote's s, times `FALSE` where an equation does not hold, else `NO_EQUATION` where there is none, else `UNTRACED`
-    where an equation starts from a number that neither the question nor an earlier equation gives."""
+    """s = the vote's s, times `FALSE` where an equation does not hold, else `NO_EQUATION` where there is none, else
+    `UNTRACED` where an equation starts from a number that neither the question nor an earlier equation gives."""
 
     name = "the checks"
 

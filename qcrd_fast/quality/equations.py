@@ -1,9 +1,11 @@
-"""Equations in a rationale, read with tolerance: money, percent, thousands, fractions, units between numbers, chains of `=`.
+"""Equations in a rationale, read with tolerance: money, percent, thousands, fractions, units between numbers, chains of
+`=`.
 
     [(str(e.text), e.holds) for e in find_equations("3 bags x $2.50 = $7.50, and 10 apples - 4 apples = 5 apples.")]
     -> [("3 bags * 2.50 = 7.50", True), ("10 apples - 4 apples = 5", False)]
 
-What cannot be computed is no equation: one with a variable, a side without a number, or without an operator on either side.
+What cannot be computed is no equation: one with a variable, a side without a number, or without an operator on either
+side.
 """
 
 from __future__ import annotations
@@ -34,7 +36,24 @@ _EMPHASIS_END = re.compile(r"(?<=[^\s*_(+/-])[*_]{1,3}(?![^\s.,;:!?)\]])(?!\s*[\
 _ASIDE = re.compile(r"\s*\([^()\d=]{1,60}\)")  # 6 (in the morning) + 3
 _PERCENT = re.compile(r"(?<=\d)\s+per\s?cent(?![\w])", re.IGNORECASE)
 _ABOUT = {"about", "approximately", "approx", "roughly", "around", "nearly", "remainder", "r", "rounded", "rounding"}
-_BREAKS = {"and", "or", "so", "then", "but", "is", "are", "was", "has", "have", "if", "because", "which", "that", "we", "there"}
+_BREAKS = {
+    "and",
+    "or",
+    "so",
+    "then",
+    "but",
+    "is",
+    "are",
+    "was",
+    "has",
+    "have",
+    "if",
+    "because",
+    "which",
+    "that",
+    "we",
+    "there",
+}
 
 
 class Token(NamedTuple):
@@ -45,8 +64,8 @@ class Token(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Equation:
-    """`left = right` as it was read; `operands` are the numbers of its left side, or of its right one where the left is one
-    number; `result` is the number that it ends in."""
+    """`left = right` as it was read; `operands` are the numbers of its left side, or of its right one where the left is
+    one number; `result` is the number that it ends in."""
 
     text: str
     holds: bool
@@ -124,7 +143,9 @@ def _tokens(text: str) -> Iterator[Token]:
         else:
             if found[at].kind == "word" and found[at].text.lower() == "of" and at and _is_part(found, at - 1):
                 yield Token("operator", "*")  # 20% of 50, 1/2 of 8
-            elif found[at].text == "/" and 0 < at < len(found) - 1 and found[at - 1].kind == found[at + 1].kind == "word":
+            elif (
+                found[at].text == "/" and 0 < at < len(found) - 1 and found[at - 1].kind == found[at + 1].kind == "word"
+            ):
                 yield Token("word", "/")  # miles / hour
             elif found[at].text in ("x", "X") and _is_times(found, at):
                 yield Token("operator", "*")  # 3 bags x 2.50
@@ -186,9 +207,15 @@ def _before(tokens: Sequence[Token], at: int) -> _Side | None:
 
 
 def _skip_unit(tokens: Sequence[Token], at: int, taken: list[Token]) -> int:
-    """Past the words of a unit that ends at a token, which are noted; `at` itself where no number stands before them."""
+    """Past the words of a unit that ends at a token, which are noted; `at` itself where no number stands before
+    them."""
     start = at
-    while start >= 0 and at - start < MAX_UNIT_WORDS and tokens[start].kind == "word" and tokens[start].text not in _BREAKS:
+    while (
+        start >= 0
+        and at - start < MAX_UNIT_WORDS
+        and tokens[start].kind == "word"
+        and tokens[start].text not in _BREAKS
+    ):
         start -= 1
     if start == at or start < 0 or tokens[start].kind not in ("number", "close"):
         return at
@@ -241,7 +268,11 @@ def _after(tokens: Sequence[Token], at: int) -> _Side | None:
 def _mixed(tokens: Sequence[Token], at: int) -> bool:
     """Whether the number at a token is the whole part of a mixed fraction."""
     kinds = [t.kind for t in tokens[at : at + 4]]
-    return kinds[:4] == ["number", "number", "operator", "number"] and tokens[at + 2].text == "/" and tokens[at].text.isdigit()
+    return (
+        kinds[:4] == ["number", "number", "operator", "number"]
+        and tokens[at + 2].text == "/"
+        and tokens[at].text.isdigit()
+    )
 
 
 def _side(tokens: Sequence[Token], listed: bool = False) -> _Side | None:
@@ -304,7 +335,8 @@ _NAMES = {
         4: "four quarter", 5: "five", 6: "six", 7: "seven week", 8: "eight", 9: "nine", 10: "ten", 11: "eleven",
         12: "twelve dozen year", 13: "thirteen", 14: "fourteen", 15: "fifteen", 16: "sixteen", 17: "seventeen",
         18: "eighteen", 19: "nineteen", 20: "twenty", 24: "day", 30: "thirty", 40: "forty", 50: "fifty",
-        60: "sixty hour minute", 70: "seventy", 80: "eighty", 90: "ninety", 100: "hundred percent dollar", 1000: "thousand",
+        60: "sixty hour minute", 70: "seventy", 80: "eighty", 90: "ninety", 100: "hundred percent dollar",
+        1000: "thousand",
     }.items()
     for name in names.split()
 }  # fmt: skip

@@ -16,8 +16,8 @@ from qcrd_fast.quality.votes import VoteJudge
 
 
 class Judge(Protocol):
-    """Scores rationales. `scores` is a pure function of the cases and of what the judge was made from, so that a resumed run
-    repeats the uninterrupted one; a case's question holds the other rationales of the same question."""
+    """Scores rationales. `scores` is a pure function of the cases and of what the judge was made from, so that a
+    resumed run repeats the uninterrupted one; a case's question holds the other rationales of the same question."""
 
     def scores(self, cases: Sequence[Case]) -> Sequence[float]:
         """s of each case, in [0, 1]: a positive weighs s, a negative 1 - s."""

@@ -16,7 +16,8 @@ TEACHER_READ = 200  # questions whose positives show how often the teacher ends 
 
 
 class Samples(NamedTuple):
-    """cases: of each question, by id, duplicates merged. strangers: samples of questions that are not among those given."""
+    """cases: of each question, by id, duplicates merged. strangers: samples of questions that are not among those
+    given."""
 
     cases: dict[str, list[Case]]
     strangers: int
@@ -25,8 +26,8 @@ class Samples(NamedTuple):
 def load_samples(path: str | Path, questions: Sequence[Question]) -> Samples:
     """The samples of a file in any format that `prepare` reads, or of a run's `negatives/iteration-*.jsonl`.
 
-    A row belongs to the question with its text, else to the one of its id. Samples that were cut before their end take the
-    share of the file's readable ones that agree.
+    A row belongs to the question with its text, else to the one of its id. Samples that were cut before their end take
+    the share of the file's readable ones that agree.
 
     Raises:
         InputError: the file cannot be read, a row is bad, or no row is of these questions.
@@ -65,7 +66,9 @@ def with_expected(cases: Sequence[Case], questions: Sequence[Question]) -> list[
 def _rows(path: Path) -> Iterator[tuple[str, str, Sequence[Rationale]]]:
     """(id, text that tells the question, or an empty one, samples) of each row."""
     if stored := _stored(path):
-        yield from ((record["id"], "", [Rationale(record["text"], truncated=bool(record.get("cut")))]) for record in stored)
+        yield from (
+            (record["id"], "", [Rationale(record["text"], truncated=bool(record.get("cut")))]) for record in stored
+        )
         return
     for record in iter_records(path):
         if isinstance(record, BadRow):

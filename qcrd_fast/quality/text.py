@@ -1,7 +1,8 @@
 """The text as a judge: the vote, corrected by what a rationale's equations and numbers say. numpy alone.
 
-Counts of a rationale (`features`) go through a logistic regression that is learnt from the vote, never from a gold answer: is
-this a rationale of the majority? Each question is scored by a regression that was learnt from other questions.
+Counts of a rationale (`features`) go through a logistic regression that is learnt from the vote, never from a gold
+answer: is this a rationale of the majority? Each question is scored by a regression that was learnt from other
+questions.
 
 Shapes: R rationales, F features.
 """
@@ -33,9 +34,11 @@ FEWEST = 20  # rationales of either side that a regression needs
 HALF = 0.5  # of the text's logit is added: it knows the vote already, from which it was learnt
 RIDGE = 1.0  # on standardised features
 FEATURES = (
-    "has an equation", "equations", "false equations", "a false one", "all hold", "share that hold", "ends in its answer",
+    "has an equation", "equations", "false equations", "a false one", "all hold", "share that hold", "ends in its "
+    "answer",
     "last number is its answer", "a result is its answer", "answer is in the question", "share of operands known",
-    "unknown operands", "an unknown operand", "share of the question's numbers used", "numbers unused", "words", "sentences",
+    "unknown operands", "an unknown operand", "share of the question's numbers used", "numbers unused", "words",
+    "sentences",
     "numbers", "equations said twice", "answer is whole", "answer is negative", "answer over the largest number",
 )  # fmt: skip
 
@@ -83,8 +86,8 @@ def features(question: str, rationale: str, answer: str | None, task: str = "num
 
 
 def fit_logistic(x_RF: Floats, y_R: Floats, ridge: float = RIDGE, steps: int = 50) -> Floats:
-    """Weights [F + 1], the last one the intercept, of a logistic regression with an L2 penalty on all but the intercept:
-    Newton's method with halved steps, until the gradient is 0 to 1e-9 a rationale."""
+    """Weights [F + 1], the last one the intercept, of a logistic regression with an L2 penalty on all but the
+    intercept: Newton's method with halved steps, until the gradient is 0 to 1e-9 a rationale."""
     design = np.column_stack([x_RF, np.ones(len(x_RF))])
     penalty = np.r_[np.full(x_RF.shape[1], ridge), 1e-9]
     w = np.zeros(design.shape[1])
@@ -117,8 +120,8 @@ def fold_of(question_id: str) -> int:
 class TextJudge:
     """logit s = logit of the vote's s + half of (the text's logit - the log odds of a majority rationale).
 
-    For questions of other tasks than `TASKS`, for samples without a conclusion, and where too few rationales differ to learn
-    from, s is the vote's.
+    For questions of other tasks than `TASKS`, for samples without a conclusion, and where too few rationales differ to
+    learn from, s is the vote's.
     """
 
     name = "the text"
@@ -132,7 +135,8 @@ class TextJudge:
         self.weights = [_learn(x_RF[fold_R != fold], y_R[fold_R != fold]) for fold in range(FOLDS)]
         if cases and any(w is None for w in self.weights):
             log.warning(
-                "--quality text: %d rationales, %d of them of minorities, are too few to learn from: the vote alone weighs",
+                "--quality text: %d rationales, %d of them of minorities, are too few to learn from: the vote alone "
+                "weighs",
                 len(cases), len(cases) - int(y_R.sum()),
             )  # fmt: skip
 
@@ -153,7 +157,8 @@ class TextJudge:
 
 
 def _learn(x_RF: Floats, y_R: Floats) -> Floats | None:
-    """Weights [F + 1] of the text's logit less the prior's, which is in the vote already; None where there is too little."""
+    """Weights [F + 1] of the text's logit less the prior's, which is in the vote already; None where there is too
+    little."""
     right, wrong = int(y_R.sum()), int(len(y_R) - y_R.sum())
     if min(right, wrong) < FEWEST:
         return None

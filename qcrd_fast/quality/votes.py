@@ -21,8 +21,8 @@ def vote_score(n: int, K: int) -> float:
 class VoteJudge:
     """Scores by n of K votes (`vote_score`). Nothing is trained, and no gold answer is read.
 
-    Without votes: 1 for a positive, 0 for any other. A student's sample that gives an answer of no other sample has n = 0; one
-    without a conclusion has its expected agreement; one whose answer cannot be compared (task `text`) 0.
+    Without votes: 1 for a positive, 0 for any other. A student's sample that gives an answer of no other sample has n =
+    0; one without a conclusion has its expected agreement; one whose answer cannot be compared (task `text`) 0.
     """
 
     name = "the vote"

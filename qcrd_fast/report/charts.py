@@ -107,10 +107,13 @@ def _svg(name: str, plot: Any, title: str, x_label: str) -> str:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("report draws with matplotlib, which is not installed: pip install 'qcrd-fast[report]'") from error
+        raise InputError(
+            "report draws with matplotlib, which is not installed: pip install 'qcrd-fast[report]'"
+        ) from error
     style = {
         **{
-            key: _INK for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor", "grid.color")
+            key: _INK
+            for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor", "grid.color")
         },
         "svg.fonttype": "none",
         "svg.hashsalt": name,
@@ -134,7 +137,11 @@ def _svg(name: str, plot: Any, title: str, x_label: str) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'\s(xmlns(:xlink)?|version|width|height)="[^"]*"', "", text.partition(">")[0]) + ">" + text.partition(">")[2]
+    text = (
+        re.sub(r'\s(xmlns(:xlink)?|version|width|height)="[^"]*"', "", text.partition(">")[0])
+        + ">"
+        + text.partition(">")[2]
+    )
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL).replace(_INK, "currentColor")
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)

@@ -1,7 +1,7 @@
 """What accuracy costs: runs as points of accuracy and minutes, one a method, each with its interval. Imports no torch.
 
-Runs are in one chart only if their minutes and accuracies can be compared: the same questions, the same device, and time taken
-in the same way.
+Runs are in one chart only if their minutes and accuracies can be compared: the same questions, the same device, and
+time taken in the same way.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Point(NamedTuple):
 def of_view(view: RunView) -> Outcome | None:
     """A run folder's; None where the run is not finished, or says nothing of its options, its time or its answers.
 
-    The time is that of all attempts, where several runs were made by one command, or else that of the training steps alone: the
-    mean of those logged, times the steps.
+    The time is that of all attempts, where several runs were made by one command, or else that of the training steps
+    alone: the mean of those logged, times the steps.
     """
     try:
         answers = Answers.of(view.predictions)
@@ -85,7 +85,8 @@ def of_view(view: RunView) -> Outcome | None:
 
 
 def of_csv(path: str | Path) -> list[Outcome]:
-    """Those of a CSV of runs (bench/results/runs.csv), the latest row of each run. Raises `InputError` for another file."""
+    """Those of a CSV of runs (bench/results/runs.csv), the latest row of each run. Raises `InputError` for another
+    file."""
     if not Path(path).is_file():
         raise InputError(f"--results: {path} does not exist")
     found = []

@@ -33,7 +33,8 @@ KEPT = "\n\t\u200c\u200d"  # and the joiners that Persian, Indic scripts and emo
 KINDS = ("teacher positive", "teacher minority")  # the rest is the student's
 KIND_COLORS = tuple(PALETTE[i] for i in (2, 4, 0, 3, 5, 6, 1, 7))
 OF_STUDENT = {True: ", agrees with the majority", False: ", differs from it", None: ", no conclusion"}
-CURVES: tuple[tuple[str, tuple[tuple[str, str, str], ...], bool], ...] = (  # title, (field, dash, what it is), within 0..1
+# title, (field, dash, what it is), within 0..1
+CURVES: tuple[tuple[str, tuple[tuple[str, str, str], ...], bool], ...] = (
     ("Validation accuracy", (("eval_accuracy", "-", ""),), True),
     ("Loss (Eq. 8)", (("loss", "-", ""),), False),
     ("Label task, L_pred", (("loss_pred", "-", ""),), False),
@@ -59,11 +60,13 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str, str], ...], bool], ...] = (  # ti
 )
 
 
-def write_report(runs: Sequence[str], output: str, *, results: str | None = None, dry_run: bool = False) -> dict[str, Any]:
+def write_report(
+    runs: Sequence[str], output: str, *, results: str | None = None, dry_run: bool = False
+) -> dict[str, Any]:
     """Write the page about `runs`, and the rows of the CSV of runs `results`, to `output`; returns what is in it.
 
-    Raises `InputError` for a run that is no folder, no run and no rows at all, an `output` that does not end in .html, or when
-    matplotlib is missing; `RunError` when the page cannot be written.
+    Raises `InputError` for a run that is no folder, no run and no rows at all, an `output` that does not end in .html,
+    or when matplotlib is missing; `RunError` when the page cannot be written.
     """
     target = Path(output)
     if target.suffix.lower() not in (".html", ".htm"):
@@ -73,7 +76,9 @@ def write_report(runs: Sequence[str], output: str, *, results: str | None = None
     views = [read_run(run) for run in {Path(run).resolve(): run for run in reversed(runs)}.values()][::-1]  # each once
     rows = of_csv(results) if results else []
     if not views and not rows:
-        raise InputError(f"--results: {results} has no finished run" if results else "name a run folder, or --results FILE.csv")
+        raise InputError(
+            f"--results: {results} has no finished run" if results else "name a run folder, or --results FILE.csv"
+        )
     for view in views:
         if [other.name for other in views].count(view.name) > 1:  # same names in several folders
             view.title = str(view.path)
@@ -86,7 +91,9 @@ def write_report(runs: Sequence[str], output: str, *, results: str | None = None
     return {
         "output": output,
         "rows": len(rows),
-        "runs": [{"name": v.title, "state": v.state, "steps_logged": len(v.steps), "scores": len(v.scores)} for v in views],
+        "runs": [
+            {"name": v.title, "state": v.state, "steps_logged": len(v.steps), "scores": len(v.scores)} for v in views
+        ],
         "bytes": len(page.encode("utf-8", "surrogatepass")),
     }
 
@@ -95,8 +102,8 @@ def render(views: Sequence[RunView], rows: Sequence[Outcome] = ()) -> str:
     """The page, a function of the views, and of rows of a CSV of runs, alone."""
     title = views[0].title if len(views) == 1 and not rows else f"{len(views) + len(rows)} runs"
     body = [
-        f"<header><h1>{_text(title)}</h1><p>qcrd-fast {__version__}, quality-guided contrastive rationale distillation</p>"
-        "</header>",
+        f"<header><h1>{_text(title)}</h1><p>qcrd-fast {__version__}, quality-guided contrastive rationale "
+        "distillation</p></header>",
         *([_section("Runs", _table(views))] if views else []),
         *_costs([*(one for view in views if (one := of_view(view))), *rows]),
         *([_section("While training", _curves(views))] if views else []),
@@ -192,12 +199,18 @@ def _curves(views: Sequence[RunView]) -> str:
                     lines.append(Line(x, y, _color(i), dash))
                     shown.add(what)
         if lines:
-            legend = [f"{'solid' if dash == '-' else 'dashed'}: {what}" for _, dash, what in fields if what and what in shown]
+            legend = [
+                f"{'solid' if dash == '-' else 'dashed'}: {what}" for _, dash, what in fields if what and what in shown
+            ]
             chart = line_chart(f"c{number_}", lines, title=title, unit_range=unit_range)
             cards.append(_card(title, chart, "; ".join(legend)))
     if not cards:
         return "<p>Nothing is logged yet.</p>"
-    runs = "".join(f"<span>{_chip(_color(i))}{_text(v.title)}</span>" for i, v in enumerate(views)) if len(views) > 1 else ""
+    runs = (
+        "".join(f"<span>{_chip(_color(i))}{_text(v.title)}</span>" for i, v in enumerate(views))
+        if len(views) > 1
+        else ""
+    )
     return (f'<p class="legend">{runs}</p>' if runs else "") + f'<div class="grid">{"".join(cards)}</div>'
 
 
@@ -219,7 +232,8 @@ def _costs(outcomes: Sequence[Outcome]) -> list[str]:
         svg = scatter_chart(f"a{number_}", spots, title=f"Accuracy against {chart.axis}", x_label=chart.axis)
         title = _text(f"{chart.title}: {found[0].accuracy.questions} questions, {chart.device}")
         cards.append(
-            f'<figure class="card"><h3>{title}</h3>{svg}<figcaption class="legend">{"".join(legend)}</figcaption></figure>'
+            f'<figure class="card"><h3>{title}</h3>{svg}<figcaption '
+            f'class="legend">{"".join(legend)}</figcaption></figure>'
         )
     if not cards:
         return []
@@ -228,7 +242,10 @@ def _costs(outcomes: Sequence[Outcome]) -> list[str]:
         "questions), across from the shortest run to the longest."
     )
     if any(chart.axis.endswith(OF_STEPS) for chart in charts):
-        note += " Minutes of the steps: the mean of those logged, times the steps, so without loading, validation and saving."
+        note += (
+            " Minutes of the steps: the mean of those logged, times the steps, "
+            "so without loading, validation and saving."
+        )
     if any(not chart.axis.endswith(OF_STEPS) for chart in charts):
         note += " Minutes are those of the whole run on the wall, all attempts together."
     axes = " and ".join(dict.fromkeys(chart.axis for chart in charts))
@@ -243,7 +260,11 @@ def _discriminator(view: RunView) -> str:
     if not low and not refused:
         return ""
     text = f"held-out AUC {value[-1]:.3f}, lower bound {low[-1]:.3f}" if value and low else "held-out AUC unknown"
-    judged = f"refused (the lower bound must reach {least:g}); the vote weighs the rationales instead" if refused else "in use"
+    judged = (
+        f"refused (the lower bound must reach {least:g}); the vote weighs the rationales instead"
+        if refused
+        else "in use"
+    )
     return f"<p>The discriminator, on questions that it was not trained on: {text}; {judged}.</p>"
 
 
@@ -252,28 +273,33 @@ def _densities(view: RunView, index: int) -> str:
     if not stored:
         return (
             "<p>None are stored. The figure of the paper (Fig. 6) is drawn after<br>"
-            f"<code>qcrd-fast score {_text(view.path)} --data FILE --output scores.jsonl --sample-student 1.5,2.0</code></p>"
+            f"<code>qcrd-fast score {_text(view.path)} --data FILE --output scores.jsonl --sample-student "
+            f"1.5,2.0</code></p>"
         )
     groups: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for record in stored:
         groups.setdefault(_kind(record), []).append(record["score"])
     found = [(kind, scores) for kind, scores in groups.items() if scores][: len(KIND_COLORS)]
     colors = {kind: KIND_COLORS[i] for i, kind in enumerate(groups) if i < len(KIND_COLORS)}
-    chart = density_chart(f"d{index}", [(scores, colors[kind]) for kind, scores in found], title="Densities of quality scores")
+    chart = density_chart(
+        f"d{index}", [(scores, colors[kind]) for kind, scores in found], title="Densities of quality scores"
+    )
     legend = "".join(
         f"<span>{_chip(colors[kind])}{_text(kind)}: n {len(scores)}, mean {sum(scores) / len(scores):.3f}</span>"
         for kind, scores in found
     )
     rows = [r for r in stored if r["kind"] in KINDS]
-    told = score_report([r["score"] for r in rows], [r["kind"] == KINDS[0] for r in rows], [str(r.get("id")) for r in rows])
+    told = score_report(
+        [r["score"] for r in rows], [r["kind"] == KINDS[0] for r in rows], [str(r.get("id")) for r in rows]
+    )
     text = "Densities by kind, as in the paper's Fig. 6."
     if not view.scores:
         text += " The student's are its last iteration's negatives."
     if told["auc"] is not None and told["auc_95"]:
         low, high = told["auc_95"]
         text += (
-            f" Teacher positives against its minority: AUC {told['auc']:.3f} (95% interval {low:.3f} to {high:.3f} over "
-            f"{told['questions']} questions), expected calibration error {told['expected_calibration_error']:.3f}."
+            f" Teacher positives against its minority: AUC {told['auc']:.3f} (95% interval {low:.3f} to {high:.3f} "
+            f"over {told['questions']} questions), expected calibration error {told['expected_calibration_error']:.3f}."
         )
     figure = f'<figure class="card">{chart}<figcaption class="legend">{legend}</figcaption></figure>'
     return f'<div class="grid">{figure}</div><p>{text}</p>'
@@ -286,13 +312,16 @@ def _kind(record: dict[str, Any]) -> str:
 
 
 def _scores_by_votes(view: RunView) -> list[dict[str, Any]]:
-    """The scores of a run whose quality is the vote or the text: they are computed anew, of its data and last negatives."""
+    """The scores of a run whose quality is the vote or the text: they are computed anew, of its data and last
+    negatives."""
     qualities = [view.option(name) or view.option("quality") for name in ("positive_quality", "negative_quality")]
     data, (iteration, said) = view.config.get("data"), negatives(view.path)
     if view.option("method") != "qcrd" or not isinstance(data, str) or not {*qualities} <= {*JUDGES}:
         return []
     try:
-        questions = load_questions(data, split="train", on_bad_row="skip", seed=int(number(view.option("seed")) or 0)).questions
+        questions = load_questions(
+            data, split="train", on_bad_row="skip", seed=int(number(view.option("seed")) or 0)
+        ).questions
         samples = load_samples(view.path / NEGATIVES / negatives_name(iteration), questions).cases if said else {}
     except (InputError, OSError, ValueError):
         return []
@@ -323,7 +352,9 @@ def _samples(view: RunView) -> str:
         return "<p>No rationales of the student are stored in this run, or its training data cannot be read here.</p>"
     return note + "".join(
         f'<article><h3>{_text(question)}</h3><div class="pair">'
-        + "".join(f'<div class="card"><h4>{_text(head)}</h4><p class="said">{_text(text)}</p></div>' for head, text in sides)
+        + "".join(
+            f'<div class="card"><h4>{_text(head)}</h4><p class="said">{_text(text)}</p></div>' for head, text in sides
+        )
         + "</div></article>"
         for question, sides in pairs
     )
@@ -346,7 +377,9 @@ def _negative_pairs(view: RunView, said: dict[str, str]) -> Iterable[tuple[str, 
     if not said or not isinstance(data, str):
         return
     try:
-        questions = load_questions(data, split="train", on_bad_row="skip", seed=int(number(view.option("seed")) or 0)).questions
+        questions = load_questions(
+            data, split="train", on_bad_row="skip", seed=int(number(view.option("seed")) or 0)
+        ).questions
     except (InputError, OSError, ValueError):
         return
     for question in questions:
@@ -365,13 +398,15 @@ def _answers(view: RunView) -> str:
     shown = [*wrong[: max(ANSWERS // 2, ANSWERS - len(right))], *right]
     rows = "".join(
         f"<tr><td>{'right' if p['correct'] else 'wrong'}</td><td>{_text(p.get('gold'))}</td>"
-        f"<td>{_text(p.get('prediction'))}</td><td>{_text(p.get('question', ''))}</td><td>{_text(p.get('output', ''))}</td>"
+        f"<td>{_text(p.get('prediction'))}</td><td>{_text(p.get('question', ''))}</td>"
+        f"<td>{_text(p.get('output', ''))}</td>"
         f"<td>{_text(rationales.get(str(p.get('id')), ''))}</td></tr>"
         for p in shown[:ANSWERS]
     )
     unread = sum(p.get("prediction") is None for p in wrong)
     count = f"<p>{len(right)} right, {len(wrong)} wrong, of these {unread} without a readable answer; a few:</p>"
-    head = "<tr><th></th><th>gold</th><th>read</th><th>question</th><th>output, as it is</th><th>greedy rationale</th></tr>"
+    names = ("", "gold", "read", "question", "output, as it is", "greedy rationale")
+    head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
     return f'{count}<div class="wide"><table class="answers"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
 
 
@@ -416,7 +451,8 @@ STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif;-webkit-text-size-adjust:100%}
 main{max-width:82rem;margin:0 auto;padding:1rem clamp(.8rem,3vw,2rem) 3rem}
-h1{font-size:1.6rem;margin:.5rem 0 0;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2.2rem 0 .6rem;overflow-wrap:anywhere}
+h1{font-size:1.6rem;margin:.5rem 0 0;overflow-wrap:anywhere}
+h2{font-size:1.15rem;margin:2.2rem 0 .6rem;overflow-wrap:anywhere}
 h3{font-size:.95rem;margin:0 0 .4rem;overflow-wrap:anywhere}h4{font-size:.85rem;margin:0 0 .3rem;color:var(--soft)}
 header p,section>p,figcaption{color:var(--soft);font-size:.87rem;margin:.4rem 0}
 .wide{overflow-x:auto;border:1px solid var(--line);border-radius:6px}
@@ -424,15 +460,16 @@ table{border-collapse:collapse;width:100%;font-size:.87rem}
 th,td{text-align:left;padding:.4rem .55rem;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
 th{color:var(--soft);font-weight:600}tbody tr:last-child td{border-bottom:0}
 td .switches{white-space:normal;min-width:14rem}
-.switches span{display:inline-block;overflow-wrap:anywhere;max-width:100%;font-family:ui-monospace,monospace;font-size:.8rem;
-margin-right:.6em}
+.switches span{display:inline-block;overflow-wrap:anywhere;max-width:100%;
+font-family:ui-monospace,monospace;font-size:.8rem;margin-right:.6em}
 .answers td:nth-child(n+4){white-space:pre-wrap;overflow-wrap:anywhere;min-width:13rem}
 .grid{display:grid;gap:.9rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
 .card{margin:0;padding:.7rem .8rem;background:var(--card);border:1px solid var(--line);border-radius:6px;min-width:0}
 .card svg{display:block;width:100%;height:auto}.card svg text{font-family:inherit!important}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem}.legend span{overflow-wrap:anywhere}
 .chip{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.45em}
-article{margin:0 0 1.3rem}.pair{display:grid;gap:.7rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr))}
+article{margin:0 0 1.3rem}
+.pair{display:grid;gap:.7rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr))}
 .said{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:15rem;overflow-y:auto}
 small{color:var(--soft)}
 code{overflow-wrap:anywhere;background:var(--card);border:1px solid var(--line);border-radius:4px;padding:.1em .3em}

@@ -1,6 +1,7 @@
 """What a report reads of a run folder, whatever state it is in; nothing is written, locked or raised for damage.
 
-A run may be empty, cut off in the middle of a line, or still being written: what can be read is read, the rest is left out.
+A run may be empty, cut off in the middle of a line, or still being written: what can be read is read, the rest is left
+out.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class RunView:
 
     @property
     def rationales(self) -> dict[str, str]:
-        """The student's greedy rationales of its test questions, by id: those that several runs were judged by, or else the few
-        beside its answers."""
+        """The student's greedy rationales of its test questions, by id: those that several runs were judged by, or else
+        the few beside its answers."""
         found = [*self.predictions, *read_objects(self.path / RATIONALES)]
         return {str(r["id"]): r["rationale"] for r in found if "id" in r and isinstance(r.get("rationale"), str)}
 
@@ -68,7 +69,9 @@ class RunView:
         idle = {} if method == "qcrd" else LEGACY  # what other methods have no use for
         for field in dataclasses.fields(TrainConfig):
             value = self.config.get(field.name, field.default)
-            of_method = field.metadata["group"] in ("Method", "Negatives", "Quality", "Discriminator") or field.name in SWITCHES
+            of_method = (
+                field.metadata["group"] in ("Method", "Negatives", "Quality", "Discriminator") or field.name in SWITCHES
+            )
             usual = (field.default, getattr(defaults, field.name), idle.get(field.name, field.default))
             if of_method and value not in usual and field.name not in ("method", "scheme", "impl"):
                 text = os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
@@ -107,7 +110,9 @@ def negatives(folder: Path) -> tuple[int, dict[str, str]]:
     """(iteration, {question id: what the student said}) of the latest iteration with any."""
     for path in sorted((folder / NEGATIVES).glob("iteration-*.jsonl"), reverse=True):
         said = {
-            r["id"]: r["text"] for r in read_objects(path) if isinstance(r.get("id"), str) and isinstance(r.get("text"), str)
+            r["id"]: r["text"]
+            for r in read_objects(path)
+            if isinstance(r.get("id"), str) and isinstance(r.get("text"), str)
         }
         digits = path.stem.removeprefix("iteration-")
         if said and digits.isdecimal():

@@ -48,10 +48,12 @@ def latest_checkpoint(run: Path, resume: bool = False) -> Path | None:
 
 
 def find_corruption(checkpoint: Path, run: Path | None = None) -> str | None:
-    """What is wrong with a checkpoint (and with the snapshots in `run` that it needs), naming the file; None if whole."""
+    """What is wrong with a checkpoint (and with the snapshots in `run` that it needs), naming the file; None if
+    whole."""
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
-        files = dict(json.loads(text, object_pairs_hook=_unique)["files"]) if text.endswith("}\n") else {}  # to its last byte
+        # to its last byte
+        files = dict(json.loads(text, object_pairs_hook=_unique)["files"]) if text.endswith("}\n") else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{MANIFEST} is missing or unreadable"
     needed = {"config.json", STATE} if any(map(is_optimizer, files)) else {"config.json", STATE, OPTIMIZER}
@@ -75,7 +77,8 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without a name twice: a bit may turn a file's name into another's, of which the last would count."""
+    """A JSON object without a name twice: a bit may turn a file's name into another's, of which the last would
+    count."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a name stands twice")
     return dict(pairs)
@@ -89,7 +92,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         wrong = [name for name, kind in _KINDS.items() if type(state[name]) is not kind]
-        wrong += [f"snapshots of {i!r}" for i, d in state["snapshots"].items() if not i.isdecimal() or type(d) is not str]
+        wrong += [
+            f"snapshots of {i!r}" for i, d in state["snapshots"].items() if not i.isdecimal() or type(d) is not str
+        ]
         PromptSettings.of_state(state["prompt"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{checkpoint / STATE} is unreadable: {type(error).__name__} {error}") from error
@@ -115,7 +120,8 @@ def is_optimizer(name: str) -> bool:
 
 
 def resumable(run: Path, step: int, limit: int | None, passed_over: Collection[int] = ()) -> list[Path]:
-    """The latest `limit` checkpoints up to `step`, without those that this run was resumed without: they may be damaged."""
+    """The latest `limit` checkpoints up to `step`, without those that this run was resumed without: they may be
+    damaged."""
     return [p for p in checkpoints(run) if step_of(p) <= step and step_of(p) not in passed_over][:limit]
 
 
@@ -128,8 +134,8 @@ def rotate(run: Path, step: int, limit: int | None, best: int | None, passed_ove
 
 
 def best_checkpoint(run: Path, step: int, rated: dict[int, float]) -> tuple[Path, dict[str, Any] | None]:
-    """The whole checkpoint with the best of the validation accuracies `rated` (by step), and {step, accuracy}; the earlier one
-    of equals. Without any, that of `step` and None."""
+    """The whole checkpoint with the best of the validation accuracies `rated` (by step), and {step, accuracy}; the
+    earlier one of equals. Without any, that of `step` and None."""
     kept = {step_of(path) for path in checkpoints(run)}
     best = max(rated, key=lambda at: (rated[at], -at), default=None)
     for at in sorted(rated, key=lambda at: (-rated[at], at)):

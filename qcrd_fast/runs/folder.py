@@ -20,9 +20,19 @@ from qcrd_fast.utils.files import FULL, printable, remove_tree, write_text
 from qcrd_fast.utils.torchrun import rank
 
 # Every name in a run folder, once.
-CONFIG, METRICS, RESULTS, PREDICTIONS = "config.resolved.yaml", "metrics.jsonl", "eval_results.json", "predictions.jsonl"
+CONFIG, METRICS, RESULTS, PREDICTIONS = (
+    "config.resolved.yaml",
+    "metrics.jsonl",
+    "eval_results.json",
+    "predictions.jsonl",
+)
 LOCK, LOG, FINAL, SNAPSHOTS, NEGATIVES = ".lock", "run.log", "final", "snapshots", "negatives"
-STATE, MANIFEST, OPTIMIZER, DISCRIMINATOR = "state.json", "MANIFEST.json", "optimizer.safetensors", "discriminator.safetensors"
+STATE, MANIFEST, OPTIMIZER, DISCRIMINATOR = (
+    "state.json",
+    "MANIFEST.json",
+    "optimizer.safetensors",
+    "discriminator.safetensors",
+)
 OWN = (CONFIG, METRICS, RESULTS, PREDICTIONS, LOG, LOCK)
 UNFINISHED = (
     ".tmp-checkpoint-*", f".{CONFIG}.tmp", f".{METRICS}.tmp", f".{FINAL}.tmp", f".{PREDICTIONS}.tmp", f".{RESULTS}.tmp",
@@ -30,7 +40,17 @@ UNFINISHED = (
 )  # fmt: skip
 # Options that a resumed run may change: they do not touch what is computed, but for rounding (--impl, the kill-switch).
 FREE_OPTIONS = {
-    *("impl", "deterministic", "overlap", "output_dir", "resume", "save_total_limit", "report_to", "device", "eval_batch_size"),
+    *(
+        "impl",
+        "deterministic",
+        "overlap",
+        "output_dir",
+        "resume",
+        "save_total_limit",
+        "report_to",
+        "device",
+        "eval_batch_size",
+    ),
     *("fsdp", "ddp_timeout", "audit_every", "on_audit_failure", "run_name", "zero_shot"),
 }
 # How a step's questions are dealt out: on a resume their product, with the number of processes, is compared instead.
@@ -38,8 +58,8 @@ DEALT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 class RunFolder:
-    """A locked output folder; use as a context manager. The lock dies with the process, so none is ever stale. Inside, the
-    package's log lines go to `run.log` too.
+    """A locked output folder; use as a context manager. The lock dies with the process, so none is ever stale. Inside,
+    the package's log lines go to `run.log` too.
 
     Raises `InputError` when the folder cannot be written, belongs to a running process (named by its PID), or already
     holds something and `--resume` was not given. Of several processes that torchrun started the first locks it for all.
@@ -72,11 +92,13 @@ class RunFolder:
             self._release()
             raise InputError(f"--output-dir: {self.path} is in use by process {owner}; choose another folder") from None
         try:
-            with contextlib.suppress(OSError):  # on a full disk the lock holds without a name; `train` tells what it needs
+            # on a full disk the lock holds without a name; `train` tells what it needs
+            with contextlib.suppress(OSError):
                 os.ftruncate(self._lock, 0)
                 os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
             self._refuse_links()
-            held = [p.name for p in self.path.iterdir() if p.name not in (LOCK, LOG)]  # a start that failed leaves those
+            # a start that failed leaves those
+            held = [p.name for p in self.path.iterdir() if p.name not in (LOCK, LOG)]
             if held and not self.config.resume:
                 raise InputError(
                     f"--output-dir: {self.path} is not empty ({sorted(held)[0]} is there); "
@@ -90,7 +112,9 @@ class RunFolder:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._release()
 
     def _clear(self) -> None:
@@ -106,8 +130,8 @@ class RunFolder:
             self._lock = None
 
     def _refuse_links(self) -> None:
-        """Nothing that the run writes, reads or deletes may be elsewhere; `final` is replaced and not followed, nor is what a
-        killed run was about to call so."""
+        """Nothing that the run writes, reads or deletes may be elsewhere; `final` is replaced and not followed, nor is
+        what a killed run was about to call so."""
         folders = [self.path, *(self.path / name for name in (SNAPSHOTS, NEGATIVES)), *self.path.glob("checkpoint-*")]
         for path in (p for folder in folders if folder.is_dir() for p in folder.iterdir()):
             if path.is_symlink() and path not in (self.path / FINAL, self.path / f".{FINAL}.tmp"):
@@ -136,12 +160,17 @@ class RunFolder:
 def check_same_config(
     config: TrainConfig, before: Any, where: Path, free: Collection[str] = frozenset(FREE_OPTIONS | DEALT)
 ) -> None:
-    """Raises `InputError` with both values for an option that a resumed run may not change; `where` says what it was."""
+    """Raises `InputError` with both values for an option that a resumed run may not change; `where` says what it
+    was."""
     if not isinstance(before, dict):
         return
     config = config.resolved(before)
     if config.method == "qcrd" and "quality" not in before:
-        before = {"quality": "none" if before.get("discriminator") == "none" else "discriminator", **BEFORE_QUALITIES, **before}
+        before = {
+            "quality": "none" if before.get("discriminator") == "none" else "discriminator",
+            **BEFORE_QUALITIES,
+            **before,
+        }
     if config.method == "qcrd":
         before = LEGACY | before
     for name, value in config.to_dict().items():

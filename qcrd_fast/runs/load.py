@@ -29,7 +29,9 @@ def find_model(run_or_model: str) -> str:
     if os.path.isfile(path / CONFIG):
         if (path / FINAL / "config.json").is_file():
             if (path / FINAL).resolve().parent != path.resolve():
-                raise InputError(f"{path / FINAL} leads out of the run; name the model itself if it is the one you mean")
+                raise InputError(
+                    f"{path / FINAL} leads out of the run; name the model itself if it is the one you mean"
+                )
             return str(path / FINAL)
         latest = latest_checkpoint(path)
         if latest is None:
@@ -39,8 +41,8 @@ def find_model(run_or_model: str) -> str:
 
 
 def find_state(name: str) -> Path | None:
-    """The file that says how a model was prompted in training: a checkpoint's or an export's, in its folder or on the hub. None
-    of a plain model."""
+    """The file that says how a model was prompted in training: a checkpoint's or an export's, in its folder or on the
+    hub. None of a plain model."""
     path = Path(name) / STATE
     if os.path.isfile(path):
         return path
@@ -56,8 +58,8 @@ def find_state(name: str) -> Path | None:
 
 
 def load_student(run_or_model: str, device: str = "auto") -> tuple[Student, dict[str, Any]]:
-    """A student with the prompts that it was trained with, and the state saved beside it ({} for a plain model). Of a folder
-    with a LoRA adapter: the base model that it names, with the adapter merged."""
+    """A student with the prompts that it was trained with, and the state saved beside it ({} for a plain model). Of a
+    folder with a LoRA adapter: the base model that it names, with the adapter merged."""
     name = find_model(run_or_model)
     verify_checkpoint(Path(name))
     state: dict[str, Any] = {}
@@ -100,14 +102,17 @@ def _load_adapted(folder: Path, prompts: PromptSettings) -> Student:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever an adapter of anybody's can make a library raise
-        raise InputError(f"{folder}: the adapter does not fit {base!r}: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(
+            f"{folder}: the adapter does not fit {base!r}: {' '.join(str(error).split())[:300]}"
+        ) from error
     _check_adapter(model, folder)
     student.model = model.merge_and_unload()
     return student
 
 
 def _check_adapter(model: Any, folder: Path) -> None:
-    """Raises `InputError` unless the adapter's file holds the LoRA matrices that its configuration asks for, and no others."""
+    """Raises `InputError` unless the adapter's file holds the LoRA matrices that its configuration asks for, and no
+    others."""
     from peft import get_peft_model_state_dict
 
     wanted = {name for name in get_peft_model_state_dict(model, save_embedding_layers=False) if "lora_" in name}

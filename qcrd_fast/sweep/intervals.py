@@ -1,9 +1,9 @@
 """How sure a difference between methods is: a paired bootstrap over questions and seeds. numpy alone.
 
-Accuracy is a mean over seeds and over questions, which are crossed: every seed answers the same questions, and a question
-that is hard is hard for all seeds. So both are resampled, and a pair of methods is resampled together. Few seeds make a
-bootstrap too narrow (it takes five seeds for all there are) and crossed noise makes it too wide, so its width is set by the
-unbiased variance of a crossed design, with Student's t for the few degrees of freedom.
+Accuracy is a mean over seeds and over questions, which are crossed: every seed answers the same questions, and a
+question that is hard is hard for all seeds. So both are resampled, and a pair of methods is resampled together. Few
+seeds make a bootstrap too narrow (it takes five seeds for all there are) and crossed noise makes it too wide, so its
+width is set by the unbiased variance of a crossed design, with Student's t for the few degrees of freedom.
 
 Shapes: S seeds, Q questions, B resamples.
 """
@@ -91,8 +91,8 @@ def resampled_means(value_SQ: NDArray[np.float64], seed: int, resamples: int) ->
 def crossed_variance(value_SQ: NDArray[np.float64]) -> tuple[float, float]:
     """(variance of the mean, its degrees of freedom) where seeds, questions and their interaction are random.
 
-    (MS_seeds + MS_questions - MS_both) / SQ is unbiased; it is not let under what either alone says. Degrees of freedom by
-    Satterthwaite. With one seed, or one question, the other's alone.
+    (MS_seeds + MS_questions - MS_both) / SQ is unbiased; it is not let under what either alone says. Degrees of freedom
+    by Satterthwaite. With one seed, or one question, the other's alone.
     """
     S, Q = value_SQ.shape
     row_S, column_Q = value_SQ.mean(1), value_SQ.mean(0)
@@ -161,7 +161,8 @@ class Answers:
 
 
 def pair(a: Mapping[int, Answers], b: Mapping[int, Answers]) -> Estimate | None:
-    """`a` minus `b` over the seeds that both have ({seed: answers}); None without one, or when their questions differ."""
+    """`a` minus `b` over the seeds that both have ({seed: answers}); None without one, or when their questions
+    differ."""
     seeds = sorted(set(a) & set(b))
     if not seeds or len({x[s].questions for x in (a, b) for s in seeds}) != 1:
         return None
@@ -171,8 +172,8 @@ def pair(a: Mapping[int, Answers], b: Mapping[int, Answers]) -> Estimate | None:
 def single(a: Mapping[int, Answers]) -> Estimate | None:
     """The accuracy of {seed: answers}; None without a seed, or when their questions differ.
 
-    Of one seed the interval is Wilson's, as it is of a run wherever one is shown; so it is where all seeds have every question
-    right, or wrong, of which no variance can be seen. An interval ends at 0 and 1.
+    Of one seed the interval is Wilson's, as it is of a run wherever one is shown; so it is where all seeds have every
+    question right, or wrong, of which no variance can be seen. An interval ends at 0 and 1.
     """
     if not a or len({answers.questions for answers in a.values()}) != 1:
         return None

@@ -16,8 +16,10 @@ from qcrd_fast.runs.folder import CONFIG, FREE_OPTIONS, RESULTS, check_same_conf
 from qcrd_fast.utils.config_files import read_object
 from qcrd_fast.utils.files import sha256
 
-ATTEMPTS, WHERE, JUDGED = "attempts.jsonl", "environment.json", "rationales.json"  # what this module adds to a run folder
-APART = {*FREE_OPTIONS, "data", "eval_data", "test_data", "student", "seed"}  # options with a column of their own, or none
+# what this module adds to a run folder
+ATTEMPTS, WHERE, JUDGED = "attempts.jsonl", "environment.json", "rationales.json"
+# options with a column of their own, or none
+APART = {*FREE_OPTIONS, "data", "eval_data", "test_data", "student", "seed"}
 KEY = ("recipe", "student", "method", "options", "seed", "data")  # a run is found again by these
 _digests: dict[tuple[str | None, ...], str] = {}
 
@@ -82,7 +84,8 @@ def key(job: Job) -> dict[str, Any]:
 
 
 def _student_name(student: str) -> str:
-    """The last part of a path or hub id; of a run's `final` or `checkpoint-N`, which many runs have, the run's name too."""
+    """The last part of a path or hub id; of a run's `final` or `checkpoint-N`, which many runs have, the run's name
+    too."""
     path = Path(student)
     return "/".join(path.parts[-2:]) if re.fullmatch(r"final|checkpoint-\d+", path.name) else path.name
 
@@ -90,18 +93,22 @@ def _student_name(student: str) -> str:
 def options_text(config: TrainConfig) -> str:
     """The options that are not at their defaults, as on a command line, but for those with a column of their own.
 
-    Of qcrd, what the defaults were when the first rows were written (`PARTS`) is left out instead: those rows keep their
-    meaning.
+    Of qcrd, what the defaults were when the first rows were written (`PARTS`) is left out instead: those rows keep
+    their meaning.
     """
     found, parts = [], PARTS if config.method == "qcrd" and not config.paper else {}
     if parts:
-        config = dataclasses.replace(config, **{n: getattr(config.resolved(), n) for n in (*SELECTS, *QUALITY_OPTIONS, *parts)})
+        config = dataclasses.replace(
+            config, **{n: getattr(config.resolved(), n) for n in (*SELECTS, *QUALITY_OPTIONS, *parts)}
+        )
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in {*APART, "method"} and value not in (field.default, parts.get(field.name, field.default)):
             name = field.name.replace("_", "-")
             shown = f"{value:g}" if isinstance(value, float) else str(value)
-            found.append(f"--{'' if value is not False else 'no-'}{name}" + ("" if isinstance(value, bool) else f" {shown}"))
+            found.append(
+                f"--{'' if value is not False else 'no-'}{name}" + ("" if isinstance(value, bool) else f" {shown}")
+            )
     return " ".join(found)
 
 
@@ -114,7 +121,9 @@ def data_digest(config: TrainConfig) -> str:
         digest = hashlib.sha256()
         for name in paths:
             path = Path(name or "")
-            files = sorted(p for p in path.rglob("*") if p.is_file()) if name and path.is_dir() else [path] if name else []
+            files = (
+                sorted(p for p in path.rglob("*") if p.is_file()) if name and path.is_dir() else [path] if name else []
+            )
             digest.update(repr([sha256(file) for file in files]).encode())
         _digests[paths] = digest.hexdigest()[:12]
     return _digests[paths]

@@ -1,4 +1,5 @@
-"""How good a student's rationales are where that can be checked: arithmetic that holds, and a conclusion that is the answer."""
+"""How good a student's rationales are where that can be checked: arithmetic that holds, and a conclusion that is the
+answer."""
 
 from __future__ import annotations
 
@@ -42,9 +43,11 @@ def _value(text: str) -> Fraction | None:
     return None
 
 
-def judge_rationale(text: str, task: str, gold: str | None, answer: str | None, choices: Sequence[str] = ()) -> dict[str, Any]:
-    """{equations, equations_right, conclusion, ends_in_gold, ends_in_answer} of a rationale; `answer` is what the student
-    answers when it is not asked to explain."""
+def judge_rationale(
+    text: str, task: str, gold: str | None, answer: str | None, choices: Sequence[str] = ()
+) -> dict[str, Any]:
+    """{equations, equations_right, conclusion, ends_in_gold, ends_in_answer} of a rationale; `answer` is what the
+    student answers when it is not asked to explain."""
     holds = equations(text)
     kind = "number" if task == "equation" else task
     conclusion = read_reply(text, kind, choices).answer
@@ -62,7 +65,8 @@ def judge_rationale(text: str, task: str, gold: str | None, answer: str | None, 
 
 
 def summarize(judged: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Shares over the rationales; `arithmetic_right` over those with an equation that can be checked: all of them hold."""
+    """Shares over the rationales; `arithmetic_right` over those with an equation that can be checked: all of them
+    hold."""
     checked = [j for j in judged if j["equations"]]
     return {
         "arithmetic_checked": _share(len(checked), len(judged)),
@@ -77,8 +81,8 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def judge_run(run: str | Path) -> dict[str, float | None]:
-    """Let the run's final student explain each question of its predictions.jsonl, greedily; judge, and keep what it said in
-    rationales.jsonl. Raises `InputError` for a run without a checkpoint or predictions."""
+    """Let the run's final student explain each question of its predictions.jsonl, greedily; judge, and keep what it
+    said in rationales.jsonl. Raises `InputError` for a run without a checkpoint or predictions."""
     from qcrd_fast.errors import InputError
     from qcrd_fast.generation.engine import SampleSettings
     from qcrd_fast.generation.sample import sample

@@ -1,4 +1,5 @@
-"""A run of a recipe and its row in the CSV of runs: what was run, what came of it, on what machine. Imports no torch."""
+"""A run of a recipe and its row in the CSV of runs: what was run, what came of it, on what machine. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -20,11 +21,18 @@ from qcrd_fast.utils.files import append_whole, read_lines, require_place
 
 log = logging.getLogger(__name__)
 
-MEANS = ("active_hinge_lagged", "active_hinge_minority", "masked_minority_share", "quality_positive", "quality_negative")
+MEANS = (
+    "active_hinge_lagged",
+    "active_hinge_minority",
+    "masked_minority_share",
+    "quality_positive",
+    "quality_negative",
+)
 JUDGEMENTS = ("arithmetic_checked", "arithmetic_right", "ends_in_gold", "ends_in_answer")
 COLUMNS = (
     "recipe", "student", "method", "options", "seed", "accuracy", "accuracy_validation", "accuracy_untrained", "n",
-    "evaluated_on", "steps", "best_step", "train_questions", "wall_s", "gpu_minutes", "parallel", *MEANS, *JUDGEMENTS, "device",
+    "evaluated_on", "steps", "best_step", "train_questions", "wall_s", "gpu_minutes", "parallel", *MEANS, *JUDGEMENTS,
+    "device",
     "threads", "version", "torch", "triton", "transformers", "commit", "time", "data", "questions", "correct",
 )  # fmt: skip
 
@@ -39,7 +47,11 @@ def row(job: Job) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(COLUMNS)
     found |= {k: v for source in (results, where, judged) for k, v in source.items() if k in found}
     found |= key(job)
-    found |= {"wall_s": wall_s, "parallel": max((a.get("parallel", 1) for a in attempts), default=None), **_means(job.folder)}
+    found |= {
+        "wall_s": wall_s,
+        "parallel": max((a.get("parallel", 1) for a in attempts), default=None),
+        **_means(job.folder),
+    }
     if where.get("gpu") and wall_s:
         found["gpu_minutes"] = round(wall_s / 60, 2)
     if results.get("n"):
@@ -62,8 +74,8 @@ def check_csv(path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows as mappings of text; nothing where there is no file. A line that is no row of its columns is passed over, with a
-    warning."""
+    """The rows as mappings of text; nothing where there is no file. A line that is no row of its columns is passed
+    over, with a warning."""
     return _rows(path, path.read_bytes()) if path.is_file() else []
 
 
@@ -80,8 +92,8 @@ def _rows(path: Path, data: bytes) -> list[dict[str, str]]:
 
 
 def _fields(line: bytes) -> list[str]:
-    """The fields of one line; none where it is no CSV. A row never goes over several lines, so that one that is damaged takes
-    no other with it."""
+    """The fields of one line; none where it is no CSV. A row never goes over several lines, so that one that is damaged
+    takes no other with it."""
     try:
         text = line.rstrip(b"\r\n").decode("utf-8")
         return next(csv.reader([text], strict=True), [])
@@ -104,8 +116,8 @@ def _parse(names: Sequence[str], line: bytes) -> dict[str, str] | None:
 
 
 def append_row(path: Path, found: dict[str, Any]) -> bool:
-    """Add the row unless it is there; returns whether it was added. What a writer that was killed left of a row goes first; the
-    file is as it was where the disk is full (`OSError`)."""
+    """Add the row unless it is there; returns whether it was added. What a writer that was killed left of a row goes
+    first; the file is as it was where the disk is full (`OSError`)."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -139,7 +151,8 @@ def _means(folder: Path) -> dict[str, float]:
 
 
 def as_text(rows: Sequence[dict[str, Any]]) -> str:
-    """A line a run, then a line a method: its accuracy with its interval, and its difference from the first method's."""
+    """A line a run, then a line a method: its accuracy with its interval, and its difference from the first
+    method's."""
     lines = [f"{r['method']} seed {r['seed']}: accuracy {r['accuracy']}, n {r['n']}, {r['wall_s']} s" for r in rows]
     answers = {m: answers_of([r for r in rows if r["method"] == m]) for m in dict.fromkeys(r["method"] for r in rows)}
     first = next(iter(answers))

@@ -1,5 +1,5 @@
-"""Several runs of one recipe: each method and seed in a process of its own, finished ones skipped, begun ones resumed, and
-one CSV row each. The parent imports no torch; a run that fails leaves the others alone."""
+"""Several runs of one recipe: each method and seed in a process of its own, finished ones skipped, begun ones resumed,
+and one CSV row each. The parent imports no torch; a run that fails leaves the others alone."""
 
 from __future__ import annotations
 
@@ -76,8 +76,11 @@ def parse_methods(text: str) -> tuple[str, ...]:
     return methods
 
 
-def plan(config: TrainConfig, seeds: Sequence[int], methods: Sequence[str], recipe: str, judge: bool = False) -> list[Job]:
-    """The runs of every method with every seed, in OUTPUT/seed-N, or OUTPUT/METHOD/seed-N where there are several methods.
+def plan(
+    config: TrainConfig, seeds: Sequence[int], methods: Sequence[str], recipe: str, judge: bool = False
+) -> list[Job]:
+    """The runs of every method with every seed, in OUTPUT/seed-N, or OUTPUT/METHOD/seed-N where there are several
+    methods.
 
     Raises `InputError` for data that is not there.
     """
@@ -98,15 +101,17 @@ def check_data(jobs: Sequence[Job]) -> None:
             path = getattr(job.config, name)
             if path and not Path(path).exists():
                 flag = name.replace("_", "-")
-                raise InputError(f"--{flag}: {path} does not exist; the head of recipe {job.recipe} says how it is made")
+                raise InputError(
+                    f"--{flag}: {path} does not exist; the head of recipe {job.recipe} says how it is made"
+                )
 
 
 def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, keep: bool = True) -> list[dict[str, Any]]:
     """Run what is not finished, `parallel` at a time, and add a row to the CSV `results` for each run that it lacks.
 
     Without `keep`, a finished run's weights are deleted once its row is written; what it said stays. Returns the rows.
-    Raises `RunError` naming the runs that failed when all others are done; `Stopped` after a signal, when the running ones
-    have saved.
+    Raises `RunError` naming the runs that failed when all others are done; `Stopped` after a signal, when the running
+    ones have saved.
     """
     csv_path = Path(results)
     check_csv(csv_path)
@@ -149,7 +154,11 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
                         continue
                     del running[job]
                     codes.append(process.returncode)
-                    attempt = {"seconds": round(time.monotonic() - began, 1), "exit": process.returncode, "parallel": parallel}
+                    attempt = {
+                        "seconds": round(time.monotonic() - began, 1),
+                        "exit": process.returncode,
+                        "parallel": parallel,
+                    }
                     with alone(job):
                         if job.folder.is_dir():
                             append_lines(job.folder / ATTEMPTS, [attempt])
@@ -169,7 +178,9 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
     if stop.signum:
         raise Stopped(stop.signum, "the same command goes on from here")
     if failed:
-        raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; the same command tries them again")
+        raise RunError(
+            f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; the same command tries them again"
+        )
     return [row(job) for job in jobs]
 
 
@@ -208,7 +219,8 @@ def _finish(job: Job, results: Path, keep: bool) -> None:
 
 
 def child(arguments: Sequence[str]) -> int:
-    """Train as the YAML file says and, with --judge, judge the rationales; what the machine was stands in the run folder."""
+    """Train as the YAML file says and, with --judge, judge the rationales; what the machine was stands in the run
+    folder."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler])

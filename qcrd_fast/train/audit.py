@@ -1,8 +1,10 @@
-"""The shadow check: a few rows of a step computed again in float64 torch, beside what the active implementation made of them.
+"""The shadow check: a few rows of a step computed again in float64 torch, beside what the active implementation made of
+them.
 
-Every `--audit-every` steps, in one micro-batch and for each of its passes: log p of 64 tokens, and the loss's gradient by their
-hidden states, from the same hidden states, head and targets. Which rows is a function of (seed, step, rank), so a resume audits
-the same ones. Nothing here touches what is trained. Suffixes: T tokens, S audited rows, H hidden, V vocabulary.
+Every `--audit-every` steps, in one micro-batch and for each of its passes: log p of 64 tokens, and the loss's gradient
+by their hidden states, from the same hidden states, head and targets. Which rows is a function of (seed, step, rank),
+so a resume audits the same ones. Nothing here touches what is trained. Suffixes: T tokens, S audited rows, H hidden, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ EVERY = 200  # steps, where the kernels run
 ROWS = 64
 GROUP = 16  # rows whose logits [GROUP, V] are held at once
 HEAD_BYTES = 16 * 2**20  # of the head that are held in float64
-# A product of H terms that is accumulated in fp32 errs by about sqrt(H) roundings of 2^-24, relative to the sum of the terms'
-# sizes: 4e-6 at H = 4096. It is the same for operands of 16 bits, whose products are exact in fp32.
+# A product of H terms that is accumulated in fp32 errs by about sqrt(H) roundings of 2^-24, relative to the sum of the
+# terms' sizes: 4e-6 at H = 4096. It is the same for operands of 16 bits, whose products are exact in fp32.
 LOGPROB_BUDGET = 1e-5  # of the size of the terms in a row's largest or target logit, plus softcap, plus 1 [nats]
-# d loss / d logit is rounded to the operands' type before its product with the head. These are the kernels' tests' budgets.
+# d loss / d logit is rounded to the operands' type before its product with the head. These are the kernels' tests'
+# budgets.
 GRADIENT_BUDGET = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -62,14 +65,16 @@ class Audit:
         loss: Tensor | None = None,
         dlogprob_T: Tensor | None = None,
     ) -> None:
-        """`logprob_T`: what the active implementation made of the rest. Where gradients are made with a `loss` and not behind
-        log p, `dlogprob_T` is d loss / d log p."""
+        """`logprob_T`: what the active implementation made of the rest. Where gradients are made with a `loss` and not
+        behind log p, `dlogprob_T` is d loss / d log p."""
         rows_S, dtype = self._rows(len(target_T)).to(hidden_TH.device), product_type(hidden_TH)
         if not len(rows_S):
             return
         try:
             with torch.autocast(hidden_TH.device.type, enabled=False):
-                groups = [recompute(hidden_TH[some].detach().to(dtype), head, target_T[some]) for some in rows_S.split(GROUP)]
+                groups = [
+                    recompute(hidden_TH[some].detach().to(dtype), head, target_T[some]) for some in rows_S.split(GROUP)
+                ]
         except torch.OutOfMemoryError:
             log.warning("step %d: not all of it was audited, for want of memory on %s", self.step + 1, hidden_TH.device)
             return
@@ -93,11 +98,15 @@ class Audit:
     def _rows(self, count: int) -> Tensor:
         """The rows to audit of a pass over `count` tokens, int64 [S]: all of a few, else some that a hash chooses."""
         self.passes += 1
-        return torch.arange(count) if count <= ROWS else words(self.seed, (self.step, self.rank, self.passes), ROWS) % count
+        return (
+            torch.arange(count)
+            if count <= ROWS
+            else words(self.seed, (self.step, self.rank, self.passes), ROWS) % count
+        )
 
     def read(self) -> dict[str, float]:
-        """`audit_max_err` [nats], `audit_grad_err` (relative) and `audit_budget_used` (above 1: failed), as far as there was
-        anything to audit. What is not a number counts as infinite."""
+        """`audit_max_err` [nats], `audit_grad_err` (relative) and `audit_budget_used` (above 1: failed), as far as
+        there was anything to audit. What is not a number counts as infinite."""
         found = {}
         for name, pairs in (("audit_max_err", self.logprob), ("audit_grad_err", self.gradient)):
             if pairs:
@@ -117,10 +126,14 @@ class Audits:
         self.failed: str | None = None  # the implementation that this run does not go back to
 
     def run(
-        self, step: int, micro_batches: int, compute: Callable[[int, Audit | None], Result], fall_back: Callable[[], None]
+        self,
+        step: int,
+        micro_batches: int,
+        compute: Callable[[int, Audit | None], Result],
+        fall_back: Callable[[], None],
     ) -> tuple[Result, dict[str, Any]]:
-        """(what `compute` returns, fields for the log) of a step, counted from 0. `compute` takes the micro-batch to audit, and
-        the audit, or None. Where that fails, `fall_back` is called and the step computed again.
+        """(what `compute` returns, fields for the log) of a step, counted from 0. `compute` takes the micro-batch to
+        audit, and the audit, or None. Where that fails, `fall_back` is called and the step computed again.
 
         Raises `RunError` where an audit fails and the run is to stop, or nothing is left to fall back on.
         """
@@ -129,7 +142,9 @@ class Audits:
         audit = Audit(self.seed, step, self.comm.rank)
         result = compute(int(words(self.seed, (step, 0, 0), 1)) % micro_batches, audit)
         everyone = self.comm.gather(audit.read())
-        found = {name: max(each.get(name, 0.0) for each in everyone) for name in sorted({n for e in everyone for n in e})}
+        found = {
+            name: max(each.get(name, 0.0) for each in everyone) for name in sorted({n for e in everyone for n in e})
+        }
         fields: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in found.items()}
         if found.get("audit_budget_used", 0.0) <= 1:
             return result, fields
@@ -149,7 +164,9 @@ class Audits:
         if self.impl == "torch":
             raise RunError(f"{said}; that is plain torch: this machine computes wrongly. Whole checkpoints are intact")
         if self.on_failure == "stop":
-            raise RunError(f"{said}. Whole checkpoints are intact: continue with --resume auto and QCRD_FAST_IMPL=torch")
+            raise RunError(
+                f"{said}. Whole checkpoints are intact: continue with --resume auto and QCRD_FAST_IMPL=torch"
+            )
         if forced:
             raise RunError(
                 f"{said}, and QCRD_FAST_IMPL={forced} keeps it from falling back; continue with QCRD_FAST_IMPL=torch"
@@ -163,7 +180,9 @@ class Audits:
         if failed is None or failed != self.impl:
             return False
         if forced := os.environ.get("QCRD_FAST_IMPL"):
-            log.warning("--impl %s failed an audit earlier in this run; QCRD_FAST_IMPL=%s runs it all the same", failed, forced)
+            log.warning(
+                "--impl %s failed an audit earlier in this run; QCRD_FAST_IMPL=%s runs it all the same", failed, forced
+            )
             return False
         log.warning("--impl %s failed an audit earlier in this run: it continues with --impl torch", failed)
         self.impl = "torch"
@@ -171,11 +190,11 @@ class Audits:
 
 
 def recompute(hidden_SH: Tensor, head: Head, target_S: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log p [S], d log p / d hidden [S, H], and two sizes [S]: of the terms in the row's largest or target logit, plus the
-    softcap, plus 1; of the target's term in the gradient, or of the whole where that is larger), float64.
+    """(log p [S], d log p / d hidden [S, H], and two sizes [S]: of the terms in the row's largest or target logit, plus
+    the softcap, plus 1; of the target's term in the gradient, or of the whole where that is larger), float64.
 
-    Hidden states come in the type that they are multiplied in, to which the head is rounded as the ops round it. A negative
-    target is ignored: 0.
+    Hidden states come in the type that they are multiplied in, to which the head is rounded as the ops round it. A
+    negative target is ignored: 0.
     """
     valid_S, target_S = target_S >= 0, target_S.clamp(min=0)
     options = HeadOptions(head.scale, head.softcap or 0.0, 1.0)

@@ -1,7 +1,7 @@
 """What a run keeps: where it goes on from, what it saves, and which checkpoints and snapshots stay.
 
-A checkpoint is written under a temporary name, its manifest (sha256 of every file) last, then renamed. Random states are
-not stored because there are none: every random number is a function of (seed, step) or (seed, question, iteration).
+A checkpoint is written under a temporary name, its manifest (sha256 of every file) last, then renamed. Random states
+are not stored because there are none: every random number is a function of (seed, step) or (seed, question, iteration).
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | No
     state = checkpoints.read_state(resume_from)
     check_same_config(config, state.get("config"), resume_from / STATE)
     began = state["config"]
-    alone = math.prod(began.get(name, getattr(config, name)) for name in DEALT)  # runs before there were several processes
+    # runs before there were several processes
+    alone = math.prod(began.get(name, getattr(config, name)) for name in DEALT)
     before = state.get("questions_per_step", alone)
     if before != schedule.questions_per_step:
         raise InputError(
@@ -86,8 +87,8 @@ def resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | No
 
 
 def as_before(resume_from: Path, prompts: PromptSettings) -> PromptSettings:
-    """`prompts` with the version and date of the checkpoint `resume_from`. Raises `InputError` where a template or system
-    prompt that stands in a file has changed since."""
+    """`prompts` with the version and date of the checkpoint `resume_from`. Raises `InputError` where a template or
+    system prompt that stands in a file has changed since."""
     before = PromptSettings.of_state(checkpoints.read_state(resume_from)["prompt"])
     for name, option in (("template", "--prompt-template"), ("system", "--system-prompt")):
         was, now = getattr(before, name), getattr(prompts, name)
@@ -142,12 +143,15 @@ class Checkpointer:
         self.strategy.comm.on_rank0(lambda: checkpoints.rotate(self.run, step, keep, at, self._passed_over))
 
     def restore(self, resume_from: Path) -> dict[str, Any]:
-        """Put back what a checkpoint holds beside the student's weights, which are loaded already; returns its state."""
+        """Put back what a checkpoint holds beside the student's weights, which are loaded already; returns its
+        state."""
         state = load_checkpoint(resume_from, self.student, self.optimizer, self.discriminator_trainer)
         if state["data_sha256"] != self.data.digest:
             raise InputError(f"--data: the rows differ from those that {resume_from} was trained on")
         self.saved_step = state["step"]
-        self._passed_over = {s for s in map(checkpoints.step_of, checkpoints.checkpoints(self.run)) if s > state["step"]}
+        self._passed_over = {
+            s for s in map(checkpoints.step_of, checkpoints.checkpoints(self.run)) if s > state["step"]
+        }
         if self.snapshots:
             self.snapshots.known = {int(k): v for k, v in state["snapshots"].items()}
         return state
@@ -192,7 +196,8 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoint-`step`; the earlier ones stay untouched if that fails. Raises `RunError` when the disk is full.
 
-    Of several ranks all must call it: rank 0 writes, and of a sharded model each its own share of the optimizer's state.
+    Of several ranks all must call it: rank 0 writes, and of a sharded model each its own share of the optimizer's
+    state.
     """
     strategy = strategy or Strategy(student.model)
     comm = strategy.comm
@@ -252,8 +257,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Put a whole checkpoint's optimizer and discriminator state back; returns its `state.json`.
 
-    The student itself is loaded from the checkpoint folder beforehand. Each rank reads all of it and keeps its own share.
-    Raises `InputError` for files that are not of this student.
+    The student itself is loaded from the checkpoint folder beforehand. Each rank reads all of it and keeps its own
+    share. Raises `InputError` for files that are not of this student.
     """
     state = checkpoints.read_state(checkpoint)
     parameters, own = dict(student.model.named_parameters()), {}
@@ -271,12 +276,15 @@ def load_checkpoint(
             discriminator_trainer.load(load_file(checkpoint / DISCRIMINATOR), own, state["discriminator_optimizer"])
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}"
-        raise InputError(f"{checkpoint}: optimizer or discriminator are not this student's safetensors: {reason}") from error
+        raise InputError(
+            f"{checkpoint}: optimizer or discriminator are not this student's safetensors: {reason}"
+        ) from error
     return state
 
 
 def _read_optimizer(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the optimizer's state, one at a time; what ranks saved in shares is joined, whatever their number."""
+    """(name, tensor) of the optimizer's state, one at a time; what ranks saved in shares is joined, whatever their
+    number."""
     files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     with contextlib.ExitStack() as stack:
         names = sorted(name for name in files if checkpoints.is_optimizer(name))
@@ -305,14 +313,21 @@ def checkpoint_bytes(student: Student, discriminator_trainer: CrossFitTrainer | 
     return needed + TOKENIZER_BYTES * len(student.tokenizer) + 2**16
 
 
-def require_room(run: Path, student: Student, discriminator_trainer: CrossFitTrainer | None, snapshots: int, kept: int) -> None:
-    """Raises `RunError` where the disk has no room for a checkpoint and, unless `snapshots` is 0, a snapshot; warns where it
-    has none for `kept` checkpoints, the one being written and that many snapshots."""
-    one, weights = checkpoint_bytes(student, discriminator_trainer), 2 * sum(p.numel() for p in student.model.parameters())
+def require_room(
+    run: Path, student: Student, discriminator_trainer: CrossFitTrainer | None, snapshots: int, kept: int
+) -> None:
+    """Raises `RunError` where the disk has no room for a checkpoint and, unless `snapshots` is 0, a snapshot; warns
+    where it has none for `kept` checkpoints, the one being written and that many snapshots."""
+    one, weights = (
+        checkpoint_bytes(student, discriminator_trainer),
+        2 * sum(p.numel() for p in student.model.parameters()),
+    )
     needed, free = one + weights * bool(snapshots), shutil.disk_usage(run).free
     if free < needed:
         raise RunError(f"--output-dir: {run}: no room for a checkpoint ({disk_space_text(run, needed)})")
-    held = sum(p.stat().st_size for folder in (*checkpoints.checkpoints(run), run / SNAPSHOTS) for p in folder.glob("*"))
+    held = sum(
+        p.stat().st_size for folder in (*checkpoints.checkpoints(run), run / SNAPSHOTS) for p in folder.glob("*")
+    )
     most = (kept + 1) * one + snapshots * weights
     if free + held < most:
         log.warning("%s may fill its disk: %d bytes at most, %d free; see --save-total-limit", run, most, free + held)

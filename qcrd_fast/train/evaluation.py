@@ -76,9 +76,9 @@ class Evaluation:
         more: Mapping[str, Any] | None = None,
         stopped_early: bool = False,
     ) -> dict[str, Any]:
-        """Point `final` at the best checkpoint of a run that ended behind `step`, and evaluate it and the untrained student, on
-        the test set, else on the validation set. `student`: whose device and prompts are taken. `more` is added to the
-        results."""
+        """Point `final` at the best checkpoint of a run that ended behind `step`, and evaluate it and the untrained
+        student, on the test set, else on the validation set. `student`: whose device and prompts are taken. `more` is
+        added to the results."""
         chosen = self.comm.on_rank0(lambda: self._choose_final(log, best, step))
         if chosen["finished"] is not None:
             return dict(chosen["finished"])
@@ -95,7 +95,9 @@ class Evaluation:
             untrained = Student.load(str(self.config.student), prompts, device, self.config.attn_implementation)
             results["accuracy_untrained"] = accuracy(self.predict(untrained, self.questions))
             if self.config.zero_shot and ask_by_chat_template(untrained):
-                logger.info("asking the untrained student %d questions by its chat template, for a baseline", len(in_words))
+                logger.info(
+                    "asking the untrained student %d questions by its chat template, for a baseline", len(in_words)
+                )
                 zero_shot = accuracy(self.predict(untrained, in_words, zero_shot=True))
             del untrained
             trained = Student.load(str(final), prompts, device, self.config.attn_implementation)

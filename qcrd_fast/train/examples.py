@@ -96,8 +96,8 @@ def make_examples(questions: Sequence[Question], student: Student, config: Train
                 long_targets.append(question.id)
     if long_prompts:
         log.warning(
-            "%d of %d questions have a prompt over --max-source-length %d: its beginning is cut off, the question at its end "
-            "stays; 95%% of the prompts have at most %d tokens, --max-source-length %d fits all: %s",
+            "%d of %d questions have a prompt over --max-source-length %d: its beginning is cut off, the question at "
+            "its end stays; 95%% of the prompts have at most %d tokens, --max-source-length %d fits all: %s",
             len(long_prompts), len(questions), limits[0], _percentile_95(lengths.prompts), max(lengths.prompts),
             _some(long_prompts),
         )  # fmt: skip
@@ -105,8 +105,8 @@ def make_examples(questions: Sequence[Question], student: Student, config: Train
         fits, total = max(lengths.targets), sum(lengths.targets)
         lost = sum(max(n - limits[1], 0) for n in lengths.targets) / total
         log.warning(
-            "%d of %d questions have a rationale or label over --max-target-length %d, whose end is cut off; 95%% of them "
-            "have at most %d tokens, --max-target-length %d fits all%s: %s",
+            "%d of %d questions have a rationale or label over --max-target-length %d, whose end is cut off; 95%% of "
+            "them have at most %d tokens, --max-target-length %d fits all%s: %s",
             len(long_targets), len(questions), limits[1], _percentile_95(lengths.targets), fits,
             f" ({lost:.0%} of all their tokens are lost: use it)" if lost > 0.05 else "", _some(long_targets),
         )  # fmt: skip
@@ -138,10 +138,12 @@ def _example(question: Question, label: str | None, student: Student, config: Tr
         explain=student.source_ids(EXPLAIN, text),
         label=student.target_ids(label),
         positives=tuple(
-            Candidate(r.text, student.target_ids(r.text), "teacher", teacher_case(question, r, POSITIVE)) for r in positives
+            Candidate(r.text, student.target_ids(r.text), "teacher", teacher_case(question, r, POSITIVE))
+            for r in positives
         ),
         minority=tuple(
-            Candidate(r.text, student.target_ids(r.text), "minority", teacher_case(question, r, MINORITY)) for r in minority
+            Candidate(r.text, student.target_ids(r.text), "minority", teacher_case(question, r, MINORITY))
+            for r in minority
         ),
         reason=reason,
     )

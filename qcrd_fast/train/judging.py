@@ -15,8 +15,8 @@ from qcrd_fast.train.examples import Candidate
 
 log = logging.getLogger(__name__)
 
-# Kinds of candidates whose mean weight is logged: the teacher's majority and minority; the student's samples that agree with
-# the majority, those that do not, those without an answer to compare.
+# Kinds of candidates whose mean weight is logged: the teacher's majority and minority; the student's samples that agree
+# with the majority, those that do not, those without an answer to compare.
 WEIGHT_KINDS = ("majority", "minority", "lagged_agrees", "lagged_differs", "lagged_unknown")
 
 
@@ -29,7 +29,9 @@ class Judges(NamedTuple):
     @property
     def name(self) -> str:
         """For messages."""
-        return " or ".join(dict.fromkeys(getattr(judge, "name", type(judge).__name__) for judge in self if judge is not None))
+        return " or ".join(
+            dict.fromkeys(getattr(judge, "name", type(judge).__name__) for judge in self if judge is not None)
+        )
 
 
 class DiscriminatorJudge:
@@ -41,7 +43,9 @@ class DiscriminatorJudge:
         self.discriminator = discriminator
 
     def scores(self, cases: Sequence[Case]) -> list[float]:
-        found: list[float] = self.discriminator.score([(question_text(c.question), c.rationale.text) for c in cases]).tolist()
+        found: list[float] = self.discriminator.score(
+            [(question_text(c.question), c.rationale.text) for c in cases]
+        ).tolist()
         return found
 
 

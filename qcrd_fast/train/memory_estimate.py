@@ -1,9 +1,9 @@
 """What a run will need of the device's memory, counted before it begins; and what to do when there is not enough.
 
-Weights, gradients, moments and caches are sums. Activations are counted by running the largest micro-batch on fake tensors,
-which have shapes, types and a device but no memory: every storage that the pass makes is added when it appears and taken off
-when it is freed. Not in it: what cuBLAS, oneDNN and the CUDA context take for themselves, and what an allocator loses by
-rounding.
+Weights, gradients, moments and caches are sums. Activations are counted by running the largest micro-batch on fake
+tensors, which have shapes, types and a device but no memory: every storage that the pass makes is added when it appears
+and taken off when it is freed. Not in it: what cuBLAS, oneDNN and the CUDA context take for themselves, and what an
+allocator loses by rounding.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def estimate_memory(
 
 def checkpoint_activations(model: Any) -> None:
     """`--gradient-checkpointing`; transformers renamed the method."""
-    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(
+        {"use_reentrant": False}
+    )
 
 
 def predict_memory(
@@ -119,20 +121,22 @@ def predict_memory(
     eval_sources: Sequence[int],
 ) -> dict[str, Any]:
     """Bytes on the device, for the largest micro-batch that the schedule holds: {parameters, gradients, optimizer,
-    discriminator (weights and moments of each fold, gradients of one), sampler (the copy of the student that negatives are
-    drawn from, and its caches), activations (held when the backward pass begins), workspace (of the loss), peak, peak_in,
-    host_snapshots (pinned on the host), micro_batch_questions, micro_batch_tokens}.
+    discriminator (weights and moments of each fold, gradients of one), sampler (the copy of the student that negatives
+    are drawn from, and its caches), activations (held when the backward pass begins), workspace (of the loss), peak,
+    peak_in, host_snapshots (pinned on the host), micro_batch_questions, micro_batch_tokens}.
 
-    `eval_sources`: lengths of the prompts that are validated on. The student may be one with LoRA. What cannot be counted is
-    None, and the log says why.
+    `eval_sources`: lengths of the prompts that are validated on. The student may be one with LoRA. What cannot be
+    counted is None, and the log says why.
     """
     config, device = schedule.config, student.device
     parameters = list(student.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     ranks = schedule.world_size if config.fsdp else 1
     whole, grads = _bytes(parameters) + _bytes(student.model.buffers()), _bytes(trained)
-    buckets = grads if schedule.world_size > 1 and not config.fsdp else 0  # DistributedDataParallel sends them from copies
-    temporary = grads if device.type == "cuda" else 2 * max(map(_size, trained), default=0)  # roots of the second moments
+    # DistributedDataParallel sends them from copies
+    buckets = grads if schedule.world_size > 1 and not config.fsdp else 0
+    # roots of the second moments
+    temporary = grads if device.type == "cuda" else 2 * max(map(_size, trained), default=0)
     sizes: dict[str, Any] = {
         "parameters": whole // ranks,
         "gradients": (grads + buckets) // ranks,
@@ -163,7 +167,13 @@ def predict_memory(
         if discriminator:
             phases["discriminator's training"] = base + fake.judging(discriminator._model(0), examples)
         peak_in = max(phases, key=lambda name: phases[name])
-        counted = {"sampler": sampler, "activations": held, "workspace": workspace, "peak": phases[peak_in], "peak_in": peak_in}
+        counted = {
+            "sampler": sampler,
+            "activations": held,
+            "workspace": workspace,
+            "peak": phases[peak_in],
+            "peak_in": peak_in,
+        }
     except Exception as error:  # architectures do things that fake tensors cannot
         log.warning("activations could not be counted: %s", f"{type(error).__name__}: {error}".splitlines()[0][:300])
     counts = {"micro_batch_questions": len(worst.batch), "micro_batch_tokens": worst.tokens}
@@ -173,13 +183,16 @@ def predict_memory(
 def find_worst(student: Student, examples: Sequence[Example], schedule: Schedule) -> Worst:
     """The micro-batch with the most tokens to train on, of all ranks and of as many steps as `LOOKED_AT` allows.
 
-    Of a question's rationales the longest count where one is selected; the student's own negative is as long as it may be.
+    Of a question's rationales the longest count where one is selected; the student's own negative is as long as it may
+    be.
     """
     config = schedule.config
     objective = Objective(student, config, None, contextlib.nullcontext, 0)  # type: ignore[arg-type]
     cost = [_tokens([e], _weigh(objective, [e])) for e in examples]
     steps = range(min(schedule.total_steps, LOOKED_AT_STEPS, max(1, LOOKED_AT // len(examples))))
-    micro = (rows for step in steps for rank in range(schedule.world_size) for rows in schedule.micro_batches(step, rank))
+    micro = (
+        rows for step in steps for rank in range(schedule.world_size) for rows in schedule.micro_batches(step, rank)
+    )
     batch = [examples[i] for i in max(micro, key=lambda rows: sum(cost[i] for i in rows))]
     weighted = _weigh(objective, batch)
     return Worst(batch, weighted, _tokens(batch, weighted))
@@ -230,8 +243,8 @@ class _Fake:
             return copy.deepcopy(module)
 
     def _hold_embeddings(self) -> None:
-        """Leave the gradient of token embeddings to `training`, which adds it: autograd sums those of several uses in place,
-        but those of fake tensors into a third."""
+        """Leave the gradient of token embeddings to `training`, which adds it: autograd sums those of several uses in
+        place, but those of fake tensors into a third."""
         model = self.student.model
         weight = model.get_input_embeddings().weight
         self.tied, self.embedding = weight is output_layer(model).weight, _size(weight) if weight.requires_grad else 0
@@ -240,7 +253,9 @@ class _Fake:
 
         def watch(module: Any, inputs: Any, output: Tensor) -> None:
             if torch.is_grad_enabled():
-                output.requires_grad_().register_hook(lambda _: self.reached.append(self.counting.now if self.counting else 0))
+                output.requires_grad_().register_hook(
+                    lambda _: self.reached.append(self.counting.now if self.counting else 0)
+                )
 
         for module in [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is weight]:
             module.weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
@@ -271,7 +286,8 @@ class _Fake:
                 loss.backward()
                 del loss
                 peak = max(self.counting.peak, held + workspace)
-            uses = 1 if self.tied else min(len(self.reached), 2)  # the sum so far and a new one; the head's is there already
+            # the sum so far and a new one; the head's is there already
+            uses = 1 if self.tied else min(len(self.reached), 2)
             peaks.append(max([peak, *(now + uses * self.embedding for now in self.reached)]))
             for hook in hooks:
                 hook.remove()
@@ -309,7 +325,9 @@ class _Fake:
         T = sum(len(c.tokens) for c in weighted.candidates) + sum(len(e.label) for e in batch)
         head, device = self.student.head, self.student.device
         with self.autocast():
-            dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.weight.dtype
+            dtype = (
+                torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.weight.dtype
+            )
         impl = choose_impl(self.config.impl, device, dtype)[0]
         (V, H), size = head.weight.shape, dtype.itemsize
         if impl == "triton":
@@ -324,7 +342,10 @@ class _Fake:
             target_T = torch.zeros(T, dtype=torch.long, device=device)
             dlogprob_T = torch.zeros(T, dtype=torch.float32, device=device)
         operands = (hidden_TH, head.weight.detach(), target_T, head.bias)
-        options, needs = reference.HeadOptions(head.scale, head.softcap or 0.0, 1.0), (True, head.weight.requires_grad, False)
+        options, needs = (
+            reference.HeadOptions(head.scale, head.softcap or 0.0, 1.0),
+            (True, head.weight.requires_grad, False),
+        )
         with self.ledger() as ledger, torch.no_grad():
             if impl == "eager":
                 logprob_TV = head.logits(hidden_TH).float().log_softmax(1)
@@ -350,15 +371,20 @@ class _Fake:
         with self.ledger() as ledger, torch.no_grad(), eval_mode(self.student.model), self.autocast():
             decoder = Decoder(self.student, rows, longest, new, most_bytes=CACHE_BYTES)
         held = ledger.now
-        return held + 2 * 4 * decoder.rows * len(self.student.head.weight)  # logits, and what they are sorted or compared in
+        # logits, and what they are sorted or compared in
+        return held + 2 * 4 * decoder.rows * len(self.student.head.weight)
 
     def judging(self, discriminator: Discriminator, examples: Sequence[Example]) -> int:
         """The most that a training step of the discriminator holds beside its weights, gradients and moments."""
         kinds, count = self.config.augmentations, self.config.discriminator_batch_size
 
         def pairs(e: Example) -> list[tuple[str, str]]:
-            """Corrupted positives make both classes equal; the student's own negative is about as long as a positive."""
-            wrong: list[Candidate] = [*e.minority, *e.positives[: max(len(e.positives) - len(e.minority), 1) if kinds else 1]]
+            """Corrupted positives make both classes equal; the student's own negative is about as long as a
+            positive."""
+            wrong: list[Candidate] = [
+                *e.minority,
+                *e.positives[: max(len(e.positives) - len(e.minority), 1) if kinds else 1],
+            ]
             return [(e.text, c.text) for c in (*e.positives, *wrong)]
 
         largest = sorted(examples, key=lambda e: -sum(len(text) + len(said) for text, said in pairs(e)))[:count]

@@ -32,9 +32,11 @@ def all_rationales(share: float, positives: int, minority: int) -> Weights:
 
 
 class Method(NamedTuple):
-    """weights: (1/N, number of positives, of minority rationales) -> the weights l has for each of a question's rationales.
+    """weights: (1/N, number of positives, of minority rationales) -> the weights l has for each of a question's
+    rationales.
 
-    beta: of the negatives among them, whose term has no margin. warmup: the weights of the first `--redi-warmup` of the steps.
+    beta: of the negatives among them, whose term has no margin. warmup: the weights of the first `--redi-warmup` of the
+    steps.
     """
 
     weights: Callable[[float, int, int], Weights] = no_rationale

@@ -37,8 +37,8 @@ def active_fraction(counts: Counter[str], source: str) -> float | None:
 
 
 class Progress:
-    """How far a run is: a bar on a terminal; elsewhere and in `run.log` a line at its first step, every ten seconds and at its
-    last."""
+    """How far a run is: a bar on a terminal; elsewhere and in `run.log` a line at its first step, every ten seconds and
+    at its last."""
 
     def __init__(self, total: int, done: int, shown: bool = True):
         self.total, self._first, self._began = total, done, time.monotonic()
@@ -81,8 +81,8 @@ class Progress:
 class MetricsLog:
     """Appends to `metrics.jsonl` and, if asked, to TensorBoard or Weights & Biases.
 
-    Raises `RunError` within one step of a loss or gradient that is not finite, or of a gradient that is zero though the loss is
-    not, naming the step and its questions;
+    Raises `RunError` within one step of a loss or gradient that is not finite, or of a gradient that is zero though the
+    loss is not, naming the step and its questions;
     `InputError` when the package of `report_to` is not installed.
     """
 
@@ -109,7 +109,9 @@ class MetricsLog:
             log.warning("%s: passed over %d damaged lines", self.path, damaged)
         return records
 
-    def put(self, record: dict[str, Any], values: dict[str, Tensor], loss_extra: float, ids: list[str], logged: bool) -> None:
+    def put(
+        self, record: dict[str, Any], values: dict[str, Tensor], loss_extra: float, ids: list[str], logged: bool
+    ) -> None:
         """Queue a step's record; `values` are 0-d tensors still on the device, `loss_extra` is added to their loss."""
         self.flush()
         stacked = torch.stack([v.detach().float().reshape(()) for v in values.values()])
@@ -124,7 +126,9 @@ class MetricsLog:
         if bad:
             raise RunError(f"step {record['step']}: {', '.join(bad)}; questions {', '.join(ids)}")
         if values["loss"] and values.get("grad_norm") == 0:  # such as a student whose weights are all zero
-            raise RunError(f"step {record['step']}: loss {values['loss']:g} without any gradient; questions {', '.join(ids)}")
+            raise RunError(
+                f"step {record['step']}: loss {values['loss']:g} without any gradient; questions {', '.join(ids)}"
+            )
         record |= values
         record["loss"] += loss_extra
         self.last = record

@@ -1,7 +1,7 @@
 """The negatives of past iterations on disk: `negatives/iteration-t.jsonl`, a chunk at a time.
 
-Each chunk ends with a line that counts and digests it, so that what a killed run left unfinished, or damage, is found and
-drawn again.
+Each chunk ends with a line that counts and digests it, so that what a killed run left unfinished, or damage, is found
+and drawn again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def was_cut(tokens: TokenIds, eos: int) -> bool:
 
 
 class NegativeStore:
-    """What was said in each iteration, by chunk and question id. Rank 0 reads and writes the files, all ranks know them.
+    """What was said in each iteration, by chunk and question id. Rank 0 reads and writes the files, all ranks know
+    them.
 
     ids: of the training questions, as `schedule` counts them. kept: iterations before the latest that stay in memory.
     """
@@ -45,7 +46,8 @@ class NegativeStore:
     def __init__(self, folder: Path, schedule: Schedule, ids: Sequence[str], comm: Comm = SINGLE, kept: int = 1):
         self.folder, self.schedule, self.comm = folder, schedule, comm
         self._ids, self._kept = ids, kept
-        self._by_iteration: dict[int, dict[int, dict[str, Negative]]] = {}  # by iteration and chunk, in the order of the file
+        # by iteration and chunk, in the order of the file
+        self._by_iteration: dict[int, dict[int, dict[str, Negative]]] = {}
 
     def path(self, iteration: int) -> Path:
         return self.folder / negatives_name(iteration)
@@ -78,8 +80,8 @@ class NegativeStore:
         self.comm.on_rank0(lambda: append_lines(self.path(iteration), [*records, end], durable=True))
 
     def truncate_after(self, iteration: int) -> None:
-        """Forget what was said in later iterations than this one; -1: everything. A run that goes on from here may be another:
-        of other rows, or not to the bit the one that said it."""
+        """Forget what was said in later iterations than this one; -1: everything. A run that goes on from here may be
+        another: of other rows, or not to the bit the one that said it."""
 
         def remove() -> None:
             for path in self.folder.glob("iteration-*.jsonl"):

@@ -50,12 +50,13 @@ def _longest_prompt(negatives: LaggedNegatives, *_: Any) -> str:
 
 
 class LaggedNegatives:
-    """One sampled rationale per question and iteration, drawn just before the steps that use it, or up to `PREFETCH_CHUNKS` chunks
-    earlier beside training (`--overlap`).
+    """One sampled rationale per question and iteration, drawn just before the steps that use it, or up to
+    `PREFETCH_CHUNKS` chunks earlier beside training (`--overlap`).
 
-    Iteration t samples from the snapshot of iteration max(t - j, 0) (`fixed`: always 0) and keeps what was said in its `store`.
-    With `answers` each negative carries what it says, beside its text.
-    Of several ranks each draws for its share of a chunk's questions; all of them know what was said, and rank 0 keeps it.
+    Iteration t samples from the snapshot of iteration max(t - j, 0) (`fixed`: always 0) and keeps what was said in its
+    `store`. With `answers` each negative carries what it says, beside its text.
+    Of several ranks each draws for its share of a chunk's questions; all of them know what was said, and rank 0 keeps
+    it.
     """
 
     def __init__(
@@ -95,11 +96,14 @@ class LaggedNegatives:
 
     def source_iteration(self, iteration: int) -> int:
         """Whose snapshot speaks in an iteration."""
-        return 0 if self.config.effective("negative_source") == "fixed" else max(iteration - self.config.negative_lag, 0)
+        return (
+            0 if self.config.effective("negative_source") == "fixed" else max(iteration - self.config.negative_lag, 0)
+        )
 
     @explains_oom("the sampler", for_sampling, _longest_prompt)
     def prepare(self) -> None:
-        """Make the sampler, with parameters of its own, and capture its graphs: before training starts on the device."""
+        """Make the sampler, with parameters of its own, and capture its graphs: before training starts on the
+        device."""
         if self._sampler is not None:
             return
         student, autocast = copy.copy(self._student), self.autocast if self._autocasts() else None
@@ -149,7 +153,9 @@ class LaggedNegatives:
             self.tokens += sum(map(len, tokens))
             asked = self._asked(iteration, chunk)
             eos = self._student.tokenizer.eos_token_id
-            found = {q.id: Negative(t, self._student.text(t), was_cut(t, eos)) for q, t in zip(asked, tokens, strict=True)}
+            found = {
+                q.id: Negative(t, self._student.text(t), was_cut(t, eos)) for q, t in zip(asked, tokens, strict=True)
+            }
             self.store.append(iteration, chunk, found)
 
     def of_iteration(self, iteration: int) -> dict[str, Negative]:
@@ -208,7 +214,9 @@ class LaggedNegatives:
             self._loaded = source
         asked = self.comm.shard(self._asked(iteration, chunk))
         keys = [key_words(self.config.seed, q.id) for q in asked]
-        tokens = sampler.generate([q.source for q in asked], keys, iteration=iteration, stop=self._stop) if asked else []
+        tokens = (
+            sampler.generate([q.source for q in asked], keys, iteration=iteration, stop=self._stop) if asked else []
+        )
         return _Drawn(tokens, time.perf_counter() - started)
 
     def _autocasts(self) -> bool:

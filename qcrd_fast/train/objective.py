@@ -1,8 +1,8 @@
 """The training objectives (Eq. 8 and the methods it is compared with), one micro-batch at a time.
 
-L = a1 L_pred + a2 L_cl with L_pred = sum_label w l and L_cl = sum_pos w l - beta * sum_neg w h(l), where l is a target's
-mean -log p per token. A method is a choice of the weights w (1/N included, N the questions of the whole optimizer batch):
-QCRD finds them by scoring all candidates first, the others know theirs beforehand.
+L = a1 L_pred + a2 L_cl with L_pred = sum_label w l and L_cl = sum_pos w l - beta * sum_neg w h(l), where l is a
+target's mean -log p per token. A method is a choice of the weights w (1/N included, N the questions of the whole
+optimizer batch): QCRD finds them by scoring all candidates first, the others know theirs beforehand.
 
 Suffixes: Q questions of the micro-batch, R rationales, T tokens.
 """
@@ -146,7 +146,9 @@ class Objective:
         if not candidates:
             return chosen
         out = self._contrast(batch, candidates, question, packed, logprob_T, num_questions, iteration, stats)
-        for c, q, weight, selected in zip(candidates, question, out.weight_R.tolist(), out.selected_R.tolist(), strict=True):
+        for c, q, weight, selected in zip(
+            candidates, question, out.weight_R.tolist(), out.selected_R.tolist(), strict=True
+        ):
             if selected:
                 chosen.add(c, q, weight)
         return chosen
@@ -198,13 +200,15 @@ class Objective:
             found = torch.tensor(list(judge.scores(cases)), dtype=score_R.dtype, device=device)
             score_R[torch.tensor(judged, dtype=torch.long, device=device)] = found
         if not torch.isfinite(score_R).all():
-            ids = ", ".join(sorted({batch[question[i]].id for i in (~torch.isfinite(score_R)).nonzero()[:, 0].tolist()}))
+            ids = ", ".join(
+                sorted({batch[question[i]].id for i in (~torch.isfinite(score_R)).nonzero()[:, 0].tolist()})
+            )
             raise RunError(f"{self.judges.name} gave a score that is not finite; questions {ids}")
         return score_R
 
     def _shared_by_quality(self, share: float, example: Example, stats: Counter[str]) -> list[float]:
-        """`part_of_loss` dealt to a question's positives by their quality, so that the question counts as before; nothing where every
-        quality is 0."""
+        """`part_of_loss` dealt to a question's positives by their quality, so that the question counts as before;
+        nothing where every quality is 0."""
         quality_R = self._quality([example], list(example.positives), [0] * len(example.positives))
         assert quality_R is not None
         found = quality_R.tolist()
@@ -290,7 +294,9 @@ class Objective:
         loss = labels["loss"] + self.config.alpha_cl * out.loss
         return {"loss": loss, "loss_pred": labels["loss_pred"], "loss_cl": out.loss}
 
-    def _mutual_information(self, batch: Sequence[Example], num_questions: int, stats: Counter[str]) -> dict[str, Tensor]:
+    def _mutual_information(
+        self, batch: Sequence[Example], num_questions: int, stats: Counter[str]
+    ) -> dict[str, Tensor]:
         """`dss` and MI's extra term, from one pass over each task.
 
         The term is as in the released code: softmax on softmax, maximum over time with padding unmasked. A decoder-only
@@ -311,7 +317,8 @@ class Objective:
     def _task(
         self, pairs: Sequence[tuple[TokenIds, TokenIds]], num_questions: int, stats: Counter[str]
     ) -> tuple[Tensor, Tensor]:
-        """1/N of the sum of l over (prompt, target), and the maximum over time of each softmax [pairs, V], in one batch."""
+        """1/N of the sum of l over (prompt, target), and the maximum over time of each softmax [pairs, V], in one
+        batch."""
         head, (prompts, targets) = self.student.head, zip(*pairs, strict=True)
         with self.autocast():
             packed = self.student.decode(self.student.encode(prompts), targets, range(len(pairs)))
@@ -324,7 +331,9 @@ class Objective:
         of_prompt_BL = position_L < torch.tensor(packed.first, device=logits_BLV.device)[:, None]
         pooled_BV = logits_BLV.float().softmax(-1).masked_fill(of_prompt_BL[:, :, None], 0).amax(1)
         every_R = torch.ones(len(pairs), device=logprob_T.device)
-        loss = weighted_rationale_loss(logprob_T, packed.segment, every_R > 0, every_R / num_questions, beta=0.0, delta=None)[0]
+        loss = weighted_rationale_loss(
+            logprob_T, packed.segment, every_R > 0, every_R / num_questions, beta=0.0, delta=None
+        )[0]
         return loss, pooled_BV
 
     def score(

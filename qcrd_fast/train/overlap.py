@@ -1,7 +1,7 @@
 """Where negatives are drawn: in turn with training, or beside it in a thread with a CUDA stream of its own.
 
-Nothing of the device crosses from one stream to the other: a draw reads prompts from the host and leaves tokens there, and
-weights come from host memory behind an event (`qcrd_fast.train.snapshots`).
+Nothing of the device crosses from one stream to the other: a draw reads prompts from the host and leaves tokens there,
+and weights come from host memory behind an event (`qcrd_fast.train.snapshots`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def choose_overlap(config: TrainConfig, device: torch.device) -> str:
     """`--overlap`, auto resolved. Raises `InputError` for one that this machine cannot do."""
     wanted = "serial" if config.overlap == "auto" else config.overlap  # the others are unmeasured
     if wanted in ("priority", "green-context") and device.type != "cuda":
-        raise InputError(f"--overlap {wanted} needs a GPU, and the device is {device.type}; serial and stream work everywhere")
+        raise InputError(
+            f"--overlap {wanted} needs a GPU, and the device is {device.type}; serial and stream work everywhere"
+        )
     if wanted == "green-context" and (obstacle := _no_green_context()):
         raise InputError(f"--overlap green-context: {obstacle}")
     return wanted
@@ -36,15 +38,20 @@ def _no_green_context() -> str | None:
         from torch.cuda import green_contexts
     except ImportError:
         return f"torch {torch.__version__} has no green contexts"
-    return None if getattr(green_contexts, "SUPPORTED", True) else f"torch {torch.__version__} was built without green contexts"
+    return (
+        None
+        if getattr(green_contexts, "SUPPORTED", True)
+        else f"torch {torch.__version__} was built without green contexts"
+    )
 
 
 class SamplingWorker:
     """Runs draws one after another.
 
-    `serial`: at once, in the caller's thread. `stream`: in a thread with a CUDA stream of its own (on a CPU, in a thread).
-    `priority`: on a stream of high priority, whose short kernels go before training's waiting ones. `green-context`: on a
-    quarter of the multiprocessors.
+    `serial`: at once, in the caller's thread. `stream`: in a thread with a CUDA stream of its own (on a CPU, in a
+    thread).
+    `priority`: on a stream of high priority, whose short kernels go before training's waiting ones. `green-context`: on
+    a quarter of the multiprocessors.
     """
 
     def __init__(self, kind: str, device: torch.device):

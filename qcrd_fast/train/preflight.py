@@ -1,4 +1,5 @@
-"""What is wrong with a run before anything of it is loaded: files, packages, devices, disk and memory. Imports no torch.
+"""What is wrong with a run before anything of it is loaded: files, packages, devices, disk and memory. Imports no
+torch.
 
 A wrong option is named within a second, and not after a minute of loading.
 """
@@ -39,7 +40,9 @@ def check_start(config: TrainConfig, *, dry_run: bool = False, names: bool = Tru
             raise InputError(f"--{option.replace('_', '-')}: {printable(path)} does not exist")
     if names or os.path.isdir(str(config.student)):
         check_names(config)
-    PromptSettings.from_option(config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt)
+    PromptSettings.from_option(
+        config.prompt_template, config.max_source_length, config.max_target_length, config.system_prompt
+    )
     if config.resume not in (None, "auto") and not os.path.isdir(str(config.resume)):
         raise InputError(f"--resume: {printable(str(config.resume))}: no such folder; auto finds the latest checkpoint")
     for option, package in (("--report-to", config.report_to), ("--use-peft", "peft" if config.use_peft else "none")):
@@ -53,7 +56,8 @@ def check_start(config: TrainConfig, *, dry_run: bool = False, names: bool = Tru
 
 
 def check_names(config: TrainConfig) -> None:
-    """Raises `InputError` for a student or discriminator that is no model's folder, and none that the hub could have."""
+    """Raises `InputError` for a student or discriminator that is no model's folder, and none that the hub could
+    have."""
     check_model_name(str(config.student), "student")  # as loading it says
     if config.discriminator not in ("auto", "none"):
         check_model_name(config.discriminator, "--discriminator")
@@ -64,8 +68,8 @@ def require_memory(config: TrainConfig, parameters: int, free: int, where: str) 
     needed = 4 * parameters * (1 if config.use_peft else 4) // (world_size() if config.fsdp else 1)
     if needed > free:
         raise InputError(
-            f"--student: {parameters / 1e6:,.0f} million parameters: training takes at least {needed / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB of {where} are free; what helps: {for_weights(config)}"
+            f"--student: {parameters / 1e6:,.0f} million parameters: training takes at least {needed / 1e9:.1f} GB, "
+            f"and {free / 1e9:.1f} GB of {where} are free; what helps: {for_weights(config)}"
         )
 
 
@@ -86,7 +90,9 @@ def _check_sizes(config: TrainConfig) -> None:
     with contextlib.suppress(OSError):  # a folder that cannot be looked at is named by who writes to it
         disk = shutil.disk_usage(folder)
         if disk.total and disk.free < needed:  # such as /proc has none at all: it cannot be written to
-            raise RunError(f"--output-dir: {config.output_dir}: no room for a checkpoint ({disk_space_text(folder, needed)})")
+            raise RunError(
+                f"--output-dir: {config.output_dir}: no room for a checkpoint ({disk_space_text(folder, needed)})"
+            )
 
 
 def _has_gpu_driver() -> bool:

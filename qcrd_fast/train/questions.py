@@ -81,7 +81,9 @@ class Data:
             if missing:
                 raise InputError(f"{name}: {len(missing)} questions have no answer, such as {missing[0]}")
         if config.method == "qcrd" and all(_samples(question) < 2 for question in rows):
-            log.warning("--data: no question has more than one sample: there was nothing to vote on, and qcrd has no minority")
+            log.warning(
+                "--data: no question has more than one sample: there was nothing to vote on, and qcrd has no minority"
+            )
         task = config.task or main_task(rows)
         return cls(rows, validation, test, task, in_test + in_validation, _digest(rows, validation, test))
 

@@ -1,4 +1,5 @@
-"""What a person reads of a run: one training example, a line of progress, the student's rationales, and what it came to."""
+"""What a person reads of a run: one training example, a line of progress, the student's rationales, and what it came
+to."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ LONGEST = 600  # characters of a question, rationale or answer that are printed
 
 
 def example_text(example: Example, student: Prompter, config: TrainConfig) -> str:
-    """One training example as the student sees it: the text of its tokens, special ones too, each line behind a bar so that
-    blanks show. The loss is over the tokens of the targets alone."""
+    """One training example as the student sees it: the text of its tokens, special ones too, each line behind a bar so
+    that blanks show. The loss is over the tokens of the targets alone."""
     tasks = [("answer", example.predict, [("target", example.label)])]
     if candidates := _taught(example, config):
         sides = {True: "positive", False: "negative"}
@@ -33,7 +34,9 @@ def example_text(example: Example, student: Prompter, config: TrainConfig) -> st
     if example.reason:
         tasks.append(("reasoning", example.reason[0], [("target", example.reason[1])]))
     where = "for the encoder" if student.is_encoder_decoder else "before each target, masked"
-    lines = [f"a training example, question {printable(example.id)}, as the student sees it (loss on the targets alone):"]
+    lines = [
+        f"a training example, question {printable(example.id)}, as the student sees it (loss on the targets alone):"
+    ]
     for task, prompt, targets in tasks:
         lines += [f"  {task}, prompt, {len(prompt)} tokens {where}:", *_barred(student, prompt)]
         for name, tokens in targets:
@@ -62,7 +65,8 @@ def _barred(student: Prompter, tokens: TokenIds) -> list[str]:
 
 
 def progress_line(record: Mapping[str, Any], short: bool = False) -> str:
-    """Loss and its parts, active hinges, learning rate and speed of a record of `metrics.jsonl`; `short`: three of them."""
+    """Loss and its parts, active hinges, learning rate and speed of a record of `metrics.jsonl`; `short`: three of
+    them."""
     if short:
         return f"loss {record['loss']:.3f}, lr {record['lr']:.2g}, {record['tokens_per_s']:,.0f} tok/s"
     parts = [f"{name} {record[key]:.3f}" for name, key in _PARTS if record.get(key) is not None]
@@ -90,7 +94,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def rationales_text(questions: Sequence[Question], rationales: Sequence[str], answers: Iterable[Mapping[str, Any]]) -> str:
+def rationales_text(
+    questions: Sequence[Question], rationales: Sequence[str], answers: Iterable[Mapping[str, Any]]
+) -> str:
     """What the student says of some validation questions; `answers` are the records of their answers."""
     lines = []
     for question, rationale, record in zip(questions, rationales, answers, strict=True):
@@ -104,7 +110,8 @@ def rationales_text(questions: Sequence[Question], rationales: Sequence[str], an
 
 
 def _flat(text: str, end: bool = False) -> str:
-    """One printable line of at most `LONGEST` characters: the first ones, or those at the end, where a question asks."""
+    """One printable line of at most `LONGEST` characters: the first ones, or those at the end, where a question
+    asks."""
     line = " ".join(text.split())
     if len(line) > LONGEST:
         line = f"... {line[-LONGEST:]}" if end else f"{line[:LONGEST]} ..."

@@ -1,7 +1,7 @@
 """Which questions a step trains on, which iteration and chunk it belongs to, and its learning rate.
 
-Everything here is a pure function of the configuration and the step, so a resumed run needs no cursor. Steps, iterations
-and chunks count from 0.
+Everything here is a pure function of the configuration and the step, so a resumed run needs no cursor. Steps,
+iterations and chunks count from 0.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class Schedule:
     def chunk_questions(self, iteration: int, chunk: int) -> list[int]:
         """Indices of a chunk's questions, each once, in the order of their first step."""
         start = iteration * self.iteration_steps
-        steps = range(start + chunk * self.chunk_steps, start + min((chunk + 1) * self.chunk_steps, self.iteration_steps))
+        steps = range(
+            start + chunk * self.chunk_steps, start + min((chunk + 1) * self.chunk_steps, self.iteration_steps)
+        )
         return list(dict.fromkeys(i for step in steps for i in self.questions(step)))
 
     # Optimization

@@ -1,7 +1,7 @@
 """The student as it was: its weights at the start of past iterations, in bf16.
 
-They are on disk, where a resume finds them; on a GPU machine the latest are in pinned host memory too, which takes them from
-the GPU and back without stopping it.
+They are on disk, where a resume finds them; on a GPU machine the latest are in pinned host memory too, which takes them
+from the GPU and back without stopping it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ Weights = dict[str, Tensor]
 
 
 class Snapshots:
-    """One safetensors file for each iteration, written by a thread; the latest `in_memory` of them kept in host memory as well.
+    """One safetensors file for each iteration, written by a thread; the latest `in_memory` of them kept in host memory
+    as well.
 
-    A call that needs a file, or its digest, waits for it and raises what writing it raised. Of several ranks the first writes,
-    and all of them wait for it.
+    A call that needs a file, or its digest, waits for it and raises what writing it raised. Of several ranks the first
+    writes, and all of them wait for it.
     """
 
     def __init__(self, folder: Path, in_memory: int = 0, comm: Comm = SINGLE):
@@ -44,7 +45,8 @@ class Snapshots:
     def known(self) -> dict[int, str]:
         """sha256 by iteration, once everything is written."""
         for iteration in list(self._writing):
-            self._known[iteration] = self._writing[iteration].result()  # until then another thread must find it in `_writing`
+            # until then another thread must find it in `_writing`
+            self._known[iteration] = self._writing[iteration].result()
             del self._writing[iteration]
         return self._known
 
@@ -62,8 +64,8 @@ class Snapshots:
 
     @torch.no_grad()
     def save(self, iteration: int, model: torch.nn.Module) -> None:
-        """Take the weights as they are when work that was queued before this call is done. The training stream copies them on
-        the device and goes on; a stream of its own moves the copy to the host."""
+        """Take the weights as they are when work that was queued before this call is done. The training stream copies
+        them on the device and goes on; a stream of its own moves the copy to the host."""
         self.wait()
         device = next(model.parameters()).device
         weights = {n: unshard(p.detach()).to(torch.bfloat16, copy=True) for n, p in model.named_parameters()}

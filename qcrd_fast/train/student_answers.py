@@ -14,9 +14,9 @@ from qcrd_fast.train.schedule import Schedule
 
 
 class StudentAnswers:
-    """Reads sampled negatives, each once. What a sample without a conclusion is expected to say depends on the samples of its
-    iteration up to its step and on nothing later, nor on how they were drawn: a resumed run sees the same, and so do several
-    processes. `questions`: those that `schedule` counts."""
+    """Reads sampled negatives, each once. What a sample without a conclusion is expected to say depends on the samples
+    of its iteration up to its step and on nothing later, nor on how they were drawn: a resumed run sees the same, and
+    so do several processes. `questions`: those that `schedule` counts."""
 
     def __init__(self, questions: Sequence[Question], schedule: Schedule, eos: int):
         self.questions, self.schedule, self.eos = questions, schedule, eos
@@ -25,7 +25,8 @@ class StudentAnswers:
         self._tally, self._cases = Tally(), dict[str, Case]()
 
     def read(self, step: int, chunks: Mapping[int, Mapping[str, Negative]]) -> dict[str, Negative]:
-        """The negatives of a step's chunk, with their cases; `chunks`: those of its iteration, the ones up to it are there."""
+        """The negatives of a step's chunk, with their cases; `chunks`: those of its iteration, the ones up to it are
+        there."""
         iteration, chunk = self.schedule.chunk(step)
         if iteration != self._iteration or step < self._next - 1:
             if iteration != self._iteration:
@@ -45,7 +46,9 @@ class StudentAnswers:
     def _case(self, question_id: str, by_question: Mapping[str, Negative]) -> Case:
         if question_id not in self._cases:
             own = by_question[question_id]
-            self._cases[question_id] = student_case(self._by_id[question_id], own.text, cut=was_cut(own.tokens, self.eos))
+            self._cases[question_id] = student_case(
+                self._by_id[question_id], own.text, cut=was_cut(own.tokens, self.eos)
+            )
         return self._cases[question_id]
 
     @functools.cached_property

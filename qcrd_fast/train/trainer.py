@@ -55,7 +55,8 @@ from qcrd_fast.utils.signals import StopSignals
 from qcrd_fast.utils.torchrun import world_size
 
 log = logging.getLogger(__name__)
-FEWEST_TO_COMPARE, BLIND = 20, 0.8  # samples that agree with the majority, and that do not; weights of a judge that is blind
+# samples that agree with the majority, and that do not; weights of a judge that is blind
+FEWEST_TO_COMPARE, BLIND = 20, 0.8
 IDLE_QUALITY = 0.9  # negatives that are rated higher weigh less than a tenth (Eq. 7)
 
 
@@ -68,8 +69,8 @@ def train(
     judges: Judges | None = None,
     make_objective: Callable[..., Objective] = Objective,
 ) -> dict[str, Any]:
-    """Train a student as `config` says and return what `eval_results.json` holds. `data`: what `Data.load` made of `config`,
-    of a caller that has done that and, before it, what `preflight` checks.
+    """Train a student as `config` says and return what `eval_results.json` holds. `data`: what `Data.load` made of
+    `config`, of a caller that has done that and, before it, what `preflight` checks.
 
     `judges` take the place of those of `--quality`: objects with `scores(cases)`, for positives and for negatives.
     `make_objective` takes the arguments of `Objective` and gives what computes the loss, for experiments with one.
@@ -119,7 +120,8 @@ def _train(
     torch.manual_seed(config.seed)
     data = data or Data.load(config)
     schedule = Schedule(len(data.train), config, world_size())
-    log.info("%d training, %d validation, %d test questions; task %s; %d steps, %d an iteration; dropped %d that are tested",
+    log.info("%d training, %d validation, %d test questions; task %s; %d steps, %d an iteration; dropped %d that are "
+        "tested",
              len(data.train), len(data.validation), len(data.test), data.task, schedule.total_steps,
              schedule.iteration_steps, data.dropped)  # fmt: skip
     resume_from = comm.on_rank0(lambda: resume_point(config, run.path, schedule)) if run and config.resume else None
@@ -261,9 +263,10 @@ class Trainer:
             number = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
         epochs = schedule.total_steps / schedule.steps_per_epoch
         return (
-            f"student {config.student}: {every / 1e6:,.2f} million parameters, {some} of them trained, on {device}, {number}; "
-            f"{schedule.total_steps} steps of {schedule.questions_per_step} questions, {epochs:.3g} passes over the data; "
-            f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, {schedule.warmup_steps} warm-up steps"
+            f"student {config.student}: {every / 1e6:,.2f} million parameters, {some} of them trained, on {device}, "
+            f"{number}; {schedule.total_steps} steps of {schedule.questions_per_step} questions, {epochs:.3g} passes "
+            f"over the data; learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, "
+            f"{schedule.warmup_steps} warm-up steps"
         )
 
     def example(self) -> str:
@@ -342,7 +345,9 @@ class Trainer:
                 self.objective.audit = audit if micro == watched else None
                 with self.strategy.accumulating(last=micro == len(batches) - 1):
                     try:
-                        terms, stats = self.objective.step(batch, lagged, len(questions), step, iteration, 1.0 if rows else 0.0)
+                        terms, stats = self.objective.step(
+                            batch, lagged, len(questions), step, iteration, 1.0 if rows else 0.0
+                        )
                     except RunError as error:
                         raise RunError(f"step {step + 1}: {error}") from error
                 for name, value in terms.items():
@@ -354,9 +359,13 @@ class Trainer:
         counts = sum(map(Counter, self.comm.gather(counts)), Counter())
         ids = [self.examples[i].id for i in questions]
         if self.discriminator_trainer and counts["weighed"] and not counts["weight"]:
-            raise RunError(f"step {step + 1}: the discriminator weighs every rationale with 0; questions {', '.join(ids)}")
+            raise RunError(
+                f"step {step + 1}: the discriminator weighs every rationale with 0; questions {', '.join(ids)}"
+            )
         losses = dict(zip(losses, self.comm.sum(torch.stack(list(losses.values()))), strict=True))
-        norm = unshard(torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf))
+        norm = unshard(
+            torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), self.config.max_grad_norm or math.inf)
+        )
         lr = self.schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -409,7 +418,8 @@ class Trainer:
         """Learn from the last iteration's negatives, then keep the student as it is now for a later one."""
         self._warn_of_idle_negatives(iteration - 1)
         if self.discriminator_trainer and iteration:
-            self.discriminator_trainer.set_alpha(self.schedule.alpha_d(iteration - 1))  # of the iteration that is learnt from
+            # of the iteration that is learnt from
+            self.discriminator_trainer.set_alpha(self.schedule.alpha_d(iteration - 1))
             drawn = self.lagged.of_iteration(iteration - 1) if self.lagged else {}
             texts = {e.id: [c.text] for e in self.examples for c in e.candidates(drawn) if self._is_wrong(c)}
             loss = self.discriminator_trainer.update(self.data.train, texts, iteration)
@@ -427,13 +437,15 @@ class Trainer:
                 "(see --quality vote, --discriminator-pretrain-steps, --discriminator-loss)",
                 iteration, self.objective.judges.name or "the judge", score, 1 - score,
             )  # fmt: skip
-        agrees, differs = (mean(seen, f"weight_lagged_{kind}", f"weighed_lagged_{kind}") for kind in ("agrees", "differs"))
+        agrees, differs = (
+            mean(seen, f"weight_lagged_{kind}", f"weighed_lagged_{kind}") for kind in ("agrees", "differs")
+        )
         fewest = min(seen["weighed_lagged_agrees"], seen["weighed_lagged_differs"])
         if self.discriminator_trainer and fewest >= FEWEST_TO_COMPARE and (agrees or 0.0) > BLIND * (differs or 0.0):
             log.warning(
-                "iteration %d: samples of the student that give the majority's answer weigh %.3f as negatives, those that give "
-                "another %.3f: the discriminator does not tell them apart, and may push away from right reasoning "
-                "(see --quality vote, --agreeing-negatives drop)",
+                "iteration %d: samples of the student that give the majority's answer weigh %.3f as negatives, those "
+                "that give another %.3f: the discriminator does not tell them apart, and may push away from right "
+                "reasoning (see --quality vote, --agreeing-negatives drop)",
                 iteration, agrees, differs,
             )  # fmt: skip
         if seen["lagged_active"] < 0.05 * seen["lagged"]:
@@ -453,7 +465,9 @@ class Trainer:
 
         if steps:
             folds = self.config.folds
-            log.info("pretraining the discriminator for %d steps%s", steps, f" on each of {folds} folds" if folds > 1 else "")
+            log.info(
+                "pretraining the discriminator for %d steps%s", steps, f" on each of {folds} folds" if folds > 1 else ""
+            )
             self.discriminator_trainer.set_alpha(1.0)  # a3 weighs the online updates alone
             self.loss_d = self.discriminator_trainer.pretrain(self.data.train, steps, check)
         self._check_discriminator("pretrained")
@@ -481,8 +495,8 @@ class Trainer:
         log.info("discriminator, %s: %s", when, self.check.text)
         if self.check.refused:
             log.warning(
-                "discriminator, %s: refused, since its held-out AUC %s (--discriminator-min-auc %g); the vote weighs the "
-                "rationales instead, as with --quality vote",
+                "discriminator, %s: refused, since its held-out AUC %s (--discriminator-min-auc %g); the vote weighs "
+                "the rationales instead, as with --quality vote",
                 when, self.check.low_text, self.config.effective("discriminator_min_auc"),
             )  # fmt: skip
             self._drop_discriminator()
@@ -508,15 +522,20 @@ class Trainer:
     def _save(self) -> None:
         if self.checkpointer.saved_step != self.step:
             self.log.sync()  # a loss that is not finite stops here, before anything is overwritten
-            progress = {"loss_d": self.loss_d, "failed_impl": self.audits.failed, "stale": self.stale, **self._checked()}
+            progress = {
+                "loss_d": self.loss_d,
+                "failed_impl": self.audits.failed,
+                "stale": self.stale,
+                **self._checked(),
+            }
             self.checkpointer.save(self.step, self.best, progress)
 
     def _checked(self) -> dict[str, Any]:
         return {"discriminator_check": self.check.to_dict()} if self.check else {}
 
     def truncate_after(self, step: int) -> None:
-        """Cut the log and the negatives back to a step, 0 being all of what a run left that had no checkpoint yet; results of a
-        run that has steps to go are no longer its own."""
+        """Cut the log and the negatives back to a step, 0 being all of what a run left that had no checkpoint yet;
+        results of a run that has steps to go are no longer its own."""
         self.log.truncate_after(step)
         if self.lagged:
             self.lagged.store.truncate_after(self.schedule.iteration(step) if step else -1)

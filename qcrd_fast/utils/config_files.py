@@ -1,4 +1,5 @@
-"""JSON and YAML files as mappings of plain values: what a run wrote, if it can be read, or what a user wrote, checked."""
+"""JSON and YAML files as mappings of plain values: what a run wrote, if it can be read, or what a user wrote,
+checked."""
 
 from __future__ import annotations
 

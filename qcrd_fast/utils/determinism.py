@@ -1,7 +1,7 @@
 """`--deterministic`: the same bits from the same GPU and versions, whatever ran before.
 
-Our kernels need nothing: each result is written once, nothing is added atomically, tiles follow from shapes and are not timed.
-torch's own choice of algorithm does, and an operation that has no deterministic one raises.
+Our kernels need nothing: each result is written once, nothing is added atomically, tiles follow from shapes and are not
+timed. torch's own choice of algorithm does, and an operation that has no deterministic one raises.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def deterministic_already() -> contextlib.AbstractContextManager[None]:
-    """Inside, torch takes its usual algorithms: for work whose indices are unique and whose sums are in order, where those that
-    `deterministic` makes it take wait for the device, which a graph cannot hold."""
+    """Inside, torch takes its usual algorithms: for work whose indices are unique and whose sums are in order, where
+    those that `deterministic` makes it take wait for the device, which a graph cannot hold."""
     return _algorithms(deterministic=False)
 
 
@@ -62,6 +62,6 @@ def require_deterministic(config: TrainConfig, device: torch.device, samples: bo
     """
     if config.deterministic and samples and config.negative_top_p < 1 and device.type == "cuda":
         raise InputError(
-            f"--deterministic: --negative-top-p {config.negative_top_p:g} adds probabilities up in no fixed order on a GPU; "
-            "leave it at 1 and use --negative-top-k"
+            f"--deterministic: --negative-top-p {config.negative_top_p:g} adds probabilities up in no fixed order on "
+            "a GPU; leave it at 1 and use --negative-top-k"
         )

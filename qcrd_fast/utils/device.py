@@ -36,8 +36,8 @@ def make_autocast(device: torch.device, bf16: bool | None) -> Autocast:
 
 
 def choose_threads(device: torch.device, parameters: int) -> None:
-    """On a CPU, run a small student on one thread: threads wait for each other after each of its short operations, which
-    beside another busy process costs ten times what they could save. OMP_NUM_THREADS wins."""
+    """On a CPU, run a small student on one thread: threads wait for each other after each of its short operations,
+    which beside another busy process costs ten times what they could save. OMP_NUM_THREADS wins."""
     if device.type == "cpu" and parameters < ONE_THREAD and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 

@@ -24,19 +24,23 @@ def printable(path: str | os.PathLike[str]) -> str:
 
 
 def require_file(path: Path) -> None:
-    """Raises `InputError` for a device or pipe, such as /dev/null: a file that is renamed to its name would replace it."""
+    """Raises `InputError` for a device or pipe, such as /dev/null: a file that is renamed to its name would replace
+    it."""
     if (path.exists() and not path.is_file()) or path.parent.resolve() == Path("/dev"):
         raise InputError(f"{path} is a device or pipe; name a file")
 
 
 def require_writable(folder: Path, option: str) -> None:
-    """Raises `InputError` naming `option` unless files can be made in `folder`, or where it is yet to be made; none is left."""
+    """Raises `InputError` naming `option` unless files can be made in `folder`, or where it is yet to be made; none is
+    left."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(f"{option}: cannot write to {printable(folder)}: {error.strerror}; choose another folder") from error
+        raise InputError(
+            f"{option}: cannot write to {printable(folder)}: {error.strerror}; choose another folder"
+        ) from error
 
 
 def require_place(path: Path, option: str) -> None:

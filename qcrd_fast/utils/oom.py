@@ -25,7 +25,8 @@ def is_exhausted(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explaining_oom(options: str, during: str = "", longest: Callable[[], str] | None = None) -> Iterator[None]:
-    """Where memory ends in here, `RunError` names the options that help and, where `longest` gives it, the longest row."""
+    """Where memory ends in here, `RunError` names the options that help and, where `longest` gives it, the longest
+    row."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -39,7 +40,8 @@ def explaining_oom(options: str, during: str = "", longest: Callable[[], str] | 
 def explains_oom(
     during: str, options: Callable[[TrainConfig], str], longest: Callable[..., str] | None = None
 ) -> Callable[[Method], Method]:
-    """Decorator of a method of something with a `config`: `explaining_oom` around it. `longest` takes the method's arguments."""
+    """Decorator of a method of something with a `config`: `explaining_oom` around it. `longest` takes the method's
+    arguments."""
 
     def decorate(method: Any) -> Any:
         @functools.wraps(method)
@@ -58,7 +60,9 @@ def explains_oom(
 def for_training(config: TrainConfig) -> str:
     size, parts = config.per_device_train_batch_size, config.gradient_accumulation_steps
     less = size // 2 if size % 2 == 0 else 1
-    smaller = f"--per-device-train-batch-size {less} --gradient-accumulation-steps {parts * size // less} (the same step)"
+    smaller = (
+        f"--per-device-train-batch-size {less} --gradient-accumulation-steps {parts * size // less} (the same step)"
+    )
     return _joined(
         smaller if size > 1 else "",
         "" if config.gradient_checkpointing else "--gradient-checkpointing",
@@ -74,7 +78,9 @@ def for_weights(config: TrainConfig) -> str:
 
 
 def for_sampling(config: TrainConfig) -> str:
-    return _joined(_halved("--sample-batch-size", config.sample_batch_size), f"--max-new-tokens below {config.max_new_tokens}")
+    return _joined(
+        _halved("--sample-batch-size", config.sample_batch_size), f"--max-new-tokens below {config.max_new_tokens}"
+    )
 
 
 def for_judging(config: TrainConfig) -> str:

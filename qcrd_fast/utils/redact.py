@@ -26,8 +26,8 @@ def hide_also(*values: Iterable[str]) -> None:
 
 
 def redact(text: str) -> str:
-    """`text` without the values of secret-looking environment variables and of `hide_also`, and without keys, tokens and URL
-    passwords."""
+    """`text` without the values of secret-looking environment variables and of `hide_also`, and without keys, tokens
+    and URL passwords."""
     for value in sorted(_given, key=len, reverse=True):
         text = text.replace(value, "***")
     for name, value in os.environ.items():
@@ -46,5 +46,6 @@ class RedactingFormatter(logging.Formatter):
 
 
 def harmless(text: str) -> str:
-    """`text` with control characters, all but newline and tab, and those that change the direction of writing as escapes."""
+    """`text` with control characters, all but newline and tab, and those that change the direction of writing as
+    escapes."""
     return _ACTING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -12,7 +12,8 @@ from typing import Any
 from qcrd_fast.utils.torchrun import world_size
 
 log = logging.getLogger(__name__)
-PASSED_ON_S = 2.0  # within this time a second signal may be the first one, which torchrun passed on to those who had it already
+# within this time a second signal may be the first one, which torchrun passed on to those who had it already
+PASSED_ON_S = 2.0
 
 
 class StopSignals:
@@ -29,7 +30,9 @@ class StopSignals:
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

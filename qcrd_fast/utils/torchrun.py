@@ -8,7 +8,8 @@ from qcrd_fast.errors import InputError
 
 
 def world_size() -> int:
-    """The number of processes that torchrun started; 1 without it. Raises `InputError` where WORLD_SIZE is no such number."""
+    """The number of processes that torchrun started; 1 without it. Raises `InputError` where WORLD_SIZE is no such
+    number."""
     return _read("WORLD_SIZE", 1, 1)
 
 

@@ -72,7 +72,9 @@ def test_the_batch_is_packed_and_reproducible() -> None:
 
 
 def test_every_provider_here_is_right() -> None:
-    found, absent = peers.find_providers(CPU, torch.float32, ("eager", "torch-fused", "liger", "qcrd-torch", "qcrd-triton"))
+    found, absent = peers.find_providers(
+        CPU, torch.float32, ("eager", "torch-fused", "liger", "qcrd-torch", "qcrd-triton")
+    )
     assert {p.full_name for p in found} >= {"eager plain", "eager composed", "qcrd-torch joint", "qcrd-torch composed"}
     assert "liger-kernel" in absent["liger"] and "GPU" in absent["qcrd-triton"]
     batch = make_batch(SMALL, CPU)
@@ -169,7 +171,20 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     module = importlib.import_module("bench.loss")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "loss.csv")
     file = tmp_path / "out.json"
-    args = ["bench", "loss", "--heads", "small", "--tokens", "257", "--candidates", "3+2", "--repeats", "2", "--device", "cpu"]
+    args = [
+        "bench",
+        "loss",
+        "--heads",
+        "small",
+        "--tokens",
+        "257",
+        "--candidates",
+        "3+2",
+        "--repeats",
+        "2",
+        "--device",
+        "cpu",
+    ]
     args += ["--providers", "eager,qcrd-torch,cce", "--json", str(file), "--append"]
     assert entry([*args, "--dry-run"]) == 0
     assert "absent" in capsys.readouterr().out and not file.exists()
@@ -188,7 +203,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
                 floors.get(row["mode"], case["floor_ms"]) / row["ms"]
             )
     rows = list(csv.DictReader((tmp_path / "loss.csv").read_text().splitlines()))
-    assert len(rows) == 2 * 2 * 9 and rows[0]["head"] == "small" and rows[0]["torch"] == importlib.metadata.version("torch")
+    assert (
+        len(rows) == 2 * 2 * 9
+        and rows[0]["head"] == "small"
+        and rows[0]["torch"] == importlib.metadata.version("torch")
+    )
     (drawn, _) = plot.latest(tmp_path / "loss.csv").items()
     assert len(drawn[1]) == 4
     (tmp_path / "loss.csv").write_text("other,columns\n")

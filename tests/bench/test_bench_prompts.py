@@ -11,7 +11,17 @@ from bench import prompts
 def test_it_measures_both_ways_on_the_same_questions(shape, rows_file, llama_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prompts, "RESULTS", tmp_path / "prompts.csv")
     monkeypatch.setattr(prompts, "T5_SMALL", dict(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4))
-    options = ["--data", str(rows_file), "--student", str(llama_folder), "--questions", "2", "--repeats", "2", "--append"]
+    options = [
+        "--data",
+        str(rows_file),
+        "--student",
+        str(llama_folder),
+        "--questions",
+        "2",
+        "--repeats",
+        "2",
+        "--append",
+    ]
     for _ in range(2):
         prompts.main([*options, *shape])
     capsys.readouterr()

@@ -1,4 +1,5 @@
-"""Measurements are added to CSV files: those in the repository can be added to, and no file gets rows of other columns."""
+"""Measurements are added to CSV files: those in the repository can be added to, and no file gets rows of other
+columns."""
 
 import csv
 import importlib

@@ -130,7 +130,9 @@ def test_every_arm_trains_on_the_same_loss(shape: str, tmp_path: Path) -> None:
     assert all(row["status"] == "ok" or "linear_cross_entropy" in row["status"] for row in rows), rows
     assert by_arm["hf given"]["loss"] == pytest.approx(by_arm["given"]["loss"], abs=1e-3)
     assert by_arm["stream"]["loss"] == by_arm["serial"]["loss"]
-    assert by_arm["given"]["sampling_ms"] is None and all(by_arm[a]["sampling_ms"] > 0 for a in ("serial", "stream", "hf"))
+    assert by_arm["given"]["sampling_ms"] is None and all(
+        by_arm[a]["sampling_ms"] > 0 for a in ("serial", "stream", "hf")
+    )
     assert 0 <= by_arm["stream"]["overlap_fraction"] <= 1 and by_arm["hf"]["of_hf"] == 1
 
 

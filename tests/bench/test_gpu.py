@@ -1,4 +1,5 @@
-"""The GPU command: limits, signals and exit codes with parts of a moment, what it reads in results, and a rehearsal of all."""
+"""The GPU command: limits, signals and exit codes with parts of a moment, what it reads in results, and a rehearsal of
+all."""
 
 from __future__ import annotations
 
@@ -111,7 +112,9 @@ def test_parts_lack_what_is_not_here(tmp_path: Path) -> None:
 
 def test_what_is_wrong_is_read_from_the_results() -> None:
     row = dict(provider="qcrd-triton", mode="joint", status="wrong: beyond 0.02")
-    results = {"cases": [{"case": {"logits": "random"}, "rows": [row, row | {"provider": "cce", "status": "wrong: beyond"}]}]}
+    results = {
+        "cases": [{"case": {"logits": "random"}, "rows": [row, row | {"provider": "cce", "status": "wrong: beyond"}]}]
+    }
     assert gpu_parts.read_loss(0, results, "")[0] == "wrong"
     row["status"] = "ok"
     assert gpu_parts.read_loss(0, results, "")[0] == "ok"
@@ -120,7 +123,10 @@ def test_what_is_wrong_is_read_from_the_results() -> None:
     assert gpu_parts.read_tuning(0, {"rows": rows}, "") == ("wrong", "128x128x64 w8 s3; ")
     checks = [{"check": "log p", "dtype": "bf16", "status": "failed: no kernel image"}]
     assert gpu_parts.read_kernels(1, {"rows": checks}, "") == ("wrong", "log p bf16 failed: no kernel image")
-    assert gpu_parts.read_sanitizer(86, {}, "========= ERROR SUMMARY: 3 errors\n") == ("wrong", "ERROR SUMMARY: 3 errors")
+    assert gpu_parts.read_sanitizer(86, {}, "========= ERROR SUMMARY: 3 errors\n") == (
+        "wrong",
+        "ERROR SUMMARY: 3 errors",
+    )
 
 
 SHARES = {"llama-3-8b": [0.52, 0.61], "smollm2-135m": [0.5, 0.9]}
@@ -130,7 +136,14 @@ def test_predictions_stand_beside_what_was_measured() -> None:
     """Of llama-3-8b's 4,096 rows a pass is 4.3 TFLOP: 6.5 ms are 660 TFLOP/s, 67% of an H200's peak."""
     tiles = dict.fromkeys(SHARES, "128x128x64 w8 s3")
     way = {"design": "128 x 128", "variant": "plain", "tile": tiles, "supposed": "", "limited": True, "shares": SHARES}
-    row = {"pass": "forward", "way": "128x128x64 w8 s3", "dtype": "bf16", "tokens": 4096, "head": "llama-3-8b", "ms": 6.52}
+    row = {
+        "pass": "forward",
+        "way": "128x128x64 w8 s3",
+        "dtype": "bf16",
+        "tokens": 4096,
+        "head": "llama-3-8b",
+        "ms": 6.52,
+    }
     results = {"model": {"rows": [way, way | {"supposed": "a cluster"}]}, "tuning-llama-3-8b": {"rows": [row]}}
     first, second = gpu_predictions.compare(results, "NVIDIA H200")
     assert first == {
@@ -141,7 +154,9 @@ def test_predictions_stand_beside_what_was_measured() -> None:
     counted = {"way": "128x128x64 w8 s3", "head": "llama-3-8b", "tflops": 560.0}
     first, _ = gpu_predictions.compare(results | {"counters": {"rows": [counted]}}, "NVIDIA H200")
     assert first["measured"] == "57 (counters)" and first["verdict"] == "as predicted"
-    assert {row["measured"] for row in gpu_predictions.compare(results, "NVIDIA A100")} == {gpu_predictions.NOT_MEASURED}
+    assert {row["measured"] for row in gpu_predictions.compare(results, "NVIDIA A100")} == {
+        gpu_predictions.NOT_MEASURED
+    }
     assert gpu_predictions.judge(0.7, [0.6, 0.9], "128x256x64 w8 s3") == "as predicted"
     assert gpu_predictions.judge(0.85, [0.6, 0.9], "128x256x64 w8 s3") == "above"
 

@@ -23,7 +23,9 @@ def kernel_folder(tmp_path_factory) -> Path:
 
 def load(folder: Path, name: str):
     """As `kernels` does it: from the file, under a name of its own."""
-    spec = importlib.util.spec_from_file_location(name, folder / "build" / "torch-universal" / "qcrd_fast" / "__init__.py")
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "build" / "torch-universal" / "qcrd_fast" / "__init__.py"
+    )
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -48,7 +50,8 @@ def test_nothing_of_the_project_is_imported(kernel_folder):
     code = f"""
 import importlib.util, sys
 sys.modules["qcrd_fast"] = sys.modules["csrc_triton"] = None
-spec = importlib.util.spec_from_file_location("apart", {str(kernel_folder / "build/torch-universal/qcrd_fast/__init__.py")!r})
+file = {str(kernel_folder / "build/torch-universal/qcrd_fast/__init__.py")!r}
+spec = importlib.util.spec_from_file_location("apart", file)
 module = sys.modules["apart"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 import torch

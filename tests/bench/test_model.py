@@ -19,7 +19,8 @@ PLAIN = Work(Tile(128, 128, 64, 8, 3), 1, step_bytes=32768, serial=0, shared=0, 
 STEP = 512.0  # clocks of a step: 128 x 128 x 64 / 2048
 
 compiles = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1" or bool(sass.missing_tools()), reason="needs to compile, and triton's nvdisasm"
+    os.environ.get("TRITON_INTERPRET") == "1" or bool(sass.missing_tools()),
+    reason="needs to compile, and triton's nvdisasm",
 )
 
 
@@ -57,7 +58,9 @@ def test_a_ring_that_refills_waits_for_the_cache() -> None:
     """700 clocks a tile, as one program has nothing else to do."""
     full = PLAIN._replace(shared=1000)
     share = simulate(full._replace(refills=True), 576, FAST)
-    assert share == pytest.approx(4608 / (4608 + 1000 + MACHINE.latency), rel=1e-6) and share < simulate(full, 576, FAST)
+    assert share == pytest.approx(4608 / (4608 + 1000 + MACHINE.latency), rel=1e-6) and share < simulate(
+        full, 576, FAST
+    )
 
 
 def test_operands_of_the_next_tile_come_during_the_epilogue() -> None:
@@ -82,7 +85,8 @@ def test_a_page_is_updated() -> None:
 
 @compiles
 def test_epilogue_of_the_default_tile() -> None:
-    """64 logits a thread: as many exponentials, and one for each of its two rows; a third of the product's time at H = 576."""
+    """64 logits a thread: as many exponentials, and one for each of its two rows; a third of the product's time at H =
+    576."""
     work, code = model.counted("plain", Tile(128, 128, 64, 8, 3), True, "smollm2-135m")
     counts = sass.count(code)
     assert counts is not None and counts.by_pipe()[1]["mufu"] == 66 and not work.refills

@@ -1,4 +1,5 @@
-"""The study: its problems and teacher, judges and rules by hand, its objective beside the product's, a run that resumes."""
+"""The study: its problems and teacher, judges and rules by hand, its objective beside the product's, a run that
+resumes."""
 
 import csv
 import dataclasses
@@ -50,7 +51,9 @@ def test_the_teacher_is_right_for_the_wrong_reason_as_often_as_it_is_meant_to_be
     right, sound = 0, 0
     for problem in drawn:
         assert problems.is_sound(
-            problems.write_chain([(s, problems.result(s)) for s in problem.steps], rng), problem.text, str(problem.answer)
+            problems.write_chain([(s, problems.result(s)) for s in problem.steps], rng),
+            problem.text,
+            str(problem.answer),
         )
         for chain, answer in set(problems.teach(problem, rng)):
             if answer == str(problem.answer):
@@ -75,7 +78,9 @@ def test_no_word_of_a_task_is_unknown_and_no_neutral_text_reasons():
 def question(*chains, negatives=()):
     votes = {"3": len(chains), **({"4": len(negatives)} if negatives else {})}
     made = [tuple(Rationale(text, answer) for text in texts) for texts, answer in ((chains, "3"), (negatives, "4"))]
-    return Question("q", ASKED, gold="3", majority="3", votes=votes, task="number", positives=made[0], negatives=made[1])
+    return Question(
+        "q", ASKED, gold="3", majority="3", votes=votes, task="number", positives=made[0], negatives=made[1]
+    )
 
 
 def test_judges_by_hand():
@@ -87,7 +92,9 @@ def test_judges_by_hand():
     assert [judges.equations(asked, t, "3") for t in (SOUND, forced, lucky)] == [1.0, 0.05, 1.0]
     # 7 is in two of four other chains, 4 in three of them that are not this one
     assert judges.consensus(asked, SOUND, "3") == pytest.approx(((2 + 0.5) / 5 + (3 + 0.5) / 5) / 2)
-    assert judges.consensus(asked, SOUND, "3") > judges.consensus(asked, forced, "3") > judges.consensus(asked, lucky, "3")
+    assert (
+        judges.consensus(asked, SOUND, "3") > judges.consensus(asked, forced, "3") > judges.consensus(asked, lucky, "3")
+    )
     problem = problems.Problem(ASKED, ((3, "+", 4), (2, "*", 2), (7, "-", 4)))
     assert [judges.oracle({"q": problem})(asked, t, "3") for t in (SOUND, forced)] == [1.0, 0.02]
 
@@ -106,7 +113,10 @@ def test_gates_by_hand():
         ({"method": "sft-all"}, objective.Rules("mean")),
         ({"method": "sft-all", "reasoning_task": True}, objective.Rules("wmean")),
         ({"method": "qcrd", "positive_select": "min", "negative_source": "none"}, objective.Rules("min")),
-        ({"method": "qcrd", "scheme": "mean", "negative_source": "minority"}, objective.Rules("mean", negatives="minority")),
+        (
+            {"method": "qcrd", "scheme": "mean", "negative_source": "minority"},
+            objective.Rules("mean", negatives="minority"),
+        ),
         (
             {"method": "qcrd", **PARTS, "quality": "none"},
             objective.Rules("min", negatives="both", negative_select="max"),
@@ -145,7 +155,9 @@ def test_a_softmin_leans_to_the_likeliest_and_a_judge_weighs(rows_file, llama_fo
         )
         return made.step(examples, {}, 2, 0, 0)[0]["loss_cl"].item()
 
-    assert loss(positives="min") <= loss(positives="softmin", temperature=0.01) + 1e-6 <= loss(positives="softmin") + 2e-6
+    assert (
+        loss(positives="min") <= loss(positives="softmin", temperature=0.01) + 1e-6 <= loss(positives="softmin") + 2e-6
+    )
     assert loss(positives="softmin") < loss(positives="mean") < loss(positives="max")
     firsts = {q.positives[0].text for q in loaded}
     only_first = loss(lambda q, text, a: float(text in firsts), positives="wmean")
@@ -169,7 +181,9 @@ def test_a_study_runs_once_each_and_resumes(tmp_path, monkeypatch, capsys):
         "decoder,t5",
     ]
     assert study.main([*options, "--arms", "sft-all", "--seeds", "0"]) == 0
-    assert study.main([*options, "--arms", "sft-all,wmean/consensus2", "--seeds", "0", "--budget-minutes", "1e-9"]) == 75
+    assert (
+        study.main([*options, "--arms", "sft-all,wmean/consensus2", "--seeds", "0", "--budget-minutes", "1e-9"]) == 75
+    )
     assert study.main([*options, "--arms", "sft-all,wmean/consensus2", "--seeds", "0,1"]) == 0
     with open(tmp_path / "study.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -186,7 +200,12 @@ def test_a_study_runs_once_each_and_resumes(tmp_path, monkeypatch, capsys):
 
 def test_data_of_a_seed_are_one_for_all_arms_and_apart_from_the_tests(tmp_path):
     drawn = []
-    for arm, stage, seed in (("dss", "screen", 0), ("sft-all", "screen", 0), ("dss", "screen", 1), ("dss", "confirm", 0)):
+    for arm, stage, seed in (
+        ("dss", "screen", 0),
+        ("sft-all", "screen", 0),
+        ("dss", "screen", 1),
+        ("dss", "confirm", 0),
+    ):
         folder = tmp_path / f"{arm}-{stage}-{seed}"
         folder.mkdir()
         path, by_id, tests = runs.draw_data(runs.Case(stage, "shop", "decoder", arm, seed), folder)

@@ -1,5 +1,5 @@
-"""Every exit code of every verb that can end with it, side by side: 0, 1 failed while running, 2 usage, configuration or data,
-75 stopped but resumable, 130 SIGINT, 143 SIGTERM."""
+"""Every exit code of every verb that can end with it, side by side: 0, 1 failed while running, 2 usage, configuration
+or data, 75 stopped but resumable, 130 SIGINT, 143 SIGTERM."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from tests.support.paths import ROOT
 
 __all__ = ["quick"]
 TRAIN = "train --data {rows} --student {student} --output-dir {new} --method dss --max-steps 2 --max-answer-tokens 4"
-COLLECT = "collect --questions {rows} --output {new} --teacher {teacher} --teacher-model m --num-samples 1 --deadline 0.3"
+COLLECT = (
+    "collect --questions {rows} --output {new} --teacher {teacher} --teacher-model m --num-samples 1 --deadline 0.3"
+)
 Spoil = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -135,7 +137,11 @@ TABLE: list[tuple[int, str, Spoil | None]] = [
     (0, COLLECT, None),
     (1, COLLECT.replace("{teacher}", "http://127.0.0.1:9/v1"), None),
     (1, COLLECT, full),
-    (2, COLLECT.replace("{teacher}", "{missing}/x").replace("--teacher-model m", "").replace("--deadline 0.3", ""), None),
+    (
+        2,
+        COLLECT.replace("{teacher}", "{missing}/x").replace("--teacher-model m", "").replace("--deadline 0.3", ""),
+        None,
+    ),
     (2, COLLECT.replace("{rows}", "{bad}"), None),
     (2, COLLECT + ' --extra-body {{"t":NaN}}', None),
     (75, COLLECT + " --max-requests 3", None),
@@ -214,7 +220,10 @@ def runs(rows_file: Path, t5_folder: Path, tmp_path_factory: pytest.TempPathFact
     sizes = dict(data=str(rows_file), student=str(t5_folder), max_steps=1, max_answer_tokens=4, max_new_tokens=4)
     train(TrainConfig(method="dss", output_dir=str(folder / "run"), **sizes))
     judged = dict(
-        quality="discriminator", discriminator_pretrain_steps=1, discriminator_min_auc=0.0, output_dir=str(folder / "judged")
+        quality="discriminator",
+        discriminator_pretrain_steps=1,
+        discriminator_min_auc=0.0,
+        output_dir=str(folder / "judged"),
     )
     train(TrainConfig(**judged, **sizes))
     (folder / "bad.jsonl").write_text('{"question"\n', encoding="utf-8")
@@ -230,7 +239,9 @@ def name_of(case: Any) -> str | None:
     return None if not isinstance(case, str) else case.split()[0]
 
 
-@pytest.mark.parametrize(("code", "command", "spoil"), TABLE, ids=lambda v: getattr(v, "__qualname__", name_of(v) or str(v)))
+@pytest.mark.parametrize(
+    ("code", "command", "spoil"), TABLE, ids=lambda v: getattr(v, "__qualname__", name_of(v) or str(v))
+)
 def test_exit_code(
     code: int,
     command: str,
@@ -263,15 +274,25 @@ def test_exit_code(
         assert entry([*args, "--resume", "auto"]) == 0  # resumable means so
     elif code in (75, 130, 143) and args[0] == "collect":
         with fake.serving() as server:
-            assert entry([part.format(**runs, new=tmp_path / "new", teacher=server.url) for part in COLLECT.split()]) == 0
+            assert (
+                entry([part.format(**runs, new=tmp_path / "new", teacher=server.url) for part in COLLECT.split()]) == 0
+            )
     leftovers = [p.name for p in tmp_path.iterdir() if p.name.startswith(".") or ".tmp" in p.name]
     assert not leftovers, leftovers
 
 
 def test_the_table_has_every_verb_and_every_code() -> None:
     reached = {(command.split()[0], code) for code, command, _ in TABLE}
-    assert {verb for verb, _ in reached} == set(cli.commands) and {code for _, code in reached} == {0, 1, 2, 75, 130, 143}
-    for verb in set(cli.commands) - {"bench", "demo"}:  # demo is train, and so are its codes; bench has tests of its own
+    assert {verb for verb, _ in reached} == set(cli.commands) and {code for _, code in reached} == {
+        0,
+        1,
+        2,
+        75,
+        130,
+        143,
+    }
+    # demo is train, and so are its codes; bench has tests of its own
+    for verb in set(cli.commands) - {"bench", "demo"}:
         wanted = {0, 1, 2, 130, 143} - ({1} if verb == "validate" else set())  # which writes nothing
         assert wanted <= {code for of, code in reached if of == verb}, verb
 

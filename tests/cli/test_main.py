@@ -1,4 +1,5 @@
-"""The command line: options, YAML, exit codes, what goes where; the library behind it is replaced where it would be slow."""
+"""The command line: options, YAML, exit codes, what goes where; the library behind it is replaced where it would be
+slow."""
 
 from __future__ import annotations
 
@@ -22,7 +23,20 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError, Stopped
 from tests.support.paths import ROOT
 
-VERBS = ("bench", "collect", "demo", "doctor", "eval", "export", "generate", "prepare", "report", "score", "train", "validate")
+VERBS = (
+    "bench",
+    "collect",
+    "demo",
+    "doctor",
+    "eval",
+    "export",
+    "generate",
+    "prepare",
+    "report",
+    "score",
+    "train",
+    "validate",
+)
 RESULTS = {"accuracy": 0.5, "accuracy_validation": 0.25, "accuracy_untrained": 0.0, "n": 8, "task": "number"}
 
 
@@ -135,7 +149,10 @@ def test_a_shell_completes_names_and_files(
 
 
 def test_options_reach_the_config_in_any_spelling(library: SimpleNamespace, train_args: list[str]) -> None:
-    extra = "--learning_rate 1e-3 --per-device-train_batch_size 4 --bf16 --no-gradient-checkpointing --save-total-limit none"
+    extra = (
+        "--learning_rate 1e-3 --per-device-train_batch_size 4 --bf16 "
+        "--no-gradient-checkpointing --save-total-limit none"
+    )
     assert entry([*train_args, *extra.split()]) == 0
     config = trained_with(library)
     assert (config.learning_rate, config.per_device_train_batch_size, config.bf16) == (1e-3, 4, True)
@@ -265,7 +282,11 @@ def test_results_on_stdout_and_all_else_on_stderr(
         return RESULTS
 
     library.behave = chatty
-    args = {"train": train_args, "demo": ["demo", "--output-dir", str(tmp_path)], "eval": ["eval", "run", "--data", "rows"]}
+    args = {
+        "train": train_args,
+        "demo": ["demo", "--output-dir", str(tmp_path)],
+        "eval": ["eval", "run", "--data", "rows"],
+    }
     assert entry(args[verb]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0].split() == ["accuracy", "0.5000"]
@@ -418,7 +439,11 @@ def test_validate_looks_at_every_file(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "b.jsonl").write_text("{\n")
     assert entry(["validate", str(tmp_path / "missing.jsonl"), str(tmp_path / "b.jsonl")]) == 2
     out, err = capsys.readouterr()
-    assert out.startswith(f"{tmp_path}/b.jsonl:1: ") and "missing.jsonl: No such file" in err and "files read: 1 of 2" in err
+    assert (
+        out.startswith(f"{tmp_path}/b.jsonl:1: ")
+        and "missing.jsonl: No such file" in err
+        and "files read: 1 of 2" in err
+    )
 
 
 def test_prepare_checks_its_output_before_reading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -439,7 +464,9 @@ def test_doctor_tells_what_will_run(capsys: pytest.CaptureFixture[str], monkeypa
     assert report["versions"]["torch"] and report["memory_free_gib"] > 0 and report["disk_free_gib"] > 0
 
 
-@pytest.mark.parametrize(("capability", "impl", "why"), [((7, 5), "torch", "below 8.0"), ((9, 0), "triton", "CUDA GPU")])
+@pytest.mark.parametrize(
+    ("capability", "impl", "why"), [((7, 5), "torch", "below 8.0"), ((9, 0), "triton", "CUDA GPU")]
+)
 def test_doctor_names_the_kernels_of_a_gpu(
     capability: tuple[int, int],
     impl: str,

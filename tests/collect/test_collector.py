@@ -52,16 +52,22 @@ def test_n_is_asked_for_again_until_enough_came(questions: Path, capsys: pytest.
 
 
 def test_more_choices_than_asked_are_counted_and_dropped(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with fake.serving(lambda handler, seen: handler.send_json({"choices": [fake.choice("A.\nAnswer: 1")] * 7})) as server:
+    with fake.serving(
+        lambda handler, seen: handler.send_json({"choices": [fake.choice("A.\nAnswer: 1")] * 7})
+    ) as server:
         result = run(capsys, command(questions, server.url))
     assert (
-        result["samples"] == 30 and result["faults"] == {"surplus": 12} and all(len(r["samples"]) == 5 for r in rows(questions))
+        result["samples"] == 30
+        and result["faults"] == {"surplus": 12}
+        and all(len(r["samples"]) == 5 for r in rows(questions))
     )
 
 
 def test_a_server_that_refuses_n_is_asked_for_one(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def one_only(handler: fake.Handler, seen: fake.Seen) -> None:
-        (fake.samples() if seen.body["n"] == 1 else fake.status(400, "Only one completion choice is allowed"))(handler, seen)
+        (fake.samples() if seen.body["n"] == 1 else fake.status(400, "Only one completion choice is allowed"))(
+            handler, seen
+        )
 
     with fake.serving(one_only) as server:
         result = run(capsys, command(questions, server.url, "--concurrency", "1"))
@@ -128,7 +134,12 @@ def test_dry_run_shows_a_prompt_and_what_it_would_take(questions: Path, capsys: 
     assert server.seen == [] and sorted(p.name for p in questions.parent.iterdir()) == ["questions.jsonl"]
     assert "What is 0 + 1?" in shown["prompt"] and shown["request"]["messages"][0]["content"] == shown["prompt"]
     tokens = shown["prediction"]
-    assert (tokens["questions"], tokens["samples"], tokens["requests"], tokens["requests_if_n_is_ignored"]) == (6, 18, 6, 18)
+    assert (tokens["questions"], tokens["samples"], tokens["requests"], tokens["requests_if_n_is_ignored"]) == (
+        6,
+        18,
+        6,
+        18,
+    )
     assert tokens["completion_tokens_at_most"] == 18 * 512
     assert tokens["cost"] == tokens["prompt_tokens"] + tokens["completion_tokens"]
     out = capsys.readouterr().out
@@ -169,7 +180,9 @@ def test_a_cut_last_line_is_dropped(questions: Path, capsys: pytest.CaptureFixtu
     assert len(server.seen) == 7 and all(json.loads(line) for line in path.read_text().splitlines())
 
 
-def test_other_settings_or_prompts_are_not_mixed(questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_or_prompts_are_not_mixed(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     template = tmp_path / "template.txt"
     template.write_text("Say it: {question} {{}}", encoding="utf-8")
     with fake.serving() as server:
@@ -260,7 +273,9 @@ def test_a_signal_does_not_wait_for_a_retry(questions: Path) -> None:
         begun = time.monotonic()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
-        assert process.returncode == 130 and time.monotonic() - begun < 8 and json.loads(out)["failures"] == {"429": 2}, err
+        assert (
+            process.returncode == 130 and time.monotonic() - begun < 8 and json.loads(out)["failures"] == {"429": 2}
+        ), err
 
 
 def test_in_flight_is_given_up_after_the_grace_and_a_second_signal_quits(questions: Path) -> None:

@@ -1,4 +1,5 @@
-"""What servers refuse and ask for: parameters, money, patience; headers, queries and system prompts of the user's own."""
+"""What servers refuse and ask for: parameters, money, patience; headers, queries and system prompts of the user's
+own."""
 
 from __future__ import annotations
 
@@ -50,18 +51,21 @@ def said(message: str, **more: Any) -> str:
     ("body", "name"),
     [
         (
-            said("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+            said("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' "
+            "instead.",
                  param="max_tokens", code="unsupported_parameter"),
             "max_tokens",
         ),
         (said("'max_tokens' is not supported with this model"), "max_tokens"),
-        (said("Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is supported.",
+        (said("Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is "
+        "supported.",
               param="temperature", code="unsupported_value"), "temperature"),
         (said("invalid temperature: only 1 is allowed for this model"), "temperature"),
         (said("`temperature` is deprecated for this model."), "temperature"),
         (said("`temperature` may only be set to 1 when thinking is enabled"), "temperature"),
         (said("This model does not support temperature"), "temperature"),
-        ('{"detail": [{"type": "extra_forbidden", "loc": ["body", "n"], "msg": "Extra inputs are not permitted"}]}', "n"),
+        ('{"detail": [{"type": "extra_forbidden", "loc": ["body", "n"], "msg": "Extra inputs are not permitted"}]}',
+        "n"),
         ('{"object": "error", "message": "Unrecognized request argument supplied: stream"}', "stream"),
         (said("property 'n' is unsupported"), "n"),
         (said("temperature must be between 0 and 1", param="temperature"), None),
@@ -172,11 +176,13 @@ def o_like(handler: fake.Handler, seen: fake.Seen) -> None:
     for name, message in (
         (
             "max_tokens",
-            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+            "Unsupported parameter: 'max_tokens' is not supported with this model. "
+            "Use 'max_completion_tokens' instead.",
         ),
         (
             "temperature",
-            "Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is supported.",
+            "Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is "
+            "supported.",
         ),
     ):
         if name in seen.body:
@@ -223,7 +229,9 @@ def test_a_model_that_only_streams(questions: Path, capsys: pytest.CaptureFixtur
 
     def behave(handler: fake.Handler, seen: fake.Seen) -> None:
         if not seen.body["stream"]:
-            return forms.error(400, "This model only support stream mode, please enable the stream parameter.")(handler, seen)
+            return forms.error(400, "This model only support stream mode, please enable the stream parameter.")(
+                handler, seen
+            )
         assert seen.body["stream_options"] == {"include_usage": True} and seen.body["n"] == 1
         return handler.send(200, stream, content_type="text/event-stream; charset=utf-8")
 
@@ -281,7 +289,9 @@ def test_a_model_without_n(questions: Path, capsys: pytest.CaptureFixture[str]) 
     ],
     ids=["quota", "balance", "within 200"],
 )
-def test_a_used_up_quota_stops_at_once(behave: fake.Behaviour, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_used_up_quota_stops_at_once(
+    behave: fake.Behaviour, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with fake.serving(behave) as server:
         result = run(capsys, command(questions, server.url, "--concurrency", "2"), 1)
         assert len(server.seen) <= 2 and "no credit left" in result["log"] and "no credit left" in result["stopped"]
@@ -306,7 +316,9 @@ def test_too_long_for_the_model_names_the_option(questions: Path, capsys: pytest
     with fake.serving(forms.error(400, message, code=400)) as server:
         result = run(capsys, command(questions, server.url), 1)
     assert (
-        "lower --max-tokens (512) or shorten the prompt" in result["log"] and message in result["log"] and len(server.seen) == 6
+        "lower --max-tokens (512) or shorten the prompt" in result["log"]
+        and message in result["log"]
+        and len(server.seen) == 6
     )
 
 
@@ -331,7 +343,9 @@ def test_azure(questions: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_a_config_gives_headers_as_a_mapping(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = questions.with_name("collect.yaml")
-    config.write_text("header: {X-Title: trial, x-b: c}\nquery: [a=1, b=x y]\nsystem-prompt: Be brief.\n", encoding="utf-8")
+    config.write_text(
+        "header: {X-Title: trial, x-b: c}\nquery: [a=1, b=x y]\nsystem-prompt: Be brief.\n", encoding="utf-8"
+    )
     with fake.serving() as server:
         run(capsys, command(questions, server.url, "--config", str(config)))
     assert (server.seen[0].headers["x-title"], server.seen[0].headers["x-b"]) == ("trial", "c")
@@ -339,7 +353,9 @@ def test_a_config_gives_headers_as_a_mapping(questions: Path, capsys: pytest.Cap
     assert server.seen[0].body["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
-def test_a_system_prompt_is_part_of_the_prompt(questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_system_prompt_is_part_of_the_prompt(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "system.txt").write_text("Think hard.\n", encoding="utf-8")
     with fake.serving() as server:
         run(capsys, command(questions, server.url, "--system-prompt", f"@{tmp_path / 'system.txt'}"))
@@ -430,7 +446,9 @@ def test_pairs() -> None:
         with pytest.raises(InputError, match=says):
             read_pairs("--header", given)
     assert (
-        looks_secret("api-key", "x") and looks_secret("x-any", "abc-1234") and not looks_secret("api-version", "2024-preview-1")
+        looks_secret("api-key", "x")
+        and looks_secret("x-any", "abc-1234")
+        and not looks_secret("api-version", "2024-preview-1")
     )
 
 
@@ -558,7 +576,10 @@ def test_a_fatal_error_with_status_200_stops_at_once(
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        ("This request requires more credits, or fewer max_tokens. You can only afford 40.", "lower --max-tokens (512)"),
+        (
+            "This request requires more credits, or fewer max_tokens. You can only afford 40.",
+            "lower --max-tokens (512)",
+        ),
         ("Rate limit exceeded: free-models-per-day. Add 10 credits to unlock 1000 requests", "in a day"),
         ("Insufficient balance", "no credit left"),
     ],
@@ -596,7 +617,9 @@ def test_a_flagged_question_does_not_stop_the_others(questions: Path, capsys: py
 
     with fake.serving(moderated) as server:
         result = run(capsys, command(questions, server.url, "--concurrency", "1"))
-    assert (result["complete"], result["failures"], len(server.seen)) == (5, {"403": 1}, 6) and "flagged" in result["log"]
+    assert (result["complete"], result["failures"], len(server.seen)) == (5, {"403": 1}, 6) and "flagged" in result[
+        "log"
+    ]
 
 
 def test_words_of_a_question_in_an_error_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -612,14 +635,18 @@ def test_words_of_a_question_in_an_error_change_nothing(tmp_path: Path, capsys: 
     with fake.serving(policy) as server:
         result = run(capsys, command(path, server.url, "--concurrency", "1"))
     assert (result["samples"], len(server.seen)) == (5, 2) and server.seen[1].body["temperature"] == 0.7
-    assert refused_parameter(read_error(said("'temperature' is not supported")), SENT, "What temperature?") == "temperature"
+    assert (
+        refused_parameter(read_error(said("'temperature' is not supported")), SENT, "What temperature?")
+        == "temperature"
+    )
     assert not refuses_several(read_error(said("Bad input: 'the choices\\n are'"))) and refuses_several(
         read_error(said("n: Input should be 1; it must not be 5"))
     )
 
 
 @pytest.mark.parametrize(
-    "message", ["Developer instruction is not enabled for models/g", "Conversation roles must alternate user/assistant/..."]
+    "message",
+    ["Developer instruction is not enabled for models/g", "Conversation roles must alternate user/assistant/..."],
 )
 def test_other_words_for_no_system_prompt(message: str, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def strict(handler: fake.Handler, seen: fake.Seen) -> None:
@@ -713,7 +740,8 @@ def test_parts_of_a_stream_are_put_together() -> None:
         return {"type": "thinking", "thinking": [{"type": "text", "text": text}]}
 
     whole = assemble(
-        events({"content": ""}, {"content": [thought("Three ")]}, {"content": [thought("fours.")]}, {"content": "It is "},
+        events({"content": ""}, {"content": [thought("Three ")]}, {"content": [thought("fours.")]},
+        {"content": "It is "},
                {"content": "12."})
     )  # fmt: skip
     assert read_message(whole["choices"][0]["message"]) == ("Three fours.", "It is 12.")

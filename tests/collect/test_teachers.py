@@ -157,7 +157,9 @@ def test_replay_of_what_was_collected_and_of_what_is_none(
 # A local model
 
 
-def test_a_local_model_is_sampled_and_goes_on(questions: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_local_model_is_sampled_and_goes_on(
+    questions: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = command(questions, str(llama_folder), "--max-tokens", "6", "--temperature", "1", "--batch-size", "3")
     result = run(capsys, [*args, "--num-samples", "2"])
     assert (result["samples"], result["requests"], result["estimated_replies"]) == (8, 0, 0)
@@ -258,7 +260,9 @@ def test_bad_questions_are_named_by_line(questions: Path, capsys: pytest.Capture
     assert result["prediction"]["questions"] == 4 and "set aside" in result["log"]
 
 
-def test_the_guide_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_guide_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```sh\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)

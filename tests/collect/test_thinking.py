@@ -25,7 +25,8 @@ def questions(tmp_path: Path) -> Path:
     path = tmp_path / "questions.jsonl"
     pairs = ((3, 4), (6, 7), (8, 5))
     lines = [
-        {"id": f"q{a}", "question": f"A bag holds {a} nuts. How many are in {b} bags?", "answer": str(a * b)} for a, b in pairs
+        {"id": f"q{a}", "question": f"A bag holds {a} nuts. How many are in {b} bags?", "answer": str(a * b)}
+        for a, b in pairs
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
@@ -43,7 +44,12 @@ def test_reasoning_is_kept_in_every_form(form: str, questions: Path, capsys: pyt
     """From the request to rows that are trained on: the answer is that of the content, the rationale the reasoning."""
     with fake.serving(forms.thinking(forms.FORMS[form], WHY, SAID)) as server:
         result = run(capsys, command(questions, server.url, "--num-samples", "3"))
-    assert (result["samples"], result["requests"], result["unreadable_answers"], result["without_rationale"]) == (9, 3, 0, 0)
+    assert (result["samples"], result["requests"], result["unreadable_answers"], result["without_rationale"]) == (
+        9,
+        3,
+        0,
+        0,
+    )
     for row in rows(questions):
         assert {sample["answer"] for sample in row["samples"]} == {row["answer"]}
         for sample in row["samples"]:
@@ -69,7 +75,8 @@ def test_the_whole_message_goes_into_the_ledger(questions: Path, capsys: pytest.
 def test_thinking_chooses_the_rationale_and_is_chosen_again_for_nothing(
     questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another --thinking reads the ledger again; prepare chooses again between a rationale and the reasoning beside it."""
+    """Another --thinking reads the ledger again; prepare chooses again between a rationale and the reasoning beside
+    it."""
     own = "Bags times nuts gives {a}, way {i}.\nAnswer: {a}"
     with fake.serving(forms.thinking(forms.FORMS["openrouter"], WHY, own)) as server:
         args = command(questions, server.url, "--num-samples", "2")
@@ -77,7 +84,9 @@ def test_thinking_chooses_the_rationale_and_is_chosen_again_for_nothing(
         auto = rows(questions)[0]["samples"][0]
         assert auto["rationale"].startswith("Bags times") and auto["reasoning"].startswith("Perhaps")
         assert {p["text"][:10] for row in prepared(questions) for p in row["positives"]} == {"Bags times"}
-        assert {p["text"][:7] for row in prepared(questions, "--thinking", "only") for p in row["positives"]} == {"Perhaps"}
+        assert {p["text"][:7] for row in prepared(questions, "--thinking", "only") for p in row["positives"]} == {
+            "Perhaps"
+        }
         for option, begins, ends in (
             ("only", "Perhaps", "."),
             ("keep", "Perhaps", "."),
@@ -88,7 +97,9 @@ def test_thinking_chooses_the_rationale_and_is_chosen_again_for_nothing(
             assert result["requests"] == 3 and result["samples"] == 6
             sample = rows(questions)[0]["samples"][0]
             assert sample["rationale"].startswith(begins) and sample["rationale"].endswith(ends), option
-            assert ("Bags" in sample["rationale"]) == (option != "only") and ("reasoning" in sample) == (option == "auto")
+            assert ("Bags" in sample["rationale"]) == (option != "only") and ("reasoning" in sample) == (
+                option == "auto"
+            )
             assert sample["answer"] == "12"
         assert rows(questions)[0]["samples"][0] == auto
     assert len(server.seen) == 3
@@ -104,8 +115,11 @@ CUT = {
 
 
 @pytest.mark.parametrize("message", CUT.values(), ids=CUT)
-def test_a_cut_thought_is_paid_once(message: dict[str, Any], questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One request a question, now and when the command runs again; more tokens are advised, and only these asked for again."""
+def test_a_cut_thought_is_paid_once(
+    message: dict[str, Any], questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One request a question, now and when the command runs again; more tokens are advised, and only these asked for
+    again."""
     with fake.serving(forms.cut(message)) as server:
         args = command(questions, server.url, "--num-samples", "3")
         for _ in range(2):
@@ -113,7 +127,10 @@ def test_a_cut_thought_is_paid_once(message: dict[str, Any], questions: Path, ca
             assert len(server.seen) == result["requests"] == 3 and result["completion_tokens"] == 9 * 512
             assert "raise --max-tokens (512)" in result["log"] and "temperature" not in result["log"]
             assert (result["cut_before_an_answer"], result["failures"]) == (9, {})
-        assert entry(["prepare", str(questions.with_name("samples.jsonl")), "-o", str(questions.with_name("x.jsonl"))]) == 2
+        assert (
+            entry(["prepare", str(questions.with_name("samples.jsonl")), "-o", str(questions.with_name("x.jsonl"))])
+            == 2
+        )
         capsys.readouterr()
         server.usual = forms.thinking(forms.FORMS["deepseek, sglang, llama.cpp"], WHY, SAID)
         result = run(capsys, [*args, "--max-tokens", "4096"])
@@ -138,13 +155,19 @@ def test_only_what_was_cut_is_asked_for_again(questions: Path, capsys: pytest.Ca
         assert "3 of 9 samples were cut before an answer" in result["log"] and result["missing"] == 0
         assert Counter("cut" in sample for row in rows(questions) for sample in row["samples"]) == {False: 6, True: 3}
         result = run(capsys, [*args, "--max-tokens", "900"])
-        assert (result["samples"], result["requests"]) == (9, 6) and [seen.body["n"] for seen in server.seen[3:]] == [1, 1, 1]
+        assert (result["samples"], result["requests"]) == (9, 6) and [seen.body["n"] for seen in server.seen[3:]] == [
+            1,
+            1,
+            1,
+        ]
         assert all(sample["answer"] == row["answer"] for row in rows(questions) for sample in row["samples"])
 
 
 def test_cut_after_cut_stops_before_much_is_paid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps({"question": f"What is {i} times 2?", "answer": str(2 * i)}) + "\n" for i in range(40)))
+    path.write_text(
+        "".join(json.dumps({"question": f"What is {i} times 2?", "answer": str(2 * i)}) + "\n" for i in range(40))
+    )
     with fake.serving(forms.cut(CUT["null content"])) as server:
         result = run(capsys, command(path, server.url, "--max-failures", "4", "--concurrency", "2"), 1)
     assert "4 replies in a row were cut before an answer; raise --max-tokens" in result["log"] and len(server.seen) <= 6
@@ -193,14 +216,19 @@ def test_reasoning_of_the_completions_api(questions: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize(
     "content",
-    ["variant {i}. So we get $\\boxed{{{a}}}$.", "**Explanation:** multiply, variant {i}.\n\n**Answer:** {a}\n\nLet me know!"],
+    [
+        "variant {i}. So we get $\\boxed{{{a}}}$.",
+        "**Explanation:** multiply, variant {i}.\n\n**Answer:** {a}\n\nLet me know!",
+    ],
 )
 def test_plain_teachers(content: str, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain: forms.Form = lambda why, said: {"role": "assistant", "content": said}  # noqa: E731
     with fake.serving(forms.thinking(plain, "", content, n=False)) as server:
         result = run(capsys, command(questions, server.url, "--num-samples", "3"))
     assert (result["samples"], result["requests"]) == (9, 9)
-    assert [(row["votes"], len(row["positives"])) for row in prepared(questions)] == [({n: 3}, 3) for n in ("12", "42", "40")]
+    assert [(row["votes"], len(row["positives"])) for row in prepared(questions)] == [
+        ({n: 3}, 3) for n in ("12", "42", "40")
+    ]
     assert "message" not in ledger(questions, "reply")[0]["samples"][0]  # the text is all of it
 
 
@@ -216,7 +244,8 @@ def test_tokens_that_the_total_alone_counts_are_charged(questions: Path, capsys:
 
 
 def test_a_ledger_of_before_goes_on(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Records without reasoning, message, usage and thinking; a cut sample among them is asked for again with more tokens."""
+    """Records without reasoning, message, usage and thinking; a cut sample among them is asked for again with more
+    tokens."""
     with fake.serving(forms.thinking(forms.FORMS["deepseek, sglang, llama.cpp"], WHY, SAID)) as server:
         args = command(questions, server.url, "--num-samples", "2")
         run(capsys, args)
@@ -245,7 +274,11 @@ def test_messages_that_are_hard_to_keep(questions: Path, capsys: pytest.CaptureF
     with fake.serving(fake.raw(body)) as server:
         args = command(questions, server.url, "--num-samples", "1")
         result = run(capsys, args)
-        assert (result["samples"], result["faults"], len(server.seen)) == (3, {"error in it": 3}, 3) and "cost" not in result
+        assert (result["samples"], result["faults"], len(server.seen)) == (
+            3,
+            {"error in it": 3},
+            3,
+        ) and "cost" not in result
         assert run(capsys, args)["requests"] == 3
     assert {(s["rationale"], s["answer"]) for row in rows(questions) for s in row["samples"]} == {("Lone ?.", "12")}
     assert "NaN" not in questions.with_name("samples.jsonl.ledger.jsonl").read_text(encoding="utf-8")

@@ -51,7 +51,8 @@ def test_expressions(text, value):
 
 
 ALPHABET = (
-    "0123456789.,+-*/()=%$ eExXaAbBcC:#\n\t\u00bd\u00b2\u2212\uff13\u0663\u200d\u200f\u00e9\u0301\u00df\u20ac\ud83d\U0001f600"
+    "0123456789.,+-*/()=%$ eExXaAbBcC:#\n\t"
+    "\u00bd\u00b2\u2212\uff13\u0663\u200d\u200f\u00e9\u0301\u00df\u20ac\ud83d\U0001f600"
 )
 
 
@@ -88,7 +89,17 @@ def test_expressions_agree_with_python():
 
 @pytest.mark.parametrize(
     "text",
-    ["**5**", "**5**.", "*5*.", "__5__", "`5`.", "The answer is **5**.", "**Answer: 5**.", "**Answer:** 5", "#### **$5**"],
+    [
+        "**5**",
+        "**5**.",
+        "*5*.",
+        "__5__",
+        "`5`.",
+        "The answer is **5**.",
+        "**Answer: 5**.",
+        "**Answer:** 5",
+        "#### **$5**",
+    ],
 )
 def test_emphasis_is_no_part_of_a_number(text):
     assert extract_answer(text, "number") == "5"
@@ -135,7 +146,8 @@ def test_equations_are_compared_by_value():
         ("Yes", "yes"), (" no.", "no"), ("TRUE", "yes"), ("false.", "no"), (" probably no.", "no"),
         ("yes, even though there is no evidence", "yes"),
         ("no or yes", None), ("yes and no", None), (" it depends.", None), ("nothing", None),
-        ("not true", "no"), ("It is not always true.", "no"), ("That isn\u2019t false", "yes"), ("no, that is not true", "no"),
+        ("not true", "no"), ("It is not always true.", "no"), ("That isn\u2019t false", "yes"),
+        ("no, that is not true", "no"),
         ("I did not know. Yes.", "yes"), ("notyes", None), ("\u200eYes", "yes"),
         (" that it is not common to see frost during some college commencements.", None),
         ("So the answer is no.", "no"), ("Yes and no. In the end, the answer is: Yes", "yes"),
@@ -152,7 +164,8 @@ CHOICES = ("park", "coloring book", "Garden Center", "math problem", "gravity")
     ("text", "choice"),
     [
         ("(d) math problem.", "math problem"), ("d", "math problem"), ("(D)", "math problem"), ("d.", "math problem"),
-        ("So the answer is (c) garden center.", "Garden Center"), ("garden  center", "Garden Center"), ("the park", "park"),
+        ("So the answer is (c) garden center.", "Garden Center"), ("garden  center", "Garden Center"),
+        ("the park", "park"),
         ("(a) park or (b) coloring book", "park"),  # it names one first
         ("either (a) park or (b) coloring book", None), ("park or gravity", None), ("probably (e)", "gravity"),
         ("(f) sky", None),
@@ -180,12 +193,14 @@ def test_parse_choices():
 @pytest.mark.parametrize(
     ("text", "task", "answer"),
     [
-        ("32.0", "number", "32"), ("He has 3 + 4 = 7 apples.\nSo 7 remain.", "number", "7"), ("#### 1,000", "number", "1000"),
+        ("32.0", "number", "32"), ("He has 3 + 4 = 7 apples.\nSo 7 remain.", "number", "7"),
+        ("#### 1,000", "number", "1000"),
         ("so \\boxed{5}.", "number", "5"), ("The answer is 5. Then 7.", "number", "5"),
         ("Answer: **12**\n\nQ: 13", "number", "12"),
         ("First the answer is 3. No, the answer is 4.", "number", "4"), ("nothing", "number", None),
         ("The answer is (84 / 2).", "equation", "(84 / 2)"), ("The answer is ((491 - 21", "equation", None),
-        ("the answer is Paris.", "text", "Paris"), ("Paris", "text", "Paris"), ("Two\nlines", "text", None), ("", "text", None),
+        ("the answer is Paris.", "text", "Paris"), ("Paris", "text", "Paris"), ("Two\nlines", "text", None),
+        ("", "text", None),
     ],
 )  # fmt: skip
 def test_extract(text, task, answer):
@@ -195,7 +210,8 @@ def test_extract(text, task, answer):
 def test_unicode_forms_of_a_text_are_one_answer():
     composed, decomposed = unicodedata.normalize("NFC", "Café"), unicodedata.normalize("NFD", "Café")
     assert composed != decomposed and same_answer(composed, decomposed, "text")
-    assert same_answer("\u05e9\u05dc\u05d5\u05dd", "\u200f\u05e9\u05dc\u05d5\u05dd\u200f", "text")  # right-to-left, with marks
+    # right-to-left, with marks
+    assert same_answer("\u05e9\u05dc\u05d5\u05dd", "\u200f\u05e9\u05dc\u05d5\u05dd\u200f", "text")
     assert same_answer("co\u00adop", "coop", "text")  # a soft hyphen
     assert same_answer("STRASSE", "stra\u00dfe", "text") and same_answer('"The  End."', "the end", "text")
     assert not same_answer("", "", "text") and same_answer("?", "?", "text")

@@ -75,7 +75,9 @@ def test_the_answer_beside_reasoning_is_the_reply(key: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("key", ["rationale", "explanation", "solution"])
 def test_an_explanation_of_the_gold_is_not_of_the_reply(key: str, tmp_path: Path) -> None:
-    result = load(tmp_path, {"question": JARS, "answer": "18", key: "Three crates of six jars make 18.", "response": WRONG})
+    result = load(
+        tmp_path, {"question": JARS, "answer": "18", key: "Three crates of six jars make 18.", "response": WRONG}
+    )
     assert texts(result.questions[0]) == (["Three more than six."], [])
     row = {"question": JARS, "answer": "18", "notes": "Three crates of six.", "response": "Answer: 18"}
     assert texts(only(tmp_path, row, mapping="rationale=notes")) == (["Three crates of six."], [])
@@ -94,7 +96,10 @@ def test_parts_of_type_thinking_are_reasoning(tmp_path: Path) -> None:
 CUT = "First we add 3 and 6 = 9"
 CUTS: dict[str, list[dict[str, Any]]] = {
     "outputs": [
-        {"prompt": JARS, "outputs": [{"text": RIGHT, "finish_reason": "stop"}, {"text": CUT, "finish_reason": "length"}]}
+        {
+            "prompt": JARS,
+            "outputs": [{"text": RIGHT, "finish_reason": "stop"}, {"text": CUT, "finish_reason": "length"}],
+        }
     ],
     "choices": [
         {
@@ -106,7 +111,10 @@ CUTS: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "completions": [
-        {"prompt": JARS, "choices": [{"text": RIGHT, "finish_reason": "stop"}, {"text": CUT, "finish_reason": "length"}]}
+        {
+            "prompt": JARS,
+            "choices": [{"text": RIGHT, "finish_reason": "stop"}, {"text": CUT, "finish_reason": "length"}],
+        }
     ],
     "own": [{"question": JARS, "samples": [{"rationale": RIGHT}, {"rationale": CUT, "cut": True}]}],
     "rows": [
@@ -138,7 +146,9 @@ def test_a_reply_that_was_cut_before_it_said_anything_is_unreadable(tmp_path: Pa
 
 
 def test_a_cut_batch_reply(tmp_path: Path) -> None:
-    asked = write(tmp_path / "in.jsonl", [{"custom_id": "a", "body": {"messages": [{"role": "user", "content": JARS}]}}])
+    asked = write(
+        tmp_path / "in.jsonl", [{"custom_id": "a", "body": {"messages": [{"role": "user", "content": JARS}]}}]
+    )
     choices = [{"message": {"content": text}, "finish_reason": why} for text, why in ((RIGHT, "stop"), (CUT, "length"))]
     row = {"custom_id": "a", "response": {"status_code": 200, "body": {"choices": choices}}}
     assert load(tmp_path, row, batch_input=asked).summary.unreadable == 1
@@ -161,7 +171,12 @@ def test_an_answer_at_which_a_reply_was_cut_may_not_be_whole(tmp_path: Path) -> 
 def test_a_rejected_reply_does_not_stand_in_for_an_unreadable_one(tmp_path: Path) -> None:
     rows = [
         {"prompt": JARS, "answer": "18", "chosen": "There are quite a few of them.", "rejected": WRONG},
-        {"prompt": "Ida ate 2 of 9. How many are left?", "answer": "7", "chosen": "Answer: 7", "rejected": "Or. Answer: 11"},
+        {
+            "prompt": "Ida ate 2 of 9. How many are left?",
+            "answer": "7",
+            "chosen": "Answer: 7",
+            "rejected": "Or. Answer: 11",
+        },
     ]
     first, second = load(tmp_path, *rows).questions
     assert (first.majority, first.positives, first.negatives) == (None, (), ()) and second.majority == "7"
@@ -189,7 +204,9 @@ COLUMNS = {
 @pytest.mark.parametrize("shape", COLUMNS)
 @pytest.mark.parametrize("more", [{}, {"samples": ["It carries. Answer: B"]}, {"response": "It carries. Answer: (B)"}])
 def test_option_columns_are_choices(shape: str, more: dict[str, Any], tmp_path: Path) -> None:
-    question = only(tmp_path, {"question": "Which?", **dict(zip(COLUMNS[shape], OPTIONS, strict=True)), "answer": "B", **more})
+    question = only(
+        tmp_path, {"question": "Which?", **dict(zip(COLUMNS[shape], OPTIONS, strict=True)), "answer": "B", **more}
+    )
     assert question.question == "Which?\nAnswer Choices:\n(a) oven\n(b) train\n(c) pillow"
     assert question.gold == "train" and (question.majority == "train" or not more)
 
@@ -199,16 +216,24 @@ def test_a_blank_option_leaves_the_others(tmp_path: Path) -> None:
     path.write_text("question,A,B,C,D,answer,response\nWhich?,oven,,train,pillow,C,It carries. Answer: C\n")
     (question,) = load_questions(path).questions
     assert "(c) train" in question.question and question.gold == question.majority == "train"
-    path.write_text("question,option1,option2,option3,answer,response\nWhich?,oven,train,None,2,It carries. Answer: 2\n")
+    path.write_text(
+        "question,option1,option2,option3,answer,response\nWhich?,oven,train,None,2,It carries. Answer: 2\n"
+    )
     (question,) = load_questions(path).questions
     assert question.question.endswith("(1) oven\n(2) train\n(3) None") and question.gold == question.majority == "train"
 
 
 @pytest.mark.parametrize("labels", ["BCD", "ACD", "FGH", "FGJ", "123", "ABC"])
 def test_a_letter_is_the_row_s_own_label(labels: str, tmp_path: Path) -> None:
-    said = [f"It carries. The answer is ({labels[1]}).", f"Soft. The answer is {labels[2]}.", f"Warm. Answer: {labels[1]}"]
+    said = [
+        f"It carries. The answer is ({labels[1]}).",
+        f"Soft. The answer is {labels[2]}.",
+        f"Warm. Answer: {labels[1]}",
+    ]
     for key in ("choices", "options"):
-        value = {"text": OPTIONS, "label": list(labels)} if key == "choices" else dict(zip(labels, OPTIONS, strict=True))
+        value = (
+            {"text": OPTIONS, "label": list(labels)} if key == "choices" else dict(zip(labels, OPTIONS, strict=True))
+        )
         question = only(tmp_path, {"question": "Which?", key: value, "answer": labels[1], "generations": said})
         assert question.gold == "train" and question.votes == {"train": 2, "pillow": 1}
 
@@ -224,7 +249,9 @@ def test_a_letter_is_the_row_s_own_label(labels: str, tmp_path: Path) -> None:
         (["oven", "train"], ["A", "B"], 1, "train"),
     ],
 )
-def test_where_there_are_labels_the_gold_is_one(options: Any, labels: Any, gold: Any, text: str, tmp_path: Path) -> None:
+def test_where_there_are_labels_the_gold_is_one(
+    options: Any, labels: Any, gold: Any, text: str, tmp_path: Path
+) -> None:
     row = {"question": "Which?", "choices": {"text": options, "label": labels}, "answerKey": gold}
     assert only(tmp_path, row).gold == text
     assert only(tmp_path, {**row, "samples": ["x"]}).gold == text

@@ -24,7 +24,8 @@ from qcrd_fast.data.voting import vote
         ("33.00", "33.004", True),
         ("14.28", "100/7", True), ("14.29", "100/7", True), ("14.30", "100/7", False), ("-0.67", "-2/3", True),
         ("0.67", "-2/3", False),
-        ("0.5", "1/2", True), ("2.50", "2.5", True), ("3.14", "3.15", False), ("1e5", "100000", True), ("50%", "50", True),
+        ("0.5", "1/2", True), ("2.50", "2.5", True), ("3.14", "3.15", False), ("1e5", "100000", True),
+        ("50%", "50", True),
     ],
 )  # fmt: skip
 def test_numbers_agree_rounded_or_cut(a, b, same):
@@ -65,7 +66,8 @@ def test_a_vote_by_rounded_values():
         ("2\\sqrt{3}", "2 \\sqrt 3", True), ("x = 5", "5", True), ("\\{1, 2\\}", "\\{1,2\\}", True),
         ("\\{1,2\\}", "(1,2)", False), ("$12$", "\\text{12}", True),
         ("3\\pi", "3 \\pi", True), ("\\pi", "3.14", False),
-        ("\\binom{7}{31}", "\\binom{73}{1}", False), ("\\dbinom{7}{3}", "\\binom73", True), ("\\frac{\\pi}{6}", "\\pi/6", True),
+        ("\\binom{7}{31}", "\\binom{73}{1}", False), ("\\dbinom{7}{3}", "\\binom73", True),
+        ("\\frac{\\pi}{6}", "\\pi/6", True),
         ("\\begin{pmatrix}3\\\\4\\end{pmatrix}", "\\begin{pmatrix}34\\end{pmatrix}", False),
     ],
 )  # fmt: skip
@@ -88,8 +90,15 @@ def test_pooling_and_leak_keys():
         question = Question("q", text)
         return text_key(question), leak_key(question)
 
-    assert keys("What is  2+2? ")[0] == keys("What is\u00a02+2?")[0] == keys("What is ２+2?")[0] != keys("what is 2+2?")[0]
-    same = ("Ann has 2 jars.  How many ?", "ann has 2 jars. How many?", "Ann has 2 jars How many", "Ann has 2 jars; how many?!")
+    assert (
+        keys("What is  2+2? ")[0] == keys("What is\u00a02+2?")[0] == keys("What is ２+2?")[0] != keys("what is 2+2?")[0]
+    )
+    same = (
+        "Ann has 2 jars.  How many ?",
+        "ann has 2 jars. How many?",
+        "Ann has 2 jars How many",
+        "Ann has 2 jars; how many?!",
+    )
     assert len({keys(text)[1] for text in same}) == 1
     assert keys("What is ( 3 + 4 ) * 2 ?")[1] == keys("What is (3+4)*2?")[1] != keys("What is 3+4*2?")[1]
     unlike = (
@@ -112,7 +121,8 @@ def write(path: Path, *rows: object) -> Path:
 
 def test_nothing_readable_is_exit_2_without_a_file(tmp_path, capsys):
     data = write(
-        tmp_path / "a.jsonl", {"question": "How many?", "answer": "5", "samples": ["It cannot be determined.", "<think>so 5"]}
+        tmp_path / "a.jsonl",
+        {"question": "How many?", "answer": "5", "samples": ["It cannot be determined.", "<think>so 5"]},
     )
     assert entry(["prepare", str(data), "-o", str(tmp_path / "o.jsonl")]) == 2
     assert "nothing to train on: of 2 samples" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == [
@@ -124,12 +134,16 @@ def test_unreadable_samples_are_counted_and_shown(tmp_path, capsys):
     samples = ["2 + 3. The answer is 5.", "\\boxed{5}", *[f"It is {i} or 9." for i in range(7)]]
     data = write(tmp_path / "a.jsonl", {"id": "q", "question": "How many?", "answer": "5", "samples": samples})
     page = tmp_path / "page.html"
-    assert entry(["prepare", str(data), "-o", str(tmp_path / "o.jsonl"), "--json", "--show", "1", "--inspect", str(page)]) == 0
+    assert (
+        entry(["prepare", str(data), "-o", str(tmp_path / "o.jsonl"), "--json", "--show", "1", "--inspect", str(page)])
+        == 0
+    )
     out = capsys.readouterr()
     summary = json.loads(out.out)
     assert (summary["unreadable"], len(summary["unreadable_examples"]), summary["without_rationale"]) == (7, 5, 1)
     assert (
-        summary["unreadable_examples"][0]["text"] == "It is 0 or 9." and "several" in summary["unreadable_examples"][0]["why"]
+        summary["unreadable_examples"][0]["text"] == "It is 0 or 9."
+        and "several" in summary["unreadable_examples"][0]["why"]
     )
     assert "vote: '5' (5: 2); gold: '5'" in out.err and "unreadable: several" in out.err
     (row,) = map(json.loads, (tmp_path / "o.jsonl").open(encoding="utf-8"))
@@ -147,7 +161,10 @@ def test_the_page_escapes_everything(tmp_path):
     }
     page = tmp_path / "page.html"
     assert (
-        entry(["prepare", str(write(tmp_path / "a.jsonl", row)), "-o", str(tmp_path / "o.jsonl"), "--inspect", str(page)]) == 0
+        entry(
+            ["prepare", str(write(tmp_path / "a.jsonl", row)), "-o", str(tmp_path / "o.jsonl"), "--inspect", str(page)]
+        )
+        == 0
     )
     html = page.read_text(encoding="utf-8")
     assert (
@@ -161,17 +178,27 @@ def test_the_page_escapes_everything(tmp_path):
 
 def test_a_worked_gold_without_samples_is_a_positive(tmp_path, capsys):
     data = write(tmp_path / "a.jsonl", {"question": "2 bags of 7?", "answer": "2*7=<<2*7=14>>14 nuts.\n#### 14"})
-    assert entry(["prepare", str(data), "-o", str(tmp_path / "o.jsonl")]) == 0 and "own solutions" in capsys.readouterr().err
+    assert (
+        entry(["prepare", str(data), "-o", str(tmp_path / "o.jsonl")]) == 0
+        and "own solutions" in capsys.readouterr().err
+    )
     (question,) = load_questions(tmp_path / "o.jsonl").questions
     assert question.gold == "14" and question.positives == (Rationale("2*7=14 nuts.", "14", "gold"),)
 
 
 def test_german_golds_are_warned_of_and_read(tmp_path, capsys):
     rows = [
-        {"question": f"Wie viele sind {i} km?", "answer": f"{i}.000", "samples": [{"rationale": "x", "answer": f"{i}000"}]}
+        {
+            "question": f"Wie viele sind {i} km?",
+            "answer": f"{i}.000",
+            "samples": [{"rationale": "x", "answer": f"{i}000"}],
+        }
         for i in (3, 4)
     ]
     data = write(tmp_path / "a.jsonl", *rows)
-    assert entry(["prepare", str(data), "-o", str(tmp_path / "o.jsonl")]) == 0 and "--decimal comma" in capsys.readouterr().err
+    assert (
+        entry(["prepare", str(data), "-o", str(tmp_path / "o.jsonl")]) == 0
+        and "--decimal comma" in capsys.readouterr().err
+    )
     assert entry(["prepare", str(data), "-o", str(tmp_path / "o.jsonl"), "--decimal", "comma"]) == 0
     assert [q.gold for q in load_questions(tmp_path / "o.jsonl").questions] == ["3000", "4000"]

@@ -94,7 +94,8 @@ def test_the_same_rows_in_every_file_type(name: str, tmp_path: Path) -> None:
 def test_column_orders_and_an_index_column(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(
-        ",prediction,rationale,question,gold,mood\n0,4,two and two,2 + 2?,4,good\n1,5,no idea,2 + 2?,4,\n2,4,it is,2 + 2?,4,\n"
+        ",prediction,rationale,question,gold,mood\n0,4,two and two,2 + 2?,4,good\n1,5,no idea,2 + 2?,4,\n2,4,it is,2 "
+        "+ 2?,4,\n"
     )
     result = load_questions(path)
     assert result.questions[0].votes == {"4": 2, "5": 1} and result.summary.keys_not_read == {"mood": None}
@@ -109,7 +110,9 @@ def test_lists_in_cells_are_json(tmp_path: Path) -> None:
     )
     assert load_questions(path).questions[0].majority == "train"
     path.write_text('question,generations\n2 + 2?,"[4"\n')
-    assert [bad.reason for bad in validate_file(path)] == ["generations expects a list; its text is not readable as JSON"]
+    assert [bad.reason for bad in validate_file(path)] == [
+        "generations expects a list; its text is not readable as JSON"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +160,9 @@ def test_parquet(tmp_path: Path) -> None:
     assert load_questions(own).questions == load_questions(tmp_path / "own.jsonl").questions
     prepare(own, tmp_path / "out.jsonl")
     prepared = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
-    again = write_parquet(tmp_path / "prepared.parquet", [{k: v for k, v in row.items() if k != "votes"} for row in prepared])
+    again = write_parquet(
+        tmp_path / "prepared.parquet", [{k: v for k, v in row.items() if k != "votes"} for row in prepared]
+    )
     assert [q.majority for q in load_questions(again).questions] == ["0", "2", "4", "6", "8"]
 
 
@@ -179,7 +184,11 @@ def test_values_of_parquet_are_those_of_json(tmp_path: Path) -> None:
     result = load_questions(path)
     assert [q.gold for q in result.questions] == ["2.00", "4.00"] and result.summary.with_samples == 1
     assert result.summary.warnings[0].endswith("1 of 2 rows have no sample; their questions count")
-    rows = [{"question": "1?", "gold": 2.0}, {"question": "2?", "gold": float("nan")}, {"question": b"\xff", "gold": 1.0}]
+    rows = [
+        {"question": "1?", "gold": 2.0},
+        {"question": "2?", "gold": float("nan")},
+        {"question": b"\xff", "gold": 1.0},
+    ]
     path = write_parquet(tmp_path / "nan.parquet", rows[:2])
     assert [q.gold for q in load_questions(path).questions] == ["2.0", None]
 
@@ -238,7 +247,9 @@ def test_datasets_folders(saved: Path, capsys: pytest.CaptureFixture[str]) -> No
         load_questions(saved / "one")
 
 
-def test_without_the_libraries_the_error_says_how_to_install_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_libraries_the_error_says_how_to_install_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1....")
     (tmp_path / "ds").mkdir()
     (tmp_path / "ds" / "state.json").write_text("{}")
@@ -278,7 +289,9 @@ class _Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         sha = "a" * 40
-        if path.startswith("/api/datasets/someone/sums/paths-info") or path.startswith("/api/datasets/someone/sums/tree"):
+        if path.startswith("/api/datasets/someone/sums/paths-info") or path.startswith(
+            "/api/datasets/someone/sums/tree"
+        ):
             entries = [{"type": "file", "path": "train.jsonl", "size": len(self.content), "oid": "b" * 40}]
             self._json(entries if path.rstrip("/").endswith((sha, "main")) else [])
         elif path.startswith("/api/datasets/someone/sums"):
@@ -297,9 +310,13 @@ class _Hub(http.server.BaseHTTPRequestHandler):
                 }
             )
         elif path.endswith("/train.jsonl"):
-            self._send(200, self.content, "application/octet-stream", {"ETag": '"' + "b" * 40 + '"', "X-Repo-Commit": sha})
+            self._send(
+                200, self.content, "application/octet-stream", {"ETag": '"' + "b" * 40 + '"', "X-Repo-Commit": sha}
+            )
         else:
-            self._send(404, b"{}", "application/json", {"X-Error-Code": "EntryNotFound" if "sums" in path else "RepoNotFound"})
+            self._send(
+                404, b"{}", "application/json", {"X-Error-Code": "EntryNotFound" if "sums" in path else "RepoNotFound"}
+            )
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -336,7 +353,12 @@ def _prepare(folder: Path, endpoint: str, *args: str) -> subprocess.CompletedPro
     code = "import sys; from cli.main import entry; sys.exit(entry(sys.argv[1:]))"
     offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     environment = {k: v for k, v in os.environ.items() if k not in offline and not k.lower().endswith("_proxy")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
+    environment |= {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "home"),
+        "PYTHONPATH": str(ROOT),
+        "NO_PROXY": "127.0.0.1",
+    }
     command = [sys.executable, "-c", code, "prepare", *args, "-o", "out.jsonl"]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -382,7 +404,9 @@ def bomb(path: Path, line: bytes, count: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("line", [b" ", b"\n", json.dumps(OWN[0]).encode() + b"\n"], ids=["one line", "blank lines", "rows"])
+@pytest.mark.parametrize(
+    "line", [b" ", b"\n", json.dumps(OWN[0]).encode() + b"\n"], ids=["one line", "blank lines", "rows"]
+)
 def test_a_bomb_is_not_read_on(line: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "FREE_BYTES", 2 << 20)
     monkeypatch.setattr(files, "MAX_RATIO", 10)
@@ -420,7 +444,13 @@ def test_a_gzip_that_does_not_fit_is_refused_before_it_is_read(tmp_path: Path, m
 @pytest.mark.parametrize("key", ["response", "generations", "explanation", "predicted_answer"])
 def test_an_empty_first_cell_does_not_hide_a_column(key: str, tmp_path: Path) -> None:
     def cell(text: str) -> str | list[str]:
-        return [f"So {text}. Answer: {text}"] if key == "generations" else text if "answer" in key else f"So. Answer: {text}"
+        return (
+            [f"So {text}. Answer: {text}"]
+            if key == "generations"
+            else text
+            if "answer" in key
+            else f"So. Answer: {text}"
+        )
 
     rows = [{"question": "5 + 5?", "answer": "10", key: cell("10")}]
     rows += [{"question": "1 + 1?", "answer": "2", key: cell(text)} for text in ("2", "3")]
@@ -473,7 +503,9 @@ def test_rows_inside_another_layout_are_told(name: str, text: str, hint: str, pa
 
 def test_a_split_that_cannot_hold_is_refused(tmp_path: Path) -> None:
     path, plain = tmp_path / "rows.jsonl", tmp_path / "plain.jsonl"
-    path.write_text('{"question": "1 + 1?", "gold": "2", "split": "train"}\n{"question": "2?", "gold": "2", "split": "test"}')
+    path.write_text(
+        '{"question": "1 + 1?", "gold": "2", "split": "train"}\n{"question": "2?", "gold": "2", "split": "test"}'
+    )
     plain.write_text('{"question": "1 + 1?", "gold": "2"}')
     prepare(path, tmp_path / "out.jsonl", split="test")
     with pytest.raises(InputError, match=r"no questions of --split trian \(there: train, test\)"):

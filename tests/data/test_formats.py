@@ -53,11 +53,18 @@ SHAPES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "own": (
         "native",
         a_list_each(
-            lambda q, g, t: {"question": q, "answer": g, "samples": [{"rationale": x, "answer": answer_of(x)} for x in t]}
+            lambda q, g, t: {
+                "question": q,
+                "answer": g,
+                "samples": [{"rationale": x, "answer": answer_of(x)} for x in t],
+            }
         ),
     ),
     "own, replies": ("native", a_list_each(lambda q, g, t: {"question": q, "samples": list(map(said, t))})),
-    "own, text key": ("native", a_list_each(lambda q, g, t: {"question": q, "samples": [{"text": said(x)} for x in t]})),
+    "own, text key": (
+        "native",
+        a_list_each(lambda q, g, t: {"question": q, "samples": [{"text": said(x)} for x in t]}),
+    ),
     "own, a row a sample, one id": (
         "native",
         [
@@ -80,7 +87,9 @@ SHAPES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     ),
     "flat, other names": (
         "sample-rows",
-        a_row_each(lambda q, g, x: {"Problem": q, "Ground Truth": g, "chain_of_thought": x, "predicted_answer": answer_of(x)}),
+        a_row_each(
+            lambda q, g, x: {"Problem": q, "Ground Truth": g, "chain_of_thought": x, "predicted_answer": answer_of(x)}
+        ),
     ),
     "flat, gold and answer": (
         "sample-rows",
@@ -107,13 +116,18 @@ SHAPES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "messages, system": (
         "messages",
         a_row_each(
-            lambda q, g, x: {"messages": [{"role": "system", "content": "Think."}, *chat(q, said(x))], "ground_truth": g}
+            lambda q, g, x: {
+                "messages": [{"role": "system", "content": "Think."}, *chat(q, said(x))],
+                "ground_truth": g,
+            }
         ),
     ),
     "messages, parts": (
         "messages",
         a_row_each(
-            lambda q, g, x: {"messages": [{"role": "user", "content": [{"type": "text", "text": q}]}, chat("", said(x))[1]]}
+            lambda q, g, x: {
+                "messages": [{"role": "user", "content": [{"type": "text", "text": q}]}, chat("", said(x))[1]]
+            }
         ),
     ),
     "messages, reasoning apart": (
@@ -123,7 +137,10 @@ SHAPES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "sharegpt": (
         "sharegpt",
         a_row_each(
-            lambda q, g, x: {"id": said(x), "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": said(x)}]}
+            lambda q, g, x: {
+                "id": said(x),
+                "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": said(x)}],
+            }
         ),
     ),
     "conversation": ("sharegpt", a_row_each(lambda q, g, x: {"conversation": chat(q, said(x))})),
@@ -132,12 +149,17 @@ SHAPES: dict[str, tuple[str, list[dict[str, Any]]]] = {
         a_list_each(
             lambda q, g, t: {
                 "messages": chat(q, "")[:1],
-                "choices": [{"index": i, "message": chat("", said(x))[1], "finish_reason": "stop"} for i, x in enumerate(t)],
+                "choices": [
+                    {"index": i, "message": chat("", said(x))[1], "finish_reason": "stop"} for i, x in enumerate(t)
+                ],
             }
         ),
     ),
     "alpaca": ("alpaca", a_row_each(lambda q, g, x: {"instruction": q, "input": "", "output": said(x)})),
-    "alpaca, input": ("alpaca", a_row_each(lambda q, g, x: {"instruction": "Solve it.", "input": q, "output": said(x)})),
+    "alpaca, input": (
+        "alpaca",
+        a_row_each(lambda q, g, x: {"instruction": "Solve it.", "input": q, "output": said(x)}),
+    ),
     "prompt, completion": ("prompt-completion", a_row_each(lambda q, g, x: {"prompt": q, "completion": said(x)})),
     "prompt, completion as messages": (
         "prompt-completion",
@@ -147,7 +169,10 @@ SHAPES: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "distilabel",
         a_list_each(lambda q, g, t: {"instruction": q, "generations": list(map(said, t)), "model_name": "m"}),
     ),
-    "distilabel, one": ("distilabel", a_row_each(lambda q, g, x: {"instruction": q, "generation": said(x), "model_name": "m"})),
+    "distilabel, one": (
+        "distilabel",
+        a_row_each(lambda q, g, x: {"instruction": q, "generation": said(x), "model_name": "m"}),
+    ),
     "open-r1": (
         "open-r1",
         a_list_each(
@@ -164,12 +189,18 @@ SHAPES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "generations as objects": (
         "samples",
         a_list_each(
-            lambda q, g, t: {"question": q, "gold": g, "generations": [{"text": said(x), "finish_reason": "stop"} for x in t]}
+            lambda q, g, t: {
+                "question": q,
+                "gold": g,
+                "generations": [{"text": said(x), "finish_reason": "stop"} for x in t],
+            }
         ),
     ),
     "responses as messages": (
         "samples",
-        a_list_each(lambda q, g, t: {"question": q, "responses": [{"role": "assistant", "content": said(x)} for x in t]}),
+        a_list_each(
+            lambda q, g, t: {"question": q, "responses": [{"role": "assistant", "content": said(x)} for x in t]}
+        ),
     ),
     "conversations in a list": (
         "samples",
@@ -181,11 +212,15 @@ SHAPES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     ),
     "numbered columns": (
         "sample-rows",
-        a_list_each(lambda q, g, t: {"question": q, "answer": g, **{f"Response_{i}": said(x) for i, x in enumerate(t, 1)}}),
+        a_list_each(
+            lambda q, g, t: {"question": q, "answer": g, **{f"Response_{i}": said(x) for i, x in enumerate(t, 1)}}
+        ),
     ),
     "messages and columns": (
         "samples",
-        a_list_each(lambda q, g, t: {"messages": chat(q, "")[:1], "completions": list(map(said, t)), "ground_truth": g}),
+        a_list_each(
+            lambda q, g, t: {"messages": chat(q, "")[:1], "completions": list(map(said, t)), "ground_truth": g}
+        ),
     ),
     "messages and a reply": (
         "messages",
@@ -202,11 +237,15 @@ SHAPES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     ),
     "a response with choices": (
         "samples",
-        a_list_each(lambda q, g, t: {"question": q, "response": {"choices": [{"message": chat("", said(x))[1]} for x in t]}}),
+        a_list_each(
+            lambda q, g, t: {"question": q, "response": {"choices": [{"message": chat("", said(x))[1]} for x in t]}}
+        ),
     ),
     "mentor-kd": (
         "mentor-kd",
-        a_row_each(lambda q, g, x: {"input": q, "chain": x, "completion": answer_of(x), "answer": g, "initial_correct": False}),
+        a_row_each(
+            lambda q, g, x: {"input": q, "chain": x, "completion": answer_of(x), "answer": g, "initial_correct": False}
+        ),
     ),
 }
 
@@ -264,7 +303,8 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("shape", CHOICES)
 @pytest.mark.parametrize(
-    "samples", [None, ["It carries. The answer is (B).", "One boards it. The answer is train.", "It is hot. The answer is A."]]
+    "samples",
+    [None, ["It carries. The answer is (B).", "One boards it. The answer is train.", "It is hot. The answer is A."]],
 )
 def test_choices_and_their_golds(shape: str, samples: Any, tmp_path: Path) -> None:
     row = CHOICES[shape] | ({"samples": samples} if samples else {})
@@ -343,7 +383,9 @@ PAIRS = {
         for q, (_, t) in TALK.items()
     ],
     "rejected ones agree": [
-        {"prompt": q, "chosen": said(t[0]), "rejected": said(f"{way} {t[2]}")} for q, (_, t) in TALK.items() for way in "abc"
+        {"prompt": q, "chosen": said(t[0]), "rejected": said(f"{way} {t[2]}")}
+        for q, (_, t) in TALK.items()
+        for way in "abc"
     ],
 }
 
@@ -370,14 +412,18 @@ def batch(tmp_path: Path, bodies: list[dict[str, Any]], asked: list[dict[str, An
     return write(tmp_path / "out.jsonl", replies[::-1]), write(tmp_path / "in.jsonl", requests)
 
 
-BODIES = [{"model": "m", "choices": [{"index": 0, "message": chat("", said(x))[1]} for x in t]} for _, t in TALK.values()]
+BODIES = [
+    {"model": "m", "choices": [{"index": 0, "message": chat("", said(x))[1]} for x in t]} for _, t in TALK.values()
+]
 
 
 def test_a_batch_is_joined_to_its_input(tmp_path: Path) -> None:
     replies, requests = batch(tmp_path, BODIES)
     result = load_questions(replies, batch_input=requests)
     assert result.summary.format == "openai-batch" and {q.question for q in result.questions} == TALK.keys()
-    assert (result.summary.positives, result.summary.negatives) == (4, 2) and result.questions[0].positives[0].source == "m"
+    assert (result.summary.positives, result.summary.negatives) == (4, 2) and result.questions[0].positives[
+        0
+    ].source == "m"
     assert {q.question for q in load_questions(requests).questions} == TALK.keys()  # for collect
     with pytest.raises(InputError, match="is for the output of a batch"):
         load_questions(requests, batch_input=requests)
@@ -408,7 +454,11 @@ def test_a_batch_without_its_input_names_the_option(tmp_path: Path, capsys: pyte
 def test_what_failed_in_a_batch_is_named_and_set_aside(tmp_path: Path) -> None:
     replies, requests = batch(tmp_path, BODIES)
     failed = [
-        {"custom_id": "r0", "response": {"status_code": 429, "body": {"error": {"message": "too many"}}}, "error": None},
+        {
+            "custom_id": "r0",
+            "response": {"status_code": 429, "body": {"error": {"message": "too many"}}},
+            "error": None,
+        },
         {"custom_id": "r1", "response": None, "error": {"code": "batch_expired", "message": "This request expired."}},
         {"custom_id": "r7", "response": {"status_code": 200, "body": BODIES[0]}, "error": None},
     ]
@@ -469,7 +519,10 @@ REFUSED = {
         {"question": Q, "choices": {"text": ["a", "b"], "label": ["A"]}},
         "choices: 2 texts, but 1 labels",
     ),
-    "a label of a reply": ({"prompt": Q, "completion": "4", "label": True}, "label may be of the reply or a gold answer"),
+    "a label of a reply": (
+        {"prompt": Q, "completion": "4", "label": True},
+        "label may be of the reply or a gold answer",
+    ),
     "answers without samples": (
         {"question": Q, "answers": ["4", "5"], "label": 0},
         "if these are the choices: --map choices=answers",
@@ -512,7 +565,11 @@ def test_a_misspelt_key_gives_no_empty_result(
 
 def test_what_was_read_and_what_was_not_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = a_list_each(
-        lambda q, g, t: {"question": q, "samples": [{"rationale": x, "anwser": 1, "answer": "1"} for x in t], "mood": "x"}
+        lambda q, g, t: {
+            "question": q,
+            "samples": [{"rationale": x, "anwser": 1, "answer": "1"} for x in t],
+            "mood": "x",
+        }
     )
     path, output = write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
     assert entry(["prepare", str(path), "-o", str(output)]) == 0
@@ -541,7 +598,9 @@ def test_single_samples_and_no_samples_are_warned_of(tmp_path: Path) -> None:
 
 
 def test_map_names_the_keys(tmp_path: Path) -> None:
-    rows = a_list_each(lambda q, g, t: {"Frage": q, "meta": {"truth": g}, "Texte": list(map(said, t)), "response": "no"})
+    rows = a_list_each(
+        lambda q, g, t: {"Frage": q, "meta": {"truth": g}, "Texte": list(map(said, t)), "response": "no"}
+    )
     path = write(tmp_path / "rows.jsonl", rows)
     result = load_questions(path, mapping="question=Frage,samples=Texte,gold=meta.truth")
     assert (result.summary.positives, result.summary.negatives) == (4, 2) and result.questions[0].gold == "18"
@@ -581,10 +640,15 @@ def test_a_format_by_name(tmp_path: Path) -> None:
 
 def test_rows_of_several_files_are_pooled_by_text(tmp_path: Path) -> None:
     flat = a_row_each(lambda q, g, x: {"question": q, "response": said(x)})
-    files = [write(tmp_path / f"{i}.jsonl", [{"id": f"{i}-{n}", **row} for n, row in enumerate(flat[i::2])]) for i in range(2)]
+    files = [
+        write(tmp_path / f"{i}.jsonl", [{"id": f"{i}-{n}", **row} for n, row in enumerate(flat[i::2])])
+        for i in range(2)
+    ]
     result = load_questions(files)
     assert (
-        result.summary.questions == 2 and result.summary.positives == 4 and [q.id for q in result.questions] == ["0-0", "0-2"]
+        result.summary.questions == 2
+        and result.summary.positives == 4
+        and [q.id for q in result.questions] == ["0-0", "0-2"]
     )
 
 
@@ -668,8 +732,13 @@ def test_ids_that_number_the_samples_are_no_ids_of_questions(tmp_path: Path) -> 
     rows = [{"id": n, "question": q, "response": f"So. Answer: {n}"} for q in ("1 + 1?", "2 + 2?") for n in range(2)]
     path = write(tmp_path / "rows.jsonl", rows)
     result = load_questions(path)
-    assert [(q.question, dict(q.votes)) for q in result.questions] == [(q, {"0": 1, "1": 1}) for q in ("1 + 1?", "2 + 2?")]
-    assert len({q.id for q in result.questions}) == 2 and "2 rows have the id of another question" in result.summary.warnings[0]
+    assert [(q.question, dict(q.votes)) for q in result.questions] == [
+        (q, {"0": 1, "1": 1}) for q in ("1 + 1?", "2 + 2?")
+    ]
+    assert (
+        len({q.id for q in result.questions}) == 2
+        and "2 rows have the id of another question" in result.summary.warnings[0]
+    )
     again = write(tmp_path / "again.jsonl", [{"id": "0", "question": "3 + 3?", "response": "So. Answer: 6"}])
     assert len({q.id for q in load_questions([path, again]).questions}) == 3
     ours = write(tmp_path / "ours.jsonl", [{"id": "0", "question": "9 + 9?", "samples": ["So. Answer: 18"]}])
@@ -685,7 +754,8 @@ def test_what_stands_beside_a_question_is_not_lost(key: str, values: list[str] |
     if values is None:
         key, values = "problem", ["3 + 0?", "5 + 0?"]
     rows = [
-        {"question": "How many?", key: value, "response": f"So. Answer: {n}"} for n, value in zip("35", values, strict=True)
+        {"question": "How many?", key: value, "response": f"So. Answer: {n}"}
+        for n, value in zip("35", values, strict=True)
     ]
     path = write(tmp_path / "rows.jsonl", rows)
     role = "question" if key == "problem" else "context"
@@ -698,7 +768,8 @@ def test_what_stands_beside_a_question_is_not_lost(key: str, values: list[str] |
 
 def test_a_list_of_contexts_is_one_context(tmp_path: Path) -> None:
     rows = [
-        {"question": "How many?", "context": ["Look.", text], "response": "So. Answer: 3"} for text in ("Ida: 3.", "Bo: 3.")
+        {"question": "How many?", "context": ["Look.", text], "response": "So. Answer: 3"}
+        for text in ("Ida: 3.", "Bo: 3.")
     ]
     questions = load_questions(write(tmp_path / "rows.jsonl", rows)).questions
     assert [q.context for q in questions] == ["Look.\nIda: 3.", "Look.\nBo: 3."]
@@ -726,7 +797,10 @@ def test_a_decimal_comma_is_a_number(tmp_path: Path) -> None:
 
 
 def test_two_worked_solutions_of_a_question(tmp_path: Path) -> None:
-    rows = [{"question": "3 * 6?", "answer": f"{text}\n#### {n}"} for text, n in (("3 * 6 = 18", 18), ("6 + 6 + 6 = 18", 18))]
+    rows = [
+        {"question": "3 * 6?", "answer": f"{text}\n#### {n}"}
+        for text, n in (("3 * 6 = 18", 18), ("6 + 6 + 6 = 18", 18))
+    ]
     path = write(tmp_path / "rows.jsonl", [*rows, rows[0]])
     (question,) = load_questions(path).questions
     assert [p.text for p in question.positives] == ["3 * 6 = 18", "6 + 6 + 6 = 18"] and question.votes == {"18": 2}
@@ -748,7 +822,9 @@ def test_requests_of_a_batch_without_output_are_told(tmp_path: Path) -> None:
 
 
 def test_a_forced_format_is_checked(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", a_row_each(lambda q, g, x: {"instruction": q, "input": "", "output": said(x)}))
+    path = write(
+        tmp_path / "rows.jsonl", a_row_each(lambda q, g, x: {"instruction": q, "input": "", "output": said(x)})
+    )
     assert load_questions(path, format="sample-rows").summary.samples == 6
     for name in ("mentor-kd", "preference", "questions", "gsm8k"):
         with pytest.raises(
@@ -760,7 +836,9 @@ def test_a_forced_format_is_checked(tmp_path: Path) -> None:
 def test_messages_name_what_is_there(tmp_path: Path) -> None:
     rows = [{"question": "1 + 1?", "samples": ["So. Answer: 2"]}, {"Qestion": "1 + 1?", "Sampels": ["So. Answer: 3"]}]
     path = write(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(InputError, match=r":2: missing key 'question'; .*'Sampels' \(nearest that is read: 'samples'\)"):
+    with pytest.raises(
+        InputError, match=r":2: missing key 'question'; .*'Sampels' \(nearest that is read: 'samples'\)"
+    ):
         load_questions(path)
     with pytest.raises(InputError, match="--map question=nowhere, but there is no 'nowhere'"):
         load_questions(path, mapping="question=nowhere")

@@ -140,7 +140,9 @@ def test_tasks_are_given_guessed_or_overridden(tmp_path):
             "samples": [{"rationale": "r", "answer": "(b)"}],
         },
     ]
-    path = write(tmp_path / "a.jsonl", *rows, {"id": "t", "question": "Who?", "answer": "7", "task": "text", "samples": []})
+    path = write(
+        tmp_path / "a.jsonl", *rows, {"id": "t", "question": "Who?", "answer": "7", "task": "text", "samples": []}
+    )
     questions = load_questions(path).questions
     assert [q.task for q in questions] == ["number", "choice", "text"]
     assert questions[1].majority == "zoo" and questions[1].question == "Where?\nAnswer Choices:\n(a) park\n(b) zoo"
@@ -201,7 +203,10 @@ def dss(folder: Path, cots: list[str]) -> Path:
 
 def test_mentor_kd(tmp_path):
     first, second = load_questions(mentor_kd(tmp_path / "toy_train.json")).questions
-    assert first.votes == {"4": 1, "5": 1} and {r.text for r in first.positives + first.negatives} == {"two and two", "five"}
+    assert first.votes == {"4": 1, "5": 1} and {r.text for r in first.positives + first.negatives} == {
+        "two and two",
+        "five",
+    }
     assert first.question == "2 + 2?" and first.positives[0].source == "toy_train"
     assert (second.gold, second.majority, second.positives) == ("6", None, ())
 
@@ -215,10 +220,16 @@ def test_dss(tmp_path):
     first, second = result.questions
     assert first.task == "equation" and first.split == "train" and first.gold == "( 84.0 / 2.0 )"
     assert first.positives == (Rationale("He did.", "(84 / 2)", "toy/llm"),) and first.majority == "(84 / 2)"
-    assert second.positives == () and result.summary.answers_dropped == 1 and result.summary.majority_wrong_against_gold == 0
+    assert (
+        second.positives == ()
+        and result.summary.answers_dropped == 1
+        and result.summary.majority_wrong_against_gold == 0
+    )
     (test,) = load_questions(folder, split="test").questions
     assert test == load_questions(folder / "toy_test.json").questions[0] and test.split == "test" and not test.positives
-    with pytest.raises(InputError, match=r"no toy_valid\.json in this folder \(there: toy_test\.json, toy_train\.json\)"):
+    with pytest.raises(
+        InputError, match=r"no toy_valid\.json in this folder \(there: toy_test\.json, toy_train\.json\)"
+    ):
         load_questions(folder, split="valid")
 
 
@@ -327,7 +338,8 @@ NO_SAMPLES = {k: v for k, v in SAMPLED.items() if k != "samples"}
         (GOOD + GOOD + b"\n", 1, "more than one JSON value"),
         (GOOD.replace(b'"4"', b"9" * 5000, 1) + b"\n", 1, "integer string conversion"),
         (b'{"question": "?", "answer": "1", "samples": "none"}\n', 1, "samples expects a list, got a string"),
-        (b'{"question": "?", "samples": [{"answer": "1"}]}\n', 1, r"samples\[0\]: missing key 'rationale' \(there: 'answer'\)"),
+        (b'{"question": "?", "samples": [{"answer": "1"}]}\n', 1, r"samples\[0\]: missing key 'rationale' \(there: "
+        r"'answer'\)"),
         (b'{"question": " "}\n', 1, "question is empty"),
         (b'{"question": "?", "task": "essay"}\n', 1, "task is one of"),
     ],
@@ -374,7 +386,8 @@ def test_bad_rows_are_set_aside_and_counted(tmp_path):
     path.write_bytes(b"\n".join([GOOD, b"", b"{", GOOD, GOOD.replace(b"q1", b"q2"), b""]))
     result = load_questions(path, on_bad_row="skip")
     assert [q.id for q in result.questions] == ["q1", "q2"]
-    assert [row.line for row in result.skipped] == [3] and result.summary.skipped_rows == 1  # the same row again is no fault
+    # the same row again is no fault
+    assert [row.line for row in result.skipped] == [3] and result.summary.skipped_rows == 1
     assert result.summary.duplicates == 3 and result.summary.inputs[0]["blank_lines"] == 1  # nor is a blank line
     path.write_bytes(b"{\n")
     with pytest.raises(InputError, match=r"no questions; the first of 1 bad rows: .*rows\.jsonl:1: "):
@@ -480,8 +493,8 @@ def test_a_published_test_file_has_gold_and_no_samples():
 @needs_dss
 @pytest.mark.parametrize(("name", "count", "right", "unread"), [("svamp", 800, 594, 33), ("cqa", 9741, 7388, 183)])
 def test_palm_rationales(name, count, right, unread):
-    """A quick parse finds svamp 522 right (148 unread): it stops at the first `)`; cqa 7,388 right (182 unread; of the letter
-    of one option with the text of another it takes the letter)."""
+    """A quick parse finds svamp 522 right (148 unread): it stops at the first `)`; cqa 7,388 right (182 unread; of the
+    letter of one option with the text of another it takes the letter)."""
     summary = load_questions(DATA / "dss" / name).summary
     assert (summary.questions, summary.answers_dropped) == (count, unread)
     assert summary.with_samples - summary.majority_wrong_against_gold == right
@@ -490,7 +503,9 @@ def test_palm_rationales(name, count, right, unread):
 @needs_dss
 def test_cqa_rows_carry_ids_and_choices():
     questions = load_questions(DATA / "dss" / "cqa", split="test").questions
-    assert len(questions) == 1221 and all(q.task == "choice" and "\nAnswer Choices:\n(a) " in q.question for q in questions)
+    assert len(questions) == 1221 and all(
+        q.task == "choice" and "\nAnswer Choices:\n(a) " in q.question for q in questions
+    )
     assert all(q.split == "test" and q.id for q in questions)
 
 

@@ -54,7 +54,8 @@ def test_reasoning_that_never_ends_is_no_answer() -> None:
 
 
 def test_reasoning_beside_a_rationale(tmp_path: Path) -> None:
-    """As `collect` writes it: the rationale is its own, --thinking may take the reasoning; a short one gives way to it."""
+    """As `collect` writes it: the rationale is its own, --thinking may take the reasoning; a short one gives way to
+    it."""
     samples = [
         {"rationale": "3 times 4 is 12.", "answer": "12", "source": "t", "reasoning": "I multiply 3 by 4."},
         {"rationale": "", "answer": "12", "source": "t", "reasoning": "I add 4 three times."},
@@ -65,4 +66,6 @@ def test_reasoning_beside_a_rationale(tmp_path: Path) -> None:
         json.dumps({"id": "q", "question": "3 bags of 4?", "answer": "12", "samples": samples}) + "\n", encoding="utf-8"
     )
     (found,) = load_questions(path).questions
-    assert [r.text for r in found.positives] == ["3 times 4 is 12.", "I add 4 three times."] and found.votes == {"12": 2}
+    assert [r.text for r in found.positives] == ["3 times 4 is 12.", "I add 4 three times."] and found.votes == {
+        "12": 2
+    }

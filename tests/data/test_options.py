@@ -25,8 +25,10 @@ def read(text: str, options: tuple[str, ...] = OPTIONS) -> str | None:
         "It isn't the kettle.",
         "The least plausible answer is B.", "The second best option is B.", "The kettle might work.",
         "If B, then it boils.",
-        "B ist falsch.", "Ich würde B nicht wählen.", "Alles außer dem kettle.", "B est fausse.", "Je ne choisis pas B.",
-        "La B es incorrecta.", "No elijo B.", "La B è sbagliata.", "Non scelgo B.", "A B está errada.", "Não escolho B.",
+        "B ist falsch.", "Ich würde B nicht wählen.", "Alles außer dem kettle.", "B est fausse.",
+        "Je ne choisis pas B.",
+        "La B es incorrecta.", "No elijo B.", "La B è sbagliata.", "Non scelgo B.", "A B está errada.",
+        "Não escolho B.",
         "Вариант B неверный.", "Не B.", "不选B。", "B选项是错的。", "B不对。", "Bではない。", "Bは間違いです。",
         "Answer: not B", "The answer is not B.", "I was going to say B, but the ladder is longer.",
     ],
@@ -44,10 +46,12 @@ def test_what_is_denied_is_not_chosen(text):
         "B fits.",
         "The answer is B because A is no vessel.", "The answer is a kettle because a spoon is small.", "B works.",
         "Also B.", "Die Antwort ist B, nicht A.", "Die richtige Antwort ist nicht A, sondern B.", "B ist richtig.",
-        "Donc B.", "La réponse est B, pas A.", "La respuesta es B, no A.", "Por lo tanto, B.", "La risposta è B, non A.",
+        "Donc B.", "La réponse est B, pas A.", "La respuesta es B, no A.", "Por lo tanto, B.",
+        "La risposta è B, non A.",
         "Quindi B.", "A resposta é B, não A.", "A alternativa correta é a B.", "Значит, B.", "Ответ: B, а не A",
         "答案是B，不是C。", "答案不是A，而是B。", "所以选B。", "答えはBです。", "よってB。", "Q: Which one?\nA: B",
-        "- A) spoon: wrong\n- B) kettle: correct\n- C) ladder: wrong", "A: no\nB: yes\nC: no", "B (kettle)", "kettle (B)",
+        "- A) spoon: wrong\n- B) kettle: correct\n- C) ladder: wrong", "A: no\nB: yes\nC: no", "B (kettle)",
+        "kettle (B)",
     ],
 )  # fmt: skip
 def test_what_is_settled_on_is_chosen(text):
@@ -59,7 +63,8 @@ def test_what_is_settled_on_is_chosen(text):
     [
         "Answer: (A)(C)", "Answer: A; C", "Answer: A, C", "Answer: A\nC", "Answer: AC", "A & C", "A oder C", "A et C",
         "A y C",
-        "A e C", "A и C", "A和C", "AまたはC", "Answer: A, perhaps C", "A (kettle)", "A. kettle", "(A) kettle", "ladder (B)",
+        "A e C", "A и C", "A和C", "AまたはC", "Answer: A, perhaps C", "A (kettle)", "A. kettle", "(A) kettle",
+        "ladder (B)",
         "The answer is A. kettle", "- A) spoon: stirs\n- B) kettle: boils\n- C) ladder: leads up",
         "**A**: stirring. **B**: boiling. **C**: climbing.", "A: yes\nB: yes\nC: no", "A fire kettle.",
         "(B) kettle. So the spoon.",
@@ -75,8 +80,10 @@ NUMBERS = Choices(("4", "24", "40", "2"))
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("6*4=24", "24"), ("6 * 4 = 26.", None), ("The answer is 4.2.", None), ("The answer is -4.", None), ("4 000", None),
-        ("The answer is at most 4.", None), ("The answer is 2.40", None), ("The answer is more than 40.", None), ("4", "4"),
+        ("6*4=24", "24"), ("6 * 4 = 26.", None), ("The answer is 4.2.", None), ("The answer is -4.", None),
+        ("4 000", None),
+        ("The answer is at most 4.", None), ("The answer is 2.40", None), ("The answer is more than 40.", None),
+        ("4", "4"),
         ("The answer is 4 million.", None), ("The answer is (B) 24.", "24"), ("(B) 40", None), ("(B) 24.5", None),
         ("B", "24"),
         ("We get 40.", "40"), ("It is 4 or 40.", None), ("The answer is 24.0", "24"), ("\\boxed{24}", "24"),
@@ -89,7 +96,8 @@ def test_options_that_are_numbers(text, answer):
 @pytest.mark.parametrize(
     ("options", "text", "answer"),
     [
-        (("C", "B", "A"), "(A)", "(a) C"), (("C", "B", "A"), "It is blood group A.", None), (("C", "B", "A"), "A", None),
+        (("C", "B", "A"), "(A)", "(a) C"), (("C", "B", "A"), "It is blood group A.", None),
+        (("C", "B", "A"), "A", None),
         (("yes", "no", "maybe"), "There is no reason.", None), (("yes", "no", "maybe"), "No one can say.", None),
         (("yes", "no", "maybe"), "The answer is no.", "no"), (("yes", "no", "maybe"), "No.", "no"),
         (("bus", "bus stop", "stop"), "One waits at the bus stop.", "bus stop"),
@@ -108,7 +116,8 @@ def test_options_that_hold_each_other_or_are_little_words(options, text, answer)
     ("text", "answer"),
     [
         ("B", "B"), ("The answer is (b).", "B"), ("Answer: C) a kettle", "C"), ("So B.", "B"), ("B is wrong.", None),
-        ("A dog barks.", None), ("The answer is unknown.", None), ("The answer is not clear.", None), ("Answer: BC", None),
+        ("A dog barks.", None), ("The answer is unknown.", None), ("The answer is not clear.", None),
+        ("Answer: BC", None),
         ("It cannot be said.", None), ("The answer is that nobody knows.", None), ("Die Antwort ist unklar.", None),
         ("The answer is a kettle.", None), ("La réponse est inconnue.", None), ("答案不明。", None),
     ],

@@ -20,7 +20,8 @@ def number(text: str, decimal: str = "point") -> str | None:
 @pytest.mark.parametrize(
     "said",
     [
-        "7 thirds", "7 halves", "7 and a bit or eight", "7 and two fifths", "7 thousand and twenty", "7 dozen", "7 lakh",
+        "7 thirds", "7 halves", "7 and a bit or eight", "7 and two fifths", "7 thousand and twenty", "7 dozen",
+        "7 lakh",
         "7-eight", "7 to eight", "7 days and four hours", "7 blue and five green ones", "four hours and 7 minutes",
         "two and 1/7",
         "7 at most", "7 jars or more", "7 or fewer", ">=7", "above 7", "close to 7", "anything but 7",
@@ -36,8 +37,10 @@ def test_no_single_number(said):
 @pytest.mark.parametrize(
     "text",
     [
-        "Die Antwort ist 7 Dutzend.", "Die Antwort ist mehr als 7.", "Die Antwort ist 7.15 Uhr.", "La réponse est au moins 7.",
-        "La réponse est 7 et demi.", "La respuesta es 7 y media.", "La respuesta es 7 o más.", "La risposta è 7 e mezzo.",
+        "Die Antwort ist 7 Dutzend.", "Die Antwort ist mehr als 7.", "Die Antwort ist 7.15 Uhr.", "La réponse est au "
+        "moins 7.",
+        "La réponse est 7 et demi.", "La respuesta es 7 y media.", "La respuesta es 7 o más.", "La risposta è 7 e "
+        "mezzo.",
         "La risposta è almeno 7.", "A resposta é 7 e meia.", "A resposta é pelo menos 7.", "Ответ: меньше 7.",
         "Ответ: 7-е место",
         "答案小于7。", "答案是7以下。", "答案是7个半。", "答案是第7个。", "答案是零下7度。", "答えは7未満です。",
@@ -54,15 +57,19 @@ def test_no_single_number_in_other_languages(text):
         "So eleven of the 20 are gone.", "She keeps nine out of 20.", "All 20 are gone, so nothing is left.",
         "She has no plums left after giving away 20.", "So she has twice 20.", "Es bleiben drei von 20.",
         "Il en reste trois sur 20.",
-        "Non resta nessuna delle 20 mele.", "No queda ninguna de las 20.", "Não sobra nenhuma das 20.", "Осталось три из 20.",
-        "20个都没有了。", "So she has 9, which is 4 more than Ann.", "So a = 9 and b = 4.", "a = 9, b = 4", "So n >= 9.",
+        "Non resta nessuna delle 20 mele.", "No queda ninguna de las 20.", "Não sobra nenhuma das 20.", "Осталось три "
+        "из 20.",
+        "20个都没有了。", "So she has 9, which is 4 more than Ann.", "So a = 9 and b = 4.", "a = 9, b = 4",
+        "So n >= 9.",
         "So 3 + 4 != 9.",
         "So it is over 9.", "So she has 9 plums or more.", "So there are at most 9.", "So it was on March 9.",
         "It is half past 9.",
         "2 * 10 = 20.\n\nNote: 3 other ways exist.", "20\n\nConfidence: 95%", "20 plums.\n\nSource: page 4",
         "2 * 10 = 20\n\n[1] A book",
-        "I checked this 2 times.", "Round to 2 decimal places.", "a) 9\nb) 4", "Ann: 9\nTom: 4", "| plums | 9 |\n| figs | 4 |",
-        "a = 9\nb = 4", "**Answer:**\n9 plums\n4 figs", "Answer: 9 hours\n4 minutes", "**Answer:**\n- plums: 9\n- figs: 4",
+        "I checked this 2 times.", "Round to 2 decimal places.", "a) 9\nb) 4", "Ann: 9\nTom: 4", "| plums | 9 |\n| "
+        "figs | 4 |",
+        "a = 9\nb = 4", "**Answer:**\n9 plums\n4 figs", "Answer: 9 hours\n4 minutes", "**Answer:**\n- plums: 9\n- "
+        "figs: 4",
         "The answers are:\n9\n4",
     ],
 )  # fmt: skip
@@ -73,7 +80,8 @@ def test_a_number_that_is_not_the_answer(text):
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("**Final answer:**\n\n- 20 plums", "20"), ("Plums: 9\nFigs: 4\nTotal: 13", "13"), ("So the two boys have 20.", "20"),
+        ("**Final answer:**\n\n- 20 plums", "20"), ("Plums: 9\nFigs: 4\nTotal: 13", "13"),
+        ("So the two boys have 20.", "20"),
         ("There are 20 left after the two days.", "20"), ("So each of the three friends gets 20.", "20"),
         ("Answer: 20\n\n10 * 2", "20"),
         ("Answer: 20\n2 * 10 = 20", "20"), ("The answer is 20 plums for each of the two boys.", "20"),
@@ -125,7 +133,9 @@ def test_written_decimals_are_kept_in_a_vote():
     for texts in (("5.00", "5.001"), ("2.50", "2.504"), ("1.00", "0.999")):
         for reply in (False, True):
             samples = [
-                Rationale(f"It is so, {n}. The answer is {text}." if reply else f"r{n}", None if reply else text, reply=reply)
+                Rationale(
+                    f"It is so, {n}. The answer is {text}." if reply else f"r{n}", None if reply else text, reply=reply
+                )
                 for n, text in enumerate(texts)
             ]
             assert len(vote(samples, task="number").votes) == 1, (texts, reply)

@@ -63,7 +63,10 @@ def test_reasoning_is_never_voted_on(text, answer):
 def test_thinking_is_the_rationale_where_there_is_no_other():
     own = "<think>two sevens</think>\nEach bag has 7, so 2 * 7 = 14.\nThe answer is 14."
     bare = "<think>two sevens</think>\n\\boxed{14}"
-    assert [read_reply(text, "number").rationale for text in (own, bare)] == ["Each bag has 7, so 2 * 7 = 14.", "two sevens"]
+    assert [read_reply(text, "number").rationale for text in (own, bare)] == [
+        "Each bag has 7, so 2 * 7 = 14.",
+        "two sevens",
+    ]
     for thinking, rationale in (
         ("drop", "Each bag has 7, so 2 * 7 = 14."),
         ("keep", "two sevens\n\nEach bag has 7, so 2 * 7 = 14."),
@@ -85,10 +88,12 @@ def test_thinking_is_the_rationale_where_there_is_no_other():
     [
         "\\boxed{14}", "so $\\boxed{\\text{14}}$.", "\\boxed{3} no, \\boxed{14}", "#### 14", "2*7\n#### 14 bags",
         "**Final Answer:** 14",
-        "**Final Answer**\n\n14", "### Final Answer\n$14$", "Final Answer: The final answer is $14$. I hope it is correct.",
+        "**Final Answer**\n\n14", "### Final Answer\n$14$", "Final Answer: The final answer is $14$. I hope it is "
+        "correct.",
         "The answer is 14.", "The answer is: 14", "So the final answer is therefore 14 bags.", "Answer: 14",
         "*Answer*: **14**",
-        "> Answer: 14", "Answer - 14", "The answer to the question is 14.", "The answer should be 14 because 2 * 7 = 14.",
+        "> Answer: 14", "Answer - 14", "The answer to the question is 14.", "The answer should be 14 because 2 * 7 = "
+        "14.",
         "The answer is 14, since each of the 2 bags has 7.", "The answer is 14 (2 * 7).",
         "The answer is 14. This answer is right since 2 and 7.",
         "Die Antwort ist 14.", "Die richtige Antwort lautet 14 Taschen.", "Antwort: 14", "Endergebnis: 14",
@@ -100,7 +105,8 @@ def test_thinking_is_the_rationale_where_there_is_no_other():
         "Ответ равен 14.",
         "答案是14。", "最终答案为：14个", "答：14", "答えは14個です。", "答え：14",
         "正解は14です。", '{"answer": 14}', '{"answer": "14"}',
-        "There are 14.", "2 * 7 = 14 bags", "2 bags of 7 make 14.", "That gives 14 in all.", "14 are left.", "She gets 14.",
+        "There are 14.", "2 * 7 = 14 bags", "2 bags of 7 make 14.", "That gives 14 in all.", "14 are left.",
+        "She gets 14.",
         "14 bags",
         "Es bleiben 14.", "Il reste 14 sacs.", "Quedan 14.",
         "Restano 14.", "Restam 14.", "Остаётся 14.", "共14个。", "残りは14個。",
@@ -120,7 +126,8 @@ def test_the_answer_is_found(text):
         "Not enough information about the 7.",
         "Answer: 5-7", "Answer: $5-$7", "The answer is 5 or 6.", "The answer is 5 to 7 bags.",
         "The answer is between 5 and 7.", "Answer: 5:30",
-        "The answer is 3 hours and 20 minutes.", "Answer: 5 ft 3 in", "\\boxed{\\sqrt{2}}", "\\boxed{2\\pi}", "Answer: 2x",
+        "The answer is 3 hours and 20 minutes.", "Answer: 5 ft 3 in", "\\boxed{\\sqrt{2}}", "\\boxed{2\\pi}",
+        "Answer: 2x",
         "\\boxed{3 + 4}",
         "The answer is at least 5.", "The answer is not 5.", "The answer is 5, but let me check.",
         "If the answer is 5, then 6.",
@@ -176,7 +183,8 @@ def test_numbers_in_any_writing(written, value):
 
 
 @pytest.mark.parametrize(
-    ("written", "value"), [("3.000", "3000"), ("3 000", "3000"), ("3,5", "3.5"), ("1.234,56", "1234.56"), ("3{,}5", "3.5")]
+    ("written", "value"),
+    [("3.000", "3000"), ("3 000", "3000"), ("3,5", "3.5"), ("1.234,56", "1234.56"), ("3{,}5", "3.5")],
 )
 def test_decimal_commas(written, value):
     assert read_reply(f"Die Antwort ist {written}.", "number", decimal="comma").answer == value
@@ -324,7 +332,13 @@ wordings = st.sampled_from(
      "The answer is {} because 2 + 2 = 4.", "The answer is {}.\n\nQ: What is 5?\nA: The answer is 5.")
 )  # fmt: skip
 befores = st.sampled_from(
-    ("", "There are 3 and 5 of them.\n", "<think>the answer is 77</think>\n", "Maybe 3? No. ", "First the answer is 3.\nNo: ")
+    (
+        "",
+        "There are 3 and 5 of them.\n",
+        "<think>the answer is 77</think>\n",
+        "Maybe 3? No. ",
+        "First the answer is 3.\nNo: ",
+    )
 )
 
 
@@ -389,7 +403,8 @@ HOSTILE = {
 def test_a_hostile_reply_ends(kind):
     code = (
         "import sys; from qcrd_fast.config import TASKS; from qcrd_fast.data.replies import read_reply, parse_choices\n"
-        "text = sys.stdin.read()\nfor task in TASKS: read_reply(text, task, parse_choices(text) if task == 'choice' else ())"
+        "text = sys.stdin.read()\nfor task in TASKS: read_reply(text, task, parse_choices(text) if task == 'choice' "
+        "else ())"
     )
     run = subprocess.run([sys.executable, "-c", code], input=HOSTILE[kind].encode(), capture_output=True, timeout=60)
     assert run.returncode == 0, run.stderr.decode()[-500:]
@@ -435,7 +450,8 @@ def test_more_options(text):
     [
         "```think\nthe answer is 9\n```\nIt is 14.", "```reasoning\n9\n```\n\\boxed{14}",
         "&lt;think&gt;so 9&lt;/think&gt;\n14",
-        "<cot>the answer is 9</cot>\nThe answer is 14.", "<Thinking>9</Thinking><Answer>14</Answer>", "<ANSWER>14</ANSWER>",
+        "<cot>the answer is 9</cot>\nThe answer is 14.", "<Thinking>9</Thinking><Answer>14</Answer>",
+        "<ANSWER>14</ANSWER>",
         "<final_answer>14</final_answer>", "<b>14</b>", "<p>The answer is <strong>14</strong>.</p>",
         "It is <span>14</span>.<br/>",
         "<s>14</s>", "<pad><pad> 14</s>", "<bos>The answer is 14.<eos>",
@@ -479,7 +495,8 @@ def test_formulas_and_texts_among_words(task, text, answer):
     [
         ("2 * 7 = 14. We conclude that the answer is 14.", "2 * 7 = 14."),
         ("2 * 7 = 14. Somit ist die Antwort 14.", "2 * 7 = 14."),
-        ("The answer is 14, as each bag has 7.", "The answer is 14, as each bag has 7."), ("Answer: 14\n2*7=14", "2*7=14"),
+        ("The answer is 14, as each bag has 7.", "The answer is 14, as each bag has 7."),
+        ("Answer: 14\n2*7=14", "2*7=14"),
         ("2 * 7 = 14. So the number of all bags is \\boxed{14}.", "2 * 7 = 14."),
         ('{"rationale": "2*7", "answer": 14}', "2*7"),
         ("2 * 7 = 14. La réponse est donc 14.", "2 * 7 = 14."),
@@ -502,15 +519,19 @@ def test_a_closing_option_is_no_rationale():
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("So it is \\boxed{18}.", "18"), ("We get -\\boxed{18}.", "-18"), ("That is minus $\\boxed{18}$ degrees.", "-18"),
-        ("\\boxed{18} thousand", "18000"), ("$\\boxed{1.8} \\times 10^{3}$", "1800"), ("\\boxed{18} jars in all.", "18"),
+        ("So it is \\boxed{18}.", "18"), ("We get -\\boxed{18}.", "-18"),
+        ("That is minus $\\boxed{18}$ degrees.", "-18"),
+        ("\\boxed{18} thousand", "18000"), ("$\\boxed{1.8} \\times 10^{3}$", "1800"),
+        ("\\boxed{18} jars in all.", "18"),
         ("\\textbf{So \\boxed{18}}", "18"), ("Step one gives \\boxed{4}. Then \\boxed{18}.", "18"),
         ("\\boxed{4} wait, \\boxed{18}", "18"),
         ("If a box holds 6, three hold \\boxed{18}.", "18"), ("\\boxed{18} is the answer.", "18"),
         ("It cannot be \\boxed{18}.", None), ("Das ist nicht \\boxed{18}.", None), ("n \\le \\boxed{18}", None),
         ("She has more than \\boxed{18}.", None), ("Mindestens \\boxed{18}", None), ("$\\sqrt{\\boxed{18}}$", None),
-        ("$\\dfrac{1}{\\boxed{18}}$", None), ("$2^{\\boxed{18}}$", None), ("$3 + \\boxed{18}$", None), ("$\\boxed{18}y$", None),
-        ("\\boxed{18} weeks and 2 days", None), ("\\boxed{18} or 19", None), ("Would it be \\boxed{18}? It would not.", None),
+        ("$\\dfrac{1}{\\boxed{18}}$", None), ("$2^{\\boxed{18}}$", None), ("$3 + \\boxed{18}$", None),
+        ("$\\boxed{18}y$", None),
+        ("\\boxed{18} weeks and 2 days", None), ("\\boxed{18} or 19", None),
+        ("Would it be \\boxed{18}? It would not.", None),
         ("\\boxed{18} red and \\boxed{4} blue jars", None), ("$a=\\boxed{18}$; $b=\\boxed{4}$", None),
         ("\\boxed{18} \\qquad \\boxed{4}", None), ("$\\boxed{9 + 9} = \\boxed{18}$", "18"),
         ("\\boxed{18} and again \\boxed{18}", "18"),
@@ -526,13 +547,19 @@ def test_what_stands_around_a_box(text, answer):
         "The answer is 9. Wait, 3 * 6 = 18.", "The answer is 9.\n\nHmm, that is wrong.", "Answer: 9\nNo, 18.",
         "The answer is 9, I mean 18.",
         "The answer is 9 - sorry, 18.", "#### 9\nLet me recompute: 18.", "The answer is 9. Oops, I forgot 9.",
-        "Die Antwort ist 9. Moment, das stimmt nicht.", "La réponse est 9. Attends, 18.", "La respuesta es 9. Espera, es 18.",
-        "La risposta è 9. Aspetta, 18.", "A resposta é 9. Espere, 18.", "Ответ: 9. Подожди, 18.", "答案是9。等等，不对，18。",
+        "Die Antwort ist 9. Moment, das stimmt nicht.", "La réponse est 9. Attends, 18.", "La respuesta es 9. Espera, "
+        "es 18.",
+        "La risposta è 9. Aspetta, 18.", "A resposta é 9. Espere, 18.", "Ответ: 9. Подожди, 18.",
+        "答案是9。等等，不对，18。",
         "答えは9です。いや、18です。",
-        "I do not believe the answer is 9.", "Ann says that the answer is 9.", "A common error is that the answer is 9.",
-        "It would be wrong to claim that the answer is 9.", "The answer is 9, which is incorrect.", "The answer 9 is wrong.",
-        "The answer is 9 is false.", "Es stimmt nicht, dass die Antwort 9 ist.", "Falls die Antwort 9 ist, ist sie klein.",
-        "La réponse n'est pas 9.", "La respuesta no es 9.", "La risposta non è 9.", "A resposta não é 9.", "Ответ не 9.",
+        "I do not believe the answer is 9.", "Ann says that the answer is 9.",
+        "A common error is that the answer is 9.",
+        "It would be wrong to claim that the answer is 9.", "The answer is 9, which is incorrect.", "The answer 9 is "
+        "wrong.",
+        "The answer is 9 is false.", "Es stimmt nicht, dass die Antwort 9 ist.", "Falls die Antwort 9 ist, ist sie "
+        "klein.",
+        "La réponse n'est pas 9.", "La respuesta no es 9.", "La risposta non è 9.", "A resposta não é 9.",
+        "Ответ не 9.",
         "The answer is rounded to 2 decimals.", "The answer is on line 9.", "The answer is 9 when there are 3 bags.",
         "The answer is triple 9.", "The answer is the cube root of 27.", "La réponse est le double de 9.",
     ],

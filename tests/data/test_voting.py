@@ -39,7 +39,12 @@ def test_the_same_rationale_with_the_same_answer_counts_once():
 def test_what_cannot_vote_is_dropped_and_counted():
     rows = [*samples("1", None, "", "x", "1"), Rationale("  ", "2")]
     result = vote(rows, task="number")
-    assert result.votes == {"1": 2, "2": 1} and result.dropped == 3 and result.without_rationale == 1 and not result.negatives
+    assert (
+        result.votes == {"1": 2, "2": 1}
+        and result.dropped == 3
+        and result.without_rationale == 1
+        and not result.negatives
+    )
 
 
 def test_all_empty_none_and_one():

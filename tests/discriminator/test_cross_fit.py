@@ -20,7 +20,8 @@ OPTIONS = dict(discriminator_learning_rate=2e-2, discriminator_batch_size=8)
 
 
 def make_questions(count, told_by=None, seed=0):
-    """Questions with two right and one wrong rationale of random words. `told_by`: the word that right ones begin with."""
+    """Questions with two right and one wrong rationale of random words. `told_by`: the word that right ones begin
+    with."""
     rng = random.Random(seed)
 
     def text(right):
@@ -156,7 +157,9 @@ def test_no_gold_and_the_split():
     )
     assert is_right(row, row.positives[0], True) and not is_right(wrong, wrong.positives[0], True)
     assert is_right(wrong, wrong.negatives[0], False)  # the majority erred
-    assert is_right(Question("q", "?"), Rationale("x"), True) and not is_right(Question("q", "?"), Rationale("x"), False)
+    assert is_right(Question("q", "?"), Rationale("x"), True) and not is_right(
+        Question("q", "?"), Rationale("x"), False
+    )
 
 
 # ---- Platt scaling ----

@@ -41,19 +41,30 @@ def make_tokenizer(**special):
 
 
 def make_llama():
-    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    sizes = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
     return LlamaForCausalLM(LlamaConfig(vocab_size=18, **sizes))
 
 
 def make_t5(dropout=0.0):
     config = T5Config(
-        vocab_size=18, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, dropout_rate=dropout, decoder_start_token_id=0
+        vocab_size=18,
+        d_model=16,
+        d_kv=8,
+        d_ff=16,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=dropout,
+        decoder_start_token_id=0,
     )
     return T5ForConditionalGeneration(config)
 
 
 def make_question(name, positives, negatives=()):
-    positives, negatives = (tuple(Rationale(text=text, answer="1") for text in texts) for texts in (positives, negatives))
+    positives, negatives = (
+        tuple(Rationale(text=text, answer="1") for text in texts) for texts in (positives, negatives)
+    )
     return Question(id=name, question="how many", positives=positives, negatives=negatives)
 
 
@@ -108,7 +119,8 @@ def test_loss_by_hand_and_gradient(kind):
 
 
 def test_a_shift_of_all_scores_is_nothing_to_eq_2():
-    """It fixes differences of scores and not their level, by which Eq. 6 and 7 weigh (docs/method.md); bce fixes both."""
+    """It fixes differences of scores and not their level, by which Eq. 6 and 7 weigh (docs/method.md); bce fixes
+    both."""
     score, question, positive = torch.tensor(SCORES).double(), torch.tensor(QUESTIONS), torch.tensor(POSITIVE)
     for kind, same in (("ratio", True), ("infonce", True), ("bce", False)):
         before, after = (discriminator_loss(score + shift, question, positive, kind)[0] for shift in (0.0, 0.05))
@@ -251,7 +263,9 @@ def test_auto_makes_an_own_encoder_for_a_decoder_only_student(tokenizer):
 
 
 def test_named_encoders_load_from_safetensors_only(tmp_path, tokenizer):
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=24)
+    sizes = dict(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=24
+    )
     bert = BertModel(BertConfig(vocab_size=18, **sizes))
     for folder, model in (("bert", bert), ("t5", make_t5())):
         model.save_pretrained(tmp_path / folder)
@@ -379,7 +393,10 @@ def test_update_takes_questions_with_both_classes_alone(small, monkeypatch):
     assert trainer.pretrain([empty], 5) is None and trainer.pretrain([bare], 0) is None
     assert all(torch.equal(before[name], tensor) for name, tensor in small.state_dict().items()) and not seen
     trainer.update([both, bare, empty], {"bare": ["four"]}, 0)
-    assert sorted((e.id, *e.positives, *e.negatives) for [e] in seen) == [("bare", "one", "four"), ("both", "one", "two")]
+    assert sorted((e.id, *e.positives, *e.negatives) for [e] in seen) == [
+        ("bare", "one", "four"),
+        ("both", "one", "two"),
+    ]
     seen.clear()
     trainer.update([make_question(f"q{i}", ["one"], ["two"]) for i in range(5)], {}, 1)
     assert len(seen) == 3 and max(Counter(e.id for [e] in seen).values()) == 1

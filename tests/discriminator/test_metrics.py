@@ -26,7 +26,11 @@ def test_auc_counts_pairs_with_ties_and_weights() -> None:
     weight = rng.integers(0, 3, (5, 40)).astype(float)
     assert auc(score, positive) == pytest.approx(pairs(score, positive), abs=1e-12)
     assert auc(score, positive, weight) == pytest.approx([pairs(score, positive, w) for w in weight], abs=1e-12)
-    assert auc([0.1, 0.9], [False, True]) == 1 and auc([0.9, 0.1], [False, True]) == 0 and auc([1, 1], [False, True]) == 0.5
+    assert (
+        auc([0.1, 0.9], [False, True]) == 1
+        and auc([0.9, 0.1], [False, True]) == 0
+        and auc([1, 1], [False, True]) == 0.5
+    )
 
 
 def test_without_a_pair_there_is_no_auc() -> None:
@@ -64,7 +68,8 @@ def test_many_rationales_are_resampled_in_chunks(monkeypatch) -> None:
 def test_within_questions_each_question_counts_once() -> None:
     score = [0.9, 0.1, 0.2, 0.8, 0.3, 0.5]
     positive = [True, False, True, False, False, True]
-    assert auc_within(score, positive, ["a", "a", "b", "b", "b", "c"]) == pytest.approx(0.5)  # a: 1, b: 0, c has no pair
+    # a: 1, b: 0, c has no pair
+    assert auc_within(score, positive, ["a", "a", "b", "b", "b", "c"]) == pytest.approx(0.5)
 
 
 def test_calibration_by_hand() -> None:

@@ -21,7 +21,8 @@ from tests.support.students import make_llama, make_t5
 pytestmark = pytest.mark.slow
 
 COMMON = {
-    "iteration_steps": 5, "negative_lag": 1, "max_new_tokens": 6, "learning_rate": 5e-4, "discriminator_pretrain_steps": 2,
+    "iteration_steps": 5, "negative_lag": 1, "max_new_tokens": 6, "learning_rate": 5e-4,
+    "discriminator_pretrain_steps": 2,
     "discriminator_folds": 2, "discriminator_min_auc": 0.0, "scheme": "minmax", "negative_source": "lagged",
     "quality": "discriminator",
     "discriminator_update_batches": 1, "sample_batch_size": 4, "max_answer_tokens": 4, "delta": 8.0, "ddp_timeout": 60,
@@ -41,7 +42,8 @@ def students(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def run_all(students, rows_file, tmp_path_factory):
-    """Runs named scenarios one after another in a warm process; {name: (exit code by rank, seconds by rank, run folder)}."""
+    """Runs named scenarios one after another in a warm process; {name: (exit code by rank, seconds by rank, run
+    folder)}."""
 
     def run(scenarios: dict[str, dict], float64: bool = False) -> dict[str, tuple[list[int], list[float], Path]]:
         root = tmp_path_factory.mktemp("runs")
@@ -163,7 +165,8 @@ def test_a_run_goes_on_with_another_number_of_processes(run_all):
 
 
 def test_a_rank_that_is_lost_ends_the_others(run_all):
-    """Trial 12: killed, the other ends within ten seconds; stopped, at the timeout; asked to end, both save the same step."""
+    """Trial 12: killed, the other ends within ten seconds; stopped, at the timeout; asked to end, both save the same
+    step."""
     options = {"max_steps": 8, "save_steps": 2} | TWO
     inject = {"rank": 1, "step": 3}
     runs = run_all(
@@ -206,14 +209,31 @@ def test_three_ranks_killed_and_resumed(run_all, students):
 
 def test_torchrun_starts_it(students, rows_file, tmp_path):
     """The command of the documentation; the results are printed once."""
-    options = COMMON | {"max_steps": 2, "data": rows_file, "student": students["t5"], "output_dir": tmp_path / "run", "seed": 0}
+    options = COMMON | {
+        "max_steps": 2,
+        "data": rows_file,
+        "student": students["t5"],
+        "output_dir": tmp_path / "run",
+        "seed": 0,
+    }
     flags = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qcrd_fast"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "qcrd_fast",
+    ]
     told = subprocess.run([*command, "train", *flags], capture_output=True, text=True, timeout=300)
     assert told.returncode == 0, told.stderr[-3000:]
     assert told.stdout.count("accuracy_untrained") == 1
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
     for refused in (["demo", "--output-dir", str(tmp_path / "demo")], ["train", *flags, "--seeds", "2"]):
         environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
-        told = subprocess.run([sys.executable, "-m", "qcrd_fast", *refused], capture_output=True, text=True, env=environment)
+        told = subprocess.run(
+            [sys.executable, "-m", "qcrd_fast", *refused], capture_output=True, text=True, env=environment
+        )
         assert told.returncode == 2 and "one process" in told.stderr, told.stderr

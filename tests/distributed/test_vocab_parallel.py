@@ -12,7 +12,8 @@ from tests.support.paths import ROOT
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_slices_of_different_sizes_equal_the_whole_head(ranks):
-    """Values and gradients of every rank in float64, and the same refusal on every rank, so that none waits for another."""
+    """Values and gradients of every rank in float64, and the same refusal on every rank, so that none waits for
+    another."""
     command = [sys.executable, "-m", "tests.support.vocab_ranks", str(ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     told = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200)

@@ -124,7 +124,12 @@ def test_random_numbers_belong_to_the_question(student, monkeypatch):
     some = list(range(39, 9, -3))
     settings = SampleSettings(TEMPERATURE, 0, 1.0, max_new_tokens=8, batch_size=4)
     again = sample(
-        student, [sources[i] for i in some], [keys[i] for i in some], settings, iteration=5, indices=[i % 3 for i in some]
+        student,
+        [sources[i] for i in some],
+        [keys[i] for i in some],
+        settings,
+        iteration=5,
+        indices=[i % 3 for i in some],
     )
     assert seen == first and again == [drawn[i] for i in some]
 
@@ -141,7 +146,9 @@ def test_a_full_batch_is_refilled_and_samples_share_their_prompt(student, static
     read, steps = [], []
     real_read, real_step = decoding.Decoder._read, Sampler._step
     monkeypatch.setattr(decoding.Decoder, "_read", lambda self, some: read.extend(some) or real_read(self, some))
-    monkeypatch.setattr(Sampler, "_step", lambda self, active, *rest: steps.append(active) or real_step(self, active, *rest))
+    monkeypatch.setattr(
+        Sampler, "_step", lambda self, active, *rest: steps.append(active) or real_step(self, active, *rest)
+    )
     assert drawn.generate(sources, keys, indices) == wanted
     assert len(read) < 45  # a prompt is read again only where its samples came to different refills
     tokens = sum(map(len, wanted))
@@ -221,7 +228,8 @@ def test_a_draw_can_be_stopped(student):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kind", ["gemma3", "mistral"])
 def test_sliding_windows(kind, tokenizer):
-    """Gemma 3 mixes layers with a window and without, Mistral has one for all; prompts and samples are longer than it."""
+    """Gemma 3 mixes layers with a window and without, Mistral has one for all; prompts and samples are longer than
+    it."""
     from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
 
     shape = dict(
@@ -248,7 +256,8 @@ def test_an_architecture_that_the_engine_cannot_run_goes_through_generate(tokeni
 
     config = BartConfig(
         vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0, eos_token_id=1,
+        bos_token_id=2,
         decoder_start_token_id=1,
     )  # fmt: skip
     student = Student(BartForConditionalGeneration(config).eval(), tokenizer, PromptSettings())

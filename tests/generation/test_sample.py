@@ -53,7 +53,9 @@ def student(request):
     return Student.load(str(request.getfixturevalue(request.param)), PromptSettings())
 
 
-QUESTIONS = [f"Ann has {n} apples. Ann finds {n + 1} apples, then loses 2 apples." for n in range(2, 9)] + ["Ben has 3 pens."]
+QUESTIONS = [f"Ann has {n} apples. Ann finds {n + 1} apples, then loses 2 apples." for n in range(2, 9)] + [
+    "Ben has 3 pens."
+]
 
 
 @pytest.mark.usefixtures("float64")

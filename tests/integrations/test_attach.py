@@ -66,12 +66,15 @@ def student(request, students):
 
 
 def grads(model):
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("two_pass", [True, False])
 def test_equations(student, two_pass):
-    """Both passes give the loss and gradients of the equations, quality scores included; a second micro-batch adds up."""
+    """Both passes give the loss and gradients of the equations, quality scores included; a second micro-batch adds
+    up."""
     model, collate, delta = student
     reference = copy.deepcopy(model)
     terms = []
@@ -117,7 +120,8 @@ def test_scoring_is_without_dropout_and_leaves_every_mode_as_it_was(t5_folder):
     assert torch.equal(first.nll_R, second.nll_R) and first.loss != second.loss  # dropout is in the training pass alone
     assert model.training and model.decoder.training and not frozen.training
     with torch.no_grad():
-        assert not torch.equal(model(**batch).nll_R, first.nll_R)  # without gradient: one pass, in the mode that there is
+        # without gradient: one pass, in the mode that there is
+        assert not torch.equal(model(**batch).nll_R, first.nll_R)
 
 
 def test_the_model_is_otherwise_itself(student):
@@ -222,14 +226,18 @@ def test_lora(student, monkeypatch):
     for full, first in ((None, True), (None, False), (["lm_head"], False)):
         base = copy.deepcopy(model)
         if full:
-            base.get_output_embeddings().weight = torch.nn.Parameter(base.get_output_embeddings().weight.detach().clone())
+            base.get_output_embeddings().weight = torch.nn.Parameter(
+                base.get_output_embeddings().weight.detach().clone()
+            )
             base.config.tie_word_embeddings = False
             if model.config.is_encoder_decoder:
                 base.config.scale_decoder_outputs = True
         loss_fn = QCRDLoss.for_model(base, delta=delta)
         if first:
             attach(base, loss_fn)
-        config = peft.LoraConfig(task_type=kind, r=2, target_modules=targets, modules_to_save=full, init_lora_weights=False)
+        config = peft.LoraConfig(
+            task_type=kind, r=2, target_modules=targets, modules_to_save=full, init_lora_weights=False
+        )
         adapted = peft.get_peft_model(base, config)
         if not first:
             assert attach(adapted, loss_fn) is adapted

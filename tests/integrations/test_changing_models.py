@@ -1,5 +1,6 @@
-"""`attach` where a model is not as plain as it was: PEFT's states, heads and forwards that are replaced, copies, wrappers, and
-architectures that work in a way of their own. What works agrees with the equations; the rest is refused in words."""
+"""`attach` where a model is not as plain as it was: PEFT's states, heads and forwards that are replaced, copies,
+wrappers, and architectures that work in a way of their own. What works agrees with the equations; the rest is refused
+in words."""
 
 from __future__ import annotations
 
@@ -18,9 +19,13 @@ from tests.integrations.test_attach import ROWS
 from tests.support.eager_equations import assert_same, eager_loss, gradients
 
 SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-OPT = dict(hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, dropout=0.0, max_position_embeddings=64)
+OPT = dict(
+    hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, dropout=0.0, max_position_embeddings=64
+)
 
-PLAIN = [{**row, **{kind: [{"text": r["text"]} for r in row[kind]] for kind in ("positives", "negatives")}} for row in ROWS]
+PLAIN = [
+    {**row, **{kind: [{"text": r["text"]} for r in row[kind]] for kind in ("positives", "negatives")}} for row in ROWS
+]
 
 
 @pytest.fixture
@@ -32,7 +37,9 @@ def build(tokenizer, kind=hf.LlamaForCausalLM, **sizes):
     """A tiny model with an untied head and losses that differ."""
     torch.manual_seed(0)
     sizes = {**SIZES, **sizes} if kind is not hf.OPTForCausalLM else {**OPT, **sizes}
-    model = kind(kind.config_class(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=2, **sizes)).eval()
+    model = kind(
+        kind.config_class(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=2, **sizes)
+    ).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_(std=0.5)
         if model.get_output_embeddings().bias is not None:
@@ -54,7 +61,9 @@ def assert_equations(model, tokenizer):
         out = model(**collate(PLAIN), two_pass=two_pass)
         out.loss.backward()
         assert out.loss.item() == pytest.approx(loss.item(), rel=1e-10)
-        found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad}
+        found = {
+            n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad
+        }
         assert_same(expected, found)
 
 
@@ -80,11 +89,13 @@ def shake(model):
                 p.add_(0.5 * torch.randn_like(p))
 
 
-# ---- PEFT ---------------------------------------------------------------------------------------------------------------
+# ---- PEFT
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_every_state_of_a_head_that_peft_trains(model, tokenizer):
-    """Two adapters with a head of their own, one without: whichever is active, and none, the answer is that of the model."""
+    """Two adapters with a head of their own, one without: whichever is active, and none, the answer is that of the
+    model."""
     peft, config = lora(modules_to_save=["lm_head"])
     adapted = attach(peft.get_peft_model(model, config))
     adapted.add_adapter("second", config)
@@ -155,7 +166,8 @@ def test_prompt_tuning_is_refused_in_words(model, tokenizer):
     assert not prompted._forward_pre_hooks
 
 
-# ---- heads and forwards that are replaced --------------------------------------------------------------------------------
+# ---- heads and forwards that are replaced
+# --------------------------------------------------------------------------------
 
 
 def test_heads_that_are_replaced_after_attach(model, tokenizer):
@@ -237,7 +249,8 @@ def test_a_loss_with_a_models_bias_is_pickled_and_copied(tokenizer, float64):
     assert not list(loss_fn.parameters())
 
 
-# ---- wrappers -----------------------------------------------------------------------------------------------------------
+# ---- wrappers
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_accelerates_mixed_precision_before_and_after_attach(tokenizer):
@@ -287,7 +300,9 @@ def test_fsdp1_after_attach_works_and_before_is_refused(model, tokenizer):
     assert score_then_train(model, batch).loss > 0
     detach(model)
     for call in (attach, QCRDLoss.for_model):
-        with pytest.raises(InputError, match=r"sharded by FullyShardedDataParallel \(FSDP1\): call this before wrapping"):
+        with pytest.raises(
+            InputError, match=r"sharded by FullyShardedDataParallel \(FSDP1\): call this before wrapping"
+        ):
             call(model)
 
 
@@ -296,7 +311,11 @@ class Split(torch.nn.Module):
 
     def __init__(self, head):
         super().__init__()
-        self.weight, self.whole, self.bias = torch.nn.Parameter(head.weight[: len(head.weight) // 2].detach()), head, None
+        self.weight, self.whole, self.bias = (
+            torch.nn.Parameter(head.weight[: len(head.weight) // 2].detach()),
+            head,
+            None,
+        )
 
     def forward(self, hidden):
         return self.whole(hidden)
@@ -340,7 +359,8 @@ def test_tensor_parallelism_is_named(tokenizer):
         torch.distributed.destroy_process_group()
 
 
-# ---- architectures ------------------------------------------------------------------------------------------------------
+# ---- architectures
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -360,14 +380,20 @@ def test_bodies_of_a_way_of_their_own(kind, sizes, tokenizer, float64):
 def test_a_model_of_models_is_refused(tokenizer):
     bert = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     config = hf.EncoderDecoderConfig.from_encoder_decoder_configs(hf.BertConfig(**bert), hf.BertConfig(**bert))
-    with pytest.raises(InputError, match=r"EncoderDecoderModel.*is not supported: no part of it gives the hidden states"):
+    with pytest.raises(
+        InputError, match=r"EncoderDecoderModel.*is not supported: no part of it gives the hidden states"
+    ):
         attach(hf.EncoderDecoderModel(config))
 
 
 @pytest.mark.parametrize("kind", [hf.MixtralForCausalLM, hf.Qwen3MoeForCausalLM])
 def test_a_routers_auxiliary_loss_is_not_dropped_without_a_word(kind, tokenizer):
-    sizes = {"num_local_experts": 2} if kind is hf.MixtralForCausalLM else {"num_experts": 2, "moe_intermediate_size": 8}
-    with pytest.raises(InputError, match="output_router_logits is on, but the router's auxiliary loss would be left out"):
+    sizes = (
+        {"num_local_experts": 2} if kind is hf.MixtralForCausalLM else {"num_experts": 2, "moe_intermediate_size": 8}
+    )
+    with pytest.raises(
+        InputError, match="output_router_logits is on, but the router's auxiliary loss would be left out"
+    ):
         attach(build(tokenizer, kind, head_dim=8, num_experts_per_tok=1, output_router_logits=True, **sizes))
     model = attach(build(tokenizer, kind, head_dim=8, num_experts_per_tok=1, **sizes))
     batch = RationaleCollator(tokenizer, model)(ROWS)

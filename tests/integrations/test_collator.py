@@ -1,4 +1,5 @@
-"""The collator's batch: prompts of the trainer's own, targets already shifted, indices that the loss takes as they are."""
+"""The collator's batch: prompts of the trainer's own, targets already shifted, indices that the loss takes as they
+are."""
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ ROWS = [
         "gold": "5",
         "majority": "5",
         "votes": {"5": 2, "6": None},  # a table's column that another row filled
-        "positives": [{"text": "Add: 3 + 4 = 7. So 7 - 2 = 5 are left.", "answer": "5", "score": 0.75}, "First 3 + 4 = 7."],
+        "positives": [
+            {"text": "Add: 3 + 4 = 7. So 7 - 2 = 5 are left.", "answer": "5", "score": 0.75},
+            "First 3 + 4 = 7.",
+        ],
         "negatives": [{"text": "So 9 - 3 = 6 are left.", "answer": "6", "score": 0.25}],
     },
     {
@@ -52,7 +56,9 @@ def test_prompts_and_targets_are_the_trainers(kind, t5_folder, llama_folder):
     assert batch["question_key"].tolist() == [e.key for e in examples]
     assert batch["question"].tolist() == [0, 0, 0, 0, 1] and batch["is_label"].tolist() == [False] * 3 + [True] * 2
     assert batch["positive"].tolist() == [True, True, False, True, True] and "quality" not in batch
-    assert batch["max_selected_tokens"] == max(len(t) for _, _, t in expected[:2]) + sum(len(t) for _, _, t in expected[2:])
+    assert batch["max_selected_tokens"] == max(len(t) for _, _, t in expected[:2]) + sum(
+        len(t) for _, _, t in expected[2:]
+    )
     for b, (_, prompt, target) in enumerate(expected):
         scored = batch["target"][b] != -100
         assert batch["target"][b][scored].tolist() == target
@@ -74,9 +80,12 @@ def test_batch_fits_the_loss_by_hand(llama_folder, float64):
     batch = RationaleCollator(student.tokenizer, student.model, label="none", quality="score")(
         [dict(ROWS[0], positives=ROWS[0]["positives"][:1])]
     )
-    hidden = student.model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    hidden = student.model.base_model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).last_hidden_state
     out = QCRDLoss(delta=9.0)(
-        hidden, read_head(student.model).weight, batch["target"], batch["rationale"], batch["question"], batch["positive"],
+        hidden, read_head(student.model).weight, batch["target"], batch["rationale"], batch["question"],
+        batch["positive"],
         batch["quality"], num_questions=batch["num_questions"], max_selected_tokens=batch["max_selected_tokens"],
     )  # fmt: skip
     nll = out.nll_R.tolist()
@@ -103,12 +112,20 @@ def test_quality(t5_folder):
 def test_settings(t5_folder):
     tokenizer = AutoTokenizer.from_pretrained(t5_folder)
     collate = RationaleCollator(
-        tokenizer, is_encoder_decoder=True, decoder_start_token_id=2, num_positives=1, max_target_length=4, label="majority"
+        tokenizer,
+        is_encoder_decoder=True,
+        decoder_start_token_id=2,
+        num_positives=1,
+        max_target_length=4,
+        label="majority",
     )
     batch = collate([ROWS[0]])
     assert len(batch["target"]) == 3 and batch["target"].shape[1] == 4 and (batch["decoder_input_ids"][:, 0] == 2).all()
     assert batch["target"][0, -1] != tokenizer.eos_token_id  # cut, so without EOS
-    assert batch["target"][-1].tolist()[:2] == [*tokenizer("5", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    assert batch["target"][-1].tolist()[:2] == [
+        *tokenizer("5", add_special_tokens=False).input_ids,
+        tokenizer.eos_token_id,
+    ]
 
 
 def test_a_batch_without_rationales(t5_folder):

@@ -42,7 +42,9 @@ def test_the_trainers_gradients_are_those_of_the_equations(student, accumulation
 
     class Probe(torch.optim.SGD):
         def step(self, closure=None):
-            found.update({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()})
+            found.update(
+                {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+            )
 
     args = TrainingArguments(
         str(tmp_path), remove_unused_columns=False, max_steps=1, per_device_train_batch_size=3 // accumulation,

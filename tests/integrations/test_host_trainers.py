@@ -1,5 +1,6 @@
-"""Each example of `docs/examples`, run on tiny models: three optimizer steps give the loss and the gradients of the equations,
-worked out from the model's own logits, whatever the accumulation. A host that is not installed is named in the skip."""
+"""Each example of `docs/examples`, run on tiny models: three optimizer steps give the loss and the gradients of the
+equations, worked out from the model's own logits, whatever the accumulation. A host that is not installed is named in
+the skip."""
 
 from __future__ import annotations
 
@@ -49,13 +50,16 @@ def load(folder):
 def middle(model, prompter, rows):
     """A margin that leaves half of the negatives' hinges active."""
     with torch.no_grad():
-        found = [nll(model, prompter, ("explain: ", row["question"]), r["text"]) for row in rows for r in row["negatives"]]
+        found = [
+            nll(model, prompter, ("explain: ", row["question"]), r["text"]) for row in rows for r in row["negatives"]
+        ]
     return round(float(torch.stack(found).median()), 3)
 
 
 @pytest.fixture
 def example(monkeypatch):
-    """example(name) -> (module, record): the example with a margin that suits the tiny models, and what it trained on."""
+    """example(name) -> (module, record): the example with a margin that suits the tiny models, and what it trained
+    on."""
 
     def run(name):
         spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
@@ -90,7 +94,8 @@ def example(monkeypatch):
 
 @pytest.fixture
 def steps(example):
-    """Notes, by name, the parameters before each optimizer step and the gradients after it (Lightning's come within it)."""
+    """Notes, by name, the parameters before each optimizer step and the gradients after it (Lightning's come within
+    it)."""
 
     def start(record):
         def named():
@@ -139,7 +144,13 @@ def host(float64, example, steps, rows, request):
         reference, prompter = copy.deepcopy(model), RationaleCollator(tokenizer, model).prompter
         record["delta"] = middle(model, prompter, rows)
         steps(record)
-        return module, record, model, tokenizer, lambda *args, **options: check(record, reference, prompter, *args, **options)
+        return (
+            module,
+            record,
+            model,
+            tokenizer,
+            lambda *args, **options: check(record, reference, prompter, *args, **options),
+        )
 
     return prepare
 
@@ -166,7 +177,12 @@ def test_hf_trainer(plain, folder, batch_size, accumulation, host, rows, tmp_pat
     from transformers import Trainer
 
     module, record, model, tokenizer, check = host("hf_trainer", folder)
-    settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation, "max_steps": 3, **QUIET}
+    settings = {
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 3,
+        **QUIET,
+    }
     kind = Trainer if plain else module.RationaleTrainer
     trainer = module.train(model, tokenizer, rows, str(tmp_path), kind, learning_rate=1e-3, **settings)
     check(accumulation if batch_size < 9 else (2, 1, 2))
@@ -182,8 +198,14 @@ def test_hf_trainer(plain, folder, batch_size, accumulation, host, rows, tmp_pat
 @pytest.mark.parametrize("batch_size, accumulation", [(4, 1), (1, 4)])
 def test_trl(batch_size, accumulation, host, rows, tmp_path):
     module, _, model, tokenizer, check = host("trl_sft", "llama_folder")
-    settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation, "max_steps": 3, **QUIET}
-    module.train(model, tokenizer, rows, str(tmp_path), bf16=False, **settings)  # TRL's default is bf16, and checkpointing
+    settings = {
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 3,
+        **QUIET,
+    }
+    # TRL's default is bf16, and checkpointing
+    module.train(model, tokenizer, rows, str(tmp_path), bf16=False, **settings)
     check(accumulation)
 
 

@@ -81,7 +81,8 @@ def test_a_conversation_is_its_last_question() -> None:
     ]
     read = functools.partial(student.tokenizer.apply_chat_template, chat_template=found, tokenize=False)
     assert read(chat) == "<s>predict: Tom has 3 nuts.\n"
-    assert read([*chat, {"role": "assistant", "content": "3"}]) == "<s>predict: Tom has 3 nuts.\n3</s>"  # as a trainer reads it
+    # as a trainer reads it
+    assert read([*chat, {"role": "assistant", "content": "3"}]) == "<s>predict: Tom has 3 nuts.\n3</s>"
 
 
 def test_what_is_no_question_is_refused() -> None:
@@ -107,8 +108,8 @@ def test_what_is_no_question_is_refused() -> None:
 
 
 TODAY = (
-    "{% if tools %}{{ tools }}{% endif %}{% if strftime_now is defined %}{{ 'On ' + strftime_now('%d %b %Y') }}{% endif %}"
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if tools %}{{ tools }}{% endif %}{% if strftime_now is defined %}{{ 'On ' + strftime_now('%d %b %Y') }}{% "
+    "endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 

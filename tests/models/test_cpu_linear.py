@@ -69,7 +69,11 @@ def test_copies_state_and_compiled_forwards(layers):
     plain, fast = layers
     assert list(fast.state_dict()) == list(plain.state_dict())
     x = torch.randn(3, 24)
-    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), torch.compile(fast, backend="eager", fullgraph=True)):
+    for other in (
+        copy.deepcopy(fast),
+        pickle.loads(pickle.dumps(fast)),
+        torch.compile(fast, backend="eager", fullgraph=True),
+    ):
         assert error(other(x), plain(x).double()) < 1e-5
 
 

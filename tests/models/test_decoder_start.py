@@ -23,7 +23,10 @@ MODELS = {
     "mbart": (hf.MBartConfig, BART),
     "plbart": (hf.PLBartConfig, BART),
     "m2m100": (hf.M2M100Config, dict(BART, decoder_start_token_id=5)),
-    "t5gemma": (hf.T5GemmaConfig, dict(encoder=GEMMA, decoder=dict(GEMMA, cross_attention_hidden_size=16, bos_token_id=6))),
+    "t5gemma": (
+        hf.T5GemmaConfig,
+        dict(encoder=GEMMA, decoder=dict(GEMMA, cross_attention_hidden_size=16, bos_token_id=6)),
+    ),
 }
 
 
@@ -35,7 +38,9 @@ def tokenizer(t5_folder):
 def build(name, tokenizer):
     kind, sizes = MODELS[name]
     if name == "t5gemma":
-        sizes = {side: dict(sizes[side], vocab_size=len(tokenizer) + 3, pad_token_id=0, eos_token_id=1) for side in sizes}
+        sizes = {
+            side: dict(sizes[side], vocab_size=len(tokenizer) + 3, pad_token_id=0, eos_token_id=1) for side in sizes
+        }
     return hf.AutoModelForSeq2SeqLM.from_config(
         kind(vocab_size=len(tokenizer) + 3, pad_token_id=0, eos_token_id=1, **sizes)
     ).eval()
@@ -49,7 +54,9 @@ def test_the_collator_shifts_as_the_model_does(name, tokenizer):
         batch = RationaleCollator(tokenizer, model, **options)(ROWS)
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or getattr(model, "_shift_right", None)
         if shift is None:
-            assert batch["decoder_input_ids"][:, 0].tolist() == [model.config.decoder_start_token_id] * len(batch["target"])
+            assert batch["decoder_input_ids"][:, 0].tolist() == [model.config.decoder_start_token_id] * len(
+                batch["target"]
+            )
             continue
         scored = batch["target"] != -100
         assert torch.equal(batch["decoder_input_ids"][scored], shift(batch["target"].clone())[scored])

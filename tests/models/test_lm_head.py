@@ -13,12 +13,19 @@ from qcrd_fast.models.lm_head import backbone, check_head, read_head
 
 V = 61
 LLAMA = dict(
-    vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    vocab_size=V,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
 )
 T5 = dict(vocab_size=V, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
 GEMMA = dict(LLAMA, head_dim=8, pad_token_id=0)
 COHERE = dict(LLAMA, logit_scale=0.25, pad_token_id=0, eos_token_id=1, bos_token_id=2)
-BART = dict(vocab_size=V, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+BART = dict(
+    vocab_size=V, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2
+)
 CASES = {  # name: (configuration, scale, softcap, whether there is a bias)
     "t5-tied": (lambda: hf.T5Config(**T5), 0.25, None, False),
     "t5-untied": (lambda: hf.T5Config(**T5, tie_word_embeddings=False), 1.0, None, False),
@@ -119,7 +126,7 @@ def test_the_loss_needs_torch_alone():
     """What belongs to trainers, models and the command line may be missing."""
     code = """
 import sys
-for name in ("transformers", "safetensors", "tokenizers", "click", "numpy", "yaml", "jinja2", "peft", "accelerate", "datasets"):
+for name in "transformers safetensors tokenizers click numpy yaml jinja2 peft accelerate datasets".split():
     sys.modules[name] = None
 import torch
 from qcrd_fast import LogProbOutput, QCRDLoss, contrastive_loss, linear_logprob
@@ -134,5 +141,7 @@ assert not [name for name, module in sys.modules.items() if name.startswith("qcr
 
 def test_import_is_light():
     """The command line takes its lock before torch is imported."""
-    code = "import sys, qcrd_fast; assert 'torch' not in sys.modules and qcrd_fast.version.__version__; qcrd_fast.QCRDLoss"
+    code = (
+        "import sys, qcrd_fast; assert 'torch' not in sys.modules and qcrd_fast.version.__version__; qcrd_fast.QCRDLoss"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,14 @@ import transformers as tf
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.models import packed_attention, prefix_packing
-from qcrd_fast.models.prefix_packing import Group, dense_mask, first_fit_decreasing, group_by_prompt, length_batches, pack_rows
+from qcrd_fast.models.prefix_packing import (
+    Group,
+    dense_mask,
+    first_fit_decreasing,
+    group_by_prompt,
+    length_batches,
+    pack_rows,
+)
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
@@ -20,7 +27,9 @@ from qcrd_fast.ops.linear_logprob import linear_logprob
 pytestmark = pytest.mark.usefixtures("float64")
 IDS = dict(pad_token_id=0, eos_token_id=1, bos_token_id=1)
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-T5 = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+T5 = dict(
+    d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1
+)
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES = {
     "t5": lambda v: tf.T5ForConditionalGeneration(tf.T5Config(**T5, vocab_size=v, dropout_rate=0.0)),
@@ -29,7 +38,8 @@ FAMILIES = {
     "qwen2": lambda v: tf.Qwen2ForCausalLM(tf.Qwen2Config(**IDS, **SMALL, vocab_size=v)),
     "qwen3": lambda v: tf.Qwen3ForCausalLM(tf.Qwen3Config(**IDS, **SMALL, vocab_size=v, head_dim=8)),
     "gpt2": lambda v: tf.GPT2LMHeadModel(
-        tf.GPT2Config(**IDS, vocab_size=v, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        tf.GPT2Config(**IDS, vocab_size=v, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0)
     ),
     "gpt-neox": lambda v: tf.GPTNeoXForCausalLM(
         tf.GPTNeoXConfig(
@@ -78,7 +88,8 @@ def student_of(make, llama_folder) -> Student:
 
 
 def ragged(seed: int, vocab: int) -> tuple[list, list, list]:
-    """(sources, targets, source_of): one target alone, a source without any, targets of 1 and of 40 tokens, mixed order."""
+    """(sources, targets, source_of): one target alone, a source without any, targets of 1 and of 40 tokens, mixed
+    order."""
     rng = random.Random(seed)
     sources = [[rng.randrange(2, vocab) for _ in range(rng.choice((1, 3, 9, 17)))] for _ in range(4)]
     wanted = [0] * rng.randint(2, 7) + [1] + [3] * rng.randint(1, 4)
@@ -91,7 +102,9 @@ def losses_and_gradients(student, sources, targets, source_of, weight_R, **kwarg
     """(negative log-likelihood of each target, every parameter's gradient of a weighted sum of them)."""
     packed = student.hidden(sources, targets, source_of, **kwargs)
     head = student.head
-    logprob = linear_logprob(packed.hidden, head.weight, packed.target, bias=head.bias, scale=head.scale, softcap=head.softcap)
+    logprob = linear_logprob(
+        packed.hidden, head.weight, packed.target, bias=head.bias, scale=head.scale, softcap=head.softcap
+    )
     nll_R = torch.zeros(len(targets)).index_add(0, packed.segment, -logprob)
     student.model.zero_grad(set_to_none=True)
     (nll_R * weight_R).sum().backward()

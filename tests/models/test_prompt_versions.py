@@ -30,14 +30,21 @@ def test_the_first_version(kind: str) -> None:
     for question in (QUESTION, "a </s><s> b"):
         apart = [*tokenizer(PREDICT + question).input_ids, *tokenizer("\n", add_special_tokens=False).input_ids]
         assert old.source_ids(PREDICT, question) == apart
-    assert old.target_ids("</s> 3") == [*tokenizer("</s> 3", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    assert old.target_ids("</s> 3") == [
+        *tokenizer("</s> 3", add_special_tokens=False).input_ids,
+        tokenizer.eos_token_id,
+    ]
     assert new.source_ids(PREDICT, QUESTION) == tokenizer(PREDICT + QUESTION + "\n").input_ids
     differs = old.source_ids(PREDICT, QUESTION) != new.source_ids(PREDICT, QUESTION)
     assert differs == (kind != "bytes")
     found = chat_template(old, (PREDICT, EXPLAIN))
     assert found is None or tokens_sent(tokenizer, found, "a </s><s> b") == old.source_ids(PREDICT, "a </s><s> b")
     assert differs == (found is None)
-    assert PromptSettings.of_state(OLD | {"system": ""}).version == 2 == PromptSettings.of_state(vars(PromptSettings())).version
+    assert (
+        PromptSettings.of_state(OLD | {"system": ""}).version
+        == 2
+        == PromptSettings.of_state(vars(PromptSettings())).version
+    )
     with pytest.raises(InputError, match="version is 1 or 2, or that of a newer"):
         PromptSettings.of_state(OLD | {"version": 3})
 
@@ -54,7 +61,8 @@ def test_an_old_run_is_evaluated_exported_and_resumed_with_its_tokens(tmp_path: 
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sampled_rows(4)), encoding="utf-8")
     run = tmp_path / "run"
     options = TrainConfig(
-        data=str(tmp_path / "rows.jsonl"), validation_fraction=0, student=str(tmp_path / "student"), output_dir=str(run),
+        data=str(tmp_path / "rows.jsonl"), validation_fraction=0, student=str(tmp_path / "student"),
+        output_dir=str(run),
         method="dss", max_steps=2, save_steps=1, max_answer_tokens=2,
     )  # fmt: skip
     train(options)

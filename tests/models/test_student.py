@@ -28,7 +28,9 @@ SOURCE_OF = [0, 1, 0]
 def logprobs(student, sources, targets, source_of, **kwargs):
     packed = student.hidden(sources, targets, source_of, **kwargs)
     head = student.head
-    out = linear_logprob(packed.hidden, head.weight, packed.target, bias=head.bias, scale=head.scale, softcap=head.softcap)
+    out = linear_logprob(
+        packed.hidden, head.weight, packed.target, bias=head.bias, scale=head.scale, softcap=head.softcap
+    )
     return out, packed.segment
 
 
@@ -38,15 +40,22 @@ def test_scores_equal_the_models_own_loss(student):
 
 @pytest.mark.parametrize("kind", ["gemma2", "qwen2", "phi", "gpt2", "t5-untied"])
 def test_heads_of_other_families_are_honoured(kind, llama_folder, tmp_path, float64):
-    """Softcap (Gemma 2), a bias (Phi), no tie (Qwen 2, Phi), a T5 v1.1 that does not scale: after a save and a load too."""
+    """Softcap (Gemma 2), a bias (Phi), no tie (Qwen 2, Phi), a T5 v1.1 that does not scale: after a save and a load
+    too."""
     import transformers as tf
 
     tokenizer = tf.AutoTokenizer.from_pretrained(llama_folder)
     ids = dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=1)
-    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    t5 = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, tie_word_embeddings=False)
+    small = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    t5 = dict(
+        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, tie_word_embeddings=False
+    )
     make = {
-        "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**ids, **small, head_dim=8, final_logit_softcapping=0.5)),
+        "gemma2": lambda: tf.Gemma2ForCausalLM(
+            tf.Gemma2Config(**ids, **small, head_dim=8, final_logit_softcapping=0.5)
+        ),
         "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**ids, **small, tie_word_embeddings=False)),
         "phi": lambda: tf.PhiForCausalLM(tf.PhiConfig(**ids, **small)),
         "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**ids, n_embd=32, n_layer=2, n_head=4)),

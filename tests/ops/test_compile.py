@@ -1,5 +1,5 @@
-"""What the launchers have compiled for GPUs that are not here: matrix instructions, shared memory, spills, programs that share
-a multiprocessor, instructions. `python -m bench.sass` prints the table."""
+"""What the launchers have compiled for GPUs that are not here: matrix instructions, shared memory, spills, programs
+that share a multiprocessor, instructions. `python -m bench.sass` prints the table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ MATRIX = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async",
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of a program, at most
 SPILLS = {"keeps the exponentials, bias": 96}  # bytes, on sm_90, where two programs are worth more
 QUICK = ("plain", "plain, 32 rows", "keeps the exponentials", "noise, no top-k")
-TILE = {80: 490, 86: 490, 89: 490, 90: 470, 100: 260, 120: 520}  # instructions of a plain forward tile beside its products
+# instructions of a plain forward tile beside its products
+TILE = {80: 490, 86: 490, 89: 490, 90: 470, 100: 260, 120: 520}
 Row = dict[str, Any]
 
 pytestmark = [
@@ -34,7 +35,9 @@ def check(rows: list[Row]) -> None:
         capability = row["capability"]
         assert row["shared"] <= SHARED_KIB[capability] * 1024, row
         assert row["spills"] <= (SPILLS.get(row["variant"], 0) if capability == 90 else 0), row
-        if row["kernel"] in ("forward_kernel", "dlogits_kernel", "product_kernel") and not row["variant"].endswith("fp32"):
+        if row["kernel"] in ("forward_kernel", "dlogits_kernel", "product_kernel") and not row["variant"].endswith(
+            "fp32"
+        ):
             assert row["matrix"] == (MATRIX[capability],), row
         if row["kernel"] == "forward_kernel":
             assert row["programs"] == row["counted"], row
@@ -56,7 +59,9 @@ def test_every_variant_on_every_gpu() -> None:
 def test_two_programs_of_an_h100_wherever_tiles_are_narrow(rows: list[Row]) -> None:
     """One's products hide the other's exponentials; the compiler is held to it."""
     narrow = [
-        r for r in rows if r["capability"] == 90 and r["kernel"] in ("forward_kernel", "dlogits_kernel") and r["shared"] < 2**17
+        r
+        for r in rows
+        if r["capability"] == 90 and r["kernel"] in ("forward_kernel", "dlogits_kernel") and r["shared"] < 2**17
     ]
     assert len(narrow) > 15
     for row in narrow:

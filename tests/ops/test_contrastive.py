@@ -27,4 +27,8 @@ def test_a_nan_quality_by_hand():
     quality = torch.tensor([0.9, float("nan"), 0.2])
     for impl in ("eager", "torch"):
         out = contrastive_loss(logprob, rationale, question, positive, quality, impl=impl)
-        assert out.loss.item() == pytest.approx(0.9 + 0.2 * 0.8 * 2.5) and out.selected_R.tolist() == [True, False, True]
+        assert out.loss.item() == pytest.approx(0.9 + 0.2 * 0.8 * 2.5) and out.selected_R.tolist() == [
+            True,
+            False,
+            True,
+        ]

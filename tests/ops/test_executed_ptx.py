@@ -1,5 +1,5 @@
-"""The kernels as they are compiled for GPUs that are not here, executed on the CPU: results, races, bounds. `support.ptx` says
-how; `python -m tests.support.ptx.grid` runs the whole grid."""
+"""The kernels as they are compiled for GPUs that are not here, executed on the CPU: results, races, bounds.
+`support.ptx` says how; `python -m tests.support.ptx.grid` runs the whole grid."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ CASES = [
     *((90, name, "fp32") for name in IN_FP32),
 ]
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel cannot be compiled")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel cannot be compiled"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +55,9 @@ def test_compiled_kernels(capability: int, name: str, dtype: str) -> None:
     assert set(check.kernels) <= set(executed.programs)
     assert all(made.enable_fp_fusion for made in executed.metadata.values())
     products = [
-        made for kernel, made in executed.metadata.items() if kernel in ("forward_kernel", "dlogits_kernel", "product_kernel")
+        made
+        for kernel, made in executed.metadata.items()
+        if kernel in ("forward_kernel", "dlogits_kernel", "product_kernel")
     ]
     assert all((made.maxnreg is not None) == (capability == 90) for made in products)
 
@@ -87,13 +91,16 @@ def test_wide_heads_on_hopper(dtype: str) -> None:
         errors = check_logprob(DTYPES[dtype], CPU, 128, 1024, 300)
     assert judge(errors, dtype), errors
     for kernel in ("forward_kernel", "dlogits_kernel"):
-        assert 144 * 1024 <= executed.metadata[kernel].shared <= 227 * 1024 and executed.metadata[kernel].maxnreg is None
+        assert (
+            144 * 1024 <= executed.metadata[kernel].shared <= 227 * 1024 and executed.metadata[kernel].maxnreg is None
+        )
 
 
 def test_operands_that_the_copy_engine_cannot_fetch() -> None:
     with executing(90) as executed:
         assert product.choose_tile(*torch.empty(2, 128, 1024, dtype=torch.bfloat16)) == Tile(128, 256, 64, 8, 3, True)
-        for rows, H, shift in ((128, 1028, 0), (128, 1024, 1), (64, 1024, 0)):  # a row's bytes, the first one's, few rows
+        # a row's bytes, the first one's, few rows
+        for rows, H, shift in ((128, 1028, 0), (128, 1024, 1), (64, 1024, 0)):
             operand = torch.empty(rows * H + shift, dtype=torch.bfloat16)[shift:].view(rows, H)
             assert not product.choose_tile(operand, operand).descriptors
         errors = check_logprob(torch.bfloat16, CPU, 66, 1028, 130)
@@ -123,8 +130,8 @@ def test_no_noise_is_above_its_bound() -> None:
 
 
 def nearly_tied(B: int, V: int) -> tuple[torch.Tensor, ...]:
-    """(hidden, weight, key, counter): logits of a trained head's spread, and half of them so large that their noisy sums, in
-    fp32, are equal for many entries."""
+    """(hidden, weight, key, counter): logits of a trained head's spread, and half of them so large that their noisy
+    sums, in fp32, are equal for many entries."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.zeros(B, 16, dtype=torch.bfloat16)
     hidden[:, 0], hidden[::2, 1] = 1, 1
@@ -187,7 +194,8 @@ def test_what_is_broken_is_noticed(name, change, head) -> None:
 
 @pytest.mark.parametrize("name, change", list(mutants())[:2], ids=name_of)
 def test_races_are_seen_by_the_search_alone(name, change, head, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a barrier the numbers are right in the usual order: an executor that looked at those alone would be deaf."""
+    """Without a barrier the numbers are right in the usual order: an executor that looked at those alone would be
+    deaf."""
     monkeypatch.setattr(Block, "check_read", lambda *_: None)
     monkeypatch.setattr(Block, "check_write", lambda *_: None)
     call, expected = head
@@ -212,4 +220,6 @@ def test_an_order_that_leaves_other_bytes_is_a_fault() -> None:
 def test_checks_are_the_whole_of_the_kernels() -> None:
     """A kernel that is added is executed too."""
     names = {name for module in (kernels, contrastive, linear_sample) for name in vars(module)}
-    assert {name for check in find_checks(SMALL) for name in check.kernels} == {n for n in names if n.endswith("_kernel")}
+    assert {name for check in find_checks(SMALL) for name in check.kernels} == {
+        n for n in names if n.endswith("_kernel")
+    }

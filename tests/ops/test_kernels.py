@@ -44,18 +44,21 @@ def test_parts_fill_whole_rounds():
 
     assert choose_parts(blocks=1, tiles=251, slots=264) == 62  # few rows: as many parts as have four tiles
     assert choose_parts(blocks=128, tiles=251, slots=264) == 2  # 256 programs, where 3 parts would need a second round
-    assert choose_parts(blocks=200, tiles=251, slots=264) == 5  # 1,000 programs in 4 rounds, not 200 in one that is 3/4 full
+    # 1,000 programs in 4 rounds, not 200 in one that is 3/4 full
+    assert choose_parts(blocks=200, tiles=251, slots=264) == 5
     assert choose_parts(blocks=5000, tiles=251, slots=264) == 1
     assert choose_parts(blocks=1, tiles=1, slots=264) == 1
 
 
-# ---- on a GPU -------------------------------------------------------------------------------------------------------------
+# ---- on a GPU
+# -------------------------------------------------------------------------------------------------------------
 
 gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
 ]
-BUDGET = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # gradients: da is rounded to the operands' type
+# gradients: da is rounded to the operands' type
+BUDGET = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 CASES = {
     "t5-base": dict(T=700, H=768, V=32128, options=dict(scale=768**-0.5)),
     "smollm2": dict(T=129, H=576, V=49152, options=dict()),
@@ -72,7 +75,11 @@ def big_batch(T, H, V, dtype):
     target[::7] = -100 if T > 1 else 0
     ragged = random_batch()
     batch = Batch(
-        hidden, weight, target, *[getattr(ragged, n) for n in ("rationale", "question", "positive", "quality")], weight[:, 0]
+        hidden,
+        weight,
+        target,
+        *[getattr(ragged, n) for n in ("rationale", "question", "positive", "quality")],
+        weight[:, 0],
     )
     return batch.to(dtype, "cuda")
 
@@ -87,7 +94,10 @@ class TestOnGPU:
         T, H, V, options = CASES[name].values()
         batch = big_batch(T, H, V, dtype)
         truth = Batch(
-            **{**vars(batch), **{n: getattr(batch, n).detach().double().requires_grad_() for n in ("hidden", "weight", "bias")}}
+            **{
+                **vars(batch),
+                **{n: getattr(batch, n).detach().double().requires_grad_() for n in ("hidden", "weight", "bias")},
+            }
         )
         weights = torch.randn(T, generator=torch.Generator().manual_seed(3), dtype=torch.float64).cuda()
         weights[1::3] = 0
@@ -120,7 +130,10 @@ class TestOnGPU:
     def test_loss_and_gradients(self, scheme, negative, dtype):
         batch = random_batch().to(dtype, "cuda")
         truth = Batch(
-            **{**vars(batch), **{n: getattr(batch, n).detach().double().requires_grad_() for n in ("hidden", "weight", "bias")}}
+            **{
+                **vars(batch),
+                **{n: getattr(batch, n).detach().double().requires_grad_() for n in ("hidden", "weight", "bias")},
+            }
         )
         outs = []
         for b, impl in ((batch, "triton"), (truth, "eager")):
@@ -220,7 +233,8 @@ class TestOnGPU:
     @pytest.mark.parametrize("top_k", [0, 50])
     @pytest.mark.parametrize("name", ["smollm2", "gemma", "uneven"])
     def test_sampled_tokens(self, name, top_k, dtype):
-        """The tokens that the torch twin draws, but for noisy logits that tie within rounding; captured in a graph too."""
+        """The tokens that the torch twin draws, but for noisy logits that tie within rounding; captured in a graph
+        too."""
         T, H, V, options = CASES[name].values()
         options = {**options, "temperature": 1.5, "top_k": top_k}
         generator = torch.Generator().manual_seed(0)

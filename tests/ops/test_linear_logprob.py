@@ -1,4 +1,5 @@
-"""What `linear_logprob` returns beside log p, and what it accepts and refuses; `tests/test_losses.py` has its numbers."""
+"""What `linear_logprob` returns beside log p, and what it accepts and refuses; `tests/test_losses.py` has its
+numbers."""
 
 import copy
 import math
@@ -71,7 +72,9 @@ def test_a_temperature_for_each_token(head, impl, options):
     options = dict(bias=bias, return_entropy=True, impl=impl, **options)
     shaped = (hidden.reshape(3, 3, 5), weight, target.reshape(3, 3))
     out = linear_logprob(*shaped, temperature=temperature.reshape(3, 3), **options)
-    ones = [linear_logprob(hidden[[i]], weight, target[[i]], temperature=float(temperature[i]), **options) for i in range(9)]
+    ones = [
+        linear_logprob(hidden[[i]], weight, target[[i]], temperature=float(temperature[i]), **options) for i in range(9)
+    ]
     for got, want in ((out.logprob, [x.logprob for x in ones]), (out.entropy, [x.entropy for x in ones])):
         assert got.shape == (3, 3) and error(got.flatten(), torch.cat(want)) < 1e-12
         grads, expected = (
@@ -136,7 +139,9 @@ def test_forward_mode_is_refused(head):
     for wrong in (
         loss("torch"),
         lambda x: contrastive_loss(x.sum(1), *RATIONALES, impl="torch").loss,
-        lambda x: linear_rationale_loss(x, weight, target, *RATIONALES[::2], weights, beta=0.2, delta=3.0, impl="torch")[0],
+        lambda x: linear_rationale_loss(
+            x, weight, target, *RATIONALES[::2], weights, beta=0.2, delta=3.0, impl="torch"
+        )[0],
     ):
         with pytest.raises(ValueError, match="forward-mode AD is not supported"):
             tangent(wrong)
@@ -145,7 +150,8 @@ def test_forward_mode_is_refused(head):
 def test_the_gradient_of_the_entropy_does_not_cancel():
     """Far logits: fp32 is as near to float64 as autograd's is, not off by the size of the logits.
 
-    The operands are small whole numbers over a power of 2, so that every processor's product is exact, also when repeated.
+    The operands are small whole numbers over a power of 2, so that every processor's product is exact, also when
+    repeated.
     """
     generator = torch.Generator().manual_seed(0)
     far = 64.0 * torch.randint(-2, 3, (1, 24), generator=generator)  # in all logits of a row alike
@@ -175,7 +181,8 @@ def test_a_head_between_forwards_names_its_state(head):
         linear_logprob(hidden, weight.to("meta"), target)
 
 
-# ---- torch.compile ------------------------------------------------------------------------------------------------------
+# ---- torch.compile
+# ------------------------------------------------------------------------------------------------------
 
 
 def assert_traced(function, *calls, dynamic=True, backend="aot_eager"):
@@ -204,7 +211,9 @@ def test_dynamic_floats_of_the_losses(head, scheme):
     hidden, weight, target = (x.detach() for x in head)
 
     def contrast(logprob, beta, delta, num_questions, iteration):
-        options = dict(beta=beta, delta=delta, num_questions=num_questions, iteration=iteration, scheme=scheme, impl="torch")
+        options = dict(
+            beta=beta, delta=delta, num_questions=num_questions, iteration=iteration, scheme=scheme, impl="torch"
+        )
         return contrastive_loss(logprob, *RATIONALES, **options).loss
 
     logprob = -hidden.sum(1).abs()
@@ -273,7 +282,8 @@ def test_nothing_is_kept_where_nothing_is_differentiated(head, monkeypatch):
 
 
 def test_bf16_gradients_by_the_processors_own_products(monkeypatch):
-    """Those of operands rounded to bf16, within what rounding the logits' gradient once and each chunk's dHidden allows."""
+    """Those of operands rounded to bf16, within what rounding the logits' gradient once and each chunk's dHidden
+    allows."""
     noise = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(n, 48, generator=noise).bfloat16().requires_grad_() for n in (130, 900))
     target, weights = torch.randint(0, 900, (130,), generator=noise), torch.rand(130, generator=noise)

@@ -1,4 +1,5 @@
-"""One token from hidden states: the distribution, the random numbers, and what is refused. The kernels: test_kernels.py."""
+"""One token from hidden states: the distribution, the random numbers, and what is refused. The kernels:
+test_kernels.py."""
 
 import math
 
@@ -70,7 +71,10 @@ def test_greedy_ignores_the_noise():
 )
 def test_bad_arguments(change, message):
     arguments = dict(
-        hidden=torch.zeros(2, 4), weight=torch.zeros(5, 4), key=torch.zeros(2, 2).long(), counter=torch.zeros(2, 3).long()
+        hidden=torch.zeros(2, 4),
+        weight=torch.zeros(5, 4),
+        key=torch.zeros(2, 2).long(),
+        counter=torch.zeros(2, 3).long(),
     )
     with pytest.raises(ValueError, match=message):
         linear_sample(**{**arguments, **change})

@@ -25,8 +25,10 @@ def test_equals_autograd_through_logits(options, delta, impl, kept, monkeypatch)
         for a, b in zip(got, want, strict=True):
             assert error(a, b) < budget
     batch = random_batch()
-    hinges = weighted_rationale_loss(linear_logprob(batch.hidden, batch.weight, batch.target), batch.rationale, batch.positive,
-                                     weights_of(batch), beta=BETA, delta=DELTA, valid_T=batch.target != -100)[3]  # fmt: skip
+    hinges = weighted_rationale_loss(linear_logprob(batch.hidden, batch.weight, batch.target), batch.rationale,
+        batch.positive,
+                                     weights_of(batch), beta=BETA, delta=DELTA,
+                                     valid_T=batch.target != -100)[3]  # fmt: skip
     assert ((hinges < DELTA) & ~batch.positive).any() and ((hinges >= DELTA) & ~batch.positive).any()
 
 
@@ -39,7 +41,8 @@ def test_bf16_operands():
 
 @pytest.mark.parametrize("dtype, factor", [(torch.float16, 2.0**16), (torch.float16, 1.0), (torch.bfloat16, 1 / 3)])
 def test_the_upstream_gradient_is_not_rounded_to_half_precision(dtype, factor):
-    """2^16 is a GradScaler's first scale and more than fp16 holds; it is there for gradients that fp16 would flush to 0."""
+    """2^16 is a GradScaler's first scale and more than fp16 holds; it is there for gradients that fp16 would flush to
+    0."""
     batch = random_batch().to(torch.float32)
     shrunk = weights_of(batch) / (4e5 if factor > 1 else 1)
     with torch.autocast("cpu", dtype):
@@ -51,7 +54,9 @@ def test_the_upstream_gradient_is_not_rounded_to_half_precision(dtype, factor):
     valid = batch.target != -100
     terms = (batch.rationale, batch.positive, shrunk)
     want = weighted_rationale_loss(logprob_T, *terms, beta=BETA, delta=DELTA, valid_T=valid)[0]
-    for a, b, budget in zip(got, torch.autograd.grad(factor * want, doubles), (torch.finfo(dtype).eps / 2, 1e-6), strict=True):
+    for a, b, budget in zip(
+        got, torch.autograd.grad(factor * want, doubles), (torch.finfo(dtype).eps / 2, 1e-6), strict=True
+    ):
         assert a.dtype == torch.float32 and error(a, b) < budget
 
 
@@ -113,7 +118,15 @@ def test_a_nan_reaches_the_loss():
 
 def test_operator_contract_and_compile():
     batch = random_batch().to(torch.float32)
-    valid = (batch.hidden, batch.weight, batch.target, batch.bias, batch.rationale, batch.positive, weights_of(batch).float())
+    valid = (
+        batch.hidden,
+        batch.weight,
+        batch.target,
+        batch.bias,
+        batch.rationale,
+        batch.positive,
+        weights_of(batch).float(),
+    )
     arguments = (*valid, BETA, DELTA, 1.0, 0.0, 1.0, -100, False, 2**20, [True, True, True])
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(rationale_loss._rationale_loss, arguments, test_utils=checks)
@@ -126,7 +139,9 @@ def test_operator_contract_and_compile():
 
     leaves = (batch.hidden, batch.weight)
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(call(*leaves), leaves), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(call(*leaves), leaves), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -142,7 +157,8 @@ def test_operator_contract_and_compile():
 )
 def test_bad_arguments(change, message):
     arguments = dict(
-        hidden=torch.zeros(3, 4), weight=torch.zeros(5, 4), target=torch.zeros(3).long(), rationale=torch.tensor([0, 1, 1]),
+        hidden=torch.zeros(3, 4), weight=torch.zeros(5, 4), target=torch.zeros(3).long(),
+        rationale=torch.tensor([0, 1, 1]),
         positive=torch.ones(2).bool(), rationale_weight=torch.ones(2),
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):

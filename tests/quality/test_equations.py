@@ -51,7 +51,8 @@ def test_what_holds(text, holds):
 
 @pytest.mark.parametrize(
     "text",
-    ["7x = 21", "2x + 3 = 7", "x + 2 - 7 = 10", "8 = 2 + x", "Eggs at the start - 5 = 3", "x = 5", "1 hour = 60 minutes", "= 4",
+    ["7x = 21", "2x + 3 = 7", "x + 2 - 7 = 10", "8 = 2 + x", "Eggs at the start - 5 = 3", "x = 5",
+    "1 hour = 60 minutes", "= 4",
      "3 + 4 =", "a = b", "9**9**9**9 = 1", "1" * 200 + " + 1 = 2", "(" * 5000 + "1 = 1", "= " * 3000 + "1 + 1"],
 )  # fmt: skip
 def test_what_is_no_equation(text):

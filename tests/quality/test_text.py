@@ -24,7 +24,10 @@ def question(i: int) -> Question:
         majority=str(a + b),
         votes={str(a + b): 2, str(wrong): 1},
         task="number",
-        positives=(Rationale(f"{a} + {b} = {a + b}.", str(a + b)), Rationale(f"So {a} + {b} = {a + b} eggs.", str(a + b))),
+        positives=(
+            Rationale(f"{a} + {b} = {a + b}.", str(a + b)),
+            Rationale(f"So {a} + {b} = {a + b} eggs.", str(a + b)),
+        ),
         negatives=(Rationale(slip, str(wrong)),),
     )
 

@@ -78,7 +78,8 @@ def test_a_cut_sample_takes_the_share_that_agrees():
 
 
 def test_a_complete_sample_without_an_answer():
-    """Where the teacher always concludes, it agrees with nobody; where the teacher often does not, some of them agree."""
+    """Where the teacher always concludes, it agrees with nobody; where the teacher often does not, some of them
+    agree."""
     silent = student_case(QUESTION, "She ate them all up.")
     tally = Tally(readable=4, agree=2, silent=4)
     assert silent.agrees is None
@@ -106,7 +107,11 @@ def test_rows_without_votes_and_text_answers_weigh_as_without_a_judge():
 
 def test_other_tasks():
     choice = Question(
-        "c", "Where?\nAnswer Choices:\n(a) house\n(b) train", majority="train", votes={"train": 2, "house": 1}, task="choice"
+        "c",
+        "Where?\nAnswer Choices:\n(a) house\n(b) train",
+        majority="train",
+        votes={"train": 2, "house": 1},
+        task="choice",
     )
     assert student_case(choice, "It moves, so the answer is (b).").agrees is True
     assert student_case(choice, "So the answer is (a) house.").votes == 1

@@ -16,8 +16,8 @@ from tests.support.eager_equations import assert_same
 
 @pytest.mark.parametrize("folder", ["t5_folder", "llama_folder"])
 class TestTrial11:
-    """(batch, accumulation) of (4, 1), (2, 2) and (1, 4): the same loss and the same gradient of every parameter, to 1e-10. In
-    Hugging Face's Trainer, against the equations: test_adapters.py, test_hf_trainer."""
+    """(batch, accumulation) of (4, 1), (2, 2) and (1, 4): the same loss and the same gradient of every parameter, to
+    1e-10. In Hugging Face's Trainer, against the equations: test_adapters.py, test_hf_trainer."""
 
     def test_own_loop(self, folder: str, rows_file, request, tmp_path, float64) -> None:
         student = tmp_path / "student"
@@ -44,9 +44,12 @@ class TestTrial11:
         hook = register_optimizer_step_pre_hook(note)
         try:
             train(TrainConfig(
-                data=str(rows), student=str(student), output_dir=str(out), max_steps=2, per_device_train_batch_size=batch,
-                gradient_accumulation_steps=accumulation, max_grad_norm=0.0, learning_rate=2e-3, delta=8.0, max_new_tokens=6,
-                discriminator=str(judge), sample_batch_size=4, discriminator_pretrain_steps=2, discriminator_min_auc=0.0,
+                data=str(rows), student=str(student), output_dir=str(out), max_steps=2,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulation, max_grad_norm=0.0, learning_rate=2e-3, delta=8.0,
+                max_new_tokens=6,
+                discriminator=str(judge), sample_batch_size=4, discriminator_pretrain_steps=2,
+                discriminator_min_auc=0.0,
                 validation_fraction=0.0, iteration_steps=1, negative_lag=1, negative_source="lagged", scheme="minmax",
             ))  # fmt: skip
         finally:

@@ -48,8 +48,8 @@ def refused(run: Path, path: Path, how: str, seed: int, caplog: pytest.LogCaptur
 
 
 class TestTrial4:
-    """Each file missing, or cut to 0, 8, half or all but one of its bytes: named, and the checkpoint before it is used; exit 1
-    where there is none."""
+    """Each file missing, or cut to 0, 8, half or all but one of its bytes: named, and the checkpoint before it is used;
+    exit 1 where there is none."""
 
     @pytest.mark.parametrize("how", CUTS)
     def test_each_file_is_named(self, finished, how: str, caplog) -> None:

@@ -45,8 +45,8 @@ def disk(tmp_path):
 
 
 class TestTrial6:
-    """A disk that is full at the start, during a save, at a line of the log: exit 1 with the bytes needed and free, earlier
-    checkpoints intact, no temporary file, and a resume that is exact."""
+    """A disk that is full at the start, during a save, at a line of the log: exit 1 with the bytes needed and free,
+    earlier checkpoints intact, no temporary file, and a resume that is exact."""
 
     def test_no_room_to_begin(self, crashes: Crashes, disk) -> None:
         whole, run = crashes.wholes[0], disk(2**19) / "run"
@@ -73,7 +73,9 @@ class TestTrial6:
         run = folder / "run"
         done = crashes.warm.run(crashes.args(whole.student, run))
         assert done.code == 1 and "cannot write" in done.err and "Traceback" not in done.err, done.err
-        assert ROOM.search(done.err) and "earlier checkpoints are intact" in done.err and "may fill its disk" in done.err
+        assert (
+            ROOM.search(done.err) and "earlier checkpoints are intact" in done.err and "may fill its disk" in done.err
+        )
         assert checkpoints.latest_checkpoint(run, resume=True) == run / "checkpoint-2" and not unfinished(run)
         subprocess.run(["mount", "-o", f"remount,size={8 * size}", str(folder)], check=True)
         done = crashes.warm.run(crashes.args(whole.student, run, resume="auto"))
@@ -91,15 +93,16 @@ class TestTrial6:
         ],
     )
     def test_no_byte_fits_from_there_on(self, crashes: Crashes, what: str) -> None:
-        """Injected. `python -m tests.support.crash_run --every-point --do full` does it at every operation on a file."""
+        """Injected. `python -m tests.support.crash_run --every-point --do full` does it at every operation on a
+        file."""
         whole = crashes.wholes[0]
         wrong = crashes.trial(whole, point=whole.points.index(what), do="full")
         assert wrong is None, wrong
 
 
 class TestTrial7:
-    """An output folder that is read-only, cannot be made, is missing or not empty: exit 2 before the model is looked at (there
-    is none), nothing deleted, and the option that helps is named."""
+    """An output folder that is read-only, cannot be made, is missing or not empty: exit 2 before the model is looked at
+    (there is none), nothing deleted, and the option that helps is named."""
 
     def refuse(self, crashes: Crashes, out: str | Path, *, says: str) -> None:
         done = crashes.warm.run(crashes.args(Path("no-such-student"), out))
@@ -127,17 +130,21 @@ class TestTrial7:
 
     def test_not_empty(self, crashes: Crashes, tmp_path) -> None:
         (tmp_path / "thesis.tex").write_text("mine")
-        self.refuse(crashes, tmp_path, says="is not empty (thesis.tex is there); continue with --resume auto or choose another")
+        self.refuse(
+            crashes, tmp_path, says="is not empty (thesis.tex is there); continue with --resume auto or choose another"
+        )
         assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["thesis.tex"]
 
     def test_a_missing_folder_is_made_and_with_resume_too(self, crashes: Crashes, tmp_path) -> None:
-        done = crashes.warm.run(crashes.args(crashes.wholes[1].student, tmp_path / "a" / "b", max_steps=1, resume="auto"))
+        done = crashes.warm.run(
+            crashes.args(crashes.wholes[1].student, tmp_path / "a" / "b", max_steps=1, resume="auto")
+        )
         assert done.code == 0 and (tmp_path / "a" / "b" / "checkpoint-1").is_dir(), done.err
 
 
 class TestTrial8:
-    """Two runs in one folder: the second exits with 2 within 2 s, before torch is imported, and names the first's PID; the lock
-    of a run that was killed is no obstacle."""
+    """Two runs in one folder: the second exits with 2 within 2 s, before torch is imported, and names the first's PID;
+    the lock of a run that was killed is no obstacle."""
 
     def test_the_second_run_is_refused_and_a_stale_lock_is_not(self, crashes: Crashes, tmp_path) -> None:
         whole, run = crashes.wholes[1], tmp_path / "run"
@@ -148,7 +155,10 @@ class TestTrial8:
             assert time.monotonic() < end, "the first run has not begun"
             time.sleep(0.01)
         os.kill(first[0], signal.SIGSTOP)
-        code = "import sys; from cli.main import entry; c = entry(sys.argv[1:]); print('torch' in sys.modules); sys.exit(c)"
+        code = (
+            "import sys; from cli.main import entry; c = entry(sys.argv[1:]); "
+            "print('torch' in sys.modules); sys.exit(c)"
+        )
         took = []
         for _ in range(3):  # the machine may be busy
             started = time.monotonic()

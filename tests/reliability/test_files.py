@@ -1,4 +1,5 @@
-"""Reliability, trials 22 to 24: files that would run code, names that lead elsewhere, models and settings that do not fit."""
+"""Reliability, trials 22 to 24: files that would run code, names that lead elsewhere, models and settings that do not
+fit."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ from qcrd_fast.utils.files import sha256, write_json
 def settings(rows: Path, student: Path, run: Path, **changes: Any) -> TrainConfig:
     values = dict(
         data=str(rows), student=str(student), output_dir=str(run), max_steps=2, per_device_train_batch_size=4,
-        iteration_steps=1, negative_lag=1, max_new_tokens=4, discriminator_pretrain_steps=1, discriminator_update_batches=1,
+        iteration_steps=1, negative_lag=1, max_new_tokens=4, discriminator_pretrain_steps=1,
+        discriminator_update_batches=1,
         discriminator_folds=2, discriminator_min_auc=0.0, save_steps=1, max_answer_tokens=4,
         scheme="minmax", negative_source="lagged", quality="discriminator",
     )  # fmt: skip
@@ -107,7 +109,9 @@ class TestTrial22:
             torch.save({"weights": bomb}, path, _use_new_zipfile_serialization="old" not in name)
         return path
 
-    @pytest.mark.parametrize("name", ["a.pt", "a.bin", "old.pth", "a.npy", "protocol0.pkl", "protocol1.bin", "protocol4.jsonl"])
+    @pytest.mark.parametrize(
+        "name", ["a.pt", "a.bin", "old.pth", "a.npy", "protocol0.pkl", "protocol1.bin", "protocol4.jsonl"]
+    )
     def test_as_rows(self, name: str, bomb: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = self.pickled(bomb, name, tmp_path)
         assert entry(["validate", str(path)]) == 2
@@ -118,7 +122,11 @@ class TestTrial22:
             ["prepare", "--output", str(tmp_path / "out")],
             ["collect", "--output", str(tmp_path / "out"), "--teacher"],
         ):
-            args = [verb[0], str(path), *verb[1:]] if verb[0] == "prepare" else [*verb, "replay:x", "--questions", str(path)]
+            args = (
+                [verb[0], str(path), *verb[1:]]
+                if verb[0] == "prepare"
+                else [*verb, "replay:x", "--questions", str(path)]
+            )
             assert "rows are UTF-8 JSON" in refused(args, capsys)
 
     @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "old.pth"])
@@ -134,7 +142,15 @@ class TestTrial22:
             "train": arguments(rows_file, model, run),
             "use-peft": arguments(rows_file, model, run, "--use-peft"),
             "discriminator": arguments(rows_file, t5_folder, run, "--discriminator", str(model)),
-            "teacher": ["collect", "--questions", str(rows_file), "--output", str(tmp_path / "c"), "--teacher", str(model)],
+            "teacher": [
+                "collect",
+                "--questions",
+                str(rows_file),
+                "--output",
+                str(tmp_path / "c"),
+                "--teacher",
+                str(model),
+            ],
             "eval": ["eval", str(model), *data],
             "generate": ["generate", str(model), "1 + 1?"],
             "score": ["score", str(model), *data],
@@ -154,7 +170,14 @@ class TestTrial22:
         """Files that other trainers resume from are passed over."""
         from qcrd_fast.train.trainer import train
 
-        for name in ("optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin", "pytorch_model.bin", "a.npy"):
+        for name in (
+            "optimizer.pt",
+            "rng_state.pth",
+            "scheduler.pt",
+            "training_args.bin",
+            "pytorch_model.bin",
+            "a.npy",
+        ):
             self.pickled(bomb, name, run / "checkpoint-1")
         shutil.rmtree(run / "checkpoint-2")
         (run / "final").unlink()
@@ -170,9 +193,16 @@ class TestTrial22:
                 reseal(run / f"checkpoint-{step}")
             assert "Traceback" not in refused(arguments(rows_file, llama_folder, run, "--resume", "auto"), capsys)
 
-    def test_an_adapter(self, bomb: Any, run: Path, llama_folder: Path, rows_file: Path, tmp_path: Path, capsys: Any) -> None:
+    def test_an_adapter(
+        self, bomb: Any, run: Path, llama_folder: Path, rows_file: Path, tmp_path: Path, capsys: Any
+    ) -> None:
         folder = run / "checkpoint-2"
-        adapter = {"peft_type": "LORA", "base_model_name_or_path": str(llama_folder), "r": 4, "target_modules": ["q_proj"]}
+        adapter = {
+            "peft_type": "LORA",
+            "base_model_name_or_path": str(llama_folder),
+            "r": 4,
+            "target_modules": ["q_proj"],
+        }
         (folder / "adapter_config.json").write_text(json.dumps(adapter))
         self.pickled(bomb, "adapter_model.bin", folder)
         export = ["export", str(run), "--output", str(tmp_path / "out"), "--checkpoint", "checkpoint-2"]
@@ -183,7 +213,9 @@ class TestTrial22:
     @pytest.mark.parametrize(
         "tag", ["!!python/object/apply:os.system ['touch {}']", "!!python/name:os.system", "!!binary eA=="]
     )
-    def test_yaml_tags(self, tag: str, run: Path, rows_file: Path, llama_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    def test_yaml_tags(
+        self, tag: str, run: Path, rows_file: Path, llama_folder: Path, tmp_path: Path, capsys: Any
+    ) -> None:
         mark, config = tmp_path / "pwned", tmp_path / "config.yaml"
         text = f"seed: {tag.format(mark)}\n"
         config.write_text(text, encoding="utf-8")
@@ -219,7 +251,10 @@ class TestTrial22:
     @pytest.mark.parametrize(
         ("change", "says"),
         [
-            ({"attn_implementation": "somebody/kernel"}, "asks for code from the hub (attn_implementation 'somebody/kernel')"),
+            (
+                {"attn_implementation": "somebody/kernel"},
+                "asks for code from the hub (attn_implementation 'somebody/kernel')",
+            ),
             ({"_attn_implementation": "somebody/kernel@main:f"}, "asks for code from the hub"),
             ({"transformers_weights": "adapter_model.bin"}, "safetensors of its own folder are needed"),
             ({"transformers_weights": "../model.safetensors"}, "safetensors of its own folder are needed"),
@@ -271,11 +306,14 @@ class TestTrial23:
         with watching(folder) as opened:
             yield folder
         assert opened == []
-        assert [path.name for path in folder.iterdir()] == ["precious"] and (folder / "precious").read_text() == "precious"
+        assert [path.name for path in folder.iterdir()] == ["precious"] and (
+            folder / "precious"
+        ).read_text() == "precious"
 
     @pytest.mark.parametrize(
         "name",
-        [".lock", "metrics.jsonl", ".metrics.jsonl.tmp", "run.log", "config.resolved.yaml", "eval_results.json", "negatives",
+        [".lock", "metrics.jsonl", ".metrics.jsonl.tmp", "run.log", "config.resolved.yaml", "eval_results.json",
+        "negatives",
          "snapshots", "checkpoint-1", "checkpoint-9", ".tmp-checkpoint-3", "negatives/iteration-00001.jsonl",
          "snapshots/iteration-00009.safetensors", "checkpoint-1/model.safetensors", "checkpoint-2/state.json"],
     )  # fmt: skip
@@ -346,7 +384,9 @@ class TestTrial23:
         assert f"is not a checkpoint of {run}" in said
 
     @pytest.mark.parametrize("file", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
-    @pytest.mark.parametrize("name", ["../other/model.safetensors", "{}/model.safetensors", "..", "sub/model.safetensors", 7])
+    @pytest.mark.parametrize(
+        "name", ["../other/model.safetensors", "{}/model.safetensors", "..", "sub/model.safetensors", 7]
+    )
     def test_names_in_a_shard_index(
         self, name: Any, file: str, rows_file: Path, llama_folder: Path, tmp_path: Path, capsys: Any
     ) -> None:
@@ -371,7 +411,9 @@ class TestTrial23:
         (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
         Student.load(str(model), PromptSettings())
 
-    def test_names_in_the_data_are_no_paths(self, victim: Path, rows_file: Path, llama_folder: Path, tmp_path: Path) -> None:
+    def test_names_in_the_data_are_no_paths(
+        self, victim: Path, rows_file: Path, llama_folder: Path, tmp_path: Path
+    ) -> None:
         """Ids, splits, domains and sources that look like paths, through every verb that writes something."""
         odd = [
             "../victim/precious",
@@ -386,9 +428,14 @@ class TestTrial23:
         ]
         rows = [json.loads(line) for line in rows_file.read_text().splitlines()][: len(odd)]
         data = tmp_path / "rows.jsonl"
-        texts = (json.dumps(r | {"id": name, "domain": name, "split": None}) + "\n" for r, name in zip(rows, odd, strict=True))
+        texts = (
+            json.dumps(r | {"id": name, "domain": name, "split": None}) + "\n"
+            for r, name in zip(rows, odd, strict=True)
+        )
         data.write_text("".join(texts), encoding="utf-8")
-        outputs = {name: str(tmp_path / "out" / name) for name in ("rows", "run", "eval", "scores", "page.html", "model")}
+        outputs = {
+            name: str(tmp_path / "out" / name) for name in ("rows", "run", "eval", "scores", "page.html", "model")
+        }
         (tmp_path / "out").mkdir()
         before = {path.name for path in tmp_path.iterdir()}
         for args in (
@@ -407,7 +454,11 @@ class TestTrial23:
         (run / "checkpoint-1" / "link").symlink_to(victim)
         (run / "checkpoint-0").symlink_to(victim)
         checkpoints.rotate(run, 2, 1, None)
-        assert not (run / "checkpoint-1").exists() and (run / "checkpoint-2").is_dir() and (run / "checkpoint-0").is_symlink()
+        assert (
+            not (run / "checkpoint-1").exists()
+            and (run / "checkpoint-2").is_dir()
+            and (run / "checkpoint-0").is_symlink()
+        )
 
     def test_temporary_files_are_not_written_through_links(self, victim: Path, rows_file: Path, tmp_path: Path) -> None:
         from qcrd_fast.data.load import prepare
@@ -437,7 +488,9 @@ def more_tokens(model: Path) -> None:
 
 def cut_weights(model: Path) -> None:
     weights = load_file(model / "model.safetensors")
-    save_file({n: t for n, t in weights.items() if ".1." not in n}, model / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {n: t for n, t in weights.items() if ".1." not in n}, model / "model.safetensors", metadata={"format": "pt"}
+    )
 
 
 class TestTrial24:
@@ -447,10 +500,22 @@ class TestTrial24:
         ("family", "change", "says"),
         [
             ("llama", more_tokens, "the tokenizer has 109 tokens but the model only 89 rows"),
-            ("llama", config(vocab_size=97), "model.embed_tokens.weight of shape (97, 32), but in the weights it is (89, 32)"),
-            ("llama", config(vocab_size=81), "model.embed_tokens.weight of shape (81, 32), but in the weights it is (89, 32)"),
+            (
+                "llama",
+                config(vocab_size=97),
+                "model.embed_tokens.weight of shape (97, 32), but in the weights it is (89, 32)",
+            ),
+            (
+                "llama",
+                config(vocab_size=81),
+                "model.embed_tokens.weight of shape (81, 32), but in the weights it is (89, 32)",
+            ),
             ("llama", config(hidden_size=64), "of shape (89, 64), but in the weights it is (89, 32)"),
-            ("llama", config(num_hidden_layers=3), "the weights lack 9 of its tensors, such as model.layers.2.input_layernorm"),
+            (
+                "llama",
+                config(num_hidden_layers=3),
+                "the weights lack 9 of its tensors, such as model.layers.2.input_layernorm",
+            ),
             (
                 "llama",
                 config(num_hidden_layers=1),
@@ -464,7 +529,11 @@ class TestTrial24:
                 config(model_type="vit"),
                 "configuration_vit.ViTConfig'> for this kind of AutoModel: AutoModelForCausalLM",
             ),
-            ("llama", config(num_attention_heads=3), "hidden size (32) is not a multiple of the number of attention heads (3)"),
+            (
+                "llama",
+                config(num_attention_heads=3),
+                "hidden size (32) is not a multiple of the number of attention heads (3)",
+            ),
             ("llama", config(hidden_size="wide"), "expected int, got str (value: 'wide')"),
             ("t5", config(d_model=64), "SelfAttention.k.weight of shape (32, 64), but in the weights it is (32, 32)"),
             (
@@ -528,10 +597,16 @@ class TestTrial24:
         said = refused(arguments(rows_file, llama_folder, run, "--resume", "auto"), capsys)
         assert f"the run began with --student {str(t5_folder)!r}, now it is {str(llama_folder)!r}" in said
 
-    def test_other_rows_on_resume(self, run: Path, rows_file: Path, llama_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    def test_other_rows_on_resume(
+        self, run: Path, rows_file: Path, llama_folder: Path, tmp_path: Path, capsys: Any
+    ) -> None:
         changed = tmp_path / "rows.jsonl"
         changed.write_text("\n".join(rows_file.read_text().splitlines()[:-1]) + "\n")
-        for path in (run / "config.resolved.yaml", run / "checkpoint-2" / "state.json", run / "checkpoint-1" / "state.json"):
+        for path in (
+            run / "config.resolved.yaml",
+            run / "checkpoint-2" / "state.json",
+            run / "checkpoint-1" / "state.json",
+        ):
             path.write_text(path.read_text().replace(str(rows_file), str(changed)))
         for step in (1, 2):
             reseal(run / f"checkpoint-{step}")
@@ -555,12 +630,21 @@ class TestWhatAVerbIsGiven:
             "generate": [str(run), "How many?"],
             "score": [str(run), "--data", str(rows_file)],
             "export": [str(run), "--output", str(tmp_path / "model")],
-            "train": ["--student", str(run / "final"), "--data", str(rows_file), "--output-dir", str(tmp_path / "other")],
+            "train": [
+                "--student",
+                str(run / "final"),
+                "--data",
+                str(rows_file),
+                "--output-dir",
+                str(tmp_path / "other"),
+            ],
         }
         said = refused([verb, *more[verb]], capsys)
         assert "the checkpoint is damaged: model.safetensors" in said
 
-    @pytest.mark.parametrize("changes", [{"task": "nonsense"}, {"task": 5}, {"prompt": {"template": "no place for it"}}])
+    @pytest.mark.parametrize(
+        "changes", [{"task": "nonsense"}, {"task": 5}, {"prompt": {"template": "no place for it"}}]
+    )
     def test_a_state_that_says_nonsense(self, changes: dict[str, Any], run: Path, rows_file: Path, capsys: Any) -> None:
         edit(run / "final" / "state.json", **changes)
         reseal((run / "final").resolve())
@@ -593,7 +677,9 @@ class TestWhatAVerbIsGiven:
         assert said.count("qcrd-fast") == 1 and str(tmp_path / "out") not in said, said
         assert not (tmp_path / "out").is_file()
 
-    @pytest.mark.parametrize("verb", [["generate", "T5", "How many?"], ["eval", "T5", "--data", "ROWS"]], ids=lambda v: v[0])
+    @pytest.mark.parametrize(
+        "verb", [["generate", "T5", "How many?"], ["eval", "T5", "--data", "ROWS"]], ids=lambda v: v[0]
+    )
     @pytest.mark.parametrize("impl", ["bogus", "triton"])
     def test_the_kill_switch(
         self, impl: str, verb: list[str], t5_folder: Path, rows_file: Path, monkeypatch: Any, capsys: Any
@@ -602,11 +688,15 @@ class TestWhatAVerbIsGiven:
         names = {"ROWS": str(rows_file), "T5": str(t5_folder)}
         assert f"QCRD_FAST_IMPL={impl}" in refused([names.get(a, a) for a in [*verb, "--device", "cpu"]], capsys)
 
-    def test_the_kill_switch_is_nothing_to_who_computes_nothing(self, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def test_the_kill_switch_is_nothing_to_who_computes_nothing(
+        self, run: Path, tmp_path: Path, monkeypatch: Any
+    ) -> None:
         monkeypatch.setenv("QCRD_FAST_IMPL", "triton")
         assert entry(["export", str(run), "--output", str(tmp_path / "model")]) == 0
 
-    @pytest.mark.parametrize("text", ["? [1, 2]\n: 3\n", "? {a: b}\n: 3\n", 'output_dir: "a\\0b"\ndata: ROWS\nstudent: T5\n'])
+    @pytest.mark.parametrize(
+        "text", ["? [1, 2]\n: 3\n", "? {a: b}\n: 3\n", 'output_dir: "a\\0b"\ndata: ROWS\nstudent: T5\n']
+    )
     def test_yaml_that_is_no_mapping_of_options(
         self, text: str, rows_file: Path, t5_folder: Path, tmp_path: Path, capsys: Any
     ) -> None:

@@ -83,23 +83,33 @@ texts = st.one_of(
 )
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts)
 values = st.recursive(
-    scalars, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)), max_leaves=12
+    scalars,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
+    max_leaves=12,
 )
-SAMPLES: list[Any] = [{"rationale": "two and two", "answer": "4", "source": "me"}, {"rationale": "no", "answer": 5}, "So 4."]
+SAMPLES: list[Any] = [
+    {"rationale": "two and two", "answer": "4", "source": "me"},
+    {"rationale": "no", "answer": 5},
+    "So 4.",
+]
 ROWS: list[dict[str, Any]] = [
     {"id": "q", "question": "2 + 2?", "answer": "4", "samples": SAMPLES},
     {"id": 7, "question": "2 + 2?", "context": "c", "gold": 4, "majority": "4", "votes": {"4": 2}, "task": "number",
-     "positives": [{"text": "four", "answer": "4", "score": 0.5}, "it is"], "negatives": [{"text": "no", "answer": "5"}]},
+     "positives": [{"text": "four", "answer": "4", "score": 0.5}, "it is"],
+     "negatives": [{"text": "no", "answer": "5"}]},
     {"question": "Where?", "choices": ["park", "zoo"], "answer": "zoo", "domain": "d", "split": "train"},
     {"input": "2 + 2?", "chain": "two", "completion": "4", "answer": "4", "initial_correct": True},
     {"premise": "It rains.", "hypothesis": "It is wet.", "label": "entailment"},
-    {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "Two and two: 4."}], "gold": 4},
+    {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "Two and two: 4."}],
+    "gold": 4},
     {"instruction": "Add.", "input": "2 + 2", "output": "So it is 4."},
     {"problem": "2 + 2?", "solution": "Well. \\boxed{4}", "generations": ["It is 4.", {"text": "Or 5.", "answer": 5}]},
     {"prompt": "2 + 2?", "chosen": "It is 4.", "rejected": [{"from": "gpt", "value": "It is 5."}]},
-    {"question_stem": "Which?", "choices": {"text": ["park", "zoo"], "label": ["A", "B"]}, "answerKey": "B", "answers": ["B"]},
+    {"question_stem": "Which?", "choices": {"text": ["park", "zoo"], "label": ["A", "B"]}, "answerKey": "B",
+    "answers": ["B"]},
 ]  # fmt: skip
-ODD_BYTES = (b"\n", b"\r\n", b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"[", b"{", b"NaN", b"1e999", b"\\ud800", b"\xef\xbb\xbf",
+ODD_BYTES = (b"\n", b"\r\n", b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"[", b"{", b"NaN", b"1e999", b"\\ud800",
+    b"\xef\xbb\xbf",
              b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000)  # fmt: skip
 KEYS = sorted({key for row in ROWS for key in row} | {"text", "rationale", "source", "score"})
 
@@ -162,7 +172,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @FUZZ
-@given(content=files, name=st.sampled_from(("rows.jsonl", "rows.json", "x_train.json", "rows.bin", "rows.csv", "rows.tsv")))
+@given(
+    content=files, name=st.sampled_from(("rows.jsonl", "rows.json", "x_train.json", "rows.bin", "rows.csv", "rows.tsv"))
+)
 def test_any_file_is_read_or_its_rows_are_named(folder: Path, content: bytes, name: str) -> None:
     path, output = folder / name, folder / "out.jsonl"
     path.write_bytes(content)
@@ -212,7 +224,9 @@ numbers = st.one_of(
 expressions = st.recursive(
     numbers,
     lambda inner: st.one_of(
-        st.builds(lambda a, op, b: f"({a} {op} {b})", inner, st.sampled_from(("+", "-", "*", "/", "**", "^", "x", "")), inner),
+        st.builds(
+            lambda a, op, b: f"({a} {op} {b})", inner, st.sampled_from(("+", "-", "*", "/", "**", "^", "x", "")), inner
+        ),
         inner.map(lambda a: f"-{a}"),
     ),
     max_leaves=40,
@@ -232,7 +246,9 @@ def test_any_expression_is_bounded(text: str) -> None:
 
 
 @FUZZ
-@given(value=st.one_of(values, spoilt({"choices": [{"message": {"content": "4"}, "finish_reason": "stop"}], "usage": {}})))
+@given(
+    value=st.one_of(values, spoilt({"choices": [{"message": {"content": "4"}, "finish_reason": "stop"}], "usage": {}}))
+)
 def test_any_reply_is_read_or_a_counted_fault(value: Any) -> None:
     with quickly():
         reply = parse_reply(value, "prompt")
@@ -243,7 +259,8 @@ def test_any_reply_is_read_or_a_counted_fault(value: Any) -> None:
 
 LEDGER = [
     {"kind": "start", "model": "m", "pid": 1, "version": 1},
-    {"kind": "intent", "request": "r-1", "id": "q", "n": 1, "prompt_tokens": 3, "completion_tokens": 4, "estimated": True},
+    {"kind": "intent", "request": "r-1", "id": "q", "n": 1, "prompt_tokens": 3, "completion_tokens": 4,
+    "estimated": True},
     {"kind": "reply", "request": "r-1", "id": "q", "prompt": "p", "prompt_tokens": 3, "completion_tokens": 4,
      "faults": {"a": 1}, "samples": [{"rationale": "r", "answer": "1", "source": "m"}]},
     {"kind": "failure", "request": "r-2", "reason": "500", "prompt_tokens": 0, "completion_tokens": 0},
@@ -274,7 +291,9 @@ def run(rows_file: Path, llama_folder: Path, tmp_path_factory: pytest.TempPathFa
     out = tmp_path_factory.mktemp("run") / "run"
     sizes = dict(max_steps=1, per_device_train_batch_size=4, iteration_steps=1, max_new_tokens=4, max_answer_tokens=4)
     sizes |= dict(negative_source="lagged")
-    train(TrainConfig(data=str(rows_file), student=str(llama_folder), output_dir=str(out), discriminator="none", **sizes))
+    train(
+        TrainConfig(data=str(rows_file), student=str(llama_folder), output_dir=str(out), discriminator="none", **sizes)
+    )
     for name in ("model.safetensors", "optimizer.safetensors", "tokenizer.json"):  # what is not spoilt need not be long
         (out / "checkpoint-1" / name).write_bytes(b"short")
     reseal(out / "checkpoint-1")
@@ -290,7 +309,9 @@ def reseal(folder: Path) -> None:
 def spoil(path: Path) -> st.SearchStrategy[bytes]:
     """What a JSON file may have become."""
     original = path.read_bytes()
-    return st.one_of(mutated(original), spoilt(json.loads(original)).map(dumped), st.binary(max_size=99), values.map(dumped))
+    return st.one_of(
+        mutated(original), spoilt(json.loads(original)).map(dumped), st.binary(max_size=99), values.map(dumped)
+    )
 
 
 @FUZZ
@@ -362,7 +383,9 @@ def test_any_store_gives_back_what_was_said_or_nothing(folder: Path, data: st.Da
             records = [*rows_, {"chunk": 0, "end": 4, "sha256": digest(rows_)}]
         path.write_bytes(b"".join(dumped(r) + b"\n" for r in records))
     else:
-        path.write_bytes(data.draw(st.one_of(mutated(original), spoilt(records[4]).map(dumped), st.binary(max_size=99))))
+        path.write_bytes(
+            data.draw(st.one_of(mutated(original), spoilt(records[4]).map(dumped), st.binary(max_size=99)))
+        )
     with quickly():
         said = store.chunks(0)
     for chunk, found in said.items():
@@ -374,7 +397,8 @@ def test_any_store_gives_back_what_was_said_or_nothing(folder: Path, data: st.Da
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    "metrics.jsonl": run_view.read_run, "quality_scores.jsonl": run_view.read_run, "eval_results.json": run_view.read_run,
+    "metrics.jsonl": run_view.read_run, "quality_scores.jsonl": run_view.read_run,
+    "eval_results.json": run_view.read_run,
     "config.resolved.yaml": run_view.read_run, "predictions.jsonl": run_view.read_run,
 }  # fmt: skip
 
@@ -383,7 +407,9 @@ READERS: dict[str, Callable[[Path], Any]] = {
 @given(data=st.data(), name=st.sampled_from(sorted(READERS)))
 def test_any_run_can_be_looked_at(run: Path, data: st.DataObject, name: str) -> None:
     path = run / name
-    original = path.read_bytes() if path.exists() else b'{"kind": "student", "score": 0.5, "text": "a", "question": "b"}\n'
+    original = (
+        path.read_bytes() if path.exists() else b'{"kind": "student", "score": 0.5, "text": "a", "question": "b"}\n'
+    )
     content = data.draw(st.one_of(mutated(original), spoilt(LEDGER[0]).map(dumped), st.binary(max_size=99)))
     path.write_bytes(content)
     try:

@@ -1,4 +1,5 @@
-"""A run that is killed and resumed is the run that was left alone, to the last bit (trials 1 to 3 of docs/reliability.md).
+"""A run that is killed and resumed is the run that was left alone, to the last bit (trials 1 to 3 of
+docs/reliability.md).
 
 `python -m tests.support.crash_run` does the same hundreds of times, or at every operation on a file.
 """
@@ -27,8 +28,8 @@ pytestmark = pytest.mark.slow
 
 
 class TestTrial1:
-    """kill -9 at 20 random moments, half of them within a save or an append: loss curve, weights, optimizer, negatives and
-    predictions are those of the unbroken run. So they are when the power fails, and what was not synced is lost."""
+    """kill -9 at 20 random moments, half of them within a save or an append: loss curve, weights, optimizer, negatives
+    and predictions are those of the unbroken run. So they are when the power fails, and what was not synced is lost."""
 
     @pytest.mark.parametrize("number", range(20))
     def test_killed_at_a_random_moment(self, crashes: Crashes, number: int) -> None:
@@ -52,7 +53,8 @@ class TestTrial1:
         assert differences(tmp_path / "b", whole.run) == []
 
     def test_collect_at_each_of_its_operations(self, crashes: Crashes, tmp_path) -> None:
-        """`collect` too: killed at each operation on a file, or without power or room, the same command ends the same."""
+        """`collect` too: killed at each operation on a file, or without power or room, the same command ends the
+        same."""
         rows = [json.loads(line) for line in crashes.rows.read_text().splitlines()[:2]]
         (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         asked = [{"id": row["id"], "question": row["question"]} for row in rows]
@@ -102,7 +104,8 @@ class TestTrial2:
         args = crashes.args(whole.student, run, resume="auto")
         assert crashes.warm.run(args, Fault("kill", 3, STEP)).code == KILLED  # step 2, half of its gradient made
         assert not list(run.glob("checkpoint-*"))
-        assert crashes.warm.run(args, Fault("kill", 1, EDGE, after=True)).code == KILLED  # its snapshot is being written
+        # its snapshot is being written
+        assert crashes.warm.run(args, Fault("kill", 1, EDGE, after=True)).code == KILLED
         assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
         assert crashes.warm.run(args, Fault("kill", 0, EVAL, after=True)).code == KILLED
         assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
@@ -125,8 +128,8 @@ def single(request, crashes: Crashes):
 
 
 class TestTrial3:
-    """Kills around the iteration that first uses a lagged snapshot, with a single checkpoint kept: the same negatives token for
-    token, and the snapshot is still there though its checkpoint is gone."""
+    """Kills around the iteration that first uses a lagged snapshot, with a single checkpoint kept: the same negatives
+    token for token, and the snapshot is still there though its checkpoint is gone."""
 
     @pytest.mark.parametrize(
         "fault, done_steps",
@@ -137,7 +140,9 @@ class TestTrial3:
         ],
         ids=["before", "at", "after"],
     )
-    def test_killed_around_the_first_use(self, crashes: Crashes, single, fault: Fault, done_steps: int, tmp_path) -> None:
+    def test_killed_around_the_first_use(
+        self, crashes: Crashes, single, fault: Fault, done_steps: int, tmp_path
+    ) -> None:
         student, unbroken = single
         args = crashes.args(student, tmp_path / "run", resume="auto", **SINGLE)
         assert crashes.warm.run(args, fault).code == KILLED
@@ -152,7 +157,8 @@ class TestTrial3:
 
 @pytest.mark.parametrize("quality", ["vote", "text", "none"])
 def test_killed_with_each_quality(crashes: Crashes, quality: str, tmp_path) -> None:
-    """By votes, by text, without weights: killed in the middle of an iteration's gradient, and as its negatives are drawn."""
+    """By votes, by text, without weights: killed in the middle of an iteration's gradient, and as its negatives are
+    drawn."""
     options = {"quality": quality, "discriminator": "auto", "agreeing_negatives": "drop", "max_new_tokens": 20}
     student, runs = crashes.wholes[1].student, [tmp_path / "whole", tmp_path / "run"]
     done = crashes.warm.run(crashes.args(student, runs[0], **options))

@@ -55,7 +55,9 @@ BAD_LINES = {
 }
 # kind: (the file, the bad line, the reason, the good rows)
 BAD_FILES = {
-    **{kind: (row("a") + b"\n" + line + b"\n" + row("z") + b"\n", 2, why, 2) for kind, (line, why) in BAD_LINES.items()},
+    **{
+        kind: (row("a") + b"\n" + line + b"\n" + row("z") + b"\n", 2, why, 2) for kind, (line, why) in BAD_LINES.items()
+    },
     "cut last line": (row("a") + b"\n" + row("z")[:70], 2, "the line is cut: ", 1),
     "empty file": (b"", 1, "the file is empty", 0),
     "cut gzip": (gzip.compress(row("a") + b"\n" + row("z") + b"\n")[:-9], 3, "the gzip file is cut or damaged", 2),
@@ -121,7 +123,8 @@ class TestTrial14:
         assert json.loads(out)["skipped_rows"] == 1000 and err.count("set aside ") == 4 and "set aside 997 more" in err
 
 
-BIG_MB = int(os.environ.get("QCRD_FAST_BIG_MB", "16"))  # 1000 is the trial as it is written: a gigabyte, in five minutes
+# 1000 is the trial as it is written: a gigabyte, in five minutes
+BIG_MB = int(os.environ.get("QCRD_FAST_BIG_MB", "16"))
 SCRIPT = """
 import resource, sys
 from cli.main import entry
@@ -158,8 +161,13 @@ class TestTrial15:
         count = size = 0
         with open(big, "wb") as file:
             while size < BIG_MB * 1_000_000:
-                said = [{"rationale": f"Ann has {count} and finds {k}. " * 8, "answer": str(count + k)} for k in (1, 1, 1, 2)]
-                line = json.dumps({"id": f"q{count}", "question": f"{count} + 1?", "answer": str(count + 1), "samples": said})
+                said = [
+                    {"rationale": f"Ann has {count} and finds {k}. " * 8, "answer": str(count + k)}
+                    for k in (1, 1, 1, 2)
+                ]
+                line = json.dumps(
+                    {"id": f"q{count}", "question": f"{count} + 1?", "answer": str(count + 1), "samples": said}
+                )
                 size += file.write(line.encode() + b"\n")
                 count += 1
         done, peak = limited(["validate", str(big)], tmp_path, limit)
@@ -178,8 +186,18 @@ class TestTrial15:
 
         first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
         first.write_bytes(row("a", context="c", domain="d") + b"\n" + row("b", task="text") + b"\n")
-        prepared = {"id": "a", "question": "a: 2 + 2?", "context": "c", "majority": "4", "task": "number", "votes": {"4": 1}}
-        sides = {"positives": [{"text": "four é\u2028", "answer": "4", "source": "me", "score": 0.25}], "negatives": ["no"]}
+        prepared = {
+            "id": "a",
+            "question": "a: 2 + 2?",
+            "context": "c",
+            "majority": "4",
+            "task": "number",
+            "votes": {"4": 1},
+        }
+        sides = {
+            "positives": [{"text": "four é\u2028", "answer": "4", "source": "me", "score": 0.25}],
+            "negatives": ["no"],
+        }
         second.write_text(json.dumps(prepared | sides, ensure_ascii=False) + "\n", encoding="utf-8")
         monkeypatch.setattr("qcrd_fast.data.pooling.SPOOL_BYTES", 100)
         for inputs in ([first], [second], [first, second]):
@@ -202,7 +220,9 @@ class TestTrial15:
         config = TrainConfig(data=str(rows), student=str(t5_folder))
         prompts = PromptSettings("raw", config.max_source_length, config.max_target_length)
         with caplog.at_level(logging.WARNING):
-            short, endless = make_examples(load_questions(rows).questions, Student.load(str(t5_folder), prompts), config)
+            short, endless = make_examples(
+                load_questions(rows).questions, Student.load(str(t5_folder), prompts), config
+            )
         (positive,) = endless.positives
         assert len(positive.tokens) == config.max_target_length and len(short.positives[0].tokens) < 20
         (told,) = [r.getMessage() for r in caplog.records if "cut off" in r.getMessage()]
@@ -213,16 +233,21 @@ class TestTrial15:
         path = tmp_path / "rows.jsonl"
         path.write_bytes(b" " * 50_000_000 + b"\n" + row("a") + b"\n")
         code = (
-            "import re, sys; from qcrd_fast.data.load import validate_file; assert len(list(validate_file(sys.argv[1]))) == 1;"
-            "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+            "import re, sys; from qcrd_fast.data.load import validate_file; assert "
+            "len(list(validate_file(sys.argv[1]))) == 1;print(re.search(r'VmHWM:\\s+(\\d+)', "
+            "open('/proc/self/status').read())[1])"
         )
-        done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         assert int(done.stdout) < 80_000  # KiB at the peak; about 20 before, and one row's bound
 
     def test_a_row_beyond_the_bound_is_refused(self, tmp_path: Path) -> None:
         rows = tmp_path / "rows.jsonl"
         rows.write_bytes(row("huge", samples=["apples " * (MAX_ROW_BYTES // 7)]) + b"\n")
-        with pytest.raises(InputError, match=r"rows\.jsonl:1: a line of 16,\d\d\d,\d\d\d bytes; at most 16,777,216 are read"):
+        with pytest.raises(
+            InputError, match=r"rows\.jsonl:1: a line of 16,\d\d\d,\d\d\d bytes; at most 16,777,216 are read"
+        ):
             load_questions(rows)
 
     def test_a_file_that_cannot_fit_is_refused_before_it_is_read(
@@ -245,7 +270,16 @@ class TestTrial15:
 
         rows = tmp_path / "rows.jsonl"
         rows.write_bytes(row("a") + b"\n" + row("b") + b"\n")
-        args = ["train", "--data", str(rows), "--student", str(t5_folder), "--output-dir", str(tmp_path / "run"), "--dry-run"]
+        args = [
+            "train",
+            "--data",
+            str(rows),
+            "--student",
+            str(t5_folder),
+            "--output-dir",
+            str(tmp_path / "run"),
+            "--dry-run",
+        ]
         monkeypatch.setattr(Prompter, "target_ids", full)
         assert entry(args) == 1
         assert "out of memory" in (err := capsys.readouterr().err) and "what helps: --train-fraction" in err
@@ -299,7 +333,9 @@ class TestTrial16:
             os.fsdecode(b"bytes \xff.jsonl"),
         ]
         text = "".join(json.dumps(self.spelled(*s), ensure_ascii=False) + "\n" for s in SPELLINGS.values())
-        code = "import sys; from cli.main import entry; sys.exit(entry(['prepare', sys.argv[1], '--output', sys.argv[2]]))"
+        code = (
+            "import sys; from cli.main import entry; sys.exit(entry(['prepare', sys.argv[1], '--output', sys.argv[2]]))"
+        )
         written = set()
         for i, name in enumerate(names):
             (tmp_path / name).write_text(text, encoding="utf-8")
@@ -339,7 +375,9 @@ class TestTrial17:
     @pytest.fixture
     def rows(self, tmp_path: Path) -> Path:
         path = tmp_path / "rows.jsonl"
-        rows = [{"id": kind, "question": f"{kind} apples?", "answer": "1", "samples": v[0]} for kind, v in VOTES.items()]
+        rows = [
+            {"id": kind, "question": f"{kind} apples?", "answer": "1", "samples": v[0]} for kind, v in VOTES.items()
+        ]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return path
 
@@ -349,7 +387,9 @@ class TestTrial17:
             _, positives, negatives, _, tied = VOTES[question.id]
             assert (len(question.positives), len(question.negatives)) == (positives, negatives), question.id
             counts = sorted(question.votes.values())
-            assert (question.majority is None) == (not counts) and (counts[-2:].count(max(counts, default=0)) == 2) == tied
+            assert (question.majority is None) == (not counts) and (
+                counts[-2:].count(max(counts, default=0)) == 2
+            ) == tied
         told = loaded.summary
         assert (told.questions, told.with_samples, told.ties, told.answers_dropped) == (6, 4, 2, 3)
         assert told.share_without_minority == 0.5
@@ -358,13 +398,21 @@ class TestTrial17:
     def test_a_finite_loss(self, student: str, rows: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
         from qcrd_fast.train.trainer import train
 
-        only = {"id": "no positive", "question": "No apples?", "gold": "1", "majority": None, "votes": {}, "positives": []}
+        only = {
+            "id": "no positive",
+            "question": "No apples?",
+            "gold": "1",
+            "majority": None,
+            "votes": {},
+            "positives": [],
+        }
         prepared = tmp_path / "prepared.jsonl"
         assert entry(["prepare", str(rows), "--output", str(prepared), "--task", "number"]) == 0
         with open(prepared, "a", encoding="utf-8") as file:
             file.write(json.dumps(only | {"negatives": [{"text": "Ann has none.", "answer": "0"}]}) + "\n")
         config = TrainConfig(
-            data=str(prepared), student=str(request.getfixturevalue(student)), output_dir=str(tmp_path / "run"), max_steps=7,
+            data=str(prepared), student=str(request.getfixturevalue(student)), output_dir=str(tmp_path / "run"),
+            max_steps=7,
             per_device_train_batch_size=1, iteration_steps=3, max_new_tokens=4, discriminator_pretrain_steps=2,
             discriminator_update_batches=1, discriminator_min_auc=0.0, validation_fraction=0.0, save_steps=100,
             scheme="minmax", negative_source="lagged", quality="discriminator",
@@ -372,7 +420,9 @@ class TestTrial17:
         train(config)
         logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         assert [record["step"] for record in logged] == list(range(1, 8))
-        assert all(abs(record[name]) < 1e4 for record in logged for name in ("loss", "loss_pred", "loss_cl", "grad_norm"))
+        assert all(
+            abs(record[name]) < 1e4 for record in logged for name in ("loss", "loss_pred", "loss_cl", "grad_norm")
+        )
 
     def test_nothing_to_learn_from_is_refused(self, t5_folder: Path, tmp_path: Path) -> None:
         from qcrd_fast.train.trainer import train

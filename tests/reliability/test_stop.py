@@ -22,9 +22,10 @@ def steps(run: Path) -> list[int]:
 
 
 class TestTrial9:
-    """SIGINT or SIGTERM in a step, in sampling, in a validation, in a save: the step is finished and saved, exit 130 or 143; a
-    second signal quits at once; the run goes on exactly. In `collect`: test_collect.py,
-    test_a_signal_waits_for_what_is_in_flight and test_in_flight_is_given_up_after_the_grace_and_a_second_signal_quits."""
+    """SIGINT or SIGTERM in a step, in sampling, in a validation, in a save: the step is finished and saved, exit 130 or
+    143; a second signal quits at once; the run goes on exactly. In `collect`: test_collect.py,
+    test_a_signal_waits_for_what_is_in_flight and
+    test_in_flight_is_given_up_after_the_grace_and_a_second_signal_quits."""
 
     @pytest.mark.parametrize(
         "student, do, at, point, saved",
@@ -38,7 +39,9 @@ class TestTrial9:
         ],
         ids=["step", "micro-batch", "sampling", "eval", "save", "discriminator"],
     )
-    def test_the_first_signal(self, crashes: Crashes, student: int, do: str, at, point: str, saved: int, tmp_path) -> None:
+    def test_the_first_signal(
+        self, crashes: Crashes, student: int, do: str, at, point: str, saved: int, tmp_path
+    ) -> None:
         whole, run = crashes.wholes[student], tmp_path / "run"
         at = whole.points.index(at) if isinstance(at, str) else at
         done = crashes.warm.run(crashes.args(whole.student, run), Fault(do, at, point), folder=run)
@@ -72,8 +75,9 @@ class TestTrial9:
 
 
 class TestTrial10:
-    """NaN or Inf in the loss, a gradient or a quality score, quality weights or a student that are all zero: the run ends
-    within one step with exit 1, naming the step and its rows; the last good checkpoint stays and nothing after it is saved."""
+    """NaN or Inf in the loss, a gradient or a quality score, quality weights or a student that are all zero: the run
+    ends within one step with exit 1, naming the step and its rows; the last good checkpoint stays and nothing after it
+    is saved."""
 
     @pytest.mark.parametrize(
         "student, do, at, point, says",
@@ -86,7 +90,9 @@ class TestTrial10:
         ],
         ids=["nan loss", "inf loss", "nan gradient", "nan quality", "inf quality"],
     )
-    def test_not_finite(self, crashes: Crashes, student: int, do: str, at: int, point: str, says: str, tmp_path) -> None:
+    def test_not_finite(
+        self, crashes: Crashes, student: int, do: str, at: int, point: str, says: str, tmp_path
+    ) -> None:
         whole, run = crashes.wholes[student], tmp_path / "run"
         done = crashes.warm.run(crashes.args(whole.student, run), Fault(do, at, point))
         self.check(run, done, says, [2])
@@ -95,7 +101,8 @@ class TestTrial10:
             assert done.code == 0 and differences(run, whole.run) == [], done.err
 
     def test_quality_weights_that_are_all_zero(self, crashes: Crashes, tmp_path) -> None:
-        """D gives every positive 0 and every negative 1: L_CL is 0, and the student would learn nothing of rationales."""
+        """D gives every positive 0 and every negative 1: L_CL is 0, and the student would learn nothing of
+        rationales."""
         run, sizes = tmp_path / "run", {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
         dead = Fault("dead", 2, "qcrd_fast.train.objective:Objective._quality")
         done = crashes.warm.run(crashes.args(crashes.wholes[1].student, run, **sizes), dead)
@@ -116,5 +123,7 @@ class TestTrial10:
         assert done.code == 1 and "Traceback" not in done.err, done.err
         last = done.err.strip().splitlines()[-1]
         assert re.search(rf"step {step}: .*{says}.*questions q\d+", last), last
-        assert steps(run) == saved and (not saved or checkpoints.find_corruption(run / f"checkpoint-{saved[-1]}", run) is None)
+        assert steps(run) == saved and (
+            not saved or checkpoints.find_corruption(run / f"checkpoint-{saved[-1]}", run) is None
+        )
         assert (run / "metrics.jsonl").read_text().count('"loss"') < step and not list(run.glob(".tmp*"))

@@ -36,7 +36,8 @@ def two(tmp_path: Path) -> Path:
 
 
 class TestTrial19:
-    """Retries under one deadline; 4xx not retried; the key never leaves for another host; bad replies recorded, not fatal."""
+    """Retries under one deadline; 4xx not retried; the key never leaves for another host; bad replies recorded, not
+    fatal."""
 
     @pytest.mark.parametrize(
         ("trouble", "reason"),
@@ -55,7 +56,10 @@ class TestTrial19:
             (fake.raw(b"[]"), "bad reply: no choices"),
             (fake.raw(b'{"choices": []}'), "bad reply: empty choices"),
             (fake.raw(b'{"choices": [7, null]}'), "bad reply: null content"),
-            (fake.raw(b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}'), "bad reply: null content"),
+            (
+                fake.raw(b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}'),
+                "bad reply: null content",
+            ),
             (fake.raw(b'{"error": {"message": "overloaded"}}'), "bad reply: error in it"),
             (fake.raw(b"not gzip", content_encoding="gzip"), "bad reply: broken compression"),
             (fake.raw(b"?", content_encoding="zstd"), "bad reply: unknown encoding"),
@@ -71,7 +75,9 @@ class TestTrial19:
         failure, *_ = ledger(one, "failure")
         assert failure["request"] == server.seen[0].request and failure["id"] == "q0"
 
-    def test_a_reply_with_fewer_samples_and_one_null_is_used(self, one: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_reply_with_fewer_samples_and_one_null_is_used(
+        self, one: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         some = {"choices": [fake.choice("A.\nAnswer: 1"), fake.choice(None), fake.choice("B.\nAnswer: 2")]}
         with fake.serving() as server:
             server.plan = [lambda handler, seen: handler.send_json(some)]
@@ -87,7 +93,9 @@ class TestTrial19:
             server.plan = [fake.gzip_bomb(30_000_000), fake.raw(b" " * 200_000)]
             result = run(capsys, command(one, server.url, "--num-samples", "1"))
         assert (
-            result["failures"] == {"bad reply: too large": 2} and result["samples"] == 1 and result["unreadable_answers"] == 0
+            result["failures"] == {"bad reply: too large": 2}
+            and result["samples"] == 1
+            and result["unreadable_answers"] == 0
         )
 
     def test_inflating_stops_at_the_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +151,8 @@ class TestTrial19:
     @pytest.mark.parametrize("form", ["seconds", "date"])
     def test_retry_after_is_honoured_by_all(self, two: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
         def busy(handler: fake.Handler, seen: fake.Seen) -> None:
-            wait = {"seconds": "1", "date": email.utils.formatdate(time.time() + 2, usegmt=True)}[form]  # dates lose a fraction
+            # dates lose a fraction
+            wait = {"seconds": "1", "date": email.utils.formatdate(time.time() + 2, usegmt=True)}[form]
             fake.status(429, retry_after=wait)(handler, seen)
 
         with fake.serving() as server:
@@ -152,21 +161,27 @@ class TestTrial19:
         assert result["failures"] == {"429": 1} and result["samples"] == 10
         assert server.seen[1].time - server.seen[0].time >= 0.95
 
-    def test_a_retry_after_beyond_the_deadline_is_not_waited_for(self, one: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_retry_after_beyond_the_deadline_is_not_waited_for(
+        self, one: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         with fake.serving(fake.status(429, retry_after="86400")) as server:
             begun = time.monotonic()
             assert "no sample came" in run(capsys, command(one, server.url), 1)["log"]
             assert time.monotonic() - begun < 60 and len(server.seen) == 1
 
     @pytest.mark.parametrize("value", ["soon", "-5", "nan", "inf", "Thu, 99 Foo 2020"])
-    def test_a_nonsensical_retry_after_is_no_wait(self, one: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_nonsensical_retry_after_is_no_wait(
+        self, one: Path, value: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         with fake.serving() as server:
             server.plan = [fake.status(503, retry_after=value)]
             assert run(capsys, command(one, server.url))["samples"] == 5
             assert server.seen[1].time - server.seen[0].time < 10
 
     @pytest.mark.parametrize(("code", "advice"), [(401, "set OPENAI_API_KEY"), (403, "may"), (404, "--teacher-model")])
-    def test_no_request_will_do_better(self, one: Path, code: int, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_no_request_will_do_better(
+        self, one: Path, code: int, advice: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         questions = write_questions(one, 40)
         with fake.serving(fake.status(code, "go away")) as server:
             result = run(capsys, command(questions, server.url, "--concurrency", "4"), 1)
@@ -199,7 +214,9 @@ class TestTrial19:
             assert "3 questions in a row failed" in run(capsys, args, 1)["log"]
         assert len(server.seen) == 3
 
-    def test_failures_with_successes_between_them_stop_nothing(self, one: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_failures_with_successes_between_them_stop_nothing(
+        self, one: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         questions = write_questions(one, 6)
         with fake.serving() as server:
             server.plan = [fake.status(400), fake.samples()] * 3
@@ -216,7 +233,9 @@ class TestTrial19:
     ) -> None:
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
         with fake.serving() as thief, fake.serving() as server:
-            server.usual = fake.raw(b"", code, location=thief.url.replace("127.0.0.1", "localhost") + "/chat/completions")
+            server.usual = fake.raw(
+                b"", code, location=thief.url.replace("127.0.0.1", "localhost") + "/chat/completions"
+            )
             result = run(capsys, command(one, server.url), 1)
             assert thief.seen == [] and len(server.seen) == 1
         assert server.seen[0].headers["authorization"] == f"Bearer {KEY}"
@@ -300,7 +319,9 @@ class TestTrial20:
         assert 0 < result["lost_in_flight"] == len(intents) - 48
         assert sum(len(row["samples"]) for row in rows(questions)) == 48
 
-    def test_the_cost_limit_stops_before_it_is_passed(self, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_cost_limit_stops_before_it_is_passed(
+        self, questions: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         args = ("--price-input", "0", "--price-output", "10000", "--concurrency", "3")  # a request: 100 tokens, cost 1
         with fake.serving(fake.samples(delay_s=0.6)) as server:
             result = run(capsys, command(questions, server.url, *args, "--max-cost", "3.5"), 75)
@@ -311,15 +332,20 @@ class TestTrial20:
             assert run(capsys, command(questions, server.url, *args, "--max-cost", "6"))["cost"] == 6
         assert len(server.seen) == 6
 
-    def test_no_crowd_sets_out_before_a_price_is_known(self, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """A teacher may think up to --max-tokens: what has not come yet is reckoned as that long, not as a short reply."""
+    def test_no_crowd_sets_out_before_a_price_is_known(
+        self, questions: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A teacher may think up to --max-tokens: what has not come yet is reckoned as that long, not as a short
+        reply."""
 
         def think(handler: fake.Handler, seen: fake.Seen) -> None:
             usage = {"prompt_tokens": 10, "completion_tokens": 8000}
-            handler.server.released.wait(0.2 if "What is 0" in seen.prompt else 0.8)  # the first alone says how long they are
+            # the first alone says how long they are
+            handler.server.released.wait(0.2 if "What is 0" in seen.prompt else 0.8)
             handler.send_json({"choices": [fake.choice("Long.\nAnswer: 1")], "usage": usage})
 
-        args = ("--price-input", "0", "--price-output", "100", "--max-tokens", "8192", "--num-samples", "1")  # a request: 0.8
+        # a request: 0.8
+        args = ("--price-input", "0", "--price-output", "100", "--max-tokens", "8192", "--num-samples", "1")
         with fake.serving(think) as server:
             result = run(capsys, command(questions, server.url, *args, "--max-cost", "1.7"), 75)
         assert result["cost"] == pytest.approx(1.6) and len(server.seen) == 2
@@ -345,7 +371,8 @@ class TestTrial21:
     """Secrets in environment, configuration and error bodies come out nowhere."""
 
     def test_the_key_comes_out_nowhere(self, two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Servers that say the key back in errors, headers, models and samples; tracebacks; a config file that holds it."""
+        """Servers that say the key back in errors, headers, models and samples; tracebacks; a config file that holds
+        it."""
 
         def echo(handler: fake.Handler, seen: fake.Seen) -> None:
             key = seen.headers["authorization"]
@@ -403,7 +430,8 @@ class TestTrial21:
     def test_training_writes_no_secret_of_the_environment(
         self, rows_file: Path, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     ) -> None:
-        """Not into the log, the resolved config, the metrics or a checkpoint; not from a message, not from a traceback."""
+        """Not into the log, the resolved config, the metrics or a checkpoint; not from a message, not from a
+        traceback."""
         from qcrd_fast.train.objective import Objective
 
         secrets = {"HF_TOKEN": "hf_" + "a" * 30, "WANDB_API_KEY": "swordfish-1234", "OPENAI_API_KEY": KEY}
@@ -423,14 +451,18 @@ class TestTrial21:
         args = ["train", "--data", str(rows_file), "--student", str(llama_folder), "--output-dir", str(run_folder)]
         assert entry([*args, "--method", "dss", "--max-steps", "4", "--save-steps", "1"]) == 1
         said = "".join(capsys.readouterr())
-        assert "LookupError" in said and "Traceback" in said and "connecting with" in (run_folder / "run.log").read_text()
+        assert (
+            "LookupError" in said and "Traceback" in said and "connecting with" in (run_folder / "run.log").read_text()
+        )
         written = [path for path in run_folder.rglob("*") if path.is_file()]
         assert {"metrics.jsonl", "run.log", "config.resolved.yaml", "state.json"} <= {path.name for path in written}
         for secret in secrets.values():
             assert secret not in said
             assert not [path.name for path in written if secret.encode() in path.read_bytes()]
 
-    def test_a_secret_is_no_option(self, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_secret_is_no_option(
+        self, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         config = tmp_path / "config.yaml"
         config.write_text(f"api_key: {KEY}\n", encoding="utf-8")
         assert entry(["train", "--config", str(config), "--output-dir", str(tmp_path / "run")]) == 2
@@ -450,4 +482,6 @@ class TestTrial21:
         ]
         assert entry(args) == 2
         assert KEY not in "".join(capsys.readouterr())
-        assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+        assert not [
+            path for path in (tmp_path / "run").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()
+        ]

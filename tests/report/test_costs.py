@@ -20,7 +20,8 @@ pytest.importorskip("matplotlib", reason="needs matplotlib, the extra `report`")
 
 
 def timed_run(
-    folder: Path, right: int, *, attempts: tuple[float, ...] = (), device: str = "CPU x2", gpu: bool = False, parallel: int = 1,
+    folder: Path, right: int, *, attempts: tuple[float, ...] = (), device: str = "CPU x2", gpu: bool = False,
+    parallel: int = 1,
     step_ms: float | None = None, **options: object,
 ) -> Path:  # fmt: skip
     """A finished run with `right` of 20 answers right, and the time of its attempts or of its 40 steps."""
@@ -35,7 +36,9 @@ def timed_run(
         (folder / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "environment.json").write_text(json.dumps({"gpu": gpu, "device": device}))
     if step_ms:
-        lines = [{"step": s, "loss": 1.0, "step_ms": step_ms, **({"peak_mib": 9.0} if gpu else {})} for s in (10, 20, 30, 40)]
+        lines = [
+            {"step": s, "loss": 1.0, "step_ms": step_ms, **({"peak_mib": 9.0} if gpu else {})} for s in (10, 20, 30, 40)
+        ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -60,7 +63,10 @@ def test_seeds_of_a_method_are_one_point_with_an_interval(tmp_path: Path) -> Non
 
 
 def test_options_that_differ_make_points_of_their_own(tmp_path: Path) -> None:
-    runs = [timed_run(tmp_path / f"r{i}", 5, attempts=(60.0,), beta=0.5, learning_rate=lr) for i, lr in enumerate((1e-4, 3e-4))]
+    runs = [
+        timed_run(tmp_path / f"r{i}", 5, attempts=(60.0,), beta=0.5, learning_rate=lr)
+        for i, lr in enumerate((1e-4, 3e-4))
+    ]
     (points,) = found(*runs).values()
     assert sorted(p.label for p in points) == ["qcrd --learning-rate 0.0001", "qcrd --learning-rate 0.0003"]
     runs.append(timed_run(tmp_path / "other", 5, attempts=(60.0,), beta=0.5, learning_rate=1e-4, student="tiny"))
@@ -97,7 +103,9 @@ def test_runs_that_do_not_say_are_left_out(tmp_path: Path) -> None:
 
 
 def test_the_page_draws_runs_and_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [timed_run(tmp_path / m, 5 + i, attempts=(60.0,), parallel=2, method=m) for i, m in enumerate(("dss", "qcrd"))]
+    runs = [
+        timed_run(tmp_path / m, 5 + i, attempts=(60.0,), parallel=2, method=m) for i, m in enumerate(("dss", "qcrd"))
+    ]
     csv = tmp_path / "runs.csv"
     for run in runs:
         config = TrainConfig(data="rows.jsonl", student="s", output_dir=str(run), method=run.name)

@@ -34,7 +34,8 @@ def test_a_whole_run(tmp_path: Path) -> None:
     charts = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
     assert len(charts) == 8 and "Discriminator's loss, L_D (Eq. 2)" not in charts  # nothing of that is logged
     for wanted in (
-        "0.250", "0.195 to 0.314", "200", "--beta 0.3", "--negative-source minority", "teacher minority: n 30", "student at 2",
+        "0.250", "0.195 to 0.314", "200", "--beta 0.3", "--negative-source minority", "teacher minority: n 30",
+        "student at 2",
         "AUC 0.957", "4 wrong", "Question 0", "solid: student's negatives",
     ):  # fmt: skip
         assert wanted in page.text, wanted
@@ -104,7 +105,11 @@ def test_switches_that_all_runs_share_stand_once(tmp_path: Path) -> None:
 
 def test_a_refused_discriminator_is_said(tmp_path: Path) -> None:
     for low, refused, wanted in (
-        (0.55, False, "held-out AUC 0.700, lower bound 0.550; refused (the lower bound must reach 0.6); the vote weighs"),
+        (
+            0.55,
+            False,
+            "held-out AUC 0.700, lower bound 0.550; refused (the lower bound must reach 0.6); the vote weighs",
+        ),
         (0.65, False, "held-out AUC 0.700, lower bound 0.650; in use"),
         (None, True, "held-out AUC unknown; refused"),
     ):
@@ -181,12 +186,16 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 def test_student_negatives_stand_beside_the_teacher_without_scores(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", data=str(tmp_path / "rows.jsonl"))
     (run / "quality_scores.jsonl").unlink()
-    rows = [{"id": "q1", "question": "One?", "majority": "1", "positives": ["It is one."], "negatives": [], "votes": {}}]
+    rows = [
+        {"id": "q1", "question": "One?", "majority": "1", "positives": ["It is one."], "negatives": [], "votes": {}}
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "negatives").mkdir()
     for iteration, text in ((0, "early words"), (1, "late words")):
         lines = [{"chunk": 0, "id": "q1", "tokens": [1], "text": text}, {"chunk": 0, "end": 1}]
-        (run / "negatives" / f"iteration-{iteration:05d}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        (run / "negatives" / f"iteration-{iteration:05d}.jsonl").write_text(
+            "".join(json.dumps(x) + "\n" for x in lines)
+        )
     text = check(render([read_run(run)])).text
     assert "It is one." in text and "late words" in text and "early words" not in text and "iteration 1" in text
 
@@ -199,7 +208,10 @@ def test_the_densities_of_a_run_by_votes(tmp_path: Path) -> None:
     with open(tmp_path / "rows.jsonl", "w") as rows:
         for i in said:
             row = {"id": i, "question": f"What is {i}?", "majority": "7", "votes": {"7": 4, "9": 1}, "task": "number"}
-            row |= {"positives": [{"text": "It is 7.", "answer": "7"}], "negatives": [{"text": "It is 9.", "answer": "9"}]}
+            row |= {
+                "positives": [{"text": "It is 7.", "answer": "7"}],
+                "negatives": [{"text": "It is 9.", "answer": "9"}],
+            }
             rows.write(json.dumps(row) + "\n")
     (run / "negatives").mkdir()
     lines = [{"chunk": 0, "id": i, "tokens": [1], "text": text, **more} for i, (text, more) in said.items()]
@@ -208,7 +220,8 @@ def test_the_densities_of_a_run_by_votes(tmp_path: Path) -> None:
     )
     text = check(render([read_run(run)])).text
     for kind, mean in (
-        ("teacher positive: n 3", 0.900), ("teacher minority: n 3", 0.100), ("student, agrees with the majority: n 1", 0.900),
+        ("teacher positive: n 3", 0.900), ("teacher minority: n 3", 0.100),
+        ("student, agrees with the majority: n 1", 0.900),
         ("student, differs from it: n 1", 0.100), ("student, no conclusion: n 1", 0.500),
     ):  # fmt: skip
         assert f"{kind}, mean {mean:.3f}" in text, text[-3000:]

@@ -61,7 +61,8 @@ def run(capsys: pytest.CaptureFixture[str], args: list[str], code: int = 0) -> d
 def start(args: list[str], **environment: str) -> subprocess.Popen[str]:
 
     code = (
-        "import sys; from cli.main import entry; code = entry(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+        "import sys; from cli.main import entry; code = entry(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, *args],

@@ -69,7 +69,8 @@ class Crashes:
         return [*short_run(self.rows, student, self.judge, out, **(self.options | options)), *self.more]
 
     def random_trial(self, seed: int, number: int) -> str | None:
-        """What came out otherwise, or None. Trial `number` of a seed is the same each time but for the moment it dies at."""
+        """What came out otherwise, or None. Trial `number` of a seed is the same each time but for the moment it dies
+        at."""
         rng = random.Random(f"{seed}/{number}")
         whole = self.wholes[number % 2]
         if number // 2 % 2:
@@ -77,9 +78,12 @@ class Crashes:
         return self.trial(whole, point=rng.randrange(len(whole.points)))
 
     def trial(self, whole: Whole, *, point: int | None = None, seconds: float = 0.0, do: str = "kill") -> str | None:
-        """Die at a disk point, or after so many seconds; resume; compare. do="full": the disk is full from the point on."""
+        """Die at a disk point, or after so many seconds; resume; compare. do="full": the disk is full from the point
+        on."""
         run = Path(tempfile.mkdtemp(dir=self.folder)) / "run"
-        where = f"{whole.student.name}, " + (f"{seconds:.3f} s" if point is None else f"point {point} ({whole.points[point]})")
+        where = f"{whole.student.name}, " + (
+            f"{seconds:.3f} s" if point is None else f"point {point} ({whole.points[point]})"
+        )
         try:
             if point is not None:
                 done = self.warm.run(self.args(whole.student, run), Fault(do, point), folder=run)

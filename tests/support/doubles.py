@@ -1,5 +1,6 @@
-"""What is said of exact numbers is tested in float64, whose rounding is far below any tolerance whatever the processor, the
-number of threads or the batch. Models and the library name fp32 in places; here such a place gets float64 as well."""
+"""What is said of exact numbers is tested in float64, whose rounding is far below any tolerance whatever the processor,
+the number of threads or the batch. Models and the library name fp32 in places; here such a place gets float64 as
+well."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from transformers import PreTrainedModel
 class _Widened(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.view:  # bytes of a file, or the bits of a number, which are taken as those of an fp32 one
+        # bytes of a file, or the bits of a number, which are taken as those of an fp32 one
+        if func is torch.Tensor.view:
             args = (args[0].to(torch.float32), *args[1:]) if args[1:] == (torch.int32,) else args
             return func(*args, **kwargs)
         if func is torch.Tensor.float:
@@ -27,8 +29,13 @@ class _Widened(TorchFunctionMode):
 
 @contextlib.contextmanager
 def doubles() -> Iterator[None]:
-    """In this thread new tensors and models are float64, also where fp32 is asked for; half types stay what they are."""
-    before, read, run = torch.get_default_dtype(), PreTrainedModel.from_pretrained.__func__, torch.autograd._engine_run_backward
+    """In this thread new tensors and models are float64, also where fp32 is asked for; half types stay what they
+    are."""
+    before, read, run = (
+        torch.get_default_dtype(),
+        PreTrainedModel.from_pretrained.__func__,
+        torch.autograd._engine_run_backward,
+    )
 
     def load(*args: Any, **options: Any) -> Any:
         options.update({"dtype": torch.float64} if options.get("dtype") == torch.float32 else {})

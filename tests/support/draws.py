@@ -15,7 +15,8 @@ def draws(count):
 
 
 def chi_square(tokens, probability_V):
-    """The statistic's distance from its mean, in its standard deviations, over entries that are expected five times or more."""
+    """The statistic's distance from its mean, in its standard deviations, over entries that are expected five times or
+    more."""
     expected_V = probability_V * len(tokens)
     seen_V = torch.bincount(tokens, minlength=len(probability_V)).double()
     often_V = expected_V >= 5

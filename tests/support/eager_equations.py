@@ -1,5 +1,5 @@
-"""The loss of prepared rows from a Hugging Face model's own logits, one sequence at a time and equation by equation: what every
-host trainer must agree with. Nothing of the library's loss is used, and of its prompts only their tokens."""
+"""The loss of prepared rows from a Hugging Face model's own logits, one sequence at a time and equation by equation:
+what every host trainer must agree with. Nothing of the library's loss is used, and of its prompts only their tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def nll(model, prompter, prompt, text):
 
 
 def eager_loss(model, prompter, rows, N, delta=DELTA, labels=True, terms=None):
-    """a1 L_pred + a2 L_cl (Eq. 8, 3, 6, 7; minmax) of some of an optimizer batch's N questions; weights of 1 where no score."""
+    """a1 L_pred + a2 L_cl (Eq. 8, 3, 6, 7; minmax) of some of an optimizer batch's N questions; weights of 1 where no
+    score."""
     total = torch.zeros(())
     for row in rows:
         if labels:
@@ -48,7 +49,9 @@ def gradients(model, prompter, rows, N, **options):
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss = eager_loss(model, prompter, rows, N, **options)
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return loss.detach(), {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
+    return loss.detach(), {
+        n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)
+    }
 
 
 def relative_error(expected, actual):
@@ -66,6 +69,9 @@ def assert_same(expected, actual, tolerance=1e-10):
 
 
 def assert_rounded_alike(truth, plain, actual):
-    """Gradients are as far from float64 as those of another fp32 computation, give or take what adding up elsewise does."""
+    """Gradients are as far from float64 as those of another fp32 computation, give or take what adding up elsewise
+    does."""
     error, usual = relative_error(truth, actual), relative_error(truth, plain)
-    assert error <= 4 * usual + 8 * torch.finfo(torch.float32).eps, f"relative error {error:.2g}, of plain torch {usual:.2g}"
+    assert error <= 4 * usual + 8 * torch.finfo(torch.float32).eps, (
+        f"relative error {error:.2g}, of plain torch {usual:.2g}"
+    )

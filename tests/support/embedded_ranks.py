@@ -78,16 +78,20 @@ def grads(model):
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert p.grad is not None, name
-            found[name.replace("module.", "").replace("_orig_mod.", "")] = getattr(p.grad, "full_tensor", lambda g=p.grad: g)()
+            found[name.replace("module.", "").replace("_orig_mod.", "")] = getattr(
+                p.grad, "full_tensor", lambda g=p.grad: g
+            )()
     return found
 
 
 def step(model, collate, rank, split):
-    """One optimizer step's backward passes; with `split`, over two micro-batches, of which rank 1 has data for one alone."""
+    """One optimizer step's backward passes; with `split`, over two micro-batches, of which rank 1 has data for one
+    alone."""
     micro_batches = [SHARES[rank][:1], SHARES[rank][1:]] if split else [SHARES[rank]]
     for rows in micro_batches:
         weight = 2.0 if rows else 0.0  # the average over two ranks is undone
-        batch = collate(rows or [{**ROWS[0], "positives": [], "negatives": []}])  # each rank runs its model, data or not
+        # each rank runs its model, data or not
+        batch = collate(rows or [{**ROWS[0], "positives": [], "negatives": []}])
         (score_then_train(model, batch, num_questions=len(ROWS)).loss * weight).backward()
 
 
@@ -104,7 +108,8 @@ def main(rank, folder):
     texts = [*QUESTIONS, *(t for group in (*POSITIVES, *NEGATIVES) for t in group)]
     tokenizer = build_tokenizer(texts)
     done = []
-    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)  # fp32 master weights, bf16 compute
+    # fp32 master weights, bf16 compute
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for name, kind, wrap, tolerance in (
         ("DDP", "t5", DistributedDataParallel, EXACT),
         ("DDP, LoRA", "lora", DistributedDataParallel, EXACT),
@@ -151,7 +156,8 @@ def trainer(rank, folder, tokenizer):
 
     args = TrainingArguments(
         f"{folder}/out", use_cpu=True, ddp_backend="gloo", max_steps=1, per_device_train_batch_size=1, report_to="none",
-        gradient_accumulation_steps=2, remove_unused_columns=False, save_strategy="no", disable_tqdm=True, max_grad_norm=0.0,
+        gradient_accumulation_steps=2, remove_unused_columns=False, save_strategy="no", disable_tqdm=True,
+        max_grad_norm=0.0,
         optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
     )  # fmt: skip
     assert args.world_size == 2
@@ -162,7 +168,8 @@ def trainer(rank, folder, tokenizer):
     rows = [row for row in ROWS if row["id"] in [*gathered[0], *gathered[1]]]
     assert len(rows) == 4
     attach(before, loss_fn)(**collate(rows)).loss.backward()
-    moved = {n: before.get_parameter(n).detach() - p.detach() for n, p in model.named_parameters()}  # SGD at a rate of 1
+    # SGD at a rate of 1
+    moved = {n: before.get_parameter(n).detach() - p.detach() for n, p in model.named_parameters()}
     return compare("Trainer, DDP", grads(before), moved, EXACT)
 
 

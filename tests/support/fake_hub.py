@@ -13,8 +13,8 @@ TOKEN = "hf_" + "fake" * 8
 
 
 class FakeHub:
-    """Use as a context manager. `repositories`: {OWNER/NAME: {"private": bool, "files": {path: bytes}}}; `fail`: a status that
-    the commit is answered with."""
+    """Use as a context manager. `repositories`: {OWNER/NAME: {"private": bool, "files": {path: bytes}}}; `fail`: a
+    status that the commit is answered with."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, Any]] = {}
@@ -66,7 +66,9 @@ class FakeHub:
             kinds = {True: "lfs", False: "regular"}
             files = [f["path"] for f in json.loads(body)["files"]]
             return 200, {
-                "files": [{"path": f, "uploadMode": kinds[f.endswith(".safetensors")], "shouldIgnore": False} for f in files]
+                "files": [
+                    {"path": f, "uploadMode": kinds[f.endswith(".safetensors")], "shouldIgnore": False} for f in files
+                ]
             }
         if path.endswith("/commit/main"):
             if self.fail:
@@ -79,7 +81,9 @@ class FakeHub:
                     repository["files"][value["path"]] = self.blobs[value["oid"]]
             return 200, {"commitUrl": f"{self.address}/{name}/commit/1", "commitOid": "1" * 40, "success": True}
         if "/tree/" in path:
-            return 200, [{"type": "file", "path": p, "size": len(d), "oid": "0" * 40} for p, d in repository["files"].items()]
+            return 200, [
+                {"type": "file", "path": p, "size": len(d), "oid": "0" * 40} for p, d in repository["files"].items()
+            ]
         siblings = [{"rfilename": path} for path in repository["files"]]
         return 200, {"id": name, "private": repository["private"], "siblings": siblings, "sha": "1" * 40}
 

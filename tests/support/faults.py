@@ -1,8 +1,8 @@
 """Faults on purpose: kills, power cuts, signals, full disks, poisoned numbers, damaged files.
 
-`Disk` and `arm_call` arm a process (see `warm.py`) to suffer a fault at the n-th of some points: every operation on a file of
-one folder (`disk`), or the calls of a function (`module:Class.function`). Whatever is random comes from a seed that a failure
-prints.
+`Disk` and `arm_call` arm a process (see `warm.py`) to suffer a fault at the n-th of some points: every operation on a
+file of one folder (`disk`), or the calls of a function (`module:Class.function`). Whatever is random comes from a seed
+that a failure prints.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ QUIET_FILES = ("run.log", ".lock")  # what is written there decides nothing
 class Fault:
     """`do` at the `at`-th point (from 0).
 
-    kill: SIGKILL, in the middle of a write if the point is one; power: the same, and of the bytes that were not synced the
-    latter half is lost; int, term, or several joined by a comma: these signals; full: no byte fits on the disk from there on;
+    kill: SIGKILL, in the middle of a write if the point is one; power: the same, and of the bytes that were not synced
+    the latter half is lost; int, term, or several joined by a comma: these signals; full: no byte fits on the disk from
+    there on;
     nan, inf, dead: what the function returns, or `gradient` after it.
     """
 
@@ -69,7 +70,9 @@ class Disk:
         self.points.append(f"{kind} {below}")
         if self.do == "full" and index >= self.at and kind in BYTES:
             half()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(path) if not isinstance(path, int) else None)
+            raise OSError(
+                errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(path) if not isinstance(path, int) else None
+            )
         if self.do != "full" and index == self.at:
             half()
             if self.do == "power":
@@ -114,7 +117,9 @@ class Disk:
             path, mode, flags = args
             if (isinstance(mode, str) and set(mode) & set("wax+")) or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 self.point("open", path)
-        elif event in ("os.remove", "os.rmdir") and isinstance(args[1], int) and args[1] >= 0:  # rmtree's, within a folder
+        elif (
+            event in ("os.remove", "os.rmdir") and isinstance(args[1], int) and args[1] >= 0
+        ):  # rmtree's, within a folder
             self.point(event.removeprefix("os."), f"{os.readlink(f'/proc/self/fd/{args[1]}')}/{os.fsdecode(args[0])}")
         elif event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"):
             self.point(event.removeprefix("os."), args[0])
@@ -129,7 +134,9 @@ class Disk:
         return _Torn(file, path, self) if set(mode) & set("wax+") and self.inside(path) else file
 
     def _descriptor(self, real: Callable[..., Any], kind: str, descriptor: int, *args: Any) -> Any:
-        half = (lambda: real(descriptor, args[0][: len(args[0]) // 2], *args[1:])) if kind == "write" else (lambda: None)
+        half = (
+            (lambda: real(descriptor, args[0][: len(args[0]) // 2], *args[1:])) if kind == "write" else (lambda: None)
+        )
         self.point(kind, descriptor, half)
         return real(descriptor, *args)
 
@@ -143,7 +150,9 @@ class Disk:
         except OSError as error:
             from safetensors import SafetensorError
 
-            raise SafetensorError(f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})") from None
+            raise SafetensorError(
+                f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})"
+            ) from None
         return real(tensors, path, *args, **options)
 
 
@@ -201,7 +210,8 @@ def arm_call(fault: Fault) -> None:
 
 
 def poisoned(do: str, result: Any, args: tuple[Any, ...]) -> Any:
-    """nan, inf: of tensors, the first one alone; dead: quality scores that weigh all with 0; gradient: NaN in the student's."""
+    """nan, inf: of tensors, the first one alone; dead: quality scores that weigh all with 0; gradient: NaN in the
+    student's."""
     if do == "gradient":
         parameters = [p for p in args[0].student.model.parameters() if p.grad is not None]
         parameters[-1].grad.view(-1)[0] = float("nan")

@@ -1,6 +1,6 @@
-"""Checks of the kernels under Triton's interpreter. `ops/test_kernels.py` runs this file in a process of its own, since a
-kernel imported under TRITON_INTERPRET=1 cannot be compiled afterwards. The interpreter multiplies bf16 wrongly: fp32 and fp16
-here.
+"""Checks of the kernels under Triton's interpreter. `ops/test_kernels.py` runs this file in a process of its own, since
+a kernel imported under TRITON_INTERPRET=1 cannot be compiled afterwards. The interpreter multiplies bf16 wrongly: fp32
+and fp16 here.
 """
 
 import itertools
@@ -118,7 +118,9 @@ def test_far_logits():
     for sign in (1, -1):
         target = (sign * weight[:, 0]).argmax()[None]
         out = linear_logprob(sign * hidden, weight, target, impl="triton")
-        assert error(out, torch.log_softmax(sign * hidden.double() @ weight.double().T, 1)[0, target]) < 1e-3 and out <= 0
+        assert (
+            error(out, torch.log_softmax(sign * hidden.double() @ weight.double().T, 1)[0, target]) < 1e-3 and out <= 0
+        )
 
 
 @pytest.mark.parametrize("selects", itertools.product(POSITIVE_SELECT, NEGATIVE_SELECT), ids="-".join)
@@ -143,7 +145,8 @@ def test_every_pair_of_selections(selects):
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "softmin"])
 def test_questions_of_many_rationales(scheme):
-    """More candidates than a block, ties among them, empty rationales, ragged lengths up to several blocks of tokens."""
+    """More candidates than a block, ties among them, empty rationales, ragged lengths up to several blocks of
+    tokens."""
     generator = torch.Generator().manual_seed(5)
     lengths = torch.randint(0, 9, (150,), generator=generator)
     lengths[3] = 3000
@@ -171,14 +174,17 @@ def test_nan_no_candidates_and_nothing_at_all():
         assert out.loss.isnan() or scheme == "sampling"
     for R in (0, 2):
         logprob = torch.full((R,), -2.5, requires_grad=True)
-        out = contrastive_loss(logprob, torch.arange(R), torch.arange(R), torch.zeros(R).bool(), impl="triton", delta=1.0)
+        out = contrastive_loss(
+            logprob, torch.arange(R), torch.arange(R), torch.zeros(R).bool(), impl="triton", delta=1.0
+        )
         out.loss.backward()
         assert out.loss == 0 and not out.selected_R.any()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_nan_qualities(scheme):
-    """What is not selected adds nothing, and a NaN that is selected reaches the loss, as in the other implementations."""
+    """What is not selected adds nothing, and a NaN that is selected reaches the loss, as in the other
+    implementations."""
     for case in CASES:
         for got, want in zip(case.run(scheme, "triton"), expected(case, scheme), strict=True):
             torch.testing.assert_close(got, want, equal_nan=True)
@@ -186,8 +192,13 @@ def test_nan_qualities(scheme):
 
 def test_what_the_kernels_do_not_compute_comes_from_the_chunks():
     batch, each = random_batch().to(torch.float32), torch.linspace(0.5, 2, len(random_batch().target))
-    for options in (dict(return_top1=True, return_sum_p2=True, return_lse=True), dict(return_entropy=True, temperature=each)):
-        a, b = (linear_logprob(batch.hidden, batch.weight, batch.target, impl=i, **options) for i in ("triton", "torch"))
+    for options in (
+        dict(return_top1=True, return_sum_p2=True, return_lse=True),
+        dict(return_entropy=True, temperature=each),
+    ):
+        a, b = (
+            linear_logprob(batch.hidden, batch.weight, batch.target, impl=i, **options) for i in ("triton", "torch")
+        )
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -226,7 +237,8 @@ def test_gradients_made_in_forward(with_bias, options, dtype, layout):
 
 
 def test_gradients_made_in_forward_use_what_was_kept(monkeypatch):
-    """The same batch with and without a workspace; a whole tile of rows that are all ignored keeps nothing and adds nothing."""
+    """The same batch with and without a workspace; a whole tile of rows that are all ignored keeps nothing and adds
+    nothing."""
     batch = random_batch(V=1003).to(torch.float32)
     batch.hidden = torch.cat([batch.hidden, torch.randn(200, 24)]).detach().requires_grad_()
     batch.target = torch.cat([batch.target, torch.full((200,), -100)])
@@ -287,7 +299,9 @@ def test_sampled_tokens_are_those_of_the_logits(B, H, V, with_bias, options, dty
     hidden, weight = torch.randn(B, H, generator=generator).to(dtype), torch.randn(V, H, generator=generator).to(dtype)
     bias = torch.randn(V, generator=generator) if with_bias else None
     key, counter = (torch.randint(0, 2**32, (B, n), generator=generator) for n in (2, 3))
-    tokens = [linear_sample(hidden, weight, key, counter, bias=bias, impl=impl, **options) for impl in ("triton", "torch")]
+    tokens = [
+        linear_sample(hidden, weight, key, counter, bias=bias, impl=impl, **options) for impl in ("triton", "torch")
+    ]
     assert tokens[0].dtype == torch.int64 and torch.equal(*tokens)
     if options.get("temperature") == 0:
         assert torch.equal(tokens[0], head_logits(hidden, weight, bias, HeadOptions()).argmax(1))
@@ -301,7 +315,8 @@ def test_equal_logits_are_taken_from_the_front(top_k):
     key, counter = torch.arange(8).reshape(4, 2), torch.arange(12).reshape(4, 3)
     for sign in (1, -1):
         tokens = [
-            linear_sample(sign * torch.ones(4, 8), weight, key, counter, top_k=top_k, impl=i) for i in ("triton", "torch")
+            linear_sample(sign * torch.ones(4, 8), weight, key, counter, top_k=top_k, impl=i)
+            for i in ("triton", "torch")
         ]
         assert torch.equal(*tokens) and (not top_k or (tokens[0] < top_k).all())
 

@@ -1,4 +1,5 @@
-"""An independent evaluation of the loss in float64, from dense logits and plain loops, and ragged batches to ask it about."""
+"""An independent evaluation of the loss in float64, from dense logits and plain loops, and ragged batches to ask it
+about."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from qcrd_fast.ops.selection import SOFTMIN_TEMPERATURE, sampling_score
 
-DELTA, BETA = 8.6, 0.2  # the margin lies amid the losses of the random batches, so that some hinges are active and some are not
+# the margin lies amid the losses of the random batches, so that some hinges are active and some are not
+DELTA, BETA = 8.6, 0.2
 
 
 @dataclasses.dataclass
@@ -42,8 +44,9 @@ class Batch:
 
 
 def random_batch(seed: int = 0, H: int = 24, V: int = 203, spread: float = 0.5) -> Batch:
-    """Ragged in every way: 1 to 13 tokens, ignored tokens, an empty rationale, questions out of order, one without positives,
-    one without negatives, one (number 4) without anything. V is prime-like so that no chunk or tile divides it."""
+    """Ragged in every way: 1 to 13 tokens, ignored tokens, an empty rationale, questions out of order, one without
+    positives, one without negatives, one (number 4) without anything. V is prime-like so that no chunk or tile divides
+    it."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [5, 1, 13, 7, 2, 4, 9, 3, 1, 6, 8]
     question = torch.tensor([2, 0, 0, 2, 1, 0, 5, 2, 0, 3, 2])
@@ -56,7 +59,9 @@ def random_batch(seed: int = 0, H: int = 24, V: int = 203, spread: float = 0.5) 
     hidden = torch.randn(T, H, generator=generator, dtype=torch.float64)
     weight = spread * torch.randn(V, H, generator=generator, dtype=torch.float64)
     quality = torch.rand(len(lengths), generator=generator)
-    return Batch(hidden, weight, target, rationale, question, positive, quality, torch.randn(V, generator=generator).double())
+    return Batch(
+        hidden, weight, target, rationale, question, positive, quality, torch.randn(V, generator=generator).double()
+    )
 
 
 def dense_logprob(batch: Batch, scale: float = 1.0, softcap: float | None = None, temperature: float = 1.0) -> Tensor:
@@ -77,7 +82,9 @@ def expected_terms(
     for i in range(int(batch.question.max()) + 1):
         for name, select in zip(("pos", "neg"), selects, strict=True):
             members, values, weights = [], [], []
-            ranked = [r for r in range(len(batch.question)) if batch.question[r] == i and batch.positive[r] == (name == "pos")]
+            ranked = [
+                r for r in range(len(batch.question)) if batch.question[r] == i and batch.positive[r] == (name == "pos")
+            ]
             for r in ranked:
                 tokens = (batch.rationale == r) & (batch.target >= 0)
                 if not tokens.any():
@@ -115,7 +122,12 @@ def expected_terms(
                     selected.append(members[j][0])
     N = N or int(batch.question.max()) + 1
     loss_pos, loss_neg = sum(terms["pos"], zero) / N, sum(terms["neg"], zero) / N
-    return {"loss": loss_pos - BETA * loss_neg, "loss_pos": loss_pos, "loss_neg": loss_neg, "selected": sorted(selected)}
+    return {
+        "loss": loss_pos - BETA * loss_neg,
+        "loss_pos": loss_pos,
+        "loss_neg": loss_neg,
+        "selected": sorted(selected),
+    }
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

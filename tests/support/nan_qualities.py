@@ -1,4 +1,5 @@
-"""Cases with one quality that is NaN, and what the equations make of them, in plain Python; used under the interpreter too."""
+"""Cases with one quality that is NaN, and what the equations make of them, in plain Python; used under the interpreter
+too."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ class Case:
         """(loss, weights, selected, gradient of log p)."""
         leaf = (-torch.tensor(self.nll)).repeat_interleave(2).requires_grad_()
         head = (torch.arange(7).repeat_interleave(2), torch.tensor(self.question), torch.tensor(self.positive))
-        out = contrastive_loss(leaf, *head, torch.tensor(self.quality), scheme=scheme, beta=BETA, delta=DELTA, impl=impl)
+        out = contrastive_loss(
+            leaf, *head, torch.tensor(self.quality), scheme=scheme, beta=BETA, delta=DELTA, impl=impl
+        )
         out.loss.backward()
         return out.loss.detach(), out.weight_R, out.selected_R, leaf.grad
 
@@ -55,7 +58,11 @@ def expected(case: Case, scheme: str) -> tuple[Tensor, ...]:
             elif select == "wmean":
                 share = {r: s[r] / sum(s.values()) for r in members}
             else:
-                order = {"min": lambda r: case.nll[r], "max": lambda r: -case.nll[r], "sampling": lambda r: not sampled[r]}
+                order = {
+                    "min": lambda r: case.nll[r],
+                    "max": lambda r: -case.nll[r],
+                    "sampling": lambda r: not sampled[r],
+                }
                 best = min(members, key=order[select])
                 share = {best: s[best]}
             for r, w in share.items():

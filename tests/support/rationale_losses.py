@@ -35,7 +35,11 @@ def both(batch, impl, delta=DELTA, with_bias=True, **options):
     leaves = [batch.hidden, batch.weight] + [batch.bias] * with_bias
     got = [loss, nll_R, *torch.autograd.grad(3 * loss, leaves)]
     doubles = [x.detach().double().requires_grad_() for x in leaves]
-    logprob_T = linear_logprob(*doubles[:2], batch.target, bias=doubles[2] if with_bias else None, impl="eager", **options)
+    logprob_T = linear_logprob(
+        *doubles[:2], batch.target, bias=doubles[2] if with_bias else None, impl="eager", **options
+    )
     valid = batch.target != -100
-    want = weighted_rationale_loss(logprob_T, batch.rationale, batch.positive, weight_R, beta=BETA, delta=delta, valid_T=valid)
+    want = weighted_rationale_loss(
+        logprob_T, batch.rationale, batch.positive, weight_R, beta=BETA, delta=delta, valid_T=valid
+    )
     return got, [want[0], want[3], *torch.autograd.grad(3 * want[0], doubles)]

@@ -1,6 +1,7 @@
 """Runs every example of docs/examples as a script on tiny models: python tests/support/run_examples.py FOLDER.
 
-`.ci/run` does so with the installed wheel. Where something that an example needs is not installed, it fails and names it.
+`.ci/run` does so with the installed wheel. Where something that an example needs is not installed, it fails and names
+it.
 """
 
 from __future__ import annotations

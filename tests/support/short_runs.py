@@ -12,11 +12,13 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.runs.folder import checkpoint_path
 
 PARTS = {"scheme": "minmax", "negative_source": "lagged"}  # of the method that the defaults leave out
-UNTIMED = ("tokens_per_s", "step_ms", "sample_wait_ms", "sampled_tokens_per_s")  # fields that measure the machine, not the run
+# fields that measure the machine, not the run
+UNTIMED = ("tokens_per_s", "step_ms", "sample_wait_ms", "sampled_tokens_per_s")
 
 
 def settings(rows: Path, student: Path, out: Path, **changes) -> TrainConfig:
-    """By the method with all its parts, unless `changes` say otherwise: lagged negatives, min and max, a discriminator."""
+    """By the method with all its parts, unless `changes` say otherwise: lagged negatives, min and max, a
+    discriminator."""
     values = dict(
         **PARTS,
         quality=None if changes.get("discriminator") == "none" or changes.get("paper") else "discriminator",

@@ -12,7 +12,9 @@ def sampled_rows(count: int, seed: int = 0) -> list[dict]:
     rng = random.Random(seed)
     rows = []
     for i, problem in enumerate(demo.draw_problems(count, rng)):
-        samples = [dict(zip(("rationale", "answer"), demo.teach(problem, rng), strict=True)) for _ in range(demo.SAMPLES)]
+        samples = [
+            dict(zip(("rationale", "answer"), demo.teach(problem, rng), strict=True)) for _ in range(demo.SAMPLES)
+        ]
         rows.append({"id": f"q{i}", "question": problem.question, "answer": problem.answer, "samples": samples})
     return rows
 
@@ -36,7 +38,8 @@ def make_llama(folder: Path, layers: int = 2) -> Path:
 
     tokenizer = _tokenizer(folder)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
     _save(LlamaForCausalLM, config, folder)

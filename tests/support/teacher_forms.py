@@ -1,4 +1,5 @@
-"""Replies in the forms of today's servers, as behaviours of `fake_teacher`: where each puts its reasoning, how it refuses."""
+"""Replies in the forms of today's servers, as behaviours of `fake_teacher`: where each puts its reasoning, how it
+refuses."""
 
 from __future__ import annotations
 
@@ -67,7 +68,11 @@ FORMS: dict[str, Form] = {
         "content": f"<think>{why}</think>\n{said}",
         "reasoning_content": f"\n{why}\n",
     },
-    "tags within the field": lambda why, said: {"role": "assistant", "content": said, "reasoning": f"<think>\n{why}\n</think>"},
+    "tags within the field": lambda why, said: {
+        "role": "assistant",
+        "content": said,
+        "reasoning": f"<think>\n{why}\n</think>",
+    },
     "gpt-oss, raw": lambda why, said: {
         "role": "assistant",
         "content": f"<|channel|>analysis<|message|>{why}<|end|><|start|>assistant<|channel|>final<|message|>{said}",

@@ -6,12 +6,15 @@ from typing import Any
 
 TEXTS = [
     "predict: explain: reason: Answer: Question: Reply: user assistant system",
-    *(f"Tom has {i} bags of {i + 2} nuts. How many nuts?\n{i} * {i + 2} = {i * (i + 2)}.\n\nIs it so?\n" for i in range(40)),
+    *(
+        f"Tom has {i} bags of {i + 2} nuts. How many nuts?\n{i} * {i + 2} = {i * (i + 2)}.\n\nIs it so?\n"
+        for i in range(40)
+    ),
 ]
 CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe brief."
-    "<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe "
+    "brief.<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
+    "+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 INST = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -19,7 +22,8 @@ INST = (
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 MERGING = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # `?` and a newline: one token
+    # `?` and a newline: one token
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -35,7 +39,8 @@ def bytes_bpe(*, bos: bool, merging: bool, chat: str | None = None) -> Any:
 
 
 def pieces(*, bos: bool, prepend: str, chat: str | None = None) -> Any:
-    """Pieces with a mark for a blank, as SentencePiece has; `prepend`: where a text gets one of its own, always or first."""
+    """Pieces with a mark for a blank, as SentencePiece has; `prepend`: where a text gets one of its own, always or
+    first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
@@ -49,7 +54,9 @@ def _finished(tokenizer: Any, trainer: Any, bos: bool, chat: str | None, **setti
     from transformers import PreTrainedTokenizerFast
 
     special = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(TEXTS, trainer(vocab_size=600, special_tokens=special, show_progress=False, **settings))
+    tokenizer.train_from_iterator(
+        TEXTS, trainer(vocab_size=600, special_tokens=special, show_progress=False, **settings)
+    )
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(

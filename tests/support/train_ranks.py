@@ -1,8 +1,10 @@
-"""Runs of `train` in one or more processes, forked from a warm one: `python -m tests.support.train_ranks SCENARIOS.json`.
+"""Runs of `train` in one or more processes, forked from a warm one:
+`python -m tests.support.train_ranks SCENARIOS.json`.
 
-A scenario is {"size": processes, "config": options of train, "float64": whether all is computed so, "inject": {"rank", "step",
-"signal"} or nothing}: before that step that rank sends itself that signal. Prints a line a scenario: {"codes": exit code by
-rank, "seconds": since the injection, by rank}. A process that is stopped is killed once the others have ended.
+A scenario is {"size": processes, "config": options of train, "float64": whether all is computed so, "inject": {"rank",
+"step", "signal"} or nothing}: before that step that rank sends itself that signal. Prints a line a scenario: {"codes":
+exit code by rank, "seconds": since the injection, by rank}. A process that is stopped is killed once the others have
+ended.
 """
 
 import contextlib
@@ -87,7 +89,10 @@ def run(scenario):
         time.sleep(0.02)
     at = float(Path(mark).read_text()) if os.path.exists(mark) else None
     seconds = {rank: end - at for rank, end in ended.items()} if at else {}
-    return {"codes": [codes[r] for r in range(scenario["size"])], "seconds": [seconds.get(r) for r in range(scenario["size"])]}
+    return {
+        "codes": [codes[r] for r in range(scenario["size"])],
+        "seconds": [seconds.get(r) for r in range(scenario["size"])],
+    }
 
 
 # What a run would import, so that it is there before the forks.

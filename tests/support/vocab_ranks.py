@@ -43,7 +43,9 @@ def compare(rank, ranks, impl):
             return sum((w * x).sum() for w, x in zip(weights, out[:3], strict=False))
 
         got = linear_logprob(hidden, weight, batch.target, bias=bias, impl=impl, **EXTRAS, **slices, **options)
-        want = linear_logprob(batch.hidden, batch.weight, batch.target, bias=batch.bias, impl="eager", **EXTRAS, **options)
+        want = linear_logprob(
+            batch.hidden, batch.weight, batch.target, bias=batch.bias, impl="eager", **EXTRAS, **options
+        )
         grads = torch.autograd.grad(loss_of(got), (hidden, weight, bias))
         whole = torch.autograd.grad(loss_of(want), (batch.hidden, batch.weight, batch.bias))
         whole = (whole[0], *(x[bounds[rank] : bounds[rank + 1]] for x in whole[1:]))
@@ -51,7 +53,10 @@ def compare(rank, ranks, impl):
     batch = random_batch(V=V).to(torch.float64)
     hidden, weight = batch.hidden.detach().clone().requires_grad_(), split(batch.weight, rank, bounds)
     rest = batch.call[2:]
-    got, want = QCRDLoss(BETA, 3.0, impl=impl, **slices)(hidden, weight, *rest), QCRDLoss(BETA, 3.0, impl="eager")(*batch.call)
+    got, want = (
+        QCRDLoss(BETA, 3.0, impl=impl, **slices)(hidden, weight, *rest),
+        QCRDLoss(BETA, 3.0, impl="eager")(*batch.call),
+    )
     grads = torch.autograd.grad(got.loss, (hidden, weight))
     whole = torch.autograd.grad(want.loss, (batch.hidden, batch.weight))
     pairs = [(got.loss, want.loss), (grads[0], whole[0]), (grads[1], whole[1][bounds[rank] : bounds[rank + 1]])]

@@ -1,7 +1,7 @@
 """Commands as a user runs them, without the seconds that they take to begin.
 
-`Warm` is a process that has imported everything and forks a child for each command. The child arms its faults, then runs
-`qcrd-fast ARGS`, and may be killed or signalled like any process.
+`Warm` is a process that has imported everything and forks a child for each command. The child arms its faults, then
+runs `qcrd-fast ARGS`, and may be killed or signalled like any process.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ class Warm:
         self._count = itertools.count()
 
     def __enter__(self) -> Warm:
-        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
+        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+            "TQDM_DISABLE": "1",
                        "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.support.warm"],
@@ -164,7 +165,10 @@ class Warm:
     def wait(self, started: tuple[int, str], timeout: float = 120.0) -> Done:
         pid, out = started
         code = self._ask(wait=pid, timeout=timeout)["code"]
-        texts = [Path(out + name).read_text(errors="replace") if Path(out + name).exists() else "" for name in (".out", ".err")]
+        texts = [
+            Path(out + name).read_text(errors="replace") if Path(out + name).exists() else ""
+            for name in (".out", ".err")
+        ]
         points = json.loads(Path(out + ".points").read_text()) if Path(out + ".points").exists() else []
         for name in (".out", ".err", ".points"):
             Path(out + name).unlink(missing_ok=True)
@@ -175,14 +179,16 @@ class Warm:
 
 
 def short_run(rows: Path, student: Path, judge: Path, out: Path, **options: Any) -> list[str]:
-    """`qcrd-fast train` with everything in it within a second: micro-batches, three iterations, a lag, a validation, three
-    saves of which one is deleted again. `judge`: the discriminator's encoder."""
+    """`qcrd-fast train` with everything in it within a second: micro-batches, three iterations, a lag, a validation,
+    three saves of which one is deleted again. `judge`: the discriminator's encoder."""
     values = {
         "data": rows, "student": student, "output_dir": out, "discriminator": judge, "max_steps": 6,
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "iteration_steps": 2, "negative_lag": 1,
-        "max_new_tokens": 6, "learning_rate": 1e-3, "discriminator_pretrain_steps": 2, "discriminator_update_batches": 1,
+        "max_new_tokens": 6, "learning_rate": 1e-3, "discriminator_pretrain_steps": 2,
+        "discriminator_update_batches": 1,
         "discriminator_folds": 2, "discriminator_min_auc": 0, "scheme": "minmax", "negative_source": "lagged",
-        "save_steps": 2, "eval_steps": 4, "save_total_limit": 1, "sample_batch_size": 4, "max_answer_tokens": 4, "delta": 8.0,
+        "save_steps": 2, "eval_steps": 4, "save_total_limit": 1, "sample_batch_size": 4, "max_answer_tokens": 4,
+        "delta": 8.0,
     }  # fmt: skip
     args = ["train"]
     for name, value in (values | options).items():
@@ -205,7 +211,9 @@ def differences(run: Path, whole: Path) -> list[str]:
         found.append("final")
     names = [{str(p.relative_to(folder)) for p in files(folder)} for folder in (run, whole)]
     found += sorted(names[0] ^ names[1])
-    return found + [name for name in sorted(names[0] & names[1]) if (run / name).read_bytes() != (whole / name).read_bytes()]
+    return found + [
+        name for name in sorted(names[0] & names[1]) if (run / name).read_bytes() != (whole / name).read_bytes()
+    ]
 
 
 def files(folder: Path) -> list[Path]:

@@ -14,7 +14,14 @@ from qcrd_fast.utils.intervals import wilson
 
 @pytest.mark.parametrize(
     ("share", "freedom", "value"),  # of printed tables
-    [(0.975, 1, 12.7062), (0.975, 2, 4.3027), (0.975, 4, 2.7764), (0.8, 4, 0.9410), (0.975, 30, 2.0423), (0.975, 1e6, 1.9600)],
+    [
+        (0.975, 1, 12.7062),
+        (0.975, 2, 4.3027),
+        (0.975, 4, 2.7764),
+        (0.8, 4, 0.9410),
+        (0.975, 30, 2.0423),
+        (0.975, 1e6, 1.9600),
+    ],
 )
 def test_students_t(share: float, freedom: float, value: float) -> None:
     assert student_t(share, freedom) == pytest.approx(value, rel=1e-3)
@@ -41,7 +48,9 @@ def test_pairing_takes_out_what_questions_share() -> None:
     """Hard questions are hard for both: unpaired, the interval is several times wider."""
     random = np.random.default_rng(0)
     hard_Q = random.random(400)
-    a_SQ, b_SQ = (np.stack([hard_Q < level + 0.01 * random.standard_normal() for _ in range(4)]) for level in (0.55, 0.5))
+    a_SQ, b_SQ = (
+        np.stack([hard_Q < level + 0.01 * random.standard_normal() for _ in range(4)]) for level in (0.55, 0.5)
+    )
     paired = compare(a_SQ, b_SQ)
     apart = compare(a_SQ, b_SQ[:, random.permutation(400)])
     assert paired.high - paired.low < 0.75 * (apart.high - apart.low)
@@ -61,8 +70,8 @@ def test_a_constant_added_moves_the_interval_alone() -> None:
     ids=["questions lead", "both", "seeds lead"],
 )
 def test_intervals_cover_the_truth_and_power_is_80(seed_noise: float, question_noise: float, both_noise: float) -> None:
-    """5 seeds and 100 questions, drawn 300 times: about 95% of the intervals hold the true difference, and a true difference
-    of the detectable size is found about 80% of the time."""
+    """5 seeds and 100 questions, drawn 300 times: about 95% of the intervals hold the true difference, and a true
+    difference of the detectable size is found about 80% of the time."""
     random = np.random.default_rng(0)
     S, Q = 5, 100
     told = []

@@ -30,7 +30,10 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 MAIN = [f"{name}_{part}.json" for name in ("svamp", "asdiv", "strategy_qa") for part in ("3_train", "test")]
 PUBLISHED = {  # where Mentor-KD's repository has the files of the shared folder
     **{f"data/main/{name}": name for name in MAIN},
-    **{f"data/aug/{mentor}/svamp_rand3_aug3.json": f"svamp_aug_{mentor}.json" for mentor in ("t5_large", "flan-t5_large")},
+    **{
+        f"data/aug/{mentor}/svamp_rand3_aug3.json": f"svamp_aug_{mentor}.json"
+        for mentor in ("t5_large", "flan-t5_large")
+    },
     "data/aug/t5_large/strategy_qa_rand3_aug3.json": "strategy_qa_aug_t5_large.json",
 }
 
@@ -61,10 +64,22 @@ def test_a_recipe_says_how_its_data_is_made(recipe: Path) -> None:
 def test_every_data_set_has_three_students() -> None:
     names = {r.stem for r in RECIPES} - {"ci"}
     sets = {name.rpartition("-smollm2")[0] for name in names if name.endswith("-smollm2")}
-    assert {"svamp-equation", "svamp", "svamp-mentors", "asdiv", "strategy_qa", "strategy_qa-mentors", "cqa", "pooled"} == sets
+    assert {
+        "svamp-equation",
+        "svamp",
+        "svamp-mentors",
+        "asdiv",
+        "strategy_qa",
+        "strategy_qa-mentors",
+        "cqa",
+        "pooled",
+    } == sets
     assert names == {f"{s}-{student}" for s in sets for student in ("smollm2", "t5-small", "t5-base")}
     for s in sets:
-        assert len({json.dumps(commands(ROOT / "recipes" / f"{s}-{t}.yaml")) for t in ("smollm2", "t5-small", "t5-base")}) == 1
+        assert (
+            len({json.dumps(commands(ROOT / "recipes" / f"{s}-{t}.yaml")) for t in ("smollm2", "t5-small", "t5-base")})
+            == 1
+        )
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the published files are not in ../shared/data or QCRD_FAST_DATA")
@@ -91,7 +106,11 @@ def test_the_data_commands_work_and_give_the_questions_they_promise(tmp_path, mo
 
 
 def test_seeds_and_methods_are_read() -> None:
-    assert runner.parse_seeds("3") == (0, 1, 2) and runner.parse_seeds("4,") == (4,) and runner.parse_seeds("2, 0") == (2, 0)
+    assert (
+        runner.parse_seeds("3") == (0, 1, 2)
+        and runner.parse_seeds("4,") == (4,)
+        and runner.parse_seeds("2, 0") == (2, 0)
+    )
     assert runner.parse_methods("dss, qcrd") == ("dss", "qcrd")
     for text in ("0", "-1", "x", "1,1", "", ",", "1,,2", "2.5"):
         with pytest.raises(InputError, match="--seeds"):
@@ -128,7 +147,9 @@ def jobs(tmp_path, monkeypatch):
         return real([command[0], str(tmp_path / "fake.py"), *command[3:]], **how)
 
     monkeypatch.setattr(runner.subprocess, "Popen", popen)
-    config = TrainConfig(data=str(tmp_path / "rows.jsonl"), student="tiny", output_dir=str(tmp_path / "out"), method="dss")
+    config = TrainConfig(
+        data=str(tmp_path / "rows.jsonl"), student="tiny", output_dir=str(tmp_path / "out"), method="dss"
+    )
     return runner.plan(config, (0, 1, 2), ("dss",), "toy")
 
 
@@ -147,9 +168,15 @@ def test_a_failed_seed_leaves_the_others_alone_and_is_tried_again(jobs, tmp_path
     bad.unlink()
     began = (tmp_path / "out" / "seed-0.log").stat().st_mtime_ns
     rows = runner.run_jobs(jobs, results)
-    assert [row["seed"] for row in rows] == [0, 1, 2] and sorted(row["seed"] for row in table(results)) == ["0", "1", "2"]
+    assert [row["seed"] for row in rows] == [0, 1, 2] and sorted(row["seed"] for row in table(results)) == [
+        "0",
+        "1",
+        "2",
+    ]
     assert (tmp_path / "out" / "seed-0.log").stat().st_mtime_ns == began  # it was not run again
-    attempts = [json.loads(x)["exit"] for x in (tmp_path / "out" / "seed-1" / "attempts.jsonl").read_text().splitlines()]
+    attempts = [
+        json.loads(x)["exit"] for x in (tmp_path / "out" / "seed-1" / "attempts.jsonl").read_text().splitlines()
+    ]
     assert attempts == [1, 0]
     row = table(results)[0]
     assert row["gpu_minutes"] and row["device"] == "a GPU" and row["n"] == "9" and row["method"] == "dss"
@@ -194,7 +221,9 @@ def test_a_full_disk_leaves_no_half_row_and_the_other_runs_alone(jobs, tmp_path,
     results, real = tmp_path / "runs.csv", os.write
 
     def full(descriptor: int, data: bytes) -> int:
-        return real(descriptor, data[: len(data) // 2]) if b"toy" in data and b",1,0." in data else real(descriptor, data)
+        return (
+            real(descriptor, data[: len(data) // 2]) if b"toy" in data and b",1,0." in data else real(descriptor, data)
+        )
 
     monkeypatch.setattr(results_csv.os, "write", full)
     with pytest.raises(RunError, match="1 of 3 runs failed: toy dss seed 1"):
@@ -305,7 +334,9 @@ def test_other_options_or_other_data_are_not_taken_for_the_same_run(jobs, tmp_pa
 
 
 def test_options_are_told_apart_but_not_paths() -> None:
-    config = TrainConfig(data="a", student="b/c", seed=3, method="qcrd", beta=0.3, bf16=False, use_peft=True, negative_lag=3)
+    config = TrainConfig(
+        data="a", student="b/c", seed=3, method="qcrd", beta=0.3, bf16=False, use_peft=True, negative_lag=3
+    )
     ours = "--positive-select softmin --negative-select max --beta 0.3 --negative-source none --negative-lag 3"
     ours += " --positive-quality checks --negative-quality vote --no-bf16 --use-peft"
     assert options_text(config) == ours
@@ -345,7 +376,10 @@ def test_dry_run_lists_the_runs(rows_file, tmp_path, capsys) -> None:
     command = f"train --data {rows_file} --student x --output-dir {tmp_path}/o --seeds 2 --methods dss,mi --dry-run"
     assert entry(command.split()) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"{tmp_path}/o/{m}/seed-{s}  new" for s in (0, 1) for m in ("dss", "mi")] and not (tmp_path / "o").exists()
+    assert (
+        lines == [f"{tmp_path}/o/{m}/seed-{s}  new" for s in (0, 1) for m in ("dss", "mi")]
+        and not (tmp_path / "o").exists()
+    )
 
 
 # Rationales
@@ -407,16 +441,27 @@ def filled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text(name)
-    (tmp_path / "svamp-toy.yaml").write_text("data: train.jsonl\ntest_data: test.jsonl\nstudent: hub/tiny\noutput_dir: runs\n")
+    (tmp_path / "svamp-toy.yaml").write_text(
+        "data: train.jsonl\ntest_data: test.jsonl\nstudent: hub/tiny\noutput_dir: runs\n"
+    )
     settings = tables.Settings(tmp_path, tmp_path / "runs", (0, 1, 2, 3, 4), (0, 1))
     results = tmp_path / "runs.csv"
 
     def add(table, variant, seed, share: float, **more) -> None:
         job = settings.job(table, "svamp-toy", variant, seed, results_csv.read_csv(results))
-        answers = intervals.Answers.of([{"id": f"{i:03}", "correct": (i * 7 + seed) % 100 < 100 * share} for i in range(100)])
-        row = dict.fromkeys(results_csv.COLUMNS) | key(job) | {"accuracy": share, "n": 100, "device": "GPU", "time": seed}
+        answers = intervals.Answers.of(
+            [{"id": f"{i:03}", "correct": (i * 7 + seed) % 100 < 100 * share} for i in range(100)]
+        )
+        row = (
+            dict.fromkeys(results_csv.COLUMNS) | key(job) | {"accuracy": share, "n": 100, "device": "GPU", "time": seed}
+        )
         where = "validation" if table.tune else "test"
-        row |= {"correct": answers.to_hex(), "questions": answers.questions, "evaluated_on": where, "gpu_minutes": 2} | more
+        row |= {
+            "correct": answers.to_hex(),
+            "questions": answers.questions,
+            "evaluated_on": where,
+            "gpu_minutes": 2,
+        } | more
         assert results_csv.append_row(results, row) and not results_csv.append_row(results, row)
 
     return SimpleNamespace(tables=tables, settings=settings, results=results, add=add)
@@ -428,11 +473,22 @@ def test_tables_are_filled_and_the_rest_is_not_run(filled, capsys) -> None:
         filled.add(methods, filled.tables.METHOD["dss"], seed, 0.5)
         if seed < 2:
             filled.add(methods, filled.tables.METHOD["qcrd"], seed, 0.6)
-    command = ["--recipe-folder", ".", "--recipes", "svamp-toy", "--results", str(filled.results), "--tables", "methods"]
+    command = [
+        "--recipe-folder",
+        ".",
+        "--recipes",
+        "svamp-toy",
+        "--results",
+        str(filled.results),
+        "--tables",
+        "methods",
+    ]
     assert filled.tables.main([*command, "--print-only", "--lines", "finetune,dss,qcrd"]) == 0
     text = capsys.readouterr().out
     lines = {
-        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines() if line[:1] == "|"
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if line[:1] == "|"
     }
     assert lines["finetune"] == ["`--method finetune`", *["not run"] * 5, "63.0"]
     assert lines["dss"][1].startswith("50.0 (") and lines["dss"][2:4] == ["5", ""]
@@ -494,7 +550,10 @@ def test_exposure_counts_what_each_method_sees(rows_file, t5_folder) -> None:
     tokens = {m: t["rationale tokens with gradient"] for m, t in told.items()}
     assert tokens["finetune"] == (0, 0) and tokens["dss"] < tokens["sft-all"] < tokens["redi"]
     assert tokens["sft-all"][0] == sum(len(p.tokens) for e in examples for p in e.positives)
-    assert told["qcrd"]["scored without"] == tokens["redi"][0] and tokens["qcrd"][0] < tokens["qcrd"][1] < tokens["redi"][0]
+    assert (
+        told["qcrd"]["scored without"] == tokens["redi"][0]
+        and tokens["qcrd"][0] < tokens["qcrd"][1] < tokens["redi"][0]
+    )
     assert told["dss"]["teacher rationales a question"] == 1 and told["qcrd"]["student's own"] == 1
 
 
@@ -503,12 +562,21 @@ def test_exposure_counts_what_each_method_sees(rows_file, t5_folder) -> None:
 
 @pytest.mark.slow
 def test_the_ci_recipe_from_data_to_tables(tmp_path) -> None:
-    """Two seeds of two methods in processes of their own, rows, rationales judged, Markdown; then nothing is left to run."""
+    """Two seeds of two methods in processes of their own, rows, rationales judged, Markdown; then nothing is left to
+    run."""
     from qcrd_fast.demo import write_demo
 
     (tmp_path / "data").mkdir()
     write_demo(tmp_path / "data" / "demo", 0)
-    command = [sys.executable, "-m", "qcrd_fast.bench.tables", "--recipe-folder", str(ROOT / "recipes"), "--recipes", "ci"]
+    command = [
+        sys.executable,
+        "-m",
+        "qcrd_fast.bench.tables",
+        "--recipe-folder",
+        str(ROOT / "recipes"),
+        "--recipes",
+        "ci",
+    ]
     command += ["--tables", "methods,rationales,logs", "--lines", "dss,qcrd", "--seeds", "2", "--parallel", "2"]
     command += ["--results", "runs.csv", "--output", "out.md"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -518,7 +586,9 @@ def test_the_ci_recipe_from_data_to_tables(tmp_path) -> None:
         assert ("starts" in done.stderr) != again
     rows = table(tmp_path / "runs.csv")
     assert sorted((r["method"], r["seed"]) for r in rows) == [(m, s) for m in ("dss", "qcrd") for s in "01"]
-    assert all(r["n"] == "300" and r["recipe"] == "ci" and r["torch"] and r["commit"] and float(r["wall_s"]) > 0 for r in rows)
+    assert all(
+        r["n"] == "300" and r["recipe"] == "ci" and r["torch"] and r["commit"] and float(r["wall_s"]) > 0 for r in rows
+    )
     assert all(r["gpu_minutes"] == "" or not r["device"].startswith("CPU") for r in rows)
     assert all(r["active_hinge_lagged"] for r in rows if r["method"] == "qcrd")
     text = (tmp_path / "out.md").read_text()

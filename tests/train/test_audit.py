@@ -1,4 +1,5 @@
-"""The shadow check: healthy implementations pass it, broken ones do not, and neither the weights nor a resume notice it."""
+"""The shadow check: healthy implementations pass it, broken ones do not, and neither the weights nor a resume notice
+it."""
 
 from __future__ import annotations
 
@@ -142,7 +143,8 @@ def test_where_memory_is_short_it_is_left_out_and_said(monkeypatch, caplog):
 
 
 def test_small_logits_and_empty_rows_of_the_head_are_no_failure():
-    """Rounding a tanh costs as much of the softcap however small the logit; a target whose row is 0 has no term of its own."""
+    """Rounding a tanh costs as much of the softcap however small the logit; a target whose row is 0 has no term of its
+    own."""
     batch = random_batch().to(torch.float32)
     with torch.no_grad():
         batch.hidden /= 1000

@@ -1,5 +1,5 @@
-"""Whole runs under the shadow check, with kernels that are broken on purpose: plain torch stands in for the kernels on a CPU,
-so a run that fell back must end with the very weights of one that used torch throughout."""
+"""Whole runs under the shadow check, with kernels that are broken on purpose: plain torch stands in for the kernels on
+a CPU, so a run that fell back must end with the very weights of one that used torch throughout."""
 
 from __future__ import annotations
 
@@ -112,7 +112,11 @@ def test_a_healthy_run_is_green_and_the_same_bit_for_bit(request, rows_file, tmp
     assert audited == [1, 3] and not any(set(AUDITED) & line.keys() for line in metrics(runs[0]))
     for line in steps(runs[2]):
         if "audit_max_err" in line:
-            assert 0 < line["audit_budget_used"] < 0.5 and 0 < line["audit_grad_err"] < 5e-6 and line["audit_max_err"] < 1e-5
+            assert (
+                0 < line["audit_budget_used"] < 0.5
+                and 0 < line["audit_grad_err"] < 5e-6
+                and line["audit_max_err"] < 1e-5
+            )
             assert "audit_fallback" not in line
 
 
@@ -179,7 +183,9 @@ def killed_at(monkeypatch, step, config):
 
 
 @pytest.mark.parametrize("stop_after", [3, 5])  # before the failed audit, and behind the checkpoint that follows it
-def test_killed_and_resumed_it_is_the_same_run(kernels, rows_file, llama_folder, tmp_path, monkeypatch, stop_after, caplog):
+def test_killed_and_resumed_it_is_the_same_run(
+    kernels, rows_file, llama_folder, tmp_path, monkeypatch, stop_after, caplog
+):
     """Broken between two audits: the steps until the second are what they are, from there on all is torch."""
 
     def harm(logprob_T, call):
@@ -233,7 +239,9 @@ def test_stop_keeps_the_last_good_checkpoint(kernels, rows_file, llama_folder, t
     assert same(weights(out), weights(plain)) and unaudited(out) == unaudited(plain)
 
 
-def test_the_kill_switch_comes_before_everything(kernels, rows_file, llama_folder, tmp_path, plain, monkeypatch, caplog):
+def test_the_kill_switch_comes_before_everything(
+    kernels, rows_file, llama_folder, tmp_path, plain, monkeypatch, caplog
+):
     kernels.harm = off
     monkeypatch.setenv("QCRD_FAST_IMPL", "torch")
     train(settings(rows_file, llama_folder, tmp_path / "off", impl="triton", audit_every=2))
@@ -270,7 +278,8 @@ def test_eager_falls_back_to_torch_too(rows_file, llama_folder, tmp_path, monkey
 
 
 def test_a_student_that_is_nan_is_not_blamed_on_the_kernels(kernels, rows_file, llama_folder, tmp_path, monkeypatch):
-    """The loss is NaN under any implementation: the run stops as it would without audits, naming the step and its questions."""
+    """The loss is NaN under any implementation: the run stops as it would without audits, naming the step and its
+    questions."""
     real = Trainer._train_step
 
     def poisons(self):

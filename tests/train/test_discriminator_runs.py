@@ -1,4 +1,5 @@
-"""Runs whose discriminator is refused, kept, or was trained by an earlier version: the vote in its place, exact resumes."""
+"""Runs whose discriminator is refused, kept, or was trained by an earlier version: the vote in its place, exact
+resumes."""
 
 from __future__ import annotations
 
@@ -65,7 +66,11 @@ def test_a_discriminator_that_cannot_tell_is_refused(rows_file, t5_folder, tmp_p
     with caplog.at_level("WARNING", "qcrd_fast"):
         results = train(settings(rows_file, t5_folder, whole, **options))
     told = check_of(whole)
-    assert told["refused"] and (told["auc_low"] is None or told["auc_low"] < 0.6) and results["discriminator_refused"] is True
+    assert (
+        told["refused"]
+        and (told["auc_low"] is None or told["auc_low"] < 0.6)
+        and results["discriminator_refused"] is True
+    )
     assert results["discriminator_auc"] == told["auc"]
     (message,) = [r.getMessage() for r in caplog.records if "refused" in r.getMessage()]
     assert f"lower bound of {told['auc_low']:.3f} (--discriminator-min-auc 0.6)" in message and "the vote" in message
@@ -119,7 +124,9 @@ def without_new_keys(run: Path) -> None:
     new = {*LEGACY, "paper", "quality", "positive_quality", "negative_quality", "agreeing_negatives"}
 
     def older(config):
-        return {k: None if k in ("positive_select", "negative_select") else v for k, v in config.items() if k not in new}
+        return {
+            k: None if k in ("positive_select", "negative_select") else v for k, v in config.items() if k not in new
+        }
 
     path = run / "config.resolved.yaml"
     path.write_text(yaml.safe_dump(older(yaml.safe_load(path.read_text())), sort_keys=False))
@@ -141,7 +148,11 @@ def test_a_run_of_an_earlier_version_is_resumed_as_it_was_trained(rows_file, t5_
     assert same(weights(run), weights(whole))
     assert unchecked(run) == unchecked(whole)  # whose checkpoint knew of no held-out AUC
     kept = yaml.safe_load((run / "config.resolved.yaml").read_text())
-    assert kept["discriminator_loss"] == "ratio" and kept["discriminator_folds"] == 0 and kept["quality"] == "discriminator"
+    assert (
+        kept["discriminator_loss"] == "ratio"
+        and kept["discriminator_folds"] == 0
+        and kept["quality"] == "discriminator"
+    )
     assert (kept["scheme"], kept["positive_select"], kept["negative_source"]) == ("minmax", None, "lagged")
     with pytest.raises(InputError, match="began with --discriminator-folds 0, now it is 3"):
         train(dataclasses.replace(config, paper=False, resume="auto", discriminator_folds=3))
@@ -154,9 +165,15 @@ def test_paper_sets_defaults(rows_file, t5_folder, tmp_path):
     }  # fmt: skip
     config = TrainConfig(paper=True)
     assert wanted.items() <= config.resolved().to_dict().items() and config.augmentations == ("mask", "replace")
-    given = TrainConfig.from_dict({"paper": True, "discriminator-loss": "bce", "discriminator_folds": 2, "scheme": "mean"})
+    given = TrainConfig.from_dict(
+        {"paper": True, "discriminator-loss": "bce", "discriminator_folds": 2, "scheme": "mean"}
+    )
     kept = given.resolved().to_dict()
-    assert (kept["discriminator_loss"], kept["discriminator_folds"], given.resolved().selects) == ("bce", 2, ("mean", "mean"))
+    assert (kept["discriminator_loss"], kept["discriminator_folds"], given.resolved().selects) == (
+        "bce",
+        2,
+        ("mean", "mean"),
+    )
     assert kept["discriminator_augment"] == "mask,replace"
     assert TrainConfig(paper=True, discriminator="none").resolved().quality == "none"
     assert TrainConfig(paper=True, method="dss").unused() == []
@@ -179,7 +196,9 @@ def test_only_samples_that_are_wrong_are_negatives_of_the_updates(rows_file, t5_
         kind = int(question.id[-1], 36) % 3  # agrees, disagrees, cut
         found = real_case(question, text, cut=cut)
         rationale = dataclasses.replace(found.rationale, truncated=kind == 2)
-        return dataclasses.replace(found, rationale=rationale, agrees=[True, False, None][kind], votes=[2, 0, None][kind])
+        return dataclasses.replace(
+            found, rationale=rationale, agrees=[True, False, None][kind], votes=[2, 0, None][kind]
+        )
 
     def update(self, questions, lagged, iteration, on_step=None):
         seen[self.config.effective("discriminator_agreeing")] = sorted(lagged)
@@ -189,7 +208,9 @@ def test_only_samples_that_are_wrong_are_negatives_of_the_updates(rows_file, t5_
     monkeypatch.setattr(CrossFitTrainer, "update", update)
     for kind in ("drop", "negative"):
         train(
-            settings(rows_file, t5_folder, tmp_path / kind, discriminator_agreeing=kind, max_steps=3, validation_fraction=0.0)
+            settings(
+                rows_file, t5_folder, tmp_path / kind, discriminator_agreeing=kind, max_steps=3, validation_fraction=0.0
+            )
         )
     assert seen["drop"] and set(seen["drop"]) == {i for i in seen["negative"] if int(i[-1], 36) % 3 == 1}
     assert len(seen["negative"]) > 2 * len(seen["drop"])

@@ -15,7 +15,9 @@ from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.trainer import Trainer, train
 from tests.support.short_runs import settings
 
-STOPPING = dict(method="finetune", max_steps=12, eval_steps=2, save_steps=2, early_stopping_patience=2, save_total_limit=None)
+STOPPING = dict(
+    method="finetune", max_steps=12, eval_steps=2, save_steps=2, early_stopping_patience=2, save_total_limit=None
+)
 
 
 @pytest.fixture

@@ -46,7 +46,9 @@ def test_candidates_are_positives_minority_and_the_students_own(student):
 def test_switches_leave_candidates_out(student):
     example = make_examples([QUESTION], student, TrainConfig(num_positives=1, negative_source="none"))[0]
     assert [c.source for c in example.candidates({})] == ["teacher"]
-    by_default = {m: make_examples([QUESTION], student, TrainConfig(method=m))[0].candidates({}) for m in ("qcrd", "redi")}
+    by_default = {
+        m: make_examples([QUESTION], student, TrainConfig(method=m))[0].candidates({}) for m in ("qcrd", "redi")
+    }
     assert {m: sum(not c.positive for c in found) for m, found in by_default.items()} == {"qcrd": 0, "redi": 1}
     resolved = TrainConfig(method="redi").resolved()
     assert len(make_examples([QUESTION], student, resolved)[0].candidates({})) == 3

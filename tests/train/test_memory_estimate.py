@@ -37,7 +37,9 @@ OPTIONS = {
 
 
 def prepared(folder, rows_file, **options) -> tuple[TrainConfig, Student, list[Example], Schedule]:
-    config = TrainConfig(**{"data": str(rows_file), "student": str(folder), "per_device_train_batch_size": 6, **options})
+    config = TrainConfig(
+        **{"data": str(rows_file), "student": str(folder), "per_device_train_batch_size": 6, **options}
+    )
     data = Data.load(config)
     student = Student.load(str(folder), PromptSettings(), CPU)
     return config, student, make_examples(data.train, student, config), Schedule(len(data.train), config)
@@ -60,7 +62,8 @@ def test_the_training_pass_takes_what_was_predicted(kind, name, t5_folder, llama
     workspace = fake.loss_workspace(worst.weighted, worst.batch)
     held, _, peak = fake.training(worst, workspace)
 
-    fake.student, fake.objective = student, Objective(student, config, None, autocast, 0)  # the same passes, on real tensors
+    # the same passes, on real tensors
+    fake.student, fake.objective = student, Objective(student, config, None, autocast, 0)
     student.model.train()
 
     def step() -> None:
@@ -70,7 +73,8 @@ def test_the_training_pass_takes_what_was_predicted(kind, name, t5_folder, llama
     measured = peak_mib(step, CPU) * 2**20
     assert 0 < held <= peak
     low = -0.1 if config.bf16 else -0.05  # products of bf16 take copies of their own, where the processor has them
-    assert low < peak / measured - 1 < (0.2 if name == "alone" else 0.05)  # a padding mask without padding is left out there
+    # a padding mask without padding is left out there
+    assert low < peak / measured - 1 < (0.2 if name == "alone" else 0.05)
 
 
 def test_the_discriminator_takes_what_was_predicted(t5_folder, llama_folder, rows_file) -> None:
@@ -106,12 +110,18 @@ def test_each_fold_of_the_discriminator_counts(t5_folder, rows_file) -> None:
 @pytest.mark.slow
 def test_a_dry_run_says_what_a_run_needs(t5_folder, rows_file, tmp_path, capsys) -> None:
     args = ["train", "--data", str(rows_file), "--student", str(t5_folder), "--output-dir", str(tmp_path / "run")]
-    assert entry([*args, "--per-device-train-batch-size", "4", "--quality", "discriminator", "--dry-run", "--json"]) == 0
+    assert (
+        entry([*args, "--per-device-train-batch-size", "4", "--quality", "discriminator", "--dry-run", "--json"]) == 0
+    )
     plan = json.loads(capsys.readouterr().out)
     memory, row, weights = plan["memory"], plan["longest_row"], 4 * plan["parameters"]
-    assert weights <= memory["parameters"] < 1.01 * weights and memory["gradients"] == weights  # buffers are not trained
+    # buffers are not trained
+    assert weights <= memory["parameters"] < 1.01 * weights and memory["gradients"] == weights
     assert memory["optimizer"] == 2 * weights and memory["discriminator"] > 0 and memory["micro_batch_questions"] == 4
-    assert memory["peak"] > memory["parameters"] + memory["optimizer"] + memory["activations"] and "pass" in memory["peak_in"]
+    assert (
+        memory["peak"] > memory["parameters"] + memory["optimizer"] + memory["activations"]
+        and "pass" in memory["peak_in"]
+    )
     found = {json.loads(line)["id"]: json.loads(line) for line in rows_file.read_text().splitlines()}[row["id"]]
     student = Student.load(str(t5_folder), PromptSettings())
     assert row["target_tokens"] == max(len(student.target_ids(s["rationale"])) for s in found["samples"])
@@ -129,7 +139,9 @@ def test_what_several_processes_hold(t5_folder, rows_file) -> None:
     told = {}
     for name, size, fsdp in (("alone", 1, False), ("ddp", 2, False), ("fsdp", 2, True)):
         config, student, examples, _ = prepared(t5_folder, rows_file, fsdp=fsdp, method="dss")
-        told[name] = memory_estimate.estimate_memory(student, examples, [], Schedule(len(examples), config, size))["memory"]
+        told[name] = memory_estimate.estimate_memory(student, examples, [], Schedule(len(examples), config, size))[
+            "memory"
+        ]
     alone = told["alone"]
     assert told["ddp"]["gradients"] == 2 * alone["gradients"] and told["ddp"]["optimizer"] == alone["optimizer"]
     for part in ("parameters", "gradients", "optimizer"):

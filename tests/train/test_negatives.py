@@ -43,7 +43,9 @@ def lagged(folder, student=None, kind="serial", **options):
     )
     config = TrainConfig(**(shape | options))
     questions = (
-        [SamplingPrompt(f"q{i}", student.source_ids(EXPLAIN, f"Ann has {i} apples.")) for i in range(8)] if student else []
+        [SamplingPrompt(f"q{i}", student.source_ids(EXPLAIN, f"Ann has {i} apples.")) for i in range(8)]
+        if student
+        else []
     )
     snapshots = Snapshots(folder / "snapshots")
     folder.mkdir(exist_ok=True)
@@ -54,7 +56,9 @@ def lagged(folder, student=None, kind="serial", **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("lag, expected", [(1, [0, 0, 1, 2, 3, 4, 5]), (3, [0, 0, 0, 0, 1, 2, 3]), (5, [0, 0, 0, 0, 0, 0, 1])])
+@pytest.mark.parametrize(
+    "lag, expected", [(1, [0, 0, 1, 2, 3, 4, 5]), (3, [0, 0, 0, 0, 1, 2, 3]), (5, [0, 0, 0, 0, 0, 0, 1])]
+)
 def test_iteration_t_listens_to_iteration_t_minus_j_and_before_that_to_the_initial_student(tmp_path, lag, expected):
     assert [lagged(tmp_path, negative_lag=lag).source_iteration(t) for t in range(7)] == expected
 
@@ -153,7 +157,9 @@ def test_each_question_of_a_chunk_once_and_the_file_says_so(filled):
     records = [json.loads(line) for line in data.splitlines()]
     assert [r["end"] for r in records if "end" in r] == [4, 4]
     assert sorted(r["id"] for r in records if "id" in r) == [f"q{i}" for i in range(8)]
-    assert {i: n.tokens for i, n in said.of_iteration(0).items()} == {r["id"]: r["tokens"] for r in records if "id" in r}
+    assert {i: n.tokens for i, n in said.of_iteration(0).items()} == {
+        r["id"]: r["tokens"] for r in records if "id" in r
+    }
 
 
 @pytest.mark.parametrize("place", ["tail cut", "text", "tokens", "count", "line lost", "line doubled", "another's row"])

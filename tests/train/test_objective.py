@@ -1,4 +1,5 @@
-"""One micro-batch's losses and gradients: with shared prompts as without, and MI's terms as its released code has them."""
+"""One micro-batch's losses and gradients: with shared prompts as without, and MI's terms as its released code has
+them."""
 
 from __future__ import annotations
 
@@ -63,7 +64,9 @@ def check_equal(student, config, rows_file, tolerance=1e-9):
     assert gradients.keys() == expected_gradients.keys() and len(gradients) > 4
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).norm() <= tolerance * gradient.norm().clamp(min=1e-2), name
-    assert {k: v for k, v in together.items() if k != "body_tokens"} == {k: v for k, v in apart.items() if k != "body_tokens"}
+    assert {k: v for k, v in together.items() if k != "body_tokens"} == {
+        k: v for k, v in apart.items() if k != "body_tokens"
+    }
     assert together["body_tokens"] > 0
     assert student.is_encoder_decoder or together["body_tokens"] < apart["body_tokens"]
     return expected
@@ -117,7 +120,8 @@ def test_mutual_information_is_that_of_the_equations(student, rows_file):
     model.zero_grad(set_to_none=True)
 
     def task(pairs):
-        """(sum of mean negative log-likelihoods, pooled softmax) of (prompt, target) pairs in one right-padded batch."""
+        """(sum of mean negative log-likelihoods, pooled softmax) of (prompt, target) pairs in one right-padded
+        batch."""
         width = max(len(t) + (0 if student.is_encoder_decoder else len(p) - 1) for p, t in pairs)
         total, pooled = 0.0, []
         for prompt, target in pairs:

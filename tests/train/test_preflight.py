@@ -105,7 +105,9 @@ def test_too_little_disk_or_memory(config, t5_folder, monkeypatch):
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patched:
         patched.setattr("shutil.disk_usage", lambda _: usage(10**12, 0, 12 * held - 1))
-        with pytest.raises(RunError, match=f"--output-dir: .*run: no room for a checkpoint \\({12 * held} bytes needed"):
+        with pytest.raises(
+            RunError, match=f"--output-dir: .*run: no room for a checkpoint \\({12 * held} bytes needed"
+        ):
             check_start(config())
         check_start(config(use_peft=True))  # four bytes of each
     with monkeypatch.context() as patched:
@@ -142,7 +144,9 @@ def test_no_torch_is_loaded_for_a_wrong_option_or_row(rows_file, t5_folder, tmp_
 
 def test_without_the_network_a_name_of_the_hub_fails_at_once(config, monkeypatch):
     monkeypatch.setattr(model_folder, "is_online", lambda: False)
-    with pytest.raises(InputError, match="cannot load 'owner/model': there is no such folder here, the hub cannot be reached"):
+    with pytest.raises(
+        InputError, match="cannot load 'owner/model': there is no such folder here, the hub cannot be reached"
+    ):
         check_start(config(student="owner/model"))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "/cache/config.json")
     check_start(config(student="owner/model"))

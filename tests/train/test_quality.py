@@ -1,4 +1,5 @@
-"""Quality in training: judges by name and by object, weights on `sft-all`, agreeing negatives, resume, old checkpoints."""
+"""Quality in training: judges by name and by object, weights on `sft-all`, agreeing negatives, resume, old
+checkpoints."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ QUESTION = Question(
     majority="5",
     votes={"5": 3, "9": 1},
     task="number",
-    positives=(Rationale("First 3 + 4 = 7. Then 7 - 2 = 5.", "5"), Rationale("Add: 3 + 4 = 7. Subtract: 7 - 2 = 5.", "5")),
+    positives=(
+        Rationale("First 3 + 4 = 7. Then 7 - 2 = 5.", "5"),
+        Rationale("Add: 3 + 4 = 7. Subtract: 7 - 2 = 5.", "5"),
+    ),
     negatives=(Rationale("First 3 + 4 = 7. Then 7 + 2 = 9.", "9"),),
 )
 
@@ -112,7 +116,10 @@ def test_qualities_after_the_defaults(options, qualities):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"discriminator": "none", "quality": "discriminator"}, "--discriminator none is --quality none, but --quality disc"),
+        (
+            {"discriminator": "none", "quality": "discriminator"},
+            "--discriminator none is --quality none, but --quality disc",
+        ),
         ({"discriminator": "none", "quality": "vote"}, "leave one out"),
         ({"discriminator": "none", "negative_quality": "discriminator"}, "--negative-quality discriminator needs one"),
         ({"discriminator": "some/encoder", "quality": "none"}, "no use for --discriminator some/encoder"),
@@ -147,7 +154,11 @@ def test_a_run_by_votes(voted, rows_file):
     assert any(line["weight_lagged_unknown"] == 1.0 for line in lines)
     assert not (checkpoint_path(voted, 6) / "discriminator.safetensors").exists()
     resolved = yaml.safe_load((voted / "config.resolved.yaml").read_text())
-    assert (resolved["quality"], resolved["positive_quality"], resolved["agreeing_negatives"]) == ("vote", None, "weigh")
+    assert (resolved["quality"], resolved["positive_quality"], resolved["agreeing_negatives"]) == (
+        "vote",
+        None,
+        "weigh",
+    )
 
 
 @pytest.mark.parametrize("quality", ["vote", "text", "discriminator", "none", None])
@@ -189,7 +200,10 @@ def test_an_older_checkpoint_is_of_the_discriminator(rows_file, t5_folder, tmp_p
     for name in ("positive_quality", "negative_quality", "agreeing_negatives"):
         del options[name]
     before.write_text(yaml.safe_dump(options))
-    for changes, said in (({"quality": "vote"}, "'discriminator', now it is 'vote'"), ({"agreeing_negatives": "drop"}, "drop")):
+    for changes, said in (
+        ({"quality": "vote"}, "'discriminator', now it is 'vote'"),
+        ({"agreeing_negatives": "drop"}, "drop"),
+    ):
         with pytest.raises(InputError, match=said):
             train(settings(rows_file, t5_folder, out, max_steps=3, resume="auto", **changes))
     unsaid = dict(quality=None, scheme=None, negative_source=None)
@@ -228,7 +242,10 @@ def test_rows_without_votes_are_said_once(rows_file, llama_folder, tmp_path, cap
         "".join(
             json.dumps(
                 {key: row[key] for key in keys}
-                | {side: [{"text": r["text"], "answer": r["answer"]} for r in row[side]] for side in ("positives", "negatives")}
+                | {
+                    side: [{"text": r["text"], "answer": r["answer"]} for r in row[side]]
+                    for side in ("positives", "negatives")
+                }
             )
             + "\n"
             for row in rows
@@ -247,13 +264,16 @@ def test_agreeing_samples_are_weighed_or_dropped(rows_file, llama_folder, tmp_pa
     def parrots(self, step, chunks):
         words = lambda i: f"Well , {questions[i].positives[0].text}"  # noqa: E731
         said = {
-            c: {i: dataclasses.replace(n, text=words(i), tokens=[5, 1]) for i, n in some.items()} for c, some in chunks.items()
+            c: {i: dataclasses.replace(n, text=words(i), tokens=[5, 1]) for i, n in some.items()}
+            for c, some in chunks.items()
         }
         return real(self, step, said)
 
     monkeypatch.setattr(StudentAnswers, "read", parrots)
     for choice in ("weigh", "drop"):
-        train(settings(rows_file, llama_folder, tmp_path / choice, quality="vote", agreeing_negatives=choice, max_steps=2))
+        train(
+            settings(rows_file, llama_folder, tmp_path / choice, quality="vote", agreeing_negatives=choice, max_steps=2)
+        )
         for line in (line for line in metrics(tmp_path / choice) if "loss" in line):
             assert line["lagged_agrees"] == 1.0
             if choice == "weigh":
@@ -296,7 +316,10 @@ def test_what_a_cut_sample_weighs_does_not_depend_on_the_chunks():
         for step in (0, 1, 2, 3, 1, 4, 5):  # once back, as the discriminator's update goes
             iteration, chunk = schedule.chunk(step)
             chunks = {
-                c: {questions[i].id: Negative(said[i % 3][1], said[i % 3][0]) for i in schedule.chunk_questions(iteration, c)}
+                c: {
+                    questions[i].id: Negative(said[i % 3][1], said[i % 3][0])
+                    for i in schedule.chunk_questions(iteration, c)
+                }
                 for c in range(chunk + 1)
             }
             read = answers.read(step, chunks)

@@ -27,7 +27,8 @@ from qcrd_fast.utils.redact import RedactingFormatter
 QUESTION = Question(
     id="q1", question="Ann has 3 coins, finds 4 and sells 2. How many are left?", gold="5", majority="5",
     votes={"5": 2, "9": 1},
-    positives=(Rationale("First 3 + 4 = 7. Then 7 - 2 = 5.", "5"), Rationale("Add: 3 + 4 = 7. So 7 - 2 = 5 are left.", "5")),
+    positives=(Rationale("First 3 + 4 = 7. Then 7 - 2 = 5.", "5"),
+    Rationale("Add: 3 + 4 = 7. So 7 - 2 = 5 are left.", "5")),
     negatives=(Rationale("First 3 + 4 = 7. Then 7 + 2 = 9.", "9"),),
 )  # fmt: skip
 RECORD = {
@@ -90,7 +91,9 @@ def test_rationales_and_hostile_text():
     answers = [{"output": "5", "correct": True, "gold": "5"}]
     text = rationales_text([QUESTION], ["First 3 + 4 = 7.\n\x1b[2JThen " + "7 " * 600], answers)
     assert (
-        "the student explains: First 3 + 4 = 7. \\x1b[2JThen 7 7" in text and "\x1b" not in text and text.endswith("5 (right)")
+        "the student explains: First 3 + 4 = 7. \\x1b[2JThen 7 7" in text
+        and "\x1b" not in text
+        and text.endswith("5 (right)")
     )
     assert max(map(len, text.splitlines())) < 700
     wrong = rationales_text([QUESTION], [""], [{"output": "", "correct": False, "gold": "5"}])
@@ -131,12 +134,20 @@ def test_piped_it_is_plain_lines(args, tmp_path, capfd):
     assert entry(args) == 0
     out, err = capfd.readouterr()
     assert "\r" not in err.split("a training example")[1]
-    for wanted in ("a training example", "step 1/3 (33%), ", "step 3/3 (100%): loss", "validation accuracy 0.", "explains:"):
+    for wanted in (
+        "a training example",
+        "step 1/3 (33%), ",
+        "step 3/3 (100%): loss",
+        "validation accuracy 0.",
+        "explains:",
+    ):
         assert wanted in err
         assert wanted in (tmp_path / "run" / "run.log").read_text()
     assert err.count("the student explains:") == 4  # two at each of two validations
     assert (
-        out.splitlines()[0].startswith("accuracy  ") and f"qcrd-fast generate {tmp_path}/run" in out and "95% interval" in out
+        out.splitlines()[0].startswith("accuracy  ")
+        and f"qcrd-fast generate {tmp_path}/run" in out
+        and "95% interval" in out
     )
 
 
@@ -169,6 +180,8 @@ def test_rows_cannot_act_on_a_terminal_or_flood_it():
     record = {"correct": False, "gold": question.gold, "output": "\u202e9"}
     text = rationales_text([question], [" "], [record])
     assert all(c.isprintable() or c == "\n" for c in text) and text.count("\n") == 2 and len(text) < 1000
-    assert text.startswith("  question \\x1b[31mq\\n1: ... ") and "How many?\n" in text and "explains: (nothing)" in text
+    assert (
+        text.startswith("  question \\x1b[31mq\\n1: ... ") and "How many?\n" in text and "explains: (nothing)" in text
+    )
     line = logging.LogRecord("qcrd_fast", logging.WARNING, "", 0, "questions \x1b[2J\x9b\u202ex\ty\n全角", (), None)
     assert RedactingFormatter().format(line) == "questions \\x1b[2J\\x9b\\u202ex\ty\n全角"

@@ -1,4 +1,5 @@
-"""The loop on tiny students: every method, the two-pass trick, refusals. Kills, signals, full disks: test_reliability_*.py."""
+"""The loop on tiny students: every method, the two-pass trick, refusals. Kills, signals, full disks:
+test_reliability_*.py."""
 
 from __future__ import annotations
 
@@ -67,11 +68,15 @@ def test_negatives_come_from_the_lagged_snapshot(whole):
         for end in (r for r in records if "end" in r):
             assert end["end"] == sum(r.get("chunk") == end["chunk"] and "id" in r for r in records)
     assert sorted(said) == ["iteration-00000", "iteration-00001", "iteration-00002"]
-    assert {p.name for p in (run / "snapshots").iterdir()} >= {"iteration-00001.safetensors", "iteration-00002.safetensors"}
+    assert {p.name for p in (run / "snapshots").iterdir()} >= {
+        "iteration-00001.safetensors",
+        "iteration-00002.safetensors",
+    }
 
 
 def test_nothing_is_taken_from_a_run_that_had_no_checkpoint(whole, rows_file, tmp_path):
-    """Killed before its first one, begun again with other rows of the same ids: what was said to the old ones is not theirs."""
+    """Killed before its first one, begun again with other rows of the same ids: what was said to the old ones is not
+    theirs."""
     student, unbroken = whole
     out, rows = tmp_path / "run", tmp_path / "rows.jsonl"
     rows.write_text(rows_file.read_text())
@@ -87,7 +92,8 @@ def test_nothing_is_taken_from_a_run_that_had_no_checkpoint(whole, rows_file, tm
 
 
 def test_a_run_that_goes_on_says_what_comes_of_that(whole, rows_file, tmp_path):
-    """A finished run that lost its last checkpoint is trained and evaluated again, and draws what came after it again."""
+    """A finished run that lost its last checkpoint is trained and evaluated again, and draws what came after it
+    again."""
     student, unbroken = whole
     out = tmp_path / "run"
     shutil.copytree(unbroken, out, symlinks=True)
@@ -104,10 +110,13 @@ def test_a_run_that_goes_on_says_what_comes_of_that(whole, rows_file, tmp_path):
 
 @pytest.mark.parametrize(
     ("score", "delta", "said"),
-    [(0.95, 8.0, ["rates negatives 0.95 on average, so they weigh 0.05"]), (0.5, 0.01, ["only 0.0% of the student's own"]),
+    [(0.95, 8.0, ["rates negatives 0.95 on average, so they weigh 0.05"]),
+    (0.5, 0.01, ["only 0.0% of the student's own"]),
      (0.5, 8.0, [])],
 )  # fmt: skip
-def test_negatives_that_teach_little_are_said(score, delta, said, llama_folder, rows_file, tmp_path, monkeypatch, caplog):
+def test_negatives_that_teach_little_are_said(
+    score, delta, said, llama_folder, rows_file, tmp_path, monkeypatch, caplog
+):
     rated = lambda self, batch, candidates, question: torch.full((len(candidates),), score)  # noqa: E731
     monkeypatch.setattr(Objective, "_quality", rated)
     with caplog.at_level("WARNING", "qcrd_fast.train.trainer"):
@@ -117,7 +126,8 @@ def test_negatives_that_teach_little_are_said(score, delta, said, llama_folder, 
 
 
 def test_drawing_beside_training_is_the_same_run(whole, rows_file, tmp_path, monkeypatch):
-    """`--overlap stream`, killed between two saves and resumed in turn: weights, metrics and negatives of the serial run."""
+    """`--overlap stream`, killed between two saves and resumed in turn: weights, metrics and negatives of the serial
+    run."""
     student, unbroken = whole
     out = tmp_path / "run"
     from qcrd_fast.train.trainer import Trainer
@@ -247,7 +257,8 @@ def test_golden_step(method, rows_file, llama_folder, tmp_path, float64):
     beta, delta, a1, a2 = 0.7, 8.0, 0.3, 0.6
     config = settings(
         rows_file, llama_folder, tmp_path / "run", max_steps=1, validation_fraction=0.0, negative_source="minority",
-        method=method.removesuffix("-judged"), discriminator="auto" if method == "qcrd-judged" else "none", redi_warmup=0.0,
+        method=method.removesuffix("-judged"), discriminator="auto" if method == "qcrd-judged" else "none",
+        redi_warmup=0.0,
         discriminator_pretrain_steps=0, beta=beta, delta=delta, alpha_pred=a1, alpha_cl=a2, discriminator_folds=0,
         discriminator_calibration="none",
     )  # fmt: skip
@@ -369,7 +380,9 @@ def test_rows_of_other_splits_are_not_trained_on(rows_file, llama_folder, tmp_pa
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     splits = ["train"] * 10 + ["test"] * 8 + [None] * 6
     mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text("".join(json.dumps(row | {"split": split}) + "\n" for row, split in zip(rows, splits, strict=True)))
+    mixed.write_text(
+        "".join(json.dumps(row | {"split": split}) + "\n" for row, split in zip(rows, splits, strict=True))
+    )
     config = settings(mixed, llama_folder, tmp_path / "run", validation_fraction=0.0)
     assert train(config, dry_run=True)["train"] == 16
     trained = tmp_path / "train.jsonl"  # a file of the training split alone may still be evaluated on
@@ -377,19 +390,25 @@ def test_rows_of_other_splits_are_not_trained_on(rows_file, llama_folder, tmp_pa
     plan = train(settings(mixed, llama_folder, tmp_path / "run", eval_data=str(trained)), dry_run=True)
     assert plan["validation"] == 5 and plan["train"] == 11
     splits = ["train"] * 16 + ["validation"] * 4 + ["test"] * 4
-    mixed.write_text("".join(json.dumps(row | {"split": split}) + "\n" for row, split in zip(rows, splits, strict=True)))
+    mixed.write_text(
+        "".join(json.dumps(row | {"split": split}) + "\n" for row, split in zip(rows, splits, strict=True))
+    )
     three = settings(mixed, llama_folder, tmp_path / "run", eval_data=str(mixed), test_data=str(mixed))
     assert {k: train(three, dry_run=True)[k] for k in ("train", "validation", "test")} == {
         "train": 16, "validation": 4, "test": 4,
     }  # fmt: skip
     with pytest.raises(InputError, match="all 5 questions are in the test set"):
-        train(settings(mixed, llama_folder, tmp_path / "run", eval_data=str(trained), test_data=str(trained)), dry_run=True)
+        train(
+            settings(mixed, llama_folder, tmp_path / "run", eval_data=str(trained), test_data=str(trained)),
+            dry_run=True,
+        )
 
 
 def test_questions_of_the_test_set_are_dropped_from_training(rows_file, llama_folder, tmp_path):
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     test = tmp_path / "test.jsonl"
-    test.write_text("".join(json.dumps({"id": f"t{i}", "question": r["question"], "answer": r["answer"], "samples": []}) + "\n"
+    test.write_text("".join(json.dumps({"id": f"t{i}", "question": r["question"], "answer": r["answer"],
+        "samples": []}) + "\n"
                             for i, r in enumerate(rows[:3])))  # fmt: skip
     plan = train(settings(rows_file, llama_folder, tmp_path / "run", test_data=str(test)), dry_run=True)
     assert plan["dropped"] == 3 and plan["test"] == 3 and plan["train"] + plan["validation"] == 21

@@ -18,7 +18,9 @@ def test_what_a_run_wrote_is_an_object_or_nothing(content: bytes, tmp_path: Path
 
 def test_mappings_are_read(tmp_path: Path) -> None:
     (tmp_path / "x").write_text('{"a": 1, "b": [2]}')
-    assert read_object(tmp_path / "x") == read_options(tmp_path / "x") == read_yaml(tmp_path / "x") == {"a": 1, "b": [2]}
+    assert (
+        read_object(tmp_path / "x") == read_options(tmp_path / "x") == read_yaml(tmp_path / "x") == {"a": 1, "b": [2]}
+    )
 
 
 @pytest.mark.parametrize("read", [read_yaml, read_recipe])

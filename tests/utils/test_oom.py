@@ -22,7 +22,8 @@ from qcrd_fast.utils.oom import explaining_oom, is_exhausted
 from tests.support.paths import ROOT
 
 CPU_SAYS = (
-    "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
+    "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 99 bytes."
 )
 EXHAUSTED = [
     MemoryError(),
@@ -47,7 +48,10 @@ def test_what_counts_as_the_end_of_memory() -> None:
 
 
 def test_the_same_step_in_more_parts() -> None:
-    for size, parts, wanted in ((8, 1, "4 --gradient-accumulation-steps 2"), (3, 2, "1 --gradient-accumulation-steps 6")):
+    for size, parts, wanted in (
+        (8, 1, "4 --gradient-accumulation-steps 2"),
+        (3, 2, "1 --gradient-accumulation-steps 6"),
+    ):
         config = TrainConfig(per_device_train_batch_size=size, gradient_accumulation_steps=parts)
         assert oom.for_training(config).startswith(f"--per-device-train-batch-size {wanted} (the same step)")
     rest = oom.for_training(TrainConfig(per_device_train_batch_size=1, gradient_checkpointing=True, use_peft=True))
@@ -55,7 +59,12 @@ def test_the_same_step_in_more_parts() -> None:
 
 
 STAGES = {
-    "a training step": (Student, "hidden", "--per-device-train-batch-size 2 --gradient-accumulation-steps 2", "target tokens"),
+    "a training step": (
+        Student,
+        "hidden",
+        "--per-device-train-batch-size 2 --gradient-accumulation-steps 2",
+        "target tokens",
+    ),
     "the discriminator's training": (Discriminator, "rate", "--discriminator-batch-size 2", "longest row there: q"),
     "the sampler": (LaggedNegatives, "_autocasts", "--sample-batch-size 32", "prompt tokens"),
     "sampling negatives": (Sampler, "draw", "--sample-batch-size 32", "prompt tokens"),

@@ -1,7 +1,7 @@
 """Rows of named columns: a question with samples in a list, with one sample, with a worked solution, or alone.
 
-Alpaca, distilabel, open-r1, prompt and completion, multiple choice and the like differ in names alone; `fields.ROLES` has
-these.
+Alpaca, distilabel, open-r1, prompt and completion, multiple choice and the like differ in names alone; `fields.ROLES`
+has these.
 """
 
 from __future__ import annotations
@@ -98,7 +98,11 @@ def _golds(row: Row) -> tuple[str | None, str | None]:
         reply = next((own[name] for name in ("answer", "finalanswer") if name in own), None)
         if reply is not None:  # beside reasoning alone, the answer is what was replied
             return next((key for key in keys if key != reply), None), reply
-    if not explicit and {"answer", "finalanswer"} <= own.keys() and row.values[own["answer"]] != row.values[own["finalanswer"]]:
+    if (
+        not explicit
+        and {"answer", "finalanswer"} <= own.keys()
+        and row.values[own["answer"]] != row.values[own["finalanswer"]]
+    ):
         raise row.refuse("the gold answer", (own["answer"], own["finalanswer"]), "gold")
     return keys[0], None
 
@@ -107,7 +111,10 @@ def _samples(row: Row, answer_key: str | None) -> tuple[Rationale, ...] | None:
     """The samples of a row; None where it has none."""
     by_role = {role: row.keys(role) for role in ("samples", *_TEXTS)}
     lists = [
-        key for keys in by_role.values() for key in keys if not isinstance(row.values[key], str) and not is_message(row, key)
+        key
+        for keys in by_role.values()
+        for key in keys
+        if not isinstance(row.values[key], str) and not is_message(row, key)
     ]
     lists += [key for key in by_role["samples"] if _is_json(row.values[key])]
     choices = row.key("choices")
@@ -121,7 +128,8 @@ def _samples(row: Row, answer_key: str | None) -> tuple[Rationale, ...] | None:
         return _listed(row, lists[0])
     texts = {role: row.keys(role) for role in _TEXTS}
     texts["completion"] += by_role["samples"]  # one sample under a name of many
-    if texts["completion"] and "rationale" not in row.mapping:  # a rationale or explanation beside a reply is the gold's
+    # a rationale or explanation beside a reply is the gold's
+    if texts["completion"] and "rationale" not in row.mapping:
         texts["rationale"] = [key for key in texts["rationale"] if is_reasoning(key)]
     texts["completion"] = _without_template(row, texts["completion"])
     for role, keys in texts.items():
@@ -133,7 +141,9 @@ def _samples(row: Row, answer_key: str | None) -> tuple[Rationale, ...] | None:
     if completion is None and rationale is None and answer is None:
         return _numbered(row)
     if answer and isinstance(row.values[answer], list | dict):
-        raise RowError(f"{answer} is a list, but there are no samples; if these are the choices: --map choices={answer}")
+        raise RowError(
+            f"{answer} is a list, but there are no samples; if these are the choices: --map choices={answer}"
+        )
     reply = _reply(row, completion) if completion else None
     thinking = check_text(row.take(rationale), rationale) if rationale else ""
     whole = row.values[completion] if completion else None
@@ -225,7 +235,8 @@ def _numbered(row: Row) -> tuple[Rationale, ...] | None:
 
 
 def _worked(row: Row, question: Question) -> tuple[Question, tuple[Rationale, ...]]:
-    """The question, and its worked solution as a rationale; as the gold, from which the vote takes both, if it has a mark."""
+    """The question, and its worked solution as a rationale; as the gold, from which the vote takes both, if it has a
+    mark."""
     key = row.key("solution")
     if key is None:
         return question, ()

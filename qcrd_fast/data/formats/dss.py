@@ -25,7 +25,8 @@ _OWN = {"id", "premise", "hypothesis", "label", "question", "choices", "answer",
 
 
 def is_dss(row: Row) -> bool:
-    """Whether a row is one of svamp's or of the entailment sets; cqa's are known by the samples beside their file alone."""
+    """Whether a row is one of svamp's or of the entailment sets; cqa's are known by the samples beside their file
+    alone."""
     values = row.values
     return "premise" in values or ("input" in values and "label" in values and not row.has("completion"))
 
@@ -54,7 +55,8 @@ def dss_row(row: dict[str, Any], split: str | None) -> Question:
 
 
 def dss_sample(text: str, source: str) -> Rationale:
-    """A released completion: the rationale up to "The answer is", and what follows it; the invented next questions cut."""
+    """A released completion: the rationale up to "The answer is", and what follows it; the invented next questions
+    cut."""
     text = _NEXT_QUESTION.split(text, maxsplit=1)[0]
     markers = list(_ANSWER_IS.finditer(text))
     if not markers:
@@ -82,14 +84,17 @@ def find_dss(path: Path, split: str | None) -> DssFiles | None:
             found = sorted(file.name for file in path.glob("*.json"))
             there = ", ".join(found) or "no .json"
             raise InputError(
-                f"{printable(path)}: no {printable(rows.name)} in this folder (there: {there}); of other rows, name the file"
+                f"{printable(path)}: no {printable(rows.name)} in this folder (there: {there}); of other rows, name "
+                f"the file"
             )
     else:
         rows = path
     match = _ROWS_NAME.fullmatch(rows.name)
     if match is None:
         return None
-    numbered = [(name, file) for file in (rows.parent / "llm").glob("*.json") if (name := _COT_NAME.fullmatch(file.name))]
+    numbered = [
+        (name, file) for file in (rows.parent / "llm").glob("*.json") if (name := _COT_NAME.fullmatch(file.name))
+    ]
     samples = sorted((int(name[2]), file) for name, file in numbered if name[1] == match[2])
     return DssFiles(rows, match[2], tuple(file for _, file in samples))
 

@@ -23,7 +23,8 @@ ROLES: dict[str, tuple[str, ...]] = {
     "context": ("context", "passage", "body", "article"),
     "choices": ("choices", "options", "answer_choices"),
     "gold": (
-        "gold", "gold_answer", "ground_truth", "ground_truth_answer", "expected_answer", "correct_answer", "reference_answer",
+        "gold", "gold_answer", "ground_truth", "ground_truth_answer", "expected_answer", "correct_answer",
+        "reference_answer",
         "gold_label", "answer", "final_answer", "answer_key", "target", "targets", "reference", "correct_option",
         "label", "answer_index", "answer_idx",
         "correct_index", "correct",
@@ -38,13 +39,16 @@ ROLES: dict[str, tuple[str, ...]] = {
         "model_response", "model_completion", "assistant", "reply", "text",
     ),
     "rationale": (
-        "rationale", "reasoning", "reasoning_content", "explanation", "chain_of_thought", "cot", "chain", "thinking", "thought",
+        "rationale", "reasoning", "reasoning_content", "explanation", "chain_of_thought", "cot", "chain", "thinking",
+        "thought",
         "thoughts",
     ),
     "prediction": (
-        "prediction", "predicted_answer", "pred", "sample_answer", "model_answer", "extracted_answer", "generated_answer",
+        "prediction", "predicted_answer", "pred", "sample_answer", "model_answer", "extracted_answer",
+        "generated_answer",
         "parsed_answer", "student_answer", "teacher_answer", "predictions", "predicted_answers", "preds",
-        "sample_answers", "model_answers", "extracted_answers", "generated_answers", "parsed_answers", "student_answers",
+        "sample_answers", "model_answers", "extracted_answers", "generated_answers", "parsed_answers",
+        "student_answers",
         "teacher_answers", "answers",
     ),
     "messages": ("messages", "conversations", "conversation", "chat", "dialogue", "dialog"),
@@ -134,7 +138,8 @@ class Row:
         self.read |= {key for role in roles if (key := self.key(role)) is not None}
 
     def numbered(self) -> dict[str, list[str]]:
-        """Columns of one sample each, such as response_1 and response_2, by what they are called without their number."""
+        """Columns of one sample each, such as response_1 and response_2, by what they are called without their
+        number."""
         found: dict[str, list[tuple[int, str]]] = {}
         for name, key in self._keys.items():
             match = _NUMBERED.fullmatch(name)
@@ -143,7 +148,8 @@ class Row:
         return {name: [key for _, key in sorted(keys)] for name, keys in found.items()}
 
     def numbered_answers(self, name: str) -> dict[str, str]:
-        """{column of a sample: column of its own answer} of rationale_1, answer_1, ..., for the columns called `name`."""
+        """{column of a sample: column of its own answer} of rationale_1, answer_1, ..., for the columns called
+        `name`."""
         found: dict[str, dict[str, str]] = {}
         for key_name, key in self._keys.items():
             if (match := _NUMBERED.fullmatch(key_name)) and match[1].endswith(_ANSWER_NAMES):
@@ -153,7 +159,8 @@ class Row:
         return pairs
 
     def options(self) -> list[tuple[str, str]]:
-        """(label, key) of columns of one option each, such as A, option_b or choice3, in order, without the blank ones."""
+        """(label, key) of columns of one option each, such as A, option_b or choice3, in order, without the blank
+        ones."""
         found: dict[tuple[str, bool], dict[str, str]] = {}
         for name, key in self._keys.items():
             if match := _OPTION.fullmatch(name):
@@ -173,7 +180,9 @@ class Row:
         return named.union(self.mapping.values(), *self.numbered().values(), (key for _, key in self.options()))
 
     def unread(self) -> frozenset[str]:
-        return frozenset({key for key, value in self.values.items() if key not in self.read and not _empty(value)} | self.parts)
+        return frozenset(
+            {key for key, value in self.values.items() if key not in self.read and not _empty(value)} | self.parts
+        )
 
     def refuse(self, what: str, keys: Iterable[str], role: str) -> RowError:
         """The error for a row in which several keys may be meant."""

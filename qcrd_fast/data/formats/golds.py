@@ -68,8 +68,8 @@ def gold_keys(row: Row) -> list[str]:
             if "completion" in row.mapping or "prediction" in row.mapping:
                 return [other for other in keys if other != key]
             raise RowError(
-                f"{key} may be of the reply or a gold answer; if the latter: --map gold={key}; if the former, replies are "
-                f"voted on without it: --map completion={row.key('completion')}"
+                f"{key} may be of the reply or a gold answer; if the latter: --map gold={key}; if the former, replies "
+                f"are voted on without it: --map completion={row.key('completion')}"
             )
     return [key for key in keys if plain(key) != "correct" or not _is_flag(row.values[key], "0123456789.")]
 
@@ -231,6 +231,7 @@ def gold_text(
         return None
     if options and text.strip().isdigit() and text.strip() not in options:
         raise RowError(
-            f"{key} is {text!r}, which is none of the choices and no label; if it counts the choices from 0: --map gold={key}"
+            f"{key} is {text!r}, which is none of the choices and no label; if it counts the choices from 0: --map "
+            f"gold={key}"
         )
     return text

@@ -73,7 +73,9 @@ def read(row: Row) -> Parsed:
     if prepared:
         question = _prepared(question, values)
         for side in ("positives", "negatives"):
-            extra = {key for item in values[side] if isinstance(item, dict) for key in item if key not in _RATIONALE_KEYS}
+            extra = {
+                key for item in values[side] if isinstance(item, dict) for key in item if key not in _RATIONALE_KEYS
+            }
             row.parts |= {f"{side}[].{key}" for key in extra}
         return Parsed(question, question.positives + question.negatives, "prepared", row.unread(), by_text=False)
     if "samples" in values:
@@ -97,7 +99,9 @@ def _prepared(question: Question, row: dict[str, Any]) -> Question:
         check_text(answer, "an answer in votes")
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             raise RowError(f"votes[{answer!r}] expects a count")
-    fields = {name: getattr(question, name) for name in ("id", "question", "context", "gold", "task", "domain", "split")}
+    fields = {
+        name: getattr(question, name) for name in ("id", "question", "context", "gold", "task", "domain", "split")
+    }
     return Question(**fields, majority=majority, votes=votes, positives=positives, negatives=negatives)
 
 
@@ -108,7 +112,9 @@ def _rationale(item: Any, where: str, answer: str | None) -> Rationale:
         raise RowError(f"{where} expects a string or an object")
     try:
         score = item.get("score")
-        if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score)):
+        if score is not None and (
+            isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score)
+        ):
             raise RowError("score expects a number")
         text = get_text(item, "text", required=True) or ""
         if not text.strip():

@@ -1,7 +1,7 @@
 """The table of formats: how each is recognised by the keys of its rows, and what reads it.
 
-To add a format, write `read(row) -> Parsed` in a file of this folder and a line in `FORMATS`, before every entry that would
-claim its rows too. Where only a name differs, add the name to `fields.ROLES` instead.
+To add a format, write `read(row) -> Parsed` in a file of this folder and a line in `FORMATS`, before every entry that
+would claim its rows too. Where only a name differs, add the name to `fields.ROLES` instead.
 """
 
 from __future__ import annotations
@@ -52,7 +52,12 @@ def _is_vllm(row: Row) -> bool:
     choices, samples = row.key("choices"), row.values.get("outputs")
     if choices and is_api_choices(row.values[choices]):
         return _asks(row)
-    return row.has("question") and isinstance(samples, list) and bool(samples) and all(isinstance(s, dict) for s in samples)
+    return (
+        row.has("question")
+        and isinstance(samples, list)
+        and bool(samples)
+        and all(isinstance(s, dict) for s in samples)
+    )
 
 
 def _columns(row: Row, _: Context) -> Parsed:
@@ -60,7 +65,9 @@ def _columns(row: Row, _: Context) -> Parsed:
 
 
 FORMATS = (
-    Format("openai-batch", "OpenAI batch output, joined to its input", batch.is_output, lambda r, c: batch.read(r, c.batch)),
+    Format(
+        "openai-batch", "OpenAI batch output, joined to its input", batch.is_output, lambda r, c: batch.read(r, c.batch)
+    ),
     Format("openai-batch-input", "OpenAI batch input: questions", batch.is_input, lambda r, c: batch.read_input(r)),
     Format("dss", "Distilling Step-by-Step", dss.is_dss, lambda r, c: dss.read(r, c.dss)),
     Format("preference", "preference pairs", lambda r: r.has("chosen", "rejected"), lambda r, c: preference.read(r)),
@@ -76,7 +83,9 @@ FORMATS = (
     Format(
         "distilabel",
         "an instruction and its generations",
-        lambda r: r.is_called("question", "instruction") and (_list_of_samples(r) or r.is_called("completion", "generation")),
+        lambda r: (
+            r.is_called("question", "instruction") and (_list_of_samples(r) or r.is_called("completion", "generation"))
+        ),
         _columns,
     ),
     Format("samples", "a question and a list of samples", lambda r: _asks(r) and _list_of_samples(r), _columns),
@@ -103,7 +112,9 @@ FORMATS = (
     Format(
         "sample-rows",
         "one sample a row",
-        lambda r: r.has("question") and (any(map(r.has, ("completion", "rationale", "prediction"))) or bool(r.numbered())),
+        lambda r: (
+            r.has("question") and (any(map(r.has, ("completion", "rationale", "prediction"))) or bool(r.numbered()))
+        ),
         _columns,
     ),
     Format("worked", "questions with worked solutions", lambda r: r.has("question", "solution"), _columns),

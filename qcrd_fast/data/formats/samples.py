@@ -12,7 +12,8 @@ from qcrd_fast.data.messages import with_thinking
 from qcrd_fast.data.schema import Rationale, RowError, check_text, get_answer, get_text, kind_of
 
 _TEXTS = (
-    "text", "content", "completion", "response", "output", "generation", "generated_text", "generated_solution", "solution",
+    "text", "content", "completion", "response", "output", "generation", "generated_text", "generated_solution",
+    "solution",
 )  # fmt: skip
 _THOUGHTS = ("rationale", "reasoning", "reasoning_content", "explanation", "chain_of_thought", "cot", "thinking")
 _ANSWERS = ("answer", "prediction", "predicted_answer", "final_answer", "extracted_answer", "pred")
@@ -75,7 +76,9 @@ def read_sample(item: Any, where: str, unread: set[str]) -> Rationale:
     if not isinstance(item, dict):
         raise RowError(f"{where} expects a string or an object")
     message = item["message"] if isinstance(item.get("message"), dict) else item
-    if is_cut(item) and not any(isinstance(value, str) and value for key, value in message.items() if plain(key) in _SAID):
+    if is_cut(item) and not any(
+        isinstance(value, str) and value for key, value in message.items() if plain(key) in _SAID
+    ):
         return Rationale("", reply=True, truncated=True)  # cut before it said anything
     try:
         if message is not item:  # a choice of a chat API
@@ -86,8 +89,14 @@ def read_sample(item: Any, where: str, unread: set[str]) -> Rationale:
 
 
 def _object(item: dict[str, Any], where: str, unread: set[str]) -> Rationale:
-    keys = {_KNOWN[name]: key for key in item if (name := plain(key)) in _KNOWN} if item.keys() - _OWN else {k: k for k in item}
-    unread |= {f"{where.partition('[')[0]}[].{key}" for key in item if key not in keys.values() and item[key] is not None}
+    keys = (
+        {_KNOWN[name]: key for key in item if (name := plain(key)) in _KNOWN}
+        if item.keys() - _OWN
+        else {k: k for k in item}
+    )
+    unread |= {
+        f"{where.partition('[')[0]}[].{key}" for key in item if key not in keys.values() and item[key] is not None
+    }
 
     def first(names: tuple[str, ...]) -> str | None:
         return next((keys[name] for name in names if name in keys and item[keys[name]] is not None), None)
@@ -100,14 +109,18 @@ def _object(item: dict[str, Any], where: str, unread: set[str]) -> Rationale:
             return Rationale(get_text(item, answer) or "", None, source, reply=True)
         named = ", ".join(repr(key) for key in list(item)[:5])
         raise RowError(
-            f"missing key 'rationale' (there: {named[:200] or 'nothing'})" if "rationale" not in item else "rationale is null"
+            f"missing key 'rationale' (there: {named[:200] or 'nothing'})"
+            if "rationale" not in item
+            else "rationale is null"
         )
     if thought is not None and is_reasoning(thought):
         said = get_text(item, text) if text else None
         return with_reasoning(get_text(item, thought) or "", said, item, answer, source)
     if answer is not None:
         said, beside = get_text(item, thought or text or "") or "", first(_BESIDE) if thought else None
-        return Rationale(with_thinking(get_text(item, beside) if beside else None, said), get_answer(item, answer), source)
+        return Rationale(
+            with_thinking(get_text(item, beside) if beside else None, said), get_answer(item, answer), source
+        )
     if thought is not None and text is not None:
         return Rationale(with_thinking(get_text(item, thought), get_text(item, text) or ""), None, source, reply=True)
     return Rationale(get_text(item, thought or text or "") or "", None, source, reply=True)
@@ -116,7 +129,8 @@ def _object(item: dict[str, Any], where: str, unread: set[str]) -> Rationale:
 def with_reasoning(
     reasoning: str, reply: str | None, values: Mapping[str, Any], answer: str | None, source: str | None
 ) -> Rationale:
-    """A sample of reasoning, which is never voted on: it ends in the reply or in the answer, at the key `answer` of `values`.
+    """A sample of reasoning, which is never voted on: it ends in the reply or in the answer, at the key `answer` of
+    `values`.
 
     An answer of more than a few words is itself the reply. Reasoning that came to neither is left open, so unreadable.
     """

@@ -1,4 +1,5 @@
-"""What a conversation says: turns as chat APIs have them (role and content), and as ShareGPT has them (from and value)."""
+"""What a conversation says: turns as chat APIs have them (role and content), and as ShareGPT has them (from and
+value)."""
 
 from __future__ import annotations
 
@@ -18,12 +19,16 @@ _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
 _TEMPLATES = (  # of chat models: the role and what was said
     re.compile(r"<\|im_start\|>\s*(\w+)[ \t]*\n?(.*?)(?:<\|im_end\|>|(?=<\|im_start\|>)|\Z)", re.DOTALL),
     re.compile(
-        r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>(.*?)(?:<\|eot_id\|>|(?=<\|start_header_id\|>)|\Z)", re.DOTALL
+        r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>(.*?)(?:<\|eot_id\|>|(?=<\|start_header_id\|>)|\Z)",
+        re.DOTALL,
     ),
     re.compile(r"<start_of_turn>\s*(\w+)[ \t]*\n?(.*?)(?:<end_of_turn>|(?=<start_of_turn>)|\Z)", re.DOTALL),
-    re.compile(r"<\|start\|>\s*(\w+)[^<]*(?:<\|channel\|>\w+)?<\|message\|>(.*?)(?:<\|end\|>|(?=<\|start\|>)|\Z)", re.DOTALL),
     re.compile(
-        r"<[|\uff5c](user|assistant|system)[|\uff5c]>(.*?)(?=<[|\uff5c]\w+[|\uff5c]>|</s>|\Z)", re.DOTALL | re.IGNORECASE
+        r"<\|start\|>\s*(\w+)[^<]*(?:<\|channel\|>\w+)?<\|message\|>(.*?)(?:<\|end\|>|(?=<\|start\|>)|\Z)", re.DOTALL
+    ),
+    re.compile(
+        r"<[|\uff5c](user|assistant|system)[|\uff5c]>(.*?)(?=<[|\uff5c]\w+[|\uff5c]>|</s>|\Z)",
+        re.DOTALL | re.IGNORECASE,
     ),
 )
 _INST = re.compile(r"(?:<s>)?\s*\[INST\]\s*(<<SYS>>.*?<</SYS>>)?((?:(?!\[/?INST\]).)*)\[/INST\]\s*", re.DOTALL)
@@ -35,7 +40,9 @@ def is_turns(value: Any) -> bool:
 
 
 def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and any(key in turn for key in _ROLE_KEYS) and any(key in turn for key in _CONTENT_KEYS)
+    return (
+        isinstance(turn, dict) and any(key in turn for key in _ROLE_KEYS) and any(key in turn for key in _CONTENT_KEYS)
+    )
 
 
 def exchange(turns: list[dict[str, Any]], where: str) -> tuple[str | None, str | None, bool]:
@@ -58,7 +65,9 @@ def exchange(turns: list[dict[str, Any]], where: str) -> tuple[str | None, str |
             raise RowError(f"{where}[{index}]: {error}") from None
     for role in ("user", "assistant"):
         if len(said[role]) > 1:
-            raise RowError(f"{where} has {len(said[role])} turns of the {role} in a row; one question and one reply are read")
+            raise RowError(
+                f"{where} has {len(said[role])} turns of the {role} in a row; one question and one reply are read"
+            )
     question, reply = (next(iter(said[role]), None) for role in ("user", "assistant"))
     return question, reply, bool(said["system"])
 
@@ -95,7 +104,8 @@ def reply_text(turn: dict[str, Any]) -> str:
 
 
 def unwrap_template(text: str, where: str) -> tuple[str, bool]:
-    """(the user's turn, whether there is a system prompt) of a prompt in which a chat template was filled in; else the text.
+    """(the user's turn, whether there is a system prompt) of a prompt in which a chat template was filled in; else the
+    text.
 
     Raises:
         RowError: it holds no turn of the user, several, or a reply.
@@ -115,20 +125,25 @@ def unwrap_template(text: str, where: str) -> tuple[str, bool]:
     replies = [said for role, said in found if _ROLES.get(role) == "assistant" and said not in ("", "<think>")]
     if len(users) != 1 or not users[0] or replies:
         raise RowError(
-            f"{where} is a chat template with {len(users)} turns of the user and {len(replies)} replies; one question is read"
+            f"{where} is a chat template with {len(users)} turns of the user and {len(replies)} replies; one question "
+            f"is read"
         )
     return users[0], any(_ROLES.get(role) == "system" for role, _ in found)
 
 
 def as_list(value: Any) -> Any:
-    """A list of objects that stands in columns, {"role": [...], "content": [...]}, or in JSON text (in CSV), as a list; else
-    `value`."""
+    """A list of objects that stands in columns, {"role": [...], "content": [...]}, or in JSON text (in CSV), as a list;
+    else `value`."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return value
     columns = list(value.values()) if isinstance(value, dict) else []
-    if not columns or not all(isinstance(column, list) for column in columns) or len({len(column) for column in columns}) > 1:
+    if (
+        not columns
+        or not all(isinstance(column, list) for column in columns)
+        or len({len(column) for column in columns}) > 1
+    ):
         return value
     return [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]

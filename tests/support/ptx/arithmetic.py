@@ -42,7 +42,14 @@ INTEGER = {
 }  # fmt: skip
 BITWISE = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
 LOGICAL = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}
-COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+COMPARE = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 UNSIGNED_COMPARE = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 FUNCTIONS = {
     "ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x),
@@ -77,7 +84,9 @@ def arithmetic(instruction: Instruction) -> Step:
         return computes(instruction, lambda a: to_bits(-from_bits(a, "s" + kind[1:]), width), *sources)
     if name in ("div", "rem"):
         divide = _quotient if name == "div" else _remainder
-        return computes(instruction, lambda a, b: to_bits(divide(from_bits(a, kind), from_bits(b, kind)), width), *sources)
+        return computes(
+            instruction, lambda a, b: to_bits(divide(from_bits(a, kind), from_bits(b, kind)), width), *sources
+        )
     if name not in INTEGER:
         raise NotModelled(instruction.text)
     function = INTEGER[name]
@@ -207,7 +216,9 @@ def extract_bits(instruction: Instruction) -> Step:
         bits = (a.astype(np.uint64) >> first) & ((np.uint64(1) << count) - np.uint64(1))
         if kind[0] == "s":
             above = np.uint64(64) - count
-            return ((bits << above).view(np.int64) >> above.astype(np.int64)).astype(SIGNED[width]).view(UNSIGNED[width])
+            return (
+                ((bits << above).view(np.int64) >> above.astype(np.int64)).astype(SIGNED[width]).view(UNSIGNED[width])
+            )
         return bits.astype(UNSIGNED[width])
 
     of = instruction.operands
@@ -260,7 +271,9 @@ def compare(instruction: Instruction) -> Step:
 @makes("selp")
 def select(instruction: Instruction) -> Step:
     width, (_, a, b, which) = width_of(instruction.kind), instruction.operands
-    return computes(instruction, lambda x, y, p: np.where(p, x, y), source(a, width), source(b, width), predicate(which))
+    return computes(
+        instruction, lambda x, y, p: np.where(p, x, y), source(a, width), source(b, width), predicate(which)
+    )
 
 
 @makes("mov")

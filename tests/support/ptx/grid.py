@@ -3,10 +3,10 @@
     python -m tests.support.ptx.grid [--capabilities 80,90,120] [--dtypes bf16,fp16,fp32] [--only TEXT] [--orders 5]
                                      [--results FILE [--resume] [--append]]
 
-Prints a line a case; exits with 1 if one is beyond its budget or at fault. `--orders`: the first launch of each kernel compiled
-is run again with programs and warps in so many orders drawn at random and has to leave the same bytes; of sampling the whole op
-runs so, and has to draw the same tokens. `--results`: a JSON line a case, as it ends; with `--resume`, what is ok there
-is not run again. `--append` adds the sums to bench/results/executed.csv.
+Prints a line a case; exits with 1 if one is beyond its budget or at fault. `--orders`: the first launch of each kernel
+compiled is run again with programs and warps in so many orders drawn at random and has to leave the same bytes; of
+sampling the whole op runs so, and has to draw the same tokens. `--results`: a JSON line a case, as it ends; with
+`--resume`, what is ok there is not run again. `--append` adds the sums to bench/results/executed.csv.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def find_cases(capability: int, dtype: str) -> Iterator[Case]:
             yield _case("selections", dtype, check_selections, SMALL, dict(pairs=[pair]))
 
 
-def _case(name: str, dtype: str, check: Callable[..., Errors], shape: tuple[int, int, int], options: dict[str, Any]) -> Case:
+def _case(
+    name: str, dtype: str, check: Callable[..., Errors], shape: tuple[int, int, int], options: dict[str, Any]
+) -> Case:
     return Case(f"{name} {'x'.join(map(str, shape))} {options}", dtype, lambda of: check(of, CPU, *shape, **options))
 
 
@@ -114,7 +116,8 @@ def judge(errors: Errors, dtype: str) -> bool:
 
 
 def run(case: Case, capability: int, orders: int = 0, compared: set[str] | None = None) -> dict[str, Any]:
-    """{"status": ok, or what is wrong; "errors"; "programs" executed; "compared": kernels run in other orders; "seconds"}."""
+    """{"status": ok, or what is wrong; "errors"; "programs" executed; "compared": kernels run in other orders;
+    "seconds"}."""
     started, compared = time.process_time(), set() if compared is None else compared
     before = len(compared)
     row: dict[str, Any] = {"status": "ok", "errors": {}}
@@ -170,7 +173,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     lines = given.results.read_text(encoding="utf-8").splitlines() if given.resume and given.results.exists() else []
-    known = {(row["capability"], row["dtype"], row["case"]): row for row in map(json.loads, lines) if row["status"] == "ok"}
+    known = {
+        (row["capability"], row["dtype"], row["case"]): row for row in map(json.loads, lines) if row["status"] == "ok"
+    }
     rows, compared = list[dict[str, Any]](), set[str]()
     for dtype, capability in itertools.product(given.dtypes.split(","), map(int, given.capabilities.split(","))):
         for case in find_cases(capability, dtype):

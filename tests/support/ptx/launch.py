@@ -1,4 +1,5 @@
-"""Puts the executor under Triton: its own launches compile for an NVIDIA GPU that is not there, and run here on CPU tensors.
+"""Puts the executor under Triton: its own launches compile for an NVIDIA GPU that is not there, and run here on CPU
+tensors.
 
     with executing(90) as launched:
         linear_logprob(hidden, weight, target, impl="triton")
@@ -33,8 +34,9 @@ from tests.support.ptx.values import Fault
 @dataclasses.dataclass
 class Execution:
     """How kernels run, and what ran: programs of each. `shuffle`: a seed for the order of programs and warps.
-    `change`: (kernel's name, PTX) -> the PTX that is run. `orders`: the first launch of each kernel runs in so many other
-    orders as well, each from the same memory, and has to leave the same bytes; `compared` counts those kernels."""
+    `change`: (kernel's name, PTX) -> the PTX that is run. `orders`: the first launch of each kernel runs in so many
+    other orders as well, each from the same memory, and has to leave the same bytes; `compared` counts those
+    kernels."""
 
     shuffle: int | None = None
     change: Callable[[str, str], str] | None = None
@@ -69,8 +71,8 @@ class Execution:
         self.programs[name] = self.programs.get(name, 0) + math.prod(grid)
 
 
-# Programs of it tell each other how good an entry must be, and leave out what cannot win: which, the order decides. The tokens
-# are the same, which is compared where the whole op runs in other orders (`shuffle`).
+# Programs of it tell each other how good an entry must be, and leave out what cannot win: which, the order decides. The
+# tokens are the same, which is compared where the whole op runs in other orders (`shuffle`).
 UNORDERED = ("product_kernel",)
 
 
@@ -135,8 +137,8 @@ def executing(
     compared: set[str] | None = None,
 ) -> Iterator[Execution]:
     """Within it kernels with CPU tensors are compiled for this compute capability and executed. Where there are few
-    multiprocessors, the launchers split the vocabulary into few parts, and there are few programs to execute. `compared`:
-    kernels that earlier calls ran in other orders."""
+    multiprocessors, the launchers split the vocabulary into few parts, and there are few programs to execute.
+    `compared`: kernels that earlier calls ran in other orders."""
     execution = Execution(shuffle, change, orders, set() if compared is None else compared)
     with (
         mock.patch.object(dispatch, "_interpreting", lambda: True),

@@ -1,9 +1,9 @@
 """A multiprocessor with one block of threads: warps, shared memory, barriers, and the search for races.
 
-Every access to global memory is checked for bounds and alignment: each tensor has an address of its own, far from the others.
-Races in shared memory are found by vector clocks: of each byte is known which warp wrote it last and when, and when each warp
-last read it; an access that no barrier puts after those is a fault, whatever order the warps happened to run in. Shared memory
-begins as NaNs, and what an asynchronous copy will write is NaNs until it has been waited for.
+Every access to global memory is checked for bounds and alignment: each tensor has an address of its own, far from the
+others. Races in shared memory are found by vector clocks: of each byte is known which warp wrote it last and when, and
+when each warp last read it; an access that no barrier puts after those is a fault, whatever order the warps happened to
+run in. Shared memory begins as NaNs, and what an asynchronous copy will write is NaNs until it has been waited for.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ Step = Callable[["Any"], "Signal | Jump | Arrive | None"]
 
 
 class Code(NamedTuple):
-    """What an instruction does: to all warps that are there at once (registers [warps, 32]), or to one after another ([32])."""
+    """What an instruction does: to all warps that are there at once (registers [warps, 32]), or to one after another
+    ([32])."""
 
     step: Step
     each: bool
@@ -70,7 +71,9 @@ class GlobalMemory:
         offset = at - self.bases[which]
         bad = mask & ((offset < 0) | (offset + size > len(self.tensors[which])))
         if bad.any():
-            raise Fault(f"out of bounds of argument {which}, {len(self.tensors[which])} bytes: at {offset[bad][0]}: {text}")
+            raise Fault(
+                f"out of bounds of argument {which}, {len(self.tensors[which])} bytes: at {offset[bad][0]}: {text}"
+            )
         if (at[mask] % size).any():
             raise Fault(f"misaligned for {size} bytes: {text}")
         return self.tensors[which], offset[mask][:, None] + np.arange(size)
@@ -120,8 +123,8 @@ class Descriptor(NamedTuple):
 
 
 class Registers:
-    """Those of one warp, or of some: rows of the block's arrays [warps, 32]. An array is never changed in place, so that two
-    registers may share one."""
+    """Those of one warp, or of some: rows of the block's arrays [warps, 32]. An array is never changed in place, so
+    that two registers may share one."""
 
     def __init__(self, file: dict[str, np.ndarray], count: int, rows: int | list[int]):
         self.file, self.count = file, count
@@ -210,7 +213,8 @@ class Block:
         self.parameters, self.descriptors = parameters, descriptors
         self.warp_count = program.threads // 32
         self.registers: dict[str, np.ndarray] = {}
-        self.clocks = np.zeros((self.warp_count, self.warp_count), np.int64)  # what each warp knows of the others' times
+        # what each warp knows of the others' times
+        self.clocks = np.zeros((self.warp_count, self.warp_count), np.int64)
         self.size = shared_bytes
         self.shared = np.full(max(shared_bytes, 16), 0xFF, np.uint8)
         self.writer = np.zeros(len(self.shared), np.int16)
@@ -239,8 +243,8 @@ class Block:
             raise Fault(f"race: warp {reader} reads shared byte {place} that warp {self.writer[place]} wrote: {text}")
 
     def check_write(self, warps: np.ndarray, places: np.ndarray, text: str, data: np.ndarray | None = None) -> None:
-        """Raises `Fault` unless the last writer and every reader of each byte is before the warp that writes it. The same value
-        may be written twice: warps that hold copies of one number all store it."""
+        """Raises `Fault` unless the last writer and every reader of each byte is before the warp that writes it. The
+        same value may be written twice: warps that hold copies of one number all store it."""
         late = self.written_at[places] > self.clocks[warps, self.writer[places]]
         if data is not None:
             late &= self.shared[places] != data
@@ -249,7 +253,9 @@ class Block:
             raise Fault(f"race: warp {warp} writes shared byte {place} that warp {self.writer[place]} wrote: {text}")
         if (late := self.read_at[:, places] > self.clocks[warps].T).any():
             reader, which = np.argwhere(late)[0]
-            raise Fault(f"race: warp {warps[which]} writes shared byte {places[which]} that warp {reader} reads: {text}")
+            raise Fault(
+                f"race: warp {warps[which]} writes shared byte {places[which]} that warp {reader} reads: {text}"
+            )
 
     def load(self, warps: np.ndarray, at: np.ndarray, size: int, mask: np.ndarray, text: str) -> np.ndarray:
         """Bytes [lanes, size], 0 where masked off; `warps`: whose lane each is."""
@@ -298,7 +304,8 @@ class Block:
                 raise Fault(f"deadlock: {[(warp.index, warp.state, self.program.code[warp.at].text) for warp in live]}")
 
     def _gangs(self, random: np.random.Generator | None) -> list[Gang]:
-        """The warps that can run, by their place; with `random` in two parts, of which the first runs as far as it can."""
+        """The warps that can run, by their place; with `random` in two parts, of which the first runs as far as it
+        can."""
         ready = [warp for warp in self.warps if warp.state == "runs"]
         parts = [ready]
         if random is not None:
@@ -312,8 +319,8 @@ class Block:
         return found
 
     def _advance(self, gang: Gang) -> bool:
-        """Run a gang until a warp of it waits, ends or goes another way; whether any got on. A branch back to a wait does not
-        count."""
+        """Run a gang until a warp of it waits, ends or goes another way; whether any got on. A branch back to a wait
+        does not count."""
         began = at = gang.at
         code, labels = self.code, self.program.labels
         while at < len(code):
@@ -323,7 +330,9 @@ class Block:
                 at += 1
                 continue
             signals = [step(warp) for warp in gang.warps]
-            if any(signal != signals[0] for signal in signals) or not (signals[0] is None or isinstance(signals[0], Jump)):
+            if any(signal != signals[0] for signal in signals) or not (
+                signals[0] is None or isinstance(signals[0], Jump)
+            ):
                 break
             at = at + 1 if signals[0] is None else labels[signals[0].label]
         else:

@@ -1,6 +1,7 @@
 """Matrix instructions: mma.sync of a warp, wgmma of four warps with operands in shared memory.
 
-Products of 16-bit numbers are summed in float64 and rounded to float32 once an instruction; the hardware truncates a little.
+Products of 16-bit numbers are summed in float64 and rounded to float32 once an instruction; the hardware truncates a
+little.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def warp_product(instruction: Instruction) -> Step:
 
 @makes("wgmma")
 def group_product(instruction: Instruction) -> Step:
-    """d = a b + d, 64 x N x 16: a warp's own 16 rows. The operands may not be written until the product was waited for."""
+    """d = a b + d, 64 x N x 16: a warp's own 16 rows. The operands may not be written until the product was waited
+    for."""
     verb, text = instruction.parts[1], instruction.text
     if verb == "fence":
         return lambda gang: None
@@ -115,8 +117,8 @@ def group_product(instruction: Instruction) -> Step:
 
 
 def _operand(warps: list[Warp], descriptor: int, rows: np.ndarray, kind: str, text: str) -> np.ndarray:
-    """[rows, 16] from swizzled shared memory: 8 rows of a pitch to a group, groups at the descriptor's stride. These warps
-    read it until they have waited for the product."""
+    """[rows, 16] from swizzled shared memory: 8 rows of a pitch to a group, groups at the descriptor's stride. These
+    warps read it until they have waited for the product."""
     start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     mode = descriptor >> 62 & 3
     if mode == 0:

@@ -28,7 +28,11 @@ def load(instruction: Instruction) -> Step:
     puts = [put_into(instruction, target) for target in targets]
 
     def step(gang: Gang) -> None:
-        size, where, lanes = width // 8 * len(targets), gang.spread(at(gang)).reshape(-1), gang.spread(mask(gang)).reshape(-1)
+        size, where, lanes = (
+            width // 8 * len(targets),
+            gang.spread(at(gang)).reshape(-1),
+            gang.spread(mask(gang)).reshape(-1),
+        )
         if shared:
             found = gang.block.load(np.repeat(gang.rows, 32), where, size, lanes, text)
         else:
@@ -90,7 +94,9 @@ def matrix_rows(instruction: Instruction) -> Step:
         rows, every = where(warp)[: 8 * count], np.ones(8 * count, bool)
         if loads:
             matrices = (
-                warp.block.load(np.full(8 * count, warp.index), rows, 16, every, text).view(np.uint16).reshape(count, 8, 8)
+                warp.block.load(np.full(8 * count, warp.index), rows, 16, every, text)
+                .view(np.uint16)
+                .reshape(count, 8, 8)
             )
             for name, matrix in zip(names, matrices, strict=True):
                 warp.registers[name] = (
@@ -99,7 +105,9 @@ def matrix_rows(instruction: Instruction) -> Step:
             return
         matrices = np.stack([warp.registers[name].view(np.uint16).reshape(8, 8) for name in names])
         matrices = np.ascontiguousarray(matrices.transpose(0, 2, 1) if transposed else matrices)
-        warp.block.store(np.full(8 * count, warp.index), rows, matrices.reshape(8 * count, 8).view(np.uint8), every, text)
+        warp.block.store(
+            np.full(8 * count, warp.index), rows, matrices.reshape(8 * count, 8).view(np.uint8), every, text
+        )
 
     return step
 
@@ -140,7 +148,9 @@ def copy(instruction: Instruction) -> Step:
             raise NotModelled(f"part of a copy: {text}")
         if not lanes.any():
             return
-        data = gang.block.memory.load(gang.spread(of(gang)).reshape(-1), size, lanes & (take > 0), text)[lanes].reshape(-1)
+        data = gang.block.memory.load(gang.spread(of(gang)).reshape(-1), size, lanes & (take > 0), text)[lanes].reshape(
+            -1
+        )
         owners = np.repeat(gang.rows, 32)
         places, owners = gang.block.promise(owners, gang.spread(to(gang)).reshape(-1), size, lanes, text), owners[lanes]
         for warp in gang.warps:

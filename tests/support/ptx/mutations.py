@@ -17,7 +17,8 @@ def nth(text: str, pattern: str, which: int, new: str) -> str:
 
 
 def in_loop(change: Change) -> Change:
-    """Changes a round of the loop over the hidden dimension alone: from the wait for its operands to its first branch."""
+    """Changes a round of the loop over the hidden dimension alone: from the wait for its operands to its first
+    branch."""
 
     def changed(text: str) -> str:
         product = text.index("wgmma.mma_async")

@@ -13,7 +13,8 @@ from tests.support.ptx.values import EVERY_LANE, UNSIGNED, NotModelled, number
 
 Source = Callable[[Warp | Gang], np.ndarray]  # [32] of a warp, [warps, 32] of a gang; constants are [32] for either
 Put = Callable[[Warp | Gang, np.ndarray], None]
-MAKERS: dict[str, tuple[Callable[[Instruction], Step], bool]] = {}  # by the first word of the opcode; and whether warp by warp
+# by the first word of the opcode; and whether warp by warp
+MAKERS: dict[str, tuple[Callable[[Instruction], Step], bool]] = {}
 
 
 def makes(*names: str, each: bool = False) -> Callable[[Callable[[Instruction], Step]], Callable[[Instruction], Step]]:

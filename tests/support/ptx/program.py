@@ -27,7 +27,8 @@ class Instruction(NamedTuple):
 
 
 class Program:
-    """What is between a kernel's braces. Registers and labels of inner scopes (inline assembly) get names of their own."""
+    """What is between a kernel's braces. Registers and labels of inner scopes (inline assembly) get names of their
+    own."""
 
     def __init__(self, ptx: str):
         start = ptx.index(".visible .entry")

@@ -67,7 +67,9 @@ def flushed(numbers: np.ndarray) -> np.ndarray:
 
 def halves(register: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """The two numbers of 16 bits in each word, float64."""
-    both = from_bits(np.ascontiguousarray(register).view(np.uint16), kind).astype(np.float64).reshape(*register.shape, 2)
+    both = (
+        from_bits(np.ascontiguousarray(register).view(np.uint16), kind).astype(np.float64).reshape(*register.shape, 2)
+    )
     return both[..., 0], both[..., 1]
 
 
