@@ -1,12 +1,14 @@
 """What in docs/ is made from the code and from measurements: python docs/generate.py (a test asserts that it was run).
 
-docs/api.md from the docstrings of the public names, docs/numbers.md from bench/results/*.csv, and the listings of
-docs/examples that stand in other pages, each after a line `<!-- examples/NAME.py -->`.
+docs/api.md from the docstrings of the public names, docs/numbers.md and docs/figures/demo.svg from bench/results/*.csv,
+the tables of docs/options.md from `TrainConfig`, and the listings of docs/examples in other pages, each after a line
+`<!-- examples/NAME.py -->`.
 """
 
 from __future__ import annotations
 
 import csv
+import html
 import importlib
 import inspect
 import re
@@ -221,6 +223,47 @@ def numbers_markdown() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def demo_svg(rows: list[dict[str, str]]) -> str:
+    """A dot a seed and a line at the mean, for each method of bench/results/demo.csv: its latest run of each seed."""
+    name = next(column for column in ("student", "method") if column in rows[0])
+    value = next(column for column in ("sound_reasoning", "accuracy") if rows[0].get(column))
+    latest = {(row[name], row["seed"]): float(row[value]) for row in rows if row[value]}
+    methods = list(dict.fromkeys(method for method, _ in sorted(latest)))
+    left, right, step = 150, 620, 34
+    height = step * len(methods) + 58
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{height}" viewBox="0 0 680 {height}" '
+        'font-family="sans-serif" font-size="13">',
+        f'<rect width="680" height="{height}" fill="#fff"/>',
+    ]
+    for tick in range(6):
+        x = left + (right - left) * tick / 5
+        lines.append(f'<path d="M{x:.1f} 14V{height - 42}" stroke="#ddd"/>')
+        lines.append(f'<text x="{x:.1f}" y="{height - 26}" text-anchor="middle" fill="#444">{tick / 5:g}</text>')
+    for i, method in enumerate(methods):
+        y = 14 + step * (i + 0.5)
+        values = [each for (own, _), each in sorted(latest.items()) if own == method]
+        lines.append(
+            f'<text x="{left - 12}" y="{y + 4:.1f}" text-anchor="end" fill="#222">{html.escape(method)}</text>'
+        )
+        for each in values:
+            x = left + (right - left) * each
+            lines.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#2a6fbb" fill-opacity=".65"/>')
+        x = left + (right - left) * sum(values) / len(values)
+        lines.append(f'<path d="M{x:.1f} {y - 11:.1f}V{y + 11:.1f}" stroke="#b5412a" stroke-width="2.5"/>')
+    label = f"{value.replace('_', ' ')} on new questions; a dot a seed, a line at the mean"
+    lines.append(f'<text x="{(left + right) / 2:.1f}" y="{height - 8}" text-anchor="middle" fill="#222">{label}</text>')
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def with_options(page: str) -> str:
+    """docs/options.md with the tables of today's options behind its first part, which is written by hand."""
+    from qcrd_fast.config import options_markdown
+
+    table = options_markdown()
+    return page.split(table.partition("\n")[0])[0] + table
+
+
 def short(cell: str) -> str:
     """Four digits of a fraction; everything else as it is."""
     try:
@@ -245,7 +288,12 @@ def with_listings(page: str) -> str:
 
 def generated() -> dict[Path, str]:
     """{file: what it should hold}."""
+    options = DOCS / "options.md"
     pages = {DOCS / "api.md": api_markdown(), DOCS / "numbers.md": numbers_markdown()}
+    pages[options] = with_options(options.read_text(encoding="utf-8"))
+    if (path := ROOT / "bench" / "results" / "demo.csv").exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            pages[DOCS / "figures" / "demo.svg"] = demo_svg(list(csv.DictReader(file)))
     for path in sorted(DOCS.rglob("*.md")):
         if path not in pages:
             page = path.read_text(encoding="utf-8")

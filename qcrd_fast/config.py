@@ -729,19 +729,14 @@ def nearest(name: str, known: Any) -> str:
 
 
 def options_markdown() -> str:
-    """`docs/options.md`: every option with its default, range and meaning, by group."""
-    lines = [
-        "# Options of `train`",
-        "",
-        "`-` and `_` are the same in names; `--config FILE.yaml` takes the same names.",
-        "",
-    ]
+    """The tables of `docs/options.md`: every option with its default, range and meaning, by group."""
+    lines = ["## Every option", "", "`-` and `_` are the same in names; `--config FILE.yaml` takes the same names.", ""]
     group = None
     for field in dataclasses.fields(TrainConfig):
         meta = field.metadata
         if meta["group"] != group:
             group = meta["group"]
-            lines += ["", f"## {group}", "", "| option | default | meaning |", "|---|---|---|"]
+            lines += ["", f"### {group}", "", "| option | default | meaning |", "|---|---|---|"]
         names = ", ".join(f"`--{name.replace('_', '-')}`" for name in (field.name, *meta["aliases"]))
         default = "" if field.default is None else f"`{str(field.default).lower()}`"
         choices = f" ({', '.join(meta['choices'])})" if meta["choices"] else ""

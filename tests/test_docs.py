@@ -65,7 +65,7 @@ def test_every_public_name_has_its_entry():
         assert set(dir(qcrd_fast)) >= {name} and getattr(qcrd_fast, name).__doc__
 
 
-@pytest.mark.parametrize("page", ["two-pass.md", "trainers/several-gpus.md"])
+@pytest.mark.parametrize("page", ["method.md", "trainers-parallel.md"])
 def test_blocks_run(page, desk):
     """The blocks of a page, one after the other, in one namespace."""
     found = blocks(DOCS / page)
@@ -77,17 +77,17 @@ def test_blocks_run(page, desk):
 
 def test_every_block_is_tested():
     """A page with Python that no test runs is found here."""
-    run = {"two-pass.md", "trainers/several-gpus.md", "trainers/huggingface.md"}
+    run = {"method.md", "trainers-parallel.md", "trainers.md"}
     untested = [p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md") if blocks(p)]
     assert set(untested) <= run
 
 
 def test_newcomers_path(desk):
-    """The README's Trainer, fewer than ten lines, as written; the page on Hugging Face has the same one."""
+    """The README's Trainer, fewer than ten lines, as written; the page on trainers has the same one."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split(NEWCOMER)[1].split("\n## ")[0]
     code = BLOCK.findall(section)[0][1]
     assert len([line for line in code.splitlines() if line.strip()]) < 10
-    assert code in blocks(DOCS / "trainers" / "huggingface.md")
+    assert code in blocks(DOCS / "trainers.md")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=desk, capture_output=True, text=True, timeout=300, env=environment()
     )
@@ -169,4 +169,4 @@ def test_site_builds(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "site" / "trainers" / "huggingface" / "index.html").is_file()
+    assert (tmp_path / "site" / "trainers" / "index.html").is_file()

@@ -1,4 +1,4 @@
-"""docs/from-other-tools.md: each row is read as the format it says, trains, and each option that it names exists."""
+"""docs/formats.md: each row is read as the format it says, trains, and each option that it names exists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cli.main import cli, entry
 from qcrd_fast.config import ELSEWHERE, option_names
 from tests.support.paths import ROOT
 
-PAGE = (ROOT / "docs" / "from-other-tools.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8").split("## From TRL")[1]
 DATA, OPTIONS = PAGE.split("## Data")[1].split("## Options")
 ROWS = re.findall(r"^\| (.+?) \| (.+?) \| `(.+?)` \| `(\{.+\})` \|$", DATA, re.MULTILINE)
 

@@ -363,7 +363,9 @@ class ActiveRun(Setup):
         config, last = self.config, rounds[-1]
         asked = sum(record.get("asked", 0) for record in rounds)
         if last["exhausted"] == "budget":
-            return f"budget: {ledger.total:,} of {config.budget_tokens:,} tokens are spent, and the next request could pass it"
+            return (
+                f"budget: {ledger.total:,} of {config.budget_tokens:,} tokens are spent; the next request could pass it"
+            )
         share = last["no_fault_share"]
         if config.no_fault_share is not None and share is not None and share >= config.no_fault_share:
             return (
@@ -436,5 +438,6 @@ def _round_text(record: dict[str, Any]) -> str:
     tokens = ", ".join(f"{name} {count:,}" for name, count in record["tokens_round"].items()) or "none"
     drift = ""
     if record["mean_nll_explanation"] is not None:
-        drift = f"; kept revisions {record['mean_nll_kept']:.3f} nats/token, the explanations {record['mean_nll_explanation']:.3f}"
+        kept, own = record["mean_nll_kept"], record["mean_nll_explanation"]
+        drift = f"; kept revisions {kept:.3f} nats/token, the explanations {own:.3f}"
     return f"{record['asked']} questions by {record['by']}, {record['revise']}: {results}; tokens: {tokens}{drift}"
