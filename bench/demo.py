@@ -28,7 +28,10 @@ COLUMNS = (
     "pretrain_cpu_s", "load", "cores", "device", "torch", "transformers", "commit", "time",
 )  # fmt: skip
 SPENT = "import resource; u = resource.getrusage(resource.RUSAGE_SELF); spent = u.ru_utime + u.ru_stime"
-RUN = "from qcrd_fast.demo.runner import run_demo as run; found = run(json.loads(sys.argv[1]), sys.argv[2], compare=sys.argv[3])"
+RUN = (
+    "from qcrd_fast.demo.runner import run_demo; "
+    "found = run_demo(json.loads(sys.argv[1]), sys.argv[2], compare=sys.argv[3])"
+)
 PRETRAIN = (
     "from pathlib import Path; from qcrd_fast.demo.runner import write_student as w; found = w(Path(sys.argv[1]))"
 )
