@@ -7,6 +7,7 @@ docs/examples that stand in other pages, each after a line `<!-- examples/NAME.p
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib
 import inspect
 import re
@@ -243,6 +244,15 @@ def with_listings(page: str) -> str:
     return re.sub(r"<!-- (examples/\w+\.py) -->\n\n```python\n.*?```\n", listing, page, flags=re.DOTALL)
 
 
+def with_options(page: str) -> str:
+    """The page of `active` with the table of its options as they are now."""
+    from qcrd_fast.active.options import ActiveConfig
+    from qcrd_fast.config import TABLE_HEAD, option_row
+
+    rows = "\n".join([*TABLE_HEAD, *map(option_row, dataclasses.fields(ActiveConfig))])
+    return re.sub(r"(<!-- options -->\n).*?(?=\n## )", lambda match: f"{match[1]}\n{rows}\n", page, flags=re.DOTALL)
+
+
 def generated() -> dict[Path, str]:
     """{file: what it should hold}."""
     pages = {DOCS / "api.md": api_markdown(), DOCS / "numbers.md": numbers_markdown()}
@@ -251,6 +261,8 @@ def generated() -> dict[Path, str]:
             page = path.read_text(encoding="utf-8")
             if "<!-- examples/" in page:
                 pages[path] = with_listings(page)
+            if "<!-- options -->" in page:
+                pages[path] = with_options(page)
     return pages
 
 
