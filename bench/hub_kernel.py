@@ -29,6 +29,7 @@ EXPORTED = {  # what the kernel offers: name, module
     "LogProbOutput": "qcrd_fast.ops.linear_logprob",
     "QCRDLoss": "qcrd_fast.losses",
     "contrastive_loss": "qcrd_fast.losses",
+    "linear_kl": "qcrd_fast.ops.linear_kl",
     "linear_logprob": "qcrd_fast.ops.linear_logprob",
     "linear_rationale_loss": "qcrd_fast.ops.rationale_loss",
     "linear_sample": "qcrd_fast.ops.linear_sample",

@@ -75,11 +75,14 @@ class Work(NamedTuple):
     serial: float  # of the epilogue, before the exponentials
     shared: float  # exponentials and the multiply-adds beside them: the programs take turns
     refills: bool  # the ring of operands is empty after a tile, for no load was issued ahead of the epilogue
-    shares_ring: bool = False  # the programs are warpgroups of one, and a stage is free when all gave it back
+    shares_ring: bool = (
+        False  # the programs are warpgroups of one, with rows of their own; a stage is free when all gave it back
+    )
 
     @property
     def step_clocks(self) -> float:
-        return self.tile.block_t * self.tile.block_v * self.tile.block_h / MACHINE.tensor_fma
+        rows = self.tile.block_t // (self.programs if self.shares_ring else 1)
+        return rows * self.tile.block_v * self.tile.block_h / MACHINE.tensor_fma
 
 
 def work_of(tile: Tile, threads: int, programs: int, counts: sass.Counts) -> Work:
@@ -89,7 +92,7 @@ def work_of(tile: Tile, threads: int, programs: int, counts: sass.Counts) -> Wor
     _, units = counts.by_pipe()
     step_bytes = 2.0 * (tile.block_t + tile.block_v) * tile.block_h
     if tile.resident:
-        tile, threads, programs = tile._replace(block_t=tile.block_t // 2), 128, 2
+        threads, programs = 128, 2
         step_bytes = 2.0 * tile.block_v * tile.block_h
     warps, mufu, fma = threads // 32, units["mufu"], units["fma"]
     issue = warps / MACHINE.schedulers

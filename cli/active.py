@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import click
 
 from qcrd_fast.active.options import TRAIN_DEFAULTS, ActiveConfig
+from qcrd_fast.config import TrainConfig
 
 from . import console
 from .options import (
@@ -21,10 +23,14 @@ from .options import (
     train_options,
 )  # fmt: skip
 
+# --teacher is whom active asks, not what `train` learns from
+OWN = {field.name for field in dataclasses.fields(ActiveConfig)}
+TRAINED = tuple(f.name for f in dataclasses.fields(TrainConfig) if f.name not in (*OWN, "teacher_logprobs"))
+
 
 @click.command(cls=Verb)
 @config_options(ActiveConfig)
-@train_options(TRAIN_DEFAULTS, hidden=("data", "reasoning_task", "validation_fraction"))
+@train_options(TRAIN_DEFAULTS, hidden=("data", "reasoning_task", "validation_fraction"), only=TRAINED)
 @config_option
 @dry_run_option
 @json_option

@@ -1,4 +1,4 @@
-"""`qcrd-fast bench loss|sampler|step`."""
+"""`qcrd-fast bench loss|kl|sampler|step`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ from .outputs import check_file
 def _names(_: click.Context, param: click.Parameter, text: str) -> tuple[Any, ...]:
     """The parts of a list separated by commas; of --tokens and --prompts, as integers."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
+    if param.name == "beta":
+        try:
+            return tuple(map(float, parts))
+        except ValueError as error:
+            raise click.BadParameter(f"expected numbers, got {text!r}", param=param) from error
     if param.name not in ("tokens", "prompts"):
         return tuple(parts)
     if not all(part.isdecimal() for part in parts):
@@ -75,6 +80,20 @@ def bench_loss(**options: Any) -> None:
     bf16; on a CPU: one tiny head, in under a minute.
     """
     _run("loss", **options)
+
+
+@bench.command("kl", cls=Verb)
+@names("--heads", help="smollm2, t5-base: the student's, with a teacher of a larger hidden size")
+@ints("--tokens", help="tokens of a batch; default: 2048")
+@names("--beta", help="0 (forward KL) to 1 (reverse KL), such as 0,0.5; default: 0")
+@names("--dtype", "dtypes", help="bf16, fp32")
+@measured("kl.csv", "30 on a GPU, 3 on a CPU")
+def bench_kl(**options: Any) -> None:
+    """The divergence of a student from a teacher, forward and backward.
+
+    Each is compared with float64 first: plain torch, the formula of Liger's fused JSD, and linear_kl.
+    """
+    _run("kl", **options)
 
 
 @bench.command("sampler", cls=Verb)

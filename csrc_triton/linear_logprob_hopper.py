@@ -10,16 +10,26 @@ T rows, H hidden, V vocabulary; s steps along the hidden dimension, r stages of 
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from csrc_triton.product import LAUNCH, LOG2_E, LOWEST, Tile, flags_of, scalar_args
 
-async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name up to Triton 3.7
+if "functions_and_args" not in inspect.signature(gl.warp_specialize).parameters:  # before Triton 3.6
+    raise ImportError("gluon.language.warp_specialize takes other arguments")
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.6
 HALF = gl.constexpr(64)  # rows of a warpgroup
 
 
@@ -139,6 +149,7 @@ def resident_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full_r.index(stage), count=1)
         mbarrier.init(empty_r.index(stage), count=2)  # both warpgroups
+    fence_async_shared()  # the copy engine sees them
     shared = (hidden_sth, ring_rvh, hidden_full, full_r, empty_r)
     numbers = (first_t, begin, stop, T, V, part, pitch, scale, slope)
     outputs = (max_ptr, sum_ptr, plogp_ptr, kept_ptr, kept_max_ptr)

@@ -8,6 +8,7 @@ the tables of docs/options.md from `TrainConfig`, and the listings of docs/examp
 from __future__ import annotations
 
 import csv
+import dataclasses
 import html
 import importlib
 import inspect
@@ -257,7 +258,7 @@ def demo_svg(rows: list[dict[str, str]]) -> str:
 
 
 def with_options(page: str) -> str:
-    """docs/options.md with the tables of today's options behind its first part, which is written by hand."""
+    """docs/options.md with the tables of today's options after its first part, which is written by hand."""
     from qcrd_fast.config import options_markdown
 
     table = options_markdown()
@@ -286,6 +287,15 @@ def with_listings(page: str) -> str:
     return re.sub(r"<!-- (examples/\w+\.py) -->\n\n```python\n.*?```\n", listing, page, flags=re.DOTALL)
 
 
+def with_active_options(page: str) -> str:
+    """docs/active.md with the table of today's options of `active`."""
+    from qcrd_fast.active.options import ActiveConfig
+    from qcrd_fast.config import TABLE_HEAD, option_row
+
+    rows = "\n".join([*TABLE_HEAD, *map(option_row, dataclasses.fields(ActiveConfig))])
+    return re.sub(r"(<!-- options -->\n).*?(?=\n## )", lambda match: f"{match[1]}\n{rows}\n", page, flags=re.DOTALL)
+
+
 def generated() -> dict[Path, str]:
     """{file: what it should hold}."""
     options = DOCS / "options.md"
@@ -299,6 +309,8 @@ def generated() -> dict[Path, str]:
             page = path.read_text(encoding="utf-8")
             if "<!-- examples/" in page:
                 pages[path] = with_listings(page)
+            if "<!-- options -->" in page:
+                pages[path] = with_active_options(page)
     return pages
 
 

@@ -19,7 +19,7 @@ from qcrd_fast.errors import InputError
 
 METHODS = (
     *("qcrd", "sft-all", "dss", "finetune", "single-task", "mi", "redi"),
-    *("dft", "npo", "opd", "sdft", "mentor-kd"),
+    *("dft", "npo", "opd", "sdft", "mentor-kd", "gkd"),
 )
 SCHEMES = {  # Table 5: (positive selection, negative selection)
     "minmax": ("min", "max"),
@@ -65,7 +65,8 @@ PARTS = {
     "negative_source": "lagged",
     "quality": "discriminator",
 }  # of the paper's method, left out by default
-QUALITY_METHODS = ("sft-all", "dft", "npo", "mentor-kd")  # the mean over a question's positives, by --positive-quality
+# the mean over a question's positives, by --positive-quality
+QUALITY_METHODS = ("sft-all", "dft", "npo", "mentor-kd", "gkd")
 _SAMPLED = ("iteration_steps", "max_new_tokens", "sample_batch_size", "overlap")
 # options that methods beside qcrd take of the groups Negatives and Teacher, and of beta
 USED: dict[str, tuple[str, ...]] = {
@@ -73,6 +74,7 @@ USED: dict[str, tuple[str, ...]] = {
     "npo": ("negative_source", "beta", "npo_beta"),
     "opd": (*_SAMPLED, "teacher", "teacher_model"),
     "sdft": (*_SAMPLED, "teacher_ema"),
+    "gkd": (*_SAMPLED, "teacher", "kd_temperature", "gkd_beta", "gkd_lambda"),
     "mentor-kd": (
         *(
             "teacher",
@@ -308,8 +310,8 @@ class TrainConfig:
     )
     positive_quality: str | None = option(
         None,
-        "the same for positives alone; sft-all, dft, npo and mentor-kd take it too: the mean over a question's "
-        "positives is weighted; default: as --quality, of those four none",
+        "the same for positives alone; sft-all, dft, npo, mentor-kd and gkd take it too: the mean over a question's "
+        "positives is weighted; default: as --quality, of those five none",
         choices=QUALITIES,
         group="Quality",
     )
@@ -389,8 +391,8 @@ class TrainConfig:
     # Teacher
     teacher: str | None = option(
         None,
-        "what scores tokens: the folder or hub id of a model with the student's tokenizer (opd, mentor-kd), or the "
-        "URL of a server that scores prompts as vLLM does (opd)",
+        "what scores tokens: the folder or hub id of a model with the student's tokenizer (opd, mentor-kd, gkd), or "
+        "the URL of a server that scores prompts as vLLM does (opd)",
         group="Teacher",
     )
     teacher_model: str | None = option(
@@ -419,11 +421,27 @@ class TrainConfig:
         0.3, "lambda of mentor-kd: (1 - lambda) CE + lambda KL(teacher || student)", low=0, high=1, group="Teacher"
     )
     kd_temperature: float = option(
-        1.0, "tau of mentor-kd: both distributions are of logits / tau", low=0, open_low=True, group="Teacher"
+        1.0, "tau of mentor-kd and gkd: both distributions are of logits / tau", low=0, open_low=True, group="Teacher"
     )
     mentor_kd_literal: bool = option(
         False,
         "mentor-kd as in its released code: the KL is a mean over all positions of the padded batch, padding included",
+        group="Teacher",
+    )
+    gkd_beta: float = option(
+        0.5,
+        "beta of gkd's divergence: 0 is KL(teacher || student), 1 KL(student || teacher), 0.5 the Jensen-Shannon "
+        "divergence",
+        low=0,
+        high=1,
+        group="Teacher",
+    )
+    gkd_lambda: float = option(
+        0.5,
+        "share of gkd's loss that what the student says now has; the rest has the teacher's rationales; 0: nothing is "
+        "sampled",
+        low=0,
+        high=1,
         group="Teacher",
     )
     npo_beta: float = option(
@@ -545,6 +563,8 @@ class TrainConfig:
                 "--method opd needs --teacher: a model with the student's tokenizer, or the URL of a server that "
                 "scores prompts"
             )
+        if method == "gkd" and (not self.teacher or url):
+            raise InputError("--method gkd needs --teacher PATH: local weights of a model with the student's tokenizer")
         if method == "sdft" and self.teacher:
             raise InputError(
                 "--method sdft is taught by the student itself; leave --teacher out, or choose --method opd"
@@ -733,18 +753,26 @@ def options_markdown() -> str:
     lines = ["## Every option", "", "`-` and `_` are the same in names; `--config FILE.yaml` takes the same names.", ""]
     group = None
     for field in dataclasses.fields(TrainConfig):
-        meta = field.metadata
-        if meta["group"] != group:
-            group = meta["group"]
-            lines += ["", f"### {group}", "", "| option | default | meaning |", "|---|---|---|"]
-        names = ", ".join(f"`--{name.replace('_', '-')}`" for name in (field.name, *meta["aliases"]))
-        default = "" if field.default is None else f"`{str(field.default).lower()}`"
-        choices = f" ({', '.join(meta['choices'])})" if meta["choices"] else ""
-        low, high, above = meta["low"], meta["high"], "above" if meta["open_low"] else "at least"
-        bounds = [f"{word} {bound:g}" for word, bound in ((above, low), ("at most", high)) if bound is not None]
-        limits = f" ({', '.join(bounds)})" if bounds else ""
-        lines.append(f"| {names} | {default} | {meta['help']}{choices}{limits} |")
+        if field.metadata["group"] != group:
+            group = field.metadata["group"]
+            lines += ["", f"### {group}", "", *TABLE_HEAD]
+        lines.append(option_row(field))
     return "\n".join(lines) + "\n"
+
+
+TABLE_HEAD = ("| option | default | meaning |", "|---|---|---|")
+
+
+def option_row(field: dataclasses.Field[Any]) -> str:
+    """A row of a table of options: names, default, meaning, choices and range."""
+    meta = field.metadata
+    names = ", ".join(f"`--{name.replace('_', '-')}`" for name in (field.name, *meta["aliases"]))
+    default = "" if field.default is None else f"`{str(field.default).lower()}`"
+    choices = f" ({', '.join(meta['choices'])})" if meta["choices"] else ""
+    low, high, above = meta["low"], meta["high"], "above" if meta["open_low"] else "at least"
+    bounds = [f"{word} {bound:g}" for word, bound in ((above, low), ("at most", high)) if bound is not None]
+    limits = f" ({', '.join(bounds)})" if bounds else ""
+    return f"| {names} | {default} | {meta['help']}{choices}{limits} |"
 
 
 def check_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:

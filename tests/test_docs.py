@@ -58,7 +58,7 @@ def test_every_public_name_has_its_entry():
     names = {name for name in qcrd_fast.__all__ if not name.startswith("_")}
     assert names == {
         "Discriminator", "LogProbOutput", "QCRDLoss", "RationaleCollator", "attach", "contrastive_loss", "detach",
-        "linear_logprob", "make_compute_loss_func", "score_then_train",
+        "linear_kl", "linear_logprob", "make_compute_loss_func", "score_then_train",
     }  # fmt: skip
     assert all(f"## `{name}`\n" in page for name in names)
     for name in names:
@@ -161,6 +161,44 @@ def test_other_losses(desk, llama_folder, float64):
         ours, theirs = (torch.autograd.grad(x, weights, retain_graph=True) for x in (actual, expected[name]))
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_whole_distributions(desk, llama_folder, float64, monkeypatch, capsys):
+    """The example of `linear_kl` is TRL's divergence of the models' own logits, and it runs."""
+    import copy
+    import math
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qcrd_fast import RationaleCollator
+
+    spec = importlib.util.spec_from_file_location("gkd", DOCS / "examples" / "gkd.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama_folder), AutoTokenizer.from_pretrained(llama_folder)
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(3)
+    rows = list(map(json.loads, (desk / "train.jsonl").read_text().splitlines()))[:3]
+    batch = RationaleCollator(tokenizer, model)(rows)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    student_BLV, teacher_BLV = model(**inputs).logits.log_softmax(-1), teacher(**inputs).logits.log_softmax(-1).detach()
+    mixture_BLV = torch.logsumexp(torch.stack([student_BLV + math.log(0.7), teacher_BLV + math.log(0.3)]), 0)
+    kl = torch.nn.functional.kl_div
+    jsd_BLV = 0.3 * kl(mixture_BLV, teacher_BLV, reduction="none", log_target=True)
+    jsd_BLV = jsd_BLV + 0.7 * kl(mixture_BLV, student_BLV, reduction="none", log_target=True)
+    expected = jsd_BLV.sum(-1)[batch["target"] != -100].mean()
+    actual = module.distillation_loss(model, teacher, batch, beta=0.3)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
+    weights = list(model.parameters())
+    for a, b in zip(*(torch.autograd.grad(x, weights) for x in (actual, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    monkeypatch.setattr(
+        sys, "argv", ["gkd.py", "HuggingFaceTB/SmolLM2-135M", "train.jsonl", "HuggingFaceTB/SmolLM2-135M"]
+    )
+    module.main()
+    assert float(capsys.readouterr().out.splitlines()[0]) < 1e-6
 
 
 def test_site_builds(tmp_path):

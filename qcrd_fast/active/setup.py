@@ -17,7 +17,7 @@ from qcrd_fast.active.options import FREE, OWN, TRAIN_DEFAULTS, ActiveConfig
 from qcrd_fast.active.prompts import Prompts
 from qcrd_fast.collect.collection import REPLAY, check_teacher
 from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import USED, TrainConfig
 from qcrd_fast.data.files import is_hub_name
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question
@@ -31,6 +31,7 @@ from qcrd_fast.utils.files import printable, write_text
 
 log = logging.getLogger(__name__)
 NEEDED = ("eval_data", "output_dir", "student")
+TAUGHT = tuple(method for method, names in USED.items() if "teacher" in names)
 REFUSED = {
     "data": "is not for active: its questions are --pool",
     **dict.fromkeys(
@@ -48,6 +49,12 @@ class Setup:
 
     def __init__(self, config: ActiveConfig, options: dict[str, Any]):
         self.config = config
+        if options.get("method") in TAUGHT:
+            raise InputError(
+                f"--method {options['method']} is not for active, whose teacher writes text; "
+                f"train on the questions of its rounds with: qcrd-fast train --method {options['method']} --teacher "
+                f"PATH"
+            )
         self.base = TrainConfig.from_dict(TRAIN_DEFAULTS | options)
         for name in NEEDED:
             if not getattr(self.base, name):

@@ -17,11 +17,12 @@ REJECTED = "rejected"
 class Rationale:
     """One rationale, with the answer it ends in, who said it and the discriminator's score.
 
-    `view`: the style that it is written in, which its prompt names (`models.views`).
+    view: the style that it is written in, which its prompt names (`models.views`). critique: what was said of it, or of
+    what it is a revision of. wrong_step: its first wrong step, from 1.
+
     `reply`: `text` is a raw reply from which reasoning, rationale and answer are still to be read; never written to a
     file.
     `truncated`: the reply was cut at its maximum length, so only an announced answer counts; never written either.
-    `critique`: what a teacher said of it, or of what it is a revision of. `wrong_step`: its first wrong step, from 1.
     """
 
     text: str

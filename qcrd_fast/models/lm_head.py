@@ -32,6 +32,14 @@ class Head:
         """What the ops take beside the weight."""
         return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
 
+    def first(self, rows: int) -> Head:
+        """The head of the first tokens of the vocabulary alone."""
+        if rows == len(self.weight):
+            return self
+        return dataclasses.replace(
+            self, weight=self.weight[:rows], bias=None if self.bias is None else self.bias[:rows]
+        )
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] of hidden states [..., H], in their type; what the losses never hold."""
         logits = self.scale * torch.nn.functional.linear(hidden, self.weight)

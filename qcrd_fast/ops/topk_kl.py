@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qcrd_fast.ops.checks import product_type
-from qcrd_fast.ops.chunked import head_logits
+from qcrd_fast.ops.chunked import chunk_logits, operand
 from qcrd_fast.ops.reference import HeadOptions, accumulation_dtype
 
 LOGITS_BYTES = 64 * 2**20  # of one block of logits [C, V] from which the likeliest tokens are taken
@@ -79,8 +79,9 @@ def linear_top(
     options, V = HeadOptions(scale, float(softcap or 0), temperature), len(weight_VH)
     rows, parts = max(1, LOGITS_BYTES // (8 * V)), []
     with torch.autocast(hidden_TH.device.type, enabled=False):
-        for hidden_CH, target_C in zip(hidden_TH.split(rows), target_T.split(rows), strict=True):
-            logp_CV = head_logits(hidden_CH, weight_VH, bias, options).log_softmax(1)
+        weight_VH = operand(weight_VH.to(hidden_TH.dtype))
+        for hidden_CH, target_C in zip(operand(hidden_TH).split(rows), target_T.split(rows), strict=True):
+            logp_CV = chunk_logits(hidden_CH, weight_VH, bias, options)[0].log_softmax(1)
             best = logp_CV.topk(min(k, V), dim=1)
             parts.append((logp_CV.gather(1, target_C[:, None])[:, 0], best.indices, best.values))
     logprob_T, ids_TK, logprob_TK = (torch.cat(each) for each in zip(*parts, strict=True))

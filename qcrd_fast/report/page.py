@@ -21,6 +21,7 @@ from qcrd_fast.quality.judges import JUDGES, make_judge
 from qcrd_fast.quality.samples import load_samples
 from qcrd_fast.report.charts import PALETTE, Bar, Line, Spot, bar_chart, density_chart, line_chart, scatter_chart
 from qcrd_fast.report.costs import OF_STEPS, Outcome, of_csv, of_view, points
+from qcrd_fast.report.groups import groups_table
 from qcrd_fast.report.run_view import MEASURES, RunView, negatives, read_run
 from qcrd_fast.runs.folder import NEGATIVES, negatives_name
 from qcrd_fast.utils.config_files import number
@@ -114,6 +115,11 @@ def render(views: Sequence[RunView], rows: Sequence[Outcome] = ()) -> str:
             continue  # the table says that there is nothing yet
         of_run = f": {_text(view.title)}" if len(views) > 1 else ""
         body += [
+            *(
+                [_section(f"By domain and view{of_run}", of_groups)]
+                if (of_groups := groups_table(view.results, _text))
+                else []
+            ),
             _section(f"Quality scores{of_run}", _discriminator(view) + _densities(view, i)),
             _section(f"Rationales side by side{of_run}", _samples(view)),
             _section(f"Answers{of_run}", _answers(view)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -81,8 +82,8 @@ def score_all(
         InputError: two rows have one id, or a name needs a student and there is none.
     """
     options, finished = options or SelectOptions(), finished or {}
-    if len({row.id for row in rows}) < len(rows):
-        raise InputError("two rows have the same id")
+    if again := [id for id, n in Counter(row.id for row in rows).items() if n > 1]:
+        raise InputError(f"two rows have the same id, {again[0]!r}")
     for name in names:
         if SELECTORS[name].needs_student and student is None:
             raise InputError(f"--by {name} needs --student")

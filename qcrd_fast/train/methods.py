@@ -57,6 +57,8 @@ class Method(NamedTuple):
     # that scores: model (--teacher), self (the student with context), mentor (its distributions)
     teacher: str | None = None
     reference: bool = False  # needs the initial student's log-probs of the minority
+    # of rationales: from the teacher's whole distribution; --gkd-lambda is the student's own share
+    divergence: bool = False
 
 
 METHODS = {
@@ -72,6 +74,7 @@ METHODS = {
     "opd": Method(token_weights=token_weights.advantage, samples_student=True, on_policy=True, teacher="model"),
     "sdft": Method(token_weights=token_weights.advantage, samples_student=True, on_policy=True, teacher="self"),
     "mentor-kd": Method(all_positives, teacher="mentor"),
+    "gkd": Method(all_positives, teacher="model", divergence=True),
 }
 
 
@@ -79,20 +82,26 @@ def method_of(config: TrainConfig) -> Method:
     return METHODS[config.method]
 
 
+def is_on_policy(config: TrainConfig) -> bool:
+    """Whether the run trains on what its student says now."""
+    method = method_of(config)
+    return method.on_policy or (method.divergence and config.gkd_lambda > 0)
+
+
 def samples_student(config: TrainConfig) -> bool:
     """Whether the run draws rationales from its student: negatives, or what an on-policy method trains on."""
-    method = method_of(config)
-    return method.on_policy or (method.samples_student and config.effective("negative_source") in ("lagged", "fixed"))
+    of_its_own = method_of(config).samples_student
+    return is_on_policy(config) or (of_its_own and config.effective("negative_source") in ("lagged", "fixed"))
 
 
 def lag_of(config: TrainConfig) -> int:
     """j: iterations between a student and the use of what it said; an on-policy method uses it at once."""
-    return 0 if method_of(config).on_policy else config.negative_lag
+    return 0 if is_on_policy(config) else config.negative_lag
 
 
 def samples_the_first(config: TrainConfig) -> bool:
     """Whether it is the initial student that is sampled, in each iteration."""
-    return config.effective("negative_source") == "fixed" and not method_of(config).on_policy
+    return config.effective("negative_source") == "fixed" and not is_on_policy(config)
 
 
 def has_discriminator(config: TrainConfig) -> bool:

@@ -26,7 +26,7 @@ from qcrd_fast.generation.sample import make_sampler
 from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
-from qcrd_fast.train.methods import lag_of, method_of, samples_the_first
+from qcrd_fast.train.methods import is_on_policy, lag_of, samples_the_first
 from qcrd_fast.train.negative_store import Negative, NegativeStore, was_cut
 from qcrd_fast.train.overlap import SamplingWorker
 from qcrd_fast.train.schedule import Schedule
@@ -77,7 +77,7 @@ class LaggedNegatives:
         self.questions, self.schedule, self.snapshots = questions, schedule, snapshots
         self.config, self.autocast = config, autocast
         truncation = (config.negative_temperature, config.negative_top_k, config.negative_top_p)
-        if method_of(config).on_policy:
+        if is_on_policy(config):
             truncation = 1.0, 0, 1.0  # from the student's own distribution, all of it
         self.settings = SampleSettings(*truncation, config.max_new_tokens, config.sample_batch_size, config.impl)
         self.worker = worker or SamplingWorker("serial", torch.device("cpu"))

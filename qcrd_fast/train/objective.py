@@ -25,6 +25,7 @@ from qcrd_fast.losses import ContrastiveOutput, contrastive_loss, weighted_ratio
 from qcrd_fast.models.lm_head import eval_mode
 from qcrd_fast.models.prompts import PREDICT, REASON, TokenIds
 from qcrd_fast.models.student import PackedHidden, Student
+from qcrd_fast.ops.linear_kl import linear_kl
 from qcrd_fast.ops.linear_logprob import linear_logprob
 from qcrd_fast.ops.rationale_loss import KEPT_BYTES, linear_rationale_loss, loss_terms
 from qcrd_fast.ops.topk_kl import topk_kl
@@ -34,7 +35,7 @@ from qcrd_fast.train.examples import Candidate, Example, longest_text
 from qcrd_fast.train.judging import Judges, weight_kind
 from qcrd_fast.train.methods import method_of
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.train.teaching import Asked, Covered, Teaching, asked_of, pad_all, padded
+from qcrd_fast.train.teaching import Asked, Covered, Teaching, Whole, asked_of, pad_all, padded
 from qcrd_fast.train.token_weights import TokenScores, log_ratio
 from qcrd_fast.utils.oom import explains_oom, for_training
 
@@ -68,11 +69,12 @@ class Pass(NamedTuple):
 
 
 class Signal(NamedTuple):
-    """What a teacher says of a pass: log p of the candidates' tokens, or its likeliest tokens at those of all
-    targets."""
+    """What a teacher says of a pass: log p of the candidates' tokens, its distribution at those, or its likeliest
+    tokens at those of all targets."""
 
     other_T: Tensor | None = None
     covered: Covered | None = None
+    whole: Whole | None = None
 
 
 class Objective:
@@ -155,14 +157,20 @@ class Objective:
         beta = self.config.beta if self.method.reference else self.method.beta
         chosen = Weighted([], [], [], beta=0.0 if warm else beta)
         judged = self.judges.positive is not None and weights is self.method.weights
+        own_share = self.config.gkd_lambda if self.method.divergence else 0.0
         for q, example in enumerate(batch):
             counts = self._counts(example) / num_questions
-            of_positives, of_minority = weights(counts, len(example.positives), len(example.minority))
+            share = (1 - own_share) * counts
+            of_positives, of_minority = (
+                weights(share, len(example.positives), len(example.minority)) if share else ([], [])
+            )
             if judged and of_positives:
                 of_positives = self._shared_by_quality(sum(of_positives), example, stats)
             for of_kind, found in ((example.positives, of_positives), (example.minority, of_minority)):
                 for candidate, weight in zip(of_kind, found, strict=False):
                     chosen.add(candidate, q, weight)
+            if own_share and (said := lagged.get(example.id)):
+                chosen.add(Candidate(said.text, said.tokens, "sampled", said.case), q, own_share * counts)
         return chosen
 
     def _counts(self, example: Example) -> float:
@@ -271,6 +279,8 @@ class Objective:
         chosen = asked_of(batch, weighted.candidates, weighted.question)
         if self.method.token_weights:
             return Signal(other_T=self.teaching.scores(chosen) if chosen else None)
+        if self.method.divergence:
+            return Signal(whole=self.teaching.whole(chosen) if chosen else None)
         return Signal(covered=self.teaching.top(padded(self._label_asked(batch) + chosen, self._pad)))
 
     @property
@@ -314,6 +324,11 @@ class Objective:
             with self.autocast():
                 loss, nll_R, extras = self._mentor_kd(sources, targets, source_of, pass_, part_of_loss, stats, signal)
             return {"loss": loss, **self._shares(nll_R, is_label_R, weight_R, pass_), **extras}
+        if self.method.divergence:
+            with self.autocast():
+                packed = self._hidden(sources, targets, source_of, stats)
+                loss, value_R = self._divergence(packed, pass_, sum(map(len, targets[:labels])), signal)
+            return {"loss": loss, **self._shares(value_R, is_label_R, weight_R, pass_)}
         with self.autocast():
             packed = self._hidden(sources, targets, source_of, stats)
             loss, nll_R, logprob_T = linear_rationale_loss(
@@ -431,6 +446,31 @@ class Objective:
             )[0]
         loss = (1 - config.kd_lambda) * ce + config.kd_lambda * kl
         return loss, nll_R, {"teacher_kl": kl.detach()}
+
+    def _divergence(
+        self, packed: PackedHidden, of: Pass, label_tokens: int, signal: Signal | None
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, the value of each target): mean -log p over the tokens of labels, which come first, and the mean
+        divergence from the teacher over those of rationales; in `loss_cl` this stands in for l."""
+        config, head, ours_TH = self.config, self.student.head, packed.hidden[label_tokens:]
+        labels = dataclasses.replace(packed, hidden=packed.hidden[:label_tokens], target=packed.target[:label_tokens])
+        value_T = -self._logprob(labels, KEPT_BYTES)
+        if len(ours_TH):
+            # the student's own where a pass is only counted
+            whole = (signal and signal.whole) or Whole(ours_TH.detach(), head)
+            rows = min(len(head.weight), len(whole.head.weight))  # what pads the longer head is nobody's token
+            mine, theirs = head.first(rows), whole.head.first(rows)
+            kl_T = linear_kl(
+                ours_TH, mine.weight, whole.hidden_TG, theirs.weight, beta=config.gkd_beta,
+                temperature=config.kd_temperature,
+                **mine.options, **{f"teacher_{name}": x for name, x in theirs.options.items()},
+                impl=config.impl, workspace_bytes=KEPT_BYTES,
+            )  # fmt: skip
+            value_T = torch.cat([value_T, kl_T])
+        loss, _, _, value_R = weighted_rationale_loss(
+            -value_T, packed.segment, of.positive_R, of.weight_R, beta=0.0, delta=None
+        )
+        return loss, value_R
 
     def _label_asked(self, batch: Sequence[Example]) -> list[Asked]:
         """`_label_targets` as a teacher is asked for them."""

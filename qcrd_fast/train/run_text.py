@@ -80,7 +80,12 @@ def progress_line(record: Mapping[str, Any], short: bool = False) -> str:
     return "; ".join(found)
 
 
-_PARTS = (("answers", "loss_pred"), ("rationales", "loss_cl"), ("discriminator", "loss_d"))
+_PARTS = (
+    ("answers", "loss_pred"),
+    ("rationales", "loss_cl"),
+    ("discriminator", "loss_d"),
+    ("KL to the teacher", "teacher_kl"),
+)
 _HINGES = (("lagged", "active_hinge_lagged"), ("minority", "active_hinge_minority"))
 
 

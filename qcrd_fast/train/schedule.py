@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.train.methods import method_of
+from qcrd_fast.train.methods import is_on_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Schedule:
     def iteration_steps(self) -> int:
         """As given; else one pass over the data, or, of an on-policy method, as many steps as one sampling batch
         feeds."""
-        if self.config.iteration_steps or not method_of(self.config).on_policy:
+        if self.config.iteration_steps or not is_on_policy(self.config):
             return self.config.iteration_steps or self.steps_per_epoch
         return min(math.ceil(self.config.sample_batch_size / self.questions_per_step), self.steps_per_epoch)
 

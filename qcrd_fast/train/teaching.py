@@ -21,6 +21,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.distributed.comm import SINGLE, Comm
 from qcrd_fast.distributed.parallel import unshard
 from qcrd_fast.errors import InputError
+from qcrd_fast.models.lm_head import Head
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, TokenIds
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
@@ -54,6 +55,14 @@ class Covered(NamedTuple):
     covered_T: Tensor
 
 
+class Whole(NamedTuple):
+    """The teacher's distribution at each place of the targets: hidden states [T, G], and the head that makes logits of
+    them."""
+
+    hidden_TG: Tensor
+    head: Head
+
+
 class Teaching:
     """Nothing is known of the tokens."""
 
@@ -68,8 +77,15 @@ class Teaching:
         """The teacher's likeliest tokens at each place of some targets."""
         raise NotImplementedError
 
+    def whole(self, asked: Sequence[Asked]) -> Whole:
+        """The teacher's distribution at each place of some targets, detached."""
+        raise NotImplementedError
+
     def after_step(self, student: torch.nn.Module) -> None:
         """The student has made a step."""
+
+    def use(self, impl: str) -> None:
+        """Score with another implementation from here on."""
 
 
 class ModelTeaching(Teaching):
@@ -80,6 +96,9 @@ class ModelTeaching(Teaching):
         self.model, self.config, self.context = model, config, context
         self.weights = model.model.model
         self._sources: dict[tuple[str, str], TokenIds] = {}
+
+    def use(self, impl: str) -> None:
+        self.model.impl = impl
 
     def source(self, example: Example, prefix: str) -> TokenIds:
         key = example.id, prefix
@@ -105,6 +124,9 @@ class ModelTeaching(Teaching):
     def top(self, asked: Sequence[Asked]) -> Covered:
         _, found = self.model.top(*self._laid_out(asked), self.config.top_logprobs, self.config.kd_temperature)
         return Covered(found, torch.ones(len(found.ids_TK), dtype=torch.bool, device=found.ids_TK.device))
+
+    def whole(self, asked: Sequence[Asked]) -> Whole:
+        return Whole(self.model.hidden(*self._laid_out(asked)).hidden, self.model.head)
 
 
 class SelfTeaching(ModelTeaching):
@@ -268,6 +290,8 @@ def reference_logprobs(
         source = Student.load(str(config.student), student.prompts, student.device, config.attn_implementation)
     training = source.model.training
     asked = [e for e in examples if e.minority]
+    if not asked:
+        log.warning("--method npo: no question has a minority rationale to push away, so this is sft-all")
     own = list(ranks.shard(asked))
     found: list[list[list[float]]] = []
     source.model.eval()

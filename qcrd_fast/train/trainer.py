@@ -38,7 +38,7 @@ from qcrd_fast.train.evaluation import Best, Evaluation
 from qcrd_fast.train.examples import Candidate, Example, make_examples
 from qcrd_fast.train.judging import WEIGHT_KINDS, Judges, make_judges
 from qcrd_fast.train.memory_estimate import checkpoint_activations, estimate_memory
-from qcrd_fast.train.methods import has_discriminator, label_kind, lag_of, method_of, samples_student
+from qcrd_fast.train.methods import has_discriminator, is_on_policy, label_kind, lag_of, method_of, samples_student
 from qcrd_fast.train.metrics_log import MetricsLog, Progress, active_fraction, mean
 from qcrd_fast.train.negatives import LaggedNegatives, SamplingPrompt
 from qcrd_fast.train.objective import Objective
@@ -364,7 +364,7 @@ class Trainer:
         drawn = [lagged[i] for index in questions if (i := self.examples[index].id) in lagged]
         agreeing = [n for n in drawn if n.case and n.case.agrees]
         self.objective.sampled_tokens = sum(len(n.tokens) for n in drawn)
-        if self.config.agreeing_negatives == "drop" and not method_of(self.config).on_policy:
+        if self.config.agreeing_negatives == "drop" and not is_on_policy(self.config):
             lagged = {i: n for i, n in lagged.items() if not (n.case and n.case.agrees)}
         batches = self.schedule.micro_batches(step, self.comm.rank)
         if self.domains:
@@ -451,6 +451,8 @@ class Trainer:
         self.config = self.objective.config = self.evaluation.config = dataclasses.replace(self.config, impl="torch")
         if self.lagged:
             self.lagged.use("torch")
+        if self.teaching:
+            self.teaching.use("torch")
 
     def _begin_iteration(self, iteration: int) -> None:
         """Learn from the last iteration's negatives, then keep the student as it is now for a later one."""

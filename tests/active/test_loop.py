@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from cli.main import entry
-from qcrd_fast import demo
 from qcrd_fast.active import loop
 from qcrd_fast.active import student as students
 from qcrd_fast.active.revision import Explanation
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.utils import signals
 from tests.support import fake_teacher
+from tests.support import problems as demo
 from tests.support.active_runs import arguments, contents, read, solutions, write, write_files
 from tests.support.students import make_llama
 
@@ -278,6 +278,7 @@ def test_another_setting_or_pool_is_refused(files, tmp_path, capsys, explains, r
         ({"by": "agree"}, "'agree' is not one of"),
         ({"data": "x.jsonl"}, "--data is not for active"),
         ({"max_samples": 3}, "--max-samples is not for active"),
+        ({"method": "gkd"}, "--method gkd is not for active, whose teacher writes text"),
         ({"no_reasoning_task": True}, "--reasoning-task: in an active run it is always true"),
         ({"resume": "somewhere"}, "--resume"),
         ({"prompts": "/none"}, "--prompts: /none holds none of"),

@@ -157,6 +157,16 @@ def test_predictions_stand_beside_what_was_measured() -> None:
     assert {row["measured"] for row in gpu_predictions.compare(results, "NVIDIA A100")} == {
         gpu_predictions.NOT_MEASURED
     }
+    name = "128x128x64 w8 s5 descriptors resident"
+    own = {
+        **way,
+        "variant": "hidden resident",
+        "tile": {"llama-3-8b": name},
+        "shares": {"smollm2": None, "llama-3-8b": (0.6, 0.9)},
+    }
+    timed = {"model": {"rows": [own]}, "tuning-llama-3-8b": {"rows": [row, row | {"way": name}]}}
+    (first,) = gpu_predictions.compare(timed, "NVIDIA H200")
+    assert first["measured"] == "67 (tuning-llama-3-8b)" and first["verdict"] == "as predicted"
     assert gpu_predictions.judge(0.7, [0.6, 0.9], "128x256x64 w8 s3") == "as predicted"
     assert gpu_predictions.judge(0.85, [0.6, 0.9], "128x256x64 w8 s3") == "above"
 

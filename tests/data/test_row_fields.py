@@ -108,10 +108,8 @@ def test_a_table_of_views(tmp_path, student):
 
 
 def test_a_context_is_cut_before_the_question_is(student):
-    question = load_questions
     text = "Ann has 3 apples. Ann finds 4 apples."
     whole = student.source_ids(EXPLAIN, text)
-    assert question
     student.prompts = PromptSettings(max_source_length=len(whole) + 2)
     long = student.source_ids(EXPLAIN, "Ben has 9 pens, then loses 2 pens. " * 9 + "\n" + text)
     tail = student.text(whole).removeprefix(student.text(student.source_ids("", "explain:")))

@@ -145,6 +145,32 @@ def test_every_way_of_training_in_two_ranks(run_all):
             assert_same(runs[name][2], runs[f"{name}, {engine}"][2], 7, *limits)
 
 
+def test_methods_with_a_teacher_in_two_ranks(run_all, students):
+    """Each process has the whole teacher; weights for tokens, a moving teacher and a reference are those of one
+    process."""
+    steps = {"max_steps": 6, "save_steps": 6, "iteration_steps": 2, "negative_source": "minority", "quality": None}
+    kinds = {
+        "opd": ("llama", {"method": "opd", "teacher": str(students["llama"])}),
+        "sdft": ("t5", {"method": "sdft", "teacher_ema": 0.9}),
+        "npo": ("llama", {"method": "npo"}),
+        "dft": ("t5", {"method": "dft"}),
+        "mentor-kd": ("t5", {"method": "mentor-kd", "teacher": str(students["t5"]), "top_logprobs": 4}),
+    }
+    scenarios = {}
+    for name, (student, options) in kinds.items():
+        options = steps | options
+        scenarios[name] = (student, 1, options | ONE)
+        scenarios[f"{name}, DDP"] = (student, 2, options | TWICE)
+        scenarios[f"{name}, FSDP2"] = (student, 2, options | TWO | {"fsdp": True})
+    runs = run_all(scenarios, float64=True)
+    for name in kinds:
+        for engine in ("DDP", "FSDP2"):
+            assert_same(runs[name][2], runs[f"{name}, {engine}"][2], 6)
+            for a, b in zip(logged(runs[name][2]), logged(runs[f"{name}, {engine}"][2]), strict=True):
+                for key in ("teacher_kl", "loss_npo"):
+                    assert b.get(key) == pytest.approx(a.get(key), rel=1e-9, abs=1e-12), (name, engine, a["step"])
+
+
 def test_a_run_goes_on_with_another_number_of_processes(run_all):
     """Trial 13: one process, then two that shard, then one; the questions of each step, and so its loss, stay."""
     steps = {"max_steps": 12, "save_steps": 6}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bench.sass import GPUS, missing_tools, rows_of
+from csrc_triton.product import gluon_obstacle
 
 MATRIX = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of a program, at most
@@ -35,11 +36,11 @@ def check(rows: list[Row]) -> None:
         capability = row["capability"]
         assert row["shared"] <= SHARED_KIB[capability] * 1024, row
         assert row["spills"] <= (SPILLS.get(row["variant"], 0) if capability == 90 else 0), row
-        if row["kernel"] in ("forward_kernel", "dlogits_kernel", "product_kernel") and not row["variant"].endswith(
-            "fp32"
-        ):
+        if row["kernel"] in ("forward_kernel", "resident_kernel", "dlogits_kernel", "product_kernel") and not row[
+            "variant"
+        ].endswith("fp32"):
             assert row["matrix"] == (MATRIX[capability],), row
-        if row["kernel"] == "forward_kernel":
+        if row["kernel"] in ("forward_kernel", "resident_kernel"):
             assert row["programs"] == row["counted"], row
         if row["kernel"] == "product_kernel":
             assert row["programs"] >= row["counted"], row
@@ -73,6 +74,20 @@ def test_wide_heads_take_the_copy_engine(rows: list[Row]) -> None:
     assert {row["kernel"] for row in wide} == {"forward_kernel", "dlogits_kernel"}
     for row in wide:
         assert row["copy_engine"] and row["shared"] >= 144 * 1024 and row["programs"] == 1, row
+
+
+@pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
+def test_hidden_states_stay_in_shared_memory(rows: list[Row]) -> None:
+    """One program, nearly all of shared memory; 168 registers a thread at its start are all of a multiprocessor's for
+    384."""
+    resident = [row for row in rows if row["kernel"] == "resident_kernel"]
+    assert len(resident) == 5
+    for row in resident:
+        assert row["copy_engine"] and row["programs"] == 1 and row["registers"] == 168 and row["threads"] == 384, row
+        assert row["shared"] >= 224 * 1024 and row["spills"] == 0 and row["step"].get("spill", 0) == 0, row
+        assert row["step"]["mma"] in (2, 4) and sum(row["step"].values()) <= 60 and row["tile"]["mufu"] == 66, row
+        if "," not in row["variant"]:
+            assert sum(row["tile"].values()) <= 345, row
 
 
 def test_what_a_logit_costs(rows: list[Row]) -> None:

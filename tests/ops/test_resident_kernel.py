@@ -214,6 +214,9 @@ def test_it_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not takes()
     monkeypatch.delenv("QCRD_FAST_GLUON")
     assert not takes()
+    monkeypatch.setenv("QCRD_FAST_GLUON", "1")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not takes()
     monkeypatch.setenv("QCRD_FAST_GLUON", "yes")
     with pytest.raises(ValueError, match="QCRD_FAST_GLUON=yes: expected 0 or 1"):
         takes()
@@ -225,16 +228,25 @@ def test_the_backward_pass_has_a_tile_of_its_own(monkeypatch: pytest.MonkeyPatch
     assert takes() and not product.choose_tile(operand, operand).resident
 
 
-def test_a_triton_without_gluon(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("lacks", ["gluon", "warp_specialize"])
+def test_a_triton_without_gluon(
+    lacks: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The Triton kernel runs, and `doctor` says why; a benchmark that asks for the tile is told."""
-    monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
+    if lacks == "gluon":
+        monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
+    else:
+        monkeypatch.setattr(
+            "triton.experimental.gluon.language.warp_specialize", lambda default_args, default_partition: None
+        )
     monkeypatch.delitem(sys.modules, "csrc_triton.linear_logprob_hopper", raising=False)
     monkeypatch.delattr("csrc_triton.linear_logprob_hopper", raising=False)
     product.gluon_obstacle.cache_clear()
     try:
         assert not takes()
         assert entry(["doctor"]) == 0
-        assert "hopper       no: triton" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "hopper       no: triton" in said and lacks in said and "the Triton kernel runs" in said
         monkeypatch.setattr(product, "forced_tile", product.resident_tile(64))
         with pytest.raises(ImportError):
             forward_error(70, 64, 130)

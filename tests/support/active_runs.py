@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qcrd_fast import demo
+from tests.support import problems as demo
 
 
 def solutions(problem: demo.Problem) -> list[list[str]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
-DECODERS = ("trl_sft", "lightning_module", "peft_lora", "dpo_redi")  # the others train a T5
+DECODERS = ("trl_sft", "lightning_module", "peft_lora", "dpo_redi", "gkd")  # the others train a T5
 
 
 def main(folder: Path) -> None:
@@ -32,6 +32,7 @@ def main(folder: Path) -> None:
     for path in sorted(EXAMPLES.glob("*.py")):
         print(f"-- {path.name}", flush=True)
         sys.argv = [str(path), "llama" if path.stem in DECODERS else "t5", "train.jsonl"]
+        sys.argv += ["llama"] if path.stem == "gkd" else []  # the teacher
         runpy.run_path(str(path), run_name="__main__")
 
 

@@ -77,6 +77,20 @@ def test_the_training_pass_takes_what_was_predicted(kind, name, t5_folder, llama
     assert low < peak / measured - 1 < (0.2 if name == "alone" else 0.05)
 
 
+def test_a_teachers_weights_are_counted(t5_folder, llama_folder, rows_file) -> None:
+    """Those of the teacher's own files, or a copy of the student; files of log-probs take none."""
+    own = {}
+    for method, teacher in (("opd", str(t5_folder)), ("sdft", None), ("dft", None), ("mentor-kd", str(t5_folder))):
+        _, student, examples, schedule = prepared(llama_folder, rows_file, method=method, teacher=teacher, quality=None)
+        told = memory_estimate.predict_memory(student, examples, schedule, make_autocast(CPU, None), None, [])
+        own[method] = told["teacher"]
+        assert told["peak"] > told["parameters"] + told["optimizer"] + told["teacher"] and told["activations"] > 0
+        assert (told["sampler"] > 0) == (method in ("opd", "sdft"))
+    files = sum(p.numel() for p in Student.load(str(t5_folder), PromptSettings()).model.parameters())
+    assert own["opd"] == own["mentor-kd"] == 4 * files and own["dft"] == 0
+    assert own["sdft"] == 4 * sum(p.numel() for p in student.model.parameters())
+
+
 def test_the_discriminator_takes_what_was_predicted(t5_folder, llama_folder, rows_file) -> None:
     for folder in (t5_folder, llama_folder):
         config, student, examples, _ = prepared(folder, rows_file)

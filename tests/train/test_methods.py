@@ -30,8 +30,8 @@ def test_weights_of_a_question_among_four(method, positives, minority, expected)
 
 def test_qcrd_samples_its_student_where_negatives_are_its_own_and_on_policy_methods_always():
     sampling = [m for m in METHODS if samples_student(TrainConfig(method=m, negative_source="lagged"))]
-    assert sampling == ["qcrd", "opd", "sdft"]
-    assert [m for m in METHODS if samples_student(TrainConfig(method=m))] == ["opd", "sdft"]
+    assert sampling == ["qcrd", "opd", "sdft", "gkd"]
+    assert [m for m in METHODS if samples_student(TrainConfig(method=m))] == ["opd", "sdft", "gkd"]
     assert not samples_student(TrainConfig(negative_source="minority")) and not samples_student(TrainConfig())
 
 

@@ -12,8 +12,11 @@ import torch
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError
+from qcrd_fast.generation.engine import SampleSettings
+from qcrd_fast.generation.sample import sample
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
+from qcrd_fast.ops.philox import key_words
 from qcrd_fast.runs.folder import checkpoint_path
 from qcrd_fast.teacher_signal.local import LocalTeacher
 from qcrd_fast.teacher_signal.score import ScoreSettings, score_teacher
@@ -37,6 +40,17 @@ def mentor(tmp_path_factory) -> Path:
             p.add_(0.15 * torch.randn(p.shape, generator=g))
     student.model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained_mentor(llama_folder, rows_file, tmp_path_factory) -> Path:
+    """The student, trained on the teacher's text."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    changes = dict(
+        max_steps=40, per_device_train_batch_size=8, learning_rate=1e-2, validation_fraction=0.0, save_steps=100
+    )
+    train(config_of("sft-all", rows_file, llama_folder, out, **changes))
+    return checkpoint_path(out, 40)
 
 
 @pytest.fixture(scope="module")
@@ -70,34 +84,37 @@ def test_a_teacher_that_is_the_student_has_nothing_to_teach(method, llama_folder
     assert abs(metrics(out)[0]["teacher_kl"]) < 1e-12 and abs(metrics(out)[0]["loss"]) < 1e-12
 
 
-def held_out_kl(student, mentor, texts) -> float:
-    """KL(pi_S || pi_T) a token [nats], over the mentor's vocabulary, at the first places of held-out questions."""
-    found = []
-    for text in texts:
-        ids = student.source_ids(EXPLAIN, text)
-        with torch.no_grad():
-            logp, logq = (
-                m.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1) for m in (student, mentor)
-            )
-        found.append(float((logp.exp() * (logp - logq)).sum()))
-    return sum(found) / len(found)
+def held_out_kl(student, teacher, texts) -> float:
+    """KL(pi_S || pi_T) a token [nats], of whole distributions, on what the student says to held-out questions."""
+    sources = [student.source_ids(EXPLAIN, text) for text in texts]
+    settings = SampleSettings(temperature=1.0, max_new_tokens=6)
+    said = sample(student, sources, [key_words(0, text) for text in texts], settings)
+    with torch.no_grad():
+        logs = []
+        for model in (student, teacher):
+            packed = model.hidden(sources, said, range(len(said)))
+            logs.append(model.head.logits(packed.hidden).log_softmax(-1))
+    return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2, 3, 4))])
-def test_opd_lowers_the_held_out_kl(seed, mentor, llama_folder, rows_file, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_opd_lowers_the_held_out_kl(seed, trained_mentor, llama_folder, rows_file, tmp_path):
     out = tmp_path / "run"
     changes = dict(
-        max_steps=40, per_device_train_batch_size=8, learning_rate=1e-2, alpha_pred=0.0, alpha_cl=1.0, seed=seed
+        max_steps=200, per_device_train_batch_size=24, learning_rate=3e-3, alpha_pred=0.0, alpha_cl=1.0, seed=seed
     )
-    changes |= dict(validation_fraction=0.0, lr_scheduler_type="constant", save_steps=100, sample_batch_size=8)
-    train(config_of("opd", rows_file, llama_folder, out, mentor, **changes))
-    texts = [f"Eve has {i} pens and finds {i + 2}. How many pens does Eve have?" for i in range(12)]
+    changes |= dict(validation_fraction=0.0, lr_scheduler_type="constant", save_steps=1000, sample_batch_size=24)
+    train(config_of("opd", rows_file, llama_folder, out, trained_mentor, **changes))
+    texts = [f"Eve has {i} pens and finds {i + 2}. How many pens does Eve have?" for i in range(24)]
     before, after, teacher = (
-        Student.load(str(folder), PromptSettings()) for folder in (llama_folder, checkpoint_path(out, 40), mentor)
+        Student.load(str(folder), PromptSettings())
+        for folder in (llama_folder, checkpoint_path(out, 200), trained_mentor)
     )
-    assert held_out_kl(after, teacher, texts) < 0.6 * held_out_kl(before, teacher, texts)
+    first, last = held_out_kl(before, teacher, texts), held_out_kl(after, teacher, texts)
+    assert last < 0.5 * first, (first, last)
     told = [m["teacher_kl"] for m in metrics(out) if "teacher_kl" in m]
-    assert sum(told[-10:]) < 0.7 * sum(told[:10])  # on what it says itself
+    assert sum(told[-20:]) < 0.5 * sum(told[:20])  # as the log has it, of the questions that it trains on
 
 
 def test_sdfts_teacher_reads_a_rationale_first(llama_folder, rows_file, tmp_path):

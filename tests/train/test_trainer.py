@@ -176,7 +176,7 @@ def test_a_damaged_best_checkpoint_is_passed_over(whole, rows_file, tmp_path, ca
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(method, rows_file, t5_folder, tmp_path):
-    teacher = {"teacher": str(t5_folder)} if method in ("opd", "mentor-kd") else {}
+    teacher = {"teacher": str(t5_folder)} if method in ("opd", "mentor-kd", "gkd") else {}
     config = settings(
         rows_file, t5_folder, tmp_path / "run", method=method, max_steps=2, validation_fraction=0.0, **teacher
     )

@@ -134,7 +134,7 @@ def _rationale(item: Any, where: str, answer: str | None) -> Rationale:
             raise RowError("text is empty")
         wrong_step = item.get("wrong_step")
         if wrong_step is not None and (type(wrong_step) is not int or wrong_step < 1):
-            raise RowError("wrong_step expects a number of a step, from 1")
+            raise RowError("wrong_step expects the number of a step, from 1")
         return Rationale(
             text,
             get_text(item, "answer", numbers=True),

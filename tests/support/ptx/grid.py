@@ -94,6 +94,13 @@ def find_cases(capability: int, dtype: str) -> Iterator[Case]:
         for options in ({}, dict(bias=True), dict(softcap=2.0), dict(extras=True)):
             yield _case("log p", dtype, check_logprob, (150, 1032, 300), options)
         yield _case("loss of known weights", dtype, check_rationale_loss, (150, 1032, 300), {})
+    if capability == 90 and dtype != "fp32" and product.gluon_obstacle() is None:
+        tile = product.resident_tile(SMALL.H)._replace(num_stages=3)
+        for options in ({}, dict(scale=-0.4, temperature=0.7), dict(extras=True), dict(ignored=128)):
+            yield _case("log p, hidden resident", dtype, check_logprob, SMALL, options)._replace(tile=tile)
+        yield _case("loss of known weights, hidden resident", dtype, check_rationale_loss, SMALL, {})._replace(
+            tile=tile
+        )
     for shape, options in SAMPLES:
         yield _case("tokens", dtype, check_sample, shape, options)
     if capability >= 90:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 Change = Callable[[str], str]
 EXP = r"(ex2\.approx\.ftz\.f32\s+%r\d+, )"
@@ -66,9 +66,19 @@ COMBINE: dict[str, Change] = {
 }
 
 
-def mutants() -> Iterator[tuple[str, Callable[[str, str], str]]]:
+KL: dict[str, Change] = {
+    "one head's slope for both": replaced(r"kl_kernel_param_32\]", "kl_kernel_param_29]"),
+    "products waited for too late": replaced(r"(wgmma\.wait_group\.sync\.aligned\s+)0;", r"\g<1>1;"),
+    "no barrier within the reduction over warps": replaced(r"bar\.sync\s+0;", NOTHING, -2),
+}
+
+
+def mutants(
+    kernels: Sequence[str] = ("forward_kernel", "combine_kernel"),
+) -> Iterator[tuple[str, Callable[[str, str], str]]]:
     """(name, what `executing` takes as `change`). A change that finds nothing to change raises."""
-    for kernel, changes in (("forward_kernel", FORWARD), ("combine_kernel", COMBINE)):
+    for kernel in kernels:
+        changes = {"forward_kernel": FORWARD, "combine_kernel": COMBINE, "kl_kernel": KL}[kernel]
         for name, change in changes.items():
 
             def changed(of: str, text: str, kernel: str = kernel, change: Change = change) -> str:
