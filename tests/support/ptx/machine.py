@@ -98,7 +98,7 @@ class GlobalMemory:
 class MBarrier:
     """A barrier in shared memory, with a phase; `clock` is what a thread knows that has waited for the last one.
 
-    Copies that count here are the writes of a thread of their own, `strategy`: only who waits here knows that they
+    Copies that count here are the writes of a thread of their own, `engine`: only who waits here knows that they
     landed, and knowing what the warp did that asked for them is not enough."""
 
     count: int
@@ -118,8 +118,8 @@ class MBarrier:
         while self.coming:
             places, data = self.coming.pop(0)
             self.landed += 1
-            block.shared[places], block.writer[places], block.written_at[places] = data, self.strategy, self.landed
-            self.next[self.strategy] = self.landed
+            block.shared[places], block.writer[places], block.written_at[places] = data, self.engine, self.landed
+            self.next[self.engine] = self.landed
             self.bytes -= len(data)
             self.settle()
 
