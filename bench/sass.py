@@ -235,8 +235,9 @@ class Variant(NamedTuple):
     resident: bool = False  # at `product.resident_tile`
 
 
-KL, MIXTURE = ("kl_kernel", "kl_da_kernel"), ("mixture_kernel", "kl_da_kernel")
+KL, MIXTURE = ("kl_kernel", "kl_combine_kernel", "kl_da_kernel"), ("mixture_kernel", "kl_da_kernel")
 FORWARD, BOTH, RESIDENT = ("forward_kernel",), ("forward_kernel", "dlogits_kernel"), ("resident_kernel",)
+BOTH_RESIDENT = ("resident_kernel", "resident_da_kernel")
 EVERY: dict[str, Any] = dict(bias=True, options=(0.3, 30.0, 1.4))
 WIDE: dict[str, Any] = dict(H=4096, V=128256)
 VARIANTS = [
@@ -261,24 +262,17 @@ VARIANTS = [
     Variant("KL, mixture, every option, ragged H and V", MIXTURE, H=592, V=50257, teacher_H=904, beta=0.5, **EVERY),
     Variant("KL, 32 rows", KL, rows=32, teacher_H=896),
     Variant("KL, fp32", KL, dtype=torch.float32, teacher_H=896),
-    Variant("hidden resident", RESIDENT, resident=True),
+    Variant("hidden resident", BOTH_RESIDENT, resident=True),
     Variant("hidden resident, H = 640, fp16", RESIDENT, H=640, V=262144, dtype=torch.float16, resident=True),
     Variant("hidden resident, H = 768", RESIDENT, H=768, V=32128, resident=True),
-    Variant("hidden resident, entropy, ragged V", RESIDENT, V=50257, entropy=True, resident=True),
+    Variant("hidden resident, entropy, ragged V", BOTH_RESIDENT, V=50257, entropy=True, resident=True),
     Variant("hidden resident, keeps the exponentials", RESIDENT, keep=True, resident=True),
     Variant("noise, no top-k", ("product_kernel",), rows=256),
     Variant("greedy", ("product_kernel",), rows=256, options=(1.0, 0.0, 0.0)),
     Variant("top-k", ("product_kernel", "select_kernel", "gather_kernel", "pick_kernel"), rows=256, top_k=50),
     Variant("top-k, 262144 entries", ("select_kernel",), rows=256, top_k=50, V=262144),
 ]
-SMALL_KERNELS = (
-    "combine_kernel",
-    "kl_combine_kernel",
-    "dlogits_from_saved",
-    "mean_kernel",
-    "question_kernel",
-    "backward_kernel",
-)
+SMALL_KERNELS = ("combine_kernel", "dlogits_from_saved", "mean_kernel", "question_kernel", "backward_kernel")
 
 
 def launch_variant(variant: Variant) -> None:
@@ -316,7 +310,6 @@ def launch_small() -> None:
     every = Variant("", BOTH, rows=64, H=128, V=1024, **EVERY, entropy=True)
     launch_variant(every)
     launch_variant(every._replace(entropy=False))
-    launch_variant(every._replace(teacher_H=64))
     hidden, weight, bias = torch.empty(64, 128), torch.empty(1024, 128), torch.empty(1024)
     target, of_rows, options = torch.zeros(64, dtype=torch.int64), torch.empty(64), (0.3, 0.0, 1.4)
     kept = linear_logprob.forward_keeping(hidden, weight, target, bias, options, -100, 2**62)

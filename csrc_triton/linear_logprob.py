@@ -20,6 +20,7 @@ from csrc_triton.product import (
     LOWEST,
     add_matmul,
     choose_chunk,
+    choose_parts,
     choose_tile,
     flags_of,
     is_heavy,
@@ -372,13 +373,20 @@ def backward(
     rows = (target_S.contiguous(), lse_S.contiguous(), *(None if x is None else x / temperature for x in coefficients))
     flags = flags_of(bias_V, options)
     heavy = is_heavy(flags, V, H, coefficients[2] is not None)
-    tile = choose_tile(hidden_SH, weight_VH, heavy, wide=not heavy and not flags["HAS_SOFTCAP"])
+    plain = bias_V is None and not options[1]
+    tile = choose_tile(hidden_SH, weight_VH, heavy, wide=not heavy and not flags["HAS_SOFTCAP"], resident=plain)
     most = max(most_columns(S, H, hidden_SH.element_size()) // tile.block_v, 1)
-    C = choose_chunk(tile, S, V, H, most, slots_of(tile, hidden_SH.device, heavy=True)) * tile.block_v
+    slots = slots_of(tile, hidden_SH.device, heavy=True)
+    C = choose_chunk(tile, S, V, H, most, slots) * tile.block_v
     da_SC = hidden_SH.new_empty((S, C))
     for first in range(0, V, C):
         last = min(first + C, V)
-        if S:
+        if S and tile.resident:
+            from csrc_triton import linear_logprob_hopper
+
+            parts = choose_parts(triton.cdiv(S, tile.block_t), triton.cdiv(last - first, tile.block_v), slots)
+            linear_logprob_hopper.dlogits(hidden_SH, weight_VH, rows, da_SC, tile, parts, (first, last), options)
+        elif S:
             dlogits_kernel[(triton.cdiv(S, tile.block_t), triton.cdiv(last - first, tile.block_v))](
                 *operand_args(hidden_SH, weight_VH, tile), bias_V, *rows, da_SC,
                 S, V, H, first, last, C, *scalar_args(bias_V, options),

@@ -49,6 +49,30 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
             "commit",
         ),
     ),
+    "kl": (
+        "The divergence from a teacher",
+        "Forward and backward of the mean over all tokens, H = 576 of the student and 896 of the teacher for "
+        "`smollm2`. `extra_mib`: the most held at once beyond operands and their two gradients. `qcrd-fast bench kl "
+        "--append`",
+        ("head", "tokens", "beta", "dtype", "provider", "device", "threads"),
+        (
+            "head",
+            "tokens",
+            "beta",
+            "dtype",
+            "provider",
+            "status",
+            "ms",
+            "ms_min",
+            "ms_max",
+            "of_eager",
+            "extra_mib",
+            "extra_of_eager",
+            "device",
+            "threads",
+            "commit",
+        ),
+    ),
     "loss": (
         "The loss alone",
         "The head and the contrastive loss on the same hidden states. `qcrd-fast bench loss --append`",

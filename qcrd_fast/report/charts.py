@@ -93,6 +93,21 @@ def bar_chart(name: str, groups: Sequence[tuple[str, Sequence[Bar]]], *, title: 
     return _svg(name, plot, title, "")
 
 
+def curve_chart(name: str, curves: Sequence[Sequence[Spot]], *, title: str, x_label: str) -> str:
+    """An SVG of lines through points with upright bars for their intervals; a curve has the colour of its first
+    point."""
+
+    def plot(axes: Any) -> None:
+        for curve in curves:
+            x, y = [spot.x[0] for spot in curve], [spot.y[0] for spot in curve]
+            bars = [[spot.y[0] - spot.y[1] for spot in curve], [spot.y[2] - spot.y[0] for spot in curve]]
+            options = dict(fmt="o-", markersize=4, linewidth=1.5, elinewidth=1.0, capsize=2.0)
+            axes.errorbar(x, y, yerr=bars, color=curve[0].color, **options)
+        axes.set_xlim(left=0)
+
+    return _svg(name, plot, title, x_label)
+
+
 def density_chart(name: str, groups: Sequence[tuple[Sequence[float], str]], *, title: str) -> str:
     """An SVG of densities of scores in [0, 1], each with its colour."""
     grid = np.linspace(0, 1, 201)

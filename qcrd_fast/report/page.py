@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
-from unicodedata import category
 
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import question_text
@@ -19,9 +17,12 @@ from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.quality.cases import teacher_cases
 from qcrd_fast.quality.judges import JUDGES, make_judge
 from qcrd_fast.quality.samples import load_samples
+from qcrd_fast.report.active_page import active_sections
+from qcrd_fast.report.active_view import ActiveView, is_active, read_active
 from qcrd_fast.report.charts import PALETTE, Bar, Line, Spot, bar_chart, density_chart, line_chart, scatter_chart
 from qcrd_fast.report.costs import OF_STEPS, Outcome, of_csv, of_view, points
 from qcrd_fast.report.groups import groups_table
+from qcrd_fast.report.pieces import card, chip, color_of, escaped, section, share_text, switch_spans
 from qcrd_fast.report.run_view import MEASURES, RunView, negatives, read_run
 from qcrd_fast.runs.folder import NEGATIVES, negatives_name
 from qcrd_fast.utils.config_files import number
@@ -29,8 +30,7 @@ from qcrd_fast.utils.files import write_text
 from qcrd_fast.utils.intervals import wilson
 from qcrd_fast.version import __version__
 
-SAMPLES, ANSWERS, LONGEST = 6, 8, 1200  # questions shown a run; characters shown of a text
-KEPT = "\n\t\u200c\u200d"  # and the joiners that Persian, Indic scripts and emoji need
+SAMPLES, ANSWERS = 6, 8  # questions shown a run
 KINDS = ("teacher positive", "teacher minority")  # the rest is the student's
 KIND_COLORS = tuple(PALETTE[i] for i in (2, 4, 0, 3, 5, 6, 1, 7))
 OF_STUDENT = {True: ", agrees with the majority", False: ", differs from it", None: ", no conclusion"}
@@ -74,16 +74,18 @@ def write_report(
         raise InputError(f"--output: {output} does not end in .html")
     if not target.parent.is_dir() or target.is_dir():
         raise InputError(f"--output: {output} is not a file in a folder that exists")
-    views = [read_run(run) for run in {Path(run).resolve(): run for run in reversed(runs)}.values()][::-1]  # each once
+    each = list({Path(run).resolve(): run for run in reversed(runs)}.values())[::-1]  # once
+    views = [read_run(run) for run in each if not is_active(Path(run))]
+    active = [read_active(run) for run in each if is_active(Path(run))]
     rows = of_csv(results) if results else []
-    if not views and not rows:
+    if not views and not rows and not active:
         raise InputError(
             f"--results: {results} has no finished run" if results else "name a run folder, or --results FILE.csv"
         )
     for view in views:
         if [other.name for other in views].count(view.name) > 1:  # same names in several folders
             view.title = str(view.path)
-    page = render(views, rows)
+    page = render(views, rows, active)
     if not dry_run:
         try:
             write_text(target, page)
@@ -93,36 +95,42 @@ def write_report(
         "output": output,
         "rows": len(rows),
         "runs": [
-            {"name": v.title, "state": v.state, "steps_logged": len(v.steps), "scores": len(v.scores)} for v in views
+            *(
+                {"name": v.title, "state": v.state, "steps_logged": len(v.steps), "scores": len(v.scores)}
+                for v in views
+            ),
+            *({"name": v.name, "state": v.state, "rounds": len(v.rounds) - 1, "scores": 0} for v in active),
         ],
         "bytes": len(page.encode("utf-8", "surrogatepass")),
     }
 
 
-def render(views: Sequence[RunView], rows: Sequence[Outcome] = ()) -> str:
+def render(views: Sequence[RunView], rows: Sequence[Outcome] = (), active: Sequence[ActiveView] = ()) -> str:
     """The page, a function of the views, and of rows of a CSV of runs, alone."""
-    title = views[0].title if len(views) == 1 and not rows else f"{len(views) + len(rows)} runs"
+    names = [*(v.title for v in views), *(v.name for v in active)]
+    title = names[0] if len(names) == 1 and not rows else f"{len(names) + len(rows)} runs"
     body = [
-        f"<header><h1>{_text(title)}</h1><p>qcrd-fast {__version__}, quality-guided contrastive rationale "
+        f"<header><h1>{escaped(title)}</h1><p>qcrd-fast {__version__}, quality-guided contrastive rationale "
         "distillation</p></header>",
-        *([_section("Runs", _table(views))] if views else []),
+        *([section("Runs", _table(views))] if views else []),
         *_reasoning(views),
+        *active_sections(active),
         *_costs([*(one for view in views if (one := of_view(view))), *rows]),
-        *([_section("While training", _curves(views))] if views else []),
+        *([section("While training", _curves(views))] if views else []),
     ]
     for i, view in enumerate(views):
         if len(views) > 1 and not (view.steps or view.scores or view.predictions):
             continue  # the table says that there is nothing yet
-        of_run = f": {_text(view.title)}" if len(views) > 1 else ""
+        of_run = f": {escaped(view.title)}" if len(views) > 1 else ""
         body += [
             *(
-                [_section(f"By domain and view{of_run}", of_groups)]
-                if (of_groups := groups_table(view.results, _text))
+                [section(f"By domain and view{of_run}", of_groups)]
+                if (of_groups := groups_table(view.results, escaped))
                 else []
             ),
-            _section(f"Quality scores{of_run}", _discriminator(view) + _densities(view, i)),
-            _section(f"Rationales side by side{of_run}", _samples(view)),
-            _section(f"Answers{of_run}", _answers(view)),
+            section(f"Quality scores{of_run}", _discriminator(view) + _densities(view, i)),
+            section(f"Rationales side by side{of_run}", _samples(view)),
+            section(f"Answers{of_run}", _answers(view)),
         ]
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
@@ -130,7 +138,7 @@ def render(views: Sequence[RunView], rows: Sequence[Outcome] = ()) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_text(title)} · qcrd-fast</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escaped(title)} · qcrd-fast</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -167,26 +175,26 @@ def _table(views: Sequence[RunView]) -> str:
         method, scheme, seed = (view.option(name) if view.config else "" for name in ("method", "scheme", "seed"))
         own = [switch for switch in view.switches() if switch not in shared]
         cells = [
-            f"{_chip(_color(i))}<b>{_text(view.title)}</b>",
+            f"{chip(color_of(i))}<b>{escaped(view.title)}</b>",
             f"<b>{share:.3f}</b>{span}" if share is not None else "",
-            _text(n),
-            _text(view.results.get("evaluated_on")),
-            _text(method),
-            _text(scheme) if method == "qcrd" and scheme is not None else "",
-            f'<div class="switches">{_spans(own)}</div>' if own else "",
-            _text(view.state),
-            _text(seed),
+            escaped(n),
+            escaped(view.results.get("evaluated_on")),
+            escaped(method),
+            escaped(scheme) if method == "qcrd" and scheme is not None else "",
+            f'<div class="switches">{switch_spans(own)}</div>' if own else "",
+            escaped(view.state),
+            escaped(seed),
             str(int(view.steps[-1]["step"])) if view.steps else "0",
-            _share(view.results.get("accuracy_validation"), max(view.series("eval_accuracy")[1], default=None)),
-            _share(view.results.get("accuracy_untrained")),
-            _share(view.results.get("accuracy_zero_shot")) + _of_fewer(view.results.get("n_zero_shot"), n),
+            share_text(view.results.get("accuracy_validation"), max(view.series("eval_accuracy")[1], default=None)),
+            share_text(view.results.get("accuracy_untrained")),
+            share_text(view.results.get("accuracy_zero_shot")) + _of_fewer(view.results.get("n_zero_shot"), n),
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     names = "".join(f"<th>{name}</th>" for name in head)
     note = "<p>Accuracy: greedy answers of the final checkpoint, with Wilson's 95% interval.</p>"
     if shared:
         of_all = "Not at their defaults" + (", in all runs" if len(views) > 1 else "")
-        note += f'<p class="switches">{of_all}: {_spans(shared)}</p>'
+        note += f'<p class="switches">{of_all}: {switch_spans(shared)}</p>'
     return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
 
 
@@ -203,18 +211,18 @@ def _curves(views: Sequence[RunView]) -> str:
             for field, dash, what in fields:
                 x, y = view.series(field)
                 if x:
-                    lines.append(Line(x, y, _color(i), dash))
+                    lines.append(Line(x, y, color_of(i), dash))
                     shown.add(what)
         if lines:
             legend = [
                 f"{'solid' if dash == '-' else 'dashed'}: {what}" for _, dash, what in fields if what and what in shown
             ]
             chart = line_chart(f"c{number_}", lines, title=title, unit_range=unit_range)
-            cards.append(_card(title, chart, "; ".join(legend)))
+            cards.append(card(title, chart, "; ".join(legend)))
     if not cards:
         return "<p>Nothing is logged yet.</p>"
     runs = (
-        "".join(f"<span>{_chip(_color(i))}{_text(v.title)}</span>" for i, v in enumerate(views))
+        "".join(f"<span>{chip(color_of(i))}{escaped(v.title)}</span>" for i, v in enumerate(views))
         if len(views) > 1
         else ""
     )
@@ -227,7 +235,7 @@ def _reasoning(views: Sequence[RunView]) -> list[str]:
     if not told:
         return []
     students = [(told[0], "_untrained", PALETTE[-1], "untrained")]
-    students += [(view, "", _color(views.index(view)), view.title) for view in told]
+    students += [(view, "", color_of(views.index(view)), view.title) for view in told]
     groups = []
     for name, label in MEASURES.items():
         bars = []
@@ -238,13 +246,13 @@ def _reasoning(views: Sequence[RunView]) -> list[str]:
         if bars:
             groups.append((label.replace(" after ", "\nafter "), bars))
     chart = bar_chart("b0", groups, title="Answers and reasoning")
-    legend = "".join(f"<span>{_chip(color)}{_text(name)}</span>" for *_, color, name in students)
+    legend = "".join(f"<span>{chip(color)}{escaped(name)}</span>" for *_, color, name in students)
     note = (
         "<p>Shares of the test questions, with 95% intervals. Sound: every equation holds, every number comes from the "
         "question or an earlier result, and it ends in the gold answer.</p>"
     )
     figure = f'<figure class="card">{chart}<figcaption class="legend">{legend}</figcaption></figure>'
-    return [_section("Answers and reasoning", f'<div class="grid">{figure}</div>{note}')]
+    return [section("Answers and reasoning", f'<div class="grid">{figure}</div>{note}')]
 
 
 def _costs(outcomes: Sequence[Outcome]) -> list[str]:
@@ -257,13 +265,13 @@ def _costs(outcomes: Sequence[Outcome]) -> list[str]:
             told, minutes = point.accuracy, point.mean_minutes
             low, high = max(told.low, 0.0), min(told.high, 1.0)
             span = (minutes, min(point.minutes), max(point.minutes))
-            spots.append(Spot(span, (told.mean, low, high), _color(i)))
+            spots.append(Spot(span, (told.mean, low, high), color_of(i)))
             runs = f"{len(point.minutes)} run{'s' if len(point.minutes) > 1 else ''}"
             shared = f", {point.parallel} at a time" if point.parallel > 1 else ""
             text = f"{point.label}: {told.mean:.3f} ({low:.3f} to {high:.3f}), {minutes:.3g} min, {runs}{shared}"
-            legend.append(f"<span>{_chip(_color(i))}{_text(text)}</span>")
+            legend.append(f"<span>{chip(color_of(i))}{escaped(text)}</span>")
         svg = scatter_chart(f"a{number_}", spots, title=f"Accuracy against {chart.axis}", x_label=chart.axis)
-        title = _text(f"{chart.title}: {found[0].accuracy.questions} questions, {chart.device}")
+        title = escaped(f"{chart.title}: {found[0].accuracy.questions} questions, {chart.device}")
         cards.append(
             f'<figure class="card"><h3>{title}</h3>{svg}<figcaption '
             f'class="legend">{"".join(legend)}</figcaption></figure>'
@@ -282,7 +290,7 @@ def _costs(outcomes: Sequence[Outcome]) -> list[str]:
     if any(not chart.axis.endswith(OF_STEPS) for chart in charts):
         note += " Minutes are those of the whole run on the wall, all attempts together."
     axes = " and ".join(dict.fromkeys(chart.axis for chart in charts))
-    return [_section(f"Accuracy against {axes}", f'<div class="grid">{"".join(cards)}</div><p>{note}</p>')]
+    return [section(f"Accuracy against {axes}", f'<div class="grid">{"".join(cards)}</div><p>{note}</p>')]
 
 
 def _discriminator(view: RunView) -> str:
@@ -306,7 +314,7 @@ def _densities(view: RunView, index: int) -> str:
     if not stored:
         return (
             "<p>None are stored. The figure of the paper (Fig. 6) is drawn after<br>"
-            f"<code>qcrd-fast score {_text(view.path)} --data FILE --output scores.jsonl --sample-student "
+            f"<code>qcrd-fast score {escaped(view.path)} --data FILE --output scores.jsonl --sample-student "
             f"1.5,2.0</code></p>"
         )
     groups: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -318,7 +326,7 @@ def _densities(view: RunView, index: int) -> str:
         f"d{index}", [(scores, colors[kind]) for kind, scores in found], title="Densities of quality scores"
     )
     legend = "".join(
-        f"<span>{_chip(colors[kind])}{_text(kind)}: n {len(scores)}, mean {sum(scores) / len(scores):.3f}</span>"
+        f"<span>{chip(colors[kind])}{escaped(kind)}: n {len(scores)}, mean {sum(scores) / len(scores):.3f}</span>"
         for kind, scores in found
     )
     rows = [r for r in stored if r["kind"] in KINDS]
@@ -384,9 +392,10 @@ def _samples(view: RunView) -> str:
     if not pairs:
         return "<p>No rationales of the student are stored in this run, or its training data cannot be read here.</p>"
     return note + "".join(
-        f'<article><h3>{_text(question)}</h3><div class="pair">'
+        f'<article><h3>{escaped(question)}</h3><div class="pair">'
         + "".join(
-            f'<div class="card"><h4>{_text(head)}</h4><p class="said">{_text(text)}</p></div>' for head, text in sides
+            f'<div class="card"><h4>{escaped(head)}</h4><p class="said">{escaped(text)}</p></div>'
+            for head, text in sides
         )
         + "</div></article>"
         for question, sides in pairs
@@ -430,10 +439,10 @@ def _answers(view: RunView) -> str:
         return "<p>No predictions are stored.</p>"
     shown = [*wrong[: max(ANSWERS // 2, ANSWERS - len(right))], *right]
     rows = "".join(
-        f"<tr><td>{'right' if p['correct'] else 'wrong'}</td><td>{_text(p.get('gold'))}</td>"
-        f"<td>{_text(p.get('prediction'))}</td><td>{_text(p.get('question', ''))}</td>"
-        f"<td>{_text(p.get('output', ''))}</td>"
-        f"<td>{_text(rationales.get(str(p.get('id')), ''))}</td></tr>"
+        f"<tr><td>{'right' if p['correct'] else 'wrong'}</td><td>{escaped(p.get('gold'))}</td>"
+        f"<td>{escaped(p.get('prediction'))}</td><td>{escaped(p.get('question', ''))}</td>"
+        f"<td>{escaped(p.get('output', ''))}</td>"
+        f"<td>{escaped(rationales.get(str(p.get('id')), ''))}</td></tr>"
         for p in shown[:ANSWERS]
     )
     unread = sum(p.get("prediction") is None for p in wrong)
@@ -441,41 +450,6 @@ def _answers(view: RunView) -> str:
     names = ("", "gold", "read", "question", "output, as it is", "greedy rationale")
     head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
     return f'{count}<div class="wide"><table class="answers"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
-
-
-# ---- pieces ----
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>"
-
-
-def _card(title: str, chart: str, caption: str) -> str:
-    return f'<figure class="card"><h3>{_text(title)}</h3>{chart}<figcaption>{_text(caption)}</figcaption></figure>'
-
-
-def _spans(switches: Sequence[str]) -> str:
-    return " ".join(f"<span>{_text(switch)}</span>" for switch in switches)
-
-
-def _chip(color: str) -> str:
-    return f'<i class="chip" style="background:{color}"></i>'
-
-
-def _color(index: int) -> str:
-    return PALETTE[index % len(PALETTE)]
-
-
-def _share(*values: Any) -> str:
-    """The first that is a number."""
-    return next((f"{value:.3f}" for value in map(number, values) if value is not None), "")
-
-
-def _text(value: Any) -> str:
-    """A value as text of the page, of bounded length; nothing in it can be markup."""
-    text = "" if value is None else str(value)
-    text = text if len(text) <= LONGEST else text[:LONGEST] + " …"
-    return escape("".join(c if c.isprintable() or c in KEPT or category(c) == "Zs" else "\ufffd" for c in text))
 
 
 STYLE = """

@@ -130,6 +130,7 @@ class Objective:
 
     def label_losses(self, prompts: Sequence[TokenIds], labels: Sequence[TokenIds]) -> list[float]:
         """-log p of each label given its prompt [nats], without gradient, in eval mode."""
+        self.audit = None  # of the step before, which is over
         with torch.no_grad(), eval_mode(self.student.model):
             logprob_T = self.score(list(prompts), list(labels), list(range(len(labels))), Counter())[1]
         return [-float(part.sum()) for part in logprob_T.double().cpu().split([len(label) for label in labels])]

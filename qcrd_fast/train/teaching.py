@@ -89,11 +89,14 @@ class Teaching:
 
 
 class ModelTeaching(Teaching):
-    """A local model, which reads each question as it reads any: with its own prompt, and `context` before the
-    question."""
+    """A local model, which reads each question as it reads any: with its own prompt, and `context` before the question.
 
-    def __init__(self, model: LocalTeacher, config: TrainConfig, context: bool = False):
+    rows: of the student's head; the teacher's may be padded further.
+    """
+
+    def __init__(self, model: LocalTeacher, config: TrainConfig, rows: int | None = None, context: bool = False):
         self.model, self.config, self.context = model, config, context
+        self.rows = rows or len(model.head.weight)
         self.weights = model.model.model
         self._sources: dict[tuple[str, str], TokenIds] = {}
 
@@ -123,7 +126,7 @@ class ModelTeaching(Teaching):
 
     def top(self, asked: Sequence[Asked]) -> Covered:
         _, found = self.model.top(*self._laid_out(asked), self.config.top_logprobs, self.config.kd_temperature)
-        return Covered(found, torch.ones(len(found.ids_TK), dtype=torch.bool, device=found.ids_TK.device))
+        return _within(found, self.rows)
 
     def whole(self, asked: Sequence[Asked]) -> Whole:
         return Whole(self.model.hidden(*self._laid_out(asked)).hidden, self.model.head)
@@ -190,11 +193,16 @@ class FileTeaching(Teaching):
         found = [self._find(a) for a in asked]
         ids_TK = torch.cat([f.ids_TK for f in found]).to(self.device)
         logq_TK = torch.cat([f.logprob_TK for f in found]).to(self.device)
-        outside_TK = ids_TK >= self.rows  # rows that pad the teacher's head
-        logq_TK = logq_TK.masked_fill(outside_TK, -torch.inf)
         if self.tau != self.files.temperature:  # known up to a constant, which renormalising takes out
             logq_TK = logq_TK * (self.files.temperature / self.tau)
-        return Covered(TopK(ids_TK.masked_fill(outside_TK, 0), logq_TK), (logq_TK > -torch.inf).any(1))
+        return _within(TopK(ids_TK, logq_TK), self.rows)
+
+
+def _within(top: TopK, rows: int) -> Covered:
+    """Without tokens of rows that the student's head has not: they pad the teacher's, and count as the rest."""
+    outside_TK = top.ids_TK >= rows
+    logq_TK = top.logprob_TK.masked_fill(outside_TK, -torch.inf)
+    return Covered(TopK(top.ids_TK.masked_fill(outside_TK, 0), logq_TK), (logq_TK > -torch.inf).any(1))
 
 
 def make_teaching(
@@ -204,7 +212,7 @@ def make_teaching(
     autocast: Autocast,
     run: Path,
     digest: str,
-    ranks: Comm = SINGLE,
+    comm: Comm = SINGLE,
     resumed: bool = False,
 ) -> Teaching | None:
     """The teaching that `config.method` needs; None for a method without one. Before the student is shared among ranks.
@@ -215,7 +223,7 @@ def make_teaching(
     """
     method = method_of(config)
     if method.reference:
-        known = reference_logprobs(config, student, examples, autocast, run, digest, ranks, resumed)
+        known = reference_logprobs(config, student, examples, autocast, run, digest, comm, resumed)
         return ReferenceTeaching(known, student.device)
     if method.teacher == "self":
         model = Student.load(str(config.student), student.prompts, student.device, config.attn_implementation)
@@ -231,7 +239,8 @@ def make_teaching(
             )
         scorer = ServerScorer(str(config.teacher), config.teacher_model or "", student.tokenizer)
         return ServerTeaching(scorer, student.device)
-    return ModelTeaching(load_teacher(str(config.teacher), student, autocast, config.impl), config)
+    teacher = load_teacher(str(config.teacher), student, autocast, config.impl)
+    return ModelTeaching(teacher, config, len(student.head.weight))
 
 
 def _of_files(config: TrainConfig, student: Student, examples: Sequence[Example]) -> FileTeaching:
@@ -267,7 +276,7 @@ def reference_logprobs(
     autocast: Autocast,
     run: Path,
     digest: str,
-    ranks: Comm,
+    comm: Comm,
     resumed: bool,
 ) -> dict[str, list[list[float]]]:
     """{question id: log p of each token of each minority rationale} under the initial student, kept in the run
@@ -283,7 +292,7 @@ def reference_logprobs(
             pass
         return None
 
-    if resumed and (known := ranks.on_rank0(read)) is not None:
+    if resumed and (known := comm.on_rank0(read)) is not None:
         return dict(known)
     source = student
     if resumed:
@@ -292,7 +301,7 @@ def reference_logprobs(
     asked = [e for e in examples if e.minority]
     if not asked:
         log.warning("--method npo: no question has a minority rationale to push away, so this is sft-all")
-    own = list(ranks.shard(asked))
+    own = list(comm.shard(asked))
     found: list[list[list[float]]] = []
     source.model.eval()
     for at in range(0, len(own), REFERENCE_BATCH):
@@ -302,8 +311,8 @@ def reference_logprobs(
         scored = iter(_logprobs(source, [e.explain for e in some], targets, source_of, autocast, config.impl))
         found += [[next(scored) for _ in e.minority] for e in some]
     source.model.train(training)
-    known = dict(zip((e.id for e in asked), ranks.gather_in_order(found), strict=True))
-    ranks.on_rank0(lambda: write_json(path, {**begun, "logprobs": known}))
+    known = dict(zip((e.id for e in asked), comm.gather_in_order(found), strict=True))
+    comm.on_rank0(lambda: write_json(path, {**begun, "logprobs": known}))
     return known
 
 

@@ -4,16 +4,22 @@ that share a multiprocessor, instructions. `python -m bench.sass` prints the tab
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 import pytest
 
-from bench.sass import GPUS, missing_tools, rows_of
+from bench.sass import GPUS, VARIANTS, compile_small, describe, missing_tools, rows_of
 from csrc_triton.product import gluon_obstacle
 
 MATRIX = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of a program, at most
 SPILLS = {"keeps the exponentials, bias": 96}  # bytes, on sm_90, where two programs are worth more
+MATRIX_KERNELS = (
+    *("forward_kernel", "resident_kernel", "dlogits_kernel", "resident_da_kernel", "product_kernel"),
+    *("kl_kernel", "kl_da_kernel", "mixture_kernel"),
+)
+SLOW = ("KL, every option, ragged H and V", "KL, mixture, every option, ragged H and V", "KL, 32 rows", "KL, fp32")
 QUICK = ("plain", "plain, 32 rows", "keeps the exponentials", "noise, no top-k")
 # instructions of a plain forward tile beside its products
 TILE = {80: 490, 86: 490, 89: 490, 90: 470, 100: 260, 120: 520}
@@ -27,8 +33,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """All that is launched on an H100, and the most used on the others."""
-    return [row for capability in GPUS for row in rows_of(capability, names=None if capability == 90 else QUICK)]
+    """Most of what is launched on an H100, and the most used on the others."""
+    hopper = [variant.name for variant in VARIANTS if variant.name not in SLOW]
+    rows = [row for capability in GPUS for row in rows_of(capability, names=hopper if capability == 90 else QUICK)]
+    return rows + [describe("small", launch) for launch in compile_small(90)]
 
 
 def check(rows: list[Row]) -> None:
@@ -36,13 +44,11 @@ def check(rows: list[Row]) -> None:
         capability = row["capability"]
         assert row["shared"] <= SHARED_KIB[capability] * 1024, row
         assert row["spills"] <= (SPILLS.get(row["variant"], 0) if capability == 90 else 0), row
-        if row["kernel"] in ("forward_kernel", "resident_kernel", "dlogits_kernel", "product_kernel") and not row[
-            "variant"
-        ].endswith("fp32"):
+        if row["kernel"] in MATRIX_KERNELS and not row["variant"].endswith("fp32"):
             assert row["matrix"] == (MATRIX[capability],), row
         if row["kernel"] in ("forward_kernel", "resident_kernel"):
             assert row["programs"] == row["counted"], row
-        if row["kernel"] == "product_kernel":
+        if row["kernel"] in ("product_kernel", "kl_kernel", "mixture_kernel"):
             assert row["programs"] >= row["counted"], row
 
 
@@ -80,13 +86,13 @@ def test_wide_heads_take_the_copy_engine(rows: list[Row]) -> None:
 def test_hidden_states_stay_in_shared_memory(rows: list[Row]) -> None:
     """One program, nearly all of shared memory; 168 registers a thread at its start are all of a multiprocessor's for
     384."""
-    resident = [row for row in rows if row["kernel"] == "resident_kernel"]
-    assert len(resident) == 5
+    resident = [row for row in rows if row["kernel"].startswith("resident_")]
+    assert Counter(row["kernel"] for row in resident) == {"resident_kernel": 5, "resident_da_kernel": 2}
     for row in resident:
         assert row["copy_engine"] and row["programs"] == 1 and row["registers"] == 168 and row["threads"] == 384, row
         assert row["shared"] >= 224 * 1024 and row["spills"] == 0 and row["step"].get("spill", 0) == 0, row
-        assert row["step"]["mma"] in (2, 4) and sum(row["step"].values()) <= 60 and row["tile"]["mufu"] == 66, row
-        if "," not in row["variant"]:
+        assert row["step"]["mma"] in (2, 4) and sum(row["step"].values()) <= 60 and row["tile"]["mufu"] in (64, 66), row
+        if row["kernel"] == "resident_kernel" and "," not in row["variant"]:
             assert sum(row["tile"].values()) <= 345, row
 
 
