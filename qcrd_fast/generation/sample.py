@@ -1,4 +1,4 @@
-"""Sampling from a student with random numbers that belong to (seed, question, index, iteration, position).
+"""Sample from a student; random numbers are keyed by (seed, question, index, iteration, position).
 
 The noise of a token never depends on the batch it was drawn in, on the order of the questions or on earlier draws
 (`ops.philox`). A token is drawn by the Gumbel-max rule, argmax of logits / temperature + Gumbel noise, which is a draw
@@ -57,8 +57,10 @@ def make_sampler(
     autocast: Autocast | None = None,
     static: bool | None = None,
 ) -> Sampler | GenerateSampler:
-    """A sampler for prompts of at most `longest` tokens, at most `most` of them at once. Raises `InputError` where
-    `settings.impl` cannot run."""
+    """Return a sampler for prompts of at most `longest` tokens, at most `most` of them at once.
+
+    Raises `InputError` if `settings.impl` cannot run.
+    """
     require_impl(settings.impl, student.device)
     style = _style(student, longest + settings.max_new_tokens)
     if style is None:
