@@ -1,4 +1,4 @@
-"""What a student reads and writes: the prompts of its tasks, and the tokens of prompts and targets."""
+"""Prompts of the student's tasks, and tokenization of prompts and targets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TEXT_FILE = re.compile(r"\S+\.(txt|md|jinja2?)")  # a name of a file, and no sy
 
 @dataclasses.dataclass(frozen=True)
 class PromptSettings:
-    """What turns a question into a student's input; saved with every checkpoint, since whoever serves it needs it."""
+    """Settings that turn a question into a prompt. Saved with every checkpoint, for serving."""
 
     template: str = "raw"  # raw, chat, or a text containing {prompt}
     max_source_length: int = 1024
@@ -49,8 +49,7 @@ class PromptSettings:
 
     @classmethod
     def of_state(cls, saved: Mapping[str, Any]) -> PromptSettings:
-        """What a `state.json` holds under `prompt`. One without a version is older: 1, unless it knows of system
-        prompts."""
+        """Read the settings in a `state.json`. Without a version: 1, unless it has system prompts."""
         unsaid: dict[str, Any] = {"version": 2 if "system" in saved else 1}
         return cls(**unsaid | dict(saved))
 
@@ -58,8 +57,11 @@ class PromptSettings:
     def from_option(
         cls, value: str, max_source_length: int, max_target_length: int, system: str | None = None
     ) -> PromptSettings:
-        """Read `--prompt-template raw|chat|FILE` and `--system-prompt TEXT|FILE`. Raises `InputError` for a missing
-        file, one without {prompt} or one that is not UTF-8, and for a system prompt without the chat template."""
+        """Read `--prompt-template raw|chat|FILE` and `--system-prompt TEXT|FILE`.
+
+        Raises `InputError` for a missing file, one without {prompt} or not UTF-8, and for a system prompt without the
+        chat template.
+        """
         if value not in ("raw", "chat"):
             path = Path(value)
             if not os.path.isfile(path):
@@ -92,7 +94,7 @@ class Lengths(NamedTuple):
 
 
 class Prompter:
-    """A tokenizer and a prompt template: text to tokens, for encoder-decoders (T5) and decoder-only models.
+    """Tokenizer and prompt template: text to tokens, for encoder-decoders (T5) and decoder-only models.
 
     Raises `InputError` when the tokenizer has no end-of-sequence token, no chat template where one is asked for, or one
     that leaves the system prompt out.
@@ -143,8 +145,9 @@ class Prompter:
         return "{%- macro strftime_now(form) -%}{{- {" + dates + "}[form] -}}{%- endmacro -%}{{- '' }}" + own
 
     def source_ids(self, prefix: str, question: str) -> TokenIds:
-        """Tokens of a task's input. A text over the maximum length loses its beginning, which is the context, or else
-        the story before the question; the template, the prefix and the question at its end stay.
+        """Return a task's prompt tokens.
+
+        A long text loses its beginning (the context); template, prefix and the question at the end stay.
 
         Raises `InputError` where a decoder would have nothing to go on from.
         """
@@ -175,15 +178,17 @@ class Prompter:
 
     @property
     def form(self) -> str:
-        """The text around `{prompt}` of a template that is not the tokenizer's own; it is tokenised with the prompt, as
-        one text, so that whoever serves the student sends the same tokens."""
+        """Return the text around `{prompt}` of a custom template.
+
+        It is tokenized together with the prompt, so that servers send the same tokens.
+        """
         if self.prompts.template != "raw":
             return self.prompts.template
         return "{prompt}" if self.is_encoder_decoder else "{prompt}\n"
 
     @property
     def newline_apart(self) -> bool:
-        """Whether the newline after a raw prompt is tokenised by itself, not with the prompt."""
+        """Return whether the newline after a raw prompt is a token of its own."""
         return self.prompts.version == 1 and self.prompts.template == "raw" and not self.is_encoder_decoder
 
     @property
@@ -221,8 +226,7 @@ class Prompter:
 
 
 def special_texts(tokenizer: Any) -> list[str]:
-    """How the special tokens of a tokenizer are spelled, longest first: a text that holds one would be read as that
-    token."""
+    """Return the texts of a tokenizer's special tokens, longest first. A text that contains one would be read as it."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     found = {token.content for token in added if token.special} | set(getattr(tokenizer, "all_special_tokens", []))
     return sorted((text for text in found if len(text) > 1), key=lambda text: (-len(text), text))

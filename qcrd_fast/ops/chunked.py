@@ -1,5 +1,4 @@
-"""The vectorised torch twins of the ops, which `--impl torch` runs: a chunk of the vocabulary at a time, gradients
-written out.
+"""Vectorised torch implementation of the ops (`--impl torch`): chunks of the vocabulary, explicit gradients.
 
 Shape suffixes: T tokens, H hidden, V vocabulary, C chunk of the vocabulary, R rationales, S rows with a gradient, B
 rows, K entries kept by top-k.
@@ -32,8 +31,7 @@ def chunked_forward(
     want_sum_p2: bool = False,
     kept_bytes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `linear_logprob_eager`, one chunk of the vocabulary at a time with an online log-sum-exp. What is unwanted is
-    [0].
+    """`linear_logprob_eager` over chunks of the vocabulary with an online log-sum-exp. Unwanted outputs are [0].
 
     The last two: [T] with the entropy, what rounding left of the log-sum-exp, which the entropy's gradient needs; and
     the logits of the first chunks, as many as `kept_bytes` hold, [T, C] of each chunk in turn, for `chunked_backward`.
@@ -91,7 +89,7 @@ def chunked_backward(
     rows_S: Tensor | None = None,
     num_rows: int = 0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dHidden [S, H] fp32, dWeight [V, H], dBias [V]) of the rows given; None where `needs` says no.
+    """Return (dHidden [S, H] fp32, dWeight [V, H], dBias [V]) of the given rows; None where `needs` is False.
 
     `coefficients` (onehot_S, prob_S, problog_S) make the gradient of a row's logits z:
     onehot * [j = target] + p_j * (prob + problog * log p_j), which covers log p, log-sum-exp and entropy.
@@ -151,7 +149,7 @@ def chunked_backward(
 
 
 def kept_columns(V: int, T: int, dtype: torch.dtype, kept_bytes: int) -> int:
-    """Columns of the first whole chunks whose logits for T rows take at most `kept_bytes`."""
+    """Return the number of columns in the first whole chunks whose logits for T rows fit `kept_bytes`."""
     return max((stop for _, stop in chunks(V, T) if T * stop * dtype.itemsize <= kept_bytes), default=0)
 
 
@@ -198,7 +196,7 @@ def local_target(target_T: Tensor, start: int, stop: int) -> tuple[Tensor, Tenso
 
 
 def operand(x: Tensor) -> Tensor:
-    """`x` ready for `matmul`: half types stay on a GPU and are widened elsewhere, where their product would be
+    """Convert `x` for `matmul`: half types stay on a GPU and are widened elsewhere, where the product would be
     rounded."""
     return x if x.is_cuda else accumulable(x)
 
@@ -222,7 +220,7 @@ def contrastive_torch(
     delta: float,
     num_questions: Tensor,
 ) -> Contrast:
-    """As `contrastive_eager`, vectorised and without autograd. `score_R`: who wins where a class is sampled."""
+    """`contrastive_eager`, vectorised and without autograd. `score_R` decides sampled selections."""
     R, dtype = len(question_R), logprob_T.dtype
     nll_R, count_R = rationale_mean(logprob_T, rationale_T, valid_T, R)
     # One group for each question and class. Numbering by first appearance needs no host sync for the number of
@@ -277,8 +275,7 @@ def contrastive_torch(
 
 
 def hinge_terms(nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, delta: float | None) -> tuple[Tensor, Tensor]:
-    """(w l of a positive, w h(l) of a negative; w, which is 0 where the hinge is inactive), each [R]. Differentiable in
-    l.
+    """Return w l of positives and w h(l) of negatives, and w (0 for an inactive hinge), each [R]. Differentiable in l.
 
     Eq. 7: h(u) = min(u - delta, 0), or h(u) = u where `delta` is None. What weighs nothing adds nothing, not even a
     NaN.
@@ -291,8 +288,7 @@ def hinge_terms(nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, delta: floa
 
 
 def rationale_mean(logprob_T: Tensor, rationale_T: Tensor, valid_T: Tensor | None, R: int) -> tuple[Tensor, Tensor]:
-    """(mean -log p [R], tokens [R] int64) over valid tokens, 0 where there are none. Differentiable; sums in
-    float64."""
+    """Return mean -log p [R] and number [R] int64 of valid tokens; 0 without any. Differentiable; sums in float64."""
     valid_T = torch.ones_like(rationale_T, dtype=torch.bool) if valid_T is None else valid_T
     count_R = torch.zeros(R, dtype=torch.int64, device=logprob_T.device).scatter_add(0, rationale_T, valid_T.long())
     sums_R = torch.zeros(R, dtype=torch.float64, device=logprob_T.device)
@@ -325,7 +321,7 @@ def backward_kept(
     options: HeadOptions,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dHidden, dWeight, dBias), None where `needs` says no, from d loss / d log p [T] (0 where ignored)."""
+    """Return (dHidden, dWeight, dBias), None where `needs` is False, from d loss / d log p [T] (0 where ignored)."""
     head = (hidden_TH, weight_VH, target_T, bias_V, lse_T)
     return chunked_backward(*head, (dlogprob_T, -dlogprob_T, None), options, needs, kept)
 

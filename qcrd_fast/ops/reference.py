@@ -1,5 +1,4 @@
-"""The loss in plain torch with full logits, Python loops and autograd: the oracle that the other implementations are
-held to.
+"""The oracle: the loss in plain torch with full logits, Python loops and autograd.
 
 Shape suffixes: T tokens, H hidden, V vocabulary, R rationales. Equation numbers: arXiv 2405.13014.
 """
@@ -15,7 +14,7 @@ from qcrd_fast.ops.selection import SELECTIONS, SOFTMIN_TEMPERATURE, sampling_sc
 
 
 class HeadOptions(NamedTuple):
-    """How hidden states become logits: `softcap * tanh(a / softcap) / temperature`, `a = scale * h W^T + bias`."""
+    """Options of the head: logits = `softcap * tanh(a / softcap) / temperature`, `a = scale * h W^T + bias`."""
 
     scale: float = 1.0
     softcap: float = 0.0  # 0: none
@@ -23,8 +22,7 @@ class HeadOptions(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """What the contrastive ops return. `weight_R` includes quality, the scheme's normalisation, 1/N and the hinge's
-    gate."""
+    """Result of the contrastive ops. `weight_R` includes quality, selection, 1/N and the hinge's gate."""
 
     loss_pos: Tensor
     loss_neg: Tensor
@@ -101,7 +99,7 @@ def contrastive_eager(
     seed: int,
     iteration: int,
 ) -> Contrast:
-    """Eq. 3, 6 and 7 question by question, in loops; `loss_pos` and `loss_neg` are differentiated by autograd."""
+    """Eq. 3, 6 and 7 question by question in loops; `loss_pos` and `loss_neg` are differentiable."""
     R = len(question_R)
     valid_T = torch.ones_like(rationale_T, dtype=torch.bool) if valid_T is None else valid_T
     tokens = [(rationale_T == r) & valid_T for r in range(R)]
