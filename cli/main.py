@@ -231,7 +231,7 @@ def train(
     qcrd-fast train --data train.jsonl --student NAME_OR_PATH --output-dir runs/one
     qcrd-fast train --config recipes/svamp-smollm2.yaml --methods dss,qcrd --seeds 5
 
-    Several runs: finished ones are skipped and begun ones resumed, so the same command goes on after a stop.
+    Several runs: finished ones are skipped and begun ones resumed, so the same command continues after a stop.
     """
     config = TrainConfig.from_dict(given_train_options(ctx))
     if not config.data:
@@ -292,7 +292,7 @@ def several(
 
     if config.resume not in (None, "auto"):
         raise InputError(
-            f"--resume {config.resume} is for one run; of several, each goes on from its own latest checkpoint"
+            f"--resume {config.resume} is for one run; of several, each continues from its own latest checkpoint"
         )
     for option, one in (("seeds", "seed"), ("methods", "method")):
         if ctx.params[option] and ctx.get_parameter_source(one) is click.core.ParameterSource.COMMANDLINE:

@@ -410,7 +410,7 @@ class TrainConfig:
     run_name: str | None = option(None, "name of the run in TensorBoard, Weights & Biases and its results", group="Run")
     resume: str | None = option(
         None,
-        "auto: continue from the latest whole checkpoint; or a checkpoint folder",
+        "auto: continue from the latest intact checkpoint; or a checkpoint folder",
         aliases=("resume_from_checkpoint",),
         group="Run",
         usual=True,

@@ -151,7 +151,7 @@ def _source(run: str, checkpoint: str | None) -> Path:
     if checkpoint is not None:
         found = next((p for p in (Path(run) / checkpoint, Path(checkpoint)) if (p / MANIFEST).is_file()), None)
         if found is None or found.resolve().parent != Path(run).resolve():
-            raise InputError(f"--checkpoint: {run} has no whole checkpoint {checkpoint!r}")
+            raise InputError(f"--checkpoint: {run} has no intact checkpoint {checkpoint!r}")
         return found
     if not Path(run).is_dir():
         raise InputError(f"{run}: no such run folder")

@@ -72,7 +72,7 @@ def load_discriminator(run: str, device: str = "auto") -> tuple[CrossFitted, Stu
             if settings.get("method") == "qcrd":
                 why = " (it was trained without --quality discriminator)"
             if told.get("refused"):
-                why = f" (it was refused, since its held-out AUC {Check(**told).low_text}; the vote weighed)"
+                why = f" (it was rejected, since its held-out AUC {Check(**told).low_text}; the vote weighed)"
             raise InputError(f"{folder} has no discriminator{why}; --train DIR trains one on --data")
     discriminator = build_judge(config, student.model, student.tokenizer)
     if discriminator is None:

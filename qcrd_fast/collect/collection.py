@@ -240,7 +240,7 @@ class Collection:
             yield
         except OSError as error:
             where = f"{printable(self.settings.output)}: {error.strerror}"
-            raise RunError(f"cannot write {where}; nothing is lost, the same command goes on") from error
+            raise RunError(f"cannot write {where}; nothing is lost, the same command continues") from error
 
     def take(self, request: str | None, question: Question, reply: Reply, texts: list[dict[str, Any]]) -> None:
         """Append a reply's samples to the ledger, and the question's row to the output once it is complete."""

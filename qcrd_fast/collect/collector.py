@@ -156,7 +156,7 @@ def _sample_locally(run: Collection, signals: StopSignals) -> None:
     with Progress(run) as progress:
         for at in range(0, len(todo), s.batch_size):
             if signals.signum:
-                run.stop(Stopped(signals.signum, "the same command goes on"))
+                run.stop(Stopped(signals.signum, "the same command continues"))
                 return
             batch, begun = todo[at : at + s.batch_size], time.monotonic()
             drawn = teacher.sample([(q, run.prompts[q.id], index) for q, index in batch])
@@ -205,7 +205,7 @@ class _Journal:
                 raise Interrupted
             most = run.settings.max_requests
             if most is not None and ledger.totals.requests >= most:
-                run.stop(LimitReached(f"--max-requests {most} is reached; a higher one goes on"))
+                run.stop(LimitReached(f"--max-requests {most} is reached; a higher one continues"))
             elif limit is None or self._affordable(limit, n):
                 break
             elif not ledger.open:
@@ -280,7 +280,7 @@ class _Streak:
         self.run.given_up[question.id] = str(error)
         if self.length >= self.run.settings.max_failures:
             self.run.stop(
-                RunError(f"{self.length} questions in a row failed, the last one: {error}; the same command goes on")
+                RunError(f"{self.length} questions in a row failed, the last one: {error}; the same command continues")
             )
 
     def came(self, question: Question, reply: Reply) -> None:
@@ -346,7 +346,7 @@ async def _watch(
                     run.stop(error)
             now = time.monotonic()
             if signals.signum:
-                run.stop(Stopped(signals.signum, "the same command goes on"))
+                run.stop(Stopped(signals.signum, "the same command continues"))
             if run.why is not None:
                 stopped_at = stopped_at or now
                 for task in tasks:

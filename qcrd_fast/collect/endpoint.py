@@ -338,7 +338,7 @@ class Endpoint:
         try:
             return await asyncio.wait_for(self._transfer(method, path, request, body), limit_s)
         except asyncio.TimeoutError:
-            words = f"no whole reply within {limit_s:.1f} s"
+            words = f"no complete reply within {limit_s:.1f} s"
             raise Failed("timeout", words, charged=True, advice="a higher --timeout may help") from None
         except httpx.TimeoutException as error:
             sent = not isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout)

@@ -218,7 +218,7 @@ class Ledger:
             append_whole(self._file, line)
         except OSError as error:
             raise RunError(
-                f"cannot write {printable(self.path)}: {error.strerror}; run the same command again to go on"
+                f"cannot write {printable(self.path)}: {error.strerror}; run the same command again to continue"
             ) from error
         self._take(record)
 

@@ -250,11 +250,11 @@ def advice_on_money(error: ErrorBody, max_tokens: int) -> str:
     if any(name in error.message for name in (*_LIMITS, "afford")):
         return (
             f"lower --max-tokens ({max_tokens}), which the server counts in full, or add credit; "
-            "the same command goes on"
+            "the same command continues"
         )
     if re.search(r"per[- ]day|daily", error.message, re.IGNORECASE):
-        return "the key has used up what it may ask for in a day; the same command goes on when it may ask again"
-    return "the account of the key has no credit left; the same command goes on when it has"
+        return "the key has used up what it may ask for in a day; the same command continues when it may ask again"
+    return "the account of the key has no credit left; the same command continues when it has"
 
 
 def advice_on_length(error: ErrorBody, max_tokens: int) -> str:

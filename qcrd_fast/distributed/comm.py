@@ -179,7 +179,7 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[Comm]:
         reason = " ".join(str(error).split())[:300]
         raise RunError(
             f"rank {comm.rank}: another of the {size} processes has ended or was silent for --ddp-timeout "
-            f"{timeout_s:g} s ({reason}); whole checkpoints are intact, continue with --resume auto"
+            f"{timeout_s:g} s ({reason}); existing checkpoints are intact, continue with --resume auto"
         ) from error
     _leave()
 

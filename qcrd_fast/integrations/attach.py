@@ -265,7 +265,7 @@ def rationale_forward(
         (rationale[:, 0] == torch.arange(B, device=rationale.device)).all(),
         lambda: f"rationale must number the sequences from 0 to {B - 1}; nn.DataParallel cannot split a batch",
     )
-    require((is_label[1:] >= is_label[:-1]).all(), lambda: "is_label: labels must stand behind all rationales")
+    require((is_label[1:] >= is_label[:-1]).all(), lambda: "is_label: labels must come after all rationales")
     _check_router(self)
     if num_questions is None:
         num_questions = question.max() + 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from qcrd_fast.ops.cpu_products import has_bf16_products, product
 from qcrd_fast.ops.philox import gumbel
 from qcrd_fast.ops.reference import Contrast, HeadOptions, accumulable, accumulation_dtype
-from qcrd_fast.ops.selection import SELECTIONS, SOFTMIN_TEMPERATURE
+from qcrd_fast.ops.selection import SELECTIONS, SOFTMIN_TEMPERATURE, Selection
 
 CHUNK_BYTES = 8 * 2**20  # largest block of logits that the chunked twin holds; what stays in a cache is fastest
 MIN_CHUNK = 64  # vocabulary rows, however many tokens there are
@@ -242,9 +242,13 @@ def contrastive_torch(
         candidate_R = candidate_R & (positive_R | ~(nll_R >= delta))
     s_R = torch.ones_like(nll_R) if quality_R is None else pick(quality_R.to(dtype), 1 - quality_R.to(dtype))
 
-    # Selection: the largest score of the group, ties to the lowest index.
-    scores = {"min": -nll_R, "softmin": -nll_R, "sampling": nll_R if score_R is None else score_R.to(dtype)}
-    rank_R = pick(scores.get(selects[0], nll_R), scores.get(selects[1], nll_R))
+    # Selection: the largest rank of the group, ties to the lowest index.
+    positive, negative = SELECTIONS[selects[0]], SELECTIONS[selects[1]]
+
+    def rank(selection: Selection) -> Tensor:
+        return score_R.to(dtype) if selection.random and score_R is not None else selection.order * nll_R
+
+    rank_R = pick(rank(positive), rank(negative))
     rank_R = torch.where(rank_R.isnan(), torch.inf, rank_R)  # a NaN must reach the loss
     best_R = torch.full((2 * R,), -torch.inf, dtype=dtype, device=nll_R.device)
     best_R = best_R.scatter_reduce(0, group_R, rank_R.where(candidate_R, -torch.inf), "amax")
@@ -257,15 +261,18 @@ def contrastive_torch(
     zeros = torch.zeros(2 * R, dtype=torch.float64, device=nll_R.device)
     in_R = s_R.where(candidate_R, 0)
 
-    def per_question(in_R: Tensor, total_R: Tensor) -> Tensor:
+    def weights(selection: Selection) -> Tensor:
+        if selection.single:
+            return chosen_R
+        part_R = in_R
+        if selection.soft:
+            gap_R = (selection.order * nll_R - best_R[group_R]) / SOFTMIN_TEMPERATURE
+            part_R = in_R * torch.exp(gap_R.where(candidate_R, 0))
+        total_R = part_R if selection.by_quality else candidate_R
         total_R = zeros.scatter_add(0, group_R, total_R.double())[group_R].to(dtype)
-        return torch.where(total_R == 0, 0, in_R / total_R)
+        return torch.where(total_R == 0, 0, part_R / total_R)
 
-    weights = {"mean": per_question(in_R, candidate_R), "wmean": per_question(in_R, in_R)}
-    if "softmin" in selects:
-        soft_R = in_R * torch.exp(((-nll_R - best_R[group_R]) / SOFTMIN_TEMPERATURE).where(candidate_R, 0))
-        weights["softmin"] = per_question(soft_R, soft_R)
-    weight_R = pick(weights.get(selects[0], chosen_R), weights.get(selects[1], chosen_R)) / num_questions
+    weight_R = pick(weights(positive), weights(negative)) / num_questions
 
     term_R, weight_R = hinge_terms(nll_R, positive_R, weight_R, delta)
     loss_pos = term_R.where(positive_R, 0).sum()  # Eq. 6

@@ -38,7 +38,14 @@ def contrastive(
     score_R = None
     if any(selection.SELECTIONS[select].random for select in selects):
         score_R = selection.sampling_scores(seed, key_R, iteration, question_R, positive_R)
-    return Contrast(*_contrastive(*segments, score_R, *selects, delta, num_questions, chosen == "triton"))
+    triton = chosen == "triton" and _has_kernel(selects)
+    return Contrast(*_contrastive(*segments, score_R, *selects, delta, num_questions, triton))
+
+
+def _has_kernel(selects: tuple[str, str]) -> bool:
+    from csrc_triton.contrastive import SELECTIONS
+
+    return all(select in SELECTIONS for select in selects)
 
 
 @torch.library.custom_op("qcrd_fast::contrastive", mutates_args=())

@@ -124,8 +124,8 @@ def contrastive_eager(
             else:
                 s = {r: quality[r] if is_positive else 1 - quality[r] for r in candidates}
             if select.soft:  # weights are constants, and the same whatever is taken off every nll
-                least = min(nll[r].detach() for r in candidates)
-                s = {r: w * torch.exp((least - nll[r].detach()) / SOFTMIN_TEMPERATURE) for r, w in s.items()}
+                rank = {r: select.order * nll[r].detach() for r in candidates}
+                s = {r: w * torch.exp((rank[r] - max(rank.values())) / SOFTMIN_TEMPERATURE) for r, w in s.items()}
             if not select.single:
                 total = sum(s.values()) if select.by_quality else zero + len(candidates)
                 chosen = {r: s[r] / total if total != 0 else zero for r in candidates}

@@ -1,7 +1,9 @@
 """The table of selections (Table 5 of the paper) and their properties. Names and schemes are in `config`.
 
-A new selection is a row of `SELECTIONS`, its weights in `reference.contrastive_eager` and `chunked.contrastive_torch`,
-and a branch of `csrc_triton.contrastive`. Shape suffix: R rationales.
+A new selection is a name in `config` and a row of `SELECTIONS`: the oracle and the torch implementation read its
+properties. `csrc_triton.contrastive` has the selections of its `SELECTIONS`; others run in torch on a GPU too.
+
+Shape suffix: R rationales.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ class Selection(NamedTuple):
     active_only: bool = False  # candidates are negatives inside the margin
     random: bool = False  # the largest keyed hash wins
     by_quality: bool = False  # the mean is weighted by quality
-    soft: bool = False  # and by exp(-l / SOFTMIN_TEMPERATURE): the likelier, the more
+    soft: bool = False  # and by exp(order * l / SOFTMIN_TEMPERATURE)
 
 
 SELECTIONS = {

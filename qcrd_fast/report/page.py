@@ -261,7 +261,7 @@ def _discriminator(view: RunView) -> str:
         return ""
     text = f"held-out AUC {value[-1]:.3f}, lower bound {low[-1]:.3f}" if value and low else "held-out AUC unknown"
     judged = (
-        f"refused (the lower bound must reach {least:g}); the vote weighs the rationales instead"
+        f"rejected (the lower bound must reach {least:g}); the vote weighs the rationales instead"
         if refused
         else "in use"
     )

@@ -125,7 +125,7 @@ def append_row(path: Path, found: dict[str, Any]) -> bool:
         whole = held.rfind(b"\n") + 1
         tail = held[whole:]
         if tail and _parse(COLUMNS, tail) is None and _fields(tail) != list(COLUMNS):
-            log.warning("%s: cut off what was left of a row behind the last whole one", path)
+            log.warning("%s: truncated after the last intact row", path)
             os.ftruncate(descriptor, whole)
             held, tail = held[:whole], b""
         same = [*KEY, "accuracy", "questions", "correct", "device"]

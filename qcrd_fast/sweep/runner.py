@@ -168,7 +168,7 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
                         failed.append(job.name)
                         log.error("%s failed (exit %d): %s", job.name, process.returncode, _last_line(job))
                         if codes == [InputError.exit_code] * 3 and todo:
-                            log.error("the first three runs were refused; the other %d are not tried", len(todo))
+                            log.error("the first three runs were rejected; the other %d are skipped", len(todo))
                             todo = []
                 time.sleep(0.05)
         finally:
@@ -176,7 +176,7 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
                 process.kill()
                 process.wait()
     if stop.signum:
-        raise Stopped(stop.signum, "the same command goes on from here")
+        raise Stopped(stop.signum, "the same command continues from here")
     if failed:
         raise RunError(
             f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; the same command tries them again"
@@ -202,7 +202,7 @@ def _log_of(job: Job) -> Path:
 def _last_line(job: Job) -> str:
     with contextlib.suppress(OSError):
         lines = _log_of(job).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "no output"
     return "no log"
 
 

@@ -168,10 +168,12 @@ class Audits:
         said = f"step {step + 1}: --impl {self.impl} failed its audit: {', '.join(errors)}, {used:.3g} times the budget"
         forced = os.environ.get("QCRD_FAST_IMPL")
         if self.impl == "torch":
-            raise RunError(f"{said}; that is plain torch: this machine computes wrongly. Whole checkpoints are intact")
+            raise RunError(
+                f"{said}; that is plain torch: this machine computes wrongly. Existing checkpoints are intact"
+            )
         if self.on_failure == "stop":
             raise RunError(
-                f"{said}. Whole checkpoints are intact: continue with --resume auto and QCRD_FAST_IMPL=torch"
+                f"{said}. Existing checkpoints are intact: continue with --resume auto and QCRD_FAST_IMPL=torch"
             )
         if forced:
             raise RunError(

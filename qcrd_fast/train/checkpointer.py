@@ -68,7 +68,7 @@ def resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | No
     else:
         resume_from = checkpoints.latest_checkpoint(run, resume=True)
         if resume_from is None and checkpoints.checkpoints(run):
-            raise RunError(f"{run}: no whole checkpoint is left to resume from")
+            raise RunError(f"{run}: no intact checkpoint is left to resume from")
     if resume_from is None:
         return None
     state = checkpoints.read_state(resume_from)

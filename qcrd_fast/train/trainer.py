@@ -163,7 +163,7 @@ def _train(
             return trainer.finish()
     except OSError as error:
         room = disk_space_text(run.path, checkpointer.checkpoint_bytes(student, trainer.discriminator_trainer))
-        raise RunError(f"{run.path}: {error} (the next checkpoint: {room}); whole checkpoints are intact") from error
+        raise RunError(f"{run.path}: {error} (the next checkpoint: {room}); existing checkpoints are intact") from error
 
 
 def _plan(config: TrainConfig, data: Data, schedule: Schedule, student: Student) -> dict[str, Any]:
@@ -361,7 +361,7 @@ class Trainer:
         ids = [self.examples[i].id for i in questions]
         if self.discriminator_trainer and counts["weighed"] and not counts["weight"]:
             raise RunError(
-                f"step {step + 1}: the discriminator weighs every rationale with 0; questions {', '.join(ids)}"
+                f"step {step + 1}: the discriminator assigns weight 0 to every rationale; questions {', '.join(ids)}"
             )
         losses = dict(zip(losses, self.comm.sum(torch.stack(list(losses.values()))), strict=True))
         norm = unshard(
@@ -496,7 +496,7 @@ class Trainer:
         log.info("discriminator, %s: %s", when, self.check.text)
         if self.check.refused:
             log.warning(
-                "discriminator, %s: refused, since its held-out AUC %s (--discriminator-min-auc %g); the vote weighs "
+                "discriminator, %s: rejected, since its held-out AUC %s (--discriminator-min-auc %g); the vote weighs "
                 "the rationales instead, as with --quality vote",
                 when, self.check.low_text, self.config.effective("discriminator_min_auc"),
             )  # fmt: skip
@@ -554,7 +554,7 @@ class Trainer:
         if self.audits.restore(state.get("failed_impl")):
             self._fall_back()
         if not self.log.path.exists():
-            log.warning("%s is gone; it begins anew", self.log.path)
+            log.warning("%s is missing; starting a new one", self.log.path)
         self.truncate_after(self.step)
         log.info("resuming from %s", resume_from)
 
