@@ -107,8 +107,10 @@ def option(
     group: str = "Training",
     usual: bool = False,
 ) -> Any:
-    """A dataclass field that carries what the command line and the checks need to know of it. `--help` lists the
-    `usual` ones, `--help-all` every one."""
+    """Return a dataclass field with what the command line and the checks need.
+
+    `--help` lists the `usual` ones, `--help-all` every one.
+    """
     metadata = dict(
         help=help, choices=choices, low=low, high=high, open_low=open_low, aliases=aliases, group=group, usual=usual
     )
@@ -468,7 +470,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "options") -> TrainConfig:
-        """A config from option names (dashes or underscores, aliases allowed). Unknown names raise `InputError`."""
+        """Build a config from option names (dashes or underscores, aliases). Unknown names raise `InputError`."""
         known = option_names()
         resolved: dict[str, Any] = {}
         for key, value in values.items():
@@ -510,7 +512,7 @@ class TrainConfig:
         return DEFAULTS | ({} if self.method == "qcrd" else {"negative_source": "minority"})  # which redi takes
 
     def _default_quality(self) -> dict[str, str]:
-        """What weighs where `--quality` is not given: options by name."""
+        """Return the quality options for a run without `--quality`."""
         if self.discriminator == "none":
             return {"quality": "none"}
         if self.paper or self.discriminator != "auto":
@@ -570,7 +572,7 @@ class TrainConfig:
 
     @property
     def qualities(self) -> tuple[str, str]:
-        """What weighs (positives, negatives), after the defaults and for the method: a name of `QUALITIES` each."""
+        """The judges of (positives, negatives) after defaults and method, each a name of `QUALITIES`."""
         if self.method == "sft-all":
             return self.positive_quality or "none", "none"
         if self.method != "qcrd":
@@ -597,7 +599,7 @@ def option_names() -> dict[str, str]:
 
 
 def nearest(name: str, known: Any) -> str:
-    """ "; did you mean 'x'?" for the closest known name, what an option of other tools is here, or an empty string."""
+    """Return "; did you mean 'x'?" for the closest name, a hint for an option of another tool, or ""."""
     if told := ELSEWHERE.get(name.strip("-").replace("-", "_")):
         return f"; {told}"
     close = difflib.get_close_matches(name.strip("-").replace("-", "_"), list(known), n=1, cutoff=0.5)
@@ -624,7 +626,7 @@ def options_markdown() -> str:
 
 
 def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
-    """`value` in the field's type, or `InputError` with the option, what was expected and what came."""
+    """Convert `value` to the field's type. Raises `InputError` with option, expectation and value."""
     flag, meta = "--" + field.name.replace("_", "-"), field.metadata
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None:
