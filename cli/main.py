@@ -44,8 +44,7 @@ from .outputs import check_file, export, report, score
 
 
 def entry(args: list[str] | None = None) -> int:
-    """The console command; returns the exit code: 0, 1 failed, 2 usage or data, 75 resumable, 130 SIGINT, 143
-    SIGTERM."""
+    """Console command. Returns 0, 1 (failed), 2 (usage or data), 75 (resumable), 130 (SIGINT), 143 (SIGTERM)."""
     return console.run(lambda: cli.main(args, prog_name="qcrd-fast", standalone_mode=False))
 
 
@@ -269,7 +268,7 @@ def train(
 
 
 def _results_text(results: dict[str, Any], config: TrainConfig) -> str:
-    """The figures of a run that is done, and what can be done with it."""
+    """Format the results of a finished run, and the next commands."""
     from qcrd_fast.train.run_text import summary_text
 
     return f"{console.lines(results)}\n\n{summary_text(results, config)}"
@@ -285,8 +284,7 @@ def several(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """`train` with --seeds or --methods: runs them, and prints a line each and the methods' accuracies with
-    intervals."""
+    """Run `train` with --seeds or --methods; print a line a run and accuracies with intervals."""
     from qcrd_fast.sweep import runner as library
     from qcrd_fast.sweep.results_csv import as_text, check_csv
 

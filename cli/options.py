@@ -1,5 +1,4 @@
-"""Options of the command line: `train`'s come from `TrainConfig`; every verb reads `--config FILE.yaml` and suggests
-names."""
+"""Command-line options: `train`'s from `TrainConfig`; `--config FILE.yaml` and name suggestions for every verb."""
 
 from __future__ import annotations
 
@@ -114,7 +113,7 @@ class TrainOption(click.Option):
         self.group, self.usual = meta["group"], meta["usual"]
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Without `--help-all` the name, a shorter alias and the default; choices are in the text, which is wrapped."""
+        """Show name, a shorter alias and the default without `--help-all`; the text has the choices."""
         record = super().get_help_record(ctx)
         if record is None or ctx.meta.get(_HELP_ALL) or not self.usual:
             return record
@@ -164,8 +163,7 @@ def _type(kind: type, meta: Any, can_be_none: bool) -> click.ParamType:
 def train_options(
     defaults: Mapping[str, Any] | None = None, hidden: Sequence[str] = (), only: Sequence[str] | None = None
 ) -> Callable[[Any], Any]:
-    """Decorator: every field of `TrainConfig`, or `only` these, as an option; `defaults` are shown instead of their
-    own."""
+    """Decorator: the fields of `TrainConfig`, or `only` these, as options; `defaults` replace those shown."""
     hints = typing.get_type_hints(TrainConfig)
 
     def decorate(command: Any) -> Any:
@@ -179,7 +177,7 @@ def train_options(
 
 
 def given_train_options(ctx: click.Context) -> dict[str, Any]:
-    """What `--config` and then the command line say of `TrainConfig`'s fields; defaults are left to the config."""
+    """Return the fields of `TrainConfig` set by `--config` or the command line; defaults are left out."""
     values = dict(ctx.meta.get(_CONFIG_KEY, {}))
     for param in ctx.command.params:
         if isinstance(param, TrainOption) and ctx.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE:
@@ -283,7 +281,7 @@ bad_row_option = click.option(
 
 
 def reading_options(command: Any) -> Any:
-    """The options of `prepare` that say how replies are read and shown."""
+    """Options of `prepare` for reading and showing replies."""
     for option in reversed(
         (
             click.option(

@@ -1,4 +1,4 @@
-"""`collect`: K samples of a teacher for each question, so written down that a kill loses only what was in flight.
+"""`collect`: sample a teacher K times a question; a kill loses only requests in flight.
 
 An endpoint is asked by several workers, each with one question at a time, in one event loop; a local model and a file
 of earlier samples are read in turn. No torch here but for a local model.
@@ -30,8 +30,7 @@ TICK_S = 0.05
 
 
 def collect(settings: CollectSettings, *, dry_run: bool = False) -> tuple[dict[str, Any], Exception | None]:
-    """(summary, why it stopped before the end, if it did): `LimitReached`, `Stopped` or `RunError`, for the caller to
-    raise.
+    """Return (summary, reason for an early stop or None: `LimitReached`, `Stopped` or `RunError`, to be raised).
 
     A dry run sends and writes nothing; its summary has one prompt, the request that would be sent and the prediction.
 
@@ -96,7 +95,7 @@ def _dry_run(run: Collection) -> dict[str, Any]:
 
 
 def _begin(run: Collection, api: str) -> bool:
-    """Write the start down and say what is to come; False where nothing is."""
+    """Record the start and log the plan; return False if nothing is missing."""
     s = run.settings
     settings = {"model": run.model, "api": api, "temperature": s.temperature, "max_tokens": s.max_tokens}
     if s.is_replay:
@@ -190,8 +189,7 @@ def _endpoint_settings(run: Collection, model: str) -> EndpointSettings:
 
 
 class _Journal:
-    """Writes the requests for one question down; holds them back where a limit would be passed, or the collection
-    stops."""
+    """Records the requests for one question; blocks them at a limit or when the collection stops."""
 
     def __init__(self, run: Collection, flying: set[asyncio.Task[Any]], question: Question | None):
         self.run, self.flying, self.question = run, flying, question
