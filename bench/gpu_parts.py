@@ -295,4 +295,4 @@ def read_training(code: int, results: dict[str, Any], log: str) -> Verdict:
 
 def last_line(log: str) -> str:
     lines = [line for line in log.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it said nothing"
+    return lines[-1].strip() if lines else "no output"

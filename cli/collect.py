@@ -58,7 +58,7 @@ _amount = partial(click.option, type=click.FloatRange(0), metavar="FLOAT", show_
 @positive("--num-samples", default=5, help="samples of each question")
 @_amount("--temperature", default=0.7, help="of the sampling")
 @positive(
-    "--max-tokens", default=512, help="longest sample, its reasoning included [tokens]; a higher one goes on, too"
+    "--max-tokens", default=512, help="longest sample, its reasoning included [tokens]; a higher one continues, too"
 )
 @click.option(
     "--template",

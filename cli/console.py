@@ -1,4 +1,4 @@
-"""What surrounds a verb: logs to stderr, results to stdout, signals, and errors turned into exit codes."""
+"""Run a verb: logs to stderr, results to stdout, signals, and errors as exit codes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Terminated(BaseException):
 
 
 def run(call: Callable[[], Any]) -> int:
-    """The exit code of `call`; whatever goes wrong is said on stderr, in one line where the user can act on it."""
+    """Return the exit code of `call`; print errors to stderr, on one line if the user can act on them."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a result may hold what the terminal's encoding lacks
     try:
@@ -84,7 +84,7 @@ def lines(results: Mapping[str, Any]) -> str:
 
 
 def plan_lines(plan: Mapping[str, Any]) -> str:
-    """What a dry run of `train` returns, with its memory in MiB or GiB."""
+    """Format the result of `train --dry-run`, memory in MiB or GiB."""
     row, memory = plan.get("longest_row"), plan.get("memory") or {}
     rest = {"longest_row": "{id}, {prompt_tokens} prompt + {target_tokens} target tokens".format(**row)} if row else {}
     return lines({**plan, **rest, **{f"memory {name}": _size(name, value) for name, value in memory.items()}})
@@ -98,7 +98,7 @@ def _size(name: str, value: Any) -> str:
 
 @contextlib.contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """Whatever a library prints goes to stderr: stdout is for results."""
+    """Redirect library output to stderr: stdout is for results."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
@@ -118,8 +118,7 @@ def _say(text: str) -> None:
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Lines on stderr. On a terminal they stand above a progress bar, and lines of mere progress are left to the
-    bar."""
+    """Log lines on stderr, above a progress bar on a terminal, which also replaces progress lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not self.stream.isatty():
@@ -150,9 +149,11 @@ def _logs_to_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_exit() -> Iterator[None]:
-    """SIGINT and SIGTERM unwind, then exit with 130 and 143; in the midst of an import, which would turn what is raised
-    into an error of its own, they end the process at once. `train` and `collect` handle them while there is a step to
-    finish."""
+    """Unwind on SIGINT and SIGTERM, then exit with 130 and 143.
+
+    During an import, which would turn the exception into another error, exit at once. `train` and `collect` handle
+    signals themselves while there is a step to finish.
+    """
 
     def stop(signum: int, frame: FrameType | None) -> None:
         at = frame

@@ -47,8 +47,7 @@ from .select import select
 
 
 def entry(args: list[str] | None = None) -> int:
-    """The console command; returns the exit code: 0, 1 failed, 2 usage or data, 75 resumable, 130 SIGINT, 143
-    SIGTERM."""
+    """Console command. Returns 0, 1 (failed), 2 (usage or data), 75 (resumable), 130 (SIGINT), 143 (SIGTERM)."""
     return console.run(lambda: cli.main(args, prog_name="qcrd-fast", standalone_mode=False))
 
 
@@ -237,7 +236,7 @@ def train(
     qcrd-fast train --data train.jsonl --student NAME_OR_PATH --output-dir runs/one
     qcrd-fast train --config recipes/svamp-smollm2.yaml --methods dss,qcrd --seeds 5
 
-    Several runs: finished ones are skipped and begun ones resumed, so the same command goes on after a stop.
+    Several runs: finished ones are skipped and begun ones resumed, so the same command continues after a stop.
     """
     config = TrainConfig.from_dict(given_train_options(ctx))
     if not config.data:
@@ -275,7 +274,7 @@ def train(
 
 
 def _results_text(results: dict[str, Any], config: TrainConfig) -> str:
-    """The figures of a run that is done, and what can be done with it."""
+    """Format the results of a finished run, and the next commands."""
     from qcrd_fast.train.run_text import summary_text
 
     return f"{console.lines(results)}\n\n{summary_text(results, config)}"
@@ -291,14 +290,13 @@ def several(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """`train` with --seeds or --methods: runs them, and prints a line each and the methods' accuracies with
-    intervals."""
+    """Run `train` with --seeds or --methods; print a line a run and accuracies with intervals."""
     from qcrd_fast.sweep import runner as library
     from qcrd_fast.sweep.results_csv import as_text, check_csv
 
     if config.resume not in (None, "auto"):
         raise InputError(
-            f"--resume {config.resume} is for one run; of several, each goes on from its own latest checkpoint"
+            f"--resume {config.resume} is for one run; of several, each continues from its own latest checkpoint"
         )
     for option, one in (("seeds", "seed"), ("methods", "method")):
         if ctx.params[option] and ctx.get_parameter_source(one) is click.core.ParameterSource.COMMANDLINE:

@@ -1,5 +1,4 @@
-"""Options of the command line: `train`'s come from `TrainConfig`; every verb reads `--config FILE.yaml` and suggests
-names."""
+"""Command-line options: `train`'s from `TrainConfig`; `--config FILE.yaml` and name suggestions for every verb."""
 
 from __future__ import annotations
 
@@ -119,7 +118,7 @@ class ConfigOption(click.Option):
         self.group, self.usual = meta["group"], meta["usual"]
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Without `--help-all` the name, a shorter alias and the default; choices are in the text, which is wrapped."""
+        """Show name, a shorter alias and the default without `--help-all`; the text has the choices."""
         record = super().get_help_record(ctx)
         if record is None or ctx.meta.get(_HELP_ALL) or not self.usual:
             return record
@@ -216,7 +215,7 @@ def given_options(ctx: click.Context, config: Any) -> dict[str, Any]:
 
 
 def given_train_options(ctx: click.Context) -> dict[str, Any]:
-    """What `--config` and then the command line say of `TrainConfig`'s fields; defaults are left to the config."""
+    """Return the fields of `TrainConfig` set by `--config` or the command line; defaults are left out."""
     values = dict(ctx.meta.get(_CONFIG_KEY, {}))
     for param in ctx.command.params:
         if isinstance(param, TrainOption) and ctx.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE:
@@ -320,7 +319,7 @@ bad_row_option = click.option(
 
 
 def reading_options(command: Any) -> Any:
-    """The options of `prepare` that say how replies are read and shown."""
+    """Options of `prepare` for reading and showing replies."""
     for option in reversed(
         (
             click.option(

@@ -1,4 +1,4 @@
-"""What comes of a run: `score`, `report`, `export`."""
+"""Verbs on a finished run: `score`, `report`, `export`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""log p of each token -> mean per rationale, selection per question, weights, hinge, and the two terms of Eq. 3.
+"""Contrastive loss: log p per token -> mean per rationale, selection, weights, hinge, terms of Eq. 3.
 
 T tokens, R rationales. Two launches forward (the means; then one program a question), one backward. Sampling is the
 choice of the largest `score`, which the caller hashes, so that every selection is an extremum, a mean or a weighted
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from csrc_triton.product import LAUNCH
 
+SELECTIONS = ("min", "max", "max-active", "sampling", "mean", "wmean", "softmin")  # those that `question_kernel` has
 NO_ONE = tl.constexpr(2**31 - 1)
 SOFTMIN_RATE = tl.constexpr(5.0)  # 1 / selection.SOFTMIN_TEMPERATURE
 
@@ -22,8 +23,7 @@ SOFTMIN_RATE = tl.constexpr(5.0)  # 1 / selection.SOFTMIN_TEMPERATURE
 def mean_kernel(
     logprob_ptr, valid_ptr, offset_ptr, nll_ptr, count_ptr, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program: one rationale. logprob, valid [T], offset [R + 1] -> mean -log p over its valid tokens, their number
-    [R]."""
+    """One program: one rationale. logprob, valid [T], offset [R + 1] -> mean -log p and number of valid tokens [R]."""
     r = tl.program_id(0)
     begin, stop = tl.load(offset_ptr + r), tl.load(offset_ptr + r + 1)
     lane = tl.arange(0, BLOCK)
@@ -43,7 +43,7 @@ def mean_kernel(
 
 @triton.jit
 def _rank(nll_b, score_ptr, r_b, mask_b, SELECT: tl.constexpr):
-    """What the selected rationale has the largest of. A NaN ranks first, so that it reaches the loss."""
+    """Return the key whose maximum is selected. NaN ranks first, so that it reaches the loss."""
     if SELECT == "sampling":
         rank_b = tl.load(score_ptr + r_b, mask=mask_b, other=0.0)
     elif SELECT == "min" or SELECT == "softmin":
@@ -64,7 +64,7 @@ def _leader(rank_b, candidate_b, r_b, best, winner):
 
 @triton.jit
 def _softened(s_b, rank_b, best, SELECT: tl.constexpr):
-    """s, and under softmin s exp((best - l) / temperature) with `best` the smallest -log p, as it is known so far."""
+    """Return s; under softmin s exp((best - l) / temperature), with `best` the smallest -log p so far."""
     if SELECT == "softmin":
         s_b = s_b * tl.exp((rank_b - best) * SOFTMIN_RATE)
     return s_b
@@ -109,8 +109,8 @@ def question_kernel(
     weight_ptr, active_ptr, loss_pos_ptr, loss_neg_ptr,
     POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, HAS_QUALITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the question whose rationales begin at this place of the list sorted by question; others find
-    nothing.
+    """One program: one question. Runs for each place of the list sorted by question; only a question's first place
+    works.
 
     order [R]: rationales sorted by question; question, end [R]: in that order, the question and where it ends;
     positive, quality, score, nll, count [R]: by rationale. Out: weight, active [R] by rationale; loss_pos, loss_neg
@@ -174,8 +174,10 @@ def backward_kernel(
     dloss_pos_ptr, dloss_neg_ptr, rationale_ptr, valid_ptr, positive_ptr, weight_ptr, count_ptr, dlogprob_ptr, T,
     HAS_VALID: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK tokens. rationale, valid [T]; positive, weight, count [R] -> d log p [T] = -weight/count * d
-    term."""
+    """One program: BLOCK tokens. d log p [T] = -weight/count * d term.
+
+    rationale, valid [T]; positive, weight, count [R].
+    """
     at_b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_b = at_b < T
     r_b = tl.load(rationale_ptr + at_b, mask=in_b, other=0)
@@ -214,7 +216,7 @@ def forward(
     delta: float,
     num_questions: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss_pos, loss_neg, nll_R, weight_R, active_R, count_R), fp32. `num_questions`: N of Eq. 3, a scalar on the
+    """Return (loss_pos, loss_neg, nll_R, weight_R, active_R, count_R), fp32. `num_questions`: N of Eq. 3, on the
     device."""
     R = len(question_R)
     nll_R, count_R = means(logprob_T, rationale_T, valid_T, R)

@@ -1,5 +1,4 @@
-"""hidden [T, H] x head [V, H] -> log p of each target, and the gradients of selected rows, without T x V logits in
-memory.
+"""log p of targets from hidden [T, H] x head [V, H], and its gradients, without T x V logits in memory.
 
 T tokens, H hidden, V vocabulary, S rows with a gradient, C columns of a chunk of the vocabulary; P parts into which the
 vocabulary is split so that few rows still fill the GPU. u, z, slope and `options`: see `product`.
@@ -197,8 +196,7 @@ def dlogits_from_saved(
     kept_ptr, kept_max_ptr, target_ptr, lse_ptr, onehot_ptr, prob_ptr, T, V, pitch, slope,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program: what `forward_kernel` kept of BLOCK_T rows and a tile becomes d loss / d a, in place, as in
-    `dlogits_kernel`."""
+    """One program: BLOCK_T rows and a tile. Turns what `forward_kernel` saved into d loss / d a, in place."""
     rows_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     tile = tl.program_id(1)
     cols_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -218,7 +216,7 @@ def dlogits_from_saved(
 
 
 class Kept(NamedTuple):
-    """What a forward pass keeps for its own gradients."""
+    """Tensors that a forward pass keeps for its gradients."""
 
     exp_TV: Tensor  # exp(slope (u - max)), a row of it every `pitch` columns, in the operands' type
     max_NT: Tensor  # for each of N tiles
@@ -234,8 +232,10 @@ def forward(
     ignore_index: int,
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log p, log-sum-exp, entropy or [0]) of each token [T], fp32 nats; 0 where the target is `ignore_index`. Then
-    what rounding left of the log-sum-exp [T], or [0] without the entropy."""
+    """Return (log p, log-sum-exp, entropy or [0]) per token [T], fp32 nats; 0 for ignored targets.
+
+    The last value is the rounding error of the log-sum-exp [T], or [0] without the entropy.
+    """
     head = operands(hidden_TH, weight_VH, bias_V)
     return _forward(*head, target_T, options, ignore_index, want_entropy)[:4]
 
@@ -296,8 +296,10 @@ def forward_keeping(
     ignore_index: int,
     kept_bytes: int,
 ) -> tuple[Tensor, Tensor, Kept | None] | None:
-    """(log p, log-sum-exp, what `backward_kept` needs), or None where that would be more than `kept_bytes`, or under a
-    softcap, whose slope cannot be had from what is kept."""
+    """Return (log p, log-sum-exp, saved tensors for `backward_kept`).
+
+    None if these exceed `kept_bytes`, or under a softcap, whose slope cannot be recovered from them.
+    """
     if options[1] or len(target_T) * (len(weight_VH) + 15) * hidden_TH.element_size() > kept_bytes:
         return None
     logprob_T, lse_T, *_, kept = _forward(
@@ -345,7 +347,7 @@ def most_columns(S: int, H: int, element_size: int) -> int:
 
 
 def workspace_bytes(S: int, V: int, H: int, element_size: int) -> int:
-    """What a backward pass takes at most beside its gradients: d loss / d a and dWeight of a chunk."""
+    """Return the peak bytes of a backward pass beside its gradients: d loss / d a and dWeight of a chunk."""
     return min(most_columns(S, H, element_size), V) * (S * element_size + 4 * H)
 
 
@@ -359,7 +361,7 @@ def backward(
     options: tuple[float, float, float],
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dHidden [S, H] fp32, dWeight [V, H] in the weight's type, dBias [V]), None where `needs` says no.
+    """Return (dHidden [S, H] fp32, dWeight [V, H] in the weight's type, dBias [V]), None where `needs` is False.
 
     A chunk of the vocabulary at a time: d loss / d a into a workspace, then two products that accumulate in fp32. Each
     row of dWeight is written once; nothing is added atomically, so the result does not change from run to run.

@@ -40,8 +40,11 @@ MOST_TOP_K = 256  # 8,192 entries of 256 groups are held by one program
 
 @triton.jit
 def _gumbel(word):
-    """Gumbel noise of 32 random bits: -log(-log(1 - u)), u = (word + 1/2) / 2^32. u and 1 - u are both exact where
-    small, and -log(1 - u) is a series where u is, since the hardware's logarithm is not exact near 1."""
+    """Return Gumbel noise of 32 random bits: -log(-log(1 - u)), u = (word + 1/2) / 2^32.
+
+    u and 1 - u are exact where small; -log(1 - u) is a series for small u, as the hardware's logarithm is inexact near
+    1.
+    """
     u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     rest = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6))))))
@@ -50,16 +53,16 @@ def _gumbel(word):
 
 @triton.jit
 def _most_gumbel(word):
-    """A bound of `_gumbel` of these bits, at most 0.07 above -log(u): a float's own bits are a logarithm from below.
+    """Return an upper bound of `_gumbel`, at most 0.07 above -log(u): a float's bits bound its logarithm from below.
 
-    -log(1 - u) is at least u. The thousandth is for the rounding of both."""
+    -log(1 - u) is at least u. The thousandth is for the rounding of both.
+    """
     return 110.212 - (word.to(tl.float32).to(tl.int32, bitcast=True)).to(tl.float32) * 8.262958e-8
 
 
 @triton.jit
 def _words(key_ptr, counter_ptr, rows, quad):
-    """The four Philox words of rows and quads of entries, which broadcast together. key [B, 2], counter [B, 3]
-    int64."""
+    """Return the four Philox words of rows and quads of entries (broadcast). key [B, 2], counter [B, 3] int64."""
     seed = tl.load(key_ptr + rows * 2) | (tl.load(key_ptr + rows * 2 + 1) << 32)
     position = tl.load(counter_ptr + rows * 3).to(tl.uint32)
     index = tl.load(counter_ptr + rows * 3 + 1).to(tl.uint32)
@@ -205,8 +208,10 @@ def pick_kernel(
 
 
 def choose_sample_tile(hidden: Tensor, weight: Tensor, grouped: bool) -> Tile:
-    """Noise and the search for the largest take registers beside a tile of the product: a smaller one holds all
-    unspilled, on an H100 or B200 where the copy engine keeps the addresses."""
+    """Choose a smaller tile than the loss's, so that noise and the search for the largest do not spill.
+
+    On an H100 or B200 that takes the copy engine, which keeps the addresses.
+    """
     if grouped:
         return plain_tile(hidden.dtype, len(hidden))
     return Tile(64, 64, 32 if hidden.dtype == torch.float32 else 64, 8, 3, fetchable(hidden, weight))
@@ -221,7 +226,7 @@ def sample(
     options: tuple[float, float, float],
     top_k: int,
 ) -> Tensor:
-    """A token of each row [B], int64. `top_k` is at most MOST_TOP_K, or V or more, which is as 0: the whole softmax."""
+    """Sample a token of each row [B], int64. `top_k`: at most MOST_TOP_K; 0, or V or more: the whole softmax."""
     hidden_BH, weight_VH, bias_V = operands(hidden_BH, weight_VH, bias_V)
     (B, H), V = hidden_BH.shape, len(weight_VH)
     noisy = options[2] > 0

@@ -1,5 +1,4 @@
-"""A tile of the product hidden [T, H] x head [V, H], as every kernel over the vocabulary takes it, and its launch
-settings.
+"""The product tile hidden [T, H] x head [V, H] shared by the vocabulary kernels, and its launch settings.
 
 T rows, H hidden, V vocabulary. A row's logits are z = softcap * tanh(a / softcap) / temperature with a = scale * h W^T
 + bias. `options` everywhere is (scale, softcap or 0, temperature). The product is accumulated in fp32.
@@ -28,8 +27,11 @@ LOWEST = tl.constexpr(-1e30)  # below every finite logit; -inf would make NaNs w
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of a block of the product. With 128 columns, operands in flight stay within 99 KiB of
-    shared memory, which every GPU has; with 256 they take 144 KiB of an H100's 227."""
+    """Rows, columns and depth of a block of the product.
+
+    With 128 columns, operands in flight take at most 99 KiB of shared memory, which every GPU has; with 256 they take
+    144 KiB of an H100's 227.
+    """
 
     block_t: int
     block_v: int
@@ -46,7 +48,7 @@ forced_tile: Tile | None = None  # what a benchmark wants every launch to take
 
 
 def plain_tile(dtype: torch.dtype, rows: int) -> Tile:
-    """Of every GPU."""
+    """Return the tile that every GPU supports."""
     if dtype == torch.float32:
         return Tile(128, 64, 16, 8, 2)
     return Tile(128, 128, 64, 8, 3) if rows > 64 else Tile(64, 128, 64, 4, 3)
@@ -104,14 +106,13 @@ def gluon_obstacle() -> str | None:
 
 
 def fetchable(*operands: Tensor) -> bool:
-    """Whether an H100's or B200's copy engine can fetch these: of 16 bits, rows that begin at multiples of 16 bytes."""
+    """Return whether an H100's or B200's copy engine can load these: 16-bit, rows aligned to 16 bytes."""
     fits = all(x.element_size() == 2 and x.data_ptr() % 16 == 0 and x.shape[1] % 8 == 0 for x in operands)
     return fits and architecture(operands[0].device) // 10 in (9, 10)
 
 
 def choose_parts(blocks: int, tiles: int, slots: int) -> int:
-    """Parts of the vocabulary for `blocks` of rows, so that the programs fill `slots` places in the fewest whole
-    rounds.
+    """Return the number of vocabulary parts so that the programs fill `slots` places in the fewest whole rounds.
 
     A part has four tiles or more, else its start would show, and there are at most four rounds.
     """
@@ -120,9 +121,11 @@ def choose_parts(blocks: int, tiles: int, slots: int) -> int:
 
 
 def choose_chunk(tile: Tile, S: int, V: int, H: int, most: int, slots: int) -> int:
-    """Tiles of the vocabulary in a chunk of the backward pass, from half of `most` to `most`: those whose products take
-    the fewest whole rounds of `slots` programs. d loss / d a is S x C of depth H, in this kernel's tiles; a chunk of
-    dWeight C x H of depth S, say in tiles of 128 x 128. The tiles of dHidden do not depend on C."""
+    """Return the tiles of a vocabulary chunk of the backward pass, from `most` / 2 to `most`.
+
+    Minimises whole rounds of `slots` programs. d loss / d a is S x C of depth H, in this kernel's tiles; a chunk of
+    dWeight is C x H of depth S, in tiles of about 128 x 128. The tiles of dHidden do not depend on C.
+    """
     blocks, tiles = -(-S // tile.block_t), -(-V // tile.block_v)
     if most >= tiles:
         return tiles
@@ -139,10 +142,11 @@ def choose_chunk(tile: Tile, S: int, V: int, H: int, most: int, slots: int) -> i
 
 
 def programs_at_once(tile: Tile, capability: int, heavy: bool = False) -> int:
-    """Programs that share a multiprocessor: what their registers and shared memory leave room for, as compiled. On an
-    H100 it is what `shape_of` has the compiler keep to. With matrix instructions of a warp (Ampere, Ada, and
-    Blackwell's workstation GPUs) the registers of 8 warps leave room for one; on a B200 those of a `heavy` epilogue
-    do."""
+    """Return the programs per multiprocessor that registers and shared memory allow, as compiled.
+
+    On an H100 `shape_of` makes the compiler keep to it. With matrix instructions of a warp (Ampere, Ada, Blackwell
+    workstation GPUs) the registers of 8 warps allow one; on a B200 those of a `heavy` epilogue do.
+    """
     family = capability // 10
     if tile.resident:
         return 1
@@ -155,12 +159,12 @@ def programs_at_once(tile: Tile, capability: int, heavy: bool = False) -> int:
 
 
 def slots_of(tile: Tile, device: torch.device, heavy: bool) -> int:
-    """Programs that a GPU holds at once."""
+    """Return the number of programs that a GPU runs at once."""
     return programs_at_once(tile, architecture(device), heavy) * multiprocessors(device)
 
 
 def layout(tile: Tile, rows: int, V: int, device: torch.device, heavy: bool = False) -> tuple[int, int, int, int]:
-    """(blocks of rows, tiles of the vocabulary, parts of it, columns of a part)."""
+    """Return (row blocks, vocabulary tiles, vocabulary parts, columns of a part)."""
     blocks, tiles = triton.cdiv(rows, tile.block_t), triton.cdiv(V, tile.block_v)
     parts = choose_parts(blocks, tiles, slots_of(tile, device, heavy))
     part_size = triton.cdiv(tiles, parts) * tile.block_v
@@ -171,7 +175,7 @@ def layout(tile: Tile, rows: int, V: int, device: torch.device, heavy: bool = Fa
 def scale_bias_cap(
     acc, bias, scale, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
-    """u of a product: scaled and biased unless the slope does it, tanh of it under a softcap."""
+    """Return u of a product: scale (unless in the slope), bias, and tanh under a softcap."""
     if HAS_SCALE:
         acc = acc * scale
     if HAS_BIAS:
@@ -188,8 +192,9 @@ def product_tile(
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     EVEN_H: tl.constexpr, EVEN_V: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """u [BLOCK_T, BLOCK_V] from row `first_t` and column `first_v` on, -inf beyond V. hidden [T, H], weight [V, H],
-    bias [V].
+    """Return u [BLOCK_T, BLOCK_V] from row `first_t` and column `first_v`, -inf beyond V.
+
+    hidden [T, H], weight [V, H], bias [V].
 
     Rows beyond T and columns beyond V read the last one instead, and descriptors read zeros: no load of the inner loop
     needs a mask.
@@ -221,7 +226,7 @@ def product_tile(
 
 
 def operand_args(hidden_TH: Tensor, weight_VH: Tensor, tile: Tile) -> tuple[Any, Any]:
-    """What a kernel reads the operands through: themselves, or descriptors of their blocks."""
+    """Return the kernel arguments of the operands: the tensors, or their tensor descriptors."""
     if not tile.descriptors:
         return hidden_TH, weight_VH
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -233,12 +238,12 @@ def operand_args(hidden_TH: Tensor, weight_VH: Tensor, tile: Tile) -> tuple[Any,
 
 
 def scale_in_slope(bias_V: Tensor | None, options: tuple[float, float, float]) -> bool:
-    """Whether the slope can take the scale: nothing comes between them, and the slope stays positive."""
+    """Return whether the slope can include the scale: no bias or softcap between them, and a positive slope."""
     return bias_V is None and not options[1] and options[0] > 0
 
 
 def scalar_args(bias_V: Tensor | None, options: tuple[float, float, float]) -> tuple[float, float, float]:
-    """(scale, 1 / softcap, slope) as the kernels take them."""
+    """Return (scale, 1 / softcap, slope), the scalar kernel arguments."""
     scale, softcap, temperature = options
     slope = (scale if scale_in_slope(bias_V, options) else softcap or 1.0) / temperature
     return scale, 1 / softcap if softcap else 0.0, slope
@@ -250,7 +255,7 @@ def flags_of(bias_V: Tensor | None, options: tuple[float, float, float]) -> dict
 
 
 def is_heavy(flags: dict[str, bool], V: int, H: int, entropy: bool) -> bool:
-    """Whether a tile takes more than one thing beside its exponentials."""
+    """Return whether the epilogue does more than one thing besides exponentials."""
     return flags["HAS_BIAS"] + flags["HAS_SOFTCAP"] + entropy + (V % 128 != 0) + (H % 64 != 0) > 1
 
 
@@ -272,8 +277,10 @@ def shape_of(tile: Tile, V: int, H: int, device: torch.device) -> dict[str, Any]
 
 
 def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All contiguous, the first two in hidden's type. Triton's interpreter multiplies bf16 bit patterns: there
-    they become fp32."""
+    """Return contiguous tensors, hidden and weight in hidden's type.
+
+    Triton's interpreter multiplies bf16 bit patterns, so under it bf16 becomes fp32.
+    """
     weight = weight.to(hidden.dtype)
     if hidden.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         hidden, weight = hidden.float(), weight.float()
@@ -281,14 +288,14 @@ def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b accumulated and returned in fp32."""
+    """a @ b, accumulated and returned in fp32."""
     if a.dtype == torch.float32:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def add_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    """out += alpha a @ b, out in fp32: in one launch where torch can."""
+    """out += alpha a @ b with out in fp32; one launch if torch supports it."""
     if a.dtype == torch.float32:
         out.addmm_(a, b, alpha=alpha)
     elif adds_to_fp32(a.device, a.dtype):
@@ -299,7 +306,7 @@ def add_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
 
 @functools.cache
 def adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds a product of 16-bit operands to an fp32 sum there: 2.13 on CUDA, and no CPU."""
+    """Return whether torch adds a product of 16-bit operands to an fp32 sum here: 2.13 on CUDA, no CPU."""
     few, out = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device)
     try:
         torch.addmm(out, few, few, out_dtype=torch.float32, alpha=0.5, out=out)
@@ -310,8 +317,7 @@ def adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """Its compute capability times ten: 80 to 89 are Ampere and Ada, 90 Hopper, 100 and 120 Blackwell; off a GPU,
-    Hopper."""
+    """Return compute capability x 10 (80-89: Ampere, Ada; 90: Hopper; 100, 120: Blackwell); 90 without a GPU."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return 10 * major + minor
 

@@ -14,7 +14,7 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 
 
 def main() -> int:
-    """The exit code. While the command line is being imported, Ctrl-C ends the process without a traceback."""
+    """Run the command; return its exit code. Ctrl-C during imports ends the process without a traceback."""
     before = signal.signal(signal.SIGINT, _leave)
     from qcrd_fast.cli.main import entry
 

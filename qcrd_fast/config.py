@@ -132,8 +132,10 @@ def option(
     group: str = "Training",
     usual: bool = False,
 ) -> Any:
-    """A dataclass field that carries what the command line and the checks need to know of it. `--help` lists the
-    `usual` ones, `--help-all` every one."""
+    """Return a dataclass field with what the command line and the checks need.
+
+    `--help` lists the `usual` ones, `--help-all` every one.
+    """
     metadata = dict(
         help=help, choices=choices, low=low, high=high, open_low=open_low, aliases=aliases, group=group, usual=usual
     )
@@ -513,7 +515,7 @@ class TrainConfig:
     run_name: str | None = option(None, "name of the run in TensorBoard, Weights & Biases and its results", group="Run")
     resume: str | None = option(
         None,
-        "auto: continue from the latest whole checkpoint; or a checkpoint folder",
+        "auto: continue from the latest intact checkpoint; or a checkpoint folder",
         aliases=("resume_from_checkpoint",),
         group="Run",
         usual=True,
@@ -612,7 +614,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "options") -> TrainConfig:
-        """A config from option names (dashes or underscores, aliases allowed). Unknown names raise `InputError`."""
+        """Build a config from option names (dashes or underscores, aliases). Unknown names raise `InputError`."""
         known = option_names()
         resolved: dict[str, Any] = {}
         for key, value in values.items():
@@ -654,7 +656,7 @@ class TrainConfig:
         return DEFAULTS | ({} if self.method == "qcrd" else {"negative_source": "minority"})  # which redi takes
 
     def _default_quality(self) -> dict[str, str]:
-        """What weighs where `--quality` is not given: options by name."""
+        """Return the quality options for a run without `--quality`."""
         if self.discriminator == "none":
             return {"quality": "none"}
         if self.paper or self.discriminator != "auto":
@@ -741,7 +743,7 @@ def option_names() -> dict[str, str]:
 
 
 def nearest(name: str, known: Any) -> str:
-    """ "; did you mean 'x'?" for the closest known name, what an option of other tools is here, or an empty string."""
+    """Return "; did you mean 'x'?" for the closest name, a hint for an option of another tool, or ""."""
     if told := ELSEWHERE.get(name.strip("-").replace("-", "_")):
         return f"; {told}"
     close = difflib.get_close_matches(name.strip("-").replace("-", "_"), list(known), n=1, cutoff=0.5)

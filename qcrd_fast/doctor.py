@@ -1,4 +1,4 @@
-"""What `qcrd-fast doctor` reports: versions, devices, memory, and which kernels will run and why. Never fails."""
+"""`doctor`: report versions, devices, memory, and which kernels run and why. Never fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VARIABLES = ("QCRD_FAST_IMPL", "QCRD_FAST_GLUON", "TRITON_INTERPRET", "CUDA_VISI
 
 
 def examine() -> dict[str, Any]:
-    """The report as plain values; what cannot be found out is None, with a word why."""
+    """Return the report as plain values; None with a reason for what is unknown."""
     torch, torch_error = _import_torch()
     gpus = list_gpus(torch) if torch else []
     impl, why = kernel_path(torch, gpus) if torch else (None, f"torch cannot be imported: {torch_error}")
@@ -94,7 +94,7 @@ def _import_torch() -> tuple[Any, str | None]:
 
 
 def _free_memory_gib() -> float | None:
-    """What the system has free, or what this container may still take if that is less."""
+    """Return the system's free memory, or the container's if that is less."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])

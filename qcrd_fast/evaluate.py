@@ -119,7 +119,7 @@ def explain(
 
 
 def zero_shot_text(question: Question, task: str) -> str:
-    """What a model that was not trained is asked."""
+    """Return the prompt for an untrained model."""
     form = FORMS.get(task, "the answer alone, as short as possible")
     return ZERO_SHOT.replace("{form}", form).replace("{question}", question_text(question).strip())
 
@@ -164,8 +164,10 @@ def evaluate_run(
     device: str = "auto",
     on_bad_row: str = "error",
 ) -> dict[str, Any]:
-    """Accuracy of a run or model on a file. `predictions.jsonl` goes to `output`, else to the folder eval-DATA of a
-    run, whose own predictions stay those of its `eval_results.json`, else to the current folder.
+    """Evaluate a run or model on a file; return its accuracy.
+
+    `predictions.jsonl` goes to `output`, else to a run's folder eval-DATA (the run's own predictions stay), else to the
+    current folder.
 
     With `zero_shot` the base model of a run, or the model, is asked by its own chat template; the folder:
     eval-DATA-zero-shot. Raises `InputError` for unreadable data, a folder that cannot be written, or a task that the
@@ -231,7 +233,7 @@ def plan_answers(
     zero_shot: bool = False,
     on_bad_row: str = "error",
 ) -> dict[str, Any]:
-    """What `evaluate_run` would do. Raises `InputError` as it does, as far as that shows without the weights."""
+    """Run the checks of `evaluate_run` that need no weights; return what it would do."""
     folder = _answers_folder(run_or_model, data, output, zero_shot)
     _check_tasks(run_or_model, reasoning, zero_shot)
     _, questions = _with_answers(data, task, on_bad_row)
@@ -267,7 +269,7 @@ def _load_zero_shot(run_or_model: str, device: str) -> tuple[Student, dict[str, 
 
 
 def _check_tasks(run_or_model: str, reasoning: bool, zero_shot: bool = False) -> None:
-    """Raises `InputError` for `reasoning` on a run, or an export of one, that was trained without the third task."""
+    """Raise `InputError` for `reasoning` on a run or export trained without the third task."""
     if reasoning and zero_shot:
         raise InputError("--reasoning asks for a task of a trained run; it does not go with --zero-shot")
     found = find_state(find_model(run_or_model)) if reasoning else None

@@ -1,5 +1,4 @@
-"""`export`: a run's model, or its LoRA adapter, as a Hugging Face folder with chat template, generation settings,
-card."""
+"""`export`: a run's model or LoRA adapter as a Hugging Face folder with chat template and model card."""
 
 from __future__ import annotations
 
@@ -40,8 +39,10 @@ def export_run(
     public: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Write the model of `run` (its final checkpoint, or `checkpoint`, a name or path within the run) to the new folder
-    `output`, and upload it to the repository `push_to_hub`, which is private unless `public`.
+    """Write a run's model to the new folder `output`, and upload it to `push_to_hub` if given.
+
+    Takes the final checkpoint or `checkpoint`, a name or path within the run. The repository is private unless
+    `public`.
 
     A LoRA adapter is merged into its base model; with `adapter` it is written alone. Returns what was, or with
     `dry_run` would be, written. Raises `InputError` for a run without a whole checkpoint, an `output` that is not
@@ -136,8 +137,7 @@ def _check_target(target: Path) -> None:
 
 
 def _save_model(student: Student, folder: Path) -> None:
-    """The model with its generation settings; its configuration, which some servers read instead, names the same
-    tokens."""
+    """Save the model with its generation settings; its configuration, which some servers read, gets the same tokens."""
     model = student.model
     model.generation_config = _generation_config(student)
     if not student.is_encoder_decoder:
@@ -151,7 +151,7 @@ def _source(run: str, checkpoint: str | None) -> Path:
     if checkpoint is not None:
         found = next((p for p in (Path(run) / checkpoint, Path(checkpoint)) if (p / MANIFEST).is_file()), None)
         if found is None or found.resolve().parent != Path(run).resolve():
-            raise InputError(f"--checkpoint: {run} has no whole checkpoint {checkpoint!r}")
+            raise InputError(f"--checkpoint: {run} has no intact checkpoint {checkpoint!r}")
         return found
     if not Path(run).is_dir():
         raise InputError(f"{run}: no such run folder")
@@ -162,13 +162,12 @@ def _source(run: str, checkpoint: str | None) -> Path:
 
 
 def _is_final(run: Path, folder: Path) -> bool:
-    """Whether `eval_results.json` speaks of this checkpoint."""
+    """Return whether `eval_results.json` belongs to this checkpoint."""
     return (run / "final").exists() and (run / "final").resolve() == folder.resolve()
 
 
 def _check_alone(folder: Path, config: dict[str, Any], push_to_hub: str | None) -> None:
-    """Raises `InputError` for a checkpoint without an adapter of its own, or one that nobody else could load from the
-    hub."""
+    """Raise `InputError` for a checkpoint without an adapter, or with a base model that others cannot load."""
     if not (folder / lora.ADAPTER).is_file():
         raise InputError(f"--adapter: {folder} has no {lora.ADAPTER}; it takes a run of train --use-peft")
     student = config.get("student")

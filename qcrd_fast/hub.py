@@ -1,5 +1,4 @@
-"""Uploads to the hub of Hugging Face, or to the server that HF_ENDPOINT names. The token is the library's own
-business."""
+"""Upload to the Hugging Face hub, or to HF_ENDPOINT's server. The library handles the token."""
 
 from __future__ import annotations
 
@@ -45,8 +44,10 @@ def writable_repository(name: str, *, public: bool) -> str:
 
 
 def push(folder: Path, name: str, *, public: bool) -> str:
-    """Upload a folder to the repository `name`, made where it is missing; returns its address. Raises `RunError` where
-    that fails, naming the command that tries again."""
+    """Upload a folder to the repository `name`, created if missing; return its address.
+
+    Raises `RunError` naming the command that tries again.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -59,7 +60,7 @@ def push(folder: Path, name: str, *, public: bool) -> str:
 
 @contextmanager
 def _explained(doing: str, rest: str = "") -> Iterator[None]:
-    """Turns what goes wrong on the way to the hub into an error of one line."""
+    """Convert upload failures to errors of one line."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:

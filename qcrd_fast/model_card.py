@@ -1,5 +1,4 @@
-"""The model card of an exported model: method, data and counts, the exact prompt, how to serve it, figures with n,
-limits."""
+"""The model card of an export: method, data, prompt, serving, figures with n, limits."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ HYPER_PARAMETERS = (
 
 
 class Exported(NamedTuple):
-    """What a card is about. `results` is empty where `eval_results.json` speaks of another checkpoint."""
+    """What a card is about. `results` is empty if `eval_results.json` belongs to another checkpoint."""
 
     student: Student
     config: dict[str, Any]

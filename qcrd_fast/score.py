@@ -1,5 +1,4 @@
-"""`score`: the quality of every rationale, by votes, text or a run's discriminator; and the discriminator trained
-alone.
+"""`score`: rate every rationale by votes, text or a discriminator; train a discriminator alone.
 
 A discriminator's folder is a checkpoint of a run, or what `train_alone` writes: discriminator.safetensors and
 discriminator.json, which names the student whose encoder or vocabulary it was built on.
@@ -46,8 +45,7 @@ QUALITY_SCORES = "quality_scores.jsonl"  # in a run folder: what the densities o
 
 
 def load_discriminator(run: str, device: str = "auto") -> tuple[CrossFitted, Student, dict[str, Any]]:
-    """(discriminator, the student beside it, settings) of a run, of one of its checkpoints, or of a `train_alone`
-    folder.
+    """Load (discriminator, its student, settings) of a run, a checkpoint or a `train_alone` folder.
 
     Raises `InputError` where there is none: a method or `--discriminator none` that has none, or a damaged folder.
     """
@@ -72,7 +70,7 @@ def load_discriminator(run: str, device: str = "auto") -> tuple[CrossFitted, Stu
             if settings.get("method") == "qcrd":
                 why = " (it was trained without --quality discriminator)"
             if told.get("refused"):
-                why = f" (it was refused, since its held-out AUC {Check(**told).low_text}; the vote weighed)"
+                why = f" (it was rejected, since its held-out AUC {Check(**told).low_text}; the vote weighed)"
             raise InputError(f"{folder} has no discriminator{why}; --train DIR trains one on --data")
     discriminator = build_judge(config, student.model, student.tokenizer)
     if discriminator is None:
@@ -104,7 +102,7 @@ def load_rationales(data: str, **options: Any) -> tuple[list[Question], list[Bad
 
 
 def plan(run: str | None, questions: Sequence[Question], train: str | None, device: str = "auto") -> dict[str, Any]:
-    """What scoring would do, after the checks that it would make."""
+    """Run the checks of scoring and return what it would do."""
     if train:
         new_folder(train, "--train")
     elif run is not None:
@@ -121,7 +119,7 @@ def score_run(
     device: str = "auto",
     quality: str = "discriminator",
 ) -> tuple[list[Question], dict[str, Any]]:
-    """The questions with scores, of the run's discriminator or of `--quality vote` or `text`, and their summary.
+    """Return questions with scores by the run's discriminator or `--quality`, and a summary.
 
     With `temperatures`, the student says one rationale a question at each, and the scores of all kinds go to the run's
     `quality_scores.jsonl` (`report` draws their densities, Fig. 6), the student's with whether they agree with the
@@ -184,8 +182,7 @@ def score_teacher(judge: Judge, questions: Sequence[Question]) -> list[Question]
 def score_by_votes(
     quality: str, questions: Sequence[Question], samples: str | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The questions as rows with the scores of `--quality vote` or `text`, and their summary; no run and no model is
-    needed.
+    """Return rows scored by `--quality vote` or `text`, and a summary; needs no run and no model.
 
     With `samples`, a file of a student's samples, each question's are scored against its votes: they are the row's
     `student`, and the summary is theirs. Right and wrong are told by the gold answer; without one, or a conclusion, a
@@ -219,9 +216,10 @@ def score_by_votes(
 
 
 def measure(cases: Sequence[Case], scores: Sequence[float]) -> dict[str, Any]:
-    """How scores tell right from wrong by the gold answer: AUC, its 95% interval (bootstrap over questions) and
-    calibration;
-    `weight_on_right`: of the weights 1 - s that the cases have as negatives, the share on right ones."""
+    """Measure scores against the gold answer: AUC with 95% interval (bootstrap over questions), calibration.
+
+    `weight_on_right`: the share of the weights 1 - s, as negatives, on right rationales.
+    """
     from qcrd_fast.discriminator.metrics import score_report
 
     rows, counts = [], {"without_gold": 0, "without_answer": 0}
@@ -240,8 +238,10 @@ def measure(cases: Sequence[Case], scores: Sequence[float]) -> dict[str, Any]:
 
 
 def summarize_scores(scored: Sequence[Question]) -> dict[str, Any]:
-    """Means by side, AUC with its interval and calibration of questions that carry scores: right against wrong by the
-    gold answer, or, of a rationale where that cannot be told, positive against negative."""
+    """Summarise scored questions: means by side, AUC with interval, calibration.
+
+    Right against wrong by the gold answer; positive against negative if a rationale has no answer.
+    """
     from qcrd_fast.discriminator.metrics import score_report
 
     rows, of_sides = [], {"positives": list[float](), "negatives": list[float]()}
@@ -280,8 +280,7 @@ def is_right(case: Case) -> bool | None:
 def train_alone(
     model: str, questions: Sequence[Question], config: TrainConfig, output: str, held_out: float
 ) -> dict[str, Any]:
-    """Pretrain a discriminator on the rationales of `questions`, keep it in the folder `output`, and return how it does
-    on the share `held_out` of the questions, which it has not seen.
+    """Pretrain a discriminator on `questions`, save it in `output`, and return its held-out results.
 
     `model` is the student, a run or a model folder, whose encoder or vocabulary it takes. Raises `InputError` when
     nothing can be learnt from the questions.
@@ -331,7 +330,7 @@ def new_folder(path: str, option: str) -> Path:
 def _say(
     student: Student, questions: Sequence[Question], temperature: float, config: dict[str, Any], seed: int
 ) -> list[Case]:
-    """One rationale a question from the student, sampled as the run samples its negatives but for the temperature."""
+    """Sample one rationale a question from the student as the run does, except for the temperature."""
     known = TrainConfig().to_dict() | config
     settings = SampleSettings(
         temperature,

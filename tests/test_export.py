@@ -114,7 +114,7 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys) -> None:
     with pytest.raises(InputError, match="not an empty folder"):
         export_run(str(run), str(full))
     assert [p.name for p in full.iterdir()] == ["kept"]
-    with pytest.raises(InputError, match="no whole checkpoint 'checkpoint-9'"):
+    with pytest.raises(InputError, match="no intact checkpoint 'checkpoint-9'"):
         export_run(str(run), str(tmp_path / "x"), checkpoint="checkpoint-9")
     with pytest.raises(InputError, match="no such run folder"):
         export_run(str(tmp_path / "nothing"), str(tmp_path / "x"))

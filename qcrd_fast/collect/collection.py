@@ -1,4 +1,4 @@
-"""What a collection consists of: its settings, its questions with what is missing of each, its ledger and its output.
+"""A collection: its settings, its questions with the samples still missing, its ledger and its output.
 
 The ledger is the truth (see `ledger`); the output has a row for each question, appended when its last sample came and
 written whole, in the order of the questions, when the collector ends in any orderly way. No torch here.
@@ -37,7 +37,7 @@ EARLY = 5  # questions after which a teacher that repeats itself is reported
 
 @dataclasses.dataclass(frozen=True)
 class CollectSettings:
-    """What to collect, from whom, and when to stop. Prices are for a million tokens."""
+    """What to collect, from which teacher, and when to stop. Prices are per million tokens."""
 
     questions: str
     output: str
@@ -113,7 +113,7 @@ def check_teacher(teacher: str) -> None:
 
 
 class Collection:
-    """The questions with what is still missing of each, the ledger, and why the collection stops, once it does."""
+    """The questions with their missing samples, the ledger, and the reason to stop, if any."""
 
     def __init__(self, settings: CollectSettings):
         self.settings = settings
@@ -153,8 +153,7 @@ class Collection:
     # What is there and what is missing
 
     def samples(self, question: Question) -> list[dict[str, Any]]:
-        """Those that count: one that was cut before an answer does until a higher `--max-tokens` gives it another
-        chance."""
+        """Return the samples that count. A truncated one counts until a higher `--max-tokens` allows another try."""
         found = self.ledger.samples.get(question.id, [])
         return [s for s in found if "cut" not in s or s["cut"] >= self.settings.max_tokens or self.settings.is_replay]
 
@@ -173,7 +172,7 @@ class Collection:
         return estimate_tokens(self.prompts[question.id]) + estimate_tokens(self.settings.system_prompt)
 
     def check_ledger(self) -> None:
-        """Refuse to mix samples of other prompts or lengths, or to leave questions of the ledger out of the output."""
+        """Reject mixing samples of other prompts or lengths, and leaving the ledger's questions out of the output."""
         before, most = self.ledger.settings.get("max_tokens"), self.settings.max_tokens
         if self.settings.is_url and self.ledger.samples and isinstance(before, int) and before > most:
             path = printable(self.ledger.path)
@@ -191,7 +190,7 @@ class Collection:
             raise InputError(f"{printable(self.ledger.path)} {what}; choose another --output")
 
     def predict(self) -> dict[str, Any]:
-        """What the missing samples will take, as far as one can tell before asking."""
+        """Estimate requests and tokens for the missing samples."""
         todo = [(question, self.missing(question)) for question in self.questions if self.missing(question)]
         samples = sum(count for _, count in todo)
         tokens = [self.prompt_tokens(question) for question, _ in todo]
@@ -254,7 +253,7 @@ class Collection:
             yield
         except OSError as error:
             where = f"{printable(self.settings.output)}: {error.strerror}"
-            raise RunError(f"cannot write {where}; nothing is lost, the same command goes on") from error
+            raise RunError(f"cannot write {where}; nothing is lost, the same command continues") from error
 
     def take(self, request: str | None, question: Question, reply: Reply, texts: list[dict[str, Any]]) -> None:
         """Append a reply's samples to the ledger, and the question's row to the output once it is complete."""
@@ -313,8 +312,7 @@ class Collection:
             self.why = why
 
     def identical(self) -> tuple[int, int]:
-        """Questions of which all samples are the same, and questions with at least two samples with rationale and
-        answer."""
+        """Count questions whose samples are all equal, and questions with two complete samples or more."""
         same = several = 0
         for question in self.questions:
             answered = [s for s in self.samples(question) if s["answer"] is not None and s["rationale"].strip()]
@@ -335,7 +333,7 @@ class Collection:
         )
 
     def warn(self) -> None:
-        """Say what is wrong with most of the samples, and what helps."""
+        """Warn about faults that most samples have, with advice."""
         samples = [s for question in self.questions for s in self.samples(question)]
         answered = [s for s in samples if s["answer"] is not None]
         cut = self.cut()
@@ -368,7 +366,7 @@ class Collection:
             )
 
     def summary(self) -> dict[str, Any]:
-        """What the ledger amounts to, over all runs."""
+        """Summarise the ledger over all runs."""
         totals, samples = self.ledger.totals, [s for q in self.questions for s in self.samples(q)]
         result: dict[str, Any] = {
             "questions": len(self.questions),

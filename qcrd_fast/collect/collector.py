@@ -1,4 +1,4 @@
-"""`collect`: K samples of a teacher for each question, so written down that a kill loses only what was in flight.
+"""`collect`: sample a teacher K times a question; a kill loses only requests in flight.
 
 An endpoint is asked by several workers, each with one question at a time, in one event loop; a local model and a file
 of earlier samples are read in turn. No torch here but for a local model.
@@ -100,7 +100,7 @@ def _dry_run(run: Collection) -> dict[str, Any]:
 
 
 def _begin(run: Collection, api: str) -> bool:
-    """Write the start down and say what is to come; False where nothing is."""
+    """Record the start and log the plan; return False if nothing is missing."""
     s = run.settings
     settings = {"model": run.model, "api": api, "temperature": s.temperature, "max_tokens": s.max_tokens}
     if s.is_replay:
@@ -161,7 +161,7 @@ def _sample_locally(run: Collection, signals: StopSignals) -> None:
     with Progress(run) as progress:
         for at in range(0, len(todo), s.batch_size):
             if signals.signum:
-                run.stop(Stopped(signals.signum, "the same command goes on"))
+                run.stop(Stopped(signals.signum, "the same command continues"))
                 return
             batch, begun = todo[at : at + s.batch_size], time.monotonic()
             drawn = teacher.sample([(q, run.prompts[q.id], index) for q, index in batch])
@@ -196,8 +196,7 @@ def _endpoint_settings(run: Collection, model: str) -> EndpointSettings:
 
 
 class _Journal:
-    """Writes the requests for one question down; holds them back where a limit would be passed, or the collection
-    stops."""
+    """Records the requests for one question; blocks them at a limit or when the collection stops."""
 
     def __init__(self, run: Collection, flying: set[asyncio.Task[Any]], question: Question | None):
         self.run, self.flying, self.question = run, flying, question
@@ -211,7 +210,7 @@ class _Journal:
                 raise Interrupted
             most = run.settings.max_requests
             if most is not None and ledger.totals.requests >= most:
-                run.stop(LimitReached(f"--max-requests {most} is reached; a higher one goes on"))
+                run.stop(LimitReached(f"--max-requests {most} is reached; a higher one continues"))
             elif limit is None or self._affordable(limit, n):
                 break
             elif not ledger.open:
@@ -286,7 +285,7 @@ class _Streak:
         self.run.given_up[question.id] = str(error)
         if self.length >= self.run.settings.max_failures:
             self.run.stop(
-                RunError(f"{self.length} questions in a row failed, the last one: {error}; the same command goes on")
+                RunError(f"{self.length} questions in a row failed, the last one: {error}; the same command continues")
             )
 
     def came(self, question: Question, reply: Reply) -> None:
@@ -352,7 +351,7 @@ async def _watch(
                     run.stop(error)
             now = time.monotonic()
             if signals.signum:
-                run.stop(Stopped(signals.signum, "the same command goes on"))
+                run.stop(Stopped(signals.signum, "the same command continues"))
             if run.why is not None:
                 stopped_at = stopped_at or now
                 for task in tasks:

@@ -26,8 +26,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 def read_pairs(option: str, given: Any) -> Pairs:
-    """(name, value) of each `NAME: VALUE` or `NAME=VALUE`, or of a mapping; `${NAME}` in a value is an environment
-    variable.
+    """Parse `NAME: VALUE` or `NAME=VALUE` pairs, or a mapping; `${NAME}` in a value is an environment variable.
 
     Raises:
         InputError: a name or a value that cannot be sent, without the value, which may be a key.
@@ -78,17 +77,17 @@ def looks_secret(name: str, value: str) -> bool:
 
 
 def may_be_secret(name: str) -> bool:
-    """Whether a header's value is better not printed, whatever it looks like."""
+    """Return whether a header's name suggests a secret, whatever its value looks like."""
     return is_credential(name) or not _HARMLESS.search(name)
 
 
 def secret_parts(value: str) -> set[str]:
-    """A value and its parts, such as what follows Bearer."""
+    """Return a value and its parts, such as the token after Bearer."""
     return {value, *re.split(r"[\s;,=]+", value)}
 
 
 def secrets_within(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    """(text, name of its field) of what may be a key in a request's body, however deep."""
+    """Yield (text, field name) of possible keys in a request's body, at any depth."""
     if isinstance(value, Mapping) and depth < 16:
         for key, item in value.items():
             yield from secrets_within(item, str(key), depth + 1)
@@ -105,7 +104,7 @@ def secrets_within(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
-    """A request's body as it may be printed."""
+    """Return a request's body with secrets masked."""
     if isinstance(value, Mapping):
         return {key: without_secrets(item, str(key)) for key, item in value.items()}
     if isinstance(value, list):
@@ -114,5 +113,5 @@ def without_secrets(value: Any, name: str = "") -> Any:
 
 
 def masked(pairs: Pairs) -> dict[str, str]:
-    """Names with their values, secrets hidden."""
+    """Return names and values with secrets masked."""
     return {name: "***" if looks_secret(name, value) else value for name, value in pairs}

@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible endpoint: one careful request, and the one owner of retries.
+"""A teacher behind an OpenAI-compatible endpoint: single requests, and all retries.
 
 The key comes from OPENAI_API_KEY, or from a header of the user's own, and goes to the endpoint's own host alone:
 redirects are not followed, and nothing that a server says is written down or raised before the key is taken out of it.
@@ -41,7 +41,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Failed(Exception):
-    """One request that brought no sample. `reason` is a word or two that can be counted, `detail` what the server said.
+    """A request without a sample. `reason`: a countable word or two; `detail`: the server's text.
 
     `charged`: the server may have done the work. `fatal`: no other request will do better. `advice` is for the user.
     """
@@ -90,8 +90,7 @@ class Journal(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class EndpointSettings:
-    """Where and how to ask. `timeout_s` is for one request as a whole, `deadline_s` for one ask with all its
-    retries."""
+    """Where and how to ask. `timeout_s` limits one request, `deadline_s` one ask with all retries."""
 
     url: str
     api: str = "chat"
@@ -176,7 +175,7 @@ class Endpoint:
             await self._client.aclose()
 
     def body(self, prompt: str, n: int) -> dict[str, Any]:
-        """What is posted to ask for `n` samples. A null in `extra` takes a field out."""
+        """Return the JSON body that asks for `n` samples. A null in `extra` removes a field."""
         s = self.settings
         if s.api == "chat" and s.system and self._system_apart:
             said: dict[str, Any] = {
@@ -201,14 +200,16 @@ class Endpoint:
         return {key: value for key, value in body.items() if key and value is not None}
 
     def without_key(self, text: str) -> str:
-        """A sample: nothing but keys is taken out of it. A placeholder, such as servers without keys are given, may be
-        any word or digit of a sample, and is no secret."""
+        """Remove keys from a sample, and nothing else.
+
+        A placeholder key, as servers without keys get, may be any word of a sample and is not removed.
+        """
         for secret in sorted(self._secrets, key=len, reverse=True):
             text = text.replace(secret, "***")
         return text
 
     def hide(self, text: str) -> str:
-        """`text` without the key and whatever else looks like a secret."""
+        """Remove the key and other secrets from `text`."""
         return redact(self.without_key(text))
 
     async def ask(self, prompt: str, n: int, journal: Journal) -> Reply:
@@ -316,7 +317,7 @@ class Endpoint:
                 await asyncio.sleep(wait_s)
 
     def _wait_s(self, attempt: int, error: Failed) -> float:
-        """What the server asks for, or twice as long at each attempt; always with jitter, so that workers spread."""
+        """Return the server's waiting time, else exponential backoff; always with jitter, to spread workers."""
         jitter = random.uniform(0.5, 1.0)
         own_s = min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** min(attempt - 1, 10)) * jitter
         if error.retry_after_s is None:
@@ -335,8 +336,7 @@ class Endpoint:
         return dataclasses.replace(reply, seconds=time.monotonic() - begun)
 
     def _no_sample(self, value: Any, reply: Reply) -> Failed:
-        """What a reply without a sample means: perhaps an error, since a router that has begun cannot change the
-        status."""
+        """Interpret a reply without a sample, perhaps an error: a router that has started cannot change the status."""
         faults, detail = ", ".join(reply.faults) or "nothing in it", ""
         if within := refusals.error_within(value):
             with contextlib.suppress(RecursionError):
@@ -350,7 +350,7 @@ class Endpoint:
         return Failed(f"bad reply: {faults}", detail, charged=True)
 
     def _shown(self, text: str) -> str:
-        """What a server said, in a line of a message."""
+        """Format a server's text as one line of a message."""
         text = " ".join(self.hide(text).split())[:300]
         return "".join(letter if letter.isprintable() else "?" for letter in text)
 
@@ -359,7 +359,7 @@ class Endpoint:
         try:
             return await asyncio.wait_for(self._transfer(method, path, request, body), limit_s)
         except asyncio.TimeoutError:
-            words = f"no whole reply within {limit_s:.1f} s"
+            words = f"no complete reply within {limit_s:.1f} s"
             raise Failed("timeout", words, charged=True, advice="a higher --timeout may help") from None
         except httpx.TimeoutException as error:
             sent = not isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout)
@@ -399,7 +399,7 @@ class Endpoint:
             raise Failed(f"bad reply: {'HTML' if page else 'not JSON'}", charged=True, advice=advice) from None
 
     def _failed(self, status: int, text: str, headers: Mapping[str, str]) -> Failed:
-        """What a refusal or an error means for this request and for the others."""
+        """Interpret an error: what it means for this request and for the others."""
         error = refusals.read_error(text)
         detail = self._shown(error.message)
         wait_s = refusals.wait_s(headers, text)
@@ -416,7 +416,7 @@ class Endpoint:
 
 
 def refusal(error: Failed, url: str, api: str) -> Refused | None:
-    """What to tell the user where no request can succeed."""
+    """Return the advice for a state in which no request can succeed."""
     advice = {
         "403": f"may {KEY_NAME} use this model?",
         "404": "check --teacher, the name of the deployment in it, and --query api-version=..."
@@ -429,7 +429,7 @@ def refusal(error: Failed, url: str, api: str) -> Refused | None:
 
 
 def _encoded(secret: str) -> set[str]:
-    """A secret as it may stand in an address."""
+    """Return a secret as it may appear in a URL."""
     forms = {quote(secret, safe=safe) for safe in ("", "/", "/+=")}
     return forms | {re.sub("%[0-9A-F]{2}", lambda match: match[0].lower(), form) for form in forms}
 

@@ -1,5 +1,4 @@
-"""A reply that came as server-sent events, put together as if it had come whole: some models are served in no other
-way."""
+"""Assemble a reply from server-sent events, for models that are only streamed."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ _LINE_END = re.compile(r"\r\n|\n|\r")  # and no other: a text may hold what Unic
 
 
 def is_events(content_type: str, body: bytes) -> bool:
-    """By what the body begins with; by the content type where that is neither a line of events nor an object."""
+    """Decide by the body's beginning; by content type if that is neither an event nor an object."""
     if first := _FIRST.match(body):
         return not first[1]
     return content_type.strip().lower().startswith("text/event-stream")
@@ -50,7 +49,7 @@ def assemble(body: bytes) -> dict[str, Any]:
 
 
 class _Choice:
-    """The parts of one choice: what each key was given, in order."""
+    """Parts of one choice: the values of each key, in order."""
 
     def __init__(self) -> None:
         self.own: dict[str, list[Any]] = {}

@@ -37,7 +37,7 @@ EXPECTED_TOKENS = 128  # of a sample, before any has come
 
 @dataclasses.dataclass
 class Totals:
-    """What was sent, came and was used, over all runs of the collector."""
+    """Counts of requests, samples, tokens and cost over all runs of the collector."""
 
     requests: int = 0
     replies: int = 0
@@ -54,7 +54,7 @@ class Totals:
 
 @dataclasses.dataclass(frozen=True)
 class Prices:
-    """Cost of a million tokens, in whatever currency."""
+    """Prices per million tokens, in any currency."""
 
     input: float = 0.0
     output: float = 0.0
@@ -128,8 +128,7 @@ class Ledger:
     # Reading
 
     def read(self, *, repair: bool = False) -> None:
-        """Take in what is there; the tail of a line that a kill cut is left out and, with `repair`, dropped from the
-        file.
+        """Read the file. A line cut by a kill is ignored and, with `repair`, removed.
 
         Raises `InputError` for a line that is no record of a ledger.
         """
@@ -187,7 +186,7 @@ class Ledger:
             raise ValueError(kind)
 
     def _kept(self, id: str, sample: dict[str, Any]) -> dict[str, Any]:
-        """What is kept of a sample in memory."""
+        """Return the fields of a sample that stay in memory."""
         cut = bool(sample.get("cut"))
         if self.reread and self.settings.get("thinking", "auto") != self.thinking:
             self._bound |= "text" not in sample
@@ -220,13 +219,15 @@ class Ledger:
             append_whole(self._file, line)
         except OSError as error:
             raise RunError(
-                f"cannot write {printable(self.path)}: {error.strerror}; run the same command again to go on"
+                f"cannot write {printable(self.path)}: {error.strerror}; run the same command again to continue"
             ) from error
         self._take(record)
 
     def start(self, settings: dict[str, Any], *, longer: bool = False) -> None:
-        """Begin a run. Raises `InputError` when an earlier run sampled with other settings; `longer`: but for a higher
-        maximum length."""
+        """Record a run's start. Raises `InputError` if an earlier run used other settings.
+
+        `longer`: a higher maximum length is allowed.
+        """
         if self._bound:
             raise InputError(
                 f"{printable(self.path)}: its samples cannot be read with another --thinking; choose another --output"
@@ -261,7 +262,7 @@ class Ledger:
         self._append({"kind": "done", "request": request})
 
     def failure(self, request: str, reason: str, *, charged: bool, **what: Any) -> None:
-        """`reason` is one of a few words that are counted; a request that may have been worked on is charged as
+        """Record a failure. `reason`: one of a few countable words. A request that may have run is charged as
         expected."""
         intent = self.open.get(request, {})
         tokens = {key: intent.get(key, 0) if charged else 0 for key in ("prompt_tokens", "completion_tokens")}

@@ -1,4 +1,4 @@
-"""Teachers without a server: a local transformers model, sampled with keyed noise, and a file of earlier samples."""
+"""Teachers without a server: a local transformers model with keyed noise, or a file of earlier samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Sampled(NamedTuple):
 
 
 class LocalTeacher:
-    """A model of transformers: a folder or hub id, in fp32. Raises `InputError` for what is none.
+    """A transformers model (folder or hub id) in fp32. Raises `InputError` if it is not one.
 
     `api` is chat, completions, or empty for chat where the model has a template; `system` is a chat's first message.
     Sample `index` of a question depends on (seed, question id, index) and on nothing else, but for the rounding of a

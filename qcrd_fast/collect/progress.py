@@ -1,4 +1,4 @@
-"""How far a collection is: samples, ETA, cost so far; a line in the log, or one that stays in place on a terminal."""
+"""Progress of a collection: samples, ETA, cost; log lines, or one line in place on a terminal."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a teacher is asked, and how its reply is read: a template for each kind of answer, and rationale and answer
-apart.
+"""Prompts for a teacher, one template a kind of answer, and splitting its reply.
 
 The idea is that of Figure 3 of arXiv 2405.13014: an explanation first, then the answer in a given form, here a last
 line
@@ -68,7 +67,7 @@ class Template:
             raise InputError(f"--template: {path} does not contain {{question}}")
 
     def prompt(self, question: Question) -> str:
-        """The prompt of a question. In a template without {context}, the context stands before the question."""
+        """Return a question's prompt. Without {context} in the template, the context comes before the question."""
         text = self.text or TEMPLATES[self._kind(question)]
         context, body = question.context or "", question.question
         if context and "{context}" not in text:
@@ -98,8 +97,7 @@ def prompt_digest(prompt: str, system: str = "") -> str:
 
 
 def take_apart(text: str, question: Question, *, cut: bool = False, thinking: str = "auto") -> replies.Reading:
-    """Reasoning, rationale and answer of a reply, read as `prepare` reads one; `cut`: it ended at its maximum
-    length."""
+    """Split a reply into reasoning, rationale and answer as `prepare` does. `cut`: it reached its maximum length."""
     task, choices = question.task or "text", parse_choices(question.question)
     return replies.read_reply(clean(text), task, choices, truncated=cut, thinking=thinking)
 
@@ -111,8 +109,7 @@ def read_reply(text: str, question: Question, *, cut: bool = False, thinking: st
 
 
 def written(reading: replies.Reading, source: str | None, thinking: str) -> dict[str, Any]:
-    """A sample as a row has it. Reasoning that is not its rationale stands beside it, so that `prepare --thinking` has
-    both."""
+    """Return a sample as written to a row. Reasoning that is not the rationale is kept for `prepare --thinking`."""
     sample = {"rationale": reading.rationale, "answer": reading.answer, "source": source}
     beside = (
         thinking in ("auto", "only") and reading.answer is not None and reading.reasoning not in ("", reading.rationale)

@@ -1,4 +1,4 @@
-"""What a server means by an error: a parameter that it refuses, money that it wants, or patience, and how long."""
+"""Interpret a server's errors: rejected parameters, missing credit, rate limits and waiting times."""
 
 from __future__ import annotations
 
@@ -86,8 +86,10 @@ class ErrorBody(NamedTuple):
 
 
 def read_error(body: str) -> ErrorBody:
-    """OpenAI's {"error": {...}}, a bare string at error, message or detail, and FastAPI's list of faults; else the
-    text, of a page its title."""
+    """Read an error: OpenAI's {"error": {...}}, a string at error, message or detail, FastAPI's list, or plain text.
+
+    Of an HTML page the title.
+    """
     body = body.removeprefix("\ufeff")
     if body.lstrip()[:1] == "<":
         title = _TITLE.search(body)
@@ -124,8 +126,7 @@ def _words(value: Mapping[str, Any], *keys: str) -> str:
 
 
 def error_within(value: Any) -> dict[str, Any] | None:
-    """The error that came as a reply: the whole of it, or that of its first choice; None where it has choices and no
-    error."""
+    """Return the error inside a successful reply or its first choice; None if it has choices and no error."""
     if not isinstance(value, dict):
         return None
     choices = value.get("choices")
@@ -148,7 +149,7 @@ def status_within(value: Mapping[str, Any], error: ErrorBody) -> int | None:
 
 
 def refused_parameter(error: ErrorBody, sent: Collection[str], prompt: str = "") -> str | None:
-    """Which of the parameters that were sent a server does not take at all; None where only a value is out of range.
+    """Return which sent parameter the server does not support; None if only a value is out of range.
 
     A word of the `prompt`, which an error may repeat, names a parameter only between quotation marks.
     """
@@ -204,12 +205,12 @@ def flags_prompt(status: int, error: ErrorBody) -> bool:
 
 
 def refuses_key(status: int, error: ErrorBody) -> bool:
-    """Whether the key is not right; some servers say so with status 400."""
+    """Return whether the key was rejected; some servers say so with status 400."""
     return status == 401 or (status == 400 and bool(_BAD_KEY.search(error.text)))
 
 
 def wants_money(status: int, error: ErrorBody, wait_s: float | None) -> bool:
-    """Whether a quota is used up, which no retry will change; a rate limit that names when to come back is none."""
+    """Return whether a quota is used up, which no retry changes; a rate limit with a waiting time is not."""
     if status == 402:
         return True
     if status not in (400, 403, 429) or "rate_limit" in error.code.lower():
@@ -221,8 +222,7 @@ def wants_money(status: int, error: ErrorBody, wait_s: float | None) -> bool:
 
 
 def wait_s(headers: Mapping[str, str], body: str) -> float | None:
-    """Seconds that a server asks for, in Retry-After (a number or a date), retry-after-ms or its words; None: no word
-    of it."""
+    """Return the seconds to wait from Retry-After (number or date), retry-after-ms or the message; None if absent."""
     asked: float | None
     try:
         asked = float(headers["retry-after-ms"]) / 1000
@@ -246,20 +246,19 @@ def _retry_after_s(value: str | None) -> float | None:
 
 
 def advice_on_money(error: ErrorBody, max_tokens: int) -> str:
-    """What helps where the account of the key has too little credit for a request, or none."""
+    """Return advice for an account with too little credit."""
     if any(name in error.message for name in (*_LIMITS, "afford")):
         return (
             f"lower --max-tokens ({max_tokens}), which the server counts in full, or add credit; "
-            "the same command goes on"
+            "the same command continues"
         )
     if re.search(r"per[- ]day|daily", error.message, re.IGNORECASE):
-        return "the key has used up what it may ask for in a day; the same command goes on when it may ask again"
-    return "the account of the key has no credit left; the same command goes on when it has"
+        return "the key has used up what it may ask for in a day; the same command continues when it may ask again"
+    return "the account of the key has no credit left; the same command continues when it has"
 
 
 def advice_on_length(error: ErrorBody, max_tokens: int) -> str:
-    """What helps where prompt and reply together, or the reply alone, are longer than the model takes; empty: another
-    fault."""
+    """Return advice if prompt and reply exceed the model's length; empty for another fault."""
     if error.parameter in _LIMITS or any(name in error.message for name in _LIMITS) or _CONTEXT.search(error.text):
         return f"lower --max-tokens ({max_tokens}) or shorten the prompt: together they are more than the model takes"
     return ""

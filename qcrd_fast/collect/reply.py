@@ -1,4 +1,4 @@
-"""What an endpoint's reply holds: samples, each with its message whole, tokens, and faults that are counted."""
+"""Parse an endpoint's reply: samples with their messages, tokens, and counted faults."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TokenLogProb(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """Samples of one request with the tokens it used, `estimated` where the server did not say; faults are counted.
+    """Samples of one request with tokens used (`estimated` if the server did not say) and fault counts.
 
     `usage` is what the server said of tokens, and perhaps of cost.
     """
@@ -55,7 +55,7 @@ class Reply:
 
 
 def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str, max_tokens: int = 0) -> Reply:
-    """The choices of a decoded reply, whatever it is, each text through `clean`; what is no text is a counted fault.
+    """Return the choices of a decoded reply, each text through `clean`; other values are counted as faults.
 
     Tokens that the server does not say are estimated, of a choice that was cut as `max_tokens`: its thoughts may be
     hidden.
@@ -100,8 +100,7 @@ def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str, max_
 
 
 def _choice(item: Mapping[str, Any]) -> Choice | None:
-    """A choice that was paid for and will not come out better: one that says something, or that ended before it
-    could."""
+    """Return a choice that was paid for and that no retry improves: one with text, or one that ended too early."""
     if item.get("finish_reason") == "error":  # of a router whose server broke off
         return None
     message = item.get("message")
@@ -149,8 +148,7 @@ def _nats(value: Any) -> float:
 
 
 def _cleaned(value: Any, clean: Callable[[str], str], depth: int = 0) -> Any:
-    """`value` with each text in it through `clean`; null for what nests too deep and for numbers that are not
-    finite."""
+    """Apply `clean` to every text in `value`; null for non-finite numbers and for values nested too deep."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, list | dict) and depth > DEEPEST:

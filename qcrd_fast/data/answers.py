@@ -105,8 +105,7 @@ class Value(NamedTuple):
 
 
 def read_value(answer: str, task: str, choices: Sequence[str] = (), decimal: str = "point") -> Value | None:
-    """The value of a text that is an answer, perhaps wrapped in Markdown, LaTeX, units or an option's letter; None for
-    none."""
+    """Parse a text as an answer, perhaps inside Markdown, LaTeX, units or an option's letter; None if it is not one."""
     text = strip_invisible(answer[:MAX_ANSWER]).strip()
     if not text:
         return None
@@ -123,9 +122,9 @@ def read_value(answer: str, task: str, choices: Sequence[str] = (), decimal: str
 
 
 def canonical(answer: str, task: str, choices: Sequence[str] = (), decimal: str = "point") -> str | None:
-    """The form in which two equal answers are equal strings; None where the answer cannot be read as one of `task`.
+    """Return the canonical form of an answer, equal for equal answers; None if unreadable for `task`.
 
-    number: its value, `32` for `32.0`, `$32` or `\\frac{64}{2}`, `1,000` -> `1000`, `1/2` -> `0.5`; units, currency and
+    number: its value, `32` for `32.0`, `$32` or `\frac{64}{2}`, `1,000` -> `1000`, `1/2` -> `0.5`; units, currency and
     `%` are ignored, and a sum, a range or a text with several numbers is none. equation: its value. math: the value,
     else LaTeX in one spelling. yes-no: `yes` or `no` (also from true, false; `not` turns it round). choice: the
     choice's text where known (from `choices` or the answer itself), else its letter. text: without case, invisible
@@ -136,8 +135,7 @@ def canonical(answer: str, task: str, choices: Sequence[str] = (), decimal: str 
 
 
 def surface(answer: str, task: str, choices: Sequence[str] = (), decimal: str = "point") -> str | None:
-    """A readable answer as it is taught: the canonical form of numbers and yes/no, the choice's own text, else as
-    written."""
+    """Return a readable answer as training text: canonical numbers and yes/no, a choice's own text, else as written."""
     value = read_value(answer, task, choices, decimal)
     return value.text if value else None
 
@@ -145,7 +143,7 @@ def surface(answer: str, task: str, choices: Sequence[str] = (), decimal: str = 
 def same_answer(
     a: str, b: str, task: str, choices: Sequence[str] = (), *, decimal: str = "point", tolerance: Fraction | None = None
 ) -> bool:
-    """Whether two answers are one; `(c)` and `(c) train station` are, also where the choices are not known."""
+    """Return whether two answers are equal; `(c)` equals `(c) train station` even if the choices are unknown."""
     left, right = read_value(a, task, choices, decimal), read_value(b, task, choices, decimal)
     return left is not None and right is not None and equal(left, right, task, tolerance)
 
@@ -182,8 +180,7 @@ def agree(a: Number, b: Number, tolerance: Fraction | None = None) -> bool:
 
 
 def groups(values: Sequence[Value], task: str, tolerance: Fraction | None = None) -> list[int]:
-    """For each value the index of the one that leads its group: the most precise member, with which all others are
-    equal.
+    """Map each value to the index of its group's leader, the most precise member; all members are equal to it.
 
     Values are compared with leaders alone, so that no chain of near values makes one answer of two. The order of the
     values does not matter, but for which of several equal ones leads.
@@ -221,7 +218,7 @@ def _distance(a: Value, b: Value) -> tuple[Fraction, str]:
 
 
 class TaskGuess:
-    """Which task the answers shown so far are of. `decimal`: how their numbers are written, as `--decimal` says."""
+    """Guess the task from the answers seen so far. `decimal`: their number format, as in `--decimal`."""
 
     def __init__(self, decimal: str = "point") -> None:
         self.decimal = decimal
@@ -249,8 +246,8 @@ class TaskGuess:
 
     @property
     def task(self) -> str:
-        """number, equation, math, choice (single letters), yes-no or text: what at least 95% of the answers can be read
-        as."""
+        """Return number, equation, math, choice (single letters), yes-no or text: the kind that fits 95% of the
+        answers."""
         counts, total = dict(self._counts), sum(self._counts.values())
         if counts["math"] > 0.05 * total:
             counts["math"] += counts["number"] + counts["equation"]
@@ -326,7 +323,7 @@ def _yes_no(text: str) -> str | None:
 
 
 def _polarity(text: str, word: re.Match[str]) -> str | None:
-    """What a word of answer says in its place; None where it is negated in another language."""
+    """Return yes or no of an answer word in its context; None if negated in another language."""
     before = text[max(0, word.start() - 24) : word.start()]
     said = _WORDS[word[0]]
     if _NOT.search(before):

@@ -1,4 +1,4 @@
-"""Options of a question: where it lists them, and what they say."""
+"""Parse the options that a question lists."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Choices(tuple[str, ...]):
 
 
 def parse_choices(question: str) -> Choices:
-    """The options that a question lists, on lines of their own or on its own line; empty where it has none.
+    """Return the options in a question, one a line or inline; empty if it lists none.
 
     Read are `(a) x`, `A) x`, `A. x`, `A: x`, `[A] x`, `（A）x`, with or without a bullet, and `1. x` on last lines.
     """
@@ -81,8 +81,7 @@ def _are_options(text: str, start: int) -> bool:
 
 
 def _is_told(text: str, found: tuple[int, list[str]]) -> bool:
-    """Whether the labels belong to what a question tells, or are questions themselves: it goes on behind them, to its
-    end."""
+    """Return whether the labels are part of the question's text, or questions themselves, and not options."""
     if _are_options(text, found[0]):
         return False
     if not text[: found[0]].strip(" \t*-\u2022$\n(") and _TASK.match(found[1][0]):
@@ -94,7 +93,7 @@ def _is_told(text: str, found: tuple[int, list[str]]) -> bool:
 
 
 def _sequence(text: str, pattern: re.Pattern[str], digits: bool, lines: bool) -> tuple[int, list[str]] | None:
-    """Where the last run of labels A, B, C, ... or 1, 2, 3, ... begins, and the texts behind them."""
+    """Find the last run of labels A, B, C, ... or 1, 2, 3, ... and the texts after them."""
     first = "1" if digits else "a"
     run: list[re.Match[str]] = []
     for match in pattern.finditer(text):

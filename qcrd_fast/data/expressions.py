@@ -1,4 +1,4 @@
-"""Numbers and arithmetic expressions in text, evaluated exactly with bounds; nothing is passed to `eval`."""
+"""Parse and evaluate numbers and arithmetic expressions exactly, within bounds, without `eval`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ _RANK = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3, "pos": 3, "**": 4}
 
 
 def evaluate_expression(text: str) -> Fraction | None:
-    """The value of an arithmetic expression with + - * / ** ^ and parentheses; None where it is none, or out of
-    bounds."""
+    """Evaluate an expression with + - * / ** ^ and parentheses; None if it is not one, or out of bounds."""
     if len(text) > MAX_EXPRESSION:
         return None
     text = _TIMES.sub("*", fold(text)).strip().rstrip(".=").strip()

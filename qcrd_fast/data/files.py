@@ -1,5 +1,4 @@
-"""Open an input of any file type: JSON lines, JSON arrays, CSV, TSV, parquet, gzip of them, `datasets` folders, hub
-names.
+"""Open input files: JSON lines, JSON arrays, CSV, TSV, parquet, gzip, `datasets` folders, hub names.
 
 Reading is streamed with a bound on every row and on what a gzip file expands to. `jsonl` holds the JSON readers,
 `tables` those of CSV, parquet and `datasets`; a new file type is added in `open_rows`.
@@ -86,8 +85,7 @@ def open_rows(
 
 
 def is_hub_name(path: str | Path) -> bool:
-    """Whether `path` can only be a data set of the hub: OWNER/NAME, and no such file, folder or parent folder is
-    here."""
+    """Return whether `path` can only be a hub data set: OWNER/NAME, and neither it nor its parent exists here."""
     name = os.fspath(path)
     if not _HUB_NAME.fullmatch(name) or _FILE_NAME.search(name):
         return False
@@ -151,7 +149,7 @@ def _start(path: Path, file: io.BufferedReader, rows: Rows, packed: str) -> Iter
 
 
 def _spread(head: bytes) -> str | None:
-    """What is wrong with a file whose first line is the beginning of JSON that goes on below it."""
+    """Return the fault of a file whose first line starts JSON that continues on later lines."""
     first, newline, rest = head.lstrip().partition(b"\n")
     if not newline or first[:1] not in (b"{", b"[") or first.rstrip()[-1:] not in (b"{", b"[", b","):
         return None

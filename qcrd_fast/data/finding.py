@@ -1,4 +1,4 @@
-"""Where the answer of a text stands: behind the last announcement of one, else in its last sentence."""
+"""Find the answer in a text: after its last announcement, else in its last sentence."""
 
 from __future__ import annotations
 
@@ -179,8 +179,7 @@ class Found(NamedTuple):
 
 
 def answer_text(text: str, decimal: str = "point") -> str:
-    """The part of a reply, or of a worked solution, that looks like its answer, whatever its task; for guessing the
-    task."""
+    """Return the part of a reply or solution that looks like its answer, for guessing the task."""
     text = cut_next_question(split_thinking(text).outside).strip()
     for marker in reversed(find_markers(text)):
         if marker.clause and not marker.doubt:
@@ -191,7 +190,7 @@ def answer_text(text: str, decimal: str = "point") -> str:
 
 
 def find_answer(text: str, task: str, choices: Sequence[str], decimal: str, explicit: bool = False) -> Found:
-    """The answer in what stands outside of the reasoning."""
+    """Find the answer outside the reasoning."""
     if not text.strip():
         return Found(None, "nothing was said")
     markers = find_markers(text)
@@ -250,7 +249,7 @@ def _short(text: str) -> str:
 
 
 def _beside_another(text: str, markers: list[Marker], at: int) -> bool:
-    """Whether a box stands in one sentence with another, of another content, so that neither is the answer."""
+    """Return whether a sentence has another box with other content, so that neither is the answer."""
     before = [marker for marker in markers[:at] if marker.kind == "box"]
     if not before or before[-1].clause == markers[at].clause:
         return False
@@ -262,7 +261,7 @@ _BULLET = re.compile(r"[ \t.]{0,8}\n[ \t]{0,8}[-*\u2022+]\s+\S")
 
 
 def _next_value(text: str, marker: Marker, value: Value) -> bool:
-    """Whether the line behind an announced number is another one, with its unit and nothing else."""
+    """Return whether the line after an announced number is another number with a unit and nothing else."""
     following = re.match(
         r"[ \t*_`.]{0,8}\n[ \t]{0,8}(?:[-*\u2022+]\s)?((?:and|und|et|y|e|и)\s)?([^\n]{1,60})(?:\n|"
         r"$)",
@@ -281,7 +280,7 @@ def _next_value(text: str, marker: Marker, value: Value) -> bool:
 def _boxed(
     text: str, box: Marker, value: Value, task: str, choices: Sequence[str], decimal: str
 ) -> tuple[Value | None, str]:
-    """The value of a box with what its sentence adds to it: a sign, a multiplier, a unit; or why it is none."""
+    """Return a box's value with the sign, multiplier and unit of its sentence, or why it has none."""
     effect, _ = lead_of_box(text, box.start)
     if effect not in ("", "-") and (effect.startswith("denied") or task in ("number", "equation", "math")):
         return None, effect
@@ -303,7 +302,7 @@ def _boxed(
 
 
 def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) -> tuple[Value | None, str, bool]:
-    """(the value that a marker announces, why there is none, whether that settles that there is none at all)."""
+    """Return the announced value, why there is none, and whether that rules out any answer."""
     clause = (marker.clause or "").strip()
     whole = marker.kind in ("box", "tag", "hash")
     if not clause:
@@ -353,7 +352,7 @@ def _in_clause(marker: Marker, task: str, choices: Sequence[str], decimal: str) 
 
 
 def _reasonless(clause: str) -> str:
-    """A clause without a reason behind it, and without what it is told from: "Paris, not Rome"."""
+    """Return a clause without a trailing reason and without its contrast: "Paris, not Rome"."""
     cut = _WHY.search(clause)
     return clause[: cut.start()] if cut and clause[: cut.start()].strip() else clause
 
@@ -375,7 +374,7 @@ def _with_initials(text: str, marker: Marker) -> Marker:
 
 
 def _with_option(text: str, marker: Marker, choices: Sequence[str]) -> Marker:
-    """A marker of a lone letter, with the option's text or the further letter that stands behind it."""
+    """Extend a one-letter announcement by the option's text or further letter after it."""
     clause = marker.clause or ""
     if marker.kind in ("box", "tag") or not _LETTER.fullmatch(clause):
         return marker
@@ -394,7 +393,7 @@ def _settles(clause: str) -> bool:
 
 
 def _formula(clause: str) -> str | None:
-    """The formula that a clause consists of, but for a unit and a reason; None where it says more than that."""
+    """Return the formula that a clause consists of, apart from unit and reason; None if there is more."""
     match = re.match(
         r"[\s:]*(?:(?:simply|just|exactly|therefore|equal\s+to|the\s+\w+)\s+)?(\$\$?|\\\(|\\\[)(.+?)(?:\$\$?|\\\)|\\\])",
         clause,
@@ -455,7 +454,7 @@ def _sentences(text: str, task: str, choices: Sequence[str], decimal: str, expli
 
 
 def _option_in(text: str, found: list[str], choices: Sequence[str], explicit: bool) -> Found:
-    """The option of a text that announces none: the one that it consists of, or that its last sentence settles on."""
+    """Return the option of a text without announcement: the whole text, or its last sentence's choice."""
     last = found[-1]
     listed, (index, _) = choice_in_list(found, choices)
     if listed:
@@ -521,7 +520,7 @@ def _is_bare(text: str, task: str, choices: Sequence[str]) -> bool:
 
 
 def _no_announcement(sentence: str) -> str:
-    """Why a last sentence that speaks of the answer, in which no value followed, is not searched for one."""
+    """Return why a last sentence that mentions the answer, without a value after it, is not searched."""
     if DENIED_AFTER.search(_BECAUSE.split(sentence)[0]):
         return "denied"
     noun = _NOUN.search(sentence)
@@ -555,7 +554,7 @@ def several_names(text: str) -> bool:
 
 
 def _number_in(sentence: str, task: str, decimal: str) -> Found:
-    """The value that a sentence ends up with: after its last `=` or verb such as "makes", else the only one in it."""
+    """Return a sentence's final value: after its last `=` or a verb such as "makes", else its only number."""
     if task == "math" and (spans := re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", sentence)):
         formula = (spans[-1][0] or spans[-1][1]).rpartition("=")[2]
         read = read_value(formula, task, (), decimal) if len(spans) == 1 else None
@@ -587,7 +586,7 @@ def _number_in(sentence: str, task: str, decimal: str) -> Found:
 
 
 def find_rationale(text: str, found: Found) -> str:
-    """What stands before the announcement of the answer; where nothing does, what stands after it."""
+    """Return the text before the announced answer; if empty, the text after it."""
     marker = found.marker
     if marker is None:
         return "" if found.bare else _without_closing(text) if found.value else text
@@ -619,7 +618,7 @@ def find_rationale(text: str, found: Found) -> str:
 
 
 def _without_closing(text: str) -> str:
-    """A text without its last sentence, where that says the answer and nothing else."""
+    """Drop the last sentence if it only states the answer."""
     last = (sentences(text) or [""])[-1]
     at = text.rfind(last)
     if (

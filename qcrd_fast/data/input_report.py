@@ -1,4 +1,4 @@
-"""What an input was taken for: its file type, its format, and the keys that were not read."""
+"""Report what an input was recognised as: file type, format, unread keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLE_ROLES = ("samples", "completion", "rationale", "messages", "prediction")
 
 @dataclass
 class InputReport:
-    """What one input was taken for, filled in as it is read."""
+    """Recognised file type and format of one input; filled in while reading."""
 
     path: str
     file_type: str = ""
@@ -45,7 +45,7 @@ class InputReport:
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know of this input."""
+        """Return warnings about this input."""
         found = []
         if self.without_sample:
             found.append(

@@ -1,5 +1,4 @@
-"""What `prepare --show` prints and `--inspect` writes: each question with its samples, what was read of them and
-why."""
+"""Output of `prepare --show` and `--inspect`: questions, samples, and how each was read."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ _COMMA_GOLD = re.compile(r"-?\d{1,3}(?:\.\d{3})*,\d{1,2}|-?\d{1,3}(?:\.\d{3}){2,
 
 
 class Inspection:
-    """Questions as they go by, kept as far as they are shown: `show` of them as text, and the first 200 for a
-    `page`."""
+    """Collects questions to display: `show` of them as text, and the first 200 for a `page`."""
 
     def __init__(self, reader: Reader, *, show: int = 0, page: bool = False):
         self.reader = reader
@@ -47,7 +45,7 @@ class Inspection:
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should look at."""
+        """Return warnings worth a look."""
         found = []
         if self._comma_golds > 0.05 * self._golds and self.reader.decimal == "point":
             found.append(

@@ -22,8 +22,7 @@ _CHUNK = 1024 * 1024
 
 
 def line_rows(path: str | Path, file: io.BufferedReader, on_blank: Callable[[], None]) -> Iterator[tuple[int, Any]]:
-    """Each line of JSONL as (line, value); the value is a `BadRow` where there is a fault. `on_blank` counts blank
-    lines."""
+    """Yield (line, value) of JSONL; a faulty line gives a `BadRow`. `on_blank` counts blank lines."""
     for line in itertools.count(1):
         raw = file.readline(MAX_ROW_BYTES + 1)
         if not raw:
@@ -105,7 +104,7 @@ def _decode(text: str, start: int) -> tuple[Any, int]:
 
 
 class _ArrayText:
-    """A JSON array's text, read as it is needed, with the line the reader stands in."""
+    """Text of a JSON array, read on demand, with the current line number."""
 
     def __init__(self, file: BinaryIO):
         self.file = io.TextIOWrapper(file, encoding="utf-8", newline="\n")

@@ -1,4 +1,4 @@
-r"""LaTeX in answers: `\boxed{...}` found by its braces, and markup turned into the plain text it stands for."""
+r"""LaTeX in answers: find `\boxed{...}` by its braces, and convert markup to plain text."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class _Tokens:
         return match
 
     def argument(self, depth: int) -> str:
-        """What a command applies to: a group in braces, a command or one character."""
+        """Return a command's argument: a braced group, a command or one character."""
         while self.text[self.position : self.position + 1] == " ":
             self.position += 1
         start = self.position

@@ -1,5 +1,4 @@
-"""From files to questions: read any mix of inputs, pool the samples of each question, vote, split; and write the
-result.
+"""Files to questions: read mixed inputs, pool samples by question, vote, split, and write.
 
     result = load_questions(["svamp_3_train.json", "svamp_aug_t5_large.json"])
     write_prepared("train.jsonl", result.questions)
@@ -41,7 +40,7 @@ class LoadResult(NamedTuple):
 
     @property
     def taken_for(self) -> str:
-        """What the inputs were taken for and which keys were not read, on one line."""
+        """Format on one line what the inputs were recognised as and which keys were not read."""
         return "; ".join([*self.summary.taken, *filter(None, [keys_text(self.summary.keys_not_read)])])
 
 
@@ -100,9 +99,9 @@ def load_questions(
 def prepare(
     paths: Sequence[str | Path] | str | Path, output: str | Path, *, dry_run: bool = False, **options: Any
 ) -> tuple[PrepareSummary, list[BadRow]]:
-    """Write the questions of `load_questions(paths, **options)` to `output`, whatever they weigh: rows wait in a file
-    without a name beside it, and memory grows by about 400 bytes a row. Returns (summary, the rows that were set
-    aside).
+    """Write the questions of `load_questions(paths, **options)` to `output`; return (summary, rejected rows).
+
+    Works for files larger than memory: rows wait in an unnamed file, and memory grows by about 400 bytes a row.
 
     Raises:
         InputError: as `load_questions`; or `output` is a device or pipe.
@@ -123,7 +122,7 @@ def prepare(
 
 
 def _trainable(questions: Iterator[Question], tally: Tally, inputs: list[Path]) -> Iterator[Question]:
-    """The questions as they come. Raises `InputError` after the last where nothing can be learnt from any of them."""
+    """Yield the questions. Raises `InputError` after the last if nothing can be learnt from any."""
     yield from questions
     summary = tally.summary
     lost = misspelt(summary.keys_not_read) if not summary.samples else []
@@ -171,8 +170,7 @@ def _read(
     reader: Reader = DEFAULT,
     watch: Callable[[Question, Vote | None], None] | None = None,
 ) -> Iterator[Question]:
-    """The questions of `load_questions`, one at a time, counted in `tally` as they go; rows wait in `folder`, if
-    given."""
+    """Yield the questions of `load_questions`, counted in `tally`; rows wait in `folder` if given."""
     scanner = Scanner(format, split, split or part, config_name, mapping, batch_input)
     tally.reports = scanner.reports
     for name, value, known in (
@@ -237,8 +235,10 @@ def iter_records(path: str | Path, format: str = "auto", split: str | None = Non
 def validate_file(
     path: str | Path, format: str = "auto", *, reports: list[InputReport] | None = None, **options: Any
 ) -> Iterator[BadRow]:
-    """Every bad row of a file, or of all the splits of a folder, as it is met. Memory does not grow with the file but
-    for about 300 bytes an id. What the file was taken for is added to `reports`; `options` are those of `Scanner`.
+    """Yield every bad row of a file, or of all splits of a folder.
+
+    Memory grows only by about 300 bytes an id. Adds to `reports` what the file was recognised as; `options` are those
+    of `Scanner`.
 
     Raises:
         InputError: the file cannot be read.
@@ -259,8 +259,7 @@ def validate_file(
 
 
 def write_prepared(path: str | Path, questions: Iterable[Question | dict[str, Any]]) -> None:
-    """Write questions, or rows made of them, as JSONL under a temporary name beside `path`, then rename it: a reader
-    sees the whole file or none.
+    """Write questions, or rows of them, as JSONL atomically: readers see the whole file or none.
 
     Raises:
         InputError: `path` is a device or pipe.

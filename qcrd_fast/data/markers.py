@@ -1,5 +1,4 @@
-"""Where a reply says that its answer comes: `Answer:`, "the answer is" and the like, in nine languages and in
-Markdown."""
+"""Find announcements of an answer (`Answer:`, "the answer is", ...) in nine languages and in Markdown."""
 
 from __future__ import annotations
 
@@ -103,7 +102,7 @@ _ONE_ITEM = re.compile(r"1[.)][ \t]+[^\s*_)\]]")  # a list begins, or a train of
 
 
 class Marker(NamedTuple):
-    """A place where an answer is announced: text[start:end] announces it, `clause` is what is said.
+    """An announcement at text[start:end]; `clause` is the text announced.
 
     kind: `box`, `tag` and `hash` (the clause is the whole of it), `label` (`Answer:`) or `statement` ("the answer is").
     `clause` is None in a box that does not close; `doubt`: the sentence says that it is none, or asks.

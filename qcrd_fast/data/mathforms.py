@@ -1,5 +1,4 @@
-r"""LaTeX answers in one spelling (task `math`), and the optional comparison by math-verify, in a process that can be
-killed."""
+r"""Normalise LaTeX answers (task `math`); optionally compare them by math-verify in a separate process."""
 
 from __future__ import annotations
 
@@ -60,8 +59,7 @@ def looks_like_prose(text: str) -> bool:
 
 
 def unwrapped(text: str) -> str:
-    r"""`text` without the delimiters around the whole of it: `$..$`, `\(..\)`, `\text{..}`, `**..**`, and a final
-    stop."""
+    r"""Strip delimiters around the whole text: `$..$`, `\(..\)`, `\text{..}`, `**..**`, and a final stop."""
     text = text[:MAX_FORM].strip()
     for _ in range(6):
         before = text
@@ -102,8 +100,7 @@ def is_plain_number(text: str) -> bool:
 
 
 def normal_form(text: str) -> str | None:
-    r"""LaTeX in one spelling: `\dfrac` as `\frac`, no sizes, no white space, units and `x =` dropped; None for
-    prose."""
+    r"""Normalise LaTeX: `\dfrac` to `\frac`; no sizes, white space, units or `x =`; None for prose."""
     if _PROSE.search(text):
         return None
     text = _BINOMIAL.sub(lambda match: f"binom({match[1] or match[3]},{match[2] or match[4]})", text)
@@ -174,7 +171,7 @@ def _compare(a: str, b: str) -> bool:
 
 
 def verified(a: str, b: str) -> bool:
-    """Whether math-verify, where it is installed, finds two LaTeX answers equal. The order does not matter."""
+    """Return whether math-verify, if installed, finds two LaTeX answers equal, in either order."""
     if not available() or max(len(a), len(b)) > MAX_FORM:
         return False
     return _compare(*sorted((a, b)))

@@ -1,4 +1,4 @@
-"""What a chat message says: its content, and its reasoning in whichever field or part a server puts it."""
+"""Parse chat messages: content, and reasoning in whatever field or part a server puts it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ _DEEPEST = 8
 
 
 class Message(NamedTuple):
-    """`reasoning` is empty where there is none; `content` is None where it is null or missing, or has no part that is
-    text."""
+    """One message. `reasoning` may be empty; `content` is None if missing, null or without text."""
 
     reasoning: str
     content: str | None
@@ -28,7 +27,7 @@ class Message(NamedTuple):
 
 
 def read_message(message: Mapping[str, Any]) -> Message:
-    """Whatever is not text, such as encrypted reasoning or a tool call, is left out.
+    """Read a message; parts other than text, such as encrypted reasoning or tool calls, are dropped.
 
     The first field with reasoning counts: servers that fill several repeat themselves. Reasoning that also stands in
     the content, between tags, is taken from there.
@@ -62,7 +61,7 @@ def is_text_part(part: Any) -> bool:
 
 
 def with_thinking(thinking: str | None, reply: str) -> str:
-    """A reply that begins with its reasoning, as chat models write it; without a reply the reasoning is open."""
+    """Return a reply that starts with its reasoning, as chat models write it; without a reply it stays open."""
     if not thinking or not thinking.strip():
         return reply
     closing = f"\n</think>\n\n{reply}" if reply.strip() else ""

@@ -1,4 +1,4 @@
-"""Which option of a question a text names; none where it names several, contradicts itself or rules one out."""
+"""Match a text to one option of a question; None if it names several, contradicts itself or excludes one."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def _table(choices: Sequence[str]) -> _Table:
 
 
 def _mentions(text: str, table: _Table) -> list[str]:
-    """The options whose texts stand in a text that `plain_text` returned; of two that overlap, the longer one."""
+    """Return the options mentioned in a text from `plain_text`; of overlapping ones the longer."""
     found: list[str] = []
     if table.pattern is None:
         return found
@@ -197,8 +197,7 @@ def _option(index: int, table: _Table) -> Named:
 
 
 def read_choice(text: str, choices: Sequence[str]) -> Named:
-    """(index, text) of the option that a text, such as what follows "the answer is", consists of; (None, None) for
-    none.
+    """Return (index, text) of the option that a text consists of; (None, None) if none.
 
     Where the options are not known, the index is that of the letter, and the text is what follows it.
     """
@@ -309,7 +308,7 @@ def _is_prose(text: str) -> bool:
 
 
 def _labelled(index: int, rest: str, separated: bool, close: str, table: _Table) -> Named | None:
-    """The option with a label, by what follows it: nothing, its text, or a reason; None: the letter is no label."""
+    """Return the option with a label, depending on what follows it; None if the letter is not a label."""
     keys, known = table.keys, index < len(table.keys)
     own = keys[index] if known else None
     after = plain_text(rest)
@@ -385,8 +384,7 @@ def choice_in_sentence(sentence: str, choices: Sequence[str]) -> Named:
 
 
 def choice_in_list(lines: Sequence[str], choices: Sequence[str]) -> tuple[bool, Named]:
-    """Whether the last of some sentences or lines is one of a list that goes through the options; the only one found
-    right."""
+    """Return whether the last sentence belongs to a list that goes through the options, and is the only right one."""
     if not lines or not (last := _ITEM.match(lines[-1])):
         return False, NONE
     table = _table(choices)
@@ -408,12 +406,12 @@ def is_denied(text: str, choices: Sequence[str]) -> bool:
 
 
 def is_denied_announcement(before: str) -> bool:
-    """Whether what stands before an announcement says that it announces another thing, such as "the least likely"."""
+    """Return whether the words before an announcement change what it announces, such as "the least likely"."""
     return _BEFORE.search(before) is not None
 
 
 def says_options(clause: str, choices: Sequence[str]) -> bool:
-    """Whether what follows an announcement is about options, so that where it names no single one there is none."""
+    """Return whether an announcement is about options, so that without a single one there is no answer."""
     text = simplify(strip_invisible(clause)).strip("*_`\"' ")
     if len(text.split()) > 10:
         return False

@@ -1,4 +1,4 @@
-"""The samples of one question, wherever its rows stand, brought together and voted on one question at a time.
+"""Pool the samples of each question over all rows, and vote one question at a time.
 
 Rows wait in memory, or, where the questions go to a file, beside that file: what is held then grows with the number of
 rows and not with their length.
@@ -27,7 +27,7 @@ _FIELDS = (
 
 
 class Record(NamedTuple):
-    """One row of an input: its question, its samples, and where it stands."""
+    """One row of an input: question, samples, and place."""
 
     question: Question
     samples: tuple[Rationale, ...]
@@ -38,7 +38,7 @@ class Record(NamedTuple):
 
 
 class Pool:
-    """Rows by question; use as a context manager. `bad` is told of each that cannot be used, and may raise.
+    """Rows by question, as a context manager. `bad` is called for each unusable row, and may raise.
 
     With `folder`, rows beyond `SPOOL_BYTES` wait in a file there that has no name: nothing of it is left after a kill.
     Raises `OSError` where that file cannot be written.
@@ -116,7 +116,7 @@ class Pool:
                 self.bad(BadRow(first.path, first.line, str(error)))
 
     def _join(self) -> None:
-        """Bring rows that their text tells together with the rows of ours that have an id for the same question."""
+        """Pool rows keyed by text with rows that have an id for the same question."""
         told = [key for key in self._rows if key.startswith("\0")]
         self._own = {key for key in self._rows if not key.startswith("\0")} if told else set()
         if not self._own:
@@ -175,7 +175,7 @@ def _digest(record: Record) -> bytes:
 
 
 def _order(place: Any) -> Any:
-    """What sorts places by the rows' order."""
+    """Return the sort key of a place: the rows' order."""
     return place if isinstance(place, int) else (place[0], place[1].line)
 
 
@@ -188,7 +188,7 @@ def _unpacked(value: Any) -> Any:
 
 
 def _own_task(question: Question) -> str | None:
-    """The row's own task, or choice where the question lists choices; None: what the answers of its file look like."""
+    """Return the row's task, or choice if it lists choices; None: guess from its file's answers."""
     choices = parse_choices(question.question)
     if question.task or not choices:
         return question.task

@@ -1,5 +1,4 @@
-"""Quantities in text: a number with its sign, wrappings, multiplier and unit, or the finding that there is none, or
-several."""
+"""Read quantities: a number with sign, wrapping, multiplier and unit; or report that there is none or several."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ class Number(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A number and the text it was read from, or why there is none; `blocks`: an answer was given, but no single
-    value."""
+    """A number with its source text, or why there is none. `blocks`: an answer was given, but no single value."""
 
     number: Number | None
     why: str = ""
@@ -243,8 +241,7 @@ _WORDED_MORE = re.compile(rf"[\s,]*(?:and\s+)?(?:{NUMBER_WORDS.pattern})", re.IG
 
 
 def point_style(text: str, decimal: str, groups: bool = True) -> str:
-    """`text` with its numbers as in English, `1234.5`: decimal commas, and groups set off by spaces or apostrophes,
-    undone."""
+    """Convert numbers to English style `1234.5`: decimal commas and group separators."""
     if decimal == "comma":
         return _COMMA_RUN.sub(lambda run: _uncomma(run[0]), text)
     if groups and ("'" in text or "\u2019" in text or " " in text):
@@ -261,12 +258,12 @@ def _uncomma(run: str) -> str:
 
 
 def plain(text: str, decimal: str = "point", groups: bool = True) -> str:
-    """`text` ready for reading: no LaTeX, digits and signs in ASCII, no currency, words for a sign as the sign."""
+    """Normalise `text` for reading: no LaTeX or currency, ASCII digits and signs, words for signs as signs."""
     return _SIGN_WORDS.sub("-", point_style(fold(simplify(text)), decimal, groups))
 
 
 def read_quantity(text: str, *, decimal: str = "point", expressions: bool = False, label: bool = False) -> Found:
-    """The quantity that a text, such as a box's content or the sentence behind "the answer is", consists of.
+    """Read the quantity that a text consists of, such as a box's content.
 
     After it may come a unit, a clause with "because", or further remarks behind a comma; `label`: behind a mere
     `Answer:`, where
@@ -307,8 +304,7 @@ def read_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
 
 
 def sole_quantity(text: str, *, decimal: str = "point", expressions: bool = False, words: bool = False) -> Found:
-    """The only quantity that stands anywhere in a text; none where there are several, or with `words` number words as
-    well."""
+    """Return the only quantity in a text; None if there are several. `words`: count number words too."""
     text = _STEP.sub(" ", _UNIT_POWER.sub("", plain(strip_invisible(text), decimal, groups=False))).rstrip(" .\n")
     only: tuple[int, str] | None = None
     position = 0
@@ -409,7 +405,7 @@ def one_number(text: str) -> Number | None:
 
 
 def _scaled(number: Number, rest: str) -> tuple[Number, str]:
-    """The number with the multiplier that follows it, such as `million`, and what comes after."""
+    """Return the number times a following multiplier such as `million`, and the rest."""
     for _ in range(2):
         match = _MULTIPLIER.match(rest)
         if not match:
@@ -426,7 +422,7 @@ def _scaled(number: Number, rest: str) -> tuple[Number, str]:
 
 
 def _judge(number: Number, rest: str, label: bool) -> Found:
-    """Whether the number stands for the answer, by what follows it."""
+    """Return whether the number is the answer, by what follows it."""
     if _REMAINDER.match(rest):
         return Found(None, "a remainder", blocks=True)
     rest = _UNIT_POWER.sub("", rest)

@@ -1,4 +1,4 @@
-r"""One reader of replies: reasoning, rationale and answer of whatever a teacher or student said.
+r"""The reader of replies: splits a teacher's or student's text into reasoning, rationale and answer.
 
     read_reply("3 * 6 = 18 jars. The answer is \\boxed{18}.", "number")
     -> Reading(reasoning="", rationale="3 * 6 = 18 jars.", answer="18", why="\\boxed{18}")
@@ -46,8 +46,7 @@ MAX_OWN_ANSWER = 32768  # characters, the last ones, of an answer of its own
 
 
 class Reading(NamedTuple):
-    """A reply taken apart. `answer` is None where none can be read as one of the task; `why` says what was read, or why
-    not."""
+    """A parsed reply. `answer` is None if unreadable for the task; `why` explains the result."""
 
     reasoning: str
     rationale: str
@@ -122,8 +121,7 @@ class Reader:
         return Reading(parts.thinking, rationale, found.value.text if found.value else None, found.why, found.value)
 
     def sample(self, sample: Rationale, task: str, choices: Sequence[str] = ()) -> Reading:
-        """A sample's rationale and answer: of a raw reply both are read from its text; else its answer is read by
-        itself."""
+        """Return a sample's rationale and answer, both read from a raw reply; a separate answer is read by itself."""
         if sample.reply:
             return self.read(sample.text, task, choices, truncated=sample.truncated)
         parts = split_thinking(sample.text)
@@ -140,7 +138,7 @@ class Reader:
         return Reading(parts.thinking, rationale, answer, why, value)
 
     def answer(self, text: str, task: str, choices: Sequence[str] = ()) -> tuple[str | None, str]:
-        """(an answer of its own, such as a gold, as it is taught; what was read, or why nothing was)."""
+        """Read a separate answer, such as a gold; return it as training text and what was read, or why nothing was."""
         if self.pattern or self.function:
             answer, why = self._custom(text, task, choices)
             if answer is not None:
@@ -160,7 +158,7 @@ class Reader:
         return reading if reading.answer is not None and reading.rationale.strip() else None
 
     def value(self, answer: str, task: str, choices: Sequence[str] = ()) -> Value | None:
-        """The value of an answer that `read`, `sample` or `answer` returned: numbers are in canonical form by then."""
+        """Return the value of an answer from `read`, `sample` or `answer`; numbers are canonical by then."""
         return read_value(answer, task, choices)
 
     def same(self, a: str, b: str, task: str, choices: Sequence[str] = ()) -> bool:
@@ -202,8 +200,7 @@ DEFAULT = Reader()
 
 
 def _from_json(text: str) -> tuple[str, str] | None:
-    """(rationale, answer) of a reply that is a JSON object with an answer, perhaps in a code fence; None for any
-    other."""
+    """Return (rationale, answer) of a JSON reply, perhaps in a code fence; None for any other."""
     text = _JSON_FENCE.sub("", text).strip() if text.startswith("```") else text
     if not (text.startswith("{") and text.endswith("}")) or len(text) > MAX_OWN_ANSWER:
         return None
@@ -252,7 +249,7 @@ def read_reply(
     decimal: str = "point",
     truncated: bool = False,
 ) -> Reading:
-    """Reasoning, rationale and answer of a reply. `choices`: those of the question, as `parse_choices` finds them.
+    """Parse a reply into reasoning, rationale and answer. `choices`: from `parse_choices`.
 
     Raises:
         InputError: an unknown value of `thinking` or `decimal`.
@@ -262,15 +259,14 @@ def read_reply(
 
 
 def extract_answer(text: str, task: str, choices: Sequence[str] = ()) -> str | None:
-    """The answer of a short text, such as a student's output, as it is taught; None where none can be read."""
+    """Return the answer of a short text, such as a student's output, as training text; None if unreadable."""
     if task == "text" and "\n" in text[-MAX_OWN_ANSWER:].strip():
         return read_reply(text, task, choices).answer
     return DEFAULT.answer(text, task, choices)[0]
 
 
 def is_correct(prediction: str, gold: str, task: str, choices: Sequence[str] = ()) -> bool:
-    """Whether generated text answers `gold`. Pass `parse_choices(question)` for choices, so that letters are
-    understood."""
+    """Return whether generated text answers `gold`. Pass `parse_choices(question)` to understand letters."""
     said, wanted = extract_answer(prediction, task, choices), DEFAULT.answer(gold, task, choices)[0]
     return said is not None and wanted is not None and DEFAULT.same(said, wanted, task, choices)
 

@@ -1,5 +1,4 @@
-"""The rows of one input, good and bad, as they are read: file type and format recognised, before any pooling or
-vote."""
+"""Scan one input: recognise file type and format, and yield good and bad rows, before pooling."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ _BESIDE = {
 
 @dataclasses.dataclass
 class Scanner:
-    """How inputs are read. One scanner reads all inputs of a command, so that ids are the same in all of them.
+    """Options for reading inputs. One scanner reads all inputs of a command, so that ids agree.
 
     `split` must be there; `part` is what a folder of several splits is read for. `mapping` is role: key, as `--map`
     says.
@@ -102,7 +101,7 @@ class Scanner:
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know of all inputs together."""
+        """Return warnings about all inputs together."""
         missing = [identity for identity in self._batch or () if identity not in self._answered]
         if not missing:
             return []
@@ -116,7 +115,7 @@ class Scanner:
         self._answered.add(str(identity))
 
     def question_id(self, question: Question) -> tuple[str, bool]:
-        """(the id that all rows with this question's text have, whether this row's own id is another question's).
+        """Return the id shared by all rows with this text, and whether this row's id belongs to another question.
 
         It is the first row's own, or one made of the text, also where another question has that id.
         """
@@ -181,8 +180,7 @@ class _Scan:
                 raise InputError(f"{where}: no row has a key {key!r}, which --map {role}={key} names")
 
     def _decide(self, rows: list[dict[str, Any]], format: str) -> None:
-        """Find the format that the first rows have: that of the first, but where it has no sample, that of all their
-        keys."""
+        """Find the format of the first rows: that of the first; without samples there, that of all their keys."""
         if not rows:
             return
         union: dict[str, Any] = {}
@@ -211,8 +209,7 @@ class _Scan:
         )
 
     def _has_samples(self, found: Format, row: Row) -> bool:
-        """Whether a row has samples as this format reads it, or is of a format whose samples do not stand in its
-        rows."""
+        """Return whether a row has samples in this format, or the format stores samples elsewhere."""
         if found.name in ("openai-batch", "openai-batch-input", "dss"):
             return True
         try:
@@ -238,8 +235,7 @@ class _Scan:
         return Row(values, mapping)
 
     def _parse(self, values: dict[str, Any], format: str) -> Parsed:
-        """What the file's format makes of a row; where its first rows did not tell, the first that a format claims
-        does."""
+        """Parse a row with the file's format; if unknown yet, with the first format that accepts it."""
         row = self._row(values)
         self.mapped |= row.values.keys() & set(row.mapping.values())
         if self.found is None:
@@ -272,7 +268,7 @@ class _Scan:
         return parsed
 
     def _compare(self, question: Question, line: int) -> None:
-        """Raises `RowError` where rows of one question differ in what stands beside it and looks like a part of it."""
+        """Raise `RowError` if rows of one question differ in values that look like part of it."""
         if not self.beside:
             return
         text = text_digest(question)
@@ -330,7 +326,7 @@ class _Scan:
 
 
 def _first_rows(rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """The first rows, as many as tell what a file is, and no more than a bounded number of characters."""
+    """Return the first rows, as many as identify the format, within a bounded number of characters."""
     room = AHEAD_CHARACTERS
     for row in itertools.islice(rows, AHEAD_ROWS):
         yield row
@@ -348,8 +344,7 @@ def _size(value: Any) -> int:
 
 
 class Mismatch(InputError):
-    """The samples beside a file are not as many as its rows: which belongs to which is not known, so none can be
-    used."""
+    """The sample file has another number of rows than its questions, so none can be assigned."""
 
     def __init__(self, row: BadRow):
         super().__init__(str(row))
@@ -361,7 +356,7 @@ def _short(id: str) -> bytes:
 
 
 def text_digest(question: Question) -> str:
-    """sha256 of what the spellings of one question have in common."""
+    """Return the sha256 of what different spellings of one question share."""
     return hashlib.sha256(text_key(question).encode()).hexdigest()
 
 
@@ -395,7 +390,7 @@ def parse_mapping(text: Mapping[str, str] | str | None) -> dict[str, str]:
 
 
 def _beside(row: Row, unread: Iterable[str]) -> dict[str, Any]:
-    """Of what a row's format did not read, that which looks like a part of the question, by its key."""
+    """Return unread values that look like part of the question, by key."""
     found: dict[str, Any] = {}
     for key in sorted(unread):
         name, bracket, part = key.partition("[")

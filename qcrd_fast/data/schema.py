@@ -15,7 +15,7 @@ REJECTED = "rejected"
 
 @dataclass(frozen=True, slots=True)
 class Rationale:
-    """One rationale, with the answer it ends in, who said it and the discriminator's score.
+    """One rationale with its answer, its source and its quality score.
 
     view: the style that it is written in, which its prompt names (`models.views`). critique: what was said of it, or of
     what it is a revision of. wrong_step: its first wrong step, from 1.
@@ -61,7 +61,7 @@ class Question:
 
 
 class NumberText(str):
-    """The text of what was a number in its file, so that its point is one whatever `--decimal` says of texts."""
+    """Text of a JSON number: its point is a decimal point, whatever `--decimal` says."""
 
     __slots__ = ()
 
@@ -78,7 +78,7 @@ class BadRow(NamedTuple):
 
 
 class RowError(ValueError):
-    """What is wrong with one row; the reader adds the file and the line."""
+    """A fault in one row; the reader adds file and line."""
 
 
 def require(row: Any) -> dict[str, Any]:
@@ -121,8 +121,7 @@ def get_text(
 
 
 def get_answer(row: dict[str, Any], key: str) -> str | None:
-    """An answer: a string, a number as its own text, a boolean as yes or no; None where it is missing, null or
-    empty."""
+    """Return an answer as text: strings, numbers, booleans as yes or no; None if missing, null or empty."""
     return get_text(row, key, numbers=True, booleans=True) or None
 
 
@@ -135,7 +134,7 @@ def get_list(row: dict[str, Any], key: str, parse: Callable[[Any, str], Any]) ->
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, for a message."""
+    """Name the type of a JSON value, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null", bytes: "bytes"}
     return names.get(type(value), "a number")
 
@@ -170,19 +169,19 @@ def with_choices(question: str, choices: tuple[str, ...], labels: Sequence[str] 
 
 
 def _place(label: str) -> int:
-    """Where in A, B, C, ... or 1, 2, 3, ... a label stands, from 0; -1 for another."""
+    """Return a label's index in A, B, C, ... or 1, 2, 3, ...; -1 for another label."""
     if label.isascii() and label.isdigit() and len(label) < 4:
         return int(label) - 1
     return ord(label.casefold()) - ord("a") if len(label) == 1 and label.isascii() and label.isalpha() else -1
 
 
 def question_text(question: Question) -> str:
-    """What a prompt shows: the context, if there is one, and the question with its choices."""
+    """Return the prompt text: context, if any, and question with its choices."""
     return f"{question.context}\n{question.question}" if question.context else question.question
 
 
 def text_key(question: Question) -> str:
-    """What two spellings of one question have in common: NFKC, and every run of white space as one space."""
+    """Return the key that spellings of one question share: NFKC, white space collapsed."""
     return " ".join(unicodedata.normalize("NFKC", question_text(question)).split())
 
 
@@ -191,7 +190,7 @@ _BESIDE = re.compile(r"\s*([^\w\s])\s*")
 
 
 def leak_key(question: Question) -> str:
-    """What questions have in common that differ in case, in white space beside signs or in punctuation alone.
+    """Return the key shared by questions that differ only in case, punctuation or white space beside signs.
 
     `.,;:!?` and quotes are dropped, but where a digit follows (`2.5`, `.5`, `1,000`); operators, signs and brackets are
     kept.
@@ -222,5 +221,5 @@ def get_weight(row: dict[str, Any], key: str) -> float | None:
 
 
 def question_key(identity: str) -> int:
-    """63 bits that stand for a question's id in keyed selections."""
+    """Return 63 bits that identify a question in keyed selections."""
     return int.from_bytes(hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()[:8], "little") >> 1

@@ -1,4 +1,4 @@
-"""Splits of questions: held-out rows, overlap with a test set, rows of one split, their task and label."""
+"""Splits of questions: held-out rows, overlap with a test set, one split, task and label."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)
 
 
 def hold_out(questions: Sequence[Question], fraction: float, seed: int = 0) -> tuple[list[Question], list[Question]]:
-    """(train, validation), both in the order given; which questions are held out depends on their ids and the seed
-    alone.
+    """Return (train, validation) in the given order; depends only on ids and seed.
 
     `fraction` is rounded to whole questions, at least one on each side where there are two and it is not 0.
     """
@@ -26,15 +25,14 @@ def hold_out(questions: Sequence[Question], fraction: float, seed: int = 0) -> t
 
 
 def drop_overlap(train: Sequence[Question], test: Iterable[Question]) -> tuple[list[Question], int]:
-    """`train` without the questions that stand in `test`, also in other punctuation or case, and how many were
-    dropped."""
+    """Drop training questions that are in `test` up to punctuation and case; also return how many."""
     seen = {leak_key(question) for question in test}
     kept = [question for question in train if leak_key(question) not in seen]
     return kept, len(train) - len(kept)
 
 
 def of_split(questions: list[Question], wanted: str) -> list[Question]:
-    """Of rows with several splits those of the wanted one ("validation", "test"), or those without; otherwise all."""
+    """Return the rows of a split ("validation", "test"), or those without a split; without splits, all."""
     for names in (SPLITS[wanted], (None,)):
         if found := [q for q in questions if q.split in names]:
             return found

@@ -1,4 +1,4 @@
-"""What `prepare` reports of the questions it made."""
+"""The summary that `prepare` reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXAMPLE_LENGTH = 160  # characters, of their end
 
 @dataclasses.dataclass(frozen=True)
 class PrepareSummary:
-    """What `prepare` reports. Means and the share are over the questions that have samples."""
+    """Counts and shares of `prepare`. Means are over questions with samples."""
 
     questions: int
     with_samples: int

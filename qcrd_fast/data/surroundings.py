@@ -1,4 +1,4 @@
-"""What stands around an announced answer and changes it: doubts, denials, corrections, bounds, signs, further boxes."""
+"""Words around an announced answer that change it: doubts, denials, corrections, bounds, signs, other boxes."""
 
 from __future__ import annotations
 
@@ -104,8 +104,7 @@ def in_doubt(before: str) -> bool:
 
 
 def lead_of_box(text: str, start: int) -> tuple[str, str]:
-    """(what the words and signs before a box do to it: "", "-" or why there is no answer in it; the lead as plain
-    text)."""
+    """Return the effect of the words before a box ("", "-" or why it has no answer), and these words."""
     raw = sentence_before(text, start)
     depth, at = 0, len(raw)
     for brace in reversed(list(re.finditer(r"(?<!\\)[{}]", raw))):
@@ -126,12 +125,12 @@ def lead_of_box(text: str, start: int) -> tuple[str, str]:
 
 
 def asked(text: str, stop: int) -> bool:
-    """Whether the sentence that goes on at `stop` is a question."""
+    """Return whether the sentence at `stop` is a question."""
     return _BOX_QUESTION.match(text, stop, stop + 90) is not None
 
 
 def split_boxes(between: str) -> bool:
-    """Whether two boxes, with this text between them, belong to different sentences, lines or steps of a chain."""
+    """Return whether this text between two boxes separates sentences, lines or steps."""
     plain = simplify(between).strip("$ \t")
     return (
         plain in ("=", "\u2248")
@@ -141,6 +140,6 @@ def split_boxes(between: str) -> bool:
 
 
 def tail_of_box(text: str, stop: int) -> str:
-    """What follows a box in its sentence, without the formula's end."""
+    """Return the text after a box in its sentence, without the formula's end."""
     raw = re.split(r"[.!?](?=\W*(?:\s|$))|[。！？\n]|\\\]|\$\$", text[stop : stop + REACH])[0]
     return "" if re.fullmatch(r"[\s$*_)\]}\\.,]*", raw) else raw

@@ -1,5 +1,4 @@
-"""Rows of CSV, TSV, parquet and `datasets`: a row becomes an object of column: value, without the columns that are
-empty.
+"""Read CSV, TSV, parquet and `datasets` rows as objects without empty columns.
 
 pyarrow and datasets are imported where they are needed; the extra `datasets` installs both.
 """
@@ -35,7 +34,7 @@ _DELIMITERS = ",;\t|"
 def csv_rows(
     path: str | Path, file: io.BufferedReader, delimiter: str, on_blank: Callable[[], None]
 ) -> Iterator[tuple[int, Any]]:
-    """Each row of a CSV or TSV file with a header line. Which of `,;|` and tab delimits is told by the header."""
+    """Yield the rows of a CSV or TSV file. The header decides which of `,;|` and tab delimits."""
     csv.field_size_limit(MAX_ROW_BYTES)
     lines = _Lines(file)
     header: list[str] | None = None
@@ -77,7 +76,7 @@ def csv_rows(
 
 
 class _Lines:
-    """The physical lines of a file as text, with a bound on what one row may take."""
+    """Physical lines of a text file, with a bound on one row's size."""
 
     def __init__(self, file: io.BufferedReader):
         self.file, self.number, self.room = file, 0, MAX_ROW_BYTES
@@ -130,7 +129,7 @@ def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any]:
 
 
 def _is_missing(name: str, value: Any) -> bool:
-    """Whether a cell has no value: it is blank, or says so, which in a column of options is an option."""
+    """Return whether a cell is empty or says so; in an option column such words are options."""
     if not isinstance(value, str):
         return value is None
     return not value.strip() or (value.strip() in MISSING and not _OPTION.fullmatch(name))
@@ -199,7 +198,7 @@ def _plain(value: Any) -> Any:
 
 
 def is_dataset_folder(path: str | Path) -> bool:
-    """Whether `path` is what `save_to_disk` of a Dataset or a DatasetDict wrote."""
+    """Return whether `save_to_disk` of a Dataset or DatasetDict wrote `path`."""
     return any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))
 
 

@@ -1,5 +1,4 @@
-"""Reasoning blocks of a reply told apart from what stands outside them: tags, channels and control tokens of chat
-models."""
+"""Separate a reply's reasoning blocks from the rest: tags, channels and control tokens of chat models."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ _SOLUTION = re.compile(r"<\|(?:begin|end)_of_solution\|>")
 
 
 class Parts(NamedTuple):
-    """`thinking` and `outside` of a reply; `cut`: a block has a start and no end, so the reply never came to its
-    answer."""
+    """`thinking` and `outside` of a reply; `cut`: a block was never closed, so no answer was reached."""
 
     thinking: str
     outside: str
@@ -136,5 +134,5 @@ def _clean(text: str) -> str:
 
 
 def drop_tags(text: str) -> str:
-    """Reasoning without tags of its own, which might end it too early once it stands between tags."""
+    """Remove tags from reasoning, which could otherwise close its own block too early."""
     return _TAG.sub("", text) if "<" in text or "[" in text or "\u25c1" in text else text

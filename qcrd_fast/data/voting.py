@@ -1,5 +1,4 @@
-"""Self-consistency: the majority answer of a question's samples splits them into positives and negatives (section
-2)."""
+"""Self-consistency: a question's majority answer splits its samples into positives and negatives (section 2)."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from qcrd_fast.data.schema import CHOSEN, REJECTED, Rationale
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Vote:
-    """What the samples of one question say. `votes` is ordered by count, then by answer."""
+    """The vote of one question's samples. `votes` is ordered by count, then by answer."""
 
     majority: str | None
     votes: dict[str, int]

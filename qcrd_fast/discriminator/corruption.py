@@ -1,4 +1,4 @@
-"""Wrong rationales made from right ones, for the discriminator's pretraining (section 3.3 of arXiv 2405.13014).
+"""Corrupt right rationales into wrong ones, for the discriminator's pretraining (section 3.3).
 
 Everything random here comes from a key (seed, what, when), never from call order.
 """
@@ -25,8 +25,9 @@ def augment(
     answer: str | None = None,
     others: Sequence[str] = (),
 ) -> str:
-    """`text` corrupted in one of the ways `kinds`; never `text` itself. A pure function of its arguments: `key` (seed,
-    question id, index) names the random numbers.
+    """Corrupt `text` in one of the ways `kinds`; never returns `text` itself.
+
+    A pure function: `key` (seed, question id, index) seeds the random numbers.
 
     mask, replace: 15 to 50 % of the words (at least one) become `BLANK`, or words of `words`. What is not a word,
     spaces and punctuation, is kept, so that the corruption cannot be told by its layout.

@@ -62,12 +62,13 @@ class CrossFitted(nn.Module):
 
     @torch.no_grad()
     def logits(self, pairs: Sequence[Pair], max_tokens: int = MAX_TOKENS) -> Tensor:
-        """logit_R of (question, rationale), each by the discriminator of its fold, not calibrated; in eval mode."""
+        """Return uncalibrated logit_R of (question, rationale) pairs, each from its fold's discriminator, in eval
+        mode."""
         return self.by_model(pairs, self.fold, max_tokens)
 
     @torch.no_grad()
     def by_model(self, pairs: Sequence[Pair], which: Callable[[str], int], max_tokens: int = MAX_TOKENS) -> Tensor:
-        """logit_R of `pairs`, each by the discriminator whose number `which(question)` gives."""
+        """Return logit_R of `pairs`, each from discriminator number `which(question)`."""
         return self._of_folds(pairs, lambda k, some: self._model(k).logits(some, max_tokens), which)
 
     @torch.no_grad()
@@ -94,7 +95,7 @@ class CrossFitted(nn.Module):
         return found | ({_PLATT: torch.tensor(self.platt, dtype=torch.float64)} if self.platt is not None else {})
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` gave. Raises `InputError` if names or shapes are another discriminator's."""
+        """Load the output of `tensors`. Raises `InputError` if names or shapes do not match."""
         own = dict(tensors)
         found = own.pop(_PLATT, None)
         count = len(self.models)
@@ -132,8 +133,10 @@ class CrossFitted(nn.Module):
 
 
 def build_judge(options: Mapping[str, Any], student_model: Any, student_tokenizer: Any) -> CrossFitted | None:
-    """The discriminators of the options `discriminator`, `discriminator_folds` and `seed`, all alike at first; None for
-    `discriminator` none. Options that a run did not have yet mean what it did then."""
+    """Build the discriminators of a run's options, all equal at first; None for `--discriminator none`.
+
+    Missing options mean what they did in older runs.
+    """
     known = TrainConfig().to_dict() | LEGACY | {name: value for name, value in options.items() if value is not None}
     # may be of a file
     TrainConfig.from_dict({name: known[name] for name in ("discriminator", "discriminator_folds", "seed")})
@@ -194,7 +197,7 @@ class Check:
 
 
 class CrossFitTrainer:
-    """Trains the discriminators of a `CrossFitted`, each on the questions of the other folds, and checks them."""
+    """Train the discriminators of a `CrossFitted`, each on the other folds' questions, and check them."""
 
     def __init__(self, discriminator: CrossFitted, config: TrainConfig):
         self.discriminator, self.config = discriminator, config
@@ -233,14 +236,14 @@ class CrossFitTrainer:
         iteration: int,
         on_step: Callable[[int], None] | None = None,
     ) -> float | None:
-        """One pass over at most config.discriminator_update_batches batches of each; mean loss, or None without any."""
+        """Train each for at most config.discriminator_update_batches batches; return the mean loss, or None without
+        any."""
         return _mean(
             [t.update(self._without(k, questions), lagged, iteration, on_step) for k, t in enumerate(self.trainers)]
         )
 
     def check(self, questions: Sequence[Question], held_out: Sequence[Question], calibrate: bool = True) -> Check:
-        """Calibrate the scores on questions that their discriminator has not seen, and see how well they tell right
-        from wrong.
+        """Calibrate scores on unseen questions, and measure how well they tell right from wrong.
 
         Out of fold that is `questions`, those trained on; a single discriminator has `held_out` alone. At most
         `MAX_CHECKED` of them, by a hash. Platt scaling learns the split into positives and negatives, as the
@@ -299,7 +302,7 @@ class CrossFitTrainer:
     def load(
         self, tensors: Mapping[str, Tensor], optimizer_tensors: Mapping[str, Tensor], optimizer_state: Mapping[str, Any]
     ) -> None:
-        """Continue from what `tensors()` and `optimizer_tensors()` gave. Raises `InputError` if it does not fit."""
+        """Load the output of `tensors()` and `optimizer_tensors()`. Raises `InputError` if it does not fit."""
         self.discriminator.load_tensors(tensors)
         for k, trainer in enumerate(self.trainers):
             prefix = f"fold-{k}." if len(self.trainers) > 1 else ""
@@ -314,7 +317,7 @@ class CrossFitTrainer:
 
 
 def is_right(question: Question, rationale: Rationale, positive: bool) -> bool:
-    """Whether a teacher's rationale ends in the gold answer; without a gold or an answer, whether it is a positive."""
+    """Return whether a rationale ends in the gold answer; without gold or answer, whether it is a positive."""
     if question.gold is None or rationale.answer is None or question.task is None:
         return positive
     return is_correct(rationale.answer, question.gold, question.task, parse_choices(question_text(question)))

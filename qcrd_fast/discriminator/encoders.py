@@ -16,7 +16,7 @@ MAX_LENGTH = 512  # tokens of question + separator + rationale
 
 
 class SmallEncoder(nn.Module):
-    """A bidirectional pre-norm Transformer with learned positions, for students that have no encoder to copy."""
+    """Bidirectional pre-norm Transformer with learned positions, for students without an encoder to copy."""
 
     def __init__(self, vocab_size: int, width: int = 256, layers: int = 4, heads: int = 4, dropout: float = 0.1):
         super().__init__()
@@ -41,7 +41,7 @@ class SmallEncoder(nn.Module):
 
 
 def load_encoder(name: str) -> tuple[Any, Any]:
-    """(encoder, tokenizer) of a Hugging Face folder or hub id. Raises `InputError` for what is none."""
+    """Load (encoder, tokenizer) from a folder or hub id. Raises `InputError` if it is not an encoder."""
     model, tokenizer = load_pretrained(name, "--discriminator", lambda _: AutoModel, whole=False)
     encoder = model.get_encoder() if model.config.is_encoder_decoder else model
     if not isinstance(getattr(encoder.config, "hidden_size", None), int):
@@ -52,7 +52,7 @@ def load_encoder(name: str) -> tuple[Any, Any]:
 
 
 def length_limit(encoder: Any, tokenizer: Any = None) -> int:
-    """Tokens the encoder takes: its positions (RoBERTa's kind start after the padding index), at most `MAX_LENGTH`."""
+    """Return the encoder's maximum length, at most `MAX_LENGTH`. RoBERTa's positions start after the padding index."""
     limit = getattr(encoder.config, "max_position_embeddings", None) or MAX_LENGTH
     for name, module in encoder.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

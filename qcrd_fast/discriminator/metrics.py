@@ -1,4 +1,4 @@
-"""How well scores tell right rationales from wrong ones: AUC with its interval, calibration. numpy alone.
+"""Measure how well scores tell right from wrong: AUC with interval, calibration. numpy only.
 
 Shapes: R rationales, Q questions, B resamples of the questions, G groups of equal scores.
 """
@@ -17,8 +17,10 @@ MAX_CELLS = 4_000_000  # of weight_BR held at once
 
 
 def auc(score_R: Any, positive_R: Any, weight_BR: Any = None) -> Any:
-    """Chance that a positive scores above a negative, a tie counting half: a float, or [B] with `weight_BR`; nan
-    without a pair to compare."""
+    """Return the probability that a positive scores above a negative, ties counting half.
+
+    A float, or [B] with `weight_BR`; nan without a pair.
+    """
     score_R, positive_R = np.asarray(score_R, float), np.asarray(positive_R, bool)
     single = weight_BR is None
     weight_BR = np.ones((1, len(score_R))) if single else np.asarray(weight_BR, float)
@@ -37,7 +39,7 @@ def auc(score_R: Any, positive_R: Any, weight_BR: Any = None) -> Any:
 
 
 def question_weights(question_R: Sequence[Any], seed: int = 0, resamples: int = RESAMPLES) -> Floats:
-    """weight_BR: how often a rationale's question was drawn in each of B bootstrap samples of the questions."""
+    """Return weight_BR: how often each rationale's question occurs in each of B bootstrap samples of questions."""
     if not len(question_R):
         return np.ones((resamples, 0))
     _, index_R = np.unique(np.asarray(question_R, dtype=str), return_inverse=True)
@@ -66,7 +68,7 @@ def interval(value_B: Any) -> list[float] | None:
 
 
 def auc_by_fold(score_R: Any, positive_R: Any, fold_R: Any, weight_BR: Any) -> Floats:
-    """AUC [B] over the pairs of one fold, whose scores are of one model; nan without a pair."""
+    """Return AUC [B] over pairs within a fold, scored by one model; nan without a pair."""
     score_R, positive_R, fold_R = np.asarray(score_R, float), np.asarray(positive_R, bool), np.asarray(fold_R)
     weight_BR = np.asarray(weight_BR, float)
     above_B = pairs_B = np.zeros(len(weight_BR))
@@ -80,7 +82,7 @@ def auc_by_fold(score_R: Any, positive_R: Any, fold_R: Any, weight_BR: Any) -> F
 
 
 def auc_within(score_R: Any, positive_R: Any, question_R: Sequence[Any]) -> float | None:
-    """AUC over the pairs of one question alone, each question that has both classes counting once; None without any."""
+    """Return AUC over pairs within a question, averaged over questions with both classes; None without any."""
     score_R, positive_R = np.asarray(score_R, float), np.asarray(positive_R, bool)
     names = np.asarray(question_R, dtype=str)
     values = [auc(score_R[names == name], positive_R[names == name]) for name in np.unique(names)]
@@ -89,8 +91,7 @@ def auc_within(score_R: Any, positive_R: Any, question_R: Sequence[Any]) -> floa
 
 
 def calibration(score_R: Any, positive_R: Any, bins: int = BINS) -> dict[str, Any]:
-    """Expected calibration error, and the table behind it: mean score against the share of positives, in bins of the
-    score."""
+    """Return the expected calibration error and its table: mean score and share of positives by score bin."""
     score_R, positive_R = np.asarray(score_R, float), np.asarray(positive_R, bool)
     bin_R = np.clip((score_R * bins).astype(int), 0, bins - 1)
     table, error = [], 0.0
@@ -145,7 +146,7 @@ def platt(logit_R: Any, positive_R: Any, steps: int = 100) -> tuple[float, float
 
 
 def score_report(score_R: Any, positive_R: Any, question_R: Sequence[Any], seed: int = 0) -> dict[str, Any]:
-    """AUC with its 95 % interval (bootstrap over questions), AUC within questions and calibration, for JSON."""
+    """Return AUC with 95% interval (bootstrap over questions), AUC within questions and calibration, for JSON."""
     value = auc(score_R, positive_R)
     return {
         "auc": None if np.isnan(value) else value,

@@ -1,4 +1,4 @@
-"""The discriminator D(x, r): how good is rationale r for question x, in (0, 1) (section 3.3 of arXiv 2405.13014).
+"""The discriminator D(x, r) in (0, 1): quality of rationale r for question x (section 3.3).
 
 Shapes: B sequences of a batch, L padded length, H width of the encoder, R rationales.
 """
@@ -41,8 +41,7 @@ class Discriminator(nn.Module):
         return next(self.parameters()).device
 
     def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-        """score_B in (0, 1), fp32 even under autocast. Every row needs a token with attention mask 1, as `encode` sees
-        to."""
+        """Return score_B in (0, 1), fp32 even under autocast. Every row needs a token with attention mask 1."""
         return torch.sigmoid(self._logit(input_ids_BL, attention_mask_BL))
 
     def _logit(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
@@ -53,8 +52,7 @@ class Discriminator(nn.Module):
             return self.head(pooled_BH).squeeze(-1)
 
     def encode(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        """(input_ids_BL, attention_mask_BL) of question, separator, rationale; padded on the right, on the module's
-        device.
+        """Return (input_ids_BL, attention_mask_BL) of question, separator, rationale, padded on the right.
 
         Beyond `max_length` the question loses its left end first, then the rationale its right end.
         """
@@ -81,7 +79,7 @@ class Discriminator(nn.Module):
             return self.rate(pairs, max_tokens)
 
     def tensors(self) -> dict[str, Tensor]:
-        """{name: weight}, each once however many names it is tied to: what safetensors accepts."""
+        """Return {name: weight}, tied weights once, as safetensors requires."""
         first_name = self._first_names()
         return {
             name: t.detach().contiguous()
@@ -90,7 +88,7 @@ class Discriminator(nn.Module):
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over the weights of `tensors()`. Raises `InputError` if names or shapes are another discriminator's."""
+        """Load the output of `tensors()`. Raises `InputError` if names or shapes do not match."""
         own = self.tensors()
         expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
         actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -128,8 +126,7 @@ class Discriminator(nn.Module):
 def build_discriminator(
     name: str, student_model: Any, student_tokenizer: Any, *, seed: int = 0
 ) -> Discriminator | None:
-    """The discriminator of `--discriminator name`, fp32, on the student's device, sharing no parameter with the
-    student.
+    """Build the discriminator of `--discriminator name` in fp32. Shares no parameter with the student.
 
     "none": None. "auto": a copy of an encoder-decoder student's own encoder, else a `SmallEncoder` over the student's
     vocabulary. Anything else: a Hugging Face folder or hub id (of an encoder-decoder, its encoder), from safetensors

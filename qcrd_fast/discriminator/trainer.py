@@ -1,4 +1,4 @@
-"""The discriminator's loss and training: pretraining, updates after each iteration (section 3.3 of arXiv 2405.13014).
+"""The discriminator's loss and training: pretraining, then an update after each iteration (section 3.3).
 
 Shapes: R rationales, Q questions.
 
@@ -35,8 +35,9 @@ MAX_REPLACEMENT_WORDS = 100_000
 def discriminator_loss(
     score_R: Tensor, question_R: Tensor, positive_R: Tensor, kind: str = "bce-all"
 ) -> tuple[Tensor, Tensor]:
-    """(L_D, number of questions counted [int64 scalar]); L_D is the mean over the questions that have both classes
-    ("bce-all": over all).
+    """Return L_D and the number of questions counted [int64 scalar].
+
+    L_D is the mean over questions with both classes ("bce-all": over all).
 
     score_R in (0, 1); question_R: index of a rationale's question, in any order; positive_R bool. kind:
     "ratio" Eq. 2, "infonce" the same with the positives in the denominator too, "bce" and "bce-all" the mean binary
@@ -70,7 +71,7 @@ def discriminator_loss(
 
 
 class Scorer(Protocol):
-    """What scores pairs of question and rationale."""
+    """Interface: scores (question, rationale) pairs."""
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> Tensor: ...
 
@@ -90,7 +91,7 @@ def _longest_example(_: Any, batch: Sequence[_Example], *__: Any) -> str:
 
 
 class DiscriminatorTrainer:
-    """Trains a discriminator with its own AdamW; the learning rate is config.discriminator_learning_rate * a3 (Eq. 8).
+    """Train a discriminator with its own AdamW at learning rate config.discriminator_learning_rate * a3 (Eq. 8).
 
     fold: which of several it is, in the keys of its random numbers.
     """
@@ -138,8 +139,7 @@ class DiscriminatorTrainer:
         iteration: int,
         on_step: Callable[[int], None] | None = None,
     ) -> float | None:
-        """One pass over at most config.discriminator_update_batches batches; mean loss, or None if nothing could be
-        learnt.
+        """Train for at most config.discriminator_update_batches batches; return the mean loss, None without batches.
 
         Negatives are the teacher's minority and `lagged[question id]`, the student's. Batches are made of the questions
         that have both classes, shuffled by (seed, iteration).
@@ -157,7 +157,7 @@ class DiscriminatorTrainer:
         return self.discriminator.tensors()
 
     def optimizer_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """({parameter/moment: tensor} for safetensors, the rest for JSON). A parameter never updated has no entry."""
+        """Return ({parameter/moment: tensor} for safetensors, the rest for JSON). Omits parameters never updated."""
         tensors = {
             f"{name}/{moment}": tensor.detach().contiguous()
             for name, parameter in self.discriminator.named_parameters()
@@ -168,12 +168,12 @@ class DiscriminatorTrainer:
     def load(
         self, tensors: Mapping[str, Tensor], optimizer_tensors: Mapping[str, Tensor], optimizer_state: Mapping[str, Any]
     ) -> None:
-        """Continues from what `tensors()` and `optimizer_tensors()` gave. Raises `InputError` if it does not fit."""
+        """Load the output of `tensors()` and `optimizer_tensors()`. Raises `InputError` if it does not fit."""
         self.discriminator.load_tensors(tensors)
         self.load_optimizer(optimizer_tensors, optimizer_state)
 
     def load_optimizer(self, optimizer_tensors: Mapping[str, Tensor], optimizer_state: Mapping[str, Any]) -> None:
-        """Continue from what `optimizer_tensors()` gave. Raises `InputError` if it does not fit."""
+        """Load the output of `optimizer_tensors()`. Raises `InputError` if it does not fit."""
         parameters = dict(self.discriminator.named_parameters())
         self.optimizer.state.clear()
         for key, tensor in optimizer_tensors.items():
@@ -243,7 +243,7 @@ class DiscriminatorTrainer:
 
 
 def judge_questions(discriminator: Scorer, questions: Sequence[Question]) -> dict[str, Any]:
-    """`quality.judge` of the teacher's positives against its negatives, on questions that were best held out."""
+    """Return the `score_report` of positives against negatives, on questions that should be held out."""
     rows = [
         (q, r.text, right)
         for q in questions
@@ -274,6 +274,6 @@ def _corrupted(
 
 
 def _words(questions: Sequence[Question]) -> list[str]:
-    """Words of the positive rationales, repeated as often as they occur, so that frequent ones replace more often."""
+    """Return the words of positive rationales with repetition, so that frequent words are drawn more often."""
     words = (w for q in questions for text in _texts(q.positives) for w in re.findall(r"\w+", text))
     return list(itertools.islice(words, MAX_REPLACEMENT_WORDS))

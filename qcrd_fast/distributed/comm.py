@@ -1,4 +1,4 @@
-"""Several processes that train one student, started by torchrun: who they are, and what they tell each other.
+"""Communication between the processes (ranks) that train one student under torchrun.
 
 A rank is one process with one device. Each step's questions are dealt out to the ranks (`Schedule.micro_batches`); the
 loss is divided by the questions of all ranks, so the sum of their gradients is the gradient of one process that has
@@ -33,29 +33,29 @@ ERRORS = {error.__name__: error for error in (InputError, RunError)}
 
 
 class Comm:
-    """The processes of a run. With one alone every method is the identity and nothing is sent."""
+    """The process group of a run. With one process every method is the identity and sends nothing."""
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this is rank 0, the one that writes files."""
         return self.rank == 0
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's items: every `size`-th."""
+        """Return this rank's items: every `size`-th."""
         return items[self.rank :: self.size] if self.size > 1 else items
 
     def gather_in_order(self, own: list[T]) -> list[T]:
-        """All items, in their order, from each rank's results for its `shard` of them. The results are JSON values."""
+        """Return the results for all items, in order, from each rank's results (JSON values) for its `shard`."""
         if self.size == 1:
             return own
         parts = self.gather(own)
         return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
 
     def gather(self, value: Any) -> list[Any]:
-        """Each rank's JSON value, by rank."""
+        """Return each rank's JSON value, by rank."""
         if self.size == 1:
             return [value]
         data = _encoded(value)
@@ -70,13 +70,13 @@ class Comm:
         return [_decoded(part[: int(n)]) for part, n in zip(received, lengths, strict=True)]
 
     def together(self, function: Callable[[], T]) -> list[T]:
-        """What `function` returns, a JSON value, on each rank; where it raises on one, every rank raises that."""
+        """Call `function` on every rank and return all results (JSON values). An error on one rank is raised on all."""
         if self.size == 1:
             return [function()]
         return [_value(each) for each in self.gather(_told(function))]
 
     def on_rank0(self, function: Callable[[], T]) -> T:
-        """What `function` returns on rank 0, a JSON value; where it raises there, every rank raises that."""
+        """Call `function` on rank 0 and return its result (a JSON value) on every rank. An error is raised on all."""
         if self.size == 1:
             return function()
         data = _encoded(_told(function)) if self.first else torch.empty(0, dtype=torch.uint8)
@@ -88,7 +88,7 @@ class Comm:
         return _value(_decoded(data))  # type: ignore[no-any-return]
 
     def max(self, value: int) -> int:
-        """The largest value of any rank."""
+        """Return the largest value over ranks."""
         if self.size == 1:
             return value
         largest = torch.tensor(value)
@@ -96,7 +96,7 @@ class Comm:
         return int(largest)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks, in place where there are several."""
+        """Sum `x` over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
@@ -106,7 +106,7 @@ SINGLE = Comm()
 
 
 def _told(function: Callable[[], Any]) -> dict[str, Any]:
-    """What `function` returns or raises, for the other ranks."""
+    """Call `function` and encode its result or its error for the other ranks."""
     try:
         return {"value": function()}
     except (InputError, RunError, OSError, SafetensorError) as error:
@@ -114,7 +114,7 @@ def _told(function: Callable[[], Any]) -> dict[str, Any]:
 
 
 def _value(told: dict[str, Any]) -> Any:
-    """What a rank told. Raises `InputError` and `RunError` as they were; what a disk said, as `OSError`."""
+    """Decode a rank's result. Raises its `InputError` or `RunError`; disk errors are raised as `OSError`."""
     if "error" in told:
         raise ERRORS.get(told["error"], OSError)(told["message"])
     return told["value"]
@@ -129,8 +129,7 @@ def _decoded(data: Tensor) -> Any:
 
 
 def own_device(name: str) -> str:
-    """The device of this process for `--device name`: of several on one machine each takes the GPU of its local
-    rank."""
+    """Return this process's device for `--device name`: on a machine with several GPUs, that of its local rank."""
     if world_size() == 1:
         return name
     if name.startswith("cuda:"):
@@ -145,7 +144,7 @@ def own_device(name: str) -> str:
 
 @contextlib.contextmanager
 def process_group(device: torch.device, timeout_s: float) -> Iterator[Comm]:
-    """The ranks that torchrun started, this process among them, for as long as the context lasts.
+    """Join the process group that torchrun started; leave it when the context ends.
 
     Raises `InputError` where torchrun's variables are incomplete, `RunError` when another rank ends or says nothing for
     `timeout_s` seconds.
@@ -180,14 +179,17 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[Comm]:
         reason = " ".join(str(error).split())[:300]
         raise RunError(
             f"rank {comm.rank}: another of the {size} processes has ended or was silent for --ddp-timeout "
-            f"{timeout_s:g} s ({reason}); whole checkpoints are intact, continue with --resume auto"
+            f"{timeout_s:g} s ({reason}); existing checkpoints are intact, continue with --resume auto"
         ) from error
     _leave()
 
 
 def _leave() -> None:
-    """End this process's part in the group. DDP goes first: were it the last to hold the group, the group's end would
-    wait for a thread that waits for Python's lock, which whoever frees DDP has."""
+    """Destroy the process group.
+
+    DDP must be freed first. If it held the last reference, destroying the group would wait for a thread that needs the
+    GIL, which the thread that frees DDP holds.
+    """
     gc.collect()
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""How one model is trained by several processes: replicated (DDP) or sharded (FSDP2)."""
+"""Parallel strategies: replicate a model (DDP) or shard it (FSDP2)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 class Strategy:
-    """How a training pass runs on the ranks: here in one process, the model as it is.
+    """Run training passes in one process, with the model unchanged. Base class of the parallel strategies.
 
-    `training(compute)` and `scoring(compute)` call `compute`, with the model's weights whole inside; the loss that
-    `training` returns is to be multiplied by `scale` before its backward pass.
+    `training(compute)` and `scoring(compute)` call `compute` while the model's weights are gathered. Multiply the loss
+    that `training` returns by `scale` before the backward pass.
     """
 
     sharded = False
@@ -36,30 +36,30 @@ class Strategy:
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Around a micro-batch's forward and backward passes; gradients are summed over ranks in the `last` one of a
+        """Context for a micro-batch's forward and backward passes; gradients are all-reduced in the `last` one of a
         step."""
         yield
 
     @contextlib.contextmanager
     def unsharded(self) -> Iterator[None]:
-        """Inside, the model's parameters are whole on every rank and its forward passes send nothing."""
+        """Gather all parameters on every rank; forward passes inside communicate nothing."""
         yield
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's state dict; to be called within `unsharded`."""
+        """Return the model's state dict. Call it inside `unsharded`."""
         return self.model.state_dict()  # type: ignore[no-any-return]
 
     def most(self, runs: int) -> int:
-        """How often the model is to run in this pass, where this rank has work for `runs` times."""
+        """Return how often every rank must run the model in this pass, if this rank has work for `runs` runs."""
         return runs
 
 
 class DDPStrategy(Strategy):
-    """Every rank has the whole model; gradients are averaged over ranks (DistributedDataParallel).
+    """Replicate the model on every rank and average gradients (DistributedDataParallel).
 
-    DDP lays out its buckets anew behind the first pass, unless it looks for unused parameters. Three ranks or more add
-    in an order that follows the layout, so there it looks: a run that is resumed has another first pass than the
-    unbroken one.
+    DDP rebuilds its buckets after the first pass unless it searches for unused parameters. With three or more ranks the
+    order of a sum follows the buckets, and a resumed run has another first pass than an uninterrupted one. So with more
+    than two ranks it searches.
     """
 
     def __init__(self, model: Any, comm: Comm):
@@ -79,10 +79,9 @@ class DDPStrategy(Strategy):
 
 
 class FSDPStrategy(Strategy):
-    """Every rank has a share of each parameter, its gradient and its optimizer state (FSDP2, `fully_shard`).
+    """Shard parameters, gradients and optimizer state over ranks (FSDP2, `fully_shard`).
 
-    Each block of the model is gathered for its own call, the rest for the pass. All ranks must run the model equally
-    often.
+    Each block is gathered for its own call, the rest for the whole pass. Every rank must run the model equally often.
     """
 
     sharded = True
@@ -132,7 +131,7 @@ class FSDPStrategy(Strategy):
 
 
 class _Pass(nn.Module):
-    """A model whose forward is whatever is to be computed with it, so that DDP and FSDP see one call a pass."""
+    """Wrap a model so that DDP and FSDP see one forward call a pass: forward runs the given function."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -143,8 +142,10 @@ class _Pass(nn.Module):
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
-    """The model's repeated blocks, inner ones first: what its class names as not to be split, else the members of its
-    longest module list."""
+    """Return the model's repeated blocks, inner ones first.
+
+    These are the modules that `_no_split_modules` names, else the members of the longest `ModuleList`.
+    """
     names = set(getattr(model, "_no_split_modules", None) or ())
     if found := [module for module in model.modules() if type(module).__name__ in names]:
         return found[::-1]
@@ -153,7 +154,7 @@ def blocks_of(model: Any) -> list[nn.Module]:
 
 
 def has_unused(model: Any) -> bool:
-    """Whether parameters that are to be trained have no part in the model's output, found by a pass over two tokens."""
+    """Run two tokens forward and backward; return whether a trainable parameter got no gradient."""
     ids_BL = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     inputs = {"decoder_input_ids": ids_BL} if model.config.is_encoder_decoder else {}
     model(input_ids=ids_BL, use_cache=False, **inputs).logits.sum().backward()
@@ -163,19 +164,19 @@ def has_unused(model: Any) -> bool:
 
 
 def make_strategy(model: Any, comm: Comm, sharded: bool) -> Strategy:
-    """The engine for a model that every rank has loaded; from here on a sharded model runs through it alone."""
+    """Return the strategy for a model that every rank has loaded. A sharded model must run through it from then on."""
     if comm.size == 1:
         return Strategy(model)
     return FSDPStrategy(model, comm) if sharded else DDPStrategy(model, comm)
 
 
 def unshard(x: Tensor) -> Tensor:
-    """A parameter or norm that FSDP2 shards, gathered; every rank has to call it."""
+    """Gather a parameter or norm that FSDP2 shards. Every rank must call it."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[no-any-return]
 
 
 def like(x: Tensor, parameter: Any) -> Tensor:
-    """`x` where `parameter` is: on its device, and of a sharded one this rank's share."""
+    """Move `x` to the device of `parameter`, and shard it in the same way."""
     x = x.to(parameter.device)
     if not hasattr(parameter, "device_mesh"):
         return x

@@ -1,4 +1,4 @@
-"""One token a row through a Hugging Face model's body, each row at a position of its own.
+"""Decode one token a row through a Hugging Face model's backbone, each row at its own position.
 
 The caches are buffers [rows, heads, slots, width] that are written in place: a row's token number p stands in slot p,
 so there is no padding to the left, a row can be given to another prompt at any time, and the addresses that a captured
@@ -26,11 +26,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # ||logits - model's|| /
 
 
 class Decoder:
-    """A student's body with caches for `rows` prompts of at most `prompt` tokens and `new` tokens after each; fewer
-    rows where they would take more than `most_bytes`.
+    """A student's backbone with KV caches for `rows` prompts of at most `prompt` tokens and `new` tokens after each.
 
-    `style`: how the body wants its mask, a tensor or one by type of layer. Everything runs without gradient, in eval
-    mode and under `autocast`, which the caller sees to.
+    `most_bytes` lowers the number of rows until the caches fit. `style`: the form of mask that the backbone expects,
+    one tensor or one for each type of layer. The caller disables gradients, sets eval mode and enters `autocast`.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class Decoder:
             self.refresh()
 
     def refresh(self) -> None:
-        """After the weights have changed: [h, S] bias of each distance, the largest first, in buffers that stay."""
+        """Recompute the position bias [h, S] in place after a change of weights; the largest distance comes first."""
         for i, module in enumerate(self.biased if self.shared else ()):
             table = module.compute_bias(1, self.slots, device=self.student.device, past_seen_tokens=self.slots - 1)[
                 0, :, 0
@@ -76,8 +75,8 @@ class Decoder:
     def prefill(
         self, sources: Sequence[TokenIds], rows: Sequence[int], of: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """Row `rows[i]` takes the prompt `sources[of[i]]`, each read once. Returns (first input, its position) of each
-        row."""
+        """Prefill row `rows[i]` with the prompt `sources[of[i]]`. Return each row's first input token and its
+        position."""
         device = self.student.device
         rows_N, of_N = torch.tensor(rows, device=device), torch.tensor(of, device=device)
         if self.shared:
@@ -90,8 +89,10 @@ class Decoder:
         return [sources[u][-1] for u in of], [len(sources[u]) - 1 for u in of]
 
     def _read(self, sources: Sequence[TokenIds]) -> tuple[States, States]:
-        """Keys and values of the body's own attention and of its attention to the encoder, for right-padded prompts: a
-        causal body never looks at what stands behind."""
+        """Compute self-attention and cross-attention keys and values for right-padded prompts.
+
+        Padding is harmless: a causal backbone never attends to later positions.
+        """
         ids_BL, mask_BL = pad_right(sources, self.student.pad_id, self.student.device)
         own, cross = DynamicCache(), DynamicCache()
         if not self.shared:
@@ -108,7 +109,7 @@ class Decoder:
         return states_of(own), states_of(cross)
 
     def move(self, to: list[int], source: list[int]) -> None:
-        """Row `to[i]` becomes row `source[i]`."""
+        """Copy row `source[i]` of the caches to row `to[i]`."""
         to_N, source_N = (torch.tensor(rows, device=self.student.device) for rows in (to, source))
         self.cache.move(to_N, source_N)
         if self.shared:
@@ -118,8 +119,11 @@ class Decoder:
     # Tokens
 
     def step(self, token_B: Tensor, position_B: Tensor, kv_length: int, width: int) -> Tensor:
-        """Hidden states [B, H] after `token_B` at `position_B`, of the first B rows; looks at the first `kv_length`
-        slots, which must hold every position, and at the first `width` tokens of the encoder's."""
+        """Feed `token_B` at `position_B` to the first B rows; return their hidden states [B, H].
+
+        Attends to the first `kv_length` slots, which must include every position, and to the first `width` encoder
+        tokens.
+        """
         B = len(token_B)
         self.cache.at(B, kv_length, position_B)
         slot_S = self.slot_S[:kv_length]
@@ -186,8 +190,9 @@ def _plain_attention(config: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def find_style(student: Student, longest: int) -> str:
-    """How the body wants its mask, found by comparing logits with the model's own on a few tokens (more than a sliding
-    window holds, where a sequence of `longest` tokens would leave it).
+    """Find the form of mask that the backbone expects by comparing logits with the model's own on a few tokens.
+
+    Uses more tokens than a sliding window holds if a sequence of `longest` tokens would exceed the window.
 
     Raises `ValueError` saying what goes wrong where this body cannot decode row by row. Call it without autocast, in
     eval mode.
@@ -214,8 +219,10 @@ def find_style(student: Student, longest: int) -> str:
 
 @torch.no_grad()
 def teacher_forced(decoder: Decoder, sources: Sequence[TokenIds], replies: Sequence[TokenIds]) -> Tensor:
-    """Logits [B, L + 1, V], fp32, before, between and after the tokens of the replies (all L long), decoded one by one.
-    Each row starts a step after the one before it, so that no two are at the same position."""
+    """Decode the replies (all L long) one token at a time; return fp32 logits [B, L + 1, V].
+
+    Row b starts b steps late, so that no two rows are at the same position.
+    """
     device, B, steps = decoder.student.device, len(sources), len(replies[0]) + 1
     fed, at = decoder.prefill(sources, list(range(B)), list(range(B)))
     logits: list[list[Tensor]] = [[] for _ in sources]

@@ -1,5 +1,4 @@
-"""Sampling many continuations: a batch that stays full, one decode step captured as a CUDA graph, no host sync but
-every few tokens.
+"""Continuous batching: sample many continuations, with the decode step in a CUDA graph and rare host syncs.
 
 Prompts wait in a queue, longest first. A row whose continuation has ended goes to the next prompts in the queue,
 several at a time; when the queue is empty, on a CPU, the last rows move into the gaps and the batch shrinks. Suffixes:
@@ -41,7 +40,7 @@ WORKER_NAME = "sampling"  # how threads that draw are called
 
 @dataclasses.dataclass(frozen=True)
 class SampleSettings:
-    """temperature 0 is greedy; top_k 0 and top_p 1 sample from the whole softmax. `batch_size`: rows at most."""
+    """Sampling options. temperature 0: greedy; top_k 0 and top_p 1: the whole softmax; `batch_size`: rows at most."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -55,8 +54,7 @@ log = logging.getLogger(__name__)
 
 
 def nucleus(top_p: float) -> Callable[[Tensor], Tensor] | None:
-    """What keeps the likeliest entries of logits [B, V], `top_p` of the mass in all, the rest -inf; None where that is
-    all."""
+    """Top-p filter for logits [B, V]; None if top_p >= 1."""
     if top_p >= 1:
         return None
     warper = TopPLogitsWarper(top_p)
@@ -64,7 +62,7 @@ def nucleus(top_p: float) -> Callable[[Tensor], Tensor] | None:
 
 
 class Cancelled(Exception):
-    """`Sampler.generate` was told to stop."""
+    """Raised when `stop` was set while `Sampler.generate` ran."""
 
 
 class Sampler:
@@ -111,7 +109,7 @@ class Sampler:
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
-        """Eval mode, no gradient, the caller's autocast; a graph must not hold what autocast had cast before it."""
+        """Enter eval mode, no gradient and the caller's autocast, whose weight cache is off under CUDA graphs."""
         autocast = self.autocast() if self.autocast else contextlib.nullcontext()
         with eval_mode(self.student.model), torch.no_grad(), autocast:
             if self.autocast and self.graphed:
@@ -173,7 +171,7 @@ class Sampler:
         return results
 
     def use(self, impl: str) -> None:
-        """Draw with another implementation from here on."""
+        """Switch to another implementation."""
         self.settings = dataclasses.replace(self.settings, impl=impl)
         captured = bool(self._graphs)
         self._graphs.clear()
@@ -181,7 +179,7 @@ class Sampler:
             self.warm_up()
 
     def warm_up(self) -> None:
-        """Capture the graphs now, before anything else runs on the GPU."""
+        """Capture the CUDA graphs, before anything else runs on the GPU."""
         if self.graphed:
             with self._context():
                 for kv_length in range(SPAN, self.decoder.slots + SPAN, SPAN):
@@ -191,7 +189,7 @@ class Sampler:
     # Rows
 
     def _prefill(self, pairs: Sequence[tuple[int, _Request]], row: list[_Request | None]) -> None:
-        """Prompts of similar length are read together; one that is asked for several times, once."""
+        """Prefill free rows. Prompts of similar length are read together, and equal prompts once."""
         device = self.student.device
         for batch in length_batches([len(r.source) for _, r in pairs], MAX_TOKENS):
             some = [pairs[i] for i in batch]
@@ -244,7 +242,7 @@ class Sampler:
         return active
 
     def _collect(self, active: int, row: list[_Request | None], results: list[TokenIds]) -> None:
-        """Take what has ended out of its rows: the one place where the host waits for the device."""
+        """Move finished sequences from their rows to `results`. The only place where the host waits for the device."""
         ended = [b for b, done in enumerate(self.done_B[:active].tolist()) if done and row[b] is not None]
         if not ended:
             return
@@ -305,8 +303,8 @@ class Sampler:
             return pick_tokens(logits_BV, key_B2, counter_B3, settings.top_k, warp=self._top_p)
 
     def _graph(self, kv_length: int) -> torch.cuda.CUDAGraph | None:
-        """The graph of a few steps over `kv_length` slots; None, said once, where the body does what a graph cannot
-        hold."""
+        """Return the CUDA graph of a few steps over `kv_length` slots; None (logged once) if the model cannot be
+        captured."""
         if kv_length not in self._graphs:
             states = (self.token_B, self.position_B, self.new_B, self.done_B)
             kept = [state.clone() for state in states]
@@ -338,15 +336,17 @@ class Sampler:
         return graph
 
     def _capture_stream(self) -> torch.cuda.Stream:
-        """The stream that draws, so that a graph has its priority and its multiprocessors; another where that is the
-        default one, which cannot be captured."""
+        """Return the stream to capture on: the current one, so that a graph keeps its priority and its multiprocessors.
+
+        The default stream cannot be captured; a side stream takes its place.
+        """
         device = self.student.device
         current = torch.cuda.current_stream(device)
         return current if current != torch.cuda.default_stream(device) else _side_stream(device)
 
     def _end_capture(self) -> None:
-        """A capture that fails leaves torch's generator as if it went on, and the next dropout would raise: one that
-        succeeds sets it right."""
+        """Reset torch's generator after a failed capture by capturing an empty graph; the next dropout would raise
+        otherwise."""
         stream = self._capture_stream()
         with contextlib.suppress(RuntimeError), torch.cuda.stream(stream):
             nothing = torch.zeros(1, device=self.student.device)
@@ -361,8 +361,10 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextlib.contextmanager
 def _never_waiting() -> Iterator[None]:
-    """Inside, what makes the host wait for the device raises `RuntimeError`: here rather than in a capture, which it
-    would break. The mode is the process's, so it is left alone while another thread draws."""
+    """Raise `RuntimeError` for operations that synchronise with the device, before they break a capture.
+
+    The mode is global to the process, so it stays off while another thread samples.
+    """
     here = threading.current_thread()
     if any(thread is not here and thread.name.startswith(WORKER_NAME) for thread in threading.enumerate()):
         yield

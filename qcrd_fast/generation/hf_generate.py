@@ -1,4 +1,4 @@
-"""Sampling through Hugging Face's `generate`, with keyed noise: for models that the engine does not take."""
+"""Sampling through Hugging Face's `generate` with keyed noise, for models that the engine does not support."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qcrd_fast.utils.device import Autocast
 
 
 class KeyedSampling(LogitsProcessor):
-    """Draws a token from scores [B, V] as `Sampler` does, and leaves it alone above -inf, so that argmax takes it."""
+    """Logits processor that samples like `Sampler`: only the drawn token keeps a score above -inf."""
 
     def __init__(
         self, key_B2: Tensor, index_B: Tensor, iteration: int, start: int, temperature: float, top_k: int, top_p: float
@@ -56,7 +56,7 @@ class ForcedPrefix(LogitsProcessor):
 
 
 class GenerateSampler:
-    """What `Sampler` does, through the model's own `generate`, in padded batches that wait for their longest row."""
+    """`Sampler`'s interface over the model's own `generate`: padded batches that wait for their longest row."""
 
     def __init__(self, student: Student, settings: SampleSettings, autocast: Autocast | None = None):
         self.student, self.settings, self.autocast = student, settings, autocast

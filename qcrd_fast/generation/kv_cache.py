@@ -12,8 +12,11 @@ States = list[tuple[Tensor, Tensor]]  # keys and values [U, heads, L, width] of 
 
 
 class SlotCache(Cache):
-    """Keys and values by row and slot. `at` is set before each step: the rows in use, how many slots are looked at, and
-    the slot that each row writes."""
+    """Keys and values by row and slot.
+
+    Call `at` before each step to set the active rows, the number of slots to attend to, and the slot that each row
+    writes.
+    """
 
     def __init__(self, buffers: States):
         super().__init__(layers=[])
@@ -37,7 +40,7 @@ class SlotCache(Cache):
         return 0
 
     def fill(self, rows: Tensor, read: States, of: Tensor) -> None:
-        """Row `rows[i]` takes the keys and values of row `of[i]` of prompts that were read."""
+        """Copy the keys and values of prompt `of[i]` into row `rows[i]`."""
         for buffers, states in zip(self.buffers, read, strict=True):
             for buffer, new in zip(buffers, states, strict=True):
                 buffer[rows, :, : new.shape[2]] = new[of].to(buffer.dtype)
@@ -49,7 +52,7 @@ class SlotCache(Cache):
 
     @staticmethod
     def like(probe: States, rows: int, slots: int) -> SlotCache:
-        """Buffers of the shapes and types that a short prompt's keys and values have."""
+        """Allocate buffers with the shapes and types of the keys and values of a short prompt."""
 
         def buffer(states: Tensor) -> Tensor:
             return states.new_zeros(rows, states.shape[1], slots, states.shape[3])
@@ -66,7 +69,7 @@ def row_bytes(probe: States, slots: int) -> int:
 
 
 class LayerCache:
-    """What an attention layer reads of a cache that is complete."""
+    """Read-only cache of one attention layer: its keys and values are complete."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys, self.values = keys, values

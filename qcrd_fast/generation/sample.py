@@ -1,4 +1,4 @@
-"""Sampling from a student with random numbers that belong to (seed, question, index, iteration, position).
+"""Sample from a student; random numbers are keyed by (seed, question, index, iteration, position).
 
 The noise of a token never depends on the batch it was drawn in, on the order of the questions or on earlier draws
 (`ops.philox`). A token is drawn by the Gumbel-max rule, argmax of logits / temperature + Gumbel noise, which is a draw

@@ -1,5 +1,8 @@
-"""The loss inside a model's own forward, so that whatever wraps the model (DDP, FSDP2, torch.compile, PEFT, a trainer)
-sees one ordinary forward call, and a sharded head is whole when the loss reads it."""
+"""The loss inside a model's own forward.
+
+Wrappers (DDP, FSDP2, torch.compile, PEFT, a trainer) see one ordinary forward call, and a sharded head is gathered when
+the loss reads it.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def attach(
     alpha_cl: float = 0.5,
     two_pass: bool = True,
 ) -> Model:
-    """Teach a Hugging Face language model to compute the loss of a `RationaleCollator`'s batch: `model(**batch).loss`.
+    """Make a Hugging Face model compute the loss of a `RationaleCollator`'s batch: `model(**batch).loss`.
 
         model = attach(AutoModelForSeq2SeqLM.from_pretrained("google-t5/t5-small"))
 
@@ -75,8 +78,7 @@ def attach(
 
 
 def read_settings(model: Any, loss_fn: QCRDLoss | None, alpha_pred: float, alpha_cl: float, two_pass: bool) -> Settings:
-    """The settings of `attach`, once the model's head was found to be one that the loss can stand in for. Errors as
-    there."""
+    """Check that the loss supports the model's head; return the settings. Raises the errors of `attach`."""
     for name, value in (("alpha_pred", alpha_pred), ("alpha_cl", alpha_cl)):
         if not (math.isfinite(value) and value >= 0):
             raise InputError(f"{name} must be finite and at least 0, got {value}")
@@ -133,8 +135,7 @@ def detach(model: Model) -> Model:
 
 
 class _Forward:
-    """The forward of an attached model: it answers batches of rationales, and passes other calls on to what it
-    replaced.
+    """Forward of an attached model: computes the loss for rationale batches and delegates other calls.
 
     An object rather than a closure, so that a deep copy or a pickle of the model has one of its own.
     """
@@ -166,7 +167,7 @@ class _Forward:
         return rationale_forward(model, getattr(model, ATTACHED), rationale=rationale, **kwargs)
 
     def restore(self) -> None:
-        """Put back what this replaced."""
+        """Restore the original forward."""
         if self.replaced is None:
             del self.model.forward
         else:
@@ -243,8 +244,10 @@ def rationale_forward(
     hidden: Tensor | None = None,
     **others: Any,
 ) -> RationaleOutput:
-    """`forward` of a batch with `rationale` in it. `labels` was for counting alone; what other arguments wrappers add
-    is refused unless it says nothing."""
+    """`forward` for a batch with `rationale`.
+
+    `labels` only serves counting. Other arguments that wrappers add are rejected unless they have no effect.
+    """
     unknown = [name for name, value in others.items() if value is not None and name not in ("return_dict", "use_cache")]
     if unknown:
         raise ValueError(f"a batch of rationales takes no {', '.join(unknown)}")
@@ -262,7 +265,7 @@ def rationale_forward(
         (rationale[:, 0] == torch.arange(B, device=rationale.device)).all(),
         lambda: f"rationale must number the sequences from 0 to {B - 1}; nn.DataParallel cannot split a batch",
     )
-    require((is_label[1:] >= is_label[:-1]).all(), lambda: "is_label: labels must stand behind all rationales")
+    require((is_label[1:] >= is_label[:-1]).all(), lambda: "is_label: labels must come after all rationales")
     _check_router(self)
     if num_questions is None:
         num_questions = question.max() + 1

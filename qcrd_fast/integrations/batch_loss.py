@@ -1,5 +1,4 @@
-"""The loss of a padded batch of rationales and labels, L = a1 L_pred + a2 L_cl (Eq. 8 without the discriminator's
-term).
+"""The loss of a padded batch of rationales and labels: L = a1 L_pred + a2 L_cl (Eq. 8 without L_D).
 
 Two passes: all rationales are scored without gradient, then those that were selected, and the labels, are trained. Or
 one, in which every rationale carries gradient through the model. `attach` runs this inside a model's own forward.
@@ -33,8 +32,7 @@ IGNORE = -100  # a target that is not scored
 
 @dataclasses.dataclass
 class RationaleOutput(ModelOutput):
-    """What an attached model returns for a batch of rationales. The losses are differentiable scalars, the rest is
-    detached.
+    """Output of an attached model. The losses are differentiable scalars, the rest is detached.
 
     loss = alpha_pred * loss_pred + alpha_cl * loss_cl (Eq. 8 without the discriminator's term)
     loss_pred: 1/N sum over questions of the label's mean -log p [nats/token]
@@ -70,8 +68,10 @@ def score_then_train(
     quality: Tensor | None = None,
     iteration: int = 0,
 ) -> RationaleOutput:
-    """The two-pass step: score all rationales of a batch in eval mode without gradient, select, then run what was
-    selected, and the labels, with gradient. Call `backward` on the result's `loss`.
+    """Run the two-pass step; call `backward` on the result's `loss`.
+
+    Scores all rationales in eval mode without gradient, selects, then runs the selected ones and the labels with
+    gradient.
 
     model: one that `attach` was called on, also inside DistributedDataParallel, FSDP2, torch.compile or PEFT. batch: of
     a `RationaleCollator`. num_questions: N of Eq. 3, the questions of the whole optimizer batch over all micro-batches
@@ -111,8 +111,7 @@ class Settings:
 
 
 def answers_rationales(model: Any) -> bool:
-    """Whether the forward that `attach` gave the model is its forward still, by itself or inside of wrappers
-    (Accelerate's)."""
+    """Return whether the model's forward, perhaps wrapped (Accelerate), is still the one from `attach`."""
     forward = vars(model).get("forward")
     while forward is not None and not hasattr(forward, ANSWERS):
         forward = getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)
@@ -166,14 +165,16 @@ def batch_loss(
     two_pass: bool,
     hidden_BLH: Tensor | None = None,
 ) -> RationaleOutput:
-    """The loss of a batch, inside the forward of `model`: the Hugging Face model itself. [B] tensors as the collator's.
-    `hidden_BLH`: the hidden states, where the model has run already, for one pass."""
+    """Compute the loss of a batch inside the forward of `model`, the Hugging Face model itself.
+
+    [B] tensors as the collator's. `hidden_BLH`: hidden states for one pass, if the model has run already.
+    """
     loss_fn = settings.loss_fn
     R = int((~is_label).sum())
 
     @eagerly
     def select(logprob_T: Tensor, rationale_T: Tensor) -> tuple[ContrastiveOutput, Tensor]:
-        """What is selected, and the weight of each sequence [B], 1/N included; a label's is 1/N."""
+        """Return what is selected, and each sequence's weight [B] with 1/N; a label's is 1/N."""
         kept_T = rationale_T < R
         out = contrastive_loss(
             logprob_T[kept_T],
@@ -234,7 +235,8 @@ def batch_loss(
 def token_logprobs(
     model: Any, settings: Settings, batch: Batch, max_rows: int | None = None, hidden_BLH: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(log p of each target token [T], its sequence [T]); the head runs as a module, whose weight is then whole.
+    """Return log p of each target token [T] and its sequence [T]. Calls the head as a module, so FSDP gathers its
+    weight.
 
     Which module that is, is looked up at each call: heads are resized and replaced, and PEFT switches and disables
     them.
@@ -286,7 +288,7 @@ def _head_logprob(
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:
-    """[B, L, H]: what predicts `batch.target`. An encoder reads each source once."""
+    """Return the hidden states [B, L, H] that predict `batch.target`. An encoder reads each source once."""
     if batch.source is None:
         return backbone(model)(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False

@@ -1,5 +1,4 @@
-"""Prepared rows -> the padded tensors of one batch, ready for a model that `attach` was called on, or for `QCRDLoss` by
-hand.
+"""Collate prepared rows into padded tensors, for an attached model or for `QCRDLoss`.
 
 Shapes: Q questions, B sequences (R rationales, then the labels), S sources, L padded length.
 """
@@ -26,7 +25,7 @@ Pairs = list[tuple[str, str]]
 
 
 class RationaleCollator:
-    """Makes a batch of prepared rows (dictionaries, or `Question`s): each question's rationales, then the labels.
+    """Collate prepared rows (dicts or `Question`s): each question's rationales, then the labels.
 
         collate = RationaleCollator(tokenizer, model)
         batch = collate(rows)

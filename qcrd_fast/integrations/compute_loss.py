@@ -1,4 +1,4 @@
-"""The loss as a `compute_loss_func` of Hugging Face's Trainer, for a model whose forward stays its own."""
+"""The loss as `compute_loss_func` of Hugging Face's Trainer, for a model with its forward unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEPT = ("input_ids", "attention_mask", "decoder_input_ids")  # what the model it
 def make_compute_loss_func(
     model: Any, loss_fn: QCRDLoss | None = None, *, alpha_pred: float = 0.5, alpha_cl: float = 0.5
 ) -> ComputeLoss:
-    """A `compute_loss_func` for `transformers.Trainer` and a `RationaleCollator`'s batches, instead of `attach`.
+    """Return a `compute_loss_func` for `transformers.Trainer` with a `RationaleCollator`, instead of `attach`.
 
         Trainer(model, args, RationaleCollator(tokenizer, model), rows, compute_loss_func=make_compute_loss_func(model))
 
@@ -70,8 +70,7 @@ class ComputeLoss:
             hook.remove()
 
     def _take(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Keep a batch of rationales, and pass on what the model knows of it; each sequence with a copy of its
-        prompt."""
+        """Store the rationale batch and pass on the model's own arguments; each sequence has its own prompt copy."""
         self.batch = self.hidden = None
         if "rationale" not in kwargs:
             return None

@@ -1,4 +1,4 @@
-"""A chat template that sends a student's own prompt: for servers, which know messages and no `predict: `.
+"""Chat template that renders a message as the training prompt, for servers.
 
 The template is Jinja, as Hugging Face tokenizers hold it. It takes the last user message for the question. A server
 tokenises what it gives without adding special tokens, so the template writes those that the tokenizer would have added.
@@ -69,8 +69,7 @@ _ANSWERS = "{%- for message in ns.after -%}{{- message['content'] + eos_token -}
 
 
 def chat_template(prompter: Prompter, prefixes: Sequence[str]) -> str | None:
-    """The chat template of a trained decoder; None for an encoder-decoder, or where no text gives the tokens of
-    training.
+    """Return the chat template of a trained decoder; None for an encoder-decoder or if no template gives its tokens.
 
     `prefixes` are those of the tasks that it was trained on, the first of which is taken where a message names none.
     Each is tried on `PROBES`, and the tokens compared with `source_ids`.
@@ -95,8 +94,7 @@ def chat_template(prompter: Prompter, prefixes: Sequence[str]) -> str | None:
 
 
 def sends_the_prompt(prompter: Prompter, template: str, prefixes: Sequence[str] = (PREDICT,)) -> bool:
-    """Whether `template` gives the tokens of `source_ids` for every probe, with the task as a word in the message and
-    as a variable."""
+    """Return whether `template` gives the tokens of `source_ids` for every probe and every way to name the task."""
     long = Prompter(
         prompter.tokenizer,
         dataclasses.replace(prompter.prompts, max_source_length=UNBOUND),
@@ -125,8 +123,7 @@ def tokens_sent(tokenizer: Any, template: str, message: str, **variables: Any) -
 
 
 def modelfile(prompter: Prompter, prefix: str) -> str | None:
-    """An Ollama Modelfile that sends the prompt of one task. None where its template language cannot write the
-    prompt."""
+    """Return an Ollama Modelfile with the prompt of one task; None if its template language cannot express it."""
     tokenizer, mark = prompter.tokenizer, "\0"
     text = prompter.chat_text(mark) if prompter.prompts.template == "chat" else prompter.form.replace("{prompt}", mark)
     if _tokens_in_front(prompter) and tokenizer.bos_token:  # which Ollama adds as the tokenizer does
@@ -139,7 +136,7 @@ def modelfile(prompter: Prompter, prefix: str) -> str | None:
 
 
 def _bodies(prompter: Prompter) -> list[str]:
-    """What comes after the prelude, the likeliest first."""
+    """Yield candidates for the text after the prelude, likeliest first."""
     if prompter.prompts.template == "chat":
         own = prompter.own_template()
         system = (

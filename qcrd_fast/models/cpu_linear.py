@@ -16,8 +16,7 @@ LEAST_PRODUCT = 3_000_000  # N I O below which the calls cost more than the prod
 
 
 def use_fast_products(model: nn.Module) -> None:
-    """Turn the model's plain `nn.Linear` into `CPULinear` where that is faster on this processor; weights and names
-    stay."""
+    """Replace plain `nn.Linear` by `CPULinear` where that is faster on this CPU. Weights and names stay."""
     if onednn_is_faster():
         for module in model.modules():
             if type(module) is nn.Linear:
@@ -25,7 +24,7 @@ def use_fast_products(model: nn.Module) -> None:
 
 
 class CPULinear(nn.Linear):
-    """`nn.Linear` whose large fp32 products on a CPU are taken by oneDNN; all else is left to torch.
+    """`nn.Linear` that uses oneDNN for large fp32 products on a CPU, and torch otherwise.
 
     Values and gradients are those of `nn.Linear` within the rounding of fp32, the same each time; they can be
     differentiated once.

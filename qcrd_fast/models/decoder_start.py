@@ -1,5 +1,4 @@
-"""What a decoder is fed before the first token of a target: asked of the model, since some shift in a way of their
-own."""
+"""The token that a decoder gets before the first target token. Asked of the model, as some shift differently."""
 
 from __future__ import annotations
 
@@ -14,8 +13,7 @@ Start = int | Literal["last"]
 
 
 def decoder_start(model: Any) -> Start | None:
-    """The token id; "last" where a target's own last token goes first (mBART); None where neither model nor config
-    says.
+    """Return the token id; "last" if the target's last token comes first (mBART); None if unknown.
 
     A model's `prepare_decoder_input_ids_from_labels` or `_shift_right` is asked, which trains it, and then its
     configuration. Raises `InputError` where that fails, or does something else than shift right by one.

@@ -1,5 +1,4 @@
-"""How a Hugging Face model turns its last hidden states into logits: read off the model, and checked against it
-once."""
+"""Read how a Hugging Face model computes logits from its last hidden states, and verify it once."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ T5_LIKE = ("umt5", "switch_transformers")  # they scale when embeddings are tied
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """logits = softcap * tanh(a / softcap), a = scale * hidden weight^T + bias, with the model's own tensors (not
-    copies)."""
+    """The head: logits = softcap * tanh(a / softcap), a = scale * hidden weight^T + bias, on the model's own
+    tensors."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
@@ -29,7 +28,7 @@ class Head:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the ops take beside the weight."""
+        """Options for the ops, beside the weight."""
         return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
 
     def first(self, rows: int) -> Head:
@@ -51,7 +50,7 @@ class Head:
 
 
 def read_head(model: Any) -> Head:
-    """The head of a Hugging Face language model. Cheap: looks at the configuration and the output embedding.
+    """Read the head of a language model. Cheap: uses the configuration and the output embedding.
 
     Of a head inside PEFT it is the weight and bias of the layer that answers as things stand (`plain_layer`).
 
@@ -75,7 +74,7 @@ def read_head(model: Any) -> Head:
 
 
 def output_layer(model: Any) -> Any:
-    """The module that the model calls for its logits, in whatever PEFT and FSDP1 wrapped it."""
+    """Return the module that computes the logits, also inside PEFT and FSDP1 wrappers."""
     model = unwrapped(model)
     output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(output, torch.nn.Module):
@@ -86,9 +85,10 @@ def output_layer(model: Any) -> Any:
 
 
 def plain_layer(output: Any) -> Any:
-    """The layer with a weight that computes the logits of an output layer as things stand. PEFT is asked: of
-    `modules_to_save` it is the active adapter's copy or the original; of a head with LoRA that is disabled, merged or
-    not active, the base layer.
+    """Return the layer whose weight currently computes the logits.
+
+    PEFT decides: for `modules_to_save` the active adapter's copy or the original; for a head with LoRA that is
+    disabled, merged or inactive, the base layer.
 
     Raises `InputError` where an active adapter adds to the logits, or where there is no weight.
     """
@@ -128,8 +128,7 @@ def _active_adapters(layer: Any) -> list[str]:
 
 
 def check_readable(model: Any) -> None:
-    """Raises `InputError`, on every rank alike, where the head cannot be read: its weight is not there or is a part of
-    it."""
+    """Raise `InputError`, on every rank alike, if the head's weight is missing or partial."""
     name = type(unwrapped(model)).__name__
     if any("_fsdp_wrapped_module" in module._modules for module in model.modules()):
         raise InputError(f"{name} is sharded by FullyShardedDataParallel (FSDP1): call this before wrapping it")
@@ -154,8 +153,9 @@ def check_readable(model: Any) -> None:
 
 @torch.no_grad()
 def check_head(model: Any, head: Head) -> torch.dtype | None:
-    """Compares the head's logits with the model's own on a few random tokens. Returns the type that the model's forward
-    autocasts to by itself (Accelerate's mixed precision), or None.
+    """Compare the head's logits with the model's own on a few random tokens.
+
+    Returns the type that the model's forward autocasts to by itself (Accelerate's mixed precision), or None.
 
     Raises `InputError` if they differ: this architecture computes its logits in a way that `Head` cannot express.
     """
@@ -206,7 +206,7 @@ def check_head(model: Any, head: Head) -> torch.dtype | None:
 
 
 def backbone(model: Any) -> Any:
-    """The module whose output is the hidden states that enter the head: the decoder, or the model without its head.
+    """Return the module whose output enters the head: the decoder, or the model without its head.
 
     Raises `InputError` for a model of whole models (`EncoderDecoderModel`), whose decoder has the head inside.
     """
@@ -221,14 +221,15 @@ def backbone(model: Any) -> Any:
 
 
 def hidden_parts(model: Any) -> set[Any]:
-    """The modules of which the last to return, in the model's own forward, returns what enters the head: the body, and
-    what it wraps, since OPT calls its decoder without the body around it."""
+    """Return the modules of which the last to return gives the hidden states that enter the head.
+
+    These are the backbone and the module that it wraps: OPT calls its decoder directly.
+    """
     return {backbone(model), model.get_decoder() if hasattr(model, "get_decoder") else backbone(model)} - {model}
 
 
 def unwrapped(model: Any) -> Any:
-    """The Hugging Face model inside DistributedDataParallel, FSDP, torch.compile and PEFT, in whatever order they
-    stand."""
+    """Return the Hugging Face model inside DistributedDataParallel, FSDP, torch.compile and PEFT, in any order."""
     while True:
         inner = getattr(model, "module", getattr(model, "_orig_mod", model))
         if inner is model and hasattr(model, "get_base_model"):
@@ -240,7 +241,7 @@ def unwrapped(model: Any) -> Any:
 
 @contextlib.contextmanager
 def eval_mode(model: Any) -> Iterator[None]:
-    """Eval mode; afterwards each module is in the mode that it was in."""
+    """Set eval mode; restore each module's mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -251,7 +252,7 @@ def eval_mode(model: Any) -> Iterator[None]:
 
 
 def _whole(x: Any) -> Tensor:
-    """A tensor that FSDP2 shards, gathered."""
+    """Gather a tensor that FSDP2 shards."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 

@@ -1,4 +1,4 @@
-"""What is read of a model, whoever made it: configuration, tokenizer and safetensors, of its own folder; never code.
+"""Load untrusted models: configuration, tokenizer and safetensors of one folder; never code.
 
 What would reach for a pickle, another folder or somebody's code is refused before any weight is loaded, and weights
 that the configuration does not describe after that.
@@ -40,7 +40,7 @@ def read_config(name_or_path: str, option: str) -> Any:
 def load_pretrained(
     name_or_path: str, option: str, choose: Callable[[Any], Any], *, whole: bool = True, **settings: Any
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of a local folder or hub id, the model by the class that `choose` takes for its configuration.
+    """Load (model, tokenizer) from a folder or hub id. `choose` maps the configuration to the model class.
 
     Raises `InputError` as `read_config` does, and for what cannot be loaded or, with `whole`, does not fit: both shapes
     of a weight that has another than the configuration says, names of weights that it lacks or has too many of.
@@ -68,8 +68,7 @@ def load_pretrained(
 
 
 def _only_local(name: str) -> bool:
-    """Whether a model is read from its folder or the cache alone, without the retries of a hub that cannot be
-    reached."""
+    """Return whether to read only the folder or the cache, without retries for an unreachable hub."""
     return os.path.isdir(name) or not is_online()
 
 
@@ -94,7 +93,7 @@ def _check_loaded(model: Any, info: Any, name: str, option: str, whole: bool) ->
 
 
 def _place(name: str) -> str:
-    """The name of a weight, whatever the number of its layer."""
+    """Return a weight's name without its layer number."""
     return re.sub(r"\.\d+\.", ".#.", name)
 
 
@@ -125,7 +124,7 @@ def _check_config(config: Any, name: str, option: str) -> None:
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """(key, text) of every text in a tree; what is in a list or mapping has the key that leads to it, too."""
+    """Yield (key, text) of every text in a nested value."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
@@ -137,7 +136,7 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """`save_pretrained`; raises `OSError` where the disk is full, for which tokenizers raises a bare `Exception`."""
+    """`save_pretrained` that raises `OSError` for a full disk, where tokenizers raises a bare `Exception`."""
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:

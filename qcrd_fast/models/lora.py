@@ -1,4 +1,4 @@
-"""LoRA in `train` (`--use-peft`): matrices of low rank beside every linear layer but the head, by PEFT, in place.
+"""LoRA for `train` (`--use-peft`): PEFT adapters beside every linear layer except the head, in place.
 
 A checkpoint holds the merged model, which `from_pretrained` reads as any other, and the matrices by themselves in
 `lora.safetensors`: a resume puts them beside the student that the run began with, and goes on bit for bit.
@@ -30,7 +30,7 @@ def require_peft() -> None:
 
 
 def add_lora(model: Any, config: TrainConfig) -> None:
-    """Freeze the model and put trainable matrices beside its linear layers; the same ones for the same seed."""
+    """Freeze the model and add LoRA matrices to its linear layers, seeded."""
     require_peft()
     from peft import LoraConfig, get_peft_model
 
@@ -46,8 +46,10 @@ def add_lora(model: Any, config: TrainConfig) -> None:
 
 
 def find_target_modules(model: Any, wanted: str) -> str | list[str]:
-    """`--lora-target-modules` for PEFT. Raises `InputError` for a name that is no linear layer of the model, or its
-    head: the loss reads the head's own weight."""
+    """Resolve `--lora-target-modules` for PEFT.
+
+    Raises `InputError` for a name that is not a linear layer, and for the head: the loss reads its weight.
+    """
     if wanted == "all-linear":
         return wanted
     head = model.get_output_embeddings()
@@ -63,8 +65,10 @@ def find_target_modules(model: Any, wanted: str) -> str | list[str]:
 
 
 def save_model(model: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """`save_pretrained`; of one with LoRA the merged weights, and the matrices beside them. `weights`: its whole state
-    dict, where it is sharded."""
+    """`save_pretrained`; with LoRA the merged weights, with the matrices beside them.
+
+    `weights`: the full state dict of a sharded model.
+    """
     weights = model.state_dict() if weights is None else weights
     adapter = {name: tensor for name, tensor in weights.items() if MARK in name}
     if not adapter:
@@ -85,7 +89,7 @@ def merged(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_adapter(folder: Path, model: Any) -> None:
-    """Put a checkpoint's matrices into a model after `add_lora`. Raises `InputError` for those of other settings."""
+    """Load a checkpoint's matrices into a model after `add_lora`. Raises `InputError` for other settings."""
     saved, own = load_file(folder / ADAPTER), {n: t for n, t in model.state_dict().items() if MARK in n}
     wrong = [
         n for n in sorted(saved.keys() | own.keys()) if n not in saved or n not in own or saved[n].shape != own[n].shape
@@ -101,8 +105,10 @@ def base_name(student: str) -> str:
 
 
 def write_adapter(checkpoint: Path, folder: Path, base: str, config: dict[str, Any], model: Any) -> int:
-    """Write a checkpoint's matrices to `folder` as PEFT does (adapter_config.json, adapter_model.safetensors), for the
-    base model `base` of `model`'s architecture; returns how many numbers they are."""
+    """Write a checkpoint's matrices in PEFT's format; return the number of parameters.
+
+    Files: adapter_config.json and adapter_model.safetensors, for the base model `base` of `model`'s architecture.
+    """
     require_peft()
     from peft import LoraConfig
 

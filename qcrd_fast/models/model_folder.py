@@ -1,5 +1,4 @@
-"""A model's name or folder before anything is loaded: whether it is there, as safetensors, and how large. Imports no
-torch."""
+"""Check a model name or folder before loading: presence, safetensors, size. Imports no torch."""
 
 from __future__ import annotations
 
@@ -57,8 +56,7 @@ def _is_cached(name: str) -> bool:
 
 
 def count_parameters(folder: Path) -> int | None:
-    """How many numbers the safetensors files of a model folder hold, from their headers; None where they cannot be
-    read."""
+    """Return the number of parameters in a folder's safetensors headers; None if unreadable."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         index, shards = folder / "model.safetensors.index.json", {"model.safetensors"}
         if index.is_file():

@@ -1,4 +1,4 @@
-"""How a model is told what the tokens of a packed row may see, and whether it listens: tried out on a few tokens once.
+"""Attention masks for packed rows: how to pass them to a model, and a test on a few tokens that it obeys them.
 
 Models differ in how they take a mask, in what they do with position ids and in which layers look at a window; some
 ignore a mask that is not theirs, and some carry a state along the row. What counts is that packed targets get the
@@ -36,7 +36,7 @@ Hidden = Callable[[str | None], Tensor]  # mode -> hidden states [T, H] of the s
 
 
 def attention_inputs(model: Any, layout: Layout, mode: str | None) -> dict[str, Any]:
-    """Mask and position ids for a batch of rows; `mode` is dense, flex, or None (one prompt and one target a row)."""
+    """Return mask and position ids for a batch of rows. `mode`: dense, flex, or None (one prompt and target a row)."""
     if mode is None or layout.plain:  # causal attention never looks at the padding on the right
         return {} if model.config.is_encoder_decoder else {"attention_mask": (layout.group_BL >= 0).long()}
     config = model.config.get_text_config(decoder=True)
@@ -50,7 +50,7 @@ def attention_inputs(model: Any, layout: Layout, mode: str | None) -> dict[str, 
 
 
 def probe_packed_attention(model: Any, hidden: Hidden) -> str | None:
-    """flex, dense, or None for a model whose packed hidden states are not those of one sequence a target; says so once.
+    """Return flex, dense, or None (logged once) if packed hidden states differ from those of single sequences.
 
     `hidden(mode)` computes the same few targets' states, None being one sequence a target.
     """
@@ -81,8 +81,7 @@ def probe_packed_attention(model: Any, hidden: Hidden) -> str | None:
 
 @torch.no_grad()
 def check_causal(model: Any) -> None:
-    """Raises `InputError` if a token's hidden state depends on what comes after it, so that targets would be given
-    away."""
+    """Raise `InputError` if a hidden state depends on later tokens, which would leak targets."""
     device, training = model.device, model.training
     rows, pad = model.get_input_embeddings().weight.shape[0], getattr(model.config, "pad_token_id", None) or 0
     # T5Gemma masks padding by its id
@@ -106,7 +105,7 @@ def check_causal(model: Any) -> None:
 
 
 def _fault(hidden: Hidden, mode: str, tolerance: float, parameters: Sequence[Tensor] = ()) -> str | None:
-    """What is wrong with a mode, if anything; given parameters, its backward pass is run too."""
+    """Return what is wrong with a mode, or None. With parameters, the backward pass is tested too."""
     try:
         expected, actual = hidden(None), hidden(mode)
         if parameters:
@@ -118,7 +117,7 @@ def _fault(hidden: Hidden, mode: str, tolerance: float, parameters: Sequence[Ten
 
 
 def _kinds(config: Any) -> list[str]:
-    """The kinds of attention layers."""
+    """Return the kinds of attention layers."""
     layers = getattr(config, "layer_types", None)
     if layers:
         return sorted(set(layers))
@@ -126,7 +125,7 @@ def _kinds(config: Any) -> list[str]:
 
 
 def _strange_layers(config: Any) -> str | None:
-    """Layers that a mask of ours cannot describe, or whose reach the few tokens of the trial would not show."""
+    """Return layers that our masks cannot describe, or whose reach the test's few tokens cannot show."""
     if kinds := set(_kinds(config)) - KINDS:
         return f"it has layers of {', '.join(sorted(kinds))}"
     known = re.compile("sliding_window|max_window_layers")
@@ -137,7 +136,7 @@ def _strange_layers(config: Any) -> str | None:
 
 @contextlib.contextmanager
 def _small_window(config: Any) -> Iterator[None]:
-    """A sliding window of three tokens, which the trial is longer than; models read it whenever they make a mask."""
+    """Set a sliding window of three tokens, shorter than the test's sequence."""
     own = getattr(config, "sliding_window", None)
     if own:
         config.sliding_window = 3
@@ -164,8 +163,7 @@ def _may_flex(model: Any, config: Any) -> bool:
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """flex_attention for a BlockMask and sdpa for everything else, so that generation and plain batches stay as they
-    were."""
+    """Use flex_attention for a BlockMask and sdpa otherwise, so generation and plain batches are unchanged."""
     if isinstance(attention_mask, BlockMask):
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings leave them in fp32
         return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)

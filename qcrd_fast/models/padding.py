@@ -11,7 +11,7 @@ from qcrd_fast.models.prompts import TokenIds
 
 
 def pad_right(rows: Sequence[TokenIds], fill: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-    """Ids [B, L] padded on the right with `fill`, and the mask [B, L], 1 for a token; both int64 on `device`."""
+    """Return ids [B, L] padded on the right with `fill`, and the mask [B, L] (1: token), int64 on `device`."""
     length = max(map(len, rows), default=0)
     ids = [list(row) + [fill] * (length - len(row)) for row in rows]
     mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]

@@ -1,4 +1,8 @@
-"""Targets that ride on one prompt: which go into a row of the model, and what each token of a row may see.
+"""Prefix packing: several targets share one prompt in a row, under one attention mask.
+
+A group is a prompt and its targets. Each target attends to the prompt and itself; its position ids continue from the
+prompt's end. A row holds one group or several. For an encoder-decoder a group has no prompt (the encoder reads it): its
+targets stand side by side.
 
 A group is a prompt with targets behind it: every target sees the prompt (or its first tokens, the target's depth) and
 itself, as if the others were not there, and its position ids go on where what it sees ends. A row holds one group or
@@ -34,8 +38,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A padded batch of rows. `at_T` says where in the flattened [B * L] hidden states each target token is
-    predicted."""
+    """A padded batch of rows. `at_T`: index into the flattened [B * L] hidden states that predict each target token."""
 
     ids_BL: Tensor
     position_BL: Tensor  # in the text that the token belongs to, not in the row
@@ -50,7 +53,7 @@ class Layout:
 
 
 def best_room(prompt: int, hidden_size: int) -> int:
-    """How many target tokens to put behind a prompt where the mask is dense.
+    """Return how many target tokens to pack after a prompt under a dense mask.
 
     r tokens behind a prompt of P cost (P + r)(c + a(P + r)) / r each, a = 4H for attention over the whole row, c =
     24H^2 for the other products of a layer; the least is at r^2 = P(P + c/a). Longer rows pay more for hidden pairs
@@ -60,10 +63,10 @@ def best_room(prompt: int, hidden_size: int) -> int:
 
 
 def group_by_prompt(lengths: Sequence[int], source_of: Sequence[int], rooms: Sequence[int]) -> list[Group]:
-    """Each source with its targets; over several groups of about equal length where they would pass its room.
+    """Group targets by prompt; split a group into several of similar length if it exceeds its row.
 
-    `lengths` are the targets', `rooms` what a row of each source may hold of them [tokens]. A source without a target
-    gets no group.
+    `lengths`: target lengths; `rooms`: target tokens that a row of each source may hold. A source without a target gets
+    no group.
     """
     groups = []
     for source in dict.fromkeys(source_of):
@@ -85,8 +88,11 @@ def group_by_prompt(lengths: Sequence[int], source_of: Sequence[int], rooms: Seq
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int, max_pairs: int | None = None) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first: each at most `max_tokens` padded tokens (or one sequence),
-    at most `max_pairs` pairs of them, and no sequence shorter than half of its batch's longest."""
+    """Yield batches of indices of similar length, longest first.
+
+    Each has at most `max_tokens` padded tokens (or one sequence), at most `max_pairs` pairs of them, and no sequence
+    shorter than half of its longest.
+    """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         longest = lengths[batch[0]] if batch else 0
@@ -100,8 +106,7 @@ def length_batches(lengths: Sequence[int], max_tokens: int, max_pairs: int | Non
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices in rows of at most `capacity` tokens (or one sequence): the longest first, each into the first row with
-    room."""
+    """Pack indices into rows of at most `capacity` tokens (or one sequence): longest first, first row that fits."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -125,7 +130,7 @@ def pack_rows(
     multiple: int = 1,
     depths: Sequence[int] | None = None,
 ) -> Layout:
-    """The padded batch of `rows`, its length a multiple of `multiple`.
+    """Build the padded batch of `rows`, its length a multiple of `multiple`.
 
     `start` begins each target: the decoder's start token, or nothing where `prompts` stand in the rows (decoder-only).
     `depths`: of each target, how many tokens of its prompt it follows, 1 or more; None: all.
@@ -166,10 +171,9 @@ def pack_rows(
 
 
 def make_mask_mod(layout: Layout, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The one mask function: (row, head, query, key) -> whether the query sees the key.
+    """Return the mask_mod (row, head, query, key) -> bool of packed rows, as in flex_attention.
 
-    `window`: how far back a query sees, by position in its own text and itself included. Padding sees padding, so that
-    no softmax is empty.
+    `window`: sliding window by position, the query included. Padding attends to padding, so that no softmax is empty.
     """
     group, part, position, depth = layout.group_BL, layout.part_BL, layout.position_BL, layout.depth_BL
 
@@ -185,7 +189,7 @@ def make_mask_mod(layout: Layout, window: int | None = None) -> Callable[[Tensor
 
 
 def dense_mask(layout: Layout, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[B, 1, L, L] to add to attention scores: 0 where visible, else the type's lowest value."""
+    """Return the additive mask [B, 1, L, L]: 0 where visible, else the type's lowest value."""
     rows, width = layout.ids_BL.shape
     b = torch.arange(rows, device=layout.ids_BL.device)[:, None, None, None]
     token = torch.arange(width, device=layout.ids_BL.device)
@@ -194,7 +198,7 @@ def dense_mask(layout: Layout, window: int | None, dtype: torch.dtype) -> Tensor
 
 
 def block_mask(layout: Layout, window: int | None) -> Any:
-    """The same as flex_attention's BlockMask, which skips the tiles that nothing sees."""
+    """Return the mask as flex_attention's BlockMask, which skips empty tiles."""
     rows, width = layout.ids_BL.shape
     compiled = layout.ids_BL.is_cuda  # else the whole mask is made on the way
     return create_block_mask(

@@ -1,4 +1,4 @@
-"""What a student reads and writes: the prompts of its tasks, and the tokens of prompts and targets."""
+"""Prompts of the student's tasks, and tokenization of prompts and targets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TEXT_FILE = re.compile(r"\S+\.(txt|md|jinja2?)")  # a name of a file, and no sy
 
 @dataclasses.dataclass(frozen=True)
 class PromptSettings:
-    """What turns a question into a student's input; saved with every checkpoint, since whoever serves it needs it."""
+    """Settings that turn a question into a prompt. Saved with every checkpoint, for serving."""
 
     template: str = "raw"  # raw, chat, or a text containing {prompt}
     max_source_length: int = 1024
@@ -53,8 +53,7 @@ class PromptSettings:
 
     @classmethod
     def of_state(cls, saved: Mapping[str, Any]) -> PromptSettings:
-        """What a `state.json` holds under `prompt`. One without a version is older: 1, unless it knows of system
-        prompts."""
+        """Read the settings in a `state.json`. Without a version: 1, unless it has system prompts."""
         unsaid: dict[str, Any] = {"version": 2 if "system" in saved else 1}
         return cls(**unsaid | dict(saved))
 
@@ -102,7 +101,7 @@ class Lengths(NamedTuple):
 
 
 class Prompter:
-    """A tokenizer and a prompt template: text to tokens, for encoder-decoders (T5) and decoder-only models.
+    """Tokenizer and prompt template: text to tokens, for encoder-decoders (T5) and decoder-only models.
 
     Raises `InputError` when the tokenizer has no end-of-sequence token, no chat template where one is asked for, or one
     that leaves the system prompt out.
@@ -187,15 +186,17 @@ class Prompter:
 
     @property
     def form(self) -> str:
-        """The text around `{prompt}` of a template that is not the tokenizer's own; it is tokenised with the prompt, as
-        one text, so that whoever serves the student sends the same tokens."""
+        """Return the text around `{prompt}` of a custom template.
+
+        It is tokenized together with the prompt, so that servers send the same tokens.
+        """
         if self.prompts.template != "raw":
             return self.prompts.template
         return "{prompt}" if self.is_encoder_decoder else "{prompt}\n"
 
     @property
     def newline_apart(self) -> bool:
-        """Whether the newline after a raw prompt is tokenised by itself, not with the prompt."""
+        """Return whether the newline after a raw prompt is a token of its own."""
         return self.prompts.version == 1 and self.prompts.template == "raw" and not self.is_encoder_decoder
 
     @property
@@ -237,8 +238,7 @@ class Prompter:
 
 
 def special_texts(tokenizer: Any) -> list[str]:
-    """How the special tokens of a tokenizer are spelled, longest first: a text that holds one would be read as that
-    token."""
+    """Return the texts of a tokenizer's special tokens, longest first. A text that contains one would be read as it."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     found = {token.content for token in added if token.special} | set(getattr(tokenizer, "all_special_tokens", []))
     return sorted((text for text in found if len(text) > 1), key=lambda text: (-len(text), text))

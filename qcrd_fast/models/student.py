@@ -1,4 +1,4 @@
-"""The student: a Hugging Face model, its tokenizer, its prompts, and its hidden states at the tokens that are scored.
+"""The student: a Hugging Face model with tokenizer and prompts, and its hidden states at target tokens.
 
 Shapes: B sequences, L padded length, T packed target tokens, H hidden size, V vocabulary.
 """
@@ -37,7 +37,7 @@ MAX_TOKENS = 16_384  # padded tokens that run through the model at once
 
 @dataclasses.dataclass(frozen=True)
 class PackedHidden:
-    """Hidden states that predict the targets' tokens, targets one behind the other without padding."""
+    """Hidden states that predict the target tokens, concatenated without padding."""
 
     hidden: Tensor  # [T, H]
     target: Tensor  # [T]
@@ -71,8 +71,7 @@ class Student(Prompter):
         check_causal(model)
 
     def _start(self, rows: int) -> int:
-        """The token that the model itself starts a decoder with; where that is a target's last one, EOS, which ends
-        targets."""
+        """Return the model's decoder start token; EOS if that is the target's last token."""
         start = decoder_start(self.model)
         start = self.tokenizer.eos_token_id if start == "last" else start
         if not (isinstance(start, int) and 0 <= start < rows):
@@ -89,7 +88,7 @@ class Student(Prompter):
         device: torch.device | str = "cpu",
         attention: str | None = None,
     ) -> Student:
-        """Load a local folder or hub id in fp32. Only safetensors and code of the transformers package are read.
+        """Load a local folder or hub id in fp32. Reads only safetensors, and runs only transformers' own code.
 
         `attention`: eager or sdpa; None is transformers' own choice for the model.
         """
@@ -113,7 +112,7 @@ class Student(Prompter):
 
     @functools.cached_property
     def sharing(self) -> str | None:
-        """How targets ride on one prompt: dense or flex (the kind of mask), or None where this model cannot."""
+        """Kind of mask for prefix packing (dense or flex), or None if this model cannot. Tested on first use."""
         noise = torch.Generator().manual_seed(0)
         rows = self.model.get_input_embeddings().weight.shape[0]
         *sources, a, b, c, d = (torch.randint(0, rows, (n,), generator=noise).tolist() for n in (5, 3, 4, 1, 6, 3))
@@ -181,15 +180,14 @@ class Student(Prompter):
         return self._packed(hidden_TH, targets, body_tokens)
 
     def encode(self, sources: Sequence[TokenIds]) -> Any:
-        """What `decode` needs of the sources: encoder states and mask, or the tokens themselves (decoder-only)."""
+        """Prepare sources for `decode`: encoder states and mask, or the tokens (decoder-only)."""
         if not self.is_encoder_decoder:
             return list(sources)
         ids_BL, mask_BL = pad_right(sources, self.pad_id, self.device)
         return self.model.get_encoder()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state, mask_BL
 
     def decode(self, encoded: Any, targets: Sequence[TokenIds], source_of: Sequence[int]) -> PackedHidden:
-        """`hidden` for one padded batch of already encoded sources, one sequence a target, with the padded states
-        too."""
+        """`hidden` for one padded batch of encoded sources, one sequence a target; also returns the padded states."""
         rows = [[Group(source, [i])] for i, source in enumerate(source_of)]
         hidden_BLH, layout = self._run(encoded, rows, targets, None)
         body_tokens = layout.ids_BL.numel() + (encoded[1].numel() if self.is_encoder_decoder else 0)
@@ -197,7 +195,7 @@ class Student(Prompter):
         return dataclasses.replace(packed, padded=hidden_BLH, first=layout.first)
 
     def _room(self, prompt: int, mode: str) -> int:
-        """Target tokens that one row may hold."""
+        """Return how many target tokens one row may hold."""
         if self.is_encoder_decoder:
             return prefix_packing.BIASED_ROW
         return (
@@ -209,7 +207,7 @@ class Student(Prompter):
     def _run(
         self, encoded: Any, rows: Sequence[Sequence[Group]], targets: Sequence[TokenIds], mode: str | None
     ) -> tuple[Tensor, Layout]:
-        """Hidden states [B, L, H] of a padded batch of rows."""
+        """Return hidden states [B, L, H] of a padded batch of rows."""
         prompts = None if self.is_encoder_decoder else encoded
         start = [self.start_id] if self.is_encoder_decoder else []
         layout = pack_rows(

@@ -25,7 +25,7 @@ def check_head(
     ignore_index: int,
     of: str = "",
 ) -> tuple[Tensor, Tensor, HeadOptions]:
-    """(hidden [T, H] in the type it is multiplied in, target [T] int64, options). `ValueError` for what does not fit.
+    """Check and return hidden [T, H] in its product type, target [T] int64, and the head's options.
 
     A temperature for each token becomes [T, 1] in the options. `of`: what the names of hidden, weight, bias, scale and
     softcap begin with in messages.
@@ -78,7 +78,7 @@ def check_head(
 
 
 def _temperature(temperature: float | Tensor, target: Tensor, hidden_TH: Tensor) -> float | Tensor:
-    """A number, or the temperature of each token [T, 1] in the type of the logits."""
+    """Return the temperature as a number, or per token [T, 1] in the type of the logits."""
     if not isinstance(temperature, Tensor) or temperature.dim() == 0:
         require(0 < temperature < INFINITY, lambda: f"temperature must be above 0 and finite, got {temperature}")
         return float(temperature)
@@ -96,12 +96,12 @@ def _temperature(temperature: float | Tensor, target: Tensor, hidden_TH: Tensor)
 
 
 def is_finite(x: float) -> bool:
-    """`math.isfinite` of a number, which torch.compile can trace where the number is dynamic."""
+    """`math.isfinite` that torch.compile can trace for a dynamic number."""
     return -INFINITY < x < INFINITY
 
 
 def require_constants(**arguments: object) -> None:
-    """`ValueError` naming the first argument that requires a gradient, which it would not get."""
+    """Raise `ValueError` naming the first argument that requires a gradient but would get none."""
     for name, x in arguments.items():
         if isinstance(x, Tensor) and x.requires_grad:
             raise ValueError(
@@ -110,7 +110,7 @@ def require_constants(**arguments: object) -> None:
 
 
 def require_no_tangent(*arguments: Tensor | None) -> None:
-    """`ValueError` under forward-mode AD, whose tangents would come out as 0."""
+    """Raise `ValueError` under forward-mode AD, where tangents would silently be 0."""
     if torch.compiler.is_compiling():
         return
     for x in arguments:
@@ -119,14 +119,13 @@ def require_no_tangent(*arguments: Tensor | None) -> None:
 
 
 def product_type(hidden: Tensor) -> torch.dtype:
-    """The type in which hidden states are multiplied with the head: their own, or autocast's."""
+    """Return the type in which hidden states are multiplied with the head: their own, or autocast's."""
     autocast = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
     return torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
 
 
 def require_unsharded(name: str, x: Tensor, device: torch.device) -> None:
-    """`ValueError` for a shard (a DTensor), and for what FSDP, ZeRO-3 and offloading leave of a weight between
-    forwards."""
+    """Raise `ValueError` for a shard (a DTensor) or a weight that FSDP, ZeRO-3 or offloading has emptied."""
     if hasattr(x, "full_tensor"):
         kind = "a DTensor, one rank's shard (of FSDP2; of tensor parallelism, give `to_local()` and the process_group)"
     elif x.numel() == 0:
@@ -141,15 +140,17 @@ def require_unsharded(name: str, x: Tensor, device: torch.device) -> None:
 
 
 def require_tensors(**arguments: object) -> None:
-    """`TypeError` naming the first argument that is no tensor."""
+    """Raise `TypeError` naming the first argument that is not a tensor."""
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {'None' if x is None else type(x).__name__}")
 
 
 def require(condition: Tensor | bool, message: Callable[[], str]) -> None:
-    """`ValueError` unless true. A value on a GPU is asserted there, without a host sync; under torch.compile it is
-    trusted."""
+    """Raise `ValueError` unless true. A GPU value is asserted on the device, without a host sync.
+
+    Not checked under torch.compile.
+    """
     if not isinstance(condition, Tensor):
         if not condition:
             raise ValueError(message())

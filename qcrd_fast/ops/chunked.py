@@ -1,5 +1,4 @@
-"""The vectorised torch twins of the ops, which `--impl torch` runs: a chunk of the vocabulary at a time, gradients
-written out.
+"""Vectorised torch implementation of the ops (`--impl torch`): chunks of the vocabulary, explicit gradients.
 
 Shape suffixes: T tokens, H hidden, V vocabulary, C chunk of the vocabulary, R rationales, S rows with a gradient, B
 rows, K entries kept by top-k.
@@ -15,7 +14,7 @@ from torch import Tensor
 from qcrd_fast.ops.cpu_products import has_bf16_products, product
 from qcrd_fast.ops.philox import gumbel
 from qcrd_fast.ops.reference import Contrast, HeadOptions, accumulable, accumulation_dtype
-from qcrd_fast.ops.selection import SELECTIONS, SOFTMIN_TEMPERATURE
+from qcrd_fast.ops.selection import SELECTIONS, SOFTMIN_TEMPERATURE, Selection
 
 CHUNK_BYTES = 8 * 2**20  # largest block of logits that the chunked twin holds; what stays in a cache is fastest
 MIN_CHUNK = 64  # vocabulary rows, however many tokens there are
@@ -32,8 +31,7 @@ def chunked_forward(
     want_sum_p2: bool = False,
     kept_bytes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `linear_logprob_eager`, one chunk of the vocabulary at a time with an online log-sum-exp. What is unwanted is
-    [0].
+    """`linear_logprob_eager` over chunks of the vocabulary with an online log-sum-exp. Unwanted outputs are [0].
 
     The last two: [T] with the entropy, what rounding left of the log-sum-exp, which the entropy's gradient needs; and
     the logits of the first chunks, as many as `kept_bytes` hold, [T, C] of each chunk in turn, for `chunked_backward`.
@@ -91,7 +89,7 @@ def chunked_backward(
     rows_S: Tensor | None = None,
     num_rows: int = 0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dHidden [S, H] fp32, dWeight [V, H], dBias [V]) of the rows given; None where `needs` says no.
+    """Return (dHidden [S, H] fp32, dWeight [V, H], dBias [V]) of the given rows; None where `needs` is False.
 
     `coefficients` (onehot_S, prob_S, problog_S) make the gradient of a row's logits z:
     onehot * [j = target] + p_j * (prob + problog * log p_j), which covers log p, log-sum-exp and entropy.
@@ -177,7 +175,7 @@ def chunks_of_kept(V: int, T: int, S: int, columns: int) -> list[tuple[int, int]
 
 
 def kept_columns(V: int, T: int, dtype: torch.dtype, kept_bytes: int) -> int:
-    """Columns of the first whole chunks whose logits for T rows take at most `kept_bytes`."""
+    """Return the number of columns in the first whole chunks whose logits for T rows fit `kept_bytes`."""
     return max((stop for _, stop in chunks(V, T) if T * stop * dtype.itemsize <= kept_bytes), default=0)
 
 
@@ -224,7 +222,7 @@ def local_target(target_T: Tensor, start: int, stop: int) -> tuple[Tensor, Tenso
 
 
 def operand(x: Tensor) -> Tensor:
-    """`x` ready for `matmul`: half types stay on a GPU and are widened elsewhere, where their product would be
+    """Convert `x` for `matmul`: half types stay on a GPU and are widened elsewhere, where the product would be
     rounded."""
     return x if x.is_cuda else accumulable(x)
 
@@ -248,7 +246,7 @@ def contrastive_torch(
     delta: float,
     num_questions: Tensor,
 ) -> Contrast:
-    """As `contrastive_eager`, vectorised and without autograd. `score_R`: who wins where a class is sampled."""
+    """`contrastive_eager`, vectorised and without autograd. `score_R` decides sampled selections."""
     R, dtype = len(question_R), logprob_T.dtype
     nll_R, count_R = rationale_mean(logprob_T, rationale_T, valid_T, R)
     # One group for each question and class. Numbering by first appearance needs no host sync for the number of
@@ -270,9 +268,13 @@ def contrastive_torch(
         candidate_R = candidate_R & (positive_R | ~(nll_R >= delta))
     s_R = torch.ones_like(nll_R) if quality_R is None else pick(quality_R.to(dtype), 1 - quality_R.to(dtype))
 
-    # Selection: the largest score of the group, ties to the lowest index.
-    scores = {"min": -nll_R, "softmin": -nll_R, "sampling": nll_R if score_R is None else score_R.to(dtype)}
-    rank_R = pick(scores.get(selects[0], nll_R), scores.get(selects[1], nll_R))
+    # Selection: the largest rank of the group, ties to the lowest index.
+    positive, negative = SELECTIONS[selects[0]], SELECTIONS[selects[1]]
+
+    def rank(selection: Selection) -> Tensor:
+        return score_R.to(dtype) if selection.random and score_R is not None else selection.order * nll_R
+
+    rank_R = pick(rank(positive), rank(negative))
     rank_R = torch.where(rank_R.isnan(), torch.inf, rank_R)  # a NaN must reach the loss
     best_R = torch.full((2 * R,), -torch.inf, dtype=dtype, device=nll_R.device)
     best_R = best_R.scatter_reduce(0, group_R, rank_R.where(candidate_R, -torch.inf), "amax")
@@ -285,15 +287,18 @@ def contrastive_torch(
     zeros = torch.zeros(2 * R, dtype=torch.float64, device=nll_R.device)
     in_R = s_R.where(candidate_R, 0)
 
-    def per_question(in_R: Tensor, total_R: Tensor) -> Tensor:
+    def weights(selection: Selection) -> Tensor:
+        if selection.single:
+            return chosen_R
+        part_R = in_R
+        if selection.soft:
+            gap_R = (selection.order * nll_R - best_R[group_R]) / SOFTMIN_TEMPERATURE
+            part_R = in_R * torch.exp(gap_R.where(candidate_R, 0))
+        total_R = part_R if selection.by_quality else candidate_R
         total_R = zeros.scatter_add(0, group_R, total_R.double())[group_R].to(dtype)
-        return torch.where(total_R == 0, 0, in_R / total_R)
+        return torch.where(total_R == 0, 0, part_R / total_R)
 
-    weights = {"mean": per_question(in_R, candidate_R), "wmean": per_question(in_R, in_R)}
-    if "softmin" in selects:
-        soft_R = in_R * torch.exp(((-nll_R - best_R[group_R]) / SOFTMIN_TEMPERATURE).where(candidate_R, 0))
-        weights["softmin"] = per_question(soft_R, soft_R)
-    weight_R = pick(weights.get(selects[0], chosen_R), weights.get(selects[1], chosen_R)) / num_questions
+    weight_R = pick(weights(positive), weights(negative)) / num_questions
 
     term_R, weight_R = hinge_terms(nll_R, positive_R, weight_R, delta)
     loss_pos = term_R.where(positive_R, 0).sum()  # Eq. 6
@@ -303,8 +308,7 @@ def contrastive_torch(
 
 
 def hinge_terms(nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, delta: float | None) -> tuple[Tensor, Tensor]:
-    """(w l of a positive, w h(l) of a negative; w, which is 0 where the hinge is inactive), each [R]. Differentiable in
-    l.
+    """Return w l of positives and w h(l) of negatives, and w (0 for an inactive hinge), each [R]. Differentiable in l.
 
     Eq. 7: h(u) = min(u - delta, 0), or h(u) = u where `delta` is None. What weighs nothing adds nothing, not even a
     NaN.
@@ -317,8 +321,7 @@ def hinge_terms(nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, delta: floa
 
 
 def rationale_mean(logprob_T: Tensor, rationale_T: Tensor, valid_T: Tensor | None, R: int) -> tuple[Tensor, Tensor]:
-    """(mean -log p [R], tokens [R] int64) over valid tokens, 0 where there are none. Differentiable; sums in
-    float64."""
+    """Return mean -log p [R] and number [R] int64 of valid tokens; 0 without any. Differentiable; sums in float64."""
     valid_T = torch.ones_like(rationale_T, dtype=torch.bool) if valid_T is None else valid_T
     count_R = torch.zeros(R, dtype=torch.int64, device=logprob_T.device).scatter_add(0, rationale_T, valid_T.long())
     sums_R = torch.zeros(R, dtype=torch.float64, device=logprob_T.device)
@@ -351,7 +354,7 @@ def backward_kept(
     options: HeadOptions,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dHidden, dWeight, dBias), None where `needs` says no, from d loss / d log p [T] (0 where ignored)."""
+    """Return (dHidden, dWeight, dBias), None where `needs` is False, from d loss / d log p [T] (0 where ignored)."""
     head = (hidden_TH, weight_VH, target_T, bias_V, lse_T)
     return chunked_backward(*head, (dlogprob_T, -dlogprob_T, None), options, needs, kept)
 

@@ -1,5 +1,4 @@
-"""The many-to-one contrastive loss as a torch operator: means per rationale, selection, weights, hinge, Eq. 3's
-terms."""
+"""The contrastive loss as a torch operator: mean per rationale, selection, weights, hinge, the terms of Eq. 3."""
 
 from __future__ import annotations
 
@@ -29,7 +28,8 @@ def contrastive(
     iteration: int,
     impl: str,
 ) -> Contrast:
-    """The two terms of Eq. 3 and what was selected, from fp32 or float64 log p. Arguments are already checked."""
+    """Return the two terms of Eq. 3 and what was selected, from fp32 or float64 log p. Arguments are checked
+    already."""
     chosen = choose_impl(impl, logprob_T.device, logprob_T.dtype)[0]
     segments = (logprob_T, rationale_T, valid_T, question_R, positive_R, quality_R)
     if chosen == "eager":
@@ -38,7 +38,14 @@ def contrastive(
     score_R = None
     if any(selection.SELECTIONS[select].random for select in selects):
         score_R = selection.sampling_scores(seed, key_R, iteration, question_R, positive_R)
-    return Contrast(*_contrastive(*segments, score_R, *selects, delta, num_questions, chosen == "triton"))
+    triton = chosen == "triton" and _has_kernel(selects)
+    return Contrast(*_contrastive(*segments, score_R, *selects, delta, num_questions, triton))
+
+
+def _has_kernel(selects: tuple[str, str]) -> bool:
+    from csrc_triton.contrastive import SELECTIONS
+
+    return all(select in SELECTIONS for select in selects)
 
 
 @torch.library.custom_op("qcrd_fast::contrastive", mutates_args=())

@@ -13,8 +13,7 @@ from qcrd_fast.errors import InputError
 
 
 def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(eager | torch | triton, why). QCRD_FAST_IMPL overrides `impl`. What was asked for and cannot run is a
-    `ValueError`."""
+    """Return (eager | torch | triton, reason). QCRD_FAST_IMPL overrides `impl`; `ValueError` if it cannot run."""
     forced = os.environ.get("QCRD_FAST_IMPL")
     asked = forced or impl
     origin = f"QCRD_FAST_IMPL={forced}" if forced else f"impl={impl!r}"

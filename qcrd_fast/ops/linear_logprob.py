@@ -1,5 +1,4 @@
-"""hidden states x head -> log p of each target as a torch operator: choice of implementation, autograd. No logits are
-held.
+"""log p of targets from hidden states and a head, as a torch operator with autograd; no logits are held.
 
 Shape suffixes as in `reference`.
 """
@@ -21,8 +20,7 @@ from qcrd_fast.ops.reference import HeadOptions
 
 
 class LogProbOutput(tuple[Tensor, ...]):
-    """What `linear_logprob` returns where an extra was asked for: a named tuple of log p and those extras, in this
-    order.
+    """Named tuple that `linear_logprob` returns with extras: log p and the extras asked for, in this order.
 
         out = linear_logprob(hidden, weight, target, return_lse=True, return_entropy=True)
         out.logprob, out.lse, out.entropy
@@ -92,7 +90,9 @@ def linear_logprob(
     process_group: Any = None,
     vocab_start: int | None = None,
 ) -> Any:
-    """log p(target) in nats [...], fp32 (float64 for float64 operands), never above 0; 0 and no gradient where ignored.
+    """Compute log p(target) in nats [...] without holding logits.
+
+    fp32 (float64 for float64 operands), never above 0; 0 and no gradient for ignored targets.
 
     hidden [..., H]; weight [V, H]; target [...] int64, already shifted; bias [V].
     logits = softcap * tanh(a / softcap) / temperature, a = scale * hidden weight^T + bias; temperature: a number, or
@@ -149,7 +149,7 @@ def linear_logprob(
 
 
 def _returned(values: Sequence[Any], wants: Sequence[bool]) -> Any:
-    """log p alone, or a `LogProbOutput` of what was asked for."""
+    """Return log p alone, or a `LogProbOutput` with the extras asked for."""
     wanted = list(itertools.compress(values, wants))
     return (
         wanted[0] if len(wanted) == 1 else _named_output(tuple(itertools.compress(("logprob", *EXTRAS), wants)), wanted)
@@ -161,7 +161,7 @@ def _over_slices(
     return_entropy: bool,
     return_sum_p2: bool, **settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(log p, log-sum-exp, entropy or None, sum p^2 or None) over the vocabulary of all ranks, in the target's
+    """Return (log p, log-sum-exp, entropy or None, sum p^2 or None) over all ranks' vocabulary, in the target's
     shape."""
     start = torch.distributed.get_rank(group) * len(weight) if start is None else start
     valid = target != ignore_index
@@ -284,12 +284,12 @@ def _(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, bias_V: Tensor | N
 
 
 def empty_gradient(x: Tensor | None, need: bool, other: Tensor) -> Tensor:
-    """What an operator returns as the gradient of `x`, without its values; [0] where not needed."""
+    """Allocate an operator's gradient of `x`, without values; [0] if not needed."""
     return torch.empty_like(x).contiguous() if need and x is not None else other.new_empty(0)
 
 
 def compact(wanted_T: Tensor, max_rows: int | None) -> tuple[Tensor, Tensor | None]:
-    """(indices of the true entries, which of them are real). With `max_rows`: exactly that many, padded, and no host
+    """Return the indices of true entries and which are real. With `max_rows`: that many, padded, without a host
     sync."""
     if max_rows is None:
         return wanted_T.nonzero()[:, 0], None

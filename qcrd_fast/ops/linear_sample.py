@@ -1,6 +1,7 @@
-"""hidden states x head -> one sampled token a row, by the Gumbel-max rule: argmax of logits + Gumbel noise is a draw
-from the softmax of the logits. On a GPU no logits are held (the kernels of `csrc_triton.linear_sample`); the torch twin
-holds [B, V].
+"""Sample one token a row from hidden states and a head, by the Gumbel-max rule.
+
+argmax of logits + Gumbel noise is a sample of the softmax. The kernels of `csrc_triton.linear_sample` hold no logits;
+the torch implementation holds [B, V].
 
 Suffixes: B rows, H hidden, V vocabulary, K entries kept by top-k.
 """
@@ -31,8 +32,10 @@ def linear_sample(
     top_k: int = 0,
     impl: str = "auto",
 ) -> Tensor:
-    """One token of each row [B], int64, from softmax(logits), logits = softcap * tanh(a / softcap) / temperature,
-    a = scale * hidden weight^T + bias, cut to the `top_k` largest (0: all). Temperature 0: the largest logit.
+    """Sample one token of each row [B], int64, from softmax(logits).
+
+    logits = softcap * tanh(a / softcap) / temperature with a = scale * hidden weight^T + bias, restricted to the
+    `top_k` largest (0: all). Temperature 0: the largest logit.
 
     hidden [B, H], weight [V, H], bias [V]; key [B, 2], counter [B, 3] = (position, index, iteration): int64 in [0,
     2^32), which with the vocabulary entry are all that the noise depends on (`qcrd_fast.ops.philox`). Equal logits: the

@@ -1,4 +1,4 @@
-"""Random numbers that belong to (seed, question, index, iteration, position), and Gumbel noise made of them.
+"""Random numbers keyed by (seed, question, index, iteration, position), and Gumbel noise from them.
 
 They never depend on the batch, on the order of the questions or on earlier draws: they are Philox4x32-10 (Salmon et
 al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the question in the key and the rest in the counter.
@@ -16,7 +16,7 @@ _MASK = 0xFFFFFFFF
 
 
 def key_words(seed: int, question_id: str) -> tuple[int, int]:
-    """Two 32-bit words that stand for a question under a seed."""
+    """Return two 32-bit words that identify a question under a seed."""
     digest = hashlib.sha256(f"{seed}\0{question_id}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 

@@ -1,5 +1,4 @@
-"""The training pass of score-then-train as one node: the rationales' weights are known, so the gradients are made in
-forward.
+"""The training pass as one autograd node: weights are known, so gradients are computed in forward.
 
 `linear_rationale_loss` costs 6U (U = T V H) where all logits (the kernels: their exponentials) fit a workspace; those
 beyond it (the kernels: all) are computed twice, which is 8U at most, as `linear_logprob` and its backward pass would.
@@ -99,7 +98,7 @@ def linear_rationale_loss(
 def loss_terms(
     nll_R: Tensor, positive_R: Tensor, weight_R: Tensor, beta: float, delta: float | None
 ) -> tuple[Tensor, Tensor]:
-    """(loss, d loss / d nll [R]) of rationales whose weights are known; `delta` None: no margin."""
+    """Return (loss, d loss / d nll [R]) of rationales with known weights; `delta` None: no margin."""
     signed_R = torch.where(positive_R, weight_R, -beta * weight_R)
     term_R, signed_R = chunked.hinge_terms(nll_R, positive_R, signed_R, delta)
     return term_R.sum(), signed_R
@@ -169,8 +168,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _scale(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    """The gradients made in forward, times the loss's own, in place: one of a head's size more would be the largest
-    tensor.
+    """Multiply the gradients from forward by the loss's own gradient, in place: a copy of the head's would be the
+    largest tensor.
 
     A scalar would be rounded to their type first, in which a loss scale of 2^16 may be infinite; [1] is not.
     """

@@ -1,5 +1,4 @@
-"""The loss in plain torch with full logits, Python loops and autograd: the oracle that the other implementations are
-held to.
+"""The oracle: the loss in plain torch with full logits, Python loops and autograd.
 
 Shape suffixes: T tokens, H hidden, V vocabulary, R rationales. Equation numbers: arXiv 2405.13014.
 """
@@ -16,7 +15,7 @@ from qcrd_fast.ops.selection import SELECTIONS, SOFTMIN_TEMPERATURE, sampling_sc
 
 
 class HeadOptions(NamedTuple):
-    """How hidden states become logits: `softcap * tanh(a / softcap) / temperature`, `a = scale * h W^T + bias`."""
+    """Options of the head: logits = `softcap * tanh(a / softcap) / temperature`, `a = scale * h W^T + bias`."""
 
     scale: float = 1.0
     softcap: float = 0.0  # 0: none
@@ -33,8 +32,7 @@ class Head(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """What the contrastive ops return. `weight_R` includes quality, the scheme's normalisation, 1/N and the hinge's
-    gate."""
+    """Result of the contrastive ops. `weight_R` includes quality, selection, 1/N and the hinge's gate."""
 
     loss_pos: Tensor
     loss_neg: Tensor
@@ -136,7 +134,7 @@ def contrastive_eager(
     seed: int,
     iteration: int,
 ) -> Contrast:
-    """Eq. 3, 6 and 7 question by question, in loops; `loss_pos` and `loss_neg` are differentiated by autograd."""
+    """Eq. 3, 6 and 7 question by question in loops; `loss_pos` and `loss_neg` are differentiable."""
     R = len(question_R)
     valid_T = torch.ones_like(rationale_T, dtype=torch.bool) if valid_T is None else valid_T
     tokens = [(rationale_T == r) & valid_T for r in range(R)]
@@ -161,8 +159,8 @@ def contrastive_eager(
             else:
                 s = {r: quality[r] if is_positive else 1 - quality[r] for r in candidates}
             if select.soft:  # weights are constants, and the same whatever is taken off every nll
-                least = min(nll[r].detach() for r in candidates)
-                s = {r: w * torch.exp((least - nll[r].detach()) / SOFTMIN_TEMPERATURE) for r, w in s.items()}
+                rank = {r: select.order * nll[r].detach() for r in candidates}
+                s = {r: w * torch.exp((rank[r] - max(rank.values())) / SOFTMIN_TEMPERATURE) for r, w in s.items()}
             if not select.single:
                 total = sum(s.values()) if select.by_quality else zero + len(candidates)
                 chosen = {r: s[r] / total if total != 0 else zero for r in candidates}

@@ -1,7 +1,9 @@
-"""The selections of Table 5 and their properties, once. Names and schemes are in `config`.
+"""The table of selections (Table 5 of the paper) and their properties. Names and schemes are in `config`.
 
-A new selection is a row of `SELECTIONS`, its weights in `reference.contrastive_eager` and `chunked.contrastive_torch`,
-and a branch of `csrc_triton.contrastive`. Shape suffix: R rationales.
+A new selection is a name in `config` and a row of `SELECTIONS`: the oracle and the torch implementation read its
+properties. `csrc_triton.contrastive` has the selections of its `SELECTIONS`; others run in torch on a GPU too.
+
+Shape suffix: R rationales.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from torch import Tensor
 
 
 class Selection(NamedTuple):
-    """What a question's candidates of one class are reduced to."""
+    """Properties of one selection."""
 
     single: bool  # one candidate; else a mean of all
     order: int = 1  # 1: the largest -log p wins, -1: the smallest
     active_only: bool = False  # candidates are negatives inside the margin
     random: bool = False  # the largest keyed hash wins
     by_quality: bool = False  # the mean is weighted by quality
-    soft: bool = False  # and by exp(-l / SOFTMIN_TEMPERATURE): the likelier, the more
+    soft: bool = False  # and by exp(order * l / SOFTMIN_TEMPERATURE)
 
 
 SELECTIONS = {
@@ -38,7 +40,7 @@ GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111E
 
 
 def sampling_score(seed: int, key: int, iteration: int, is_positive: bool, rank: int) -> int:
-    """A 24-bit hash of its arguments; the candidate with the largest is the one sampled."""
+    """Return a 24-bit hash of the arguments; the candidate with the largest hash is sampled."""
     state = 0
     for word in (seed, iteration, key, 2 * rank + (not is_positive)):
         state = (state ^ (word & MASK64)) + GOLDEN & MASK64
@@ -49,13 +51,12 @@ def sampling_score(seed: int, key: int, iteration: int, is_positive: bool, rank:
 
 
 def signed(x: int) -> int:
-    """The int64 with the lowest 64 bits of `x`."""
+    """Return the int64 with the lowest 64 bits of `x`."""
     return x if -(2**63) <= x < 2**63 else (x + 2**63) % 2**64 - 2**63
 
 
 def sampling_scores(seed: int, key_R: Tensor, iteration: int, question_R: Tensor, positive_R: Tensor) -> Tensor:
-    """`sampling_score` of every rationale, fp32 [R]. Its rank is that among its question's rationales of the same
-    class."""
+    """Return `sampling_score` of every rationale, fp32 [R], ranked within its question and class."""
     return _sampling_scores(signed(seed), key_R, signed(iteration), question_R, positive_R)
 
 

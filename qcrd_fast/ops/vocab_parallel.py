@@ -1,4 +1,4 @@
-"""`linear_logprob` of a head whose vocabulary is split over ranks, as Megatron's tensor parallelism splits it.
+"""`linear_logprob` for a head whose vocabulary is split over ranks (Megatron's tensor parallelism).
 
 Each rank has all hidden states and a contiguous slice of the head's rows; two all-reduces of a few numbers a token make
 log p of the whole vocabulary, and in the backward pass one makes dHidden. A shape suffix T is that of the targets.
@@ -16,8 +16,7 @@ from qcrd_fast.ops.checks import require
 
 
 class Slice(NamedTuple):
-    """What one rank's slice says of each token [T]; those of a target elsewhere are of its first row, and masked
-    out."""
+    """One rank's slice for each token [T]. Targets of other ranks use its first row and are masked."""
 
     logprob: Tensor  # log p of the target among the slice's rows
     lse: Tensor
@@ -26,8 +25,7 @@ class Slice(NamedTuple):
 
 
 class ToSlices(torch.autograd.Function):
-    """Hidden states as they are; their gradient is summed over the ranks, since each has used them for its own
-    slice."""
+    """Identity on hidden states; sums their gradient over ranks, as each rank uses them for its own slice."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, group: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rationales as a judge sees them: the question, the answer that a rationale ends in, the teacher's votes for it."""
+"""A judge's input: question, the answer of a rationale, and the teacher's votes for it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ class Case:
 
 
 def teacher_case(question: Question, rationale: Rationale, kind: str) -> Case:
-    """The case of one of the question's own rationales. A positive without an answer of its own ends in the
-    majority's."""
+    """Return the case of a teacher's rationale. A positive without an answer has the majority's."""
     answer = rationale.answer
     if answer is None and kind == POSITIVE:
         answer = question.majority
@@ -57,8 +56,7 @@ def teacher_cases(question: Question) -> list[Case]:
 
 
 def student_case(question: Question, said: str | Rationale, *, cut: bool = False) -> Case:
-    """The case of a rationale that the student wrote. Its answer is the one that came with it, else read as that of any
-    reply.
+    """Return the case of a student's rationale, with its own answer, else the answer read from its text.
 
     `cut`: the sampling stopped before EOS, so the text has no conclusion. A question of the task `text` has none
     either, since such answers cannot be compared.
@@ -81,7 +79,7 @@ def comparable(question: Question) -> bool:
 
 
 def conclusion(question: Question, text: str) -> str | None:
-    """The answer that a rationale ends in; of an `equation` question, whose rationales end in its value, a number."""
+    """Return the answer that a rationale ends in; for `equation` questions a number, its value."""
     task = question.task or "text"
     return DEFAULT.read(text, "number" if task == "equation" else task, _choices(question.question)).answer
 
@@ -113,8 +111,10 @@ def _choices(text: str) -> tuple[str, ...]:
 
 
 def silent_share(questions: Iterable[Question]) -> float:
-    """Share of the teacher's positives in whose text no answer can be read, so that a student that writes as they do
-    ends in none either. 0 without any."""
+    """Return the share of positives without a readable answer in their text; 0 without any.
+
+    A student that writes like the teacher has none either.
+    """
     silent = total = 0
     for question in questions:
         if comparable(question):
@@ -126,8 +126,7 @@ def silent_share(questions: Iterable[Question]) -> float:
 
 @dataclasses.dataclass
 class Tally:
-    """What an iteration's samples conclude: how many are readable, of those how many agree, how many end in no
-    answer."""
+    """Counts an iteration's samples: readable, agreeing, and without an answer."""
 
     readable: int = 0
     agree: int = 0

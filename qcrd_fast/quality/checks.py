@@ -1,4 +1,4 @@
-"""Checks as a judge: the vote, times what a rationale's equations are worth by fixed factors. Nothing is learnt.
+"""Judge by checks: the vote times fixed factors for a rationale's equations. Nothing is learnt.
 
 The vote is one for all of a question's positives; these factors tell them apart. They follow from real chains of an
 answer that won the vote: of T5-large's on svamp 95% are right where all equations hold, 81% where there is none, 62%
@@ -20,8 +20,11 @@ FALSE, NO_EQUATION, UNTRACED = 0.05, 0.5, 0.3  # a false equation; none at all; 
 
 
 class ChecksJudge:
-    """s = the vote's s, times `FALSE` where an equation does not hold, else `NO_EQUATION` where there is none, else
-    `UNTRACED` where an equation starts from a number that neither the question nor an earlier equation gives."""
+    """s = the vote's s times a factor for the rationale's equations.
+
+    `FALSE` if an equation does not hold, else `NO_EQUATION` without any, else `UNTRACED` if an equation starts from a
+    number that neither the question nor an earlier equation gives.
+    """
 
     name = "the checks"
 
@@ -33,7 +36,7 @@ class ChecksJudge:
 
 
 def factor(case: Case) -> float:
-    """What the rationale's equations are worth, in (0, 1]; 1 for tasks without any."""
+    """Return the factor for a rationale's equations, in (0, 1]; 1 for tasks without equations."""
     if (case.question.task or "text") not in TASKS:
         return 1.0
     return _factor(question_text(case.question), case.rationale.text)

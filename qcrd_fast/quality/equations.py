@@ -1,5 +1,4 @@
-"""Equations in a rationale, read with tolerance: money, percent, thousands, fractions, units between numbers, chains of
-`=`.
+"""Parse equations in a rationale: money, percent, thousands, fractions, units, chains of `=`.
 
     [(str(e.text), e.holds) for e in find_equations("3 bags x $2.50 = $7.50, and 10 apples - 4 apples = 5 apples.")]
     -> [("3 bags * 2.50 = 7.50", True), ("10 apples - 4 apples = 5", False)]
@@ -64,8 +63,11 @@ class Token(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Equation:
-    """`left = right` as it was read; `operands` are the numbers of its left side, or of its right one where the left is
-    one number; `result` is the number that it ends in."""
+    """An equation `left = right` as read.
+
+    `operands`: numbers of the left side, or of the right if the left is one number; `result`: the number that it ends
+    in.
+    """
 
     text: str
     holds: bool
@@ -164,7 +166,7 @@ def _is_part(tokens: Sequence[Token], at: int) -> bool:
 
 
 def _is_times(tokens: Sequence[Token], at: int) -> bool:
-    """Whether an x stands between a number with its unit and another number."""
+    """Return whether an x between a number with its unit and another number means times."""
     before = tokens[max(at - 1 - MAX_UNIT_WORDS, 0) : at]
     return at + 1 < len(tokens) and tokens[at + 1].kind == "number" and any(t.kind == "number" for t in before)
 
@@ -276,7 +278,7 @@ def _mixed(tokens: Sequence[Token], at: int) -> bool:
 
 
 def _side(tokens: Sequence[Token], listed: bool = False) -> _Side | None:
-    """An expression read; where it is `listed`, a sign before it may be the mark of a list."""
+    """One side of an equation."""
     numbers = [t for t in tokens if t.kind == "number"]
     if not numbers:
         return None

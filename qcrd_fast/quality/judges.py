@@ -1,4 +1,4 @@
-"""The judges that give a rationale its quality s in [0, 1] (Eq. 6 and 7): one interface, and the names of `--quality`.
+"""Judges give a rationale its quality s in [0, 1] (Eq. 6 and 7): the interface and `--quality`'s names.
 
 A new judge is a class with `scores` and a row of `JUDGES`. `train(config, judges=...)` takes any object with `scores`.
 """
@@ -16,8 +16,11 @@ from qcrd_fast.quality.votes import VoteJudge
 
 
 class Judge(Protocol):
-    """Scores rationales. `scores` is a pure function of the cases and of what the judge was made from, so that a
-    resumed run repeats the uninterrupted one; a case's question holds the other rationales of the same question."""
+    """Scores rationales.
+
+    `scores` must be a pure function of the cases and the judge, so that a resumed run repeats the uninterrupted one. A
+    case's question holds its other rationales.
+    """
 
     def scores(self, cases: Sequence[Case]) -> Sequence[float]:
         """s of each case, in [0, 1]: a positive weighs s, a negative 1 - s."""

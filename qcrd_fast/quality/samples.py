@@ -16,15 +16,14 @@ TEACHER_READ = 200  # questions whose positives show how often the teacher ends 
 
 
 class Samples(NamedTuple):
-    """cases: of each question, by id, duplicates merged. strangers: samples of questions that are not among those
-    given."""
+    """Cases by question id, duplicates merged; `strangers`: samples of questions not among those given."""
 
     cases: dict[str, list[Case]]
     strangers: int
 
 
 def load_samples(path: str | Path, questions: Sequence[Question]) -> Samples:
-    """The samples of a file in any format that `prepare` reads, or of a run's `negatives/iteration-*.jsonl`.
+    """Load the samples of a file in any format of `prepare`, or of `negatives/iteration-*.jsonl`.
 
     A row belongs to the question with its text, else to the one of its id. Samples that were cut before their end take
     the share of the file's readable ones that agree.
@@ -55,7 +54,7 @@ def load_samples(path: str | Path, questions: Sequence[Question]) -> Samples:
 
 
 def with_expected(cases: Sequence[Case], questions: Sequence[Question]) -> list[Case]:
-    """The cases, those whose text does not tell with their chance to agree, from the others' (`Tally.fill_unknown`)."""
+    """Return the cases; those without an answer get their chance to agree (`Tally.fill_unknown`)."""
     tally = Tally()
     for case in cases:
         tally.add(case)

@@ -1,4 +1,4 @@
-"""The text as a judge: the vote, corrected by what a rationale's equations and numbers say. numpy alone.
+"""Judge by text: the vote, corrected by a rationale's equations and numbers. numpy only.
 
 Counts of a rationale (`features`) go through a logistic regression that is learnt from the vote, never from a gold
 answer: is this a rationale of the majority? Each question is scored by a regression that was learnt from other
@@ -86,8 +86,10 @@ def features(question: str, rationale: str, answer: str | None, task: str = "num
 
 
 def fit_logistic(x_RF: Floats, y_R: Floats, ridge: float = RIDGE, steps: int = 50) -> Floats:
-    """Weights [F + 1], the last one the intercept, of a logistic regression with an L2 penalty on all but the
-    intercept: Newton's method with halved steps, until the gradient is 0 to 1e-9 a rationale."""
+    """Fit a logistic regression with an L2 penalty; return weights [F + 1], the intercept last and unpenalised.
+
+    Newton's method with halved steps, until the gradient is below 1e-9 a rationale.
+    """
     design = np.column_stack([x_RF, np.ones(len(x_RF))])
     penalty = np.r_[np.full(x_RF.shape[1], ridge), 1e-9]
     w = np.zeros(design.shape[1])
@@ -157,8 +159,7 @@ class TextJudge:
 
 
 def _learn(x_RF: Floats, y_R: Floats) -> Floats | None:
-    """Weights [F + 1] of the text's logit less the prior's, which is in the vote already; None where there is too
-    little."""
+    """Fit weights [F + 1] of the text's logit relative to the vote's; None with too little data."""
     right, wrong = int(y_R.sum()), int(len(y_R) - y_R.sum())
     if min(right, wrong) < FEWEST:
         return None

@@ -1,4 +1,4 @@
-"""The vote as a judge: a rationale is as good as the share of the question's samples that give its answer."""
+"""Judge by votes: a rationale is as good as the share of samples that give its answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Charts as SVG text for an HTML page: axes in the page's own text colour, the same bytes for the same data.
+"""Deterministic SVG charts for an HTML page, axes in the page's text colour.
 
 Needs matplotlib (the `report` extra). No text from the data goes into a chart: legends belong to the page.
 """
@@ -124,7 +124,7 @@ def density_chart(name: str, groups: Sequence[tuple[Sequence[float], str]], *, t
 
 
 def density(scores: Sequence[float], grid: Any, bandwidth: float = 0.03) -> Any:
-    """Gaussian kernel density on `grid` of scores in [0, 1], reflected at both ends so that its mass over 0..1 is 1."""
+    """Return the Gaussian kernel density on `grid` of scores in [0, 1], reflected at both ends (total mass 1)."""
     values = np.asarray(scores, float)
     mirrored = np.concatenate([values, -values, 2 - values])
     height = np.zeros(len(grid))

@@ -1,4 +1,4 @@
-"""What accuracy costs: runs as points of accuracy and minutes, one a method, each with its interval. Imports no torch.
+"""Accuracy against minutes, one point a method with its interval. Imports no torch.
 
 Runs are in one chart only if their minutes and accuracies can be compared: the same questions, the same device, and
 time taken in the same way.
@@ -23,7 +23,7 @@ OF_STEPS = " of the steps"
 
 
 class Chart(NamedTuple):
-    """What the runs of a chart have in common."""
+    """What the runs of one chart share."""
 
     title: str  # of the data
     axis: str  # what the minutes are
@@ -32,7 +32,7 @@ class Chart(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A finished run: its method, the options that tell it from others, its time and what it got right."""
+    """A finished run: method, distinguishing options, time and correct answers."""
 
     chart: Chart
     method: str
@@ -56,7 +56,7 @@ class Point(NamedTuple):
 
 
 def of_view(view: RunView) -> Outcome | None:
-    """A run folder's; None where the run is not finished, or says nothing of its options, its time or its answers.
+    """Return a run folder's outcome; None if unfinished, or without options, time or answers.
 
     The time is that of all attempts, where several runs were made by one command, or else that of the training steps
     alone: the mean of those logged, times the steps.
@@ -85,8 +85,7 @@ def of_view(view: RunView) -> Outcome | None:
 
 
 def of_csv(path: str | Path) -> list[Outcome]:
-    """Those of a CSV of runs (bench/results/runs.csv), the latest row of each run. Raises `InputError` for another
-    file."""
+    """Return the outcomes of a CSV of runs, the latest row of each. Raises `InputError` for another file."""
     if not Path(path).is_file():
         raise InputError(f"--results: {path} does not exist")
     found = []
@@ -110,7 +109,7 @@ def _switches(options: str) -> tuple[str, ...]:
 
 
 def points(outcomes: Iterable[Outcome]) -> dict[Chart, list[Point]]:
-    """The points of each chart, cheapest first. A switch that all runs of a chart share is not said."""
+    """Return each chart's points, cheapest first, without options that all its runs share."""
     charts: dict[Chart, list[Outcome]] = {}
     for outcome in outcomes:
         charts.setdefault(outcome.chart, []).append(outcome)

@@ -1,4 +1,4 @@
-"""`report`: one HTML page about one or more runs, complete in itself: no network, no script, charts as inline SVG.
+"""`report`: one self-contained HTML page about runs: no network, no script, inline SVG charts.
 
 Every text that comes from a run is escaped, and the page's own policy forbids scripts and requests.
 """
@@ -64,7 +64,7 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str, str], ...], bool], ...] = (
 def write_report(
     runs: Sequence[str], output: str, *, results: str | None = None, dry_run: bool = False
 ) -> dict[str, Any]:
-    """Write the page about `runs`, and the rows of the CSV of runs `results`, to `output`; returns what is in it.
+    """Write the page about `runs` and the CSV `results` to `output`; return its content.
 
     Raises `InputError` for a run that is no folder, no run and no rows at all, an `output` that does not end in .html,
     or when matplotlib is missing; `RunError` when the page cannot be written.
@@ -148,7 +148,7 @@ def render(views: Sequence[RunView], rows: Sequence[Outcome] = (), active: Seque
 
 
 def _table(views: Sequence[RunView]) -> str:
-    """A row a run: accuracy, and what the run was; switches that all runs share stand once, below."""
+    """Format a row a run: accuracy and options; options shared by all runs follow once."""
     switches = [view.switches() for view in views if view.config]
     shared = [switch for switch in (switches[0] if switches else ()) if all(switch in found for found in switches)]
     head = [
@@ -256,7 +256,7 @@ def _reasoning(views: Sequence[RunView]) -> list[str]:
 
 
 def _costs(outcomes: Sequence[Outcome]) -> list[str]:
-    """The section of accuracy against time, or none where no run says how long it took."""
+    """Format accuracy against time; empty if no run has a time."""
     cards = []
     charts = points(outcomes)
     for number_, (chart, found) in enumerate(charts.items()):
@@ -294,7 +294,7 @@ def _costs(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _discriminator(view: RunView) -> str:
-    """How the run's discriminator does on questions that it has not seen, and whether it was refused for that."""
+    """Format the discriminator's results on unseen questions, and whether it was rejected."""
     value, low = (view.series(name)[1] for name in ("discriminator_auc", "discriminator_auc_low"))
     least = number(view.option("discriminator_min_auc")) or 0.0
     refused = view.results.get("discriminator_refused") is True or bool(low and low[-1] < least)
@@ -302,7 +302,7 @@ def _discriminator(view: RunView) -> str:
         return ""
     text = f"held-out AUC {value[-1]:.3f}, lower bound {low[-1]:.3f}" if value and low else "held-out AUC unknown"
     judged = (
-        f"refused (the lower bound must reach {least:g}); the vote weighs the rationales instead"
+        f"rejected (the lower bound must reach {least:g}); the vote weighs the rationales instead"
         if refused
         else "in use"
     )
@@ -347,14 +347,13 @@ def _densities(view: RunView, index: int) -> str:
 
 
 def _kind(record: dict[str, Any]) -> str:
-    """What a score is of: the student's are told apart by whether they agree with the majority, where that is known."""
+    """Name a score's kind; the student's by whether they agree with the majority, if known."""
     agrees = record.get("agrees", "")
     return record["kind"] + (OF_STUDENT[agrees] if agrees is None or isinstance(agrees, bool) else "")
 
 
 def _scores_by_votes(view: RunView) -> list[dict[str, Any]]:
-    """The scores of a run whose quality is the vote or the text: they are computed anew, of its data and last
-    negatives."""
+    """Recompute the scores of a run with vote or text quality from its data and last negatives."""
     qualities = [view.option(name) or view.option("quality") for name in ("positive_quality", "negative_quality")]
     data, (iteration, said) = view.config.get("data"), negatives(view.path)
     if view.option("method") != "qcrd" or not isinstance(data, str) or not {*qualities} <= {*JUDGES}:
@@ -382,7 +381,7 @@ def _scores_by_votes(view: RunView) -> list[dict[str, Any]]:
 
 
 def _samples(view: RunView) -> str:
-    """Questions with a teacher's positive beside what the student said."""
+    """Format questions with a teacher's positive beside the student's text."""
     pairs = list(itertools.islice(_scored_pairs(view), SAMPLES))
     note = ""
     if not pairs:

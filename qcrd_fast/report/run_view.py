@@ -1,4 +1,4 @@
-"""What a report reads of a run folder, whatever state it is in; nothing is written, locked or raised for damage.
+"""Read a run folder for a report in any state; writes, locks and raises nothing.
 
 A run may be empty, cut off in the middle of a line, or still being written: what can be read is read, the rest is left
 out.
@@ -33,7 +33,7 @@ MEASURES = {  # of eval_results.json, where a run's reasoning was judged; NAME_u
 
 @dataclasses.dataclass
 class RunView:
-    """A run as it is found: its name, state in words, options, logged steps, validations, results and texts."""
+    """A run as found: name, state, options, logged steps, validations, results and texts."""
 
     name: str
     path: Path
@@ -59,8 +59,7 @@ class RunView:
 
     @property
     def rationales(self) -> dict[str, str]:
-        """The student's greedy rationales of its test questions, by id: those that several runs were judged by, or else
-        the few beside its answers."""
+        """Return the student's greedy rationales of test questions by id: those judged, else the few stored."""
         found = [*self.predictions, *read_objects(self.path / RATIONALES)]
         return {str(r["id"]): r["rationale"] for r in found if "id" in r and isinstance(r.get("rationale"), str)}
 
@@ -112,7 +111,7 @@ def read_run(path: str | Path) -> RunView:
 
 
 def negatives(folder: Path) -> tuple[int, dict[str, str]]:
-    """(iteration, {question id: what the student said}) of the latest iteration with any."""
+    """Return (iteration, {question id: text}) of the latest iteration with negatives."""
     for path in sorted((folder / NEGATIVES).glob("iteration-*.jsonl"), reverse=True):
         said = {
             r["id"]: r["text"]
@@ -126,7 +125,7 @@ def negatives(folder: Path) -> tuple[int, dict[str, str]]:
 
 
 def read_objects(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects in a file of lines; what is no object is passed over, as is a line without an end."""
+    """Read the JSON objects in a file of lines; skip other values and an unterminated line."""
     if not is_plain(path):
         return
     try:

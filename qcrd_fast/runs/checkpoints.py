@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk: which there are, which is whole, which are kept. `train.checkpointer` writes them.
+"""Read the checkpoints of a run: list, verify, choose, rotate. `train.checkpointer` writes them.
 
 A checkpoint is a Hugging Face model folder with what a resume needs, whole or not there at all. No pickle.
 """
@@ -35,7 +35,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def latest_checkpoint(run: Path, resume: bool = False) -> Path | None:
-    """The latest whole checkpoint; a warning names what is wrong with each later one.
+    """Return the latest intact checkpoint; warn about each later one, naming the fault.
 
     With `resume`, the snapshots that it needs must be whole too.
     """
@@ -48,8 +48,7 @@ def latest_checkpoint(run: Path, resume: bool = False) -> Path | None:
 
 
 def find_corruption(checkpoint: Path, run: Path | None = None) -> str | None:
-    """What is wrong with a checkpoint (and with the snapshots in `run` that it needs), naming the file; None if
-    whole."""
+    """Return what is wrong with a checkpoint, or with the snapshots in `run` that it needs; None if intact."""
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
         # to its last byte
@@ -70,15 +69,13 @@ def find_corruption(checkpoint: Path, run: Path | None = None) -> str | None:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Raises `InputError` for a checkpoint that is not as its manifest says; nothing for a folder that has none, or
-    a hub id."""
+    """Raise `InputError` if a checkpoint differs from its manifest. A folder without a manifest and a hub id pass."""
     if os.path.isfile(folder / MANIFEST) and (fault := find_corruption(folder)):
         raise InputError(f"{folder}: the checkpoint is damaged: {fault}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without a name twice: a bit may turn a file's name into another's, of which the last would
-    count."""
+    """Reject JSON objects with duplicate keys: a flipped bit can turn one file's name into another's."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a name stands twice")
     return dict(pairs)
@@ -88,7 +85,7 @@ _KINDS = {"step": int, "config": dict, "prompt": dict, "snapshots": dict, "data_
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint. Raises `InputError` where it is not what `save_checkpoint` wrote."""
+    """Read a checkpoint's `state.json`. Raises `InputError` if `save_checkpoint` did not write it."""
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         wrong = [name for name, kind in _KINDS.items() if type(state[name]) is not kind]
@@ -120,8 +117,7 @@ def is_optimizer(name: str) -> bool:
 
 
 def resumable(run: Path, step: int, limit: int | None, passed_over: Collection[int] = ()) -> list[Path]:
-    """The latest `limit` checkpoints up to `step`, without those that this run was resumed without: they may be
-    damaged."""
+    """Return the latest `limit` checkpoints up to `step`, without those that this run skipped as possibly damaged."""
     return [p for p in checkpoints(run) if step_of(p) <= step and step_of(p) not in passed_over][:limit]
 
 
@@ -134,8 +130,10 @@ def rotate(run: Path, step: int, limit: int | None, best: int | None, passed_ove
 
 
 def best_checkpoint(run: Path, step: int, rated: dict[int, float]) -> tuple[Path, dict[str, Any] | None]:
-    """The whole checkpoint with the best of the validation accuracies `rated` (by step), and {step, accuracy}; the
-    earlier one of equals. Without any, that of `step` and None."""
+    """Return the intact checkpoint with the best accuracy in `rated` (by step), and {step, accuracy}.
+
+    Of equal ones, the earlier. If none is rated: the checkpoint of `step`, and None.
+    """
     kept = {step_of(path) for path in checkpoints(run)}
     best = max(rated, key=lambda at: (rated[at], -at), default=None)
     for at in sorted(rated, key=lambda at: (-rated[at], at)):

@@ -1,4 +1,4 @@
-"""The run folder: who may write to it, what is in it, and files that are whole or absent. Imports no torch."""
+"""The run folder: its lock, its file names, and atomic writes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -59,8 +59,9 @@ DEALT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 class RunFolder:
-    """A locked output folder; use as a context manager. The lock dies with the process, so none is ever stale. Inside,
-    the package's log lines go to `run.log` too.
+    """Locked output folder, as a context manager.
+
+    The lock ends with the process, so it is never stale. Inside, the package's log also goes to `run.log`.
 
     Raises `InputError` when the folder cannot be written, belongs to a running process (named by its PID), or already
     holds something and `--resume` was not given. Of several processes that torchrun started the first locks it for all.
@@ -119,7 +120,7 @@ class RunFolder:
         self._release()
 
     def _clear(self) -> None:
-        """Delete what a killed run was writing; the names are our own."""
+        """Delete temporary files of a killed run; their names are reserved."""
         for pattern in UNFINISHED:
             for path in self.path.glob(pattern):
                 remove_tree(path)
@@ -131,8 +132,7 @@ class RunFolder:
             self._lock = None
 
     def _refuse_links(self) -> None:
-        """Nothing that the run writes, reads or deletes may be elsewhere; `final` is replaced and not followed, nor is
-        what a killed run was about to call so."""
+        """Reject symlinks in the run folder. `final` is exempt: it is replaced, never followed."""
         folders = [self.path, *(self.path / name for name in (SNAPSHOTS, NEGATIVES)), *self.path.glob("checkpoint-*")]
         for path in (p for folder in folders if folder.is_dir() for p in folder.iterdir()):
             if path.is_symlink() and path not in (self.path / FINAL, self.path / f".{FINAL}.tmp"):
@@ -161,8 +161,7 @@ class RunFolder:
 def check_same_config(
     config: TrainConfig, before: Any, where: Path, free: Collection[str] = frozenset(FREE_OPTIONS | DEALT)
 ) -> None:
-    """Raises `InputError` with both values for an option that a resumed run may not change; `where` says what it
-    was."""
+    """Raise `InputError` with both values for an option that a resume may not change. `where` names their source."""
     if not isinstance(before, dict):
         return
     config = config.resolved(before)

@@ -41,8 +41,7 @@ def find_model(run_or_model: str) -> str:
 
 
 def find_state(name: str) -> Path | None:
-    """The file that says how a model was prompted in training: a checkpoint's or an export's, in its folder or on the
-    hub. None of a plain model."""
+    """Return the file with a trained model's prompt settings, local or on the hub; None for a plain model."""
     path = Path(name) / STATE
     if os.path.isfile(path):
         return path
@@ -58,8 +57,10 @@ def find_state(name: str) -> Path | None:
 
 
 def load_student(run_or_model: str, device: str = "auto") -> tuple[Student, dict[str, Any]]:
-    """A student with the prompts that it was trained with, and the state saved beside it ({} for a plain model). Of a
-    folder with a LoRA adapter: the base model that it names, with the adapter merged."""
+    """Load a student with its training prompts; return it with its saved state ({} for a plain model).
+
+    A LoRA adapter is merged into the base model that it names.
+    """
     name = find_model(run_or_model)
     verify_checkpoint(Path(name))
     state: dict[str, Any] = {}
@@ -111,8 +112,7 @@ def _load_adapted(folder: Path, prompts: PromptSettings) -> Student:
 
 
 def _check_adapter(model: Any, folder: Path) -> None:
-    """Raises `InputError` unless the adapter's file holds the LoRA matrices that its configuration asks for, and no
-    others."""
+    """Raise `InputError` unless the file holds exactly the LoRA matrices that the adapter's configuration declares."""
     from peft import get_peft_model_state_dict
 
     wanted = {name for name in get_peft_model_state_dict(model, save_embedding_layers=False) if "lora_" in name}

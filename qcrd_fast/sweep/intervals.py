@@ -32,7 +32,7 @@ MAX_CELLS = 4_000_000  # of the resampled counts held at once
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95% interval. All but the counts are in the units of what was averaged (shares: 0..1)."""
+    """A mean with its 95% interval, in the units of the values."""
 
     mean: float
     low: float
@@ -44,7 +44,7 @@ class Estimate:
 
 
 def estimate(value_SQ: Any, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """The mean of `value_SQ` ([S, Q]) with an interval that covers other seeds and other questions of their kind.
+    """Return the mean of `value_SQ` [S, Q] with an interval over seeds and questions.
 
     With one seed the interval covers other questions alone. Raises `ValueError` for anything but a filled matrix.
     """
@@ -89,7 +89,7 @@ def resampled_means(value_SQ: NDArray[np.float64], seed: int, resamples: int) ->
 
 
 def crossed_variance(value_SQ: NDArray[np.float64]) -> tuple[float, float]:
-    """(variance of the mean, its degrees of freedom) where seeds, questions and their interaction are random.
+    """Return (variance of the mean, degrees of freedom) with random seeds, questions and interaction.
 
     (MS_seeds + MS_questions - MS_both) / SQ is unbiased; it is not let under what either alone says. Degrees of freedom
     by Satterthwaite. With one seed, or one question, the other's alone.
@@ -110,8 +110,10 @@ def crossed_variance(value_SQ: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def student_t(share: float, freedom: float) -> float:
-    """The quantile of Student's t, for any degrees of freedom from 1 up: with t = sqrt(n) tan(a), the density of a is
-    cos(a)^(n-1), which a sum over a fine grid integrates."""
+    """Return a quantile of Student's t for real degrees of freedom from 1.
+
+    With t = sqrt(n) tan(a), the density of a is cos(a)^(n-1), which is summed over a fine grid.
+    """
     if freedom > 1e4:  # normal, to 1e-3 of its width
         freedom = 1e4
     edge = np.linspace(-math.pi / 2, math.pi / 2, 20_001)
@@ -153,7 +155,7 @@ class Answers:
 
     @classmethod
     def from_hex(cls, text: str, count: int, questions: str) -> Answers:
-        """What `to_hex` wrote of `count` questions. Raises `ValueError` if it does not hold that many."""
+        """Decode `to_hex` of `count` questions. Raises `ValueError` for another number."""
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))
         if len(bits) != -(-count // 8) * 8:
             raise ValueError(f"{len(bits)} bits for {count} questions")
@@ -161,8 +163,7 @@ class Answers:
 
 
 def pair(a: Mapping[int, Answers], b: Mapping[int, Answers]) -> Estimate | None:
-    """`a` minus `b` over the seeds that both have ({seed: answers}); None without one, or when their questions
-    differ."""
+    """Return `a` minus `b` over common seeds ({seed: answers}); None without one or with other questions."""
     seeds = sorted(set(a) & set(b))
     if not seeds or len({x[s].questions for x in (a, b) for s in seeds}) != 1:
         return None

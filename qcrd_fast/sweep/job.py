@@ -71,7 +71,7 @@ class Job:
 
 
 def key(job: Job) -> dict[str, Any]:
-    """What tells a run from others: the columns by which a row is found again."""
+    """Return the columns that identify a run's row."""
     config = job.config
     return {
         "recipe": job.recipe,
@@ -84,14 +84,13 @@ def key(job: Job) -> dict[str, Any]:
 
 
 def _student_name(student: str) -> str:
-    """The last part of a path or hub id; of a run's `final` or `checkpoint-N`, which many runs have, the run's name
-    too."""
+    """Return the last part of a path or hub id; for a run's `final` or `checkpoint-N` with the run's name."""
     path = Path(student)
     return "/".join(path.parts[-2:]) if re.fullmatch(r"final|checkpoint-\d+", path.name) else path.name
 
 
 def options_text(config: TrainConfig) -> str:
-    """The options that are not at their defaults, as on a command line, but for those with a column of their own.
+    """Format the options that differ from their defaults, except those with a column.
 
     Of qcrd, what the defaults were when the first rows were written (`PARTS`) is left out instead: those rows keep
     their meaning.

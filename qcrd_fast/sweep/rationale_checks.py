@@ -1,5 +1,4 @@
-"""How good a student's rationales are where that can be checked: arithmetic that holds, and a conclusion that is the
-answer."""
+"""Check a student's rationales: arithmetic that holds, and a conclusion that is the answer."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ RATIONALES = "rationales.jsonl"  # in a run folder
 
 
 def equations(text: str) -> list[bool]:
-    """Whether each equation `expression = number` in `text` holds, to the decimals that its right side is written with.
+    """Return whether each equation `expression = number` in `text` holds, to its right side's decimals.
 
     Only what can be computed counts: words or units within the expression, or no operator in it, and it is passed over.
     """
@@ -35,7 +34,7 @@ def equations(text: str) -> list[bool]:
 
 
 def _value(text: str) -> Fraction | None:
-    """The value of the expression that `text` ends in; what stands before a full stop or comma is another sentence."""
+    """Return the value of the expression at the end of `text`, after the last full stop or comma."""
     for piece in (text, re.split(r"[.,]\s+", text)[-1]):
         piece = piece.strip().strip(".,").strip()
         if _OPERATOR.search(piece) and (value := evaluate_expression(piece)) is not None:
@@ -46,8 +45,10 @@ def _value(text: str) -> Fraction | None:
 def judge_rationale(
     text: str, task: str, gold: str | None, answer: str | None, choices: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """{equations, equations_right, conclusion, ends_in_gold, ends_in_answer} of a rationale; `answer` is what the
-    student answers when it is not asked to explain."""
+    """Return {equations, equations_right, conclusion, ends_in_gold, ends_in_answer} of a rationale.
+
+    `answer`: the student's answer without an explanation.
+    """
     holds = equations(text)
     kind = "number" if task == "equation" else task
     conclusion = read_reply(text, kind, choices).answer
@@ -65,8 +66,7 @@ def judge_rationale(
 
 
 def summarize(judged: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Shares over the rationales; `arithmetic_right` over those with an equation that can be checked: all of them
-    hold."""
+    """Return shares over the rationales; `arithmetic_right`: of those with equations, all of which hold."""
     checked = [j for j in judged if j["equations"]]
     return {
         "arithmetic_checked": _share(len(checked), len(judged)),
@@ -81,8 +81,10 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def judge_run(run: str | Path) -> dict[str, float | None]:
-    """Let the run's final student explain each question of its predictions.jsonl, greedily; judge, and keep what it
-    said in rationales.jsonl. Raises `InputError` for a run without a checkpoint or predictions."""
+    """Generate and check greedy rationales for a run's predictions.jsonl; write rationales.jsonl.
+
+    Raises `InputError` for a run without a checkpoint or predictions.
+    """
     from qcrd_fast.errors import InputError
     from qcrd_fast.generation.engine import SampleSettings
     from qcrd_fast.generation.sample import sample

@@ -1,5 +1,4 @@
-"""A run of a recipe and its row in the CSV of runs: what was run, what came of it, on what machine. Imports no
-torch."""
+"""A run's row in the CSV of runs: options, results, machine. Imports no torch."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ COLUMNS = (
 
 
 def row(job: Job) -> dict[str, Any]:
-    """What a finished run's folder says, as a row of the CSV."""
+    """Return a finished run's folder as a row of the CSV."""
     read = {name: read_object(job.folder / name) for name in (RESULTS, WHERE, JUDGED)}
     results, where, judged = read[RESULTS], read[WHERE], read[JUDGED]
     # none where `train` alone was called
@@ -74,13 +73,12 @@ def check_csv(path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows as mappings of text; nothing where there is no file. A line that is no row of its columns is passed
-    over, with a warning."""
+    """Read the rows as mappings of text; empty without a file. Malformed lines are skipped with a warning."""
     return _rows(path, path.read_bytes()) if path.is_file() else []
 
 
 def _rows(path: Path, data: bytes) -> list[dict[str, str]]:
-    """What `read_csv` finds in a file that holds `data`."""
+    """Parse the rows in `data`."""
     first, *lines = data.split(b"\n")
     names, found = _fields(first), []
     for number, line in enumerate(lines, 2):
@@ -92,8 +90,7 @@ def _rows(path: Path, data: bytes) -> list[dict[str, str]]:
 
 
 def _fields(line: bytes) -> list[str]:
-    """The fields of one line; none where it is no CSV. A row never goes over several lines, so that one that is damaged
-    takes no other with it."""
+    """Parse one CSV line; empty if malformed. Rows never span lines, so damage stays in its line."""
     try:
         text = line.rstrip(b"\r\n").decode("utf-8")
         return next(csv.reader([text], strict=True), [])
@@ -116,8 +113,10 @@ def _parse(names: Sequence[str], line: bytes) -> dict[str, str] | None:
 
 
 def append_row(path: Path, found: dict[str, Any]) -> bool:
-    """Add the row unless it is there; returns whether it was added. What a writer that was killed left of a row goes
-    first; the file is as it was where the disk is full (`OSError`)."""
+    """Append the row unless it is there; return whether it was added.
+
+    First removes a partial row of a killed writer. On a full disk (`OSError`) the file is unchanged.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -125,7 +124,7 @@ def append_row(path: Path, found: dict[str, Any]) -> bool:
         whole = held.rfind(b"\n") + 1
         tail = held[whole:]
         if tail and _parse(COLUMNS, tail) is None and _fields(tail) != list(COLUMNS):
-            log.warning("%s: cut off what was left of a row behind the last whole one", path)
+            log.warning("%s: truncated after the last intact row", path)
             os.ftruncate(descriptor, whole)
             held, tail = held[:whole], b""
         same = [*KEY, "accuracy", "questions", "correct", "device"]
@@ -144,15 +143,14 @@ def append_row(path: Path, found: dict[str, Any]) -> bool:
 
 
 def _means(folder: Path) -> dict[str, float]:
-    """Means over the logged steps of what says whether the negatives taught anything."""
+    """Return means over the logged steps of what shows whether negatives taught anything."""
     steps = [r for r in read_lines(folder / METRICS) if "loss" in r]
     values = {name: [r[name] for r in steps if r.get(name) is not None] for name in MEANS}
     return {name: sum(found) / len(found) for name, found in values.items() if found}
 
 
 def as_text(rows: Sequence[dict[str, Any]]) -> str:
-    """A line a run, then a line a method: its accuracy with its interval, and its difference from the first
-    method's."""
+    """Format a line a run, then a line a method: accuracy with interval, difference from the first method."""
     lines = [f"{r['method']} seed {r['seed']}: accuracy {r['accuracy']}, n {r['n']}, {r['wall_s']} s" for r in rows]
     answers = {m: answers_of([r for r in rows if r["method"] == m]) for m in dict.fromkeys(r["method"] for r in rows)}
     first = next(iter(answers))
@@ -176,7 +174,7 @@ def signed(told: Estimate) -> str:
 
 
 def answers_of(rows: Sequence[Mapping[str, Any]]) -> dict[int, Answers]:
-    """{seed: what it got right} of rows of the CSV, or of `row`; a later row of a seed replaces an earlier."""
+    """Return {seed: answers} of CSV rows, or of `row`; later rows of a seed replace earlier ones."""
     found = {}
     for r in rows:
         if r["correct"]:

@@ -1,5 +1,7 @@
-"""Several runs of one recipe: each method and seed in a process of its own, finished ones skipped, begun ones resumed,
-and one CSV row each. The parent imports no torch; a run that fails leaves the others alone."""
+"""Run a recipe with several methods and seeds, a process each; skip finished runs, resume started ones.
+
+Adds one CSV row a run. The parent imports no torch, and a failed run does not affect the others.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ def default_csv(config: TrainConfig) -> str:
 
 
 def recipe_name(path: str | None, config: TrainConfig) -> str:
-    """What the CSV calls a recipe: its file's name, or that of the data where there is no file."""
+    """Return the CSV's name of a recipe: its file's, or without one its data's."""
     return Path(path or str(config.data)).stem
 
 
@@ -79,8 +81,7 @@ def parse_methods(text: str) -> tuple[str, ...]:
 def plan(
     config: TrainConfig, seeds: Sequence[int], methods: Sequence[str], recipe: str, judge: bool = False
 ) -> list[Job]:
-    """The runs of every method with every seed, in OUTPUT/seed-N, or OUTPUT/METHOD/seed-N where there are several
-    methods.
+    """Return the runs of every method and seed, in OUTPUT/seed-N, or OUTPUT/METHOD/seed-N with several methods.
 
     Raises `InputError` for data that is not there.
     """
@@ -107,7 +108,7 @@ def check_data(jobs: Sequence[Job]) -> None:
 
 
 def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, keep: bool = True) -> list[dict[str, Any]]:
-    """Run what is not finished, `parallel` at a time, and add a row to the CSV `results` for each run that it lacks.
+    """Run unfinished jobs, `parallel` at a time, and add missing rows to the CSV `results`.
 
     Without `keep`, a finished run's weights are deleted once its row is written; what it said stays. Returns the rows.
     Raises `RunError` naming the runs that failed when all others are done; `Stopped` after a signal, when the running
@@ -122,7 +123,7 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
 
     @contextlib.contextmanager
     def alone(job: Job) -> Iterator[None]:
-        """What goes wrong with a run's files is its own failure: the others go on."""
+        """Keep a failure with a run's files to that run."""
         try:
             yield
         except (OSError, InputError, ValueError, KeyError, TypeError) as error:
@@ -168,7 +169,7 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
                         failed.append(job.name)
                         log.error("%s failed (exit %d): %s", job.name, process.returncode, _last_line(job))
                         if codes == [InputError.exit_code] * 3 and todo:
-                            log.error("the first three runs were refused; the other %d are not tried", len(todo))
+                            log.error("the first three runs were rejected; the other %d are skipped", len(todo))
                             todo = []
                 time.sleep(0.05)
         finally:
@@ -176,7 +177,7 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
                 process.kill()
                 process.wait()
     if stop.signum:
-        raise Stopped(stop.signum, "the same command goes on from here")
+        raise Stopped(stop.signum, "the same command continues from here")
     if failed:
         raise RunError(
             f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; the same command tries them again"
@@ -202,7 +203,7 @@ def _log_of(job: Job) -> Path:
 def _last_line(job: Job) -> str:
     with contextlib.suppress(OSError):
         lines = _log_of(job).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "no output"
     return "no log"
 
 
@@ -219,8 +220,7 @@ def _finish(job: Job, results: Path, keep: bool) -> None:
 
 
 def child(arguments: Sequence[str]) -> int:
-    """Train as the YAML file says and, with --judge, judge the rationales; what the machine was stands in the run
-    folder."""
+    """Train as the YAML file says; with --judge also check the rationales. Records the machine."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler])

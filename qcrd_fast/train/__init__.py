@@ -1,4 +1,4 @@
-"""Training: `from qcrd_fast.train import train`. Loaded on first use, so that importing a neighbour loads no torch."""
+"""Training: `from qcrd_fast.train import train`. Lazy, so that importing another module of it loads no torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The shadow check: a few rows of a step computed again in float64 torch, beside what the active implementation made of
-them.
+"""Audit: recompute a few rows of a step in float64 torch and compare them with the active implementation.
 
 Every `--audit-every` steps, in one micro-batch and for each of its passes: log p of 64 tokens, and the loss's gradient
 by their hidden states, from the same hidden states, head and targets. Which rows is a function of (seed, step, rank),
@@ -46,7 +45,7 @@ GRADIENT_BUDGET = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-
 
 @dataclasses.dataclass
 class Audit:
-    """What was found in one micro-batch. `watch` is called with each pass's log p, before its backward pass."""
+    """Results for one micro-batch. Call `watch` with each pass's log p before its backward pass."""
 
     seed: int
     step: int
@@ -65,8 +64,11 @@ class Audit:
         loss: Tensor | None = None,
         dlogprob_T: Tensor | None = None,
     ) -> None:
-        """`logprob_T`: what the active implementation made of the rest. Where gradients are made with a `loss` and not
-        behind log p, `dlogprob_T` is d loss / d log p."""
+        """Record a pass.
+
+        `logprob_T`: the output of the active implementation. `dlogprob_T`: d loss / d log p, if gradients come from a
+        fused `loss` instead of from log p.
+        """
         rows_S, dtype = self._rows(len(target_T)).to(hidden_TH.device), product_type(hidden_TH)
         if not len(rows_S):
             return
@@ -96,7 +98,7 @@ class Audit:
         hidden_TH.register_hook(lambda gradient: compare(gradient.detach()))
 
     def _rows(self, count: int) -> Tensor:
-        """The rows to audit of a pass over `count` tokens, int64 [S]: all of a few, else some that a hash chooses."""
+        """Choose the rows to audit of `count` tokens, int64 [S]: all if there are few, else by hash."""
         self.passes += 1
         return (
             torch.arange(count)
@@ -105,8 +107,10 @@ class Audit:
         )
 
     def read(self) -> dict[str, float]:
-        """`audit_max_err` [nats], `audit_grad_err` (relative) and `audit_budget_used` (above 1: failed), as far as
-        there was anything to audit. What is not a number counts as infinite."""
+        """Return `audit_max_err` [nats], `audit_grad_err` (relative) and `audit_budget_used` (above 1: failed).
+
+        Only what was audited is included. Non-finite values count as infinite.
+        """
         found = {}
         for name, pairs in (("audit_max_err", self.logprob), ("audit_grad_err", self.gradient)):
             if pairs:
@@ -117,7 +121,7 @@ class Audit:
 
 
 class Audits:
-    """When a run is audited, and what follows where an audit fails (`--audit-every`, `--on-audit-failure`)."""
+    """Decides when to audit and what to do on failure (`--audit-every`, `--on-audit-failure`)."""
 
     def __init__(self, config: TrainConfig, device: torch.device, comm: Comm = SINGLE):
         self.seed, self.on_failure, self.comm = config.seed, config.on_audit_failure, comm
@@ -132,8 +136,10 @@ class Audits:
         compute: Callable[[int, Audit | None], Result],
         fall_back: Callable[[], None],
     ) -> tuple[Result, dict[str, Any]]:
-        """(what `compute` returns, fields for the log) of a step, counted from 0. `compute` takes the micro-batch to
-        audit, and the audit, or None. Where that fails, `fall_back` is called and the step computed again.
+        """Run a step (counted from 0), audited if due; return `compute`'s result and fields for the log.
+
+        `compute` takes the micro-batch to audit and the audit, or None. If the audit fails, `fall_back` is called and
+        the step is computed again.
 
         Raises `RunError` where an audit fails and the run is to stop, or nothing is left to fall back on.
         """
@@ -162,10 +168,12 @@ class Audits:
         said = f"step {step + 1}: --impl {self.impl} failed its audit: {', '.join(errors)}, {used:.3g} times the budget"
         forced = os.environ.get("QCRD_FAST_IMPL")
         if self.impl == "torch":
-            raise RunError(f"{said}; that is plain torch: this machine computes wrongly. Whole checkpoints are intact")
+            raise RunError(
+                f"{said}; that is plain torch: this machine computes wrongly. Existing checkpoints are intact"
+            )
         if self.on_failure == "stop":
             raise RunError(
-                f"{said}. Whole checkpoints are intact: continue with --resume auto and QCRD_FAST_IMPL=torch"
+                f"{said}. Existing checkpoints are intact: continue with --resume auto and QCRD_FAST_IMPL=torch"
             )
         if forced:
             raise RunError(
@@ -175,7 +183,7 @@ class Audits:
         self.failed, self.impl = self.impl, "torch"
 
     def restore(self, failed: str | None) -> bool:
-        """Take over from a checkpoint what failed; returns whether the run must fall back because of it."""
+        """Restore the failed implementation from a checkpoint; return whether the run must fall back."""
         self.failed = failed
         if failed is None or failed != self.impl:
             return False
@@ -190,8 +198,10 @@ class Audits:
 
 
 def recompute(hidden_SH: Tensor, head: Head, target_S: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log p [S], d log p / d hidden [S, H], and two sizes [S]: of the terms in the row's largest or target logit, plus
-    the softcap, plus 1; of the target's term in the gradient, or of the whole where that is larger), float64.
+    """Recompute log p [S] and d log p / d hidden [S, H] in float64; also return two error scales [S].
+
+    They are the size of the terms in the row's largest or target logit plus the softcap plus 1, and the size of the
+    target's term in the gradient (or of the whole gradient if that is larger).
 
     Hidden states come in the type that they are multiplied in, to which the head is rounded as the ops round it. A
     negative target is ignored: 0.
@@ -228,7 +238,7 @@ def recompute(hidden_SH: Tensor, head: Head, target_S: Tensor) -> tuple[Tensor, 
 
 
 def difference(got: Tensor, want: Tensor) -> Tensor:
-    """|got - want|, infinite where only one of them is finite; 0 where neither is, since what came in was not."""
+    """Return |got - want|: infinite if only one is finite, 0 if neither is (the input was not finite)."""
     error = (got - want).abs().nan_to_num(nan=math.inf, posinf=math.inf)
     return torch.where(want.isfinite(), error, torch.where(got.isfinite(), math.inf, 0.0))
 

@@ -1,4 +1,4 @@
-"""What a run keeps: where it goes on from, what it saves, and which checkpoints and snapshots stay.
+"""Write, load and rotate a run's checkpoints and snapshots; choose where a resume starts.
 
 A checkpoint is written under a temporary name, its manifest (sha256 of every file) last, then renamed. Random states
 are not stored because there are none: every random number is a function of (seed, step) or (seed, question, iteration).
@@ -57,9 +57,9 @@ log = logging.getLogger(__name__)
 
 
 def resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | None:
-    """The checkpoint that `--resume` continues from, or None for a run that has none yet.
+    """Return the checkpoint that `--resume` continues from, or None for a run without one.
 
-    Raises `InputError` for one that is damaged or of other options, `RunError` where none is whole.
+    Raises `InputError` if it is damaged or has other options, `RunError` if no checkpoint is intact.
     """
     if config.resume != "auto":
         chosen = Path(str(config.resume))
@@ -70,7 +70,7 @@ def resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | No
     else:
         resume_from = checkpoints.latest_checkpoint(run, resume=True)
         if resume_from is None and checkpoints.checkpoints(run):
-            raise RunError(f"{run}: no whole checkpoint is left to resume from")
+            raise RunError(f"{run}: no intact checkpoint is left to resume from")
     if resume_from is None:
         return None
     state = checkpoints.read_state(resume_from)
@@ -89,8 +89,10 @@ def resume_point(config: TrainConfig, run: Path, schedule: Schedule) -> str | No
 
 
 def as_before(resume_from: Path, prompts: PromptSettings) -> PromptSettings:
-    """`prompts` with the version and date of the checkpoint `resume_from`. Raises `InputError` where a template or
-    system prompt that stands in a file has changed since."""
+    """Return `prompts` with the version and date of the checkpoint `resume_from`.
+
+    Raises `InputError` if a template or system prompt file has changed since.
+    """
     before = PromptSettings.of_state(checkpoints.read_state(resume_from)["prompt"])
     for name, option in (("template", "--prompt-template"), ("system", "--system-prompt")):
         was, now = getattr(before, name), getattr(prompts, name)
@@ -102,7 +104,7 @@ def as_before(resume_from: Path, prompts: PromptSettings) -> PromptSettings:
 
 
 class Checkpointer:
-    """Saves a run and restores it. `snapshots` is None where the run has no lagged negatives."""
+    """Saves and restores a run. `snapshots` is None for a run without lagged negatives."""
 
     def __init__(
         self,
@@ -130,7 +132,7 @@ class Checkpointer:
         self._passed_over: set[int] = set()  # steps of checkpoints later than the one that was resumed from
 
     def save(self, step: int, best: Best, progress: dict[str, Any]) -> None:
-        """Write the checkpoint of `step`, with `progress` in its state, and delete those that are no longer kept."""
+        """Write the checkpoint of `step`, with `progress` in its state, and delete surplus ones."""
         state = {
             "config": {name: value for name, value in self.config.to_dict().items() if name not in FREE_OPTIONS},
             "prompt": dataclasses.asdict(self.student.prompts),
@@ -165,7 +167,7 @@ class Checkpointer:
         return state
 
     def require_room(self, step: int) -> None:
-        """Raises `RunError` where the disk has no room to go on from `step`."""
+        """Raise `RunError` if the disk has no room to continue from `step`."""
         left = self.schedule.total_steps - step
         if not left:
             return
@@ -176,7 +178,7 @@ class Checkpointer:
         require_room(self.run, self.student, self.discriminator_trainer, snapshots, kept)
 
     def snapshot(self, step: int) -> None:
-        """Keep the student as it is at the start of an iteration, and delete the snapshots that nobody will ask for."""
+        """Save the student at the start of an iteration, and delete snapshots that no resume needs."""
         if not self.snapshots:
             return
         fixed, iteration = samples_the_first(self.config), self.schedule.iteration(step)
@@ -203,9 +205,9 @@ def save_checkpoint(
     strategy: Strategy | None = None,
     moving: torch.nn.Module | None = None,
 ) -> Path:
-    """Write checkpoint-`step`; the earlier ones stay untouched if that fails. Raises `RunError` when the disk is full.
+    """Write checkpoint-`step` atomically. Raises `RunError` if the disk is full; earlier checkpoints are untouched.
 
-    Of several ranks all must call it: rank 0 writes, and of a sharded model each its own share of the optimizer's
+    All ranks must call it: rank 0 writes, and with a sharded model every rank writes its shard of the optimizer's
     state.
     """
     strategy = strategy or Strategy(student.model)
@@ -270,10 +272,10 @@ def load_checkpoint(
     discriminator_trainer: CrossFitTrainer | None,
     moving: torch.nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Put a whole checkpoint's optimizer and discriminator state back; returns its `state.json`.
+    """Load optimizer and discriminator state from an intact checkpoint; return its `state.json`.
 
-    The student itself is loaded from the checkpoint folder beforehand. Each rank reads all of it and keeps its own
-    share. Raises `InputError` for files that are not of this student.
+    The student is loaded beforehand. Each rank reads everything and keeps its shard. Raises `InputError` if the files
+    belong to another student.
     """
     state = checkpoints.read_state(checkpoint)
     parameters, own = dict(student.model.named_parameters()), {}
@@ -303,8 +305,7 @@ def load_checkpoint(
 
 
 def _read_optimizer(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the optimizer's state, one at a time; what ranks saved in shares is joined, whatever their
-    number."""
+    """Yield (name, tensor) of the optimizer's state. Shards are concatenated, whatever their number."""
     files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     with contextlib.ExitStack() as stack:
         names = sorted(name for name in files if checkpoints.is_optimizer(name))
@@ -316,7 +317,7 @@ def _read_optimizer(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as {parameter/moment: tensor}."""
+    """Return AdamW's state as {parameter/moment: tensor}."""
     return {
         f"{name}/{moment}": tensor
         for name, parameter in model.named_parameters()
@@ -325,7 +326,7 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 
 
 def checkpoint_bytes(student: Student, discriminator_trainer: CrossFitTrainer | None) -> int:
-    """About what a checkpoint takes on disk: weights, AdamW's two moments of those that are trained, tokenizer."""
+    """Estimate a checkpoint's size on disk: weights, AdamW's two moments of trainable parameters, tokenizer."""
     parameters = list(student.model.parameters())
     needed = _bytes(parameters) + 2 * _bytes(p for p in parameters if p.requires_grad)
     if discriminator_trainer is not None:
@@ -336,8 +337,10 @@ def checkpoint_bytes(student: Student, discriminator_trainer: CrossFitTrainer | 
 def require_room(
     run: Path, student: Student, discriminator_trainer: CrossFitTrainer | None, snapshots: int, kept: int
 ) -> None:
-    """Raises `RunError` where the disk has no room for a checkpoint and, unless `snapshots` is 0, a snapshot; warns
-    where it has none for `kept` checkpoints, the one being written and that many snapshots."""
+    """Raise `RunError` without room for a checkpoint and, unless `snapshots` is 0, a snapshot.
+
+    Warns without room for `kept` checkpoints, the one being written and that many snapshots.
+    """
     one, weights = (
         checkpoint_bytes(student, discriminator_trainer),
         2 * sum(p.numel() for p in student.model.parameters()),

@@ -1,4 +1,4 @@
-"""Answers while a run trains, and its results at the end: `final`, `eval_results.json` and `predictions.jsonl`."""
+"""Evaluate during training and at the end: `final`, `eval_results.json`, `predictions.jsonl`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Best = dict[str, Any] | None  # {step, accuracy} of the best checkpoint on valid
 
 
 class Evaluation:
-    """Answers a run's questions; of several ranks each its share."""
+    """Answers a run's questions; each rank answers its shard."""
 
     def __init__(self, config: TrainConfig, run: Path, data: Data, autocast: Callable[[], torch.autocast], comm: Comm):
         self.config, self.run, self.data, self.autocast, self.comm = config, run, data, autocast, comm
@@ -55,7 +55,7 @@ class Evaluation:
         return self.comm.gather_in_order(records)
 
     def validate(self, student: Student) -> tuple[float, str]:
-        """(accuracy on the validation questions, 0..1; what is said of it, with two of the student's rationales)."""
+        """Return the validation accuracy (0..1) and a text about it with two of the student's rationales."""
         records = self.predict(student, self.data.validation)
         right, unreadable = sum(r["correct"] for r in records), sum(r["prediction"] is None for r in records)
         text = accuracy_text(right, len(records), f", {unreadable} without a readable answer" if unreadable else "")
@@ -76,9 +76,11 @@ class Evaluation:
         more: Mapping[str, Any] | None = None,
         stopped_early: bool = False,
     ) -> dict[str, Any]:
-        """Point `final` at the best checkpoint of a run that ended behind `step`, and evaluate it and the untrained
-        student, on the test set, else on the validation set. `student`: whose device and prompts are taken. `more` is
-        added to the results."""
+        """Point `final` at the best checkpoint and evaluate it and the untrained student.
+
+        Uses the test set, else the validation set. `student` supplies device and prompts. `more` is added to the
+        results.
+        """
         chosen = self.comm.on_rank0(lambda: self._choose_final(log, best, step))
         if chosen["finished"] is not None:
             return dict(chosen["finished"])
@@ -134,7 +136,7 @@ class Evaluation:
         return results
 
     def _add_rationales(self, student: Student, records: list[dict[str, Any]]) -> None:
-        """Put the student's greedy rationale of each question into its record, whatever the method taught."""
+        """Add the student's greedy rationale of each question to its record."""
         said = self._explain(student, self.comm.shard(records), self.config.max_target_length)
         for record, rationale in zip(records, self.comm.gather_in_order(said), strict=True):
             record["rationale"] = rationale

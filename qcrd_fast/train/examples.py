@@ -1,4 +1,4 @@
-"""Questions as a student reads them: tokens of every prompt, label and rationale, made once before training."""
+"""Tokenize questions once before training: prompts, labels and rationales."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Example:
     domain: str = ""
 
     def candidates(self, lagged: Mapping[str, Negative]) -> list[Candidate]:
-        """Positives, the teacher's minority, and the student's own negative unless it says what a positive says."""
+        """Return positives, the teacher's minority, and the lagged negative unless its text equals a positive's."""
         own = lagged.get(self.id)
         said = own is not None and own.text.strip() not in {p.text.strip() for p in self.positives}
         return [
@@ -65,7 +65,7 @@ class Example:
 
 
 def longest_row(examples: Sequence[Example]) -> dict[str, Any]:
-    """{id, prompt_tokens, target_tokens} of the question whose longest prompt and longest target are most together."""
+    """Return {id, prompt_tokens, target_tokens} of the question with the most prompt and target tokens together."""
 
     def sizes(e: Example) -> tuple[int, int]:
         targets = [e.label, *(c.tokens for c in (*e.positives, *e.minority)), *([e.reason[1]] if e.reason else [])]

@@ -1,4 +1,4 @@
-"""The judges of a run: what gives its positives and its negatives their quality."""
+"""The judges of a run: they give positives and negatives their quality scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run will need of the device's memory, counted before it begins; and what to do when there is not enough.
+"""Predict a run's peak device memory before it begins, by counting allocations of fake tensors.
 
 Weights, gradients, moments and caches are sums. Activations are counted by running the largest micro-batch on fake
 tensors, which have shapes, types and a device but no memory: every storage that the pass makes is added when it appears
@@ -53,7 +53,7 @@ LOOKED_AT_STEPS = 10**5  # of as many steps at the most
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the storages that were made inside and are still alive: `now`, and `peak`, the most at once."""
+    """Bytes of live storages allocated inside a context: `now`, and `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Ledger(TorchDispatchMode):
         return found
 
     def add(self, x: Tensor, counted: bool = True) -> None:
-        """Count a tensor's storage once; not at all, for what was there before."""
+        """Count a tensor's storage once, unless it existed before."""
         storage = x.untyped_storage()
         if storage._cdata in self._seen:
             return
@@ -85,7 +85,7 @@ class Ledger(TorchDispatchMode):
 
 @dataclasses.dataclass
 class Worst:
-    """The largest micro-batch: its questions, and what each may train on at most."""
+    """The largest micro-batch: its questions, and the most that each can train on."""
 
     batch: list[Example]
     weighted: Weighted
@@ -95,7 +95,7 @@ class Worst:
 def estimate_memory(
     student: Student, examples: Sequence[Example], validation: Sequence[Question], schedule: Schedule
 ) -> dict[str, Any]:
-    """{longest_row, memory} of a run that is not begun; the student is made what training would make of it."""
+    """Return {longest_row, memory} of a run before it begins. Modifies the student as training would."""
     config, model = schedule.config, student.model
     judge = build_judge(config.to_dict(), model, student.tokenizer) if has_discriminator(config) else None
     if config.use_peft:
@@ -187,7 +187,7 @@ def predict_memory(
 
 
 def find_worst(student: Student, examples: Sequence[Example], schedule: Schedule) -> Worst:
-    """The micro-batch with the most tokens to train on, of all ranks and of as many steps as `LOOKED_AT` allows.
+    """Return the micro-batch with the most tokens to train on, over all ranks and the first `LOOKED_AT` steps.
 
     Of a question's rationales the longest count where one is selected; the student's own negative is as long as it may
     be.
@@ -249,7 +249,7 @@ def _tokens(batch: Sequence[Example], weighted: Weighted) -> int:
 
 
 class _Fake:
-    """The student on fake tensors, and what its passes hold."""
+    """The student on fake tensors; measures what its passes allocate."""
 
     def __init__(self, student: Student, autocast: Callable[[], torch.autocast], config: TrainConfig):
         sharing = student.sharing if config.shared_prompts else None  # tried out on the real one
@@ -268,8 +268,10 @@ class _Fake:
             return copy.deepcopy(module)
 
     def _hold_embeddings(self) -> None:
-        """Leave the gradient of token embeddings to `training`, which adds it: autograd sums those of several uses in
-        place, but those of fake tensors into a third."""
+        """Leave the gradient of token embeddings to `training`.
+
+        Autograd sums the gradients of several uses in place, but those of fake tensors into a third tensor.
+        """
         model = self.student.model
         weight = model.get_input_embeddings().weight
         self.tied, self.embedding = weight is output_layer(model).weight, _size(weight) if weight.requires_grad else 0
@@ -289,7 +291,7 @@ class _Fake:
 
     @contextlib.contextmanager
     def ledger(self, *modules: Any) -> Iterator[Ledger]:
-        """Counts what is made inside; the weights were there before."""
+        """Count allocations inside the context; the weights existed before."""
         ledger = Ledger()
         for module in (self.student.model, *modules):
             for x in (*module.parameters(), *module.buffers()):
@@ -298,7 +300,7 @@ class _Fake:
             yield ledger
 
     def training(self, worst: Worst, workspace: int) -> tuple[int, int, int]:
-        """(held when the backward pass begins, the most at once without the parameters' gradients, and with them)."""
+        """Return bytes held when the backward pass begins, and the peak without and with the parameters' gradients."""
         model, peaks = self.student.model.train(), []
         head = output_layer(model).weight
         for keep in (False, True):
@@ -346,7 +348,7 @@ class _Fake:
         return ledger.peak
 
     def loss_workspace(self, weighted: Weighted, batch: Sequence[Example]) -> int:
-        """What the loss holds while it runs, beside its operands and the gradients that it returns."""
+        """Return the bytes that the loss allocates beside its operands and returned gradients."""
         T = sum(len(c.tokens) for c in weighted.candidates) + sum(len(e.label) for e in batch)
         head, device = self.student.head, self.student.device
         with self.autocast():

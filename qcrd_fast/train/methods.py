@@ -1,4 +1,4 @@
-"""The training methods and what tells them apart, once. Their names are `config.METHODS`.
+"""The table of training methods. Their names are `config.METHODS`.
 
 A new method is a name there and a row of `METHODS`: the weights of a question's rationales, weights of their tokens
 (`train.token_weights`), or a loss of its own in `train.objective`.

@@ -32,13 +32,15 @@ def mean(counts: Counter[str], total: str, number: str) -> float | None:
 
 
 def active_fraction(counts: Counter[str], source: str) -> float | None:
-    """Share of a source's negatives whose hinge is active."""
+    """Return the fraction of a source's negatives whose hinge is active."""
     return mean(counts, f"{source}_active", source)
 
 
 class Progress:
-    """How far a run is: a bar on a terminal; elsewhere and in `run.log` a line at its first step, every ten seconds and
-    at its last."""
+    """Progress of a run: a bar on a terminal.
+
+    Elsewhere, and in `run.log`: a line at the first step, every ten seconds and at the last step.
+    """
 
     def __init__(self, total: int, done: int, shown: bool = True):
         self.total, self._first, self._began = total, done, time.monotonic()
@@ -58,7 +60,7 @@ class Progress:
             self._say(record, f", {duration(left)} left", now)
 
     def stage(self, name: str) -> None:
-        """What is done between two steps, such as a validation."""
+        """Show the name of work between two steps, such as a validation."""
         self._bar.set_description_str(name)
 
     def last(self, record: Mapping[str, Any] | None) -> None:
@@ -67,7 +69,7 @@ class Progress:
             self._say(record, "", time.monotonic())
 
     def close(self) -> None:
-        """Leave the bar as it stands, whatever ended the steps, so that what is said next has a line of its own."""
+        """Close the bar and leave it visible, so that later output starts on a new line."""
         self._bar.close()
 
     def _say(self, record: Mapping[str, Any], left: str, now: float) -> None:
@@ -93,11 +95,11 @@ class MetricsLog:
         self.last: dict[str, Any] | None = None  # the latest record that was read, for a person who watches
 
     def truncate_after(self, step: int) -> None:
-        """Drop what was logged after `step`, when a run resumes from there."""
+        """Delete records after `step`, for a resume."""
         self.comm.on_rank0(lambda: write_lines(self.path, [record for record in self.read() if record["step"] <= step]))
 
     def read(self) -> list[dict[str, Any]]:
-        """The records that can be read; a damaged line is passed over, with a warning."""
+        """Return the readable records; skip damaged lines with a warning."""
         records, damaged = [], 0
         for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
             try:
@@ -112,7 +114,7 @@ class MetricsLog:
     def put(
         self, record: dict[str, Any], values: dict[str, Tensor], loss_extra: float, ids: list[str], logged: bool
     ) -> None:
-        """Queue a step's record; `values` are 0-d tensors still on the device, `loss_extra` is added to their loss."""
+        """Queue a step's record; `values` are 0-d device tensors, `loss_extra` is added to their loss."""
         self.flush()
         stacked = torch.stack([v.detach().float().reshape(()) for v in values.values()])
         self._pending = (record, list(values), stacked, loss_extra, ids, logged)
@@ -136,7 +138,7 @@ class MetricsLog:
             self.write(record)
 
     def sync(self) -> None:
-        """Nothing pending, and what was written on the disk, before a checkpoint that counts on it."""
+        """Flush pending records to disk, before a checkpoint that relies on them."""
         self.flush()
         if self.path.exists():
             sync(self.path)

@@ -1,7 +1,7 @@
-"""The negatives of past iterations on disk: `negatives/iteration-t.jsonl`, a chunk at a time.
+"""Store sampled negatives on disk: `negatives/iteration-t.jsonl`, a chunk at a time.
 
-Each chunk ends with a line that counts and digests it, so that what a killed run left unfinished, or damage, is found
-and drawn again.
+Each chunk ends with a record that holds its count and digest. An unfinished or damaged chunk is detected and sampled
+again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qcrd_fast.utils.files import append_lines, read_lines, write_lines
 
 @dataclasses.dataclass(frozen=True)
 class Negative:
-    """A sampled rationale: its tokens (with EOS where the sampling reached it), its text, and what it says (see
+    """A sampled rationale: tokens (with EOS if sampling reached it), text, and its parsed case (see
     `student_answers`)."""
 
     tokens: TokenIds
@@ -32,13 +32,12 @@ class Negative:
 
 
 def was_cut(tokens: TokenIds, eos: int) -> bool:
-    """Whether the sampling stopped before EOS."""
+    """Return whether sampling stopped before EOS."""
     return eos not in tokens[-1:]
 
 
 class NegativeStore:
-    """What was said in each iteration, by chunk and question id. Rank 0 reads and writes the files, all ranks know
-    them.
+    """Sampled negatives by iteration, chunk and question id. Rank 0 reads and writes the files for all ranks.
 
     ids: of the training questions, as `schedule` counts them. kept: iterations before the latest that stay in memory.
     """
@@ -57,7 +56,7 @@ class NegativeStore:
         return [self._ids[i] for i in self.schedule.chunk_questions(iteration, chunk)]
 
     def chunks(self, iteration: int) -> dict[int, dict[str, Negative]]:
-        """The chunks of an iteration that are in the store. What stands behind the first damaged one is drawn again."""
+        """Return the stored chunks of an iteration, up to the first damaged one; later chunks are sampled again."""
         if iteration in self._by_iteration:
             return self._by_iteration[iteration]
         self._by_iteration = {i: by_chunk for i, by_chunk in self._by_iteration.items() if i >= iteration - self._kept}
@@ -70,7 +69,7 @@ class NegativeStore:
         return by_chunk
 
     def append(self, iteration: int, chunk: int, found: Mapping[str, Negative]) -> None:
-        """Keep a chunk that was drawn; it is on the disk when this returns."""
+        """Store a chunk. It is on disk when this returns."""
         self.chunks(iteration)[chunk] = dict(found)
         records: list[dict[str, Any]] = [
             {"chunk": chunk, "id": i, "tokens": n.tokens, "text": n.text} | ({"cut": True} if n.truncated else {})
@@ -80,8 +79,10 @@ class NegativeStore:
         self.comm.on_rank0(lambda: append_lines(self.path(iteration), [*records, end], durable=True))
 
     def truncate_after(self, iteration: int) -> None:
-        """Forget what was said in later iterations than this one; -1: everything. A run that goes on from here may be
-        another: of other rows, or not to the bit the one that said it."""
+        """Delete the negatives of iterations after this one; -1: all.
+
+        A resumed run may differ from the one that sampled them: in its rows, or in rounding.
+        """
 
         def remove() -> None:
             for path in self.folder.glob("iteration-*.jsonl"):
@@ -92,7 +93,7 @@ class NegativeStore:
         self.comm.on_rank0(remove)
 
     def _read(self, iteration: int) -> list[dict[str, Any]]:
-        """The records of an iteration's whole chunks; the file is cut behind them."""
+        """Read an iteration's intact chunks and truncate the file after them."""
         self.folder.mkdir(exist_ok=True)
         path = self.path(iteration)
         chunks: set[int] = set()
@@ -111,7 +112,7 @@ class NegativeStore:
         return whole
 
     def _is_whole(self, iteration: int, records: list[dict[str, Any]], chunks: set[int]) -> bool:
-        """Whether these are the records of one chunk, all its questions and no other, as they were written."""
+        """Return whether these records are one intact chunk: all its questions, no other, as written."""
         *rows, end = records
         chunk = end.get("chunk")
         if type(chunk) is not int or not 0 <= chunk < len(self.schedule.first_steps(iteration)) or chunk in chunks:
@@ -125,7 +126,7 @@ class NegativeStore:
 
 
 def _is_said(row: dict[str, Any], chunk: int) -> bool:
-    """Whether a row is of the kind that `NegativeStore.append` writes, whatever the digest says."""
+    """Return whether a row has the types that `NegativeStore.append` writes, whatever its digest."""
     tokens = row.get("tokens")
     if type(row.get("chunk")) is not int or row["chunk"] != chunk or not isinstance(row.get("text"), str):
         return False
@@ -133,6 +134,6 @@ def _is_said(row: dict[str, Any], chunk: int) -> bool:
 
 
 def digest(rows: Sequence[dict[str, Any]]) -> str:
-    """sha256 of what a chunk's rows say."""
+    """Return the sha256 of a chunk's rows."""
     said = repr([(r.get("chunk"), r.get("id"), r.get("tokens"), r.get("text")) for r in rows])
     return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,8 +1,8 @@
-"""Negatives from the student as it was: rationales drawn from snapshots of its weights, chunk by chunk.
+"""Lagged negatives: rationales sampled from snapshots of the student, chunk by chunk.
 
-A chunk is the questions of a few consecutive steps of one iteration. Its composition is a function of (seed, iteration,
-chunk) alone and its random numbers belong to its questions, so a chunk that a killed run left unfinished is drawn again
-whole and comes out the same, and so does one that is drawn ahead of its steps beside training.
+A chunk is the questions of a few consecutive steps of one iteration. Which questions it has is a function of (seed,
+iteration, chunk), and its random numbers are keyed by question. So a chunk that a killed run left unfinished is sampled
+again with the same result, and so is one that is prefetched.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PREFETCH_CHUNKS = 2  # chunks drawn before their steps
 
 @dataclasses.dataclass(frozen=True)
 class SamplingPrompt:
-    """A question to sample a rationale for."""
+    """A question's prompt for sampling a rationale."""
 
     id: str
     source: TokenIds
@@ -51,13 +51,12 @@ def _longest_prompt(negatives: LaggedNegatives, *_: Any) -> str:
 
 
 class LaggedNegatives:
-    """One sampled rationale per question and iteration, drawn just before the steps that use it, or up to
-    `PREFETCH_CHUNKS` chunks earlier beside training (`--overlap`).
+    """One sampled rationale per question and iteration.
 
-    Iteration t samples from the snapshot of iteration max(t - j, 0) (`fixed`: always 0) and keeps what was said in its
-    `store`. With `answers` each negative carries what it says, beside its text.
-    Of several ranks each draws for its share of a chunk's questions; all of them know what was said, and rank 0 keeps
-    it.
+    Sampled just before the steps that use it, or prefetched up to `PREFETCH_CHUNKS` chunks ahead (`--overlap`).
+    Iteration t samples from the snapshot of iteration max(t - j, 0) (`fixed`: always 0) and keeps the samples in
+    `store`. With `answers`, each negative also holds its parsed answer. Each rank samples its shard of a chunk; all
+    ranks get all samples, rank 0 stores them.
     """
 
     def __init__(
@@ -97,8 +96,7 @@ class LaggedNegatives:
 
     @explains_oom("the sampler", for_sampling, _longest_prompt)
     def prepare(self) -> None:
-        """Make the sampler, with parameters of its own, and capture its graphs: before training starts on the
-        device."""
+        """Create the sampler with its own copy of the weights and capture its graphs, before training starts."""
         if self._sampler is not None:
             return
         student, autocast = copy.copy(self._student), self.autocast if self._autocasts() else None
@@ -119,14 +117,14 @@ class LaggedNegatives:
         self._sampler = self.worker.run(make).result()
 
     def use(self, impl: str) -> None:
-        """Draw with another implementation from here on."""
+        """Switch the sampler to another implementation."""
         self.settings = dataclasses.replace(self.settings, impl=impl)
         if (sampler := self._sampler) is not None:
             self.worker.run(lambda: sampler.use(impl)).result()
 
     @explains_oom("sampling negatives", for_sampling, _longest_prompt)
     def for_step(self, step: int) -> dict[str, Negative]:
-        """Negatives by question id for the questions of a step (and of its chunk)."""
+        """Return the negatives of a step's chunk by question id; sample and store what is missing."""
         iteration, chunk = self.schedule.chunk(step)
         by_chunk = self.store.chunks(iteration)
         if self.answers:
@@ -138,7 +136,7 @@ class LaggedNegatives:
         return self.answers.read(step, by_chunk) if self.answers else by_chunk[chunk]
 
     def _fetch(self, iteration: int, chunk: int) -> None:
-        """Have a chunk in the store, drawn now where it is not."""
+        """Sample a chunk and store it, unless it is stored already."""
         if chunk not in self.store.chunks(iteration):
             started = time.perf_counter()
             drawn = self._draw(iteration, chunk).result()
@@ -154,7 +152,7 @@ class LaggedNegatives:
             self.store.append(iteration, chunk, found)
 
     def of_iteration(self, iteration: int) -> dict[str, Negative]:
-        """All negatives of an iteration, by question id; chunks that are missing are drawn."""
+        """Return all negatives of an iteration by question id; sample missing chunks."""
         found: dict[str, Negative] = {}
         for step in self.schedule.first_steps(iteration):
             found |= self.for_step(step)
@@ -162,7 +160,7 @@ class LaggedNegatives:
 
     @property
     def overlap_fraction(self) -> float:
-        """Of the time that drawing took so far, how much nobody waited for, 0..1."""
+        """Fraction of sampling time hidden behind training, 0..1."""
         return max(0.0, 1 - self.wait_s / self.busy_s) if self.busy_s and self.worker.kind != "serial" else 0.0
 
     @property
@@ -170,20 +168,20 @@ class LaggedNegatives:
         return self.tokens / self.busy_s if self.busy_s else None
 
     def close(self) -> None:
-        """Stop what is being drawn ahead; a resume draws it again."""
+        """Stop prefetching; a resume samples these chunks again."""
         self._stop.set()
         self.worker.close()
 
     # Drawing
 
     def _draw(self, iteration: int, chunk: int) -> Future[_Drawn]:
-        """The draw of a chunk: the one that began ahead, else a new one."""
+        """Return the future of a chunk: the prefetched one, else a new one."""
         self.prepare()
         begun = self._prefetched.pop((iteration, chunk), None)
         return begun or self.worker.run(lambda: self._sample(iteration, chunk))
 
     def _prefetch(self, step: int) -> None:
-        """Begin drawing the chunks after a step's, where their snapshot is taken already."""
+        """Start sampling the chunks after this step whose snapshots exist."""
         for iteration, chunk in self._following(step):
             if not self.snapshots.has(self.source_iteration(iteration)):
                 return
@@ -191,7 +189,7 @@ class LaggedNegatives:
                 self._prefetched[iteration, chunk] = self.worker.run(lambda i=iteration, c=chunk: self._sample(i, c))  # type: ignore[misc]
 
     def _following(self, step: int) -> Iterator[tuple[int, int]]:
-        """The next `PREFETCH_CHUNKS` chunks of the run."""
+        """Return the next `PREFETCH_CHUNKS` chunks of the run."""
         now = self.schedule.chunk(step)
         found: dict[tuple[int, int], None] = {}
         while (step := step + 1) < self.schedule.total_steps and len(found) < PREFETCH_CHUNKS:
@@ -200,7 +198,7 @@ class LaggedNegatives:
         return iter(found)
 
     def _sample(self, iteration: int, chunk: int) -> _Drawn:
-        """Runs in the lane; touches nothing but the sampler, its parameters and the snapshots."""
+        """Sample a chunk. Runs in the worker; uses only the sampler, its weights and the snapshots."""
         started = time.perf_counter()
         sampler, source = self._sampler, self.source_iteration(iteration)
         assert sampler is not None

@@ -44,7 +44,7 @@ MI_WEIGHT = 0.1
 
 @dataclasses.dataclass
 class Weighted:
-    """Candidates that get gradient, each with its question (index in the micro-batch) and its weight, 1/N included."""
+    """Candidates that get gradient, each with its question (index in the micro-batch) and weight (1/N included)."""
 
     candidates: list[Candidate]
     question: list[int]
@@ -78,7 +78,7 @@ class Signal(NamedTuple):
 
 
 class Objective:
-    """Computes the loss of a micro-batch, runs its backward pass and returns what is logged.
+    """Compute the loss of a micro-batch, run its backward pass and return metrics.
 
     `step` returns ({loss, loss_pred, loss_cl: 0-d tensors that add up over micro-batches}, counts and sums of the
     scored candidates). Its `loss` is Eq. 8 without the discriminator's term, which has no gradient here.
@@ -113,7 +113,7 @@ class Objective:
         iteration: int,
         weight: float = 1.0,
     ) -> tuple[dict[str, Tensor], Counter[str]]:
-        """`weight` multiplies the loss; 0 is for the stand-in of a rank that has no question in a micro-batch."""
+        """Run a micro-batch. `weight` scales the loss; 0 for a rank without questions in this micro-batch."""
         stats: Counter[str] = Counter()
         training = self.strategy.training
         if self.method.contrastive and self.config.forward == "joint":
@@ -260,8 +260,7 @@ class Objective:
         return score_R
 
     def _shared_by_quality(self, share: float, example: Example, stats: Counter[str]) -> list[float]:
-        """`part_of_loss` dealt to a question's positives by their quality, so that the question counts as before;
-        nothing where every quality is 0."""
+        """Divide `share` among a question's positives by quality. All weights are 0 if every quality is 0."""
         quality_R = self._quality([example], list(example.positives), [0] * len(example.positives))
         assert quality_R is not None
         found = quality_R.tolist()
@@ -498,7 +497,7 @@ class Objective:
         iteration: int,
         stats: Counter[str],
     ) -> dict[str, Tensor]:
-        """The paper's single pass: every candidate carries gradient through the model, whatever is selected."""
+        """The paper's single pass: gradient flows through every candidate, selected or not."""
         labels = self._train(batch, Weighted([], [], []), num_questions, stats)
         candidates, question = _candidates(batch, lagged)
         if not candidates:
@@ -535,8 +534,7 @@ class Objective:
     def _task(
         self, pairs: Sequence[tuple[TokenIds, TokenIds]], num_questions: int, stats: Counter[str]
     ) -> tuple[Tensor, Tensor]:
-        """1/N of the sum of l over (prompt, target), and the maximum over time of each softmax [pairs, V], in one
-        batch."""
+        """Return 1/N of the sum of l over (prompt, target), and the maximum over time of each softmax [pairs, V]."""
         head, (prompts, targets) = self.student.head, zip(*pairs, strict=True)
         with self.autocast():
             packed = self.student.decode(self.student.encode(prompts), targets, range(len(pairs)))

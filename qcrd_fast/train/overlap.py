@@ -1,7 +1,7 @@
-"""Where negatives are drawn: in turn with training, or beside it in a thread with a CUDA stream of its own.
+"""Where negatives are sampled: serially, or in a thread with its own CUDA stream beside training.
 
-Nothing of the device crosses from one stream to the other: a draw reads prompts from the host and leaves tokens there,
-and weights come from host memory behind an event (`qcrd_fast.train.snapshots`).
+Streams share nothing on the device: the worker reads prompts from the host, returns tokens to the host, and loads
+weights from host memory after an event (`qcrd_fast.train.snapshots`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHARE = 0.25  # of the multiprocessors that a green context keeps for sampling
 
 
 def choose_overlap(config: TrainConfig, device: torch.device) -> str:
-    """`--overlap`, auto resolved. Raises `InputError` for one that this machine cannot do."""
+    """Resolve `--overlap auto`. Raises `InputError` for a kind that this machine does not support."""
     wanted = "serial" if config.overlap == "auto" else config.overlap  # the others are unmeasured
     if wanted in ("priority", "green-context") and device.type != "cuda":
         raise InputError(
@@ -46,7 +46,7 @@ def _no_green_context() -> str | None:
 
 
 class SamplingWorker:
-    """Runs draws one after another.
+    """Run sampling calls one after another.
 
     `serial`: at once, in the caller's thread. `stream`: in a thread with a CUDA stream of its own (on a CPU, in a
     thread).
@@ -104,6 +104,6 @@ class SamplingWorker:
                     entered.pop_context()
 
     def close(self) -> None:
-        """Drop what waits and wait for what runs."""
+        """Cancel queued calls and wait for the running one."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)

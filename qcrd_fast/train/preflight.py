@@ -1,5 +1,4 @@
-"""What is wrong with a run before anything of it is loaded: files, packages, devices, disk and memory. Imports no
-torch.
+"""Checks before a run loads anything: files, packages, devices, disk and memory. Imports no torch.
 
 A wrong option is named within a second, and not after a minute of loading.
 """
@@ -28,7 +27,7 @@ PACKAGES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "peft": "
 
 
 def check_start(config: TrainConfig, *, dry_run: bool = False, names: bool = True) -> None:
-    """Check what an option names: a file, folder, package or device; and whether the student fits. Rows are not read.
+    """Check the files, folders, packages and devices that options name, and whether the student fits. Reads no rows.
 
     With `dry_run` the output folder is checked as well, as `RunFolder` does. `names` False leaves names of the hub to
     `check_names`, which comes behind what is wrong with folders and rows. Raises `InputError` naming the option,
@@ -69,7 +68,7 @@ def check_names(config: TrainConfig) -> None:
 
 
 def require_memory(config: TrainConfig, parameters: int, free: int, where: str) -> None:
-    """Raises `InputError` where weights, gradients and AdamW's two moments alone (fp32) take more than is free."""
+    """Raise `InputError` if weights, gradients and AdamW's moments (fp32) alone exceed free memory."""
     needed = 4 * parameters * (1 if config.use_peft else 4) // (world_size() if config.fsdp else 1)
     if needed > free:
         raise InputError(
@@ -79,7 +78,7 @@ def require_memory(config: TrainConfig, parameters: int, free: int, where: str) 
 
 
 def _check_sizes(config: TrainConfig) -> None:
-    """What a local student takes at least, against the disk and, where it will be trained on the CPU, the memory."""
+    """Check a local student's minimum size against free disk and, for training on a CPU, free memory."""
     if config.resume and os.path.isfile(os.path.join(str(config.output_dir), RESULTS)):
         return  # a run that is done: there is nothing to train and nothing to write
     student = Path(str(config.student))
@@ -101,7 +100,7 @@ def _check_sizes(config: TrainConfig) -> None:
 
 
 def _has_gpu_driver() -> bool:
-    """Whether CUDA, or ROCm, can be there at all; torch says the rest."""
+    """Return whether a CUDA or ROCm driver is present; torch checks the rest."""
     with contextlib.suppress(OSError):
         ctypes.CDLL("libcuda.so.1")
         return True

@@ -1,4 +1,4 @@
-"""The questions of a run: what it trains on, what picks the best checkpoint, what is read once at the end."""
+"""The questions of a run: training, validation and test sets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The three question sets of a run, and what the training rows hash to."""
+    """The three question sets of a run, and the hash of the training rows."""
 
     train: list[Question]
     validation: list[Question]
@@ -93,7 +93,7 @@ def _samples(question: Question) -> int:
 
 
 def _digest(*parts: list[Question]) -> str:
-    """sha256 of what the parts are as text, one question at a time."""
+    """Return the sha256 of the parts as text, one question at a time."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{len(part)}\n".encode())

@@ -1,5 +1,4 @@
-"""What a person reads of a run: one training example, a line of progress, the student's rationales, and what it came
-to."""
+"""Text output of a run: a training example, progress lines, sample rationales, the final summary."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ LONGEST = 600  # characters of a question, rationale or answer that are printed
 
 
 def example_text(example: Example, student: Prompter, config: TrainConfig) -> str:
-    """One training example as the student sees it: the text of its tokens, special ones too, each line behind a bar so
-    that blanks show. The loss is over the tokens of the targets alone."""
+    """Format one training example as the student sees it, special tokens included; only targets have loss."""
     tasks = [("answer", example.predict, [("target", example.label)])]
     if candidates := _taught(example, config):
         sides = {True: "positive", False: "negative"}
@@ -65,8 +63,7 @@ def _barred(student: Prompter, tokens: TokenIds) -> list[str]:
 
 
 def progress_line(record: Mapping[str, Any], short: bool = False) -> str:
-    """Loss and its parts, active hinges, learning rate and speed of a record of `metrics.jsonl`; `short`: three of
-    them."""
+    """Format loss parts, active hinges, learning rate and speed of a metrics record; `short`: three of them."""
     if short:
         return f"loss {record['loss']:.3f}, lr {record['lr']:.2g}, {record['tokens_per_s']:,.0f} tok/s"
     parts = [f"{name} {record[key]:.3f}" for name, key in _PARTS if record.get(key) is not None]
@@ -102,7 +99,7 @@ def duration(seconds: float) -> str:
 def rationales_text(
     questions: Sequence[Question], rationales: Sequence[str], answers: Iterable[Mapping[str, Any]]
 ) -> str:
-    """What the student says of some validation questions; `answers` are the records of their answers."""
+    """Format the student's rationales of some validation questions; `answers` are the records of their answers."""
     lines = []
     for question, rationale, record in zip(questions, rationales, answers, strict=True):
         right = "right" if record["correct"] else f"wrong, it is {_flat(record['gold'])}"
@@ -115,8 +112,7 @@ def rationales_text(
 
 
 def _flat(text: str, end: bool = False) -> str:
-    """One printable line of at most `LONGEST` characters: the first ones, or those at the end, where a question
-    asks."""
+    """Return one printable line of at most `LONGEST` characters: the first ones, or with `end` the last ones."""
     line = " ".join(text.split())
     if len(line) > LONGEST:
         line = f"... {line[-LONGEST:]}" if end else f"{line[:LONGEST]} ..."
@@ -133,7 +129,7 @@ def accuracy_text(right: int, n: int, more: str = "") -> str:
 
 
 def summary_text(results: Mapping[str, Any], config: TrainConfig) -> str:
-    """A finished run for its user: folder, accuracy with its interval, and the commands that are likely next."""
+    """Format a finished run: folder, accuracy with its interval, and likely next commands."""
     run, n = str(config.output_dir).rstrip("/") or "/", results["n"]
     line = f"run folder {printable(run)}"
     if n:

@@ -52,14 +52,16 @@ class Schedule:
         return self.config.eval_steps or self.save_steps
 
     def questions(self, step: int) -> list[int]:
-        """Indices of the questions of a step: a slice of its epoch's seeded order, shorter at the end of an epoch."""
+        """Return the indices of a step's questions: a slice of its epoch's shuffled order, shorter at its end."""
         epoch, at = divmod(step, self.steps_per_epoch)
         order = np.random.Generator(np.random.Philox(key=[self.config.seed, epoch])).permutation(self.num_questions)
         return order[at * self.questions_per_step : (at + 1) * self.questions_per_step].tolist()
 
     def micro_batches(self, step: int, rank: int = 0) -> list[list[int]]:
-        """The step's questions that belong to a rank, every `world_size`-th of them, by micro-batch; the same number of
-        micro-batches for each rank, so that one is empty where a short step gives a rank fewer questions."""
+        """Return a rank's questions of a step by micro-batch: every `world_size`-th question.
+
+        All ranks get the same number of micro-batches; one is empty if a short step leaves a rank fewer questions.
+        """
         questions, size = self.questions(step), self.config.per_device_train_batch_size
         own = questions[rank :: self.world_size]
         return [own[i : i + size] for i in range(0, math.ceil(len(questions) / self.world_size), size)]

@@ -25,8 +25,7 @@ Weights = dict[str, Tensor]
 
 
 class Snapshots:
-    """One safetensors file for each iteration, written by a thread; the latest `in_memory` of them kept in host memory
-    as well.
+    """One safetensors file an iteration, written by a thread; the latest `in_memory` also stay in host memory.
 
     A call that needs a file, or its digest, waits for it and raises what writing it raised. Of several ranks the first
     writes, and all of them wait for it.
@@ -64,8 +63,10 @@ class Snapshots:
 
     @torch.no_grad()
     def save(self, iteration: int, model: torch.nn.Module) -> None:
-        """Take the weights as they are when work that was queued before this call is done. The training stream copies
-        them on the device and goes on; a stream of its own moves the copy to the host."""
+        """Snapshot the weights as of the work queued so far.
+
+        The training stream copies them on the device and continues; another stream moves the copy to the host.
+        """
         self.wait()
         device = next(model.parameters()).device
         weights = {n: unshard(p.detach()).to(torch.bfloat16, copy=True) for n, p in model.named_parameters()}
@@ -134,7 +135,7 @@ class Snapshots:
             parameter.copy_(weights[name], non_blocking=True)
 
     def prune(self, oldest: int, keep_initial: bool) -> None:
-        """Delete what no iteration from `oldest` on can ask for. Of several ranks the first does."""
+        """Delete snapshots older than `oldest`. Only rank 0 does."""
         for path in self.folder.glob("iteration-*.safetensors") if self.comm.first else ():
             number = path.stem.removeprefix("iteration-")
             if number.isdecimal() and int(number) < oldest and not (keep_initial and int(number) == 0):

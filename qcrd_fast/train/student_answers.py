@@ -1,4 +1,4 @@
-"""What the student's samples say: the answer each one ends in, against the votes of its question."""
+"""Parse the answers of the student's samples and compare them with the votes of their questions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from qcrd_fast.train.schedule import Schedule
 
 
 class StudentAnswers:
-    """Reads sampled negatives, each once. What a sample without a conclusion is expected to say depends on the samples
-    of its iteration up to its step and on nothing later, nor on how they were drawn: a resumed run sees the same, and
-    so do several processes. `questions`: those that `schedule` counts."""
+    """Parses each sampled negative once.
+
+    The expected answer of a sample without a conclusion depends only on samples of its iteration up to its step. So a
+    resumed run and several processes get the same result. `questions`: those that `schedule` counts.
+    """
 
     def __init__(self, questions: Sequence[Question], schedule: Schedule, eos: int):
         self.questions, self.schedule, self.eos = questions, schedule, eos
@@ -25,8 +27,7 @@ class StudentAnswers:
         self._tally, self._cases = Tally(), dict[str, Case]()
 
     def read(self, step: int, chunks: Mapping[int, Mapping[str, Negative]]) -> dict[str, Negative]:
-        """The negatives of a step's chunk, with their cases; `chunks`: those of its iteration, the ones up to it are
-        there."""
+        """Return the negatives of a step's chunk with their cases. `chunks`: those of its iteration up to this one."""
         iteration, chunk = self.schedule.chunk(step)
         if iteration != self._iteration or step < self._next - 1:
             if iteration != self._iteration:

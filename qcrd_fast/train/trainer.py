@@ -74,8 +74,9 @@ def train(
     judges: Judges | None = None,
     make_objective: Callable[..., Objective] = Objective,
 ) -> dict[str, Any]:
-    """Train a student as `config` says and return what `eval_results.json` holds. `data`: what `Data.load` made of
-    `config`, of a caller that has done that and, before it, what `preflight` checks.
+    """Train a student as `config` says; return the content of `eval_results.json`.
+
+    `data`: the result of `Data.load(config)`, if the caller has run it after `preflight`'s checks.
 
     `judges` take the place of those of `--quality`: objects with `scores(cases)`, for positives and for negatives.
     `make_objective` takes the arguments of `Objective` and gives what computes the loss, for experiments with one.
@@ -167,7 +168,7 @@ def _train(
             return trainer.finish()
     except OSError as error:
         room = disk_space_text(run.path, checkpointer.checkpoint_bytes(student, trainer.discriminator_trainer))
-        raise RunError(f"{run.path}: {error} (the next checkpoint: {room}); whole checkpoints are intact") from error
+        raise RunError(f"{run.path}: {error} (the next checkpoint: {room}); existing checkpoints are intact") from error
 
 
 def _plan(config: TrainConfig, data: Data, schedule: Schedule, student: Student) -> dict[str, Any]:
@@ -186,7 +187,7 @@ def _plan(config: TrainConfig, data: Data, schedule: Schedule, student: Student)
 
 
 class Trainer:
-    """A run in progress: its student, optimizer, discriminator, negatives and log."""
+    """A run in progress: student, optimizer, discriminator, negatives and log."""
 
     def __init__(
         self,
@@ -286,7 +287,7 @@ class Trainer:
         return strategy
 
     def describe(self) -> str:
-        """What is trained, where and for how long, on one line."""
+        """Describe student, device, steps and learning rate on one line."""
         config, schedule, device = self.config, self.schedule, self.student.device
         every = sum(p.numel() for p in self.student.model.parameters())
         trained = sum(p.numel() for p in self.student.model.parameters() if p.requires_grad)
@@ -302,13 +303,13 @@ class Trainer:
         )
 
     def example(self) -> str:
-        """An example of the first step, if possible with a rationale, as the student sees it."""
+        """Format an example of the first step, if possible one with a rationale."""
         first = [self.examples[i] for i in self.schedule.questions(0)]
         return example_text(next((e for e in first if e.positives), first[0]), self.student, self.config)
 
     @property
     def ended(self) -> bool:
-        """Whether no step is left: all are done, or the validations stopped the run early."""
+        """Whether the run is complete or was stopped early by its validations."""
         patience = self.config.early_stopping_patience
         return self.step >= self.schedule.total_steps or (patience is not None and self.stale >= patience)
 
@@ -395,7 +396,7 @@ class Trainer:
         ids = [self.examples[i].id for i in questions]
         if self.discriminator_trainer and counts["weighed"] and not counts["weight"]:
             raise RunError(
-                f"step {step + 1}: the discriminator weighs every rationale with 0; questions {', '.join(ids)}"
+                f"step {step + 1}: the discriminator assigns weight 0 to every rationale; questions {', '.join(ids)}"
             )
         losses = dict(zip(losses, self.comm.sum(torch.stack(list(losses.values()))), strict=True))
         norm = unshard(
@@ -513,14 +514,14 @@ class Trainer:
         self._check_discriminator("pretrained")
 
     def _is_wrong(self, candidate: Candidate) -> bool:
-        """Whether the discriminator learns from a candidate as from a wrong rationale of the student."""
+        """Return whether the discriminator trains on a candidate as a wrong rationale."""
         if candidate.source != "lagged" or self.config.effective("discriminator_agreeing") == "negative":
             return candidate.source == "lagged"
         case = candidate.case
         return case is None or not (case.agrees or case.rationale.truncated)
 
     def _check_discriminator(self, when: str) -> None:
-        """Calibrate the scores; where they do not tell right from wrong, weigh by the vote from here on."""
+        """Calibrate the scores; if they do not tell right from wrong, use the vote from now on."""
         trainer = self.discriminator_trainer
         assert trainer
 
@@ -535,7 +536,7 @@ class Trainer:
         log.info("discriminator, %s: %s", when, self.check.text)
         if self.check.refused:
             log.warning(
-                "discriminator, %s: refused, since its held-out AUC %s (--discriminator-min-auc %g); the vote weighs "
+                "discriminator, %s: rejected, since its held-out AUC %s (--discriminator-min-auc %g); the vote weighs "
                 "the rationales instead, as with --quality vote",
                 when, self.check.low_text, self.config.effective("discriminator_min_auc"),
             )  # fmt: skip
@@ -576,8 +577,7 @@ class Trainer:
         return {"discriminator_check": self.check.to_dict()} if self.check else {}
 
     def truncate_after(self, step: int) -> None:
-        """Cut the log and the negatives back to a step, 0 being all of what a run left that had no checkpoint yet;
-        results of a run that has steps to go are no longer its own."""
+        """Truncate log and negatives after a step (0: delete all), and delete results of an unfinished run."""
         self.log.truncate_after(step)
         if self.lagged:
             self.lagged.store.truncate_after(self.schedule.iteration(step) if step else -1)
@@ -585,7 +585,7 @@ class Trainer:
             self.comm.on_rank0(lambda: (self.run / RESULTS).unlink(missing_ok=True))
 
     def restore(self, resume_from: Path) -> None:
-        """Continue from a checkpoint; the student's weights are loaded already."""
+        """Resume from a checkpoint; the student's weights are loaded already."""
         if told := checkpoints.read_state(resume_from).get("discriminator_check"):
             self.check = Check(**told)
             if self.check.refused:
@@ -598,12 +598,12 @@ class Trainer:
         if self.audits.restore(state.get("failed_impl")):
             self._fall_back()
         if not self.log.path.exists():
-            log.warning("%s is gone; it begins anew", self.log.path)
+            log.warning("%s is missing; starting a new one", self.log.path)
         self.truncate_after(self.step)
         log.info("resuming from %s", resume_from)
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate the best checkpoint; returns what `eval_results.json` holds."""
+        """Evaluate the best checkpoint; return the content of `eval_results.json`."""
         self.optimizer.state.clear()
         told = dict(self.check.results) if self.check else {}
         if self.domains:
@@ -624,7 +624,7 @@ def _adamw(model: Any, config: TrainConfig) -> torch.optim.AdamW:
 
 @contextlib.contextmanager
 def _no_bars_of_transformers() -> Iterator[None]:
-    """Inside, no bars of its own for weights that are read or written: they would cut through that of the run."""
+    """Disable transformers' progress bars for weights; they would break the run's own bar."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,5 +1,4 @@
-"""JSON and YAML files as mappings of plain values: what a run wrote, if it can be read, or what a user wrote,
-checked."""
+"""Read JSON and YAML files as mappings of plain values, written by a run or by a user."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from qcrd_fast.errors import InputError
 
 
 def is_plain(path: Path) -> bool:
-    """Whether `path` is a file: not a link, which may lead out of a run, nor a pipe, which nobody may ever write to."""
+    """Return whether `path` is a regular file: no symlink (it may leave the run), no pipe (it may never end)."""
     return path.is_file() and not path.is_symlink()
 
 

@@ -1,7 +1,7 @@
-"""`--deterministic`: the same bits from the same GPU and versions, whatever ran before.
+"""`--deterministic`: identical bits on the same GPU and versions.
 
-Our kernels need nothing: each result is written once, nothing is added atomically, tiles follow from shapes and are not
-timed. torch's own choice of algorithm does, and an operation that has no deterministic one raises.
+The project's kernels are deterministic: each result is written once, nothing is added atomically, tiles follow from
+shapes, not from timing. torch has to be told, and raises for an operation without a deterministic algorithm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 @contextlib.contextmanager
 def _algorithms(deterministic: bool) -> Iterator[None]:
-    """Inside, torch takes deterministic algorithms alone, or any; afterwards it is as it was."""
+    """Allow only deterministic algorithms of torch, or any; restore the setting afterwards."""
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -32,7 +32,7 @@ def _algorithms(deterministic: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Inside, torch is deterministic if `wanted`; afterwards it is as it was."""
+    """Make torch deterministic if `wanted`; restore the setting afterwards."""
     if not wanted:
         yield
         return
@@ -50,13 +50,15 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def deterministic_already() -> contextlib.AbstractContextManager[None]:
-    """Inside, torch takes its usual algorithms: for work whose indices are unique and whose sums are in order, where
-    those that `deterministic` makes it take wait for the device, which a graph cannot hold."""
+    """Temporarily allow nondeterministic kernels: the deterministic ones synchronise, which CUDA graphs cannot capture.
+
+    Only for work whose indices are unique and whose sums have a fixed order.
+    """
     return _algorithms(deterministic=False)
 
 
 def require_deterministic(config: TrainConfig, device: torch.device, samples: bool) -> None:
-    """Raises `InputError` for options that `--deterministic` cannot be kept with on this device.
+    """Raise `InputError` for options that cannot be deterministic on this device.
 
     samples: the run draws negatives from its student.
     """

@@ -36,8 +36,11 @@ def make_autocast(device: torch.device, bf16: bool | None) -> Autocast:
 
 
 def choose_threads(device: torch.device, parameters: int) -> None:
-    """On a CPU, run a small student on one thread: threads wait for each other after each of its short operations,
-    which beside another busy process costs ten times what they could save. OMP_NUM_THREADS wins."""
+    """Run a small student on one CPU thread, unless OMP_NUM_THREADS is set.
+
+    Threads synchronise after each of its short operations; beside another busy process that costs ten times what they
+    save.
+    """
     if device.type == "cpu" and parameters < ONE_THREAD and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 

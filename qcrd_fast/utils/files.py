@@ -18,21 +18,22 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """`path` for a message: one printable line, whatever bytes the name has."""
+    """Return `path` as one printable line for a message, whatever bytes it contains."""
     name = os.fspath(path).encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def require_file(path: Path) -> None:
-    """Raises `InputError` for a device or pipe, such as /dev/null: a file that is renamed to its name would replace
-    it."""
+    """Raise `InputError` for a device or pipe such as /dev/null: a rename to its name would replace it."""
     if (path.exists() and not path.is_file()) or path.parent.resolve() == Path("/dev"):
         raise InputError(f"{path} is a device or pipe; name a file")
 
 
 def require_writable(folder: Path, option: str) -> None:
-    """Raises `InputError` naming `option` unless files can be made in `folder`, or where it is yet to be made; none is
-    left."""
+    """Raise `InputError` naming `option` unless files can be created in `folder`, or in its nearest existing parent.
+
+    Leaves no file behind.
+    """
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
@@ -86,7 +87,7 @@ def append_lines(path: Path, records: Iterable[dict[str, Any]], *, durable: bool
 
 
 def append_whole(descriptor: int, data: bytes) -> None:
-    """Append `data` in one write, on the disk when this returns; where that fails (`OSError`) the file is as it was."""
+    """Append `data` in one synced write. On failure (`OSError`) the file is unchanged."""
     size = os.fstat(descriptor).st_size
     try:
         if os.write(descriptor, data) != len(data):
@@ -102,7 +103,7 @@ def _lines(records: Iterable[dict[str, Any]]) -> str:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole records of a JSONL file; a cut or garbled line and all behind it are left out."""
+    """Read the records of a JSONL file up to the first damaged line."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -125,7 +126,7 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """What was written to a file, or the names in a folder, is on the disk when this returns."""
+    """Sync a file's content, or a folder's names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -134,13 +135,13 @@ def sync(path: Path) -> None:
 
 
 def disk_space_text(folder: Path, needed: int) -> str:
-    """ "N bytes needed, M bytes free" of a folder's disk, for a message."""
+    """Format "N bytes needed, M bytes free" of a folder's disk."""
     free = shutil.disk_usage(folder).free if folder.is_dir() else 0
     return f"{needed} bytes needed, {free} bytes free"
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a folder of ours; a link is unlinked, never followed."""
+    """Delete a folder of ours. A link is unlinked, never followed."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def own_randomness(device: torch.device, *key: Any) -> Iterator[None]:
-    """Inside, torch draws from `key` on the CPU and on `device`; afterwards its generators stand where they stood."""
+    """Seed torch from `key` on the CPU and on `device`; restore its generators afterwards."""
     import torch
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -15,7 +15,7 @@ _CGROUPS = (("", "memory.max", "anon"), ("memory", "memory.limit_in_bytes", "tot
 
 
 def free_bytes() -> int:
-    """What this process may still take: of the machine's memory, of its container's, of its own limit (`ulimit -v`)."""
+    """Return the memory this process may still allocate: limited by the machine, its container and `ulimit -v`."""
     found = [1 << 62]
     with contextlib.suppress(OSError, ValueError, KeyError):
         found.append(1024 * _figure(Path("/proc/meminfo"), "MemAvailable:"))
@@ -32,19 +32,19 @@ def free_bytes() -> int:
 
 
 def swap_bytes() -> int:
-    """What is free of the machine's swap."""
+    """Return the free swap of the machine."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         return 1024 * _figure(Path("/proc/meminfo"), "SwapFree:")
     return 0
 
 
 def _figure(path: Path, name: str) -> int:
-    """The number behind a name in a file of such lines."""
+    """Return the number after a name in a file such as /proc/meminfo."""
     return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}[name]
 
 
 def _unpacked_bytes(path: Path) -> int:
-    """The size of a file, of a gzip file what it says that it holds (less 4 GiB each that it does not say)."""
+    """Return a file's size; for gzip the size in its trailer, which is modulo 4 GiB."""
     size = path.stat().st_size
     with contextlib.suppress(OSError), open(path, "rb") as file:
         if size > 18 and file.read(2) == b"\x1f\x8b":
@@ -54,7 +54,7 @@ def _unpacked_bytes(path: Path) -> int:
 
 
 def require_room(path: Path) -> None:
-    """Raises `InputError` for a file of rows that cannot fit, rather than have the system kill the process for it."""
+    """Raise `InputError` for a file of rows that cannot fit in memory, before the system kills the process."""
     size = _unpacked_bytes(path) if path.is_file() else 0
     needed, free = int(ROWS_FACTOR * size), free_bytes()
     if size > free:  # what fits barely is tried

@@ -1,4 +1,4 @@
-"""Whether the hub can be reached at all, said at once and not after minutes of retries. Standard library only."""
+"""Check quickly whether the hub can be reached, without minutes of retries. Standard library only."""
 
 from __future__ import annotations
 

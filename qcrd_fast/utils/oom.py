@@ -1,4 +1,4 @@
-"""How much memory there is, and what to do when it does not suffice. Imports no torch."""
+"""Detect running out of memory and suggest options that help. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether an error says that there is no more memory, on the host or on a GPU."""
+    """Return whether an error means out of memory, on the host or on a GPU."""
     if isinstance(error, RunError) or not isinstance(error, RuntimeError):
         return isinstance(error, MemoryError)
     return type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in _SIGNS)
@@ -25,8 +25,7 @@ def is_exhausted(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explaining_oom(options: str, during: str = "", longest: Callable[[], str] | None = None) -> Iterator[None]:
-    """Where memory ends in here, `RunError` names the options that help and, where `longest` gives it, the longest
-    row."""
+    """Convert out-of-memory errors to a `RunError` that suggests options and names the longest row."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -40,8 +39,7 @@ def explaining_oom(options: str, during: str = "", longest: Callable[[], str] | 
 def explains_oom(
     during: str, options: Callable[[TrainConfig], str], longest: Callable[..., str] | None = None
 ) -> Callable[[Method], Method]:
-    """Decorator of a method of something with a `config`: `explaining_oom` around it. `longest` takes the method's
-    arguments."""
+    """Decorate a method of an object with a `config` with `explaining_oom`. `longest` takes the method's arguments."""
 
     def decorate(method: Any) -> Any:
         @functools.wraps(method)

@@ -21,13 +21,12 @@ _given: set[str] = set()  # values that options gave
 
 
 def hide_also(*values: Iterable[str]) -> None:
-    """From now on `redact` takes these out too, such as the values of headers; short ones are words, not secrets."""
+    """Let `redact` also remove these values, such as those of headers; short ones are taken for words."""
     _given.update(value for group in values for value in group if len(value) >= SHORTEST)
 
 
 def redact(text: str) -> str:
-    """`text` without the values of secret-looking environment variables and of `hide_also`, and without keys, tokens
-    and URL passwords."""
+    """Remove secrets from `text`: secret environment values, `hide_also`, keys, tokens and URL passwords."""
     for value in sorted(_given, key=len, reverse=True):
         text = text.replace(value, "***")
     for name, value in os.environ.items():
@@ -39,13 +38,12 @@ def redact(text: str) -> str:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Without secrets, and without characters that would act on a terminal: rows and models hold what anybody wrote."""
+    """Log formatter that removes secrets and escapes control characters: rows and models may hold anything."""
 
     def format(self, record: logging.LogRecord) -> str:
         return harmless(redact(super().format(record)))
 
 
 def harmless(text: str) -> str:
-    """`text` with control characters, all but newline and tab, and those that change the direction of writing as
-    escapes."""
+    """Escape control characters except newline and tab, and characters that change the writing direction."""
     return _ACTING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

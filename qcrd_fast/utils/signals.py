@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks the loop to finish its step and save, the second ends the process."""
+"""SIGINT and SIGTERM: the first one asks the loop to finish its step and save, the second ends the process."""
 
 from __future__ import annotations
 

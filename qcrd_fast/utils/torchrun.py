@@ -1,4 +1,4 @@
-"""What torchrun tells a process about itself. Imports no torch."""
+"""The environment that torchrun sets. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from qcrd_fast.errors import InputError
 
 
 def world_size() -> int:
-    """The number of processes that torchrun started; 1 without it. Raises `InputError` where WORLD_SIZE is no such
-    number."""
+    """Return the number of processes that torchrun started, else 1. Raises `InputError` if WORLD_SIZE is invalid."""
     return _read("WORLD_SIZE", 1, 1)
 
 
@@ -23,7 +22,7 @@ def rank() -> int:
 
 
 def only_process(what: str) -> None:
-    """Raises `InputError` under torchrun: `what` runs in one process."""
+    """Raise `InputError` under torchrun: `what` runs in one process."""
     if world_size() > 1:
         raise InputError(f"{what} runs in one process; start it without torchrun (WORLD_SIZE is {world_size()})")
 

@@ -76,7 +76,7 @@ class TestTrial4:
         damage(run / "checkpoint-4" / "model.safetensors", "last", random.Random(0))
         before = sorted(p.name for p in run.rglob("*"))
         done = crashes.warm.run(crashes.args(whole.student, run, resume="auto"))
-        assert done.code == 1 and "no whole checkpoint is left to resume from" in done.err, done.err
+        assert done.code == 1 and "no intact checkpoint is left to resume from" in done.err, done.err
         assert "state.json" in done.err and "model.safetensors" in done.err
         assert sorted(p.name for p in run.rglob("*")) == before  # nothing is deleted
 

@@ -106,7 +106,7 @@ class TestTrial10:
         run, sizes = tmp_path / "run", {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
         dead = Fault("dead", 2, "qcrd_fast.train.objective:Objective._quality")
         done = crashes.warm.run(crashes.args(crashes.wholes[1].student, run, **sizes), dead)
-        self.check(run, done, "the discriminator weighs every rationale with 0", [2])
+        self.check(run, done, "the discriminator assigns weight 0 to every rationale", [2])
 
     @pytest.mark.parametrize("student", [0, 1], ids=["t5", "llama"])
     def test_a_student_of_zeros(self, crashes: Crashes, student: int, tmp_path) -> None:

@@ -108,7 +108,7 @@ def test_a_refused_discriminator_is_said(tmp_path: Path) -> None:
         (
             0.55,
             False,
-            "held-out AUC 0.700, lower bound 0.550; refused (the lower bound must reach 0.6); the vote weighs",
+            "held-out AUC 0.700, lower bound 0.550; rejected (the lower bound must reach 0.6); the vote weighs",
         ),
         (0.65, False, "held-out AUC 0.700, lower bound 0.650; in use"),
         (None, True, "held-out AUC unknown; refused"),

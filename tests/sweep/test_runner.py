@@ -333,7 +333,7 @@ def test_what_refuses_the_first_three_runs_is_not_tried_on_the_rest(jobs, tmp_pa
     more = runner.plan(dataclasses.replace(jobs[0].config, output_dir=str(tmp_path / "out")), range(9), ("dss",), "toy")
     with pytest.raises(RunError, match="3 of 9 runs failed"):
         runner.run_jobs(more, tmp_path / "runs.csv")
-    assert "the other 6 are not tried" in caplog.text
+    assert "the other 6 are skipped" in caplog.text
 
 
 def test_other_options_or_other_data_are_not_taken_for_the_same_run(jobs, tmp_path) -> None:

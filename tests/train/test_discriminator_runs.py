@@ -72,7 +72,7 @@ def test_a_discriminator_that_cannot_tell_is_refused(rows_file, t5_folder, tmp_p
         and results["discriminator_refused"] is True
     )
     assert results["discriminator_auc"] == told["auc"]
-    (message,) = [r.getMessage() for r in caplog.records if "refused" in r.getMessage()]
+    (message,) = [r.getMessage() for r in caplog.records if "rejected" in r.getMessage()]
     assert f"lower bound of {told['auc_low']:.3f} (--discriminator-min-auc 0.6)" in message and "the vote" in message
     assert message in (whole / "run.log").read_text()
     train(settings(rows_file, t5_folder, tmp_path / "vote", quality="vote"))
@@ -80,7 +80,7 @@ def test_a_discriminator_that_cannot_tell_is_refused(rows_file, t5_folder, tmp_p
     assert metrics(whole)[0]["discriminator_auc_low"] == told["auc_low"] and metrics(whole)[0]["loss_d"] is None
     assert same(weights(whole), weights(tmp_path / "vote"))
     assert not list(whole.rglob("discriminator.safetensors"))
-    with pytest.raises(InputError, match="refused, since its held-out AUC has a lower bound of"):
+    with pytest.raises(InputError, match="rejected, since its held-out AUC has a lower bound of"):
         load_discriminator(str(whole))
     assert_equal(killed_and_resumed(monkeypatch, settings(rows_file, t5_folder, tmp_path / "run", **options)), whole)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
+
 import pytest
 
 from qcrd_fast import config
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.train.methods import METHODS, label_kind, samples_student
+from qcrd_fast.errors import InputError
+from qcrd_fast.train.methods import METHODS, Method, label_kind, samples_student
+from qcrd_fast.train.trainer import train
 
 
 def test_every_method_has_a_row():
@@ -38,3 +43,27 @@ def test_qcrd_samples_its_student_where_negatives_are_its_own_and_on_policy_meth
 def test_the_label_is_the_methods_own_unless_told():
     assert label_kind(TrainConfig(method="finetune")) == "gold" and label_kind(TrainConfig()) is None
     assert label_kind(TrainConfig(method="finetune", label="majority")) == "majority"
+
+
+def test_a_method_is_added_in_two_files(monkeypatch, rows_file, t5_folder, tmp_path):
+    """A name in `config` and a row of `train.methods`; `train` then runs it, here with the weights of `sft-all`."""
+    (field,) = [f for f in dataclasses.fields(TrainConfig) if f.name == "method"]
+    choices = (*config.METHODS, "twice")
+    monkeypatch.setattr(field, "metadata", types.MappingProxyType({**field.metadata, "choices": choices}))
+
+    def all_positives(share, positives, minority):
+        return [share / positives] * positives, []
+
+    monkeypatch.setitem(METHODS, "twice", Method(all_positives))
+
+    def loss(method):
+        options = TrainConfig(
+            data=str(rows_file), student=str(t5_folder), output_dir=str(tmp_path / method), method=method, max_steps=1,
+            per_device_train_batch_size=2, device="cpu", seed=1,
+        )  # fmt: skip
+        train(options)
+        return (tmp_path / method / "metrics.jsonl").read_text().split('"loss": ')[1].split(",")[0]
+
+    assert loss("twice") == loss("sft-all")
+    with pytest.raises(InputError, match="--method is one of"):
+        TrainConfig(method="thrice")

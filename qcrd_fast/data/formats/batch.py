@@ -1,4 +1,4 @@
-"""Batch files of the OpenAI API, and of servers that follow it: the output has the replies, the input the questions."""
+"""Batch files of the OpenAI API and compatible servers: replies in the output, questions in the input."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from qcrd_fast.data.schema import Rationale, RowError
 
 
 def read(row: Row) -> Parsed:
-    """The question of a conversation, and its reply as a sample. Without a reply, samples may stand in other columns.
+    """Read a conversation's question, and its reply as a sample. Without a reply, other columns may hold samples.
 
     Raises:
         RowError: it is no conversation of one question and at most one reply.

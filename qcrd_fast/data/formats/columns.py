@@ -1,4 +1,4 @@
-"""Rows of named columns: a question with samples in a list, with one sample, with a worked solution, or alone.
+"""Rows of named columns: a question with a list of samples, one sample, a worked solution, or nothing.
 
 Alpaca, distilabel, open-r1, prompt and completion, multiple choice and the like differ in names alone; `fields.ROLES`
 has these.
@@ -52,7 +52,7 @@ def read(row: Row, asked: str | None = None) -> Parsed:
 
 
 def question_text(row: Row) -> tuple[str, Any]:
-    """(text, choices that stand in the question's own object, or None)."""
+    """Return the question's text and the choices inside its object, or None."""
     key = row.key("question") or row.key("messages")
     if key is None:
         raise RowError("missing key 'question'")
@@ -235,8 +235,7 @@ def _numbered(row: Row) -> tuple[Rationale, ...] | None:
 
 
 def _worked(row: Row, question: Question) -> tuple[Question, tuple[Rationale, ...]]:
-    """The question, and its worked solution as a rationale; as the gold, from which the vote takes both, if it has a
-    mark."""
+    """Return the question and its worked solution: a rationale, or with an answer mark the gold."""
     key = row.key("solution")
     if key is None:
         return question, ()

@@ -25,21 +25,22 @@ _OWN = {"id", "premise", "hypothesis", "label", "question", "choices", "answer",
 
 
 def is_dss(row: Row) -> bool:
-    """Whether a row is one of svamp's or of the entailment sets; cqa's are known by the samples beside their file
-    alone."""
+    """Return whether a row is from svamp or the entailment sets; cqa is recognised by its sample files."""
     values = row.values
     return "premise" in values or ("input" in values and "label" in values and not row.has("completion"))
 
 
 def read(row: Row, files: DssFiles | None) -> Parsed:
-    """A row of a split's file; its sample stands in another file."""
+    """Read a row of a split's file; its sample is in another file."""
     row.read |= _OWN
     return Parsed(dss_row(row.values, files.split if files else None), kind="dss", unread=row.unread(), by_text=False)
 
 
 def dss_row(row: dict[str, Any], split: str | None) -> Question:
-    """A Distilling Step-by-Step row: svamp's `input` and `label`, cqa's `question`, `choices` and `answer`, or the
-    `premise`, `hypothesis` and `label` of its entailment sets."""
+    """Read a Distilling Step-by-Step row of svamp, cqa or the entailment sets.
+
+    Keys: `input` and `label`; `question`, `choices` and `answer`; `premise`, `hypothesis` and `label`.
+    """
     if "premise" in row:
         context: str | None = get_text(row, "premise", required=True)
         question, gold, task = get_text(row, "hypothesis", required=True), get_text(row, "label", required=True), "text"
@@ -55,8 +56,7 @@ def dss_row(row: dict[str, Any], split: str | None) -> Question:
 
 
 def dss_sample(text: str, source: str) -> Rationale:
-    """A released completion: the rationale up to "The answer is", and what follows it; the invented next questions
-    cut."""
+    """Split a released completion at "The answer is" and drop invented further questions."""
     text = _NEXT_QUESTION.split(text, maxsplit=1)[0]
     markers = list(_ANSWER_IS.finditer(text))
     if not markers:
@@ -73,7 +73,7 @@ class DssFiles(NamedTuple):
 
 
 def find_dss(path: Path, split: str | None) -> DssFiles | None:
-    """The files of a Distilling Step-by-Step folder or `NAME_{split}.json`; None where `path` is no such thing.
+    """Return the files of a Distilling Step-by-Step folder or `NAME_{split}.json`; None for another path.
 
     Raises:
         InputError: the folder lacks the split.

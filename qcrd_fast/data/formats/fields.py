@@ -1,4 +1,4 @@
-"""The values of a row by their role, whatever the key is called, and which keys were read.
+"""Look up a row's values by role, whatever their keys, and record which keys were read.
 
 `ROLES` is the one list of the names under which other tools write a question, a gold answer, a sample.
 """
@@ -86,7 +86,7 @@ _KNOWN = sorted(
 
 
 class Parsed(NamedTuple):
-    """What a format makes of one row."""
+    """One row as parsed by a format."""
 
     question: Question
     samples: tuple[Rationale, ...] = ()
@@ -136,12 +136,11 @@ class Row:
         return None if key is None else self.take(key)
 
     def skip(self, *roles: str) -> None:
-        """Count the first key of these roles as read: a format took what it holds from elsewhere."""
+        """Mark the first key of these roles as read; the format has its content from elsewhere."""
         self.read |= {key for role in roles if (key := self.key(role)) is not None}
 
     def numbered(self) -> dict[str, list[str]]:
-        """Columns of one sample each, such as response_1 and response_2, by what they are called without their
-        number."""
+        """Return numbered sample columns such as response_1 and response_2, by name without number."""
         found: dict[str, list[tuple[int, str]]] = {}
         for name, key in self._keys.items():
             match = _NUMBERED.fullmatch(name)
@@ -161,8 +160,7 @@ class Row:
         return pairs
 
     def options(self) -> list[tuple[str, str]]:
-        """(label, key) of columns of one option each, such as A, option_b or choice3, in order, without the blank
-        ones."""
+        """Return (label, key) of option columns such as A, option_b or choice3, in order, without blank ones."""
         found: dict[tuple[str, bool], dict[str, str]] = {}
         for name, key in self._keys.items():
             if match := _OPTION.fullmatch(name):

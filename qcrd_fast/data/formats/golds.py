@@ -1,4 +1,4 @@
-"""What belongs to a question beside its text: choices in every form, a gold answer in every form."""
+"""Parse choices and gold answers in all their forms."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def make_question(row: Row, text: str, *, gold_key: str | None = AUTO) -> Questi
 
 
 def gold_keys(row: Row) -> list[str]:
-    """The keys of a gold answer, the clearest first. Beside samples, `correct: true` or `correct: 2` is none.
+    """Return the keys of a gold answer, clearest first. Beside samples, `correct: true` or `correct: 2` is not one.
 
     Raises:
         RowError: a label beside a reply that says true or false, or 1 or 0, so is of the reply or a gold.
@@ -77,7 +77,7 @@ def gold_keys(row: Row) -> list[str]:
 
 
 def _is_flag(value: Any, digits: str = "") -> bool:
-    """Whether a value says of samples whether they are right, or how many are."""
+    """Return whether a value tells if samples are right, or how many."""
     if isinstance(value, bool):
         return True
     text = (str(int(value)) if value == int(value) else str(value)) if isinstance(value, int | float) else value
@@ -124,7 +124,7 @@ def _plain_value(value: Any) -> Any:
 
 
 def parse_choices_value(value: Any, key: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(texts, labels) of choices: a list of texts or of objects, {"text": [...], "label": [...]} or {"A": text, ...}.
+    """Return (texts, labels) of choices: a list of texts or objects, {"text": [...], "label": [...]} or {"A": text}.
 
     Raises:
         RowError: they are none of these.

@@ -11,7 +11,7 @@ _OWN = {"input", "chain", "completion", "answer", "initial_correct"}
 
 
 def is_mentor_kd(row: Row) -> bool:
-    """Whether a row has `input` and another key of Mentor-KD's, and none that another tool's row would have.
+    """Return whether a row has `input` and another Mentor-KD key, and no key of another tool.
 
     A `completion` is the answer of a `chain`; alone it is another tool's sample.
     """

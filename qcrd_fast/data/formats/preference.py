@@ -1,4 +1,4 @@
-"""Preference pairs: the chosen reply and the rejected one are a sample each, and the chosen one is the majority."""
+"""Preference pairs: chosen and rejected replies are samples, and the chosen one is the majority."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of formats: how each is recognised by the keys of its rows, and what reads it.
+"""The table of formats: the keys that identify each, and its reader.
 
 To add a format, write `read(row) -> Parsed` in a file of this folder and a line in `FORMATS`, before every entry that
 would claim its rows too. Where only a name differs, add the name to `fields.ROLES` instead.
@@ -16,7 +16,7 @@ from qcrd_fast.data.formats.golds import is_api_choices
 
 
 class Context(NamedTuple):
-    """What a reader may need beside the row."""
+    """What a reader may need beside the row: file, folder, batch input."""
 
     name: str = ""  # of the file, without its suffix
     dss: dss.DssFiles | None = None

@@ -1,4 +1,4 @@
-"""One sample, in the forms in which samples stand in lists: text, an object, a message, an API's choice, a chat."""
+"""Parse one sample of a list: text, object, message, API choice, or chat."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def is_reasoning(key: str) -> bool:
 
 
 def is_cut(values: Mapping[str, Any]) -> bool:
-    """Whether a sample's own keys say that it was cut at its maximum length, as finish_reason "length" does."""
+    """Return whether a sample's keys say that it reached its maximum length, such as finish_reason "length"."""
     return any(_says_cut(_FLAGS[name], value) for key, value in values.items() if (name := plain(key)) in _FLAGS)
 
 
@@ -142,8 +142,7 @@ def _object(item: dict[str, Any], where: str, unread: set[str]) -> Rationale:
 def with_reasoning(
     reasoning: str, reply: str | None, values: Mapping[str, Any], answer: str | None, source: str | None
 ) -> Rationale:
-    """A sample of reasoning, which is never voted on: it ends in the reply or in the answer, at the key `answer` of
-    `values`.
+    """Return a sample with reasoning, which never votes; it ends in the reply or in the answer at key `answer`.
 
     An answer of more than a few words is itself the reply. Reasoning that came to neither is left open, so unreadable.
     """

@@ -1,5 +1,4 @@
-"""What a conversation says: turns as chat APIs have them (role and content), and as ShareGPT has them (from and
-value)."""
+"""Parse conversations: turns with role and content (chat APIs), or from and value (ShareGPT)."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ _INST = re.compile(r"(?:<s>)?\s*\[INST\]\s*(<<SYS>>.*?<</SYS>>)?((?:(?!\[/?INST\
 
 
 def is_turns(value: Any) -> bool:
-    """Whether a value is a conversation: a list of objects with a role and what was said."""
+    """Return whether a value is a conversation: a list of objects with a role and content."""
     return isinstance(value, list) and bool(value) and all(_is_turn(turn) for turn in value)
 
 
@@ -84,7 +83,7 @@ def _role(turn: dict[str, Any]) -> tuple[Any, str | None]:
 
 
 def reply_text(turn: dict[str, Any]) -> str:
-    """What a message says, after its reasoning where that stands apart.
+    """Return a message's text, after its separate reasoning.
 
     Raises:
         RowError: it says nothing, or no text.
@@ -104,8 +103,7 @@ def reply_text(turn: dict[str, Any]) -> str:
 
 
 def unwrap_template(text: str, where: str) -> tuple[str, bool]:
-    """(the user's turn, whether there is a system prompt) of a prompt in which a chat template was filled in; else the
-    text.
+    """Return the user's turn of a rendered chat template and whether it has a system prompt; else the text.
 
     Raises:
         RowError: it holds no turn of the user, several, or a reply.
@@ -132,8 +130,7 @@ def unwrap_template(text: str, where: str) -> tuple[str, bool]:
 
 
 def as_list(value: Any) -> Any:
-    """A list of objects that stands in columns, {"role": [...], "content": [...]}, or in JSON text (in CSV), as a list;
-    else `value`."""
+    """Convert a columnar or JSON-encoded list of objects to a list; return other values unchanged."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             value = json.loads(value)
