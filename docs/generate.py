@@ -250,6 +250,7 @@ def numbers_markdown() -> str:
 
 def demo_svg(rows: list[dict[str, str]]) -> str:
     """A dot a seed and a line at the mean, for each method of bench/results/demo.csv: its latest run of each seed."""
+    rows = [row for row in rows if row["seed"]]
     name = next(column for column in ("student", "method") if column in rows[0])
     value = next(column for column in ("sound_reasoning", "accuracy") if rows[0].get(column))
     latest = {(row[name], row["seed"]): float(row[value]) for row in rows if row[value]}
