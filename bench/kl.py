@@ -11,6 +11,7 @@ Every token's divergence is trained on, as a mean. Suffixes: T tokens, H and G h
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -218,7 +219,7 @@ def run_case(case: Case, device: torch.device, names: Sequence[str], repeats: in
     batch = make_batch(case, device, case.tokens)
     gradients = (batch.hidden_TH.nbytes + batch.weight_VH.nbytes) / 2**20
     alive = [row for row in rows if row["status"] == "ok"]
-    calls = [lambda name=row["provider"]: forward_backward(name, batch) for row in alive]
+    calls: list[Callable[[], Any]] = [functools.partial(forward_backward, row["provider"], batch) for row in alive]
     for row, call in zip(alive, calls, strict=True):
         log.info("%s: memory", row["provider"])
         row["peak_mib"] = timing.peak_mib(call, device)
@@ -248,7 +249,8 @@ def find_truth(batch: Batch) -> tuple[float, Tensor, Tensor]:
     else:
         loss_TV = beta * q_TV * (q_TV / m_TV).log() + (1 - beta) * p_TV * (p_TV / m_TV).log()
     loss = loss_TV.sum() / len(p_TV)
-    return float(loss.detach()), *torch.autograd.grad(loss, (batch.hidden_TH, batch.weight_VH))
+    dhidden_TH, dweight_VH = torch.autograd.grad(loss, (batch.hidden_TH, batch.weight_VH))
+    return float(loss.detach()), dhidden_TH, dweight_VH
 
 
 def run_bench(

@@ -121,6 +121,13 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
         ("recipe", "student", "method", "options", "seed", "data"),
         ("recipe", "method", "options", "seed", "accuracy", "n", "evaluated_on", "gpu_minutes", "device", "commit"),
     ),
+    "active": (
+        "What to ask a teacher about",
+        "Accuracy after each round of active runs (docs/active.md), bits of single questions left out: "
+        "`python -m qcrd_fast.bench.active`, read with `--table`.",
+        ("arm", "seed", "round"),
+        ("arm", "seed", "round", "tokens", "asked", "no_fault", "kept", "accuracy", "mean_nll_kept", "cpu_s", "commit"),
+    ),
     "study": (
         "What helps a student",
         "Every run of the study (docs/study.md), bits of single questions left out: "
@@ -141,6 +148,28 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
                 "faithful",
             ),
             *("nll_sound", "entropy", "cpu_s", "commit"),
+        ),
+    ),
+    "study-teacher": (
+        "What a teacher that gives more than text helps",
+        "Every run of the study with such teachers (docs/teacher-signal.md), bits of single questions left out: "
+        "`python -m qcrd_fast.bench.study`, read with `--table`.",
+        ("stage", "task", "family", "arm", "seed", "learning_rate", "epochs", "questions"),
+        (
+            *(
+                "stage",
+                "task",
+                "family",
+                "arm",
+                "seed",
+                "learning_rate",
+                "epochs",
+                "questions",
+                "accuracy",
+                "sound",
+                "faithful",
+            ),
+            *("nll_sound", "entropy", "student_tokens", "cpu_s", "commit"),
         ),
     ),
     "threads": (

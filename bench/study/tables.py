@@ -132,9 +132,9 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str]) -> None:
             + "|---" * 9
             + "|"
         )
-        many = [found.seeds >= FEWEST_SEEDS for _, found, _ in tests]
-        adjusted = holm([p if enough else 1.0 for (_, _, p), enough in zip(tests, many, strict=True)])
-        for (name, found, _), p, enough in zip(tests, adjusted, many, strict=True):
+        tested = [found.seeds >= FEWEST_SEEDS for _, found, _ in tests]
+        adjusted = holm([p if enough else 1.0 for (_, _, p), enough in zip(tests, tested, strict=True)])
+        for (name, found, _), p, enough in zip(tests, adjusted, tested, strict=True):
             told = f"{p:.2g}" if enough else "-"
             print(f"| {name} | {found.mean:+.3f} | {found.low:+.3f} to {found.high:+.3f} | {found.seeds} | {told} |")
         print(

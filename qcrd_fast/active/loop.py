@@ -376,8 +376,12 @@ class ActiveRun(Setup):
             best = max(values[: -config.flat_rounds])
             if max(values[-config.flat_rounds :]) <= best:
                 return f"flat: no validation of the last {config.flat_rounds} rounds was better than {best:.4f}"
-        if asked >= len(self.pool) or not last["asked"]:
+        if asked >= len(self.pool):
             return f"pool: {asked} of {len(self.pool)} questions were asked"
+        if not last["asked"]:
+            if last["exhausted"]:
+                return f"pool: --round-tokens {config.round_tokens} is less than a request may take"
+            return f"pool: {asked} of {len(self.pool)} questions were asked, and no other has a score to be chosen by"
         return f"rounds: {config.rounds} are done" if last["round"] >= config.rounds else None
 
     def _finish(self, rounds: list[dict[str, Any]], stopped: str, ledger: ActiveLedger) -> dict[str, Any]:

@@ -19,10 +19,10 @@ WRONG = "wrong: 12 - 5 is 7\nShe eats 5: 12 - 5 = 7.\nSo 7 are left.\nAnswer: 7"
 
 
 def talk(
-    replies: list[str], said: Explanation = SAID, mode: str = "repair", question: Question = QUESTION
+    replies: list[str], said: Explanation = SAID, mode: str = "repair", question: Question = QUESTION, show: str = "one"
 ) -> tuple[Outcome, list]:
     """The outcome of a conversation in which the teacher says these replies, and the requests."""
-    conversation = revise(question, said, mode, Prompts())
+    conversation = revise(question, said, mode, Prompts(), show)
     request, asked = next(conversation), []
     for reply in replies:
         asked.append(request)
@@ -53,6 +53,23 @@ def test_a_teacher_sees_one_step_at_a_time():
             assert (step.strip() in request.prompt) == (k <= i)
         assert ("Answer: 8" in request.prompt) == (i == 2)  # the answer is judged with the last step
         assert QUESTION.question in request.prompt
+
+
+@pytest.mark.parametrize("wrong", [1, 2, 3])
+def test_all_steps_in_one_request_give_the_same_repair(wrong):
+    outcome, [request] = talk([WRONG.replace("wrong:", f"Wrong {wrong}:")], show="all")
+    one_by_one, _ = talk(["right"] * (wrong - 1) + [WRONG])
+    told = [f"{i}. {step.strip()}" for i, step in enumerate(STEPS, 1)]
+    assert "\n".join([*told, "Answer: 8"]) in request.prompt
+    assert outcome.text.encode() == one_by_one.text.encode() and outcome.text.startswith("".join(STEPS[: wrong - 1]))
+    assert (outcome.wrong_step, outcome.critique, outcome.result) == (wrong, "12 - 5 is 7", "kept")
+
+
+@pytest.mark.parametrize("number", ["", " 0", " 4", " 12345"])
+def test_a_verdict_about_no_step_that_was_shown_is_none(number):
+    outcome, _ = talk([WRONG.replace("wrong:", f"wrong{number}:")], show="all")
+    assert (outcome.result, outcome.wrong_step, outcome.text) == ("unreadable verdict", None, None)
+    assert talk(["right"], Explanation("3 * 4 = 12. 12 - 5 = 7.", "7"), show="all")[0].result == "no fault"
 
 
 def test_a_rewrite_has_nothing_of_the_students():

@@ -49,7 +49,7 @@ class ActiveCrashes:
     def trial(self, seed: int, number: int) -> str | None:
         """What came out otherwise, or None."""
         rng = random.Random(f"{seed}/{number}")
-        where = []
+        where, codes = list[str](), list[int]()
         try:
             for _ in range(KILLS):
                 args = [*self.args, "--resume", "auto"]
@@ -59,11 +59,13 @@ class ActiveCrashes:
                     started = self.warm.start(args)
                     time.sleep(seconds)
                     os.kill(started[0], signal.SIGKILL)
-                    self.warm.wait(started)
+                    codes.append(self.warm.wait(started).code)
                 else:
                     point = rng.randrange(len(self.points) // KILLS)
                     where.append(f"point {point}")
-                    self.warm.run(args, Fault("kill", point), folder=self.run, timeout=600)
+                    codes.append(self.warm.run(args, Fault("kill", point), folder=self.run, timeout=600).code)
+            if codes[0] != -signal.SIGKILL:
+                return f"killed at {', '.join(where)}: the first one ended with {codes[0]} instead"
             done = self.warm.run([*self.args, "--resume", "auto"], timeout=600)
             if done.code:
                 return f"killed at {', '.join(where)}: the resume ended with {done.code}\n{done.err[-3000:]}"
