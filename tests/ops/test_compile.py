@@ -87,7 +87,9 @@ def test_hidden_states_stay_in_shared_memory(rows: list[Row]) -> None:
     """One program, nearly all of shared memory; 168 registers a thread at its start are all of a multiprocessor's for
     384."""
     resident = [row for row in rows if row["kernel"].startswith("resident_")]
-    assert Counter(row["kernel"] for row in resident) == {"resident_kernel": 5, "resident_da_kernel": 2}
+    compiled = Counter(row["kernel"] for row in resident)
+    # a ragged last chunk is another
+    assert compiled["resident_kernel"] == 5 and compiled["resident_da_kernel"] >= 2, compiled
     for row in resident:
         assert row["copy_engine"] and row["programs"] == 1 and row["registers"] == 168 and row["threads"] == 384, row
         assert row["shared"] >= 224 * 1024 and row["spills"] == 0 and row["step"].get("spill", 0) == 0, row
