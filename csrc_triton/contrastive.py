@@ -14,7 +14,6 @@ from torch import Tensor
 
 from csrc_triton.product import LAUNCH
 
-SELECTIONS = ("min", "max", "max-active", "sampling", "mean", "wmean", "softmin")  # those that `question_kernel` has
 NO_ONE = tl.constexpr(2**31 - 1)
 SOFTMIN_RATE = tl.constexpr(5.0)  # 1 / selection.SOFTMIN_TEMPERATURE
 

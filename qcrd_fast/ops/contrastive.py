@@ -38,14 +38,8 @@ def contrastive(
     score_R = None
     if any(selection.SELECTIONS[select].random for select in selects):
         score_R = selection.sampling_scores(seed, key_R, iteration, question_R, positive_R)
-    triton = chosen == "triton" and _has_kernel(selects)
+    triton = chosen == "triton" and all(selection.SELECTIONS[select].kernel for select in selects)
     return Contrast(*_contrastive(*segments, score_R, *selects, delta, num_questions, triton))
-
-
-def _has_kernel(selects: tuple[str, str]) -> bool:
-    from csrc_triton.contrastive import SELECTIONS
-
-    return all(select in SELECTIONS for select in selects)
 
 
 @torch.library.custom_op("qcrd_fast::contrastive", mutates_args=())

@@ -1,7 +1,7 @@
 """The table of selections (Table 5 of the paper) and their properties. Names and schemes are in `config`.
 
 A new selection is a name in `config` and a row of `SELECTIONS`: the oracle and the torch implementation read its
-properties. `csrc_triton.contrastive` has the selections of its `SELECTIONS`; others run in torch on a GPU too.
+properties.
 
 Shape suffix: R rationales.
 """
@@ -23,16 +23,17 @@ class Selection(NamedTuple):
     random: bool = False  # the largest keyed hash wins
     by_quality: bool = False  # the mean is weighted by quality
     soft: bool = False  # and by exp(order * l / SOFTMIN_TEMPERATURE)
+    kernel: bool = False  # `csrc_triton.contrastive` has it; else it runs in torch on a GPU too
 
 
 SELECTIONS = {
-    "min": Selection(single=True, order=-1),
-    "max": Selection(single=True),
-    "max-active": Selection(single=True, active_only=True),
-    "sampling": Selection(single=True, random=True),
-    "mean": Selection(single=False),
-    "wmean": Selection(single=False, by_quality=True),
-    "softmin": Selection(single=False, order=-1, by_quality=True, soft=True),
+    "min": Selection(single=True, order=-1, kernel=True),
+    "max": Selection(single=True, kernel=True),
+    "max-active": Selection(single=True, active_only=True, kernel=True),
+    "sampling": Selection(single=True, random=True, kernel=True),
+    "mean": Selection(single=False, kernel=True),
+    "wmean": Selection(single=False, by_quality=True, kernel=True),
+    "softmin": Selection(single=False, order=-1, by_quality=True, soft=True, kernel=True),
 }
 SOFTMIN_TEMPERATURE = 0.2  # nats/token; towards 0 it is min, towards infinity wmean
 MASK64 = 2**64 - 1
