@@ -1,4 +1,4 @@
-"""The token that a decoder gets before the first target token. Asked of the model, as some shift differently."""
+"""The token that a decoder gets before the first target token, read off the model, as some shift differently."""
 
 from __future__ import annotations
 

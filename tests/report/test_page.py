@@ -111,7 +111,7 @@ def test_a_refused_discriminator_is_said(tmp_path: Path) -> None:
             "held-out AUC 0.700, lower bound 0.550; rejected (the lower bound must reach 0.6); the vote weighs",
         ),
         (0.65, False, "held-out AUC 0.700, lower bound 0.650; in use"),
-        (None, True, "held-out AUC unknown; refused"),
+        (None, True, "held-out AUC unknown; rejected"),
     ):
         run = make_run(tmp_path / str(low), discriminator_min_auc=0.6)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
