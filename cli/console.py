@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import click
 
 from qcrd_fast.errors import InputError, RunError, Stopped
+from qcrd_fast.utils.files import FULL
 from qcrd_fast.utils.oom import is_exhausted
 from qcrd_fast.utils.redact import RedactingFormatter, harmless, redact
 
@@ -60,6 +61,10 @@ def run(call: Callable[[], Any]) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             _say(f"qcrd-fast: {os.fsdecode(error.filename or '')[:80]!r}: {error.strerror}")
             return InputError.exit_code
+        if isinstance(error, OSError) and error.errno in FULL:
+            place = f" ({os.fsdecode(error.filename)})" if error.filename else ""
+            _say(f"qcrd-fast: {error.strerror}{place}; free some, then run the same command again")
+            return RunError.exit_code
         if is_exhausted(error):
             _say("qcrd-fast: out of memory; less at a time helps: fewer rows, shorter texts, smaller batches")
         else:

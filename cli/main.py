@@ -76,7 +76,9 @@ for command in (active, bench, collect, export, report, score, score_teacher, se
 
 @cli.command(cls=Verb)
 @train_options(DEMO_DEFAULTS, hidden=("data", "test_data", "student"))
-@click.option("--compare", type=click.Choice(METHODS), help="also train by this method, in DIR/compare/METHOD")
+@click.option(
+    "--compare", type=click.Choice(METHODS), metavar="METHOD", help="also train by this method, in DIR/compare/METHOD"
+)
 @config_option
 @dry_run_option
 @json_option

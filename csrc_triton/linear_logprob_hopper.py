@@ -105,12 +105,12 @@ def product(
 
 @gluon.jit
 def multiply(
-    shared, numbers, outputs,
+    shared, scalars, outputs,
     WHICH: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, BLOCK_V: gl.constexpr,
     HAS_SCALE: gl.constexpr, EVEN_V: gl.constexpr, WANT_ENTROPY: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup 0 or 1 (WHICH): its 64 rows against the head's columns [begin, stop), with an online log-sum-exp."""
-    first_t, begin, stop, T, V, part, pitch, scale, slope = numbers
+    first_t, begin, stop, T, V, part, pitch, scale, slope = scalars
     max_ptr, sum_ptr, plogp_ptr, kept_ptr, kept_max_ptr = outputs
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_V, 16])
     rows_t = first_t + WHICH * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
@@ -172,12 +172,12 @@ def resident_kernel(
     stop = gl.where(gl.max((target_t != ignore_index).to(gl.int32), 0) > 0, stop, begin)  # all ignored: nothing to do
 
     shared = prepare(hidden_desc, weight_desc, STEPS, STAGES, BLOCK_V, BLOCK_H)
-    numbers = (first_t, begin, stop, T, V, part, pitch, scale, slope)
+    scalars = (first_t, begin, stop, T, V, part, pitch, scale, slope)
     outputs = (max_ptr, sum_ptr, plogp_ptr, kept_ptr, kept_max_ptr)
     gl.warp_specialize(
         [
-            (multiply, (shared, numbers, outputs, 0, STEPS, STAGES, BLOCK_V, HAS_SCALE, EVEN_V, WANT_ENTROPY, KEEP)),
-            (multiply, (shared, numbers, outputs, 1, STEPS, STAGES, BLOCK_V, HAS_SCALE, EVEN_V, WANT_ENTROPY, KEEP)),
+            (multiply, (shared, scalars, outputs, 0, STEPS, STAGES, BLOCK_V, HAS_SCALE, EVEN_V, WANT_ENTROPY, KEEP)),
+            (multiply, (shared, scalars, outputs, 1, STEPS, STAGES, BLOCK_V, HAS_SCALE, EVEN_V, WANT_ENTROPY, KEEP)),
             (fetch, (hidden_desc, weight_desc, shared, first_t, begin, stop, STEPS, STAGES, BLOCK_V, BLOCK_H)),
         ],
         [4, 1],
@@ -187,12 +187,12 @@ def resident_kernel(
 
 @gluon.jit
 def differentiate(
-    shared, numbers, rows,
+    shared, scalars, rows,
     WHICH: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, BLOCK_V: gl.constexpr,
     HAS_SCALE: gl.constexpr, HAS_PROBLOG: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup 0 or 1 (WHICH): d loss / d a of its 64 rows and columns [begin, stop)."""
-    first_t, begin, stop, first_col, S, pitch, scale, slope = numbers
+    first_t, begin, stop, first_col, S, pitch, scale, slope = scalars
     target_ptr, lse_ptr, onehot_ptr, prob_ptr, problog_ptr, da_ptr = rows
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_V, 16])
     rows_t = first_t + WHICH * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
@@ -235,12 +235,12 @@ def resident_da_kernel(
     begin = first_col + gl.program_id(1) * part_size
     stop = gl.minimum(begin + part_size, last_col)
     shared = prepare(hidden_desc, weight_desc, STEPS, STAGES, BLOCK_V, BLOCK_H)
-    numbers = (first_t, begin, stop, first_col, S, pitch, scale, slope)
+    scalars = (first_t, begin, stop, first_col, S, pitch, scale, slope)
     rows = (target_ptr, lse_ptr, onehot_ptr, prob_ptr, problog_ptr, da_ptr)
     gl.warp_specialize(
         [
-            (differentiate, (shared, numbers, rows, 0, STEPS, STAGES, BLOCK_V, HAS_SCALE, HAS_PROBLOG)),
-            (differentiate, (shared, numbers, rows, 1, STEPS, STAGES, BLOCK_V, HAS_SCALE, HAS_PROBLOG)),
+            (differentiate, (shared, scalars, rows, 0, STEPS, STAGES, BLOCK_V, HAS_SCALE, HAS_PROBLOG)),
+            (differentiate, (shared, scalars, rows, 1, STEPS, STAGES, BLOCK_V, HAS_SCALE, HAS_PROBLOG)),
             (fetch, (hidden_desc, weight_desc, shared, first_t, begin, stop, STEPS, STAGES, BLOCK_V, BLOCK_H)),
         ],
         [4, 1],

@@ -81,7 +81,7 @@ def resident_tile(H: int) -> Tile:
 
     def made(block_h: int) -> Tile:
         hidden, stage = 2 * 128 * -(-H // block_h) * block_h, 2 * 128 * block_h
-        return Tile(128, 128, block_h, 8, min(8, (RESIDENT_BYTES - hidden) // stage), True, True)
+        return Tile(128, 128, block_h, 8, min(8, (RESIDENT_BYTES - hidden) // stage), True, resident=True)
 
     return made(64) if made(64).num_stages >= 4 else made(32)
 

@@ -158,7 +158,7 @@ def _linear_kl(
     student, teacher, beta = _heads(tensors, (beta, scale, softcap, temperature, teacher_scale, teacher_softcap))
     with torch.autocast(hidden_TH.device.type, enabled=False), torch.cuda.device_of(hidden_TH):
         if triton:
-            import csrc_triton.linear_kl as kernels
+            from csrc_triton import linear_kl as kernels
 
             of_rows: Any = kernels.forward(kernels.Head(*student), kernels.Head(*teacher), valid_T, beta)
             kept: Any = [hidden_TH.new_empty(0, dtype=torch.float32) for _ in range(2)]

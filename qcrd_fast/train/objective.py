@@ -35,7 +35,7 @@ from qcrd_fast.train.examples import Candidate, Example, longest_text
 from qcrd_fast.train.judging import Judges, weight_kind
 from qcrd_fast.train.methods import method_of
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.train.teaching import Asked, Covered, Teaching, Whole, asked_of, pad_all, padded
+from qcrd_fast.train.teaching import Covered, TargetText, Teaching, Whole, asked_of, pad_all, padded
 from qcrd_fast.train.token_weights import TokenScores, log_ratio
 from qcrd_fast.utils.oom import explains_oom, for_training
 
@@ -472,10 +472,10 @@ class Objective:
         )
         return loss, value_R
 
-    def _label_asked(self, batch: Sequence[Example]) -> list[Asked]:
+    def _label_asked(self, batch: Sequence[Example]) -> list[TargetText]:
         """`_label_targets` as a teacher is asked for them."""
-        labels = [Asked(e, PREDICT, e.label, e.answer) for e in batch]
-        return labels + [Asked(e, REASON, e.reason[1]) for e in batch if e.reason]
+        labels = [TargetText(e, PREDICT, e.label, e.answer) for e in batch]
+        return labels + [TargetText(e, REASON, e.reason[1]) for e in batch if e.reason]
 
     def _label_targets(
         self, batch: Sequence[Example], num_questions: int

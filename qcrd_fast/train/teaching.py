@@ -39,7 +39,7 @@ DEMONSTRATION = "A worked solution:\n{context}\n\nThe question:\n"  # what sdft'
 REFERENCE_BATCH = 64  # questions whose reference log-probs are made at once
 
 
-class Asked(NamedTuple):
+class TargetText(NamedTuple):
     """A target of a pass: whose question, which task's prompt, and its tokens."""
 
     example: Example
@@ -69,15 +69,15 @@ class Teaching:
     moving: torch.nn.Module | None = None  # weights that change while the run trains, and are kept in its checkpoints
     weights: torch.nn.Module | None = None  # that this holds in the device's memory
 
-    def scores(self, asked: Sequence[Asked]) -> Tensor:
+    def scores(self, asked: Sequence[TargetText]) -> Tensor:
         """log p [T] of each token of some targets, one target behind the other [nats], detached."""
         raise NotImplementedError
 
-    def top(self, asked: Sequence[Asked]) -> Covered:
+    def top(self, asked: Sequence[TargetText]) -> Covered:
         """The teacher's likeliest tokens at each place of some targets."""
         raise NotImplementedError
 
-    def whole(self, asked: Sequence[Asked]) -> Whole:
+    def whole(self, asked: Sequence[TargetText]) -> Whole:
         """The teacher's distribution at each place of some targets, detached."""
         raise NotImplementedError
 
@@ -112,7 +112,7 @@ class ModelTeaching(Teaching):
             self._sources[key] = self.model.source_ids(prefix, text)
         return self._sources[key]
 
-    def _laid_out(self, asked: Sequence[Asked]) -> tuple[list[TokenIds], list[TokenIds], list[int]]:
+    def _laid_out(self, asked: Sequence[TargetText]) -> tuple[list[TokenIds], list[TokenIds], list[int]]:
         """(sources, targets, source of each target): a prompt that several targets follow is read once."""
         at: dict[tuple[str, str], int] = {}
         for a in asked:
@@ -121,14 +121,14 @@ class ModelTeaching(Teaching):
         sources = [self.source(of[key], key[1]) for key in at]
         return sources, [a.tokens for a in asked], [at[a.example.id, a.prefix] for a in asked]
 
-    def scores(self, asked: Sequence[Asked]) -> Tensor:
+    def scores(self, asked: Sequence[TargetText]) -> Tensor:
         return self.model.logprob(*self._laid_out(asked))
 
-    def top(self, asked: Sequence[Asked]) -> Covered:
+    def top(self, asked: Sequence[TargetText]) -> Covered:
         _, found = self.model.top(*self._laid_out(asked), self.config.top_logprobs, self.config.kd_temperature)
         return _within(found, self.rows)
 
-    def whole(self, asked: Sequence[Asked]) -> Whole:
+    def whole(self, asked: Sequence[TargetText]) -> Whole:
         return Whole(self.model.hidden(*self._laid_out(asked)).hidden, self.model.head)
 
 
@@ -154,7 +154,7 @@ class ServerTeaching(Teaching):
     def __init__(self, scorer: ServerScorer, device: torch.device):
         self.scorer, self.device = scorer, device
 
-    def scores(self, asked: Sequence[Asked]) -> Tensor:
+    def scores(self, asked: Sequence[TargetText]) -> Tensor:
         sources = [a.example.explain if a.prefix == EXPLAIN else a.example.predict for a in asked]
         found = self.scorer.score(sources, [a.tokens for a in asked])
         return torch.tensor([x for each in found for x in each.logprob], device=self.device)
@@ -166,7 +166,7 @@ class ReferenceTeaching(Teaching):
     def __init__(self, known: Mapping[str, Sequence[Sequence[float]]], device: torch.device):
         self.known, self.device = known, device
 
-    def scores(self, asked: Sequence[Asked]) -> Tensor:
+    def scores(self, asked: Sequence[TargetText]) -> Tensor:
         """0 for targets that are no minority."""
         found: list[float] = []
         for example, _, tokens, _ in asked:
@@ -183,13 +183,13 @@ class FileTeaching(Teaching):
         self.rows = len(student.head.weight)
         self._found: dict[tuple[str, str, str], TopK] = {}
 
-    def _find(self, asked: Asked) -> TopK:
+    def _find(self, asked: TargetText) -> TopK:
         key = asked.example.id, asked.prefix, asked.text
         if key not in self._found:
             self._found[key] = find_top(self.files, asked.example.text, asked.prefix, asked.text, asked.tokens)
         return self._found[key]
 
-    def top(self, asked: Sequence[Asked]) -> Covered:
+    def top(self, asked: Sequence[TargetText]) -> Covered:
         found = [self._find(a) for a in asked]
         ids_TK = torch.cat([f.ids_TK for f in found]).to(self.device)
         logq_TK = torch.cat([f.logprob_TK for f in found]).to(self.device)
@@ -252,9 +252,9 @@ def _of_files(config: TrainConfig, student: Student, examples: Sequence[Example]
             "--no-teacher-tail, or score-teacher --temperature"
         )
     teaching = FileTeaching(files, config, student)
-    targets = [Asked(e, EXPLAIN, c.tokens, c.text) for e in examples for c in e.positives]
+    targets = [TargetText(e, EXPLAIN, c.tokens, c.text) for e in examples for c in e.positives]
     covered = [bool(teaching.top([asked]).covered_T.any()) for asked in targets]
-    labels = [bool(teaching.top([Asked(e, PREDICT, e.label, e.answer)]).covered_T.any()) for e in examples]
+    labels = [bool(teaching.top([TargetText(e, PREDICT, e.label, e.answer)]).covered_T.any()) for e in examples]
     if not any(covered) and not any(labels):
         raise InputError(
             f"--teacher-logprobs: {config.teacher_logprobs} holds nothing of these rows: of {len(targets)} rationales "
@@ -336,12 +336,12 @@ def _fits(known: Any, examples: Sequence[Example]) -> bool:
     return {i: [len(each) for each in rows] for i, rows in known.items()} == wanted
 
 
-def asked_of(batch: Sequence[Example], candidates: Sequence[Candidate], question: Sequence[int]) -> list[Asked]:
+def asked_of(batch: Sequence[Example], candidates: Sequence[Candidate], question: Sequence[int]) -> list[TargetText]:
     """The rationales of a pass as a teacher is asked for them."""
-    return [Asked(batch[q], EXPLAIN, c.tokens, c.text) for c, q in zip(candidates, question, strict=True)]
+    return [TargetText(batch[q], EXPLAIN, c.tokens, c.text) for c, q in zip(candidates, question, strict=True)]
 
 
-def padded(asked: Sequence[Asked], pad: int | None) -> list[Asked]:
+def padded(asked: Sequence[TargetText], pad: int | None) -> list[TargetText]:
     """The targets at one length; as they are where `pad` is None."""
     if pad is None:
         return list(asked)

@@ -84,7 +84,13 @@ def test_room_of_a_resident_tile() -> None:
 
 
 RING = Work(
-    Tile(128, 128, 64, 8, 5, True, True), 2, step_bytes=16384, serial=0, shared=0, refills=False, shares_ring=True
+    Tile(128, 128, 64, 8, 5, True, resident=True),
+    2,
+    step_bytes=16384,
+    serial=0,
+    shared=0,
+    refills=False,
+    shares_ring=True,
 )
 
 

@@ -274,7 +274,7 @@ def test_what_is_refused(student):
         model(**{**batch, "target": batch["target"][:, :-1]})
     with pytest.raises(ValueError, match=r"number the sequences from 0 to 2; nn\.DataParallel cannot"):
         model(**{k: v[-3:] if torch.is_tensor(v) and len(v) == len(batch["target"]) else v for k, v in batch.items()})
-    with pytest.raises(ValueError, match="labels must stand behind"):
+    with pytest.raises(ValueError, match="labels must come after"):
         model(**{**batch, "is_label": batch["is_label"].flip(0)})
 
 

@@ -292,8 +292,8 @@ class TestTrial15:
         code = (
             "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30));"
             "from qcrd_fast.utils.oom import free_bytes; assert 0 < free_bytes() < 1 << 30; from pathlib import Path\n"
-            "from qcrd_fast.utils.oom import relieved_by\n"
-            "with relieved_by('--smaller'): bytearray(2 << 30)"
+            "from qcrd_fast.utils.oom import explaining_oom\n"
+            "with explaining_oom('--smaller'): bytearray(2 << 30)"
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert "RunError: out of memory" in done.stderr and "what helps: --smaller" in done.stderr

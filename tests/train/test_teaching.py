@@ -120,7 +120,7 @@ def test_opd_lowers_the_held_out_kl(seed, trained_mentor, llama_folder, rows_fil
 def test_sdfts_teacher_reads_a_rationale_first(llama_folder, rows_file, tmp_path):
     from qcrd_fast.data.load import load_questions
     from qcrd_fast.train.examples import make_examples
-    from qcrd_fast.train.teaching import Asked, SelfTeaching
+    from qcrd_fast.train.teaching import SelfTeaching, TargetText
 
     student = Student.load(str(llama_folder), PromptSettings())
     config = config_of("sdft", rows_file, llama_folder, tmp_path, teacher_ema=0.75)
@@ -132,7 +132,7 @@ def test_sdfts_teacher_reads_a_rationale_first(llama_folder, rows_file, tmp_path
     ids = teaching.source(example, EXPLAIN)
     first = student.target_ids(example.positives[0].text)[:-1]
     assert any(ids[i : i + len(first)] == first for i in range(len(ids))) and ids[-4:] == example.explain[-4:]
-    asked = [Asked(example, EXPLAIN, student.target_ids("So 5."))]
+    asked = [TargetText(example, EXPLAIN, student.target_ids("So 5."))]
     student.model.eval()
     plain = LocalTeacher(student).logprob([example.explain], [asked[0].tokens], [0])
     assert (teaching.scores(asked) - plain).abs().max() > 1e-4  # it knows more
