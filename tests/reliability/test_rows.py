@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import logging
 import os
@@ -255,6 +256,7 @@ class TestTrial15:
     ) -> None:
         rows = tmp_path / "rows.jsonl"
         rows.write_bytes(row("a"))
+        importlib.import_module("qcrd_fast.train.preflight")  # imported now, else it would keep the function below
         monkeypatch.setattr(memory, "free_bytes", lambda: 10)
         assert entry(["train", "--data", str(rows), "--student", "x", "--output-dir", str(tmp_path / "run")]) == 2
         assert "GB are free; take part of its rows, such as: shuf" in capsys.readouterr().err
