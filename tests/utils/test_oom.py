@@ -67,7 +67,7 @@ STAGES = {
     ),
     "the discriminator's training": (Discriminator, "rate", "--discriminator-batch-size 2", "longest row there: q"),
     "the sampler": (LaggedNegatives, "_autocasts", "--sample-batch-size 32", "prompt tokens"),
-    "sampling negatives": (Sampler, "draw", "--sample-batch-size 32", "prompt tokens"),
+    "sampling negatives": (Sampler, "generate", "--sample-batch-size 32", "prompt tokens"),
     "answering": (evaluate, "sample", "--eval-batch-size 32", "prompt tokens"),
     "the optimizer's step": (torch.optim.AdamW, "step", "--use-peft", ""),
 }
