@@ -81,9 +81,10 @@ def run(data: Path, student: str, output: Path, seeds: int, rehearse: bool) -> N
     values: dict[str, Any]
     if rehearse:
         from qcrd_fast.demo.runner import write_demo
+        from qcrd_fast.demo.students import Recipe
 
         if not (output / "demo" / "student").is_dir():
-            write_demo(output / "demo", 0)
+            write_demo(output / "demo", 0, Recipe("decoder", (("symbol_pairs", 5, 0),), 8))
         recipe, values = (
             "ci",
             read_recipe(RECIPES / "ci.yaml") | REHEARSAL | {"data": str(output / "demo" / "train.jsonl")},

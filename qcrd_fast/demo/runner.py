@@ -11,13 +11,16 @@ import os
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.demo import problems
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import RunFolder
 from qcrd_fast.utils.files import remove_tree, write_lines
+
+if TYPE_CHECKING:
+    from qcrd_fast.demo.students import Recipe
 
 log = logging.getLogger(__name__)
 TASK, LARGEST = "mix", 20  # of `problems`; largest result
@@ -53,10 +56,10 @@ def demo_paths(folder: Path) -> dict[str, str]:
     return {option: str(folder / name) for option, name in names.items()}
 
 
-def write_demo(folder: Path, seed: int) -> dict[str, str]:
+def write_demo(folder: Path, seed: int, recipe: Recipe | None = None) -> dict[str, str]:
     """Write test.jsonl, the same for all seeds, train.jsonl (sampled rows), and last the pretrained student.
 
-    Return their paths as train's options.
+    Return their paths as train's options. `recipe`: of the student; by default the demo's.
     """
     paths = demo_paths(folder)
     folder.mkdir(exist_ok=True)
@@ -65,11 +68,11 @@ def write_demo(folder: Path, seed: int) -> dict[str, str]:
     write_lines(Path(paths["test_data"]), problems.write_rows("test", test, None))
     train = problems.draw_problems(TASK, QUESTIONS, rng, taken, LARGEST)
     write_lines(Path(paths["data"]), problems.write_rows("train", train, rng))
-    write_student(Path(paths["student"]))
+    write_student(Path(paths["student"]), recipe)
     return paths
 
 
-def write_student(folder: Path) -> None:
+def write_student(folder: Path, recipe: Recipe | None = None) -> None:
     """Put the demo's student into `folder`: the one that this user's cache keeps, made now where it is not there
     yet."""
     from qcrd_fast.demo.students import DEMO, cache_folder, pretrain, student_folder
@@ -77,7 +80,7 @@ def write_student(folder: Path) -> None:
     unfinished = folder.with_name(f".{folder.name}.tmp")
     remove_tree(unfinished)
     try:
-        shutil.copytree(student_folder(DEMO, cache_folder()), unfinished)
+        shutil.copytree(student_folder(recipe or DEMO, cache_folder()), unfinished)
     except OSError as error:
         log.info(
             "the demo's student cannot be kept in %s (%s); it is made for this run alone",
@@ -85,7 +88,7 @@ def write_student(folder: Path) -> None:
             error.strerror,
         )
         remove_tree(unfinished)
-        pretrain(DEMO, unfinished)
+        pretrain(recipe or DEMO, unfinished)
     os.replace(unfinished, folder)
 
 

@@ -149,6 +149,9 @@ class Checkpointer:
         )
         self.saved_step = step
         self._passed_over.discard(step)
+        self._rotate(step, best)
+
+    def _rotate(self, step: int, best: dict[str, Any] | None) -> None:
         at, keep = best["step"] if best else None, self.config.save_total_limit
         self.strategy.comm.on_rank0(lambda: checkpoints.rotate(self.run, step, keep, at, self._passed_over))
 
@@ -162,6 +165,7 @@ class Checkpointer:
         self._passed_over = {
             s for s in map(checkpoints.step_of, checkpoints.checkpoints(self.run)) if s > state["step"]
         }
+        self._rotate(state["step"], state.get("best"))  # what a kill left of a checkpoint that was being deleted
         if self.snapshots:
             self.snapshots.known = {int(k): v for k, v in state["snapshots"].items()}
         return state
