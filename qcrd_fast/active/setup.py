@@ -17,7 +17,7 @@ from qcrd_fast.active.options import FREE, OWN, TRAIN_DEFAULTS, ActiveConfig
 from qcrd_fast.active.prompts import Prompts
 from qcrd_fast.collect.collection import REPLAY, check_teacher
 from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings
-from qcrd_fast.config import USED, TrainConfig
+from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.files import is_hub_name
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question
@@ -25,13 +25,14 @@ from qcrd_fast.data.splits import drop_overlap, label_of, main_task, of_split
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import FREE_OPTIONS
 from qcrd_fast.runs.load import find_model, find_state
+from qcrd_fast.train.methods import METHODS, TEACHERS
 from qcrd_fast.train.preflight import check_start
 from qcrd_fast.utils.config_files import read_object
 from qcrd_fast.utils.files import printable, write_text
 
 log = logging.getLogger(__name__)
 NEEDED = ("eval_data", "output_dir", "student")
-TAUGHT = tuple(method for method, names in USED.items() if "teacher" in names)
+TAUGHT = tuple(name for name, method in METHODS.items() if TEACHERS[method.teacher])
 REFUSED = {
     "data": "is not for active: its questions are --pool",
     **dict.fromkeys(
