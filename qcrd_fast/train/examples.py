@@ -89,9 +89,13 @@ def make_examples(questions: Sequence[Question], student: Student, config: Train
     """
     kind, method = label_kind(config), method_of(config)
     weighted = config.domain_weights != "none" or any(question.weight not in (None, 1.0) for question in questions)
-    if weighted and (method.mutual_information or (method.contrastive and config.forward == "joint")):
+    cannot = {
+        "--method mi": method.mutual_information,
+        "--forward joint": method.contrastive and config.forward == "joint",
+        "--mentor-kd-literal": config.mentor_kd_literal and config.kd_lambda > 0,
+    }
+    if weighted and (how := next((name for name, so in cannot.items() if so), None)):
         what = "--domain-weights" if config.domain_weights != "none" else "--data: the rows' weights"
-        how = "--method mi" if method.mutual_information else "--forward joint"
         raise InputError(f"{what}: {how} cannot weigh questions; leave one out")
     examples, long_prompts, long_targets = [], [], []
     limits = config.max_source_length, config.max_target_length

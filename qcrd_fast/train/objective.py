@@ -152,7 +152,8 @@ class Objective:
             own = [(q, lagged[e.id]) for q, e in enumerate(batch) if e.id in lagged]
             candidates = [Candidate(n.text, n.tokens, "sampled", n.case) for _, n in own]
             tokens = max(self.sampled_tokens, 1)
-            return Weighted(candidates, [q for q, _ in own], [len(c.tokens) / tokens for c in candidates])
+            shares = [len(n.tokens) / tokens * self._counts(batch[q]) for q, n in own]
+            return Weighted(candidates, [q for q, _ in own], shares)
         warm = self.method.warmup is not None and step < self.warmup_steps
         weights = self.method.warmup if warm and self.method.warmup else self.method.weights
         beta = self.config.beta if self.method.reference else self.method.beta
