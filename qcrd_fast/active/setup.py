@@ -20,13 +20,16 @@ from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.files import is_hub_name
 from qcrd_fast.data.load import load_questions
-from qcrd_fast.data.schema import Question
+from qcrd_fast.data.schema import Question, later_fields
 from qcrd_fast.data.splits import drop_overlap, label_of, main_task, of_split
 from qcrd_fast.errors import InputError
+from qcrd_fast.models.prompts import PromptSettings
+from qcrd_fast.models.views import read_views
 from qcrd_fast.runs.folder import FREE_OPTIONS
 from qcrd_fast.runs.load import find_model, find_state
 from qcrd_fast.train.methods import METHODS, TEACHERS
 from qcrd_fast.train.preflight import check_start
+from qcrd_fast.train.questions import check_views
 from qcrd_fast.utils.config_files import read_object
 from qcrd_fast.utils.files import printable, write_text
 
@@ -74,9 +77,20 @@ class Setup:
             if path and not os.path.exists(path) and not is_hub_name(path):
                 raise InputError(f"--{name.replace('_', '-')}: {printable(path)} does not exist")
         check_start(dataclasses.replace(self.base, student=self.initial), dry_run=True)
-        self.prompts = Prompts(config.prompts)
+        self.prompts, self.views = Prompts(config.prompts), read_views(self.base.views)
+        own = PromptSettings.from_option(
+            self.base.prompt_template, self.base.max_source_length, self.base.max_target_length, self.base.system_prompt
+        )
+        # what the files of these options say
+        self.texts = {
+            "prompts": sorted(self.prompts.texts.items()),
+            "views": sorted(self.views.items()),
+            "prompt_template": own.template,
+            "system_prompt": own.system,
+        }
         self.teacher = self._find_teacher()
         self.pool, self.validation, self.test = self._load()
+        check_views([*self.pool, *self.validation, *self.test], self.views)
         self.task = self.base.task or main_task(self.pool)
         state = find_state(self.initial) if Path(self.initial).is_dir() else None
         trained = read_object(state).get("config") if state else None
@@ -147,9 +161,16 @@ class Setup:
         """What a resumed run has to agree with."""
         digest = hashlib.sha256()
         for some in (self.pool, self.validation, self.test):
-            digest.update(repr(some).encode("utf-8", "surrogatepass"))
+            digest.update((repr(some) + "".join(map(later_fields, some))).encode("utf-8", "surrogatepass"))
         base = {k: v for k, v in self.base.resolved().to_dict().items() if k not in ("data", "resume")}
-        return {"active": dataclasses.asdict(self.config), "train": base, "data_sha256": digest.hexdigest()}
+        return {
+            "active": dataclasses.asdict(self.config),
+            "train": base,
+            "data_sha256": digest.hexdigest(),
+            "texts_sha256": {
+                name: hashlib.sha256(repr(text).encode()).hexdigest() for name, text in self.texts.items()
+            },
+        }
 
     def plan(self) -> dict[str, Any]:
         """What would be done."""
@@ -195,6 +216,9 @@ class Setup:
                     raise InputError(
                         f"{path}: the run began with --{name.replace('_', '-')} {old.get(name)!r}, now it is {value!r}"
                     )
+        for name, text in now["texts_sha256"].items():
+            if before.get("texts_sha256", {}).get(name, text) != text:  # runs before had none
+                raise InputError(f"{path}: the run began with another text of --{name.replace('_', '-')}")
         if digest != now["data_sha256"]:
             raise InputError(f"{path}: the run began with other questions; choose another --output-dir")
 

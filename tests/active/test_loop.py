@@ -15,7 +15,7 @@ from cli.main import entry
 from qcrd_fast.active import loop
 from qcrd_fast.active import student as students
 from qcrd_fast.active.revision import Explanation
-from qcrd_fast.models.prompts import PromptSettings
+from qcrd_fast.models.prompts import Prompter, PromptSettings
 from qcrd_fast.utils import signals
 from tests.support import fake_teacher
 from tests.support import problems as demo
@@ -228,6 +228,41 @@ def test_a_run_goes_on_bit_for_bit_where_it_was_cut(files, tmp_path, capsys, mon
     assert not (out / "eval_results.json").exists()
     run(capsys, [*args, "--resume", "auto"])
     assert contents(out) == whole
+
+
+def test_the_student_is_asked_in_the_view_of_a_question(files, tmp_path, capsys, monkeypatch, untrained):
+    """Explained, scored, weighed and validated alike, by the table of this run where the student brings none."""
+    views = tmp_path / "views.yaml"
+    views.write_text("verse: In verse.\n")
+    changed = {
+        name: write(tmp_path / f"{name}.jsonl", [row | {"view": "verse"} for row in read(Path(files[name]))])
+        for name in ("pool", "eval_data", "test_data")
+    }
+    asked = []
+    real = Prompter.source_ids
+
+    def source_ids(self, prefix, question, view=None):
+        ids = real(self, prefix, question, view)
+        asked.append((prefix, view, self.text(ids)))
+        return ids
+
+    monkeypatch.setattr(Prompter, "source_ids", source_ids)
+    options = dict(rounds=2, by="step-uncertainty", views=views, output_dir=tmp_path / "run", num_continuations=0)
+    run(capsys, arguments({**files, **changed}, **options))
+    assert len(asked) > 30 and {(prefix, view) for prefix, view, _ in asked} == {("reason: ", "verse")}
+    run(capsys, [*arguments({**files, **changed}, **options), "--resume", "auto"])
+    views.write_text("verse: In rhymes.\n")
+    assert "--views" in run(capsys, [*arguments({**files, **changed}, **options), "--resume", "auto"], 2)
+    (tmp_path / "poem.jsonl").write_text(json.dumps(read(Path(files["test_data"]))[0] | {"view": "poem"}))
+    options |= {"output_dir": tmp_path / "other", "test_data": tmp_path / "poem.jsonl"}
+    assert "'poem' is in no table" in run(capsys, arguments({**files, **options}), 2)
+
+
+def test_another_view_is_another_pool(files, tmp_path, capsys, untrained):
+    args = arguments(files, output_dir=tmp_path / "run", rounds=1, max_steps=1)
+    run(capsys, args)
+    other = write(tmp_path / "other.jsonl", [row | {"view": "short"} for row in read(Path(files["pool"]))])
+    assert "with other questions" in run(capsys, [*args, "--resume", "auto", "--pool", str(other)], 2)
 
 
 def test_a_signal_stops_it_and_it_goes_on(files, tmp_path, capsys, monkeypatch, explains, reasons, untrained):

@@ -131,7 +131,7 @@ def test_sdfts_teacher_reads_a_rationale_first(llama_folder, rows_file, tmp_path
         key=lambda e: len(e.positives),
     )
     teaching = SelfTeaching(LocalTeacher(Student.load(str(llama_folder), PromptSettings())), config)
-    ids = teaching.source(example, EXPLAIN)
+    ids = teaching.source(TargetText(example, EXPLAIN, []))
     first = student.target_ids(example.positives[0].text)[:-1]
     assert any(ids[i : i + len(first)] == first for i in range(len(ids))) and ids[-4:] == example.explain[-4:]
     asked = [TargetText(example, EXPLAIN, student.target_ids("So 5."))]
