@@ -643,6 +643,9 @@ class TrainConfig:
                 groups = {"Discriminator", "Teacher"}
             groups -= {"Discriminator"} if "discriminator" in self.qualities else set()
             kept |= {"discriminator"}  # none: --quality none
+        alone |= {"redi_warmup"} if self.method != "redi" else set()
+        alone |= {"domain_weight_steps"} if self.domain_weights == "none" else set()
+        alone |= {"alpha_d", "alpha_d_decay"} if "discriminator" not in self.qualities else set()
         resolved = TrainConfig(method=self.method, paper=self.paper).resolved()
         return [
             "--" + field.name.replace("_", "-")

@@ -27,6 +27,7 @@ from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.views import read_views
 from qcrd_fast.runs.folder import FREE_OPTIONS
 from qcrd_fast.runs.load import find_model, find_state
+from qcrd_fast.select.registry import unused
 from qcrd_fast.train.methods import METHODS, TEACHERS
 from qcrd_fast.train.preflight import check_start
 from qcrd_fast.train.questions import check_views
@@ -60,6 +61,10 @@ class Setup:
                 f"PATH"
             )
         self.base = TrainConfig.from_dict(TRAIN_DEFAULTS | options)
+        if config.teacher_model and not config.is_url:
+            raise InputError("--teacher-model names the model of an endpoint; --teacher is no URL")
+        if idle := idle_options(config):
+            log.warning("without effect here: %s", ", ".join("--" + name.replace("_", "-") for name in idle))
         for name in NEEDED:
             if not getattr(self.base, name):
                 raise InputError(f"active needs --{name.replace('_', '-')}")
@@ -221,6 +226,19 @@ class Setup:
                 raise InputError(f"{path}: the run began with another text of --{name.replace('_', '-')}")
         if digest != now["data_sha256"]:
             raise InputError(f"{path}: the run began with other questions; choose another --output-dir")
+
+
+def idle_options(config: ActiveConfig) -> list[str]:
+    """Options that were set though nothing of this run reads them."""
+    changed = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
+    idle = set(unused([config.by], [n for n in ("num_samples", "num_continuations", "ifd_form") if n in changed]))
+    if not config.is_url:
+        idle |= {"concurrency", "timeout", "deadline"}
+    if str(config.teacher).startswith((REPLAY, teachers.ORACLE)):
+        idle |= {"api", "temperature"}
+    if config.revise == "new" or str(config.teacher).startswith(REPLAY):
+        idle |= {"show"}
+    return [name for name in changed if name in idle]
 
 
 def _bare(question: Question) -> Question:

@@ -88,7 +88,8 @@ def longest_text(_: Any, examples: Sequence[Example], *__: Any) -> str:
 def make_examples(questions: Sequence[Question], student: Student, config: TrainConfig) -> list[Example]:
     """Tokenise the training questions, each of which has the answer that `label_of` asks for.
 
-    Raises `RunError` where memory ends, `InputError` for weights of rows or of domains where the loss takes none.
+    Raises `RunError` where memory ends, `InputError` for weights of rows or of domains where the loss takes none,
+    and for weights that are all 0.
     """
     kind, method = label_kind(config), method_of(config)
     weighted = config.domain_weights != "none" or any(question.weight not in (None, 1.0) for question in questions)
@@ -100,6 +101,8 @@ def make_examples(questions: Sequence[Question], student: Student, config: Train
     if weighted and (how := next((name for name, so in cannot.items() if so), None)):
         what = "--domain-weights" if config.domain_weights != "none" else "--data: the rows' weights"
         raise InputError(f"{what}: {how} cannot weigh questions; leave one out")
+    if questions and all(question.weight == 0 for question in questions):
+        raise InputError(f"--data: the weight of all {len(questions)} questions is 0: there is nothing to learn")
     examples, long_prompts, long_targets = [], [], []
     limits = config.max_source_length, config.max_target_length
     with (

@@ -14,7 +14,9 @@ import yaml
 from cli.main import entry
 from qcrd_fast.active import loop
 from qcrd_fast.active import student as students
+from qcrd_fast.active.options import ActiveConfig
 from qcrd_fast.active.revision import Explanation
+from qcrd_fast.active.setup import idle_options
 from qcrd_fast.models.prompts import Prompter, PromptSettings
 from qcrd_fast.utils import signals
 from tests.support import fake_teacher
@@ -306,6 +308,7 @@ def test_another_setting_or_pool_is_refused(files, tmp_path, capsys, explains, r
         ({"budget_tokens": None}, "active needs --budget-tokens"),
         ({"budget_tokens": 64}, "--budget-tokens 64 is not above --max-tokens 64"),
         ({"teacher": "http://127.0.0.1:1/v1"}, "--teacher-model is needed"),
+        ({"teacher_model": "m"}, "--teacher-model names the model of an endpoint"),
         ({"teacher": "oracle:/none"}, "/none is no readable UTF-8 file"),
         ({"teacher": "127.0.0.1:8000/v1"}, "begins with http"),
         ({"eval_data": None}, "active needs --eval-data"),
@@ -324,6 +327,15 @@ def test_what_is_refused_before_anything_is_written(files, tmp_path, capsys, opt
     err = run(capsys, arguments(files, output_dir=out, **options), 2)
     assert message in err, err
     assert not out.exists()
+
+
+def test_options_that_nothing_reads_are_named():
+    common = {"pool": "p", "budget_tokens": 999}
+    oracle = ActiveConfig(**common, teacher="oracle:x", by="known", num_samples=3, temperature=0.5, timeout=3.0)
+    assert idle_options(oracle) == ["temperature", "timeout"]
+    server = ActiveConfig(**common, teacher="http://x", teacher_model="m", by="ifd", num_samples=3, timeout=3.0)
+    assert idle_options(server) == ["num_samples"]
+    assert idle_options(ActiveConfig(**common, teacher="/model", revise="new", show="all", by="ifd")) == ["show"]
 
 
 def test_questions_without_an_answer_or_of_the_test_set_are_set_aside(files, tmp_path, capsys):

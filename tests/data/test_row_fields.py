@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data.load import load_questions, prepare, validate_file
-from qcrd_fast.data.schema import Question, Rationale, later_fields
+from qcrd_fast.data.load import load_questions, prepare, to_row, validate_file
+from qcrd_fast.data.schema import Question, Rationale, later_fields, question_text
 from qcrd_fast.errors import InputError
 from qcrd_fast.evaluate import by_field
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, PromptSettings
@@ -51,6 +51,16 @@ def test_fields_go_through_prepare_and_back(tmp_path):
     read = load_questions(tmp_path / "out.jsonl")
     assert [r.view for r in read.questions[0].positives] == ["equations", "short", "steps"]
     assert not read.summary.keys_not_read
+
+
+def test_an_empty_text_of_a_field_is_none(tmp_path):
+    said = {"rationale": "4.", "answer": "4", "view": "", "critique": ""}
+    row = QUESTION | {"view": "", "critique": "", "domain": "", "context": "", "samples": [said]}
+    [question] = load_questions(write(tmp_path / "rows.jsonl", row)).questions
+    assert (question.view, question.critique) == (None, None) and question_text(question) == question.question
+    assert [(r.view, r.critique) for r in question.positives] == [(None, None)]
+    again = write(tmp_path / "prepared.jsonl", to_row(question) | {"view": ""})
+    assert load_questions(again).questions == [question]
 
 
 def test_a_view_that_all_rows_share_is_the_questions(tmp_path):

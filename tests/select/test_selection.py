@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -21,6 +22,7 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.select import policy
 from qcrd_fast.select.options import SelectOptions
 from qcrd_fast.select.progress import Progress, identity
+from qcrd_fast.select.registry import SELECTORS, unused
 from qcrd_fast.select.score import RowScores
 from qcrd_fast.select.selection import Policy
 from tests.support.paths import ROOT
@@ -140,6 +142,19 @@ def test_a_stop_and_the_same_command_again_give_the_same_bytes(
     assert broken.read_bytes() == whole.read_bytes()
     assert sum(map(len, scored)) == 24 - 10
     assert not kept.exists()
+
+
+def test_options_that_no_score_reads_are_named(rows_file, tmp_path: Path, capsys) -> None:
+    asked = ["select", "--data", str(rows_file), "--output", str(tmp_path / "o.jsonl"), "--by", "quality,agree"]
+    assert entry([*asked, "--quality", "vote", "--seed", "3", "--block-size", "7"]) == 0
+    assert "no use for" not in capsys.readouterr().err
+    assert entry([*asked, "--window", "3", "--temperature", "0.5"]) == 0
+    assert "--by quality,agree has no use for --window, --temperature" in capsys.readouterr().err.replace(
+        ", agree", ",agree"
+    )
+    names = {f.name for f in dataclasses.fields(SelectOptions)}
+    assert unused(list(SELECTORS), names) == []  # each option is read somewhere
+    assert {o for s in SELECTORS.values() for o in s.options} <= names
 
 
 def test_a_full_disk_keeps_what_was_scored(rows_file, llama_folder, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -136,6 +136,8 @@ def test_a_loss_that_takes_no_weights_says_so(llama_folder, rows_file):
     questions = [dataclasses.replace(q, weight=2.0) for q in load_questions(rows_file).questions[:2]]
     with pytest.raises(InputError, match="--forward joint cannot weigh"):
         make_examples(questions, student, TrainConfig(forward="joint"))
+    with pytest.raises(InputError, match="weight of all 2 questions is 0"):
+        make_examples([dataclasses.replace(q, weight=0.0) for q in questions], student, TrainConfig())
     with pytest.raises(InputError, match="--mentor-kd-literal cannot weigh"):
         make_examples(questions, student, TrainConfig(method="mentor-kd", teacher="x", mentor_kd_literal=True))
     with pytest.raises(InputError, match="--method mi cannot weigh"):
