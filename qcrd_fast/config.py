@@ -643,6 +643,8 @@ class TrainConfig:
                 groups = {"Discriminator", "Teacher"}
             groups -= {"Discriminator"} if "discriminator" in self.qualities else set()
             kept |= {"discriminator"}  # none: --quality none
+        if self.teacher_logprobs:
+            kept -= {"top_logprobs"}  # the files have theirs
         alone |= {"redi_warmup"} if self.method != "redi" else set()
         alone |= {"domain_weight_steps"} if self.domain_weights == "none" else set()
         alone |= {"alpha_d", "alpha_d_decay"} if "discriminator" not in self.qualities else set()

@@ -20,7 +20,7 @@ from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.files import is_hub_name
 from qcrd_fast.data.load import load_questions
-from qcrd_fast.data.schema import Question, later_fields
+from qcrd_fast.data.schema import Question, later_fields, leak_key
 from qcrd_fast.data.splits import drop_overlap, label_of, main_task, of_split
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import PromptSettings
@@ -130,11 +130,13 @@ class Setup:
         )  # fmt: skip
 
     def _load(self) -> tuple[list[Question], list[Question], list[Question]]:
-        def questions(path: str, part: str) -> list[Question]:
+        def questions(path: str, part: str, split: str | None = None) -> list[Question]:
             loaded = load_questions(
-                path, seed=self.base.seed, on_bad_row=self.base.on_bad_row, task=self.base.task, part=part
+                path, seed=self.base.seed, on_bad_row=self.base.on_bad_row, task=self.base.task, part=part, split=split
             )
             log.info("%s", loaded.taken_for)
+            for bad in loaded.skipped:
+                log.warning("set aside %s", bad)
             return loaded.questions
 
         test = of_split(questions(self.base.test_data, "test"), "test") if self.base.test_data else []
@@ -146,9 +148,11 @@ class Setup:
                 raise InputError(f"{name}: {len(missing)} questions have no answer, such as {missing[0]}")
         if not validation:
             raise InputError(f"--eval-data: no question is left; {shared} are in --test-data")
-        pool, counts = questions(str(self.config.pool), "train"), {}
-        kept = [q for q in pool if label_of(q, None) is not None]
-        counts["have no answer to compare with"] = len(pool) - len(kept)
+        pool, counts = questions(str(self.config.pool), "train", "train"), {}
+        labelled = [q for q in pool if label_of(q, None) is not None]
+        counts["have no answer to compare with"] = len(pool) - len(labelled)
+        kept = list({leak_key(q): q for q in reversed(labelled)}.values())[::-1]  # of each the first
+        counts["are there under another id"] = len(labelled) - len(kept)
         kept, counts["are in --eval-data or --test-data"] = drop_overlap(kept, [*validation, *test])
         if self.teacher is not None:
             known = [q for q in kept if self.teacher.knows(q)]

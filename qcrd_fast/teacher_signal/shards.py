@@ -194,7 +194,17 @@ def _line(key: str, entry: Entry) -> bytes:
 
 def _is_entry(row: dict[str, Any]) -> bool:
     parts = [row.get(name) for name in Entry._fields]
-    return isinstance(row.get("key"), str) and all(isinstance(p, list) and len(p) == len(parts[0] or []) for p in parts)
+    if not isinstance(row.get("key"), str) or not all(isinstance(p, list) and len(p) == len(parts[0]) for p in parts):
+        return False
+    tokens, logprobs, ids, top = parts
+    pairs = zip(ids, top, strict=True)
+    return (
+        all(type(token) is int for token in tokens)
+        and all(isinstance(x, int | float) for x in logprobs)
+        and all(isinstance(a, list) and isinstance(b, list) and len(a) == len(b) for a, b in pairs)
+        and all(type(id) is int for row in ids for id in row)
+        and all(isinstance(x, int | float) for row in top for x in row)
+    )
 
 
 def _tensors(entries: Sequence[Entry], k: int) -> dict[str, Tensor]:
