@@ -51,6 +51,7 @@ _above_0 = partial(click.option, type=click.FloatRange(0, min_open=True), metava
     help="how the teacher is prompted; a run of qcrd-fast by the prompts of its training",
 )
 @click.option("--system-prompt", metavar="TEXT|FILE", help="system message of the chat template")
+@click.option("--views", metavar="FILE", help="YAML table `view: text` of what a prompt says, as train's --views")
 @positive("--max-source-length", default=1024, help="tokens kept of a prompt: the last ones")
 @positive("--max-target-length", default=256, help="tokens kept of a rationale or label; as in the training")
 @click.option(

@@ -68,24 +68,15 @@ PARTS = {
 # the mean over a question's positives, by --positive-quality
 QUALITY_METHODS = ("sft-all", "dft", "npo", "mentor-kd", "gkd")
 _SAMPLED = ("iteration_steps", "max_new_tokens", "sample_batch_size", "overlap")
-# options that methods beside qcrd take of the groups Negatives and Teacher, and of beta
+TEACHER_OPTIONS = ("teacher", "teacher_model", "teacher_logprobs")  # which a method takes says `train.methods`
+# options that methods beside qcrd take of the groups Negatives and Teacher, without `TEACHER_OPTIONS`, and of beta
 USED: dict[str, tuple[str, ...]] = {
     "redi": ("negative_source",),
     "npo": ("negative_source", "beta", "npo_beta"),
-    "opd": (*_SAMPLED, "teacher", "teacher_model"),
+    "opd": _SAMPLED,
     "sdft": (*_SAMPLED, "teacher_ema"),
-    "gkd": (*_SAMPLED, "teacher", "kd_temperature", "gkd_beta", "gkd_lambda"),
-    "mentor-kd": (
-        *(
-            "teacher",
-            "teacher_logprobs",
-            "top_logprobs",
-            "teacher_tail",
-            "kd_lambda",
-            "kd_temperature",
-            "mentor_kd_literal",
-        ),
-    ),
+    "gkd": (*_SAMPLED, "kd_temperature", "gkd_beta", "gkd_lambda"),
+    "mentor-kd": ("top_logprobs", "teacher_tail", "kd_lambda", "kd_temperature", "mentor_kd_literal"),
 }
 SPELLED_OUT = (*DEFAULTS, *SELECTS, *QUALITY_OPTIONS, "paper")  # what `TrainConfig.resolved` may change
 AUGMENTATIONS = ("mask", "replace", "answer-swap", "sentence-drop")
@@ -556,43 +547,6 @@ class TrainConfig:
         if alone and not self.use_peft:
             raise InputError(f"--{alone[0].name.replace('_', '-')} needs --use-peft")
 
-    def check_teacher(self) -> None:
-        """Raises `InputError` for a method without the teacher that it needs, and for a teacher that a method cannot
-        ask."""
-        method, url = self.method, self.teacher_is_url
-        if method == "opd" and not self.teacher:
-            raise InputError(
-                "--method opd needs --teacher: a model with the student's tokenizer, or the URL of a server that "
-                "scores prompts"
-            )
-        if method == "gkd" and (not self.teacher or url):
-            raise InputError("--method gkd needs --teacher PATH: local weights of a model with the student's tokenizer")
-        if method == "sdft" and self.teacher:
-            raise InputError(
-                "--method sdft is taught by the student itself; leave --teacher out, or choose --method opd"
-            )
-        if method == "sdft" and self.teacher_ema < 1 and self.use_peft:
-            raise InputError("--teacher-ema must be 1 with --use-peft, whose teacher is the frozen base model")
-        if self.teacher_model and not url:
-            raise InputError("--teacher-model needs a server: give its URL as --teacher, or leave --teacher-model out")
-        if method == "mentor-kd" and self.kd_lambda:
-            if bool(self.teacher) == bool(self.teacher_logprobs):
-                raise InputError(
-                    "--method mentor-kd needs either --teacher-logprobs DIR, which score-teacher writes, or "
-                    f"--teacher, a local model; {'both' if self.teacher else 'neither'} is given"
-                )
-            if url:
-                raise InputError(
-                    "--method mentor-kd asks no server while it trains: qcrd-fast score-teacher --teacher URL, then "
-                    "--teacher-logprobs DIR"
-                )
-            if self.mentor_kd_literal and not self.teacher:
-                raise InputError(
-                    "--mentor-kd-literal needs --teacher, a local model: --teacher-logprobs has no padding in it"
-                )
-        if self.mentor_kd_literal and method != "mentor-kd":
-            raise InputError(f"--mentor-kd-literal is for --method mentor-kd, not {method}")
-
     @property
     def teacher_is_url(self) -> bool:
         return bool(self.teacher and self.teacher.startswith(("http://", "https://")))
@@ -689,12 +643,17 @@ class TrainConfig:
                 groups = {"Discriminator", "Teacher"}
             groups -= {"Discriminator"} if "discriminator" in self.qualities else set()
             kept |= {"discriminator"}  # none: --quality none
+        if self.teacher_logprobs:
+            kept -= {"top_logprobs"}  # the files have theirs
+        alone |= {"redi_warmup"} if self.method != "redi" else set()
+        alone |= {"domain_weight_steps"} if self.domain_weights == "none" else set()
+        alone |= {"alpha_d", "alpha_d_decay"} if "discriminator" not in self.qualities else set()
         resolved = TrainConfig(method=self.method, paper=self.paper).resolved()
         return [
             "--" + field.name.replace("_", "-")
             for field in dataclasses.fields(self)
             if (field.metadata["group"] in groups or field.name in alone)
-            and field.name not in kept
+            and field.name not in (*kept, *TEACHER_OPTIONS)
             and getattr(self, field.name) not in (field.default, getattr(resolved, field.name), LEGACY.get(field.name))
         ]
 

@@ -94,7 +94,7 @@ def predict(
                 "output": output,
                 "prediction": prediction,
                 "correct": bool(gold and prediction and replies.is_correct(prediction, gold, kind, choices)),
-                **{name: value for name in ("domain", "view") if (value := getattr(question, name)) is not None},
+                **{name: value for name in ("domain", "view") if (value := getattr(question, name))},
             }
         )
     return records

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from qcrd_fast.config import USED, TrainConfig
+from qcrd_fast.config import TEACHER_OPTIONS, USED, TrainConfig
 from qcrd_fast.models.prompts import REASON
 from qcrd_fast.models.student import Student
 from qcrd_fast.utils.config_files import number
@@ -90,7 +90,7 @@ def model_card(exported: Exported) -> str:
         figures=_figures(results, known),
         settings="\n".join(
             f"| `{name}` | {_cell(known.get(name))} |"
-            for name in dict.fromkeys((*HYPER_PARAMETERS, *USED.get(str(known.get("method")), ())))
+            for name in dict.fromkeys((*HYPER_PARAMETERS, *TEACHER_OPTIONS, *USED.get(str(known.get("method")), ())))
             if known.get(name) is not None
         ),
         task=_cell(state.get("task")),

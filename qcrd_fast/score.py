@@ -339,7 +339,7 @@ def _say(
         known["max_new_tokens"],
         known["sample_batch_size"],
     )
-    sources = [student.source_ids(EXPLAIN, question_text(q)) for q in questions]
+    sources = [student.source_ids(EXPLAIN, question_text(q), q.view) for q in questions]
     keys = [key_words(seed, q.id) for q in questions]
     said = sample(student, sources, keys, settings, autocast=make_autocast(student.device, None))
     eos = student.tokenizer.eos_token_id

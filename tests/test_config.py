@@ -50,6 +50,14 @@ def test_options_without_a_use_are_known():
         "--discriminator-folds",
     ]
     assert TrainConfig(beta=0.3, negative_lag=2, paper=True).unused() == []
+    assert TrainConfig(redi_warmup=0.2, domain_weight_steps=7, alpha_d=0.3).unused() == [
+        "--domain-weight-steps", "--alpha-d", "--redi-warmup",
+    ]  # fmt: skip
+    files = TrainConfig(method="mentor-kd", teacher_logprobs="x", top_logprobs=3, kd_lambda=0.5)
+    assert files.unused() == ["--top-logprobs"]
+    given = dict(domain_weights="ddk-like", domain_weight_steps=7)
+    assert TrainConfig(method="redi", redi_warmup=0.2, **given).unused() == []
+    assert TrainConfig(paper=True, alpha_d=0.3).unused() == []
     assert TrainConfig(method="dss", beta=0.3, negative_lag=2, seed=3).unused() == ["--beta", "--negative-lag"]
 
 

@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -199,6 +201,79 @@ def test_whole_distributions(desk, llama_folder, float64, monkeypatch, capsys):
     )
     module.main()
     assert float(capsys.readouterr().out.splitlines()[0]) < 1e-6
+
+
+CODE = re.compile(r"^(```+)[^\n]*\n.*?^\1|`[^`\n]*`", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(<?([^)\s>]+)>?(?:\s[^)]*)?\)|^\[[^\]]+\]:\s*(\S+)", re.MULTILINE)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as mkdocs' `toc` makes them; GitHub makes the same of ours, but for repeats."""
+    found: set[str] = set()
+    for heading in re.findall(
+        r"^#{1,6}\s+(.*?)[\s#]*$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.M
+    ):
+        shown = re.sub(r"[`*]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading))
+        slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", unicodedata.normalize("NFKD", shown)).strip().lower())
+        name, count = slug, 0
+        while name in found:
+            count += 1
+            name = f"{slug}_{count}"
+        found.add(name)
+    return found
+
+
+def broken_links(page: Path, root: Path, within: Path) -> list[str]:
+    """Links of a page that lead to no file, to no heading, or out of `within`."""
+    broken = []
+    for link in (a or b for a, b in LINK.findall(CODE.sub("", page.read_text(encoding="utf-8")))):
+        if re.match(r"[a-z][a-z0-9+.-]*:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or not target.is_relative_to(within):
+            broken.append(f"{page.relative_to(root)}: {link}")
+        elif anchor and target.suffix == ".md" and anchor not in anchors(target.read_text(encoding="utf-8")):
+            broken.append(f"{page.relative_to(root)}: {link}: no such heading")
+    return broken
+
+
+def test_links_lead_somewhere():
+    pages = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "bench").rglob("*.md"), *(ROOT / "recipes").glob("*.md")]
+    assert len(pages) > 25
+    broken = [b for page in pages for b in broken_links(page, ROOT, DOCS if page.is_relative_to(DOCS) else ROOT)]
+    assert not broken, broken
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("# A\n")
+    (tmp_path / "docs" / "b.md").write_text(
+        "# What `x` is, [really](b.md)?\n\n```\n# no heading [n](none.md)\n```\n## Two\n## Two\n"
+    )
+    (tmp_path / "docs" / "a.md").write_text(
+        "[a](b.md#what-x-is-really) [b](b.md#two_1) [c](https://x.org/none.md) `[d](none.md)` [e](#none) [f](none.md)\n"
+        "[g](b.md#no-heading-n) [h](../README.md) [i][j]\n\n[j]: b.md#three\n"
+    )
+    links = [b.split(": ")[1] for b in broken_links(tmp_path / "docs" / "a.md", tmp_path, tmp_path / "docs")]
+    assert links == ["#none", "none.md", "b.md#no-heading-n", "../README.md", "b.md#three"]
+
+
+def test_every_page_is_in_the_navigation_and_on_the_first_page():
+    import yaml
+
+    def pages(entry):
+        return (
+            [entry]
+            if isinstance(entry, str)
+            else [p for each in (entry.values() if isinstance(entry, dict) else entry) for p in pages(each)]
+        )
+
+    named = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    found = sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md"))
+    assert sorted(named) == found
+    first = (DOCS / "index.md").read_text(encoding="utf-8")
+    assert [page for page in found if page != "index.md" and f"({page}" not in first] == []
 
 
 def test_site_builds(tmp_path):

@@ -85,6 +85,7 @@ class Asking:
         if limits.round is not None:
             ends["round"] = ledger.before(round) + limits.round
         self.name, self.end = min(ends.items(), key=lambda item: item[1])
+        self._spent = ledger.before(round)  # and by `hold` in this round, as its replies are read, old ones too
 
     def check_signals(self) -> None:
         if self.signals.signum:
@@ -110,8 +111,7 @@ class Asking:
         ledger = self.ledger
         asked = [(c, c.request, c.key) for c in some if c.request is not None]
         known = {key: ledger.found(key, request) for _, request, key in asked}
-        spent = ledger.total - sum(r.prompt_tokens + r.completion_tokens for r in known.values() if r is not None)
-        within = []
+        within, spent = [], self._spent
         for conversation, request, key in asked:
             spent += ledger.most(request, self.limits.max_tokens)
             if spent > self.end:
@@ -127,6 +127,7 @@ class Asking:
         for conversation, _, key in within:
             found = known[key]
             assert found is not None
+            self._spent += found.prompt_tokens + found.completion_tokens
             conversation.answer(found)
 
     # An endpoint

@@ -17,21 +17,26 @@ from qcrd_fast.active.options import FREE, OWN, TRAIN_DEFAULTS, ActiveConfig
 from qcrd_fast.active.prompts import Prompts
 from qcrd_fast.collect.collection import REPLAY, check_teacher
 from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings
-from qcrd_fast.config import USED, TrainConfig
+from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.files import is_hub_name
 from qcrd_fast.data.load import load_questions
-from qcrd_fast.data.schema import Question
+from qcrd_fast.data.schema import Question, later_fields, leak_key
 from qcrd_fast.data.splits import drop_overlap, label_of, main_task, of_split
 from qcrd_fast.errors import InputError
+from qcrd_fast.models.prompts import PromptSettings
+from qcrd_fast.models.views import read_views
 from qcrd_fast.runs.folder import FREE_OPTIONS
 from qcrd_fast.runs.load import find_model, find_state
+from qcrd_fast.select.registry import unused
+from qcrd_fast.train.methods import METHODS, TEACHERS
 from qcrd_fast.train.preflight import check_start
+from qcrd_fast.train.questions import check_views
 from qcrd_fast.utils.config_files import read_object
 from qcrd_fast.utils.files import printable, write_text
 
 log = logging.getLogger(__name__)
 NEEDED = ("eval_data", "output_dir", "student")
-TAUGHT = tuple(method for method, names in USED.items() if "teacher" in names)
+TAUGHT = tuple(name for name, method in METHODS.items() if TEACHERS[method.teacher])
 REFUSED = {
     "data": "is not for active: its questions are --pool",
     **dict.fromkeys(
@@ -56,6 +61,10 @@ class Setup:
                 f"PATH"
             )
         self.base = TrainConfig.from_dict(TRAIN_DEFAULTS | options)
+        if config.teacher_model and not config.is_url:
+            raise InputError("--teacher-model names the model of an endpoint; --teacher is no URL")
+        if idle := idle_options(config):
+            log.warning("without effect here: %s", ", ".join("--" + name.replace("_", "-") for name in idle))
         for name in NEEDED:
             if not getattr(self.base, name):
                 raise InputError(f"active needs --{name.replace('_', '-')}")
@@ -73,9 +82,20 @@ class Setup:
             if path and not os.path.exists(path) and not is_hub_name(path):
                 raise InputError(f"--{name.replace('_', '-')}: {printable(path)} does not exist")
         check_start(dataclasses.replace(self.base, student=self.initial), dry_run=True)
-        self.prompts = Prompts(config.prompts)
+        self.prompts, self.views = Prompts(config.prompts), read_views(self.base.views)
+        own = PromptSettings.from_option(
+            self.base.prompt_template, self.base.max_source_length, self.base.max_target_length, self.base.system_prompt
+        )
+        # what the files of these options say
+        self.texts = {
+            "prompts": sorted(self.prompts.texts.items()),
+            "views": sorted(self.views.items()),
+            "prompt_template": own.template,
+            "system_prompt": own.system,
+        }
         self.teacher = self._find_teacher()
         self.pool, self.validation, self.test = self._load()
+        check_views([*self.pool, *self.validation, *self.test], self.views)
         self.task = self.base.task or main_task(self.pool)
         state = find_state(self.initial) if Path(self.initial).is_dir() else None
         trained = read_object(state).get("config") if state else None
@@ -110,11 +130,13 @@ class Setup:
         )  # fmt: skip
 
     def _load(self) -> tuple[list[Question], list[Question], list[Question]]:
-        def questions(path: str, part: str) -> list[Question]:
+        def questions(path: str, part: str, split: str | None = None) -> list[Question]:
             loaded = load_questions(
-                path, seed=self.base.seed, on_bad_row=self.base.on_bad_row, task=self.base.task, part=part
+                path, seed=self.base.seed, on_bad_row=self.base.on_bad_row, task=self.base.task, part=part, split=split
             )
             log.info("%s", loaded.taken_for)
+            for bad in loaded.skipped:
+                log.warning("set aside %s", bad)
             return loaded.questions
 
         test = of_split(questions(self.base.test_data, "test"), "test") if self.base.test_data else []
@@ -126,9 +148,11 @@ class Setup:
                 raise InputError(f"{name}: {len(missing)} questions have no answer, such as {missing[0]}")
         if not validation:
             raise InputError(f"--eval-data: no question is left; {shared} are in --test-data")
-        pool, counts = questions(str(self.config.pool), "train"), {}
-        kept = [q for q in pool if label_of(q, None) is not None]
-        counts["have no answer to compare with"] = len(pool) - len(kept)
+        pool, counts = questions(str(self.config.pool), "train", "train"), {}
+        labelled = [q for q in pool if label_of(q, None) is not None]
+        counts["have no answer to compare with"] = len(pool) - len(labelled)
+        kept = list({leak_key(q): q for q in reversed(labelled)}.values())[::-1]  # of each the first
+        counts["are there under another id"] = len(labelled) - len(kept)
         kept, counts["are in --eval-data or --test-data"] = drop_overlap(kept, [*validation, *test])
         if self.teacher is not None:
             known = [q for q in kept if self.teacher.knows(q)]
@@ -146,9 +170,16 @@ class Setup:
         """What a resumed run has to agree with."""
         digest = hashlib.sha256()
         for some in (self.pool, self.validation, self.test):
-            digest.update(repr(some).encode("utf-8", "surrogatepass"))
+            digest.update((repr(some) + "".join(map(later_fields, some))).encode("utf-8", "surrogatepass"))
         base = {k: v for k, v in self.base.resolved().to_dict().items() if k not in ("data", "resume")}
-        return {"active": dataclasses.asdict(self.config), "train": base, "data_sha256": digest.hexdigest()}
+        return {
+            "active": dataclasses.asdict(self.config),
+            "train": base,
+            "data_sha256": digest.hexdigest(),
+            "texts_sha256": {
+                name: hashlib.sha256(repr(text).encode()).hexdigest() for name, text in self.texts.items()
+            },
+        }
 
     def plan(self) -> dict[str, Any]:
         """What would be done."""
@@ -194,8 +225,24 @@ class Setup:
                     raise InputError(
                         f"{path}: the run began with --{name.replace('_', '-')} {old.get(name)!r}, now it is {value!r}"
                     )
+        for name, text in now["texts_sha256"].items():
+            if before.get("texts_sha256", {}).get(name, text) != text:  # runs before had none
+                raise InputError(f"{path}: the run began with another text of --{name.replace('_', '-')}")
         if digest != now["data_sha256"]:
             raise InputError(f"{path}: the run began with other questions; choose another --output-dir")
+
+
+def idle_options(config: ActiveConfig) -> list[str]:
+    """Options that were set though nothing of this run reads them."""
+    changed = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
+    idle = set(unused([config.by], [n for n in ("num_samples", "num_continuations", "ifd_form") if n in changed]))
+    if not config.is_url:
+        idle |= {"concurrency", "timeout", "deadline"}
+    if str(config.teacher).startswith((REPLAY, teachers.ORACLE)):
+        idle |= {"api", "temperature"}
+    if config.revise == "new" or str(config.teacher).startswith(REPLAY):
+        idle |= {"show"}
+    return [name for name in changed if name in idle]
 
 
 def _bare(question: Question) -> Question:

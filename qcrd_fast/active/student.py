@@ -27,7 +27,7 @@ def explain(
 ) -> list[Explanation]:
     """The student's greedy explanation of each question and the answer behind it."""
     settings = SampleSettings(max_new_tokens=student.prompts.max_target_length, batch_size=batch_size, impl=impl)
-    sources = [student.source_ids(REASON, question_text(q)) for q in questions]
+    sources = [student.source_ids(REASON, question_text(q), q.view) for q in questions]
     with explaining_oom("--eval-batch-size, --max-target-length", "explaining"):
         drawn = sample(
             student, sources, [(0, 0)] * len(sources), settings, autocast=make_autocast(student.device, None)
@@ -48,7 +48,7 @@ def mean_nll(student: Student, asked: Sequence[tuple[Question, str, str | None]]
     with make_autocast(student.device, None)():
         for at in range(0, len(asked), BLOCK):
             some = asked[at : at + BLOCK]
-            sources = [student.source_ids(REASON, question_text(q)) for q, *_ in some]
+            sources = [student.source_ids(REASON, question_text(q), q.view) for q, *_ in some]
             targets = [student.target_ids(f"{text.strip()}\nAnswer: {answer}") for _, text, answer in some]
             packed = student.hidden(sources, targets, list(range(len(some))), shared=False)
             head = student.head

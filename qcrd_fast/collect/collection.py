@@ -235,8 +235,10 @@ class Collection:
 
     def row(self, question: Question) -> dict[str, Any]:
         task = None if self.unknown_task else question.task
-        row = {"id": question.id, "question": question.question, "context": question.context, "answer": question.gold}
+        row: dict[str, Any] = {"id": question.id}
+        row |= {"question": question.question, "context": question.context, "answer": question.gold}
         row |= {"task": task, "domain": question.domain, "split": question.split, "view": question.view}
+        row |= {"critique": question.critique, "weight": question.weight}
         row = {key: value for key, value in row.items() if value is not None}
         samples = self.samples(question)[: self.settings.num_samples]
         return row | {"samples": [{**s, "cut": True} if "cut" in s else s for s in samples]}

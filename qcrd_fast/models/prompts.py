@@ -86,6 +86,11 @@ class PromptSettings:
         return cls(value, max_source_length, max_target_length, system or "", views=read_views(views), date=date)
 
 
+def with_views(prompts: PromptSettings, views: Mapping[str, str]) -> PromptSettings:
+    """The settings with the rows of another table of views that theirs has not."""
+    return dataclasses.replace(prompts, views={**views, **prompts.views})
+
+
 def _read_text(path: Path, option: str) -> str:
     """A text file. Raises `InputError` naming `option` where it cannot be read as UTF-8."""
     try:

@@ -21,6 +21,11 @@ from qcrd_fast.sweep.intervals import Answers, single
 from qcrd_fast.utils.config_files import number, read_object, read_options
 
 CONFIG, ROUND, REVISIONS, PICKED = "active.resolved.yaml", "round.json", "revisions.jsonl", "picked.json"
+# of `train` and `active`: what differs between seeds of one strategy, or changes nothing of what comes out
+OF_A_RUN = {
+    *("pool", "teacher", "data", "student", "eval_data", "test_data", "output_dir", "run_name", "prompts", "seed"),
+    *("device", "concurrency", "timeout", "deadline", "eval_batch_size", "impl", "resume", "report_to", "ddp_timeout"),
+}
 MAX_ROUNDS, REVISED = 1000, 200  # rounds read; revisions read of each
 
 
@@ -97,12 +102,23 @@ def read_active(path: str | Path) -> ActiveView:
     )
 
 
+def settings_of(view: ActiveView) -> dict[str, Any]:
+    """What runs of one strategy have in common: its options without files, folders and the seed."""
+    return {name: value for name, value in {**view.train, **view.config}.items() if name not in OF_A_RUN}
+
+
 def curves(views: Sequence[ActiveView]) -> dict[str, list[Point]]:
     """The points of each strategy, round by round: means over its runs, one a seed, with intervals over seeds and
-    questions."""
+    questions. Runs with other settings are another strategy, named by them; so is a second run of one seed, by its
+    name."""
     runs: dict[str, dict[int, ActiveView]] = defaultdict(dict)
-    for view in views:
-        runs[view.strategy].setdefault(view.seed, view)
+    settings = [settings_of(view) for view in views]
+    for view, own in zip(views, settings, strict=True):
+        alike = [s for other, s in zip(views, settings, strict=True) if other.strategy == view.strategy]
+        differ = sorted({name for s in alike for name in own.keys() | s.keys() if own.get(name) != s.get(name)})
+        label = ", ".join([view.strategy, *(f"{name.replace('_', '-')} {own.get(name)}" for name in differ)])
+        runs[label if view.seed not in runs[label] else f"{label} ({view.name})"].setdefault(view.seed, view)
+    runs = {label: found for label, found in runs.items() if found}
     found: dict[str, list[Point]] = {}
     for strategy, by_seed in runs.items():
         points = []

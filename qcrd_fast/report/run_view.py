@@ -73,9 +73,7 @@ class RunView:
         idle = {} if method == "qcrd" else LEGACY  # what other methods have no use for
         for field in dataclasses.fields(TrainConfig):
             value = self.config.get(field.name, field.default)
-            of_method = (
-                field.metadata["group"] in ("Method", "Negatives", "Quality", "Discriminator") or field.name in SWITCHES
-            )
+            of_method = field.metadata["group"] in GROUPS or field.name in SWITCHES
             usual = (field.default, getattr(defaults, field.name), idle.get(field.name, field.default))
             if of_method and value not in usual and field.name not in ("method", "scheme", "impl"):
                 text = os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
@@ -83,7 +81,8 @@ class RunView:
         return found
 
 
-SWITCHES = ("label", "num_positives", "reasoning_task")
+GROUPS = ("Method", "Negatives", "Quality", "Discriminator", "Teacher")
+SWITCHES = ("label", "num_positives", "reasoning_task", "domain_weights")
 
 
 def read_run(path: str | Path) -> RunView:

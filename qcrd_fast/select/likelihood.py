@@ -74,7 +74,7 @@ def local_naturalness(block: Block) -> list[list[float]]:
         hidden = branch_hidden(
             student, sources, trunks, steps, list(range(len(steps))), list(map(len, trunks)), packed=False
         )
-        sums = target_sums(student, hidden, lengths)
+        sums = target_sums(student, hidden, lengths, impl=block.options.impl)
     pairs = iter(zip(sums, lengths, strict=True))
     found = []
     for of_row in sizes:
@@ -101,18 +101,23 @@ def mean_logprobs(student: Student, block: Block, *, alone: bool = False) -> lis
         return [[] for _ in block.rows]
     lengths = list(map(len, targets))
     with torch.no_grad(), eval_mode(student.model):
-        sums = target_sums(student, student.hidden(prompts, targets, source_of), lengths)
+        sums = target_sums(student, student.hidden(prompts, targets, source_of), lengths, impl=block.options.impl)
     means = iter(total / length for total, length in zip(sums, lengths, strict=True))
     return [[next(means) for _ in row.positives] for row in block.rows]
 
 
 def target_sums(
-    student: Student, packed: PackedHidden, lengths: Sequence[int], skipped: Sequence[int] | None = None
+    student: Student,
+    packed: PackedHidden,
+    lengths: Sequence[int],
+    skipped: Sequence[int] | None = None,
+    *,
+    impl: str = "auto",
 ) -> list[float]:
     """Sum of log p over each target's tokens, without the first `skipped` of each, added up in float64 on the host, so
     that no order of additions is left to the device."""
     head = student.head
-    logprob_T = linear_logprob(packed.hidden, head.weight, packed.target, **head.options)
+    logprob_T = linear_logprob(packed.hidden, head.weight, packed.target, **head.options, impl=impl)
     parts = logprob_T.double().cpu().split(list(lengths))
     return [float(part[skip:].sum()) for part, skip in zip(parts, skipped or [0] * len(parts), strict=True)]
 

@@ -17,9 +17,7 @@ from qcrd_fast.data.schema import Question, later_fields
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.select.options import SelectOptions
 from qcrd_fast.select.score import RowScores
-from qcrd_fast.utils.files import append_whole, printable, read_lines
-
-WEIGHTS = ("*.safetensors", "*.json")  # of a model folder: what a student is told by
+from qcrd_fast.utils.files import append_whole, intact_lines, printable
 
 
 class Progress:
@@ -42,17 +40,25 @@ class Progress:
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held, *lines = list(read_lines(self.path)) or [{}]
+            (held, end), *lines = list(intact_lines(self.path)) or [({}, 0)]
             if held.get("scores_of") == self.identity:
-                self.finished = {line["id"]: RowScores(line["row"], line["positives"]) for line in lines}
-            os.ftruncate(self._file, 0)  # a line that a kill cut, or the scores of something else
-            self._append([{"scores_of": self.identity}, *(self._line(*item) for item in self.finished.items())])
+                self.finished = {line["id"]: RowScores(line["row"], line["positives"]) for line, _ in lines}
+                os.ftruncate(self._file, lines[-1][1] if lines else end)  # without a line that a kill cut
+            else:
+                os.ftruncate(self._file, 0)  # the scores of something else
+                self._append([{"scores_of": self.identity}])
         except BlockingIOError:
             self._close()
             raise InputError(
                 f"--output: another process scores for {printable(self.path)}; choose another file"
             ) from None
-        except (OSError, KeyError, TypeError) as error:
+        except OSError as error:
+            self._close()
+            raise RunError(
+                f"cannot write {printable(self.path)}: {error.strerror}; what it holds is kept, the same command goes "
+                "on"
+            ) from error
+        except (KeyError, TypeError, AttributeError) as error:
             self._close()
             raise RunError(f"cannot use {printable(self.path)}: {error}; delete it to begin anew") from error
         return self
@@ -73,7 +79,8 @@ class Progress:
             self._append([self._line(*item) for item in scores.items()])
         except OSError as error:
             raise RunError(
-                f"cannot write {printable(self.path)}: {error.strerror}; the same command goes on"
+                f"cannot write {printable(self.path)}: {error.strerror}; what was scored before is kept, the same "
+                "command goes on"
             ) from error
 
     def done(self) -> None:
@@ -94,6 +101,6 @@ def identity(rows: Sequence[Question], names: Sequence[str], student: str | None
     for row in sorted(rows, key=lambda row: row.id):
         digest.update((repr(row) + later_fields(row)).encode("utf-8", "surrogatepass"))
     if student is not None and os.path.isdir(student):
-        files = sorted(path for pattern in WEIGHTS for path in Path(student).glob(pattern))
+        files = sorted(path for path in Path(student).iterdir() if path.is_file())
         digest.update(repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]).encode())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from qcrd_fast.config import nearest
@@ -32,6 +32,7 @@ class Selector:
     score: Callable[[Any], Sequence[Any]]
     about: str
     at_most: float | None = None
+    options: tuple[str, ...] = ()  # of `SelectOptions`, that this score alone reads; see `unused`
 
 
 def _later(module: str, function: str) -> Callable[[Any], Sequence[Any]]:
@@ -59,11 +60,12 @@ SELECTORS: dict[str, Selector] = _rows(
     Selector(
         "step-uncertainty", True, "question", True, False, _later("uncertainty", "step_uncertainty"),
         "how much the student's answer moves with each step of its explanation (after ELAD, formulas ours)",
+        options=("num_continuations", "inter_weight", "temperature", "top_k", "max_new_tokens"),
     ),
     Selector(
         "ifd", True, "rationale", True, False, _later("likelihood", "ifd"),
         "how little the question helps to predict the rationale (instruction-following difficulty); above 1 is dropped",
-        at_most=1.0,
+        at_most=1.0, options=("ifd_form",),
     ),
     Selector(
         "known", False, "question", True, True, _later("uncertainty", "known"),
@@ -77,10 +79,24 @@ SELECTORS: dict[str, Selector] = _rows(
     ),
     Selector(
         "local-naturalness", False, "rationale", True, False, _later("likelihood", "local_naturalness"),
-        "the same with each step seeing a short window of what is before it",
+        "the same with each step seeing a short window of what is before it", options=("window",),
     ),
-    Selector("quality", True, "rationale", False, False, _later("votes", "quality"), "the weight of --quality"),
+    Selector("quality", True, "rationale", False, False, _later("votes", "quality"), "the weight of --quality",
+    options=("quality",)),
 )  # fmt: skip
+
+
+_SAMPLING = ("temperature", "top_k", "max_new_tokens")
+
+
+def unused(names: Sequence[str], given: Iterable[str]) -> list[str]:
+    """Those of the options of `SelectOptions` that no score of `names` reads."""
+    read = {"seed", "block_size", "impl"}
+    for selector in map(SELECTORS.__getitem__, names):
+        read |= {*selector.options}
+        read |= {"ask"} if selector.needs_student else set()
+        read |= {"num_samples", *_SAMPLING} if selector.needs_samples else set()
+    return [name for name in given if name not in read]
 
 
 def parse_names(text: str) -> list[str]:

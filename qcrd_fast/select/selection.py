@@ -15,7 +15,7 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.select import policy
 from qcrd_fast.select.options import SelectOptions
 from qcrd_fast.select.progress import Progress, identity
-from qcrd_fast.select.registry import SELECTORS
+from qcrd_fast.select.registry import SELECTORS, unused
 from qcrd_fast.select.score import RowScores, score_all
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,10 @@ def select(
         raise InputError(f"--by {needy[0]} needs --student, a run, a model folder or a hub id")
     if student is not None and not needy:
         raise InputError(f"--student is given, but --by {', '.join(chosen.names)} asks nothing of it; leave it out")
+    changed = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
+    if idle := unused(chosen.names, changed):
+        flags = ", ".join("--" + name.replace("_", "-") for name in idle)
+        log.warning("--by %s has no use for %s", ", ".join(chosen.names), flags)
     loaded = load_questions(data, format=format, task=task, on_bad_row=on_bad_row, seed=options.seed)
     log.info("%s", loaded.taken_for)
     for bad in loaded.skipped:

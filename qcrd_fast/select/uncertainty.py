@@ -56,34 +56,38 @@ def step_uncertainty(block: Block) -> list[float]:
     student, options = block.student, block.options
     assert student is not None
     explanations = explain_greedily(student, block.rows, options)
-    within = intra(student, explanations)
+    within = intra(student, explanations, impl=options.impl)
     if not options.num_continuations or not options.inter_weight:
         return within
     between = inter(block, explanations)
     return [a + options.inter_weight * b for a, b in zip(within, between, strict=True)]
 
 
-def intra(student: Student, explanations: Sequence[Explanation], *, packed: bool = True) -> list[float]:
+def intra(
+    student: Student, explanations: Sequence[Explanation], *, packed: bool = True, impl: str = "auto"
+) -> list[float]:
     """1/n sum_i |l_i - l_(i-1)| with l_i = log p(answer, EOS | x, the first i of n steps, `Answer:`) [nats]; 0 without
     a step.
 
     All prefixes of an explanation are scored in one pass (`branch_hidden`); `packed` False: one pass a prefix.
     """
     found = []
-    for moves in prefix_logprobs(student, explanations, packed=packed):
+    for moves in prefix_logprobs(student, explanations, packed=packed, impl=impl):
         steps = [abs(after - before) for before, after in itertools.pairwise(moves)]
         found.append(sum(steps) / len(steps) if steps else 0.0)
     return found
 
 
-def prefix_logprobs(student: Student, explanations: Sequence[Explanation], *, packed: bool = True) -> list[list[float]]:
+def prefix_logprobs(
+    student: Student, explanations: Sequence[Explanation], *, packed: bool = True, impl: str = "auto"
+) -> list[list[float]]:
     """l_0, ..., l_n of each explanation; see `intra`."""
     if not explanations:
         return []
     sources, trunks, branches, trunk_of, depths, skipped = branch_tokens(student, explanations)
     with torch.no_grad(), eval_mode(student.model):
         hidden = branch_hidden(student, sources, trunks, branches, trunk_of, depths, packed=packed)
-        sums = iter(target_sums(student, hidden, [len(branch) for branch in branches], skipped))
+        sums = iter(target_sums(student, hidden, [len(branch) for branch in branches], skipped, impl=impl))
     return [[next(sums) for _ in range(len(e.steps) + 1)] for e in explanations]
 
 

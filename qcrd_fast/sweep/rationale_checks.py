@@ -100,7 +100,7 @@ def judge_run(run: str | Path) -> dict[str, float | None]:
         raise InputError(f"{run}: no predictions.jsonl, so no questions to explain")
     student, state = load_student(str(run))
     settings = SampleSettings(max_new_tokens=student.prompts.max_target_length, batch_size=64)
-    sources = [student.source_ids(EXPLAIN, r["question"]) for r in asked]
+    sources = [student.source_ids(EXPLAIN, r["question"], r.get("view")) for r in asked]
     outputs = sample(student, sources, [(0, 0)] * len(sources), settings, autocast=make_autocast(student.device, None))
     records = []
     for record, tokens in zip(asked, outputs, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.lm_head import Head
-from qcrd_fast.models.prompts import PromptSettings, TokenIds
+from qcrd_fast.models.prompts import PromptSettings, TokenIds, with_views
 from qcrd_fast.models.student import PackedHidden, Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
 from qcrd_fast.ops.topk_kl import linear_top
@@ -47,9 +47,9 @@ class LocalTeacher:
     def head(self) -> Head:
         return self.model.head
 
-    def source_ids(self, prefix: str, text: str) -> TokenIds:
+    def source_ids(self, prefix: str, text: str, view: str | None = None) -> TokenIds:
         """A task's prompt as this model reads it: by its own chat template, where that is asked for."""
-        return self.model.source_ids(prefix, text)
+        return self.model.source_ids(prefix, text, view)
 
     @torch.no_grad()
     def hidden(
@@ -92,11 +92,13 @@ class LocalTeacher:
 
 def load_model(name: str, prompts: PromptSettings, device: torch.device, option: str = "--teacher") -> Student:
     """A model that is to teach, in fp32: a run, a checkpoint or an export with the prompts that it was trained with;
-    any other folder or hub id with `prompts`. Raises `InputError` naming `option`."""
+    any other folder or hub id with `prompts`, whose views it knows in any case. Raises `InputError` naming `option`."""
     try:
         folder = find_model(name)
         if find_state(folder) is not None or os.path.isfile(os.path.join(folder, ADAPTER)):
-            return load_student(folder, str(device))[0]
+            found = load_student(folder, str(device))[0]
+            found.prompts = with_views(found.prompts, prompts.views)
+            return found
         return Student.load(folder, prompts, device)
     except InputError as error:
         raise InputError(f"{option}: {str(error).removeprefix('student: ')}") from error

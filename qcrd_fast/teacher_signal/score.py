@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import math
 import time
@@ -38,6 +39,7 @@ class ScoreSettings:
     temperature: float = 1.0
     prompt_template: str = "raw"
     system_prompt: str | None = None
+    views: str | None = None
     max_source_length: int = 1024
     max_target_length: int = 256
     label: str | None = None
@@ -79,8 +81,9 @@ def score_teacher(settings: ScoreSettings, *, dry_run: bool = False) -> tuple[di
     for row in loaded.skipped:
         log.warning("set aside %s", row)
     prompts = PromptSettings.from_option(
-        settings.prompt_template, settings.max_source_length, settings.max_target_length, settings.system_prompt
-    )
+        settings.prompt_template, settings.max_source_length, settings.max_target_length, settings.system_prompt,
+        settings.views,
+    )  # fmt: skip
     scorer = _Server(settings, prompts) if settings.is_url else _Local(settings, prompts)
     targets = list(_targets(loaded.questions, settings, scorer.prompter))
     if not targets:
@@ -91,7 +94,10 @@ def score_teacher(settings: ScoreSettings, *, dry_run: bool = False) -> tuple[di
         return plan | {"output": settings.output, "bytes_at_most": tokens * (8 + 8 * settings.top_logprobs)}, None
     begun, why, mass, count = time.monotonic(), None, 0.0, 0
     digest = tokenizer_hash(scorer.prompter.tokenizer)
-    writer = Writer(Path(settings.output), digest, scorer.name, settings.top_logprobs, settings.temperature)
+    writer = Writer(
+        Path(settings.output), digest, scorer.name, settings.top_logprobs, settings.temperature,
+        prompts_digest(scorer.prompter.prompts),
+    )  # fmt: skip
     with writer, StopSignals() as signals:
         todo = list({t.key: t for t in targets if t.key not in writer.known}.values())
         log.info("to score: %d of %d texts, %d tokens", len(todo), len(targets), sum(len(t.tokens) for t in todo))
@@ -120,16 +126,19 @@ def score_teacher(settings: ScoreSettings, *, dry_run: bool = False) -> tuple[di
     }, why
 
 
+def prompts_digest(prompts: PromptSettings) -> str:
+    """sha256 of what makes prompts of questions; the day that a chat template is told is left out."""
+    return hashlib.sha256(repr(dataclasses.replace(prompts, date="")).encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def _targets(questions: Sequence[Question], settings: ScoreSettings, prompter: Prompter) -> Iterator[Target]:
     for question in questions:
-        text, sources = (
-            question_text(question),
-            {p: prompter.source_ids(p, question_text(question)) for p in (PREDICT, EXPLAIN)},
-        )
-        label = label_of(question, settings.label)
-        texts = [(PREDICT, label)] if label is not None else []
-        for prefix, said in [*texts, *((EXPLAIN, r.text) for r in question.positives)]:
-            yield Target(text_digest(text, prefix, said), sources[prefix], prompter.target_ids(said))
+        text, label = question_text(question), label_of(question, settings.label)
+        texts: list[tuple[str, str | None, str]] = [] if label is None else [(PREDICT, None, label)]
+        texts += [(EXPLAIN, r.view or question.view, r.text) for r in question.positives]
+        sources = {asked: prompter.source_ids(asked[0], text, asked[1]) for asked in {(p, v) for p, v, _ in texts}}
+        for prefix, view, said in texts:
+            yield Target(text_digest(text, prefix, said), sources[prefix, view], prompter.target_ids(said))
 
 
 class _Local:

@@ -64,13 +64,16 @@ def text_digest(question: str, prefix: str, text: str) -> str:
 class Writer:
     """Adds scored texts to a folder; use as a context manager. `known`: the keys that are there.
 
-    Raises `InputError` for a folder of another teacher, tokenizer, temperature or K, or one that another process
-    writes; `RunError` where the disk is full, with everything that was added still there.
+    Raises `InputError` for a folder of another teacher, tokenizer, temperature, K or prompts (a digest), or one that
+    another process writes; `RunError` where the disk is full, with everything that was added still there.
     """
 
-    def __init__(self, folder: Path, tokenizer: str, teacher: str, k: int, temperature: float = 1.0):
+    def __init__(
+        self, folder: Path, tokenizer: str, teacher: str, k: int, temperature: float = 1.0, prompts: str | None = None
+    ):
         self.folder, self.k = folder, k
         self.meta = {"version": VERSION, "tokenizer": tokenizer, "teacher": teacher, "k": k, "temperature": temperature}
+        self.meta |= {"prompts": prompts} if prompts else {}
         self.known: set[str] = set()
         self._pending: dict[str, Entry] = {}
         self._file = self._lock = -1
@@ -103,7 +106,7 @@ class Writer:
         if meta.exists():
             before = read_meta(self.folder)
             for name, value in self.meta.items():
-                if before.get(name) != value:
+                if before.get(name) != value and (name in before or name != "prompts"):  # which folders lacked once
                     raise InputError(
                         f"{printable(self.folder)}: begun with {name} {before.get(name)!r}, now it is {value!r}; "
                         "choose another folder"
@@ -191,7 +194,17 @@ def _line(key: str, entry: Entry) -> bytes:
 
 def _is_entry(row: dict[str, Any]) -> bool:
     parts = [row.get(name) for name in Entry._fields]
-    return isinstance(row.get("key"), str) and all(isinstance(p, list) and len(p) == len(parts[0] or []) for p in parts)
+    if not isinstance(row.get("key"), str) or not all(isinstance(p, list) and len(p) == len(parts[0]) for p in parts):
+        return False
+    tokens, logprobs, ids, top = parts
+    pairs = zip(ids, top, strict=True)
+    return (
+        all(type(token) is int for token in tokens)
+        and all(isinstance(x, int | float) for x in logprobs)
+        and all(isinstance(a, list) and isinstance(b, list) and len(a) == len(b) for a, b in pairs)
+        and all(type(id) is int for row in ids for id in row)
+        and all(isinstance(x, int | float) for row in top for x in row)
+    )
 
 
 def _tensors(entries: Sequence[Entry], k: int) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ class Candidate:
     source: str  # teacher, minority, lagged; sampled: by the student, for an on-policy method
     case: Case | None = None  # what a judge is shown of it
     prompt: TokenIds | None = None  # that asks for it, where it is of a view of its own
+    view: str | None = None  # that it is asked for in
 
     @property
     def positive(self) -> bool:
@@ -52,6 +53,8 @@ class Example:
     reason: tuple[TokenIds, TokenIds] | None = None  # (prompt, rationale then answer) of the third task
     weight: float = 1.0  # what the question counts
     domain: str = ""
+    view: str | None = None  # that rationales are asked for in, the student's own too
+    reason_view: str | None = None  # the same of the third task
 
     def candidates(self, lagged: Mapping[str, Negative]) -> list[Candidate]:
         """Return positives, the teacher's minority, and the lagged negative unless its text equals a positive's."""
@@ -85,14 +88,21 @@ def longest_text(_: Any, examples: Sequence[Example], *__: Any) -> str:
 def make_examples(questions: Sequence[Question], student: Student, config: TrainConfig) -> list[Example]:
     """Tokenise the training questions, each of which has the answer that `label_of` asks for.
 
-    Raises `RunError` where memory ends, `InputError` for weights of rows or of domains where the loss takes none.
+    Raises `RunError` where memory ends, `InputError` for weights of rows or of domains where the loss takes none,
+    and for weights that are all 0.
     """
     kind, method = label_kind(config), method_of(config)
     weighted = config.domain_weights != "none" or any(question.weight not in (None, 1.0) for question in questions)
-    if weighted and (method.mutual_information or (method.contrastive and config.forward == "joint")):
+    cannot = {
+        "--method mi": method.mutual_information,
+        "--forward joint": method.contrastive and config.forward == "joint",
+        "--mentor-kd-literal": config.mentor_kd_literal and config.kd_lambda > 0,
+    }
+    if weighted and (how := next((name for name, so in cannot.items() if so), None)):
         what = "--domain-weights" if config.domain_weights != "none" else "--data: the rows' weights"
-        how = "--method mi" if method.mutual_information else "--forward joint"
         raise InputError(f"{what}: {how} cannot weigh questions; leave one out")
+    if questions and all(question.weight == 0 for question in questions):
+        raise InputError(f"--data: the weight of all {len(questions)} questions is 0: there is nothing to learn")
     examples, long_prompts, long_targets = [], [], []
     limits = config.max_source_length, config.max_target_length
     with (
@@ -138,20 +148,20 @@ def _example(question: Question, label: str | None, student: Student, config: Tr
     text = question_text(question)
     positives = question.positives[: config.num_positives]
     minority = () if config.effective("negative_source") == "none" else question.negatives
-    reason = None
+    reason, reason_view = None, None
     if config.reasoning_task and positives:
         best = positives[0]
         if config.qualities[0] == "checks":  # the first of those that pass most
             best = max(positives, key=lambda r: factor(teacher_case(question, r, POSITIVE)))
         worked = f"{best.text.strip()}\nAnswer: {label}"
-        reason = (student.source_ids(REASON, text, best.view or question.view), student.target_ids(worked))
+        reason_view = best.view or question.view
+        reason = (student.source_ids(REASON, text, reason_view), student.target_ids(worked))
 
     def candidate(rationale: Rationale, source: str, kind: str) -> Candidate:
         own = rationale.view is not None and rationale.view != question.view
         prompt = student.source_ids(EXPLAIN, text, rationale.view) if own else None
-        return Candidate(
-            rationale.text, student.target_ids(rationale.text), source, teacher_case(question, rationale, kind), prompt
-        )
+        tokens, case = student.target_ids(rationale.text), teacher_case(question, rationale, kind)
+        return Candidate(rationale.text, tokens, source, case, prompt, rationale.view or question.view)
 
     return Example(
         id=question.id,
@@ -166,4 +176,6 @@ def _example(question: Question, label: str | None, student: Student, config: Tr
         reason=reason,
         weight=1.0 if question.weight is None else question.weight,
         domain=domain_of(question),
+        view=question.view,
+        reason_view=reason_view,
     )

@@ -6,10 +6,12 @@ A new method is a name there and a row of `METHODS`: the weights of a question's
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import TEACHER_OPTIONS, TrainConfig
+from qcrd_fast.errors import InputError
 from qcrd_fast.train import token_weights
 from qcrd_fast.train.token_weights import TokenWeights
 
@@ -33,6 +35,20 @@ def all_rationales(share: float, positives: int, minority: int) -> Weights:
     return [share / max(positives, 1)] * positives, [share / max(minority, 1)] * minority
 
 
+# Who teaches beside the rows, and the options that name it:
+# scores    how likely tokens are, of a local model or a server
+# weights   whole distributions, of local weights
+# mentor    the likeliest tokens of distributions, in files or of local weights
+# self      the student itself, with a rationale before the question
+TEACHERS: dict[str | None, tuple[str, ...]] = {
+    "scores": ("teacher", "teacher_model"),
+    "weights": ("teacher",),
+    "mentor": ("teacher", "teacher_logprobs"),
+    "self": (),
+    None: (),
+}
+
+
 class Method(NamedTuple):
     """weights: (1/N, number of positives, of minority rationales) -> the weights l has for each of a question's
     rationales.
@@ -54,8 +70,7 @@ class Method(NamedTuple):
     default_label: str | None = None  # gold, majority; None: gold where known, else the majority
     token_weights: TokenWeights | None = None
     on_policy: bool = False  # trains on what the student itself says now: its samples are no negatives
-    # that scores: model (--teacher), self (the student with context), mentor (its distributions)
-    teacher: str | None = None
+    teacher: str | None = None  # one of `TEACHERS`
     reference: bool = False  # needs the initial student's log-probs of the minority
     # of rationales: from the teacher's whole distribution; --gkd-lambda is the student's own share
     divergence: bool = False
@@ -71,15 +86,62 @@ METHODS = {
     "redi": Method(all_rationales, beta=REDI_BETA, warmup=first_positive),
     "dft": Method(all_positives, token_weights=token_weights.probability),
     "npo": Method(all_rationales, token_weights=token_weights.preference, reference=True),  # beta: --beta
-    "opd": Method(token_weights=token_weights.advantage, samples_student=True, on_policy=True, teacher="model"),
+    "opd": Method(token_weights=token_weights.advantage, samples_student=True, on_policy=True, teacher="scores"),
     "sdft": Method(token_weights=token_weights.advantage, samples_student=True, on_policy=True, teacher="self"),
     "mentor-kd": Method(all_positives, teacher="mentor"),
-    "gkd": Method(all_positives, teacher="model", divergence=True),
+    "gkd": Method(all_positives, teacher="weights", divergence=True),
 }
 
 
 def method_of(config: TrainConfig) -> Method:
     return METHODS[config.method]
+
+
+def without_others_teacher(config: TrainConfig) -> TrainConfig:
+    """The config without the options of a teacher that its method does not take, for a method among several."""
+    kept = TEACHERS[method_of(config).teacher]
+    others: dict[str, Any] = {name: None for name in TEACHER_OPTIONS if name not in kept}
+    return dataclasses.replace(config, **others)
+
+
+def check_teacher(config: TrainConfig) -> None:
+    """Raises `InputError` for a method without the teacher that its row needs, and for one that it cannot ask."""
+    name, kind, url = config.method, method_of(config).teacher, config.teacher_is_url
+    for option in TEACHER_OPTIONS:
+        if getattr(config, option) is not None and option not in TEACHERS[kind]:
+            flag = "--" + option.replace("_", "-")
+            others = [other for other, method in METHODS.items() if option in TEACHERS[method.teacher]]
+            who = {None: "learns from the rows alone", "self": "is taught by the student itself"}
+            why = who.get(kind, f"takes {' or '.join('--' + o.replace('_', '-') for o in TEACHERS[kind])}")
+            raise InputError(f"{flag}: --method {name} {why}; leave it out, or choose --method {' or '.join(others)}")
+    if kind == "scores" and not config.teacher:
+        raise InputError(
+            f"--method {name} needs --teacher: a model with the student's tokenizer, or the URL of a server that "
+            "scores prompts"
+        )
+    if kind == "weights" and (not config.teacher or url):
+        raise InputError(f"--method {name} needs --teacher PATH: local weights of a model with the student's tokenizer")
+    if config.teacher_model and not url:
+        raise InputError("--teacher-model needs a server: give its URL as --teacher, or leave --teacher-model out")
+    if config.mentor_kd_literal and kind != "mentor":
+        raise InputError(f"--mentor-kd-literal is for --method mentor-kd, not {name}")
+    if kind == "self" and config.teacher_ema < 1 and config.use_peft:
+        raise InputError("--teacher-ema must be 1 with --use-peft, whose teacher is the frozen base model")
+    if kind == "mentor" and config.kd_lambda:
+        if bool(config.teacher) == bool(config.teacher_logprobs):
+            raise InputError(
+                f"--method {name} needs either --teacher-logprobs DIR, which score-teacher writes, or --teacher, a "
+                f"local model; {'both' if config.teacher else 'neither'} is given"
+            )
+        if url:
+            raise InputError(
+                f"--method {name} asks no server while it trains: qcrd-fast score-teacher --teacher URL, then "
+                "--teacher-logprobs DIR"
+            )
+        if config.mentor_kd_literal and not config.teacher:
+            raise InputError(
+                "--mentor-kd-literal needs --teacher, a local model: --teacher-logprobs has no padding in it"
+            )
 
 
 def is_on_policy(config: TrainConfig) -> bool:

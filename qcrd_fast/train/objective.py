@@ -150,9 +150,10 @@ class Objective:
             return self._score_and_select(batch, lagged, num_questions, iteration, stats)
         if self.method.on_policy:
             own = [(q, lagged[e.id]) for q, e in enumerate(batch) if e.id in lagged]
-            candidates = [Candidate(n.text, n.tokens, "sampled", n.case) for _, n in own]
+            candidates = [Candidate(n.text, n.tokens, "sampled", n.case, view=batch[q].view) for q, n in own]
             tokens = max(self.sampled_tokens, 1)
-            return Weighted(candidates, [q for q, _ in own], [len(c.tokens) / tokens for c in candidates])
+            shares = [len(n.tokens) / tokens * self._counts(batch[q]) for q, n in own]
+            return Weighted(candidates, [q for q, _ in own], shares)
         warm = self.method.warmup is not None and step < self.warmup_steps
         weights = self.method.warmup if warm and self.method.warmup else self.method.weights
         beta = self.config.beta if self.method.reference else self.method.beta
@@ -171,7 +172,8 @@ class Objective:
                 for candidate, weight in zip(of_kind, found, strict=False):
                     chosen.add(candidate, q, weight)
             if own_share and (said := lagged.get(example.id)):
-                chosen.add(Candidate(said.text, said.tokens, "sampled", said.case), q, own_share * counts)
+                sampled = Candidate(said.text, said.tokens, "sampled", said.case, view=example.view)
+                chosen.add(sampled, q, own_share * counts)
         return chosen
 
     def _counts(self, example: Example) -> float:
@@ -475,7 +477,7 @@ class Objective:
     def _label_asked(self, batch: Sequence[Example]) -> list[TargetText]:
         """`_label_targets` as a teacher is asked for them."""
         labels = [TargetText(e, PREDICT, e.label, e.answer) for e in batch]
-        return labels + [TargetText(e, REASON, e.reason[1]) for e in batch if e.reason]
+        return labels + [TargetText(e, REASON, e.reason[1], view=e.reason_view) for e in batch if e.reason]
 
     def _label_targets(
         self, batch: Sequence[Example], num_questions: int

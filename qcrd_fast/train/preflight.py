@@ -18,6 +18,7 @@ from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.model_folder import check_model_name, count_parameters
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.runs.folder import CONFIG, RESULTS
+from qcrd_fast.train.methods import check_teacher
 from qcrd_fast.utils.files import disk_space_text, printable, require_writable
 from qcrd_fast.utils.memory import free_bytes, swap_bytes
 from qcrd_fast.utils.oom import for_weights
@@ -37,7 +38,7 @@ def check_start(config: TrainConfig, *, dry_run: bool = False, names: bool = Tru
         path = getattr(config, option)
         if path and not os.path.exists(path) and not is_hub_name(path):
             raise InputError(f"--{option.replace('_', '-')}: {printable(path)} does not exist")
-    config.check_teacher()
+    check_teacher(config)
     if config.teacher_logprobs and not os.path.isdir(config.teacher_logprobs):
         raise InputError(f"--teacher-logprobs: {printable(config.teacher_logprobs)} is no folder")
     if names or os.path.isdir(str(config.student)):

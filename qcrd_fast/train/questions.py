@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qcrd_fast.config import TrainConfig
@@ -12,6 +13,7 @@ from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, later_fields
 from qcrd_fast.data.splits import drop_overlap, hold_out, label_of, main_task, of_split
 from qcrd_fast.errors import InputError
+from qcrd_fast.models.views import read_views, view_text
 from qcrd_fast.train.methods import label_kind, method_of
 from qcrd_fast.utils.oom import explaining_oom
 
@@ -80,12 +82,23 @@ class Data:
             missing = [q.id for q in some if label_of(q, None) is None]
             if missing:
                 raise InputError(f"{name}: {len(missing)} questions have no answer, such as {missing[0]}")
+        check_views([*rows, *validation, *test], read_views(config.views))
         if config.method == "qcrd" and all(_samples(question) < 2 for question in rows):
             log.warning(
                 "--data: no question has more than one sample: there was nothing to vote on, and qcrd has no minority"
             )
         task = config.task or main_task(rows)
         return cls(rows, validation, test, task, in_test + in_validation, _digest(rows, validation, test))
+
+
+def check_views(questions: Iterable[Question], own: Mapping[str, str]) -> None:
+    """Raises `InputError` naming a question whose view, or that of one of its rationales, is in no table."""
+    for question in questions:
+        for view in (question.view, *(r.view for r in (*question.positives, *question.negatives))):
+            try:
+                view_text(view, own)
+            except InputError as error:
+                raise InputError(f"question {question.id!r}: {error}") from None
 
 
 def _samples(question: Question) -> int:

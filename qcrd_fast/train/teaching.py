@@ -40,12 +40,18 @@ REFERENCE_BATCH = 64  # questions whose reference log-probs are made at once
 
 
 class TargetText(NamedTuple):
-    """A target of a pass: whose question, which task's prompt, and its tokens."""
+    """A target of a pass: whose question, which task's prompt and view, and its tokens."""
 
     example: Example
     prefix: str
     tokens: TokenIds
     text: str = ""
+    view: str | None = None
+
+    @property
+    def prompt(self) -> tuple[str, str, str | None]:
+        """What targets behind one prompt have in common."""
+        return self.example.id, self.prefix, self.view
 
 
 class Covered(NamedTuple):
@@ -98,28 +104,24 @@ class ModelTeaching(Teaching):
         self.model, self.config, self.context = model, config, context
         self.rows = rows or len(model.head.weight)
         self.weights = model.model.model
-        self._sources: dict[tuple[str, str], TokenIds] = {}
+        self._sources: dict[tuple[str, str, str | None], TokenIds] = {}
 
     def use(self, impl: str) -> None:
         self.model.impl = impl
 
-    def source(self, example: Example, prefix: str) -> TokenIds:
-        key = example.id, prefix
-        if key not in self._sources:
-            text = example.text
+    def source(self, asked: TargetText) -> TokenIds:
+        if (key := asked.prompt) not in self._sources:
+            example, text = asked.example, asked.example.text
             if self.context and example.positives:
                 text = DEMONSTRATION.format(context=example.positives[0].text.strip()) + text
-            self._sources[key] = self.model.source_ids(prefix, text)
+            self._sources[key] = self.model.source_ids(asked.prefix, text, asked.view)
         return self._sources[key]
 
     def _laid_out(self, asked: Sequence[TargetText]) -> tuple[list[TokenIds], list[TokenIds], list[int]]:
         """(sources, targets, source of each target): a prompt that several targets follow is read once."""
-        at: dict[tuple[str, str], int] = {}
-        for a in asked:
-            at.setdefault((a.example.id, a.prefix), len(at))
-        of = {(a.example.id, a.prefix): a.example for a in asked}
-        sources = [self.source(of[key], key[1]) for key in at]
-        return sources, [a.tokens for a in asked], [at[a.example.id, a.prefix] for a in asked]
+        first = {a.prompt: a for a in reversed(asked)}
+        at = {key: i for i, key in enumerate(dict.fromkeys(a.prompt for a in asked))}
+        return [self.source(first[key]) for key in at], [a.tokens for a in asked], [at[a.prompt] for a in asked]
 
     def scores(self, asked: Sequence[TargetText]) -> Tensor:
         return self.model.logprob(*self._laid_out(asked))
@@ -169,9 +171,9 @@ class ReferenceTeaching(Teaching):
     def scores(self, asked: Sequence[TargetText]) -> Tensor:
         """0 for targets that are no minority."""
         found: list[float] = []
-        for example, _, tokens, _ in asked:
-            at = next((i for i, c in enumerate(example.minority) if c.tokens is tokens), None)
-            found += [0.0] * len(tokens) if at is None else self.known[example.id][at]
+        for a in asked:
+            at = next((i for i, c in enumerate(a.example.minority) if c.tokens is a.tokens), None)
+            found += [0.0] * len(a.tokens) if at is None else self.known[a.example.id][at]
         return torch.tensor(found, dtype=torch.get_default_dtype(), device=self.device)
 
 
@@ -338,7 +340,7 @@ def _fits(known: Any, examples: Sequence[Example]) -> bool:
 
 def asked_of(batch: Sequence[Example], candidates: Sequence[Candidate], question: Sequence[int]) -> list[TargetText]:
     """The rationales of a pass as a teacher is asked for them."""
-    return [TargetText(batch[q], EXPLAIN, c.tokens, c.text) for c, q in zip(candidates, question, strict=True)]
+    return [TargetText(batch[q], EXPLAIN, c.tokens, c.text, c.view) for c, q in zip(candidates, question, strict=True)]
 
 
 def padded(asked: Sequence[TargetText], pad: int | None) -> list[TargetText]:

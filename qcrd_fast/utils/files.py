@@ -104,17 +104,24 @@ def _lines(records: Iterable[dict[str, Any]]) -> str:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Read the records of a JSONL file up to the first damaged line."""
+    return (record for record, _ in intact_lines(path))
+
+
+def intact_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """(record, offset of the byte behind its line) of a JSONL file up to the first damaged line."""
     if not path.exists():
         return
+    end = 0
     with open(path, "rb") as file:
         for line in file:
+            end += len(line)
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 return
             if not line.endswith(b"\n") or not isinstance(record, dict):
                 return
-            yield record
+            yield record, end
 
 
 def sha256(path: Path) -> str:

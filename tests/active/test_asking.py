@@ -4,6 +4,7 @@ twice."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import threading
 import time
@@ -17,7 +18,7 @@ from qcrd_fast.active.revision import Explanation
 from qcrd_fast.active.teachers import OracleTeacher, ReplayTeacher
 from qcrd_fast.collect import endpoint
 from qcrd_fast.collect.endpoint import EndpointSettings
-from qcrd_fast.data.schema import Question
+from qcrd_fast.data.schema import Question, text_key
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.signals import StopSignals
 from tests.support import fake_teacher
@@ -205,6 +206,31 @@ def test_an_oracle_knows_the_true_steps(tmp_path):
     assert right.outcome.result == "no fault"
     # the answer behind the last step is not its result
     assert (wrong.outcome.wrong_step, wrong.outcome.result) == (2, "kept")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_resume_keeps_what_a_long_first_request_brought(tmp_path, batch):
+    """The first request reserves far more than it takes, which is no room that the last ones had."""
+    path = write(tmp_path / "oracle.jsonl", ORACLE)
+
+    def talks() -> list[Conversation]:
+        found = conversations(12)
+        long = dataclasses.replace(found[0].question, context="The numbers are whole. " * 40)
+        return [Conversation(1, long, Explanation("2 + 3 = 5. 5 - 1 = 3.", "3"), "repair", Prompts()), *found[1:]]
+
+    teacher = OracleTeacher(str(path))
+    teacher.solutions |= {text_key(t.question): next(iter(teacher.solutions.values())) for t in talks()}
+    teacher.batch = batch
+    done = talks()
+    expected = hold(tmp_path / "whole.jsonl", teacher, done, 4000)
+    told = [t.outcome and t.outcome.to_dict() for t in done]
+    assert expected[0] == "budget" and told[0] and told[-1] is None
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    for count in range(1, len(lines) + 1):
+        cut, again = tmp_path / f"{count}.jsonl", talks()
+        cut.write_bytes(b"".join(lines[:count]))
+        assert hold(cut, teacher, again, 4000) == expected, count
+        assert [t.outcome and t.outcome.to_dict() for t in again] == told
 
 
 @pytest.mark.parametrize("batch", [1, 3])

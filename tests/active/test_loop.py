@@ -14,8 +14,10 @@ import yaml
 from cli.main import entry
 from qcrd_fast.active import loop
 from qcrd_fast.active import student as students
+from qcrd_fast.active.options import ActiveConfig
 from qcrd_fast.active.revision import Explanation
-from qcrd_fast.models.prompts import PromptSettings
+from qcrd_fast.active.setup import idle_options
+from qcrd_fast.models.prompts import Prompter, PromptSettings
 from qcrd_fast.utils import signals
 from tests.support import fake_teacher
 from tests.support import problems as demo
@@ -230,6 +232,41 @@ def test_a_run_goes_on_bit_for_bit_where_it_was_cut(files, tmp_path, capsys, mon
     assert contents(out) == whole
 
 
+def test_the_student_is_asked_in_the_view_of_a_question(files, tmp_path, capsys, monkeypatch, untrained):
+    """Explained, scored, weighed and validated alike, by the table of this run where the student brings none."""
+    views = tmp_path / "views.yaml"
+    views.write_text("verse: In verse.\n")
+    changed = {
+        name: write(tmp_path / f"{name}.jsonl", [row | {"view": "verse"} for row in read(Path(files[name]))])
+        for name in ("pool", "eval_data", "test_data")
+    }
+    asked = []
+    real = Prompter.source_ids
+
+    def source_ids(self, prefix, question, view=None):
+        ids = real(self, prefix, question, view)
+        asked.append((prefix, view, self.text(ids)))
+        return ids
+
+    monkeypatch.setattr(Prompter, "source_ids", source_ids)
+    options = dict(rounds=2, by="step-uncertainty", views=views, output_dir=tmp_path / "run", num_continuations=0)
+    run(capsys, arguments({**files, **changed}, **options))
+    assert len(asked) > 30 and {(prefix, view) for prefix, view, _ in asked} == {("reason: ", "verse")}
+    run(capsys, [*arguments({**files, **changed}, **options), "--resume", "auto"])
+    views.write_text("verse: In rhymes.\n")
+    assert "--views" in run(capsys, [*arguments({**files, **changed}, **options), "--resume", "auto"], 2)
+    (tmp_path / "poem.jsonl").write_text(json.dumps(read(Path(files["test_data"]))[0] | {"view": "poem"}))
+    options |= {"output_dir": tmp_path / "other", "test_data": tmp_path / "poem.jsonl"}
+    assert "'poem' is in no table" in run(capsys, arguments({**files, **options}), 2)
+
+
+def test_another_view_is_another_pool(files, tmp_path, capsys, untrained):
+    args = arguments(files, output_dir=tmp_path / "run", rounds=1, max_steps=1)
+    run(capsys, args)
+    other = write(tmp_path / "other.jsonl", [row | {"view": "short"} for row in read(Path(files["pool"]))])
+    assert "with other questions" in run(capsys, [*args, "--resume", "auto", "--pool", str(other)], 2)
+
+
 def test_a_signal_stops_it_and_it_goes_on(files, tmp_path, capsys, monkeypatch, explains, reasons, untrained):
     explains(lambda i: 1)
     args = arguments(files, output_dir=tmp_path / "run", rounds=1)
@@ -271,6 +308,7 @@ def test_another_setting_or_pool_is_refused(files, tmp_path, capsys, explains, r
         ({"budget_tokens": None}, "active needs --budget-tokens"),
         ({"budget_tokens": 64}, "--budget-tokens 64 is not above --max-tokens 64"),
         ({"teacher": "http://127.0.0.1:1/v1"}, "--teacher-model is needed"),
+        ({"teacher_model": "m"}, "--teacher-model names the model of an endpoint"),
         ({"teacher": "oracle:/none"}, "/none is no readable UTF-8 file"),
         ({"teacher": "127.0.0.1:8000/v1"}, "begins with http"),
         ({"eval_data": None}, "active needs --eval-data"),
@@ -291,6 +329,15 @@ def test_what_is_refused_before_anything_is_written(files, tmp_path, capsys, opt
     assert not out.exists()
 
 
+def test_options_that_nothing_reads_are_named():
+    common = {"pool": "p", "budget_tokens": 999}
+    oracle = ActiveConfig(**common, teacher="oracle:x", by="known", num_samples=3, temperature=0.5, timeout=3.0)
+    assert idle_options(oracle) == ["temperature", "timeout"]
+    server = ActiveConfig(**common, teacher="http://x", teacher_model="m", by="ifd", num_samples=3, timeout=3.0)
+    assert idle_options(server) == ["num_samples"]
+    assert idle_options(ActiveConfig(**common, teacher="/model", revise="new", show="all", by="ifd")) == ["show"]
+
+
 def test_questions_without_an_answer_or_of_the_test_set_are_set_aside(files, tmp_path, capsys):
     rows = read(Path(files["pool"]))[:3] + read(Path(files["test_data"]))[:1] + read(Path(files["eval_data"]))[:1]
     rows[0] |= {"answer": None}
@@ -298,4 +345,9 @@ def test_questions_without_an_answer_or_of_the_test_set_are_set_aside(files, tmp
     pool = write(tmp_path / "pool.jsonl", rows)
     plan = run(capsys, [*arguments(files, output_dir=tmp_path / "run", pool=pool), "--dry-run"])
     assert plan["pool"] == 2 and not (tmp_path / "run").exists()
+    rows[2] |= {"split": "test"}
+    again = rows[1] | {"id": "again", "question": rows[1]["question"].replace(". ", ".  ")}
+    pool = write(tmp_path / "pool.jsonl", [*rows, again])
+    plan = run(capsys, [*arguments(files, output_dir=tmp_path / "run", pool=pool), "--dry-run"])
+    assert plan["pool"] == 1  # neither of another split nor the same under another id
     assert "Question: " in plan["prompt"]

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections import Counter
 
 import pytest
 
 from qcrd_fast.config import TrainConfig
-from qcrd_fast.data.load import load_questions, prepare, validate_file
-from qcrd_fast.data.schema import Question, Rationale, later_fields
+from qcrd_fast.data.load import load_questions, prepare, to_row, validate_file
+from qcrd_fast.data.schema import Question, Rationale, later_fields, question_text
 from qcrd_fast.errors import InputError
 from qcrd_fast.evaluate import by_field
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.models.views import VIEWS, read_views, view_text
+from qcrd_fast.teacher_signal.local import LocalTeacher
+from qcrd_fast.teacher_signal.score import ScoreSettings, _targets
 from qcrd_fast.train.examples import make_examples
-from qcrd_fast.train.objective import _prompts
+from qcrd_fast.train.negative_store import Negative
+from qcrd_fast.train.objective import Objective, _prompts
+from qcrd_fast.train.questions import Data
+from qcrd_fast.train.teaching import ModelTeaching, asked_of
+from qcrd_fast.utils.device import make_autocast
 
 
 def write(path, *rows):
@@ -43,6 +51,16 @@ def test_fields_go_through_prepare_and_back(tmp_path):
     read = load_questions(tmp_path / "out.jsonl")
     assert [r.view for r in read.questions[0].positives] == ["equations", "short", "steps"]
     assert not read.summary.keys_not_read
+
+
+def test_an_empty_text_of_a_field_is_none(tmp_path):
+    said = {"rationale": "4.", "answer": "4", "view": "", "critique": ""}
+    row = QUESTION | {"view": "", "critique": "", "domain": "", "context": "", "samples": [said]}
+    [question] = load_questions(write(tmp_path / "rows.jsonl", row)).questions
+    assert (question.view, question.critique) == (None, None) and question_text(question) == question.question
+    assert [(r.view, r.critique) for r in question.positives] == [(None, None)]
+    again = write(tmp_path / "prepared.jsonl", to_row(question) | {"view": ""})
+    assert load_questions(again).questions == [question]
 
 
 def test_a_view_that_all_rows_share_is_the_questions(tmp_path):
@@ -86,6 +104,42 @@ def test_a_view_asks_for_rationales_alone(student, rows_file):
     candidates = [*example.positives, *example.minority]
     sources, source_of = _prompts([example], candidates, [0, 0, 0])
     assert [sources[i] for i in source_of] == [example.explain, example.positives[1].prompt, example.explain]
+
+
+def test_a_teacher_is_asked_in_the_view_of_what_it_scores(student, rows_file):
+    question = load_questions(rows_file).questions[0]
+    a, b = Rationale("So 5.", "5"), Rationale("So 6.", "6", view="short")
+    viewed = dataclasses.replace(question, view="equations", positives=(a, b), negatives=())
+    config = TrainConfig(method="mentor-kd", teacher="x", reasoning_task=True)
+    [example] = make_examples([viewed], student, config)
+    objective = Objective(student, config, None, make_autocast(student.device, False))
+    asked = objective._label_asked([example]) + asked_of([example], example.positives, [0, 0])
+    teacher = ModelTeaching(LocalTeacher(student), config)
+    sources, _, source_of = teacher._laid_out(asked)
+    prompts = [example.predict, example.reason[0], example.explain, example.positives[1].prompt]
+    assert [sources[i] for i in source_of] == prompts
+    found = {tuple(t.source) for t in _targets([viewed], ScoreSettings("", "", ""), student)}
+    assert found == set(map(tuple, (example.predict, example.explain, example.positives[1].prompt)))
+
+
+def test_what_the_student_says_is_asked_for_in_the_questions_view(student, rows_file):
+    config, lagged = TrainConfig(method="opd", teacher="x"), {}
+    question = dataclasses.replace(load_questions(rows_file).questions[0], view="short")
+    [example] = make_examples([question], student, config)
+    lagged[question.id] = Negative(student.target_ids("So 5."), "So 5.")
+    objective = Objective(student, config, None, make_autocast(student.device, False))
+    weighted = objective._weigh([example], lagged, 1, 0, 0, Counter())
+    [asked] = asked_of([example], weighted.candidates, weighted.question)
+    assert ModelTeaching(LocalTeacher(student), config).source(asked) == example.explain
+    assert example.explain == student.source_ids(EXPLAIN + VIEWS["short"], question.question)
+
+
+def test_a_view_in_no_table_is_named_with_its_question_before_a_run_begins(rows_file, tmp_path):
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    test = write(tmp_path / "test.jsonl", rows[0] | {"view": "poem"})
+    train = write(tmp_path / "train.jsonl", *rows[1:])
+    with pytest.raises(InputError, match=r"question .*'poem' is in no table"):
+        Data.load(TrainConfig(data=str(train), test_data=str(test)))
 
 
 def test_a_table_of_views(tmp_path, student):

@@ -63,6 +63,15 @@ def test_a_curve_is_the_mean_over_the_seeds_of_a_strategy(tmp_path):
     assert [p.accuracy[0] for p in found["known, repair"]] == [0.1, 0.8, 0.9]
 
 
+def test_runs_with_other_settings_are_another_curve(tmp_path):
+    views = [read_active(make(tmp_path / name, "random", 0, (2, 10), (0, 1000))) for name in "abc"]
+    views[1].config["top"] = 8
+    assert [*curves(views)] == ["random, repair, top None", "random, repair, top 8", "random, repair, top None (c)"]
+    assert curves(views)["random, repair, top 8"][-1].seeds == 1
+    views[0].train["student"] = views[2].train["output_dir"] = "elsewhere"
+    assert len(curves(views)) == 3 and len(curves(views[:1] + views[2:])) == 2
+
+
 def test_the_page_shows_the_transcript_and_escapes_it(tmp_path):
     runs = [make(tmp_path / "a", "random", 0, (2, 10), (0, 1000)), make(tmp_path / "b", "known", 0, (2, 12), (0, 1000))]
     (runs[0] / "eval_results.json").write_text(json.dumps({"stopped": "budget: spent", "best_round": 1}))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +20,9 @@ from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, Rationale
 from qcrd_fast.errors import InputError
 from qcrd_fast.select import policy
-from qcrd_fast.select.progress import Progress
+from qcrd_fast.select.options import SelectOptions
+from qcrd_fast.select.progress import Progress, identity
+from qcrd_fast.select.registry import SELECTORS, unused
 from qcrd_fast.select.score import RowScores
 from qcrd_fast.select.selection import Policy
 from tests.support.paths import ROOT
@@ -137,6 +142,56 @@ def test_a_stop_and_the_same_command_again_give_the_same_bytes(
     assert broken.read_bytes() == whole.read_bytes()
     assert sum(map(len, scored)) == 24 - 10
     assert not kept.exists()
+
+
+def test_options_that_no_score_reads_are_named(rows_file, tmp_path: Path, capsys) -> None:
+    asked = ["select", "--data", str(rows_file), "--output", str(tmp_path / "o.jsonl"), "--by", "quality,agree"]
+    assert entry([*asked, "--quality", "vote", "--seed", "3", "--block-size", "7"]) == 0
+    assert "no use for" not in capsys.readouterr().err
+    assert entry([*asked, "--window", "3", "--temperature", "0.5"]) == 0
+    assert "--by quality,agree has no use for --window, --temperature" in capsys.readouterr().err.replace(
+        ", agree", ",agree"
+    )
+    names = {f.name for f in dataclasses.fields(SelectOptions)}
+    assert unused(list(SELECTORS), names) == []  # each option is read somewhere
+    assert {o for s in SELECTORS.values() for o in s.options} <= names
+
+
+def test_a_full_disk_keeps_what_was_scored(rows_file, llama_folder, tmp_path: Path, monkeypatch, capsys) -> None:
+    """The disk fills after the second block; it is still full for the next command, which may lose nothing."""
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    assert entry(command(rows_file, llama_folder, whole)) == 0
+    kept = tmp_path / ".broken.jsonl.scores.jsonl"
+    write = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if os.fstat(descriptor).st_size and kept.read_bytes().count(b"\n") > 10:
+            write(descriptor, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        assert entry(command(rows_file, llama_folder, broken)) == 1
+        before = kept.read_bytes()
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "No space left" in said and "is kept" in said and before.count(b"\n") == 11
+        assert entry(command(rows_file, llama_folder, broken)) == 1
+    assert kept.read_bytes() == before and not broken.exists()
+    scored: list[dict] = []
+    add = Progress.add
+    monkeypatch.setattr(Progress, "add", lambda self, scores: (scored.append(scores), add(self, scores))[1])
+    assert entry(command(rows_file, llama_folder, broken)) == 0
+    assert broken.read_bytes() == whole.read_bytes() and sum(map(len, scored)) == 24 - 10
+
+
+def test_another_file_of_the_student_is_another_student(llama_folder, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(llama_folder, student)
+    before = identity(ROWS, ["ifd"], str(student), SelectOptions())
+    assert identity(ROWS[::-1], ["ifd"], str(student), SelectOptions()) == before
+    (student / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert identity(ROWS, ["ifd"], str(student), SelectOptions()) != before
 
 
 def test_two_commands_do_not_write_the_same_output(tmp_path: Path) -> None:

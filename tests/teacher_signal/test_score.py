@@ -80,6 +80,21 @@ def test_a_servers_log_probs_are_those_of_its_model(rows_file, llama_folder, tmp
     assert "temperature 1" in capsys.readouterr().err
 
 
+def test_texts_behind_other_prompts_do_not_join_a_folder(rows_file, llama_folder, tmp_path, capsys):
+    out, template = tmp_path / "lp", tmp_path / "prompt.txt"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(rows_file.read_text().splitlines(True)[:2]))
+    template.write_text("Q: {prompt} A:")
+    begun = scored(rows, llama_folder, out, "--prompt-template", str(template))
+    assert entry(begun) == entry(begun) == 0
+    template.write_text("{prompt}?")
+    assert entry(begun) == 2 and "begun with prompts" in capsys.readouterr().err
+    meta = json.loads((out / shards.META).read_text())
+    del meta["prompts"]  # as folders were before
+    (out / shards.META).write_text(json.dumps(meta))
+    assert entry(begun) == 0
+
+
 def test_a_dry_run_and_bad_input(rows_file, llama_folder, t5_folder, tmp_path, capsys):
     assert entry(scored(rows_file, llama_folder, tmp_path / "lp", "--dry-run")) == 0
     plan = json.loads(capsys.readouterr().out)

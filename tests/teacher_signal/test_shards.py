@@ -155,3 +155,16 @@ def test_what_is_not_known_is_minus_infinity(tmp_path, tokenizer):
     assert found.ids_TK.tolist() == [[4, 2, 0], [5, 0, 0], [0, 0, 0]]
     assert found.logprob_TK.isfinite().tolist() == [[True, True, False], [True, False, False], [False] * 3]
     assert not find_top(files, "Q?", "predict: ", "a b", [4, 5, 1]).logprob_TK.isfinite().any()
+
+
+@pytest.mark.parametrize(
+    "damage", [{"logprob": ["a", 1, 1]}, {"ids": [[4.5], [7], []]}, {"top": [[-0.5], [-0.25], []]}, {"tokens": None}]
+)
+def test_a_pending_line_that_is_no_text_is_not_known(tmp_path, tokenizer, damage):
+    with writer(tmp_path / "lp", tokenizer) as w:
+        w.add("k0", entry(0))
+    with open(tmp_path / "lp" / "pending.jsonl", "a") as file:
+        file.write(json.dumps({"key": "k1", **entry(1)._asdict(), **damage}) + "\n")
+    assert read_logprobs(tmp_path / "lp", tokenizer).texts.keys() == {"k0"}
+    with writer(tmp_path / "lp", tokenizer) as w:
+        assert w.known == {"k0"}

@@ -15,9 +15,12 @@ from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
+from qcrd_fast.teacher_signal.local import LocalTeacher
 from qcrd_fast.train.domains import DomainWeights, factors, few_of_each, first_weights, next_weights, teacher_losses
 from qcrd_fast.train.examples import make_examples
+from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.teaching import ModelTeaching
 from qcrd_fast.train.trainer import train
 from qcrd_fast.utils.device import make_autocast
 from tests.support.short_runs import metrics, same, settings, weights
@@ -100,11 +103,43 @@ def test_a_question_that_weighs_twice_counts_as_two(method, llama_folder, rows_f
         torch.testing.assert_close(gradient, both[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", ["opd", "sdft", "gkd"])
+def test_what_the_student_says_counts_as_its_question_does(method, llama_folder, rows_file):
+    """Gradients are linear in the weights: 2 for one question and 0 for the other are twice those of 1 and 0."""
+    config = TrainConfig(method=method, alpha_pred=0.0, gkd_lambda=1.0)
+    student = Student.load(str(llama_folder), PromptSettings())
+    teacher = LocalTeacher(Student.load(str(llama_folder), PromptSettings()))
+    with torch.no_grad():
+        for p in teacher.model.model.parameters():
+            p.mul_(1.1)
+    a, b = load_questions(rows_file).questions[:2]
+    said = {q.id: Negative(student.target_ids(text), text) for q, text in ((a, "So 5 are left."), (b, "It is 4."))}
+
+    def gradients(*weights):
+        questions = [dataclasses.replace(q, weight=w) for q, w in zip((a, b), weights, strict=True)]
+        objective = Objective(student, config, None, make_autocast(student.device, False))
+        objective.teaching = ModelTeaching(teacher, config)
+        objective.sampled_tokens = sum(len(each.tokens) for each in said.values())
+        student.model.zero_grad(set_to_none=True)
+        objective.step(make_examples(questions, student, config), said, 2, 0, 0)
+        return torch.cat([p.grad.flatten() for p in student.model.parameters()])
+
+    one, other, both = gradients(2.0, 0.0), gradients(0.0, 1.0), gradients(2.0, 1.0)
+    assert min(g.abs().max() for g in (one, other)) > 1e-6
+    torch.testing.assert_close(one, 2 * gradients(1.0, 0.0), rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(both, one + other, rtol=1e-9, atol=1e-14)
+
+
 def test_a_loss_that_takes_no_weights_says_so(llama_folder, rows_file):
     student = Student.load(str(llama_folder), PromptSettings())
     questions = [dataclasses.replace(q, weight=2.0) for q in load_questions(rows_file).questions[:2]]
     with pytest.raises(InputError, match="--forward joint cannot weigh"):
         make_examples(questions, student, TrainConfig(forward="joint"))
+    with pytest.raises(InputError, match="weight of all 2 questions is 0"):
+        make_examples([dataclasses.replace(q, weight=0.0) for q in questions], student, TrainConfig())
+    with pytest.raises(InputError, match="--mentor-kd-literal cannot weigh"):
+        make_examples(questions, student, TrainConfig(method="mentor-kd", teacher="x", mentor_kd_literal=True))
     with pytest.raises(InputError, match="--method mi cannot weigh"):
         make_examples(questions[:0], student, TrainConfig(method="mi", domain_weights="ddk"))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import TEACHER_OPTIONS, TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.generation.engine import SampleSettings
 from qcrd_fast.generation.sample import sample
@@ -18,8 +18,10 @@ from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
 from qcrd_fast.runs.folder import checkpoint_path
+from qcrd_fast.sweep.runner import plan
 from qcrd_fast.teacher_signal.local import LocalTeacher
 from qcrd_fast.teacher_signal.score import ScoreSettings, score_teacher
+from qcrd_fast.train.methods import METHODS, TEACHERS
 from qcrd_fast.train.trainer import train
 from tests.support.short_runs import metrics, same, settings, weights
 from tests.support.students import make_llama
@@ -129,7 +131,7 @@ def test_sdfts_teacher_reads_a_rationale_first(llama_folder, rows_file, tmp_path
         key=lambda e: len(e.positives),
     )
     teaching = SelfTeaching(LocalTeacher(Student.load(str(llama_folder), PromptSettings())), config)
-    ids = teaching.source(example, EXPLAIN)
+    ids = teaching.source(TargetText(example, EXPLAIN, []))
     first = student.target_ids(example.positives[0].text)[:-1]
     assert any(ids[i : i + len(first)] == first for i in range(len(ids))) and ids[-4:] == example.explain[-4:]
     asked = [TargetText(example, EXPLAIN, student.target_ids("So 5."))]
@@ -302,7 +304,13 @@ def bytes_llama(folder: Path) -> Path:
     "changes, message",
     [
         ({"method": "opd"}, "--method opd needs --teacher"),
-        ({"method": "sdft", "teacher": "x"}, "taught by the student itself"),
+        ({"method": "sdft", "teacher": "x"}, "--teacher: --method sdft is taught by the student itself"),
+        ({"method": "sft-all", "teacher": "x"}, "--teacher: .* rows alone; .*opd or mentor-kd or gkd$"),
+        ({"method": "npo", "teacher_logprobs": "x"}, "--teacher-logprobs: .*choose --method mentor-kd$"),
+        ({"method": "dft", "teacher_model": "m"}, "--teacher-model: .*choose --method opd$"),
+        ({"method": "opd", "teacher": "x", "teacher_logprobs": "y"}, "--teacher-logprobs: --method opd takes"),
+        ({"method": "gkd"}, "--method gkd needs --teacher PATH"),
+        ({"method": "gkd", "teacher": "http://x/v1"}, "--method gkd needs --teacher PATH"),
         ({"method": "mentor-kd"}, "needs either --teacher-logprobs.*neither"),
         ({"method": "mentor-kd", "teacher": "x", "teacher_logprobs": "y"}, "both"),
         ({"method": "mentor-kd", "teacher": "http://x/v1"}, "score-teacher --teacher URL"),
@@ -317,6 +325,18 @@ def test_options_that_do_not_go_together(changes, message, llama_folder, rows_fi
     with pytest.raises(InputError, match=message):
         train(settings(rows_file, llama_folder, tmp_path / "run", **{**PLAIN, **changes}))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_among_several_methods_each_gets_the_teacher_that_it_takes(llama_folder, rows_file, tmp_path):
+    config = settings(rows_file, llama_folder, tmp_path / "run", **{**PLAIN, "teacher": "x", "method": "opd"})
+    taught = {job.config.method: job.config.teacher for job in plan(config, (0,), ("sft-all", "opd", "sdft"), "recipe")}
+    assert taught == {"sft-all": None, "opd": "x", "sdft": None}
+    assert plan(config, (0,), ("sft-all",), "recipe")[0].config.teacher == "x"  # which `train` then refuses
+
+
+def test_every_kind_of_teacher_is_in_the_table():
+    assert {method.teacher for method in METHODS.values()} == set(TEACHERS)
+    assert {name for names in TEACHERS.values() for name in names} == set(TEACHER_OPTIONS)
 
 
 def test_a_teacher_with_another_tokenizer(llama_folder, rows_file, logprobs, tmp_path):

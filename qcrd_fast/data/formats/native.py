@@ -82,8 +82,8 @@ def read(row: Row) -> Parsed:
         context=get_text(values, "context"),
         domain=get_text(values, "domain"),
         split=get_text(values, "split"),
-        view=get_text(values, "view"),
-        critique=get_text(values, "critique"),
+        view=get_text(values, "view") or None,
+        critique=get_text(values, "critique") or None,
         weight=get_weight(values, "weight"),
     )
     if prepared:
@@ -140,8 +140,8 @@ def _rationale(item: Any, where: str, answer: str | None) -> Rationale:
             get_text(item, "answer", numbers=True),
             get_text(item, "source"),
             score,
-            view=get_text(item, "view"),
-            critique=get_text(item, "critique"),
+            view=get_text(item, "view") or None,
+            critique=get_text(item, "critique") or None,
             wrong_step=wrong_step,
         )
     except RowError as error:

@@ -95,7 +95,7 @@ def read_sample(item: Any, where: str, unread: set[str]) -> Rationale:
         if message is not item:  # a choice of a chat API
             return Rationale(reply_text(item["message"]), reply=True, truncated=is_cut(item))
         found = _object(item, where, unread)
-        view, critique = get_text(item, "view"), get_text(item, "critique")
+        view, critique = get_text(item, "view") or None, get_text(item, "critique") or None
         return dataclasses.replace(found, truncated=is_cut(item), view=view, critique=critique)
     except RowError as error:
         raise RowError(f"{where}: {error}") from None
