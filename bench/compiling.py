@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,6 +20,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from csrc_triton import product
 
@@ -58,10 +59,15 @@ class Driver:
 
 @contextlib.contextmanager
 def compiling(
-    capability: int, run: Callable[[Launch], None] | None = None, *, multiprocessors: int = 132
+    capability: int,
+    run: Callable[[Launch], None] | None = None,
+    *,
+    multiprocessors: int = 132,
+    kernels: Collection[str] | None = None,
 ) -> Iterator[list[Launch]]:
     """Within it kernels with CPU tensors are compiled for this compute capability (90 is 9.0), as the launchers ask for
-    it on such a GPU with so many multiprocessors. Each launch is handed to `run`, or else collected."""
+    it on such a GPU with so many multiprocessors. Each launch is handed to `run`, or else collected. `kernels`: those
+    that are meant, by name; launches of others do nothing."""
     launched: list[Launch] = []
     take = run or launched.append
 
@@ -71,8 +77,15 @@ def compiling(
         given = [(kind, value) for kind, value in zip(kinds, arguments, strict=False) if kind != "constexpr"]
         take(Launch(kernel, (x, y, z), given))
 
+    launch_meant = JITFunction.run
+
+    def run_meant(self: Any, *arguments: Any, **options: Any) -> Any:
+        if kernels is None or self.__name__ in kernels:
+            return launch_meant(self, *arguments, **options)
+
     before = driver._active
     with (
+        mock.patch.object(JITFunction, "run", run_meant),
         mock.patch.object(CompiledKernel, "_init_handles", lambda self: None),
         mock.patch.object(CompiledKernel, "launch_metadata", lambda self, *_: None),
         mock.patch.object(CompiledKernel, "run", property(lambda self: functools.partial(launch, self))),

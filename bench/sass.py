@@ -10,12 +10,13 @@ that triton brings. Prints a table; needs no GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,6 +25,7 @@ import torch
 import triton
 
 from csrc_triton import contrastive, linear_kl, linear_logprob, linear_sample, product
+from csrc_triton.product import Tile
 from qcrd_fast.utils.files import write_json
 
 from .compiling import Launch, compiling
@@ -75,8 +77,8 @@ class Code(NamedTuple):
     tensor_columns: int
     matrix: tuple[str, ...]  # kinds of matrix instructions in the PTX
     copy_engine: bool
-    instructions: tuple[str, ...]
-    labels: dict[str, int]
+    instructions: tuple[str, ...] = ()
+    labels: dict[str, int] = {}  # noqa: RUF012  # never written to
 
     @property
     def programs(self) -> int:
@@ -92,21 +94,18 @@ def missing_tools() -> list[str]:
     return [name for name in ("cuobjdump", "nvdisasm") if not (TOOLS / name).exists()]
 
 
-def read(launch: Launch) -> Code:
-    """The machine code of what was launched."""
+def read(launch: Launch, instructions: bool = True) -> Code:
+    """The machine code of what was launched. Without `instructions` it is not disassembled, which takes most of the
+    time."""
     kernel = launch.kernel
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _ask("cuobjdump", "--dump-resource-usage", file.name)
-        listing = _ask("nvdisasm", "-c", file.name)
+        listing = _ask("nvdisasm", "-c", file.name) if instructions else ""
     used = dict(item.split(":") for item in usage.split() if item.count(":") == 1 and item[-1] != ":")
-    ptx, instructions, labels = kernel.asm["ptx"], list[str](), dict[str, int]()
-    for line in listing.splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            labels[label[1]] = len(instructions)
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
-            instructions.append(found[1])
+    ptx = kernel.asm["ptx"]
+    found, labels = read_listing(listing)
     return Code(
         kernel=kernel.metadata.name,
         capability=kernel.metadata.target.arch,
@@ -117,9 +116,20 @@ def read(launch: Launch) -> Code:
         tensor_columns=getattr(kernel.metadata, "tmem_size", 0) or 0,
         matrix=tuple(kind for kind in MATRIX if kind in ptx),
         copy_engine="cp.async.bulk.tensor" in ptx,
-        instructions=tuple(instructions),
+        instructions=found,
         labels=labels,
     )
+
+
+def read_listing(listing: str) -> tuple[tuple[str, ...], dict[str, int]]:
+    """(instructions, the place behind each label) of nvdisasm's output."""
+    instructions, labels = list[str](), dict[str, int]()
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            instructions.append(found[1])
+    return tuple(instructions), labels
 
 
 def _ask(tool: str, *arguments: str) -> str:
@@ -272,6 +282,8 @@ VARIANTS = [
     Variant("top-k", ("product_kernel", "select_kernel", "gather_kernel", "pick_kernel"), rows=256, top_k=50),
     Variant("top-k, 262144 entries", ("select_kernel",), rows=256, top_k=50, V=262144),
 ]
+LAID_OUT = ("forward_kernel", "product_kernel", "resident_kernel", "kl_kernel", "mixture_kernel")
+CHUNKED = ("dlogits_kernel", "resident_da_kernel", "kl_da_kernel")  # of the backward pass, which is launched last
 SMALL_KERNELS = ("combine_kernel", "dlogits_from_saved", "mean_kernel", "question_kernel", "backward_kernel")
 
 
@@ -328,26 +340,25 @@ def compile_variants(
 ) -> Iterator[tuple[Variant, Launch]]:
     """Each launch that a variant means, at the tile that `product.forced_tile` names if it does."""
     for variant in variants:
-        with compiling(capability) as launched:
+        with compiling(capability, kernels=variant.kernels) as launched:
             launch_variant(variant)
-        yield from ((variant, launch) for launch in _distinct(launched, variant.kernels))
+        yield from ((variant, launch) for launch in _distinct(launched))
 
 
-def _distinct(launched: list[Launch], kernels: Sequence[str]) -> Iterator[Launch]:
+def _distinct(launched: list[Launch]) -> Iterator[Launch]:
     """A backward pass is many launches of one program."""
-    found = {launch.kernel.hash: launch for launch in launched if launch.kernel.metadata.name in kernels}
-    yield from found.values()
+    yield from {launch.kernel.hash: launch for launch in launched}.values()
 
 
 def compile_small(capability: int) -> Iterator[Launch]:
-    with compiling(capability) as launched:
+    with compiling(capability, kernels=SMALL_KERNELS) as launched:
         launch_small()
-    yield from _distinct(launched, SMALL_KERNELS)
+    yield from _distinct(launched)
 
 
-def describe(name: str, launch: Launch) -> dict[str, Any]:
-    """A row of the table. `step` and `tile`: a warp's instructions by pipe."""
-    code = read(launch)
+def describe(name: str, launch: Launch, counting: bool = True) -> dict[str, Any]:
+    """A row of the table. `step` and `tile`: a warp's instructions by pipe, where they are counted."""
+    code = read(launch, counting)
     row: dict[str, Any] = {"variant": name, **code._asdict(), "programs": code.programs}
     del row["instructions"], row["labels"]
     row["maxnreg"] = launch.kernel.metadata.maxnreg
@@ -357,30 +368,34 @@ def describe(name: str, launch: Launch) -> dict[str, Any]:
     return row
 
 
-def rows_of(capability: int, only: str = "", names: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-    """`counted`: programs a multiprocessor that `product.layout` counted on, of the kernels that it lays out."""
+def rows_of(
+    capability: int,
+    only: str = "",
+    names: Collection[str] | None = None,
+    counting: Callable[[str, str], bool] = lambda variant, kernel: True,
+) -> Iterator[dict[str, Any]]:
+    """`counted`: programs a multiprocessor that the launcher counted on, of kernels with products.
+    `counting`: whose instructions are counted."""
     for variant in VARIANTS:
         if only in variant.name and (names is None or variant.name in names):
             counted = list[int]()
 
-            def count_on(*arguments: Any, counted: list[int] = counted) -> int:
-                counted.append(product.programs_at_once(arguments[0], capability, arguments[2]))
+            def count_on(tile: Tile, device: torch.device, heavy: bool, counted: list[int] = counted) -> int:
+                counted.append(product.programs_at_once(tile, capability, heavy))
                 return counted[-1] * 132
 
             if variant.resident and (capability != 90 or product.gluon_obstacle()):
                 continue
-            with mock.patch.object(product, "slots_of", count_on):
+            with contextlib.ExitStack() as stack:
+                for module in (product, linear_logprob, linear_kl):
+                    stack.enter_context(mock.patch.object(module, "slots_of", count_on))
                 launches = list(compile_variants(capability, [variant]))
             for _, launch in launches:
-                row = describe(variant.name, launch)
-                if row["kernel"] in (
-                    "forward_kernel",
-                    "product_kernel",
-                    "resident_kernel",
-                    "kl_kernel",
-                    "mixture_kernel",
-                ):
+                row = describe(variant.name, launch, counting(variant.name, launch.kernel.metadata.name))
+                if row["kernel"] in LAID_OUT:
                     row["counted"] = counted[0]
+                elif row["kernel"] in CHUNKED:
+                    row["counted"] = counted[-1]
                 yield row
     if capability == 90 and only in "small" and names is None:
         for launch in compile_small(capability):

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from qcrd_fast.ops.checks import require, require_tensors
+from qcrd_fast.ops.checks import is_finite, require, require_tensors
 from qcrd_fast.ops.chunked import head_logits, pick_tokens
 from qcrd_fast.ops.dispatch import choose_impl
 from qcrd_fast.ops.reference import HeadOptions
@@ -44,12 +44,19 @@ def linear_sample(
     Raises `ValueError` naming what was expected and what came, `TypeError` for an argument that is no tensor.
     """
     require_tensors(hidden=hidden, weight=weight, key=key, counter=counter, **({} if bias is None else {"bias": bias}))
+    require(hidden.dim() == 2, lambda: f"hidden must be [B, H], got {list(hidden.shape)}")
     (B, H), V = hidden.shape, weight.shape[0]
     require(weight.dim() == 2 and weight.shape[1] == H, lambda: f"weight must be [V, {H}], got {list(weight.shape)}")
+    require(bias is None or bias.shape == (V,), lambda: f"bias must be [{V}], got {list(bias.shape)}")  # type: ignore[union-attr]
+    require(
+        all(x is None or x.device == hidden.device for x in (weight, key, counter, bias)),
+        lambda: f"weight, key, counter and bias must be on {hidden.device} with hidden",
+    )
     require(key.shape == (B, 2), lambda: f"key must be [{B}, 2], got {list(key.shape)}")
     require(counter.shape == (B, 3), lambda: f"counter must be [{B}, 3], got {list(counter.shape)}")
     require(key.dtype == torch.int64, lambda: f"key must be int64, got {key.dtype}")
     require(counter.dtype == torch.int64, lambda: f"counter must be int64, got {counter.dtype}")
+    require(is_finite(scale), lambda: f"scale must be finite, got {scale}")
     require(temperature >= 0, lambda: f"temperature must be at least 0, got {temperature}")
     require(
         softcap is None or 0 < softcap < math.inf, lambda: f"softcap must be above 0 and finite, or None, got {softcap}"

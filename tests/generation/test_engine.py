@@ -91,15 +91,16 @@ def test_teacher_forced_logits_are_the_models(student, dtype, limit):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("top_k", [0, 50])
 def test_any_batch_and_order_draw_the_same(student, top_k):
-    sources = prompts(student, 100)
+    """More prompts than a batch holds; of the slowest, one at a time, the first 20."""
+    sources = prompts(student, 70)
     keys = [key_words(1, str(i)) for i in range(len(sources))]
-    natural, shuffled = list(range(100)), torch.randperm(100, generator=torch.Generator().manual_seed(0)).tolist()
+    natural, shuffled = list(range(70)), torch.randperm(70, generator=torch.Generator().manual_seed(0)).tolist()
     drawn = []
-    for batch, order in ((64, natural), (64, shuffled), (7, shuffled), (1, natural)):
+    for batch, order in ((64, natural), (64, shuffled), (7, shuffled), (1, natural[:20])):
         settings = SampleSettings(TEMPERATURE, top_k, 1.0, max_new_tokens=12, batch_size=batch)
         got = sample(student, [sources[i] for i in order], [keys[i] for i in order], settings, iteration=3)
-        drawn.append([got[order.index(i)] for i in natural])
-    assert all(other == drawn[0] for other in drawn)
+        drawn.append([got[order.index(i)] for i in sorted(order)])
+    assert all(other == drawn[0][: len(other)] for other in drawn) and len(drawn[2]) == 70
     assert len({len(tokens) for tokens in drawn[0]}) > 5  # rows ended at different times
 
 

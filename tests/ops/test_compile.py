@@ -19,8 +19,12 @@ MATRIX_KERNELS = (
     *("forward_kernel", "resident_kernel", "dlogits_kernel", "resident_da_kernel", "product_kernel"),
     *("kl_kernel", "kl_da_kernel", "mixture_kernel"),
 )
-SLOW = ("KL, every option, ragged H and V", "KL, mixture, every option, ragged H and V", "KL, 32 rows", "KL, fp32")
+SLOW = (
+    *("KL, every option, ragged H and V", "KL, mixture, every option, ragged H and V", "KL, 32 rows", "KL, fp32"),
+    *("plain, fp16", "H = 4096, bias", "hidden resident, H = 640, fp16"),
+)
 QUICK = ("plain", "plain, 32 rows", "keeps the exponentials", "noise, no top-k")
+FEWER = {86: QUICK[:2], 89: QUICK[:1]}  # what is compiled for these is much like sm_80's, and sm_89's is sm_86's
 # instructions of a plain forward tile beside its products
 TILE = {80: 490, 86: 490, 89: 490, 90: 470, 100: 260, 120: 520}
 Row = dict[str, Any]
@@ -31,12 +35,18 @@ pytestmark = [
 ]
 
 
+def has_a_limit(variant: str, kernel: str) -> bool:
+    """Whether the instructions of its machine code are counted below; to disassemble takes longer than all else."""
+    return kernel.startswith("resident_") or (variant, kernel) == ("plain", "forward_kernel")
+
+
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
     """Most of what is launched on an H100, and the most used on the others."""
-    hopper = [variant.name for variant in VARIANTS if variant.name not in SLOW]
-    rows = [row for capability in GPUS for row in rows_of(capability, names=hopper if capability == 90 else QUICK)]
-    return rows + [describe("small", launch) for launch in compile_small(90)]
+    names = dict.fromkeys(GPUS, QUICK) | FEWER
+    names[90] = tuple(variant.name for variant in VARIANTS if variant.name not in SLOW)
+    rows = [row for capability in GPUS for row in rows_of(capability, names=names[capability], counting=has_a_limit)]
+    return rows + [describe("small", launch, counting=False) for launch in compile_small(90)]
 
 
 def check(rows: list[Row]) -> None:
@@ -49,7 +59,7 @@ def check(rows: list[Row]) -> None:
             assert row["matrix"] == (MATRIX[capability],), row
         if row["kernel"] in ("forward_kernel", "resident_kernel"):
             assert row["programs"] == row["counted"], row
-        if row["kernel"] in ("product_kernel", "kl_kernel", "mixture_kernel"):
+        if row["kernel"] in ("product_kernel", "kl_kernel", "mixture_kernel", "dlogits_kernel", "resident_da_kernel"):
             assert row["programs"] >= row["counted"], row
 
 
@@ -61,7 +71,7 @@ def test_what_is_compiled(rows: list[Row]) -> None:
 @pytest.mark.slow
 def test_every_variant_on_every_gpu() -> None:
     for capability in GPUS:
-        check(list(rows_of(capability)))
+        check(list(rows_of(capability, counting=lambda *_: False)))
 
 
 def test_two_programs_of_an_h100_wherever_tiles_are_narrow(rows: list[Row]) -> None:
@@ -90,7 +100,7 @@ def test_hidden_states_stay_in_shared_memory(rows: list[Row]) -> None:
     resident = [row for row in rows if row["kernel"].startswith("resident_")]
     compiled = Counter(row["kernel"] for row in resident)
     # a ragged last chunk is another
-    assert compiled["resident_kernel"] == 5 and compiled["resident_da_kernel"] >= 2, compiled
+    assert compiled["resident_kernel"] == 4 and compiled["resident_da_kernel"] >= 2, compiled
     for row in resident:
         assert row["copy_engine"] and row["programs"] == 1 and row["registers"] == 168 and row["threads"] == 384, row
         assert row["shared"] >= 224 * 1024 and row["spills"] == 0 and row["step"].get("spill", 0) == 0, row

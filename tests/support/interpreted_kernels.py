@@ -3,7 +3,6 @@ a kernel imported under TRITON_INTERPRET=1 cannot be compiled afterwards. The in
 and fp16 here.
 """
 
-import itertools
 import math
 
 import pytest
@@ -39,6 +38,13 @@ OPTIONS = [  # (whether there is a bias, options)
 ]
 
 
+WAYS = [  # (type, layout): fp16 is another type in the same kernels
+    (torch.float32, "whole"),
+    (torch.float32, "split"),
+    (torch.float16, "split"),
+]
+
+
 @pytest.fixture(params=["whole", "split"])
 def layout(request, monkeypatch):
     """The vocabulary in one part and one chunk, or in several, the last of them partial."""
@@ -52,7 +58,7 @@ def doubled(batch):
     return Batch(**{**vars(batch), **{n: getattr(batch, n).detach().double().requires_grad_() for n in names}})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype, layout", WAYS, indirect=["layout"])
 @pytest.mark.parametrize("with_bias, options", OPTIONS, ids=str)
 def test_log_prob_and_its_gradients(with_bias, options, dtype, layout):
     batch = random_batch(V=1003).to(dtype)
@@ -123,8 +129,15 @@ def test_far_logits():
         )
 
 
-@pytest.mark.parametrize("selects", itertools.product(POSITIVE_SELECT, NEGATIVE_SELECT), ids="-".join)
-def test_every_pair_of_selections(selects):
+PAIRS = [  # each with two of the other side: a side's terms do not depend on the other's selection
+    (positive, NEGATIVE_SELECT[(i + shift) % len(NEGATIVE_SELECT)])
+    for i, positive in enumerate(POSITIVE_SELECT)
+    for shift in (0, len(NEGATIVE_SELECT) // 2)
+]
+
+
+@pytest.mark.parametrize("selects", PAIRS, ids="-".join)
+def test_every_selection(selects):
     truth, batch = random_batch().to(torch.float64), random_batch().to(torch.float32)
     expected = expected_terms(truth, dense_logprob(truth), selects)
     out = QCRDLoss(BETA, DELTA, positive_select=selects[0], negative_select=selects[1], impl="triton")(
@@ -148,12 +161,13 @@ def test_questions_of_many_rationales(scheme):
     """More candidates than a block, ties among them, empty rationales, ragged lengths up to several blocks of
     tokens."""
     generator = torch.Generator().manual_seed(5)
-    lengths = torch.randint(0, 9, (150,), generator=generator)
-    lengths[3] = 3000
-    rationale = torch.repeat_interleave(torch.arange(150), lengths)
+    R = 80
+    lengths = torch.randint(0, 9, (R,), generator=generator)
+    lengths[3] = 1100
+    rationale = torch.repeat_interleave(torch.arange(R), lengths)
     logprob = -torch.randint(1, 6, (len(rationale),), generator=generator).float()
-    question = torch.randint(0, 2, (150,), generator=generator) * 7
-    positive, quality = torch.rand(150, generator=generator) < 0.6, torch.rand(150, generator=generator)
+    question = torch.randint(0, 2, (R,), generator=generator) * 7
+    positive, quality = torch.rand(R, generator=generator) < 0.6, torch.rand(R, generator=generator)
     valid = torch.rand(len(rationale), generator=generator) < 0.9
     selects = {"positive_select": "softmin"} if scheme == "softmin" else {"scheme": scheme}
     results = []
@@ -223,8 +237,16 @@ def test_operands_are_converted_as_documented():
         assert got.dtype == torch.float32 and error(got, want) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("with_bias, options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "dtype, layout, with_bias, options",
+    [
+        *((torch.float32, "split", *option) for option in OPTIONS),
+        *((torch.float32, "whole", *OPTIONS[i]) for i in (0, 3)),
+        (torch.float16, "split", *OPTIONS[-1]),  # computed twice
+    ],
+    indirect=["layout"],
+    ids=str,
+)
 def test_gradients_made_in_forward(with_bias, options, dtype, layout):
     """Where nothing fits the workspace, and under a softcap, the logits are computed twice: the same numbers."""
     batch = random_batch(V=1003).to(dtype)
@@ -251,7 +273,7 @@ def test_gradients_made_in_forward_use_what_was_kept(monkeypatch):
     assert any(not torch.equal(a, b) for a, b in zip(kept, twice, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype, layout", WAYS[1:], indirect=["layout"])
 @pytest.mark.parametrize("options", [dict(), dict(scale=0.3, softcap=1.5)], ids=str)
 def test_their_audit_is_green(options, dtype, layout):
     for audit in (audited, audited_training):
@@ -263,9 +285,9 @@ SAMPLE_CASES = [  # (B, H, V, whether there is a bias, options)
     (1, 8, 5, False, dict()),
     (70, 24, 1003, False, dict(temperature=1.5)),  # more rows than a tile, an uneven vocabulary
     (3, 24, 1003, True, dict(temperature=1.5, top_k=50)),
-    (5, 32, 1024, False, dict(temperature=0.7, top_k=50, softcap=3.0, scale=0.5)),
+    (2, 32, 1024, False, dict(temperature=0.7, top_k=50, softcap=3.0, scale=0.5)),
     (9, 33, 1500, True, dict(temperature=0.0, softcap=2.0)),  # the largest logit
-    (4, 16, 2000, False, dict(top_k=256)),  # more than there are groups
+    (1, 16, 2000, False, dict(top_k=256)),  # more than there are groups
     (4, 16, 40, False, dict(top_k=40)),  # the whole vocabulary
     (4, 16, 50, False, dict(top_k=1)),
 ]
@@ -285,7 +307,8 @@ def test_a_bias_with_gaps_between_its_entries():
             hidden, weight, batch.target, *weights, beta=BETA, delta=DELTA, bias=bias, impl=impl
         )[0]
         made = [torch.autograd.grad(x.sum(), (leaf, hidden)) for x in (out, loss)]
-        drawn = [linear_sample(hidden, weight, key, counter, bias=bias, top_k=k, impl=impl) for k in (0, 5)]
+        few = (hidden[:3], weight, key[:3], counter[:3])
+        drawn = [linear_sample(*few, bias=bias, top_k=k, impl=impl) for k in (0, 5)]
         results.append([out, loss, *made[0], *made[1], *(tokens.float() for tokens in drawn)])
     for got, want in zip(*results, strict=True):
         assert error(got, want) < 1e-5
@@ -312,10 +335,10 @@ def test_equal_logits_are_taken_from_the_front(top_k):
     """A head of zeros: every logit ties, also with -0, and top-k keeps the first entries."""
     weight = torch.zeros(300, 8)
     weight[7] = -weight[7]
-    key, counter = torch.arange(8).reshape(4, 2), torch.arange(12).reshape(4, 3)
+    key, counter = torch.arange(4).reshape(2, 2), torch.arange(6).reshape(2, 3)
     for sign in (1, -1):
         tokens = [
-            linear_sample(sign * torch.ones(4, 8), weight, key, counter, top_k=top_k, impl=i)
+            linear_sample(sign * torch.ones(2, 8), weight, key, counter, top_k=top_k, impl=i)
             for i in ("triton", "torch")
         ]
         assert torch.equal(*tokens) and (not top_k or (tokens[0] < top_k).all())
@@ -327,8 +350,8 @@ def test_the_edge_of_top_k(crowded):
     place = torch.arange(1024) if crowded else torch.arange(1024).reshape(32, 32).T.flatten()
     logits = torch.empty(1024)
     logits[place] = torch.arange(1024.0) / 1024
-    key, counter = torch.arange(8).reshape(4, 2), torch.zeros(4, 3).long()
-    call = (torch.ones(4, 1), logits[:, None].contiguous(), key, counter)
+    key, counter = torch.arange(4).reshape(2, 2), torch.zeros(2, 3).long()
+    call = (torch.ones(2, 1), logits[:, None].contiguous(), key, counter)
     tokens = [linear_sample(*call, top_k=50, impl=impl) for impl in ("triton", "torch")]
     assert torch.equal(*tokens) and (logits[tokens[0]] >= logits.topk(50).values.min()).all()
 
