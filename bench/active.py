@@ -32,7 +32,7 @@ from qcrd_fast.demo.problems import WORDINGS, Problem, draw_problems, result, wr
 from qcrd_fast.demo.students import student_folder
 from qcrd_fast.errors import InputError
 from qcrd_fast.sweep.intervals import compare, estimate
-from qcrd_fast.utils.files import write_lines
+from qcrd_fast.utils.files import read_records, write_lines
 
 from .record import append, describe_machine
 from .study.__main__ import _seeds as parse_seeds
@@ -157,8 +157,8 @@ def run_arm(seed: int, name: str, settings: Settings, cache: Path, folder: Path)
         rows = []
         for number in range(settings.rounds + 1):
             record = json.loads((run / f"round-{number:03d}" / "round.json").read_text())
-            answers = (run / f"round-{number:03d}" / "predictions.jsonl").read_text().splitlines()
-            labels = [json.loads(line)["correct"] for line in answers]
+            answers = read_records(run / f"round-{number:03d}" / "predictions.jsonl", "raise")
+            labels = [answer["correct"] for answer in answers]
             found = record.get("results", {})
             own = {
                 "no_fault": found.get("no fault", 0),

@@ -4,7 +4,6 @@ writes."""
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import random
 import tempfile
@@ -28,12 +27,13 @@ from qcrd_fast.generation.sample import sample
 from qcrd_fast.models.prompts import EXPLAIN, REASON
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
+from qcrd_fast.runs.folder import METRICS
 from qcrd_fast.runs.load import load_student
 from qcrd_fast.train.judging import Judges
 from qcrd_fast.train.objective import Objective
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.trainer import train
-from qcrd_fast.utils.files import write_lines
+from qcrd_fast.utils.files import read_records, write_lines
 
 from .arms import ARMS, COMMON, MENTOR
 from .judges import find_judge
@@ -101,7 +101,7 @@ def run_case(case: Case, cache: Path) -> dict[str, Any]:
         train(config, judges=judges, make_objective=make)
         train_s = time.process_time() - started
         trained, _ = load_student(str(folder / "run"))
-        records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        records = list(read_records(folder / "run" / METRICS, "raise"))
         row = {**case._asdict(), **judge_student(trained, tests, bool(options.get("reasoning_task")))}
     last = records[-1]
     return row | {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
@@ -20,7 +19,7 @@ from qcrd_fast.distributed.comm import SINGLE, Comm
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.runs.folder import METRICS
 from qcrd_fast.train.run_text import duration, progress_line
-from qcrd_fast.utils.files import append_lines, sync, write_lines
+from qcrd_fast.utils.files import append_lines, read_records, sync, write_lines
 
 log = logging.getLogger(__name__)
 LINE_EVERY_S = 10.0
@@ -100,15 +99,15 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Any]]:
         """Return the readable records; skip damaged lines with a warning."""
-        records, damaged = [], 0
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+        records: list[dict[str, Any]] = []
+        skipped: list[int] = []
+        for record in read_records(self.path, "skip", skipped=skipped):
             try:
-                record = json.loads(line)
                 records.append(record | {"step": int(record["step"])})
-            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-                damaged += 1
-        if damaged:
-            log.warning("%s: passed over %d damaged lines", self.path, damaged)
+            except (ValueError, TypeError, KeyError, OverflowError):
+                skipped.append(0)
+        if skipped:
+            log.warning("%s: skipped %d damaged lines", self.path, len(skipped))
         return records
 
     def put(
