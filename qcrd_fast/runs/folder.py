@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from qcrd_fast.config import BEFORE_QUALITIES, LEGACY, TrainConfig
+from qcrd_fast.config import TrainConfig, completed
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.runs.logs import logging_to, quiet_logs
 from qcrd_fast.utils.files import FULL, open_locked, printable, remove_tree, write_text
@@ -161,14 +161,8 @@ def check_same_config(
     if not isinstance(before, dict):
         return
     config = config.resolved(before)
-    if config.method == "qcrd" and "quality" not in before:
-        before = {
-            "quality": "none" if before.get("discriminator") == "none" else "discriminator",
-            **BEFORE_QUALITIES,
-            **before,
-        }
     if config.method == "qcrd":
-        before = LEGACY | before
+        before = completed(before)
     for name, value in config.to_dict().items():
         if name not in free and name in before and before[name] != value:
             flag = "--" + name.replace("_", "-")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import MethodOptions, TrainConfig
 from qcrd_fast.train import token_weights
 from qcrd_fast.train.token_weights import TokenWeights
 
@@ -78,7 +78,7 @@ METHODS = {
 }
 
 
-def method_of(config: TrainConfig) -> Method:
+def method_of(config: MethodOptions) -> Method:
     return METHODS[config.method]
 
 
