@@ -17,7 +17,7 @@ from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.domains import DomainWeights, factors, few_of_each, first_weights, next_weights, teacher_losses
 from qcrd_fast.train.examples import make_examples
-from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.objective import MicroBatch, Objective
 from qcrd_fast.train.trainer import train
 from qcrd_fast.utils.device import make_autocast
 from tests.support.short_runs import metrics, same, settings, weights
@@ -91,7 +91,7 @@ def test_a_question_that_weighs_twice_counts_as_two(method, llama_folder, rows_f
     def gradients(*questions):
         batch = make_examples(questions, student, config)
         student.model.zero_grad(set_to_none=True)
-        Objective(student, config, None, make_autocast(student.device, False)).step(batch, {}, 3, 0, 0)
+        Objective(student, config, None, make_autocast(student.device, False)).step(MicroBatch(batch, {}, 3))
         return {name: p.grad.clone() for name, p in student.model.named_parameters()}
 
     twice = gradients(dataclasses.replace(a, weight=2.0), dataclasses.replace(b, weight=0.0))
