@@ -1,5 +1,6 @@
-"""Accuracy against teacher tokens: what to ask about, and how, on the study's word problems; the teacher knows their
-steps.
+"""Benchmark of active distillation: accuracy against teacher tokens on the study's word problems.
+
+Arms differ in which questions they ask about, and how; the teacher is a script that knows the true steps.
 
 Arms are paired by seed: the same pool, student, first round, tokens a round and optimizer steps. One CSV row a round.
 
@@ -32,11 +33,10 @@ from qcrd_fast.demo.problems import WORDINGS, Problem, draw_problems, result, wr
 from qcrd_fast.demo.students import student_folder
 from qcrd_fast.errors import InputError
 from qcrd_fast.sweep.intervals import compare, estimate
-from qcrd_fast.utils.files import write_lines
+from qcrd_fast.utils.files import read_records, write_lines
 
 from .record import append, describe_machine
-from .study.__main__ import _seeds as parse_seeds
-from .study.runs import RECIPES, from_hex, to_hex
+from .study.runs import RECIPES, from_hex, seed_ranges, to_hex
 
 RESULTS = Path(__file__).parent / "results" / "active.csv"
 TEST_QUESTIONS = 500
@@ -93,8 +93,7 @@ BASE = "random"
 
 
 class Settings(NamedTuple):
-    """The same for all arms that are compared. Tokens and steps are of a round; later ones go on from the last
-    student."""
+    """Settings shared by all arms. Tokens and steps are per round; each continues from the last student."""
 
     pool: int = 400
     rounds: int = 3
@@ -106,7 +105,10 @@ class Settings(NamedTuple):
 
 
 def write_files(folder: Path, seed: int, settings: Settings) -> dict[str, str]:
-    """pool, oracle and validation (the questions that accuracy is counted on, the same for all seeds) of a seed."""
+    """Write the pool, the oracle and the validation questions of a seed.
+
+    Accuracy is counted on the validation questions, which are the same for all seeds.
+    """
     taken: set[str] = set()
     tests = draw_problems("mix", TEST_QUESTIONS, random.Random("mix active test"), taken)
     pool = draw_problems("mix", settings.pool, random.Random(f"mix active {seed}"), taken)
@@ -132,7 +134,7 @@ def write_files(folder: Path, seed: int, settings: Settings) -> dict[str, str]:
 
 
 def first_round(seed: int, settings: Settings, cache: Path, folder: Path) -> Path:
-    """The run folder of a seed's first round, which is the same for all arms: questions at random, fresh rationales."""
+    """Return a seed's first round, shared by all arms: random questions, fresh rationales."""
     run = folder / f"first-{seed}"
     if not run.exists():
         files = write_files(folder, seed, settings)
@@ -143,7 +145,7 @@ def first_round(seed: int, settings: Settings, cache: Path, folder: Path) -> Pat
 
 
 def run_arm(seed: int, name: str, settings: Settings, cache: Path, folder: Path) -> list[dict[str, Any]]:
-    """The CSV rows of an active run, one for each round; it goes on from the seed's first round."""
+    """Continue from the seed's first round by this arm; return its CSV rows, one per round."""
     first, arm = first_round(seed, settings, cache, folder), ARMS[name]
     started = time.process_time()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -157,8 +159,8 @@ def run_arm(seed: int, name: str, settings: Settings, cache: Path, folder: Path)
         rows = []
         for number in range(settings.rounds + 1):
             record = json.loads((run / f"round-{number:03d}" / "round.json").read_text())
-            answers = (run / f"round-{number:03d}" / "predictions.jsonl").read_text().splitlines()
-            labels = [json.loads(line)["correct"] for line in answers]
+            answers = read_records(run / f"round-{number:03d}" / "predictions.jsonl", "raise")
+            labels = [answer["correct"] for answer in answers]
             found = record.get("results", {})
             own = {
                 "no_fault": found.get("no fault", 0),
@@ -188,7 +190,7 @@ def _run_active(seed: int, arm: Arm, settings: Settings, cache: Path, files: dic
 
 
 def read_rows(path: Path) -> dict[str, dict[int, dict[int, dict[str, str]]]]:
-    """Rows by arm, seed and round, of the arms that are whole. Raises `InputError` where there is no file."""
+    """Read the rows by arm, seed and round, of complete arms only. Raises `InputError` without a file."""
     if not path.exists():
         raise InputError(f"--results: there is no {path}")
     found: dict[str, dict[int, dict[int, dict[str, str]]]] = defaultdict(lambda: defaultdict(dict))
@@ -199,12 +201,15 @@ def read_rows(path: Path) -> dict[str, dict[int, dict[int, dict[str, str]]]]:
 
 
 def bits(rows: dict[int, dict[int, dict[str, str]]], seeds: Sequence[int], number: int) -> np.ndarray:
-    """[S, Q] of 0 and 1: right answers after a round."""
+    """Right answers after a round, 0 or 1 [S, Q]."""
     return np.array([from_hex(rows[seed][number]["labels"], TEST_QUESTIONS) for seed in seeds], float)
 
 
 def needed_share(own: Sequence[float], tokens: Sequence[float], target: float) -> float | None:
-    """Share of the last tokens at which a curve of accuracy, linear between its points, first reaches `target`."""
+    """Fraction of the last round's tokens at which the accuracy curve first reaches `target`.
+
+    The curve is linear between its points; None if it never does.
+    """
     for i in range(1, len(own)):
         if own[i] >= target:
             low, high = own[i - 1], own[i]
@@ -214,8 +219,10 @@ def needed_share(own: Sequence[float], tokens: Sequence[float], target: float) -
 
 
 def print_table(path: Path) -> None:
-    """Accuracy after each round with its interval over seeds and questions, and what an arm needs for what `random`
-    reaches."""
+    """Print accuracy after each round with its interval over seeds and questions.
+
+    The last column is the share of tokens that an arm needs to reach what `random` reaches.
+    """
     found = read_rows(path)
     base = found.get(BASE, {})
     rounds = sorted({number for arm in found.values() for seeds in arm.values() for number in seeds})
@@ -291,7 +298,7 @@ def _run(options: argparse.Namespace) -> int:
         for seed in seeds
     }
     began = time.monotonic()
-    for seed in parse_seeds(options.seeds):
+    for seed in seed_ranges(options.seeds):
         with tempfile.TemporaryDirectory() as folder:
             for name in arms:
                 if (name, seed) in done:

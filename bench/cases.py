@@ -1,4 +1,4 @@
-"""What the loss is timed on: heads, batches with random or trained-like logits, and the float64 truth about each.
+"""Inputs of the loss benchmark: heads, random or trained-like logits, and the float64 truth.
 
 T tokens, H hidden, V vocabulary, R rationales, S selected tokens, C rows of a chunk.
 """
@@ -39,7 +39,7 @@ HEADS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A head, T tokens of questions with m positives and k negatives, and the kind and type of the operands."""
+    """A head, T tokens of questions with m positives and k negatives, and the operands' logits and dtype."""
 
     head: str
     tokens: int
@@ -50,7 +50,7 @@ class Case:
 
     @property
     def unit(self) -> float:
-        """U = T V H; one product of hidden states and head costs 2U floating-point operations."""
+        """U = T V H; a product of hidden states and head costs 2U floating-point operations."""
         return float(self.tokens) * HEADS[self.head].H * HEADS[self.head].V
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Case:
 
 
 class Batch(NamedTuple):
-    """The operands of one step; `hidden_TH` and `weight_VH` are leaves that want gradients."""
+    """Operands of one step; `hidden_TH` and `weight_VH` are leaves that require gradients."""
 
     hidden_TH: Tensor
     weight_VH: Tensor
@@ -77,7 +77,7 @@ class Batch(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """Loss, gradients and selection in float64, of the operands as they were rounded."""
+    """Loss, gradients and selection in float64, from the rounded operands."""
 
     loss: float
     dhidden_TH: Tensor
@@ -87,9 +87,11 @@ class Truth(NamedTuple):
 
 
 def make_batch(case: Case, device: torch.device, seed: int = 0) -> Batch:
-    """Rationales of 72 to 120 tokens. `random` logits are normal; `peaked` ones are wider and favour the target, by 0
-    to twice what it takes to beat the rest. Candidates of a question differ by `STEP` a token, in an order drawn at
-    random."""
+    """Draw a batch of rationales of 72 to 120 tokens.
+
+    `random` logits are normal; `peaked` ones are wider and favour the target by 0 to twice the margin that it needs to
+    win. Candidates of a question differ by `STEP` per token, in a random order.
+    """
     H, V, scale = HEADS[case.head]
     T, n = case.tokens, case.positives + case.negatives
     generator = torch.Generator().manual_seed(seed)
@@ -128,8 +130,10 @@ def make_batch(case: Case, device: torch.device, seed: int = 0) -> Batch:
 
 @torch.no_grad()
 def find_truth(batch: Batch, chunk: int | None = None, every: bool = False) -> Truth:
-    """From the formulas (Eq. 3, 6, 7; `every`: the mean -log p of all tokens), `chunk` rows of logits at a time (1
-    GiB); nothing of the library is called."""
+    """Compute the truth from the formulas, without the library, `chunk` rows of logits at a time (1 GiB).
+
+    Eq. 3, 6 and 7; in mode `every`, the mean -log p of all tokens.
+    """
     hidden_TH, weight_VH = batch.hidden_TH.double(), batch.weight_VH.double()
     T, R = len(hidden_TH), len(batch.question_R)
     chunk = chunk or max(1, 2**27 // len(weight_VH))

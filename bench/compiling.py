@@ -1,4 +1,4 @@
-"""Launches that compile for an NVIDIA GPU that is not here: Triton's own launch path, up to the launch itself.
+"""Compile kernel launches for NVIDIA GPUs that are not present, by Triton's own launch path.
 
     with compiling(90) as launched:
         linear_logprob.forward(hidden, weight, target, None, (1.0, 0.0, 1.0), -100, False)
@@ -28,7 +28,7 @@ Grid = tuple[int, int, int]
 
 
 class Launch(NamedTuple):
-    """`arguments` are (type, value) without constants."""
+    """A compiled kernel and its grid; `arguments` are (type, value), constants excluded."""
 
     kernel: CompiledKernel
     grid: Grid
@@ -36,7 +36,7 @@ class Launch(NamedTuple):
 
 
 class Driver:
-    """What Triton asks of a driver before it launches."""
+    """A stand-in for the driver: answers what Triton asks before a launch."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
@@ -65,9 +65,11 @@ def compiling(
     multiprocessors: int = 132,
     kernels: Collection[str] | None = None,
 ) -> Iterator[list[Launch]]:
-    """Within it kernels with CPU tensors are compiled for this compute capability (90 is 9.0), as the launchers ask for
-    it on such a GPU with so many multiprocessors. Each launch is handed to `run`, or else collected. `kernels`: those
-    that are meant, by name; launches of others do nothing."""
+    """Compile kernels called with CPU tensors for this compute capability (90 is 9.0).
+
+    The launchers see a GPU with that many multiprocessors. Each launch is passed to `run`, or collected without one.
+    kernels: names of those to compile; launches of others do nothing.
+    """
     launched: list[Launch] = []
     take = run or launched.append
 

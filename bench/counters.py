@@ -1,4 +1,6 @@
-"""Counters of the forward pass by Nsight Compute, at two tiles: do the L2 cache or the tensor cores limit it?
+"""Counters of the forward pass by Nsight Compute at two tiles.
+
+They tell whether the L2 cache or the tensor cores limit it.
 
     python -m qcrd_fast.bench.counters [--head llama-3-8b] [--tokens 4096] [--json FILE]
 
@@ -36,7 +38,7 @@ def find_ncu() -> str | None:
 
 
 def launch(tile: str, head: str, tokens: int) -> None:
-    """The forward pass twice, so that the second launch has nothing left to compile."""
+    """Run the forward pass twice, so that the second launch compiles nothing."""
     device = torch.device("cuda")
     batch = make_batch(Case(head, tokens), device)
     with forced(TILES[tile]):
@@ -54,7 +56,7 @@ def launch(tile: str, head: str, tokens: int) -> None:
 
 
 def read_counters(text: str) -> dict[str, float]:
-    """{metric: value in its base unit} of ncu's CSV, which stands amid what the program itself prints."""
+    """Parse ncu's CSV, which is mixed with the program's own output, to {metric: value in its base unit}."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     rows = csv.DictReader(line for line in lines[start:] if line.startswith('"'))
@@ -66,7 +68,7 @@ def read_counters(text: str) -> dict[str, float]:
 
 
 def count(ncu: str, tile: str, head: str, tokens: int) -> dict[str, Any]:
-    """The counters of a tile, and its rate; what ncu said where it counted nothing."""
+    """Return the counters of a tile and its rate, or ncu's message if it counted nothing."""
     command = [ncu, "--csv", "--print-units", "base", "--metrics", ",".join(METRICS)]
     command += ["--kernel-name", "forward_kernel", "--launch-skip", "1", "--launch-count", "1"]
     own = [sys.executable, "-m", f"{__package__}.counters", "--launch", tile, "--head", head, "--tokens", str(tokens)]

@@ -41,8 +41,10 @@ PRETRAIN = (
 
 
 def call(code: str, arguments: list[str], cache: str) -> tuple[Any, float, float]:
-    """(what the code calls `found`, seconds on the wall, CPU seconds) of a process whose threads the student's size
-    chooses."""
+    """Run code in a new process; return (its variable `found`, wall seconds, CPU seconds).
+
+    The process chooses its number of threads from the student's size.
+    """
     code = f"import json, sys; {code}; {SPENT}; print(json.dumps([found, spent]))"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     started = time.perf_counter()
@@ -58,7 +60,7 @@ def call(code: str, arguments: list[str], cache: str) -> tuple[Any, float, float
 
 
 def run(seed: int, compare: str, cache: str) -> list[dict[str, Any]]:
-    """The rows of one seed."""
+    """Run one seed; return its rows."""
     with tempfile.TemporaryDirectory() as folder:
         results, wall_s, cpu_s = call(RUN, [json.dumps({"seed": seed}), f"{folder}/run", compare], cache)
     told = {"seed": seed, "n": results["n"], "wall_s": wall_s, "cpu_s": cpu_s, "load": os.getloadavg()[0]}
@@ -66,7 +68,7 @@ def run(seed: int, compare: str, cache: str) -> list[dict[str, Any]]:
 
 
 def pretrain(cache: str) -> list[dict[str, Any]]:
-    """The row of the student's pretraining; none where `cache` has it already."""
+    """Pretrain the student and return its row; no row if `cache` already holds it."""
     if (Path(cache) / "qcrd-fast").is_dir():
         return []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""How well a discriminator tells a teacher's right chains from its wrong ones, on questions that it has not seen:
+"""Benchmark of discriminators: AUC of right against wrong chains on unseen questions.
 
     python -m qcrd_fast.bench.discriminator --data svamp_aug_t5_large.json [--student NAME] [--encoder NAME] [--append]
         [--arms bce-all/none ratio/mask,replace]
@@ -49,7 +49,7 @@ COLUMNS = (
 
 @torch.no_grad()
 def in_sample_logits(judge: CrossFitted, pairs: list[Pair]) -> list[float]:
-    """The logits of the next fold's discriminator, which was trained on the question, or of the single one."""
+    """Return logits of a discriminator that was trained on the question: the next fold's, or the only one."""
     count = len(judge.models)
     return judge.by_model(pairs, lambda text: (judge.fold(text) + 1) % count).double().tolist()
 
@@ -57,7 +57,7 @@ def in_sample_logits(judge: CrossFitted, pairs: list[Pair]) -> list[float]:
 def measure(
     arm: str, questions: list[Question], student: Student, args: argparse.Namespace
 ) -> tuple[dict[str, Any], Any]:
-    """(the row of an arm, its AUC on each resample of the questions)."""
+    """Train and test an arm; return (its row, its AUC on each resample of the questions)."""
     loss, _, augment = arm.partition("/")
     config = TrainConfig(
         discriminator=args.encoder,
@@ -125,8 +125,7 @@ def measure(
 
 
 def load_student(name: str | None, questions: list[Question], seed: int) -> Student:
-    """The student of that name, or an untrained T5 of 2 layers, 128 wide, over the words of the questions and
-    rationales."""
+    """Load the named student, or build an untrained T5 over the words of the questions and rationales."""
     if name:
         return Student.load(name, PromptSettings(), "cpu")
     texts = [question_text(q) for q in questions] + [r.text for q in questions for r in (*q.positives, *q.negatives)]
@@ -136,7 +135,7 @@ def load_student(name: str | None, questions: list[Question], seed: int) -> Stud
 
 
 def build_student(folder: Path, texts: list[str], seed: int) -> None:
-    """An untrained T5 of 2 + 2 layers, 128 wide, over the words of `texts`."""
+    """Build an untrained T5 of 2 + 2 layers, 128 wide, over the words of `texts`."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     tokenizer = build_tokenizer(texts)

@@ -1,5 +1,6 @@
-"""One training step of a T5 in a host trainer: the loss from the model's logits, and through `attach`, in time and
-memory.
+"""One training step of a T5 in a host trainer, in time and memory.
+
+The loss is computed from the model's logits, or through `attach`.
 
 python -m bench.embedding [--append]: each with the same weights, rows and loss, whose value is checked.
 The student has T5-small's shape with random weights; the step is a forward and a backward pass from empty gradients.
@@ -28,7 +29,10 @@ DELTA = 12.0  # nats/token, above what random weights give, so that every hinge 
 
 
 def make_batch(seed: int = 0) -> dict[str, Any]:
-    """Rationales of 48 to 96 random tokens, prompts of 48, labels of 4; about 2,000 tokens are scored."""
+    """Draw prompts of 48 random tokens, rationales of 48 to 96 and labels of 4.
+
+    About 2,000 tokens are scored.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -58,7 +62,7 @@ def make_batch(seed: int = 0) -> dict[str, Any]:
 
 
 def loss_from_logits(model: Any, batch: dict[str, Any]) -> Any:
-    """What a host trainer does without the library: the model's logits, log-softmax, gather, Eq. 3, 6 and 7."""
+    """The loss without the library: the model's logits, log-softmax, gather, Eq. 3, 6 and 7."""
     import torch
 
     states = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
@@ -81,7 +85,7 @@ def loss_from_logits(model: Any, batch: dict[str, Any]) -> Any:
 
 
 def make_step(provider: str) -> tuple[Callable[[], float], dict[str, Any]]:
-    """(one step of the provider, which returns the loss; what it runs on)."""
+    """Return (a function that runs one step of the provider and returns the loss, its description)."""
     import torch
     import transformers
     from transformers import T5Config, T5ForConditionalGeneration
@@ -110,7 +114,7 @@ def make_step(provider: str) -> tuple[Callable[[], float], dict[str, Any]]:
 
 
 def memory(provider: str) -> dict[str, Any]:
-    """One provider, in a process of its own: the first step of all, then what one allocates."""
+    """Measure one provider in a new process: the peak of the first step and of the whole process."""
     import torch
 
     from .timing import peak_mib
@@ -131,8 +135,7 @@ def memory(provider: str) -> dict[str, Any]:
 
 
 def processor_ms() -> dict[str, list[float]]:
-    """Processor time of each provider's steps, taken in turn: that of the wall counts whatever else the machine
-    does."""
+    """Measure CPU time of each provider's steps in turn; wall time would count other processes too."""
     steps = {provider: make_step(provider)[0] for provider in PROVIDERS}
     times: dict[str, list[float]] = {provider: [] for provider in PROVIDERS}
     for _ in range(1 + ROUNDS):

@@ -1,5 +1,8 @@
-"""What each method is shown of a recipe's data, so that nobody takes more of the teacher for a better algorithm:
-python -m qcrd_fast.bench.exposure --recipe recipes/svamp-mentors-smollm2.yaml [--student FOLDER]"""
+"""Count what each method trains on: python -m qcrd_fast.bench.exposure --recipe FILE.
+
+A method that trains on more of the teacher's text is not a better algorithm. Options: --recipe
+recipes/svamp-mentors-smollm2.yaml [--student FOLDER]
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,10 @@ def lengths(candidates: Sequence[Any]) -> list[int]:
 
 
 def exposure(method: str, examples: Sequence[Example], config: TrainConfig) -> dict[str, Any]:
-    """A pass over the training questions: rationales a question (mean) and target tokens, prompts not counted.
+    """Count mean rationales per question and target tokens of one epoch; prompts are not counted.
 
-    Of qcrd the tokens with gradient depend on what is selected: (fewest, most), the most with a student's negative of
-    --max-new-tokens. Of redi: of its second stage.
+    For qcrd the tokens with gradient depend on the selection: (fewest, most), the most with a student's negative of
+    --max-new-tokens. For redi: of its second stage.
     """
 
     def total(count: Callable[[Example], int]) -> int:
@@ -71,7 +74,7 @@ def exposure(method: str, examples: Sequence[Example], config: TrainConfig) -> d
 
 
 def table(recipe: str, student: str | None = None) -> str:
-    """The Markdown table of a recipe: seed 0's training questions in the student's tokens."""
+    """Format a recipe's counts as a Markdown table: seed 0's training questions in the student's tokens."""
     from transformers import AutoConfig, AutoTokenizer
 
     base = TrainConfig.from_dict(read_recipe(recipe) | ({"student": student} if student else {}))

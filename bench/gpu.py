@@ -1,5 +1,6 @@
-"""Everything that needs a GPU, in one command and a given time: kernels against float64, tests, counters, benchmarks,
-training.
+"""Run everything that needs a GPU in one command with a time limit.
+
+Kernels against float64, tests, counters, benchmarks, training.
 
     python -m qcrd_fast.bench.gpu --minutes 8 --output-dir DIR [--data DIR --student DIR] [--resume] [--append]
     python -m qcrd_fast.bench.gpu --minutes 3 --output-dir DIR --rehearse      # tiny shapes on a CPU, in Triton's
@@ -40,11 +41,11 @@ REHEARSAL = "a rehearsal on a CPU with tiny shapes: nothing here is a measuremen
 
 
 class Halt(BaseException):
-    """A signal came."""
+    """A signal was received."""
 
 
 class Call:
-    """One call: its deadline, its folder, and what each part came to."""
+    """One run of the command: its deadline, its folder and the result of each part."""
 
     def __init__(self, setting: Setting, minutes: float, resume: bool):
         self.setting, self.folder = setting, setting.output
@@ -58,7 +59,7 @@ class Call:
         return self.deadline - time.monotonic()
 
     def write(self) -> None:
-        """The summary and the page, as they stand."""
+        """Write the summary and the page of the results so far."""
         note = {"rehearsal": REHEARSAL} if self.setting.rehearse else {}
         write_json(self.path, {**note, "where": self.where, "parts": list(self.parts.values())})
         title = REHEARSAL if self.setting.rehearse else f"{self.where['device']}, commit {self.where['commit']}"
@@ -67,7 +68,7 @@ class Call:
         write_text(self.folder / "results.md", page(list(self.parts.values()), predicted, title))
 
     def run(self, part: Part) -> None:
-        """A part, unless an earlier call finished it, it lacks something, or no time is left for it."""
+        """Run a part, unless an earlier run finished it, a requirement is missing or no time is left."""
         if self.parts.get(part.name, {}).get("status") == "ok":
             return
         row: dict[str, Any] = {"part": part.name, "status": SKIPPED, "said": part.lacks or ""}
@@ -87,8 +88,7 @@ class Call:
 
     @contextlib.contextmanager
     def listing(self, part: Part, row: dict[str, Any]) -> Iterator[None]:
-        """Whatever happens, the summary names the part, and its file says what machine it was and whether it is a
-        rehearsal."""
+        """Add the part to the summary on any exit; its file states the machine and whether it is a rehearsal."""
         (self.folder / f"{part.name}.json").unlink(missing_ok=True)
         try:
             yield
@@ -99,8 +99,7 @@ class Call:
             self.write()
 
     def judge(self, part: Part, code: int, ended: str) -> dict[str, str]:
-        """{"status", "said"} of a part that has ended. What it measured before its time was up still counts against
-        it."""
+        """Return {"status", "said"} of a part that has ended. After a timeout, what it measured still counts."""
         results, log = read_json(self.folder / f"{part.name}.json"), self.folder / f"{part.name}.log"
         try:
             status, said = part.read(code, results, log.read_text(encoding="utf-8", errors="replace"))
@@ -123,7 +122,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def run_process(part: Part, log: Path, limit_s: float, rehearse: bool) -> tuple[int, str]:
-    """(exit code, "" or "timed out"). A signal to us or the end of its time stops the part and all its children."""
+    """Run a process; return (exit code, "" or "timed out").
+
+    On a signal or at the time limit the process and its children are ended.
+    """
     env = {**os.environ, **part.env}
     env.pop("QCRD_FAST_IMPL", None)
     with open(log, "w", encoding="utf-8") as file:
@@ -147,7 +149,7 @@ def run_process(part: Part, log: Path, limit_s: float, rehearse: bool) -> tuple[
 
 
 def end(process: subprocess.Popen[Any]) -> int:
-    """Ask, ask again, kill; its group with it."""
+    """End a process group: two requests, then a kill."""
     for number, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGTERM, GRACE_S / 4), (signal.SIGKILL, None)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)

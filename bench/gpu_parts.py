@@ -1,4 +1,4 @@
-"""The parts of `bench.gpu`: what each runs, for how long at most, what it needs, and how its results are read."""
+"""The parts of `bench.gpu`: command, time limit, requirements, and how to read the results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Verdict = tuple[str, str]  # (ok | wrong | failed, what to say in a line)
 
 
 class Setting(NamedTuple):
-    """What the command was given."""
+    """The options of the command."""
 
     output: Path
     data: Path | None
@@ -34,8 +34,11 @@ class Setting(NamedTuple):
 
 
 class Part(NamedTuple):
-    """`read(exit code, what is in NAME.json, the log)`; `lacks`: why it cannot run here; `least_s`: not begun with
-    less."""
+    """One part of the run.
+
+    read: (exit code, content of NAME.json, log) to a result. lacks: why it cannot run here. least_s: not started with
+    less time left.
+    """
 
     name: str
     limit_s: float
@@ -47,7 +50,7 @@ class Part(NamedTuple):
 
 
 def find_parts(setting: Setting) -> list[Part]:
-    """In the order in which they matter."""
+    """Return the parts, the most important first."""
     small = setting.rehearse
     heads, shapes = (("rehearsal",), ("tiny-t5",)) if small else (HEADS, SHAPES)
     parts = [_kernels(setting), _tests(setting), _sanitizer(setting), _model(setting), _counters(setting)]
@@ -81,7 +84,7 @@ def find_parts(setting: Setting) -> list[Part]:
 
 
 def _env(setting: Setting) -> dict[str, str]:
-    """The kernels are interpreted in a rehearsal, also where there is a GPU."""
+    """Return the environment; a rehearsal interprets the kernels even where there is a GPU."""
     return {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if setting.rehearse else {}
 
 
@@ -101,7 +104,7 @@ def _module(module: str, setting: Setting, name: str, *flags: str) -> list[str]:
 def _bench(
     setting: Setting, verb: str, what: str, limit_s: float, flags: list[str], read: Callable[..., Verdict]
 ) -> Part:
-    """`qcrd-fast bench VERB`."""
+    """Return the part that runs `qcrd-fast bench VERB`."""
     name = f"{verb}-{what}"
     command = [
         sys.executable,
@@ -147,7 +150,10 @@ def _tests(setting: Setting) -> Part:
 
 
 def _sanitizer(setting: Setting) -> Part:
-    """Reads and writes beyond an allocation, in every kernel; torch's own allocator would hide them."""
+    """Return the part that checks out-of-bounds reads and writes of every kernel.
+
+    It bypasses torch's caching allocator, which would hide them.
+    """
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     lacks = "a rehearsal" if setting.rehearse else None if tool else "compute-sanitizer is not installed"
     own = _module("kernel_checks", setting, "sanitizer", "--small", "--dtypes", "bf16")
@@ -156,8 +162,10 @@ def _sanitizer(setting: Setting) -> Part:
 
 
 def _model(setting: Setting) -> Part:
-    """What is measured afterwards is held against it. It compiles for an H100 whatever GPU is here, and runs nothing
-    there; a rehearsal has one design of it."""
+    """Return the part that predicts rates, to compare with those measured later.
+
+    It compiles for an H100 whatever GPU is here, and runs nothing on it; a rehearsal has one design of it.
+    """
     missing = missing_tools()
     lacks = f"this triton brings no {' and no '.join(missing)}" if missing else None
     return Part(
@@ -200,7 +208,7 @@ def _training(setting: Setting) -> Part:
 
 
 def _worst(statuses: list[str]) -> str:
-    """wrong, failed or ok."""
+    """Return the worst status: wrong, failed or ok."""
     kinds = {status.partition(":")[0] for status in statuses}
     return "wrong" if "wrong" in kinds else "failed" if "failed" in kinds else "ok"
 
@@ -243,7 +251,7 @@ def read_counters(code: int, results: dict[str, Any], log: str) -> Verdict:
 
 
 def read_loss(code: int, results: dict[str, Any], log: str) -> Verdict:
-    """Ours against the best of the others; a peer that is wrong is in the file, and no fault of a kernel."""
+    """Compare our times with the best peer. A wrong peer is listed, and does not fail the part."""
     if code or not results:
         return "failed", last_line(log)
     ours = [row for case in results["cases"] for row in case["rows"] if row["provider"] == "qcrd-triton"]
@@ -275,7 +283,7 @@ def read_tuning(code: int, results: dict[str, Any], log: str) -> Verdict:
 
 
 def read_rates(code: int, results: dict[str, Any], log: str) -> Verdict:
-    """Of the sampler tokens a second, of a step its milliseconds."""
+    """Read tokens per second of the sampler, or milliseconds of a step."""
     if code or not results:
         return "failed", last_line(log)
     said = []

@@ -1,4 +1,4 @@
-"""What the cost model predicts beside what `bench.gpu` measured, for its page DIR/results.md."""
+"""Compare the cost model's predictions with what `bench.gpu` measured, for DIR/results.md."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ NOT_MEASURED = "not measured"
 
 
 def compare(results: Mapping[str, Mapping[str, Any]], device: str) -> list[dict[str, str]]:
-    """A row for each design and head of the model: "predicted" and "measured", percent of the peak, and the "verdict".
+    """Return a row for each design and head: predicted and measured percent of the peak, and the verdict.
 
-    `results`: what is in the file of each part, by its name; `device`: the GPU's name.
+    results: the content of each part's file, by name. device: the GPU's name.
     """
     measured = {**_of_tuning(results), **_of_counters(results)} if any(name in device for name in GPUS) else {}
     found = []
@@ -46,7 +46,7 @@ def judge(share: float, shares: Sequence[float], way: str) -> str:
 
 
 def _of_tuning(results: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str, str], tuple[float, str]]:
-    """{(variant, tile, head): (share of the peak, the part)}, timed with the launch that joins the parts."""
+    """Return {(variant, tile, head): (fraction of the peak, part)}, with the launch that joins the parts."""
     found = {}
     for part, result in results.items():
         for row in result.get("rows", ()) if part.startswith("tuning-") else ():
@@ -67,7 +67,7 @@ def _of_counters(results: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, st
 
 
 def page(parts: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, str]], title: str) -> str:
-    """Markdown: a line of each part, then predictions and measurements."""
+    """Format the page as Markdown: one line per part, then predictions beside measurements."""
     lines = [f"# {title}", "", "| part | status | seconds | said |", "|---|---|---|---|"]
     lines += [f"| {row['part']} | {row['status']} | {row.get('seconds', '')} | {_cell(row['said'])} |" for row in parts]
     lines += ["", "## Forward pass: predicted and measured share of the peak", ""]

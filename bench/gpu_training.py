@@ -1,5 +1,6 @@
-"""dss, sft-all and the default method on svamp, from the published files to rows of a CSV: the last part of
-`bench.gpu`.
+"""Train dss, sft-all and the default method on SVAMP: the last part of `bench.gpu`.
+
+Writes rows of a CSV.
 
     python -m qcrd_fast.bench.gpu_training --data DIR --student DIR --output-dir DIR [--seeds 5] [--json FILE]
 
@@ -37,14 +38,14 @@ REHEARSAL = dict(max_steps=4, eval_steps=4, save_steps=4, iteration_steps=2, max
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """The file whose path ends so, anywhere below."""
+    """Find the file whose path ends in this, at any depth."""
     return next((path for path in sorted(folder.rglob(Path(name).name)) if path.as_posix().endswith("/" + name)), None)
 
 
 def find_data(folder: Path) -> tuple[str, list[Path], Path]:
-    """(the recipe, files to train on, file to test on): with the mentors' rows where they are there.
+    """Return (recipe, training files, test file), with the mentors' rows if present.
 
-    Raises `InputError` where svamp is not.
+    Raises `InputError` if SVAMP is missing.
     """
     main = find_file(folder, MAIN)
     if main is None or not main.with_name(TEST).is_file():  # others have a file of that name too
@@ -59,14 +60,17 @@ def find_data(folder: Path) -> tuple[str, list[Path], Path]:
 
 
 def prepare(inputs: list[Path], output: Path) -> None:
-    """`qcrd-fast prepare`. Raises `RunError` where it says no."""
+    """Run `qcrd-fast prepare`. Raises `RunError` if it fails."""
     cli = importlib.import_module((__package__ or "bench").removesuffix("bench") + "cli.main")
     if code := cli.entry(["prepare", *map(str, inputs), "--output", str(output)]):
         raise RunError(f"prepare ended with {code}")
 
 
 def count_that_fit(config: TrainConfig, runs: int) -> int:
-    """Runs at once: what the GPU's free memory holds of the largest, at most one for two cores. One on a CPU."""
+    """Return how many runs fit at once: the GPU's free memory over the largest, at most one per two cores.
+
+    On a CPU: 1.
+    """
     if not torch.cuda.is_available():
         return 1
     peak = train(config, None, dry_run=True)["memory"].get("peak")
@@ -77,7 +81,7 @@ def count_that_fit(config: TrainConfig, runs: int) -> int:
 
 
 def run(data: Path, student: str, output: Path, seeds: int, rehearse: bool) -> None:
-    """Every run, and its row in OUTPUT/runs.csv. Raises what `run_jobs` raises."""
+    """Run all jobs and write their rows to OUTPUT/runs.csv. Raises what `run_jobs` raises."""
     values: dict[str, Any]
     if rehearse:
         from qcrd_fast.demo.runner import write_demo

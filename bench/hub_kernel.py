@@ -38,7 +38,7 @@ VARIANT = Path("build") / "torch-universal"
 
 
 def build(folder: Path) -> list[Path]:
-    """Writes the repository and returns its files. Raises `InputError` where `folder` holds anything."""
+    """Write the repository and return its files. Raises `InputError` if `folder` is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there already and is no empty folder")
     sources = closure(sorted(set(EXPORTED.values())))
@@ -67,7 +67,7 @@ def build(folder: Path) -> list[Path]:
 
 
 def closure(modules: list[str]) -> dict[str, str]:
-    """{module: its text} of these modules and all that they import of this project, inside functions too."""
+    """Return {module: source} of these modules and everything of this project that they import anywhere."""
     found: dict[str, str] = {}
     while modules:
         module = modules.pop()
@@ -79,12 +79,12 @@ def closure(modules: list[str]) -> dict[str, str]:
 
 
 def location(module: str) -> Path:
-    """Where a module goes in the kernel's package: `qcrd_fast.ops.x` to ops/x.py, `csrc_triton.x` likewise."""
+    """Return a module's path in the package: ops/x.py of `qcrd_fast.ops.x`, csrc_triton/x.py of its own."""
     return Path(*module.removeprefix("qcrd_fast.").split(".")).with_suffix(".py")
 
 
 def relative(text: str, place: Path, sources: dict[str, str]) -> str:
-    """The text of a file at `place` of the package, its imports of this project made relative."""
+    """Return the source of a file at `place` of the package with relative imports of this project."""
     lines = text.splitlines(keepends=True)
     for node in _imports(text):
         assert node.module is not None
@@ -108,7 +108,7 @@ def _imports(text: str) -> list[ast.ImportFrom]:
 
 
 def _targets(node: ast.ImportFrom) -> list[str]:
-    """The modules that an import reads: the one named, or those of a package."""
+    """Return the modules that an import reads: the named one, or those of a package."""
     assert node.module is not None
     if _path(node.module).is_file():
         return [node.module]

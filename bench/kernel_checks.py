@@ -1,4 +1,6 @@
-"""Every kernel of csrc_triton against float64: what `bench.gpu` runs first, and what the tests ask of compiled code.
+"""Check every kernel of csrc_triton against float64: the first part of `bench.gpu`.
+
+The tests run these checks too.
 
     python -m qcrd_fast.bench.kernel_checks [--dtypes bf16,fp32] [--small] [--json FILE]
 
@@ -34,7 +36,7 @@ Errors = dict[str, float]  # of "out", "grad" (||got - want|| / ||want||) or "to
 
 
 class Sizes(NamedTuple):
-    """Nothing divides a tile in either."""
+    """Sizes that no tile divides."""
 
     T: int
     H: int
@@ -45,7 +47,7 @@ SMALL, LARGE = Sizes(150, 72, 300), Sizes(700, 584, 5003)
 
 
 class Check(NamedTuple):
-    """`run(dtype, device)` computes with the kernels and in float64, from the same rounded operands."""
+    """A check; `run(dtype, device)` computes by kernels and in float64 from the same rounded operands."""
 
     name: str
     kernels: tuple[str, ...]
@@ -54,14 +56,16 @@ class Check(NamedTuple):
 
 
 def limits(dtype: torch.dtype) -> Errors:
-    """What each error may be: gradients are rounded to the operands' type on their way, and noisy logits may nearly
-    tie."""
+    """Return the allowed error of each result.
+
+    Gradients are rounded to the operands' dtype on their way, and noisy logits may nearly tie.
+    """
     grad = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     return {"out": 1e-5, "grad": grad, "tokens": 0.02}
 
 
 def find_checks(sizes: Sizes) -> list[Check]:
-    """All of them, those that most depends on first."""
+    """Return all checks, the most important first."""
     every = dict(bias=True, scale=0.3, softcap=1.5, temperature=1.4)
     T, H, V = sizes
     logprob, kept = (
@@ -102,7 +106,7 @@ def _bound(check: Callable[..., Errors], sizes: Sizes, **options: Any) -> Callab
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want||; the plain norm where that is 0. A NaN if there is one."""
+    """||got - want|| / ||want||, or the plain norm if that is 0. NaN propagates."""
     want = want.detach().double()
     return float((got.detach().double() - want).norm()) / (float(want.norm()) or 1.0)
 
@@ -110,8 +114,10 @@ def error(got: Tensor, want: Tensor) -> float:
 def make_operands(
     T: int, H: int, V: int, dtype: torch.dtype, device: torch.device, bias: bool, ignored: int = 0
 ) -> tuple[list[Tensor], Tensor]:
-    """([hidden [T, H], weight [V, H] and perhaps bias [V]], target [T]): one row of seven and the first few are
-    ignored."""
+    """Return ([hidden [T, H], weight [V, H], optional bias [V]], target [T]).
+
+    One row in seven and the first few are ignored.
+    """
     generator = torch.Generator().manual_seed(0)
     leaves = [
         torch.randn(T, H, generator=generator),
@@ -138,8 +144,10 @@ def check_logprob(
     ignored: int = 0,
     **options: Any,
 ) -> Errors:
-    """log p, with `extras` log-sum-exp and entropy too, and the gradients of a weighted sum that spares a third of the
-    rows."""
+    """Check log p and the gradients of a weighted sum that leaves out a third of the rows.
+
+    With `extras`: log-sum-exp and entropy too.
+    """
     leaves, target_T = make_operands(T, H, V, dtype, device, bias, ignored)
     weight_T = torch.randn(T, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(device)
     weight_T[1::3] = 0
@@ -166,8 +174,10 @@ def check_kl(
     bias: bool = False,
     **options: Any,
 ) -> Errors:
-    """The divergence from a teacher of another hidden size, and the gradients of a sum that spares a third of the
-    rows."""
+    """Check the divergence from a teacher of another hidden size, and its gradients.
+
+    The sum leaves out a third of the rows.
+    """
     leaves, target_T = make_operands(T, H, V, dtype, device, bias)
     (teacher_TG, teacher_VG, *teacher_bias), _ = make_operands(T, 3 * H // 2 + 4, V, dtype, device, bias)
     weight_T = torch.randn(T, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(device)
@@ -186,7 +196,7 @@ def check_kl(
 def check_rationale_loss(
     dtype: torch.dtype, device: torch.device, T: int, H: int, V: int, bias: bool = False, **options: Any
 ) -> Errors:
-    """The loss of rationales whose weights are known, and the gradients that its forward pass makes."""
+    """Check the loss of rationales with known weights, and the gradients computed in its forward pass."""
     leaves, target_T = make_operands(T, H, V, dtype, device, bias)
     rationale_T = torch.arange(T, device=device) // 13
     R = int(rationale_T[-1]) + 1
@@ -206,9 +216,11 @@ def check_rationale_loss(
 def check_selections(
     dtype: torch.dtype, device: torch.device, T: int, H: int, V: int, pairs: Sequence[tuple[str, str]] = ()
 ) -> Errors:
-    """Selections of ragged questions, with quality and tokens that do not count: `pairs` of them, by default each of a
-    side at least once, since a pair takes a compilation. log p is fp32 whatever the operands' type, and the sizes are
-    its own."""
+    """Check selections of ragged questions, with quality and ignored tokens.
+
+    `pairs`: default, each selection of a side at least once, since each pair is compiled. log p is fp32 for any dtype
+    of the operands, and the sizes are its own.
+    """
     generator = torch.Generator().manual_seed(5)
     length_R = torch.randint(1, 9, (40,), generator=generator)
     length_R[3] = 600  # more than a block of tokens
@@ -242,7 +254,7 @@ def check_selections(
 def check_sample(
     dtype: torch.dtype, device: torch.device, T: int, H: int, V: int, bias: bool = False, **options: Any
 ) -> Errors:
-    """Tokens drawn with the same random numbers from float64 logits."""
+    """Check tokens against those drawn from float64 logits with the same random numbers."""
     leaves, _ = make_operands(T, H, V, dtype, device, bias)
     generator = torch.Generator().manual_seed(7)
     draw = [torch.randint(0, 2**32, (T, n), generator=generator).to(device) for n in (2, 3)]
@@ -261,7 +273,7 @@ def _compare(got: Any, want: Any) -> Errors:
 
 
 def run_checks(checks: list[Check], dtypes: list[str], device: torch.device) -> Iterator[dict[str, Any]]:
-    """A row for each check and type, as soon as it is there. One that raises is wrong."""
+    """Yield a row for each check and dtype as it finishes. A check that raises is wrong."""
     for check, name in ((check, name) for check in checks for name in dtypes if name in check.dtypes):
         row: dict[str, Any] = {"check": check.name, "kernels": check.kernels, "dtype": name, "status": "ok"}
         started, dtype = time.perf_counter(), DTYPES[name]

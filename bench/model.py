@@ -1,5 +1,6 @@
-"""A prediction, not a measurement: the forward kernel's share of an H100's peak, from instructions counted in its
-machine code.
+"""Predict the forward kernel's fraction of an H100's peak from counted instructions.
+
+This is no measurement.
 
     python -m qcrd_fast.bench.model [--only DESIGN] [--json FILE] [--update docs/kernels.md]
 
@@ -66,8 +67,7 @@ REFUTED_ABOVE = 0.62  # of the peak, at 128 x 128
 
 
 class Work(NamedTuple):
-    """What a tile costs a program, in a multiprocessor's clocks: counted instructions through the units that execute
-    them."""
+    """Cost of a tile in clocks of a multiprocessor: counted instructions over the units that execute them."""
 
     tile: Tile
     programs: int  # that share a multiprocessor
@@ -86,9 +86,11 @@ class Work(NamedTuple):
 
 
 def work_of(tile: Tile, threads: int, programs: int, counts: sass.Counts) -> Work:
-    """From a warp's instructions of a tile: all that are no exponential and no multiply-add come first, one after
-    another. Where the hidden states are resident, half of the tile is a warpgroup's, and the head alone is fetched,
-    once for both."""
+    """Compute the cost from a warp's instructions of a tile.
+
+    All but exponentials and multiply-adds come first, one after another. With resident hidden states, a warpgroup has
+    half of the tile, and only the head is fetched, once for both.
+    """
     _, units = counts.by_pipe()
     step_bytes = 2.0 * (tile.block_t + tile.block_v) * tile.block_h
     if tile.resident:
@@ -217,7 +219,7 @@ def simulate_ring(work: Work, H: int, l2_bytes: float) -> float:
 
 
 class Design(NamedTuple):
-    """A variant of `sass.VARIANTS` at a tile; None: at the tile that it is launched with at that H."""
+    """A variant of `sass.VARIANTS` at a tile; None: the tile that it is launched with at that H."""
 
     name: str
     tile: Tile | None
@@ -226,7 +228,7 @@ class Design(NamedTuple):
     hypothetical: str = ""  # what is supposed of a design that is not written
 
     def change(self, work: Work) -> Work:
-        """Of the counted work what it would be."""
+        """Return the counted work with the design's changes."""
         t, v, h = work.tile[:3]
         if self.hypothetical == MULTICAST:
             return work._replace(step_bytes=2.0 * (t + v / 2) * h)
@@ -235,7 +237,7 @@ class Design(NamedTuple):
         return work
 
     def fits(self, H: int) -> bool:
-        """A resident hidden tile leaves room for two stages of the head or more."""
+        """Whether a resident hidden tile leaves room for at least two stages of the head."""
         return not self.variant.startswith("hidden resident") or product.resident_tile(H).num_stages > 1
 
 
@@ -271,7 +273,7 @@ _codes: dict[str, tuple[sass.Code, sass.Counts | None]] = {}  # by a compiled ke
 
 @cache
 def counted(variant: str, tile: Tile | None, limited: bool, head: str) -> tuple[Work, sass.Code]:
-    """Of the forward kernel as it is launched on an H100."""
+    """Count instructions of the forward kernel as it is launched on an H100."""
     H, V, _ = HEADS[head]
     found = next(v for v in sass.VARIANTS if v.name == variant)
     asked = found._replace(H=H, V=V + found.V % 128, kernels=found.kernels[:1])
@@ -293,7 +295,7 @@ def counted(variant: str, tile: Tile | None, limited: bool, head: str) -> tuple[
 
 
 def predict(design: Design, head: str) -> tuple[float, float] | None:
-    """(low, high) share of the peak, before `MACHINE.cap`; None where the design has no room."""
+    """Return (low, high) fraction of the peak before `MACHINE.cap`; None if the design does not fit."""
     H = HEADS[head].H
     if not design.fits(H):
         return None
@@ -303,7 +305,7 @@ def predict(design: Design, head: str) -> tuple[float, float] | None:
 
 
 def rows(only: str = "") -> Iterator[dict[str, Any]]:
-    """A row for each design, or those of a name, with what differs between the heads by head."""
+    """Return a row for each design, or those of a name, with the values that differ by head."""
     for design in (design for design in DESIGNS if design.name == (only or design.name)):
         row: dict[str, Any] = {"design": design.name, "supposed": design.hypothetical, "variant": design.variant}
         row["limited"] = design.limited
@@ -327,7 +329,7 @@ def rows(only: str = "") -> Iterator[dict[str, Any]]:
 
 
 def show(shares: tuple[float, float] | None) -> str:
-    """Percent, low to high; "cap" for what the chip's power cuts off."""
+    """Format percent, low to high; "cap" where the chip's power limits it."""
     if shares is None:
         return "no room"
     low, high = (f"{100 * share:.0f}" if share <= MACHINE.cap else "cap" for share in shares)
@@ -335,7 +337,7 @@ def show(shares: tuple[float, float] | None) -> str:
 
 
 def markdown(only: str = "") -> str:
-    """The table of docs/kernels.md."""
+    """Format the table of docs/kernels.md."""
     head = [
         "design",
         "registers",
@@ -355,7 +357,7 @@ def markdown(only: str = "") -> str:
 
 
 def updated(page: str, table: str) -> str:
-    """The page with this table in place of the one with the same head. Raises ValueError where it has none."""
+    """Replace the table with the same header in the page. Raises `ValueError` if there is none."""
     head = table.partition("\n")[0] + "\n"
     start = page.index(head)
     end = page.find("\n\n", start)

@@ -35,7 +35,7 @@ PerToken = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # hidden, weight, 
 
 
 class Provider(NamedTuple):
-    """One way to the loss."""
+    """One implementation of the loss."""
 
     name: str
     mode: str  # score | plain | composed | joint
@@ -55,7 +55,7 @@ class Provider(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where a provider's per-token loss comes from; `load` raises what keeps it from running here."""
+    """The origin of a provider's per-token loss; `load` raises if it cannot run here."""
 
     load: Callable[[torch.device, torch.dtype], PerToken]
     # of U, for each token that has a gradient: 4 if the logits are kept, 6 if they are computed again
@@ -68,7 +68,7 @@ class Source(NamedTuple):
 
 
 def eager_nll(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, scale: float) -> Tensor:
-    """As most training code has it: logits in the operands' type, then a float32 log-softmax of all of them."""
+    """The usual eager code: logits in the operands' dtype, then a float32 log-softmax of all of them."""
     logits_TV = F.linear(hidden_TH * scale if scale != 1 else hidden_TH, weight_VH)
     return F.cross_entropy(logits_TV.float(), target_T, reduction="none")
 
@@ -83,7 +83,7 @@ def load_compiled(*_: Any) -> PerToken:
 
 
 def scaled(call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> PerToken:
-    """A peer that has no scale gets hidden states that are scaled already, as T5's own code does it."""
+    """Scale the hidden states beforehand for a peer without a scale, as T5's own code does."""
     return lambda hidden, weight, target, scale: call(hidden * scale if scale != 1 else hidden, weight, target)
 
 
@@ -126,7 +126,7 @@ def load_quack(device: torch.device, _: torch.dtype) -> PerToken:
 
 
 def _peer(distribution: str, module: str, device: torch.device) -> Any:
-    """The module, or an ImportError that says in one line what is missing."""
+    """Import the module, or raise an ImportError that names in one line what is missing."""
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -203,7 +203,7 @@ def composed(per_token: PerToken) -> Callable[[Batch], tuple[Tensor, Tensor]]:
 
 
 def composed_of_ours(per_token: PerToken, impl: str) -> Callable[[Batch], tuple[Tensor, Tensor]]:
-    """The training pass is one node, which makes its gradients in forward where that pays."""
+    """Score, select and train; the training pass makes its gradients in forward where that pays."""
 
     def step(batch: Batch) -> tuple[Tensor, Tensor]:
         out = scored(per_token, batch)
@@ -237,7 +237,7 @@ def every(per_token: PerToken) -> Callable[[Batch], tuple[Tensor, Tensor]]:
 def find_providers(
     device: torch.device, dtype: torch.dtype, names: tuple[str, ...]
 ) -> tuple[list[Provider], dict[str, str]]:
-    """(those that can run, {name: why it cannot})."""
+    """Return (providers that can run, {name: why it cannot})."""
     found: list[Provider] = []
     absent: dict[str, str] = {}
     for name in names:

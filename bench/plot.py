@@ -1,4 +1,4 @@
-"""Draws bench/results/loss.csv, the latest row of each provider: python bench/plot.py [FILE.png]"""
+"""Plot bench/results/loss.csv, the latest row of each provider: python bench/plot.py [FILE.png]"""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ CASE = ("head", "tokens", "positives", "negatives", "logits", "dtype", "device")
 
 
 def latest(path: Path) -> dict[str, dict[str, float]]:
-    """{case: {provider: ms}}; a later row replaces an earlier one, and what is wrong, failed or of another loss is left
-    out."""
+    """Return {case: {provider: ms}} of the latest rows; wrong, failed and incomparable ones are left out."""
     cases: dict[str, dict[str, float]] = {}
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):

@@ -1,4 +1,4 @@
-"""What sharing prompts saves: tokens through the model and time, against one sequence a rationale, on real lengths.
+"""Benchmark of shared prompts against one sequence per rationale: tokens through the model and time.
 
     python -m qcrd_fast.bench.prompts --data svamp.jsonl --student SmolLM2-135M --questions 2,4 [--shape t5-small]
     [--append]
@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import random
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.examples import Example, make_examples
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.objective import MicroBatch, Objective
 from qcrd_fast.utils.device import make_autocast, resolve_device
 
 from .record import append, describe_machine
@@ -58,8 +58,10 @@ def load_student(folder: str, shape: str | None, device: torch.device) -> Studen
 
 
 def make_objectives(student: Student, bf16: bool) -> dict[str, Objective]:
-    """{shared, alone}: the same objective with and without shared prompts; every hinge is active, so two of each
-    question's rationales are trained."""
+    """Return {shared, alone}: the same objective with and without shared prompts.
+
+    Every hinge is active, so two of each question's rationales are trained.
+    """
     config = TrainConfig(delta=1e3, discriminator="none", scheme="minmax", negative_source="lagged")
     autocast = make_autocast(student.device, bf16)
     return {
@@ -69,24 +71,23 @@ def make_objectives(student: Student, bf16: bool) -> dict[str, Objective]:
 
 
 def run(objective: Objective, what: str, batch: Sequence[Example], lagged: dict[str, Negative]) -> int:
-    """One pass or step; returns the tokens that ran through the model."""
+    """Run one pass or step; return the tokens that ran through the model."""
     if what == "step":
-        _, stats = objective.step(batch, lagged, len(batch), 0, 0)
+        _, stats = objective.step(MicroBatch(batch, lagged, len(batch)))
         objective.student.model.zero_grad(set_to_none=True)
-    else:
-        stats = Counter()
-        candidates = [(c.tokens, q) for q, example in enumerate(batch) for c in example.candidates(lagged)]
-        objective.student.model.eval()
-        with torch.no_grad():
-            objective.score([e.explain for e in batch], [t for t, _ in candidates], [q for _, q in candidates], stats)
-        objective.student.model.train()
-    return stats["body_tokens"]
+        return stats["body_tokens"]
+    candidates = [(c.tokens, q) for q, example in enumerate(batch) for c in example.candidates(lagged)]
+    objective.student.model.eval()
+    with torch.no_grad():
+        packed, _ = objective.score([e.explain for e in batch], [t for t, _ in candidates], [q for _, q in candidates])
+    objective.student.model.train()
+    return packed.body_tokens
 
 
 def measure(
     objectives: dict[str, Objective], examples: list[Example], questions: int, repeats: int, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """{pass: tokens a step and milliseconds of each way, and the quotient of times round by round}."""
+    """Return {pass: tokens per step and milliseconds of both ways, and the quotient of times by round}."""
     draw = random.Random(0)
     own = {
         e.id: other.positives[-1]
@@ -113,7 +114,7 @@ def measure(
 
 
 def milliseconds(call: Callable[[], None], device: torch.device) -> float:
-    """Of the device; on a CPU of this process alone, so that a neighbour's work does not count (with one thread)."""
+    """Time on the device; on a CPU, CPU time of this process, so that other processes do not count."""
     if device.type == "cuda":
         return time_ms(call, device)
     started = time.process_time()
@@ -132,7 +133,7 @@ def summarise(values: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def lengths(examples: list[Example]) -> dict[str, float]:
-    """Means over the data [tokens], the student's own negatives left out."""
+    """Mean lengths over the data [tokens], without the student's own negatives."""
     candidates = [c for e in examples for c in e.candidates({})]
     return {
         "prompt_tokens": round(sum(len(e.explain) for e in examples) / len(examples), 1),

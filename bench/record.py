@@ -1,5 +1,4 @@
-"""What stands beside every measurement (machine, versions, commit), and the CSV files in bench/results that it is added
-to."""
+"""Add measurements to CSV files in bench/results, with machine, versions and commit."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ WHERE = ("device", "threads", "torch", "triton", "transformers", "commit", "time
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Device, versions, commit, time."""
+    """Return device, versions, commit and time."""
     versions = {}
     for name in VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -40,7 +39,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def check_appendable(path: Path, columns: Sequence[str]) -> None:
-    """Raises `InputError` unless rows with these columns can be added to this CSV file."""
+    """Raise `InputError` unless rows with these columns can be added to this CSV file."""
     if not path.parent.is_dir():
         raise InputError(f"--append: there is no folder {path.parent}; run from a checkout")
     if path.exists() and (text := path.read_text(encoding="utf-8")) and text.partition("\n")[0] != ",".join(columns):
@@ -48,10 +47,9 @@ def check_appendable(path: Path, columns: Sequence[str]) -> None:
 
 
 def append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], digits: int = 5) -> None:
-    """Add a line a row, floats with so many significant digits; a new file gets a header, and what is not a column is
-    left out.
+    """Append rows, floats with that many significant digits; a new file gets a header.
 
-    Raises `InputError` as `check_appendable` does.
+    Keys that are no column are dropped. Raises `InputError` as `check_appendable` does.
     """
     check_appendable(path, columns)
     with open(path, "a", newline="", encoding="utf-8") as file:
@@ -72,8 +70,10 @@ def run_cases(
     append_to: Path | None,
     **shared: Any,
 ) -> dict[str, Any]:
-    """{"where", what is `shared` by all rows, "rows": those of `run` for each case}; with `append_to`, rows are added
-    to that CSV file as soon as they are measured."""
+    """Return {"where", what is `shared` by all rows, "rows": those of `run` for each case}.
+
+    With `append_to`, rows are added to that CSV file as soon as they are measured.
+    """
     if append_to:
         check_appendable(append_to, columns)
     where, rows = describe_machine(device), []

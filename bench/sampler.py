@@ -1,5 +1,6 @@
-"""`qcrd-fast bench sampler`: tokens a second of our sampler and of what transformers offers, on the same prompts,
-batch, temperature, top-k and lengths.
+"""`qcrd-fast bench sampler`: tokens per second of our sampler and of transformers' on the same work.
+
+The same prompts, batch, temperature, top-k and lengths.
 
 Students have the shapes of real ones and random weights, and EOS is off: every continuation has the length that the
 case gives it. `fixed`: all the longest. `ragged`: a quarter of it to all of it, in half as many rows as there are
@@ -65,7 +66,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A case's student and prompts."""
+    """The student and the prompts of a case."""
 
     case: Case
     student: Student
@@ -100,7 +101,7 @@ def load_ours(work: Work) -> Draw:
 
 
 class _Limits(StoppingCriteria):
-    """Ends each row at its own length."""
+    """Stop each row at its own length."""
 
     def __init__(self, start: int, limit_B: Tensor):
         self.start, self.limit_B = start, limit_B
@@ -147,7 +148,7 @@ def load_generate(cache: str | None, compiled: bool) -> Callable[[Work], Draw]:
 
 
 def load_generate_batch(work: Work) -> Draw:
-    """transformers' continuous batching, with a manager that stays, as in a server."""
+    """transformers' continuous batching with a persistent manager, as in a server."""
     from transformers import ContinuousBatchingConfig
 
     if work.student.is_encoder_decoder:
@@ -187,7 +188,7 @@ PROVIDERS: dict[str, Callable[[Work], Draw]] = {
 
 
 def absent_vllm() -> dict[str, str]:
-    """vLLM is named, never run: it wants weights on disk and a process of its own."""
+    """Explain why vLLM is not run: it needs weights on disk and a process of its own."""
     installed = importlib.util.find_spec("vllm") is not None
     return {"vllm": "installed, but not driven from here" if installed else "not installed"}
 
@@ -205,7 +206,10 @@ def find_cases(
     new_tokens: int | None = None,
     top_k: int = 50,
 ) -> list[Case]:
-    """On a GPU by default: T5-base and SmolLM2-135M, 64 and 256 prompts, 128 new tokens; on a CPU small ones."""
+    """Return the cases; default on a GPU: T5-base and SmolLM2-135M, 64 and 256 prompts, 128 new tokens.
+
+    On a CPU: small ones.
+    """
     gpu = device.type == "cuda"
     shapes = known("shape", shapes, SHAPES) or (("t5-base", "smollm2-135m") if gpu else ("tiny-t5", "tiny-llama"))
     lengths = known("kind of lengths", lengths, LENGTHS) or LENGTHS
@@ -215,7 +219,10 @@ def find_cases(
 
 
 def find_names(device: torch.device, providers: Sequence[str]) -> tuple[str, ...]:
-    """Those asked for, or all; on a CPU `generate-compiled` only where asked for, since it compiles for minutes."""
+    """Return the requested providers, or all.
+
+    On a CPU `generate-compiled` must be requested: it compiles for minutes.
+    """
     every = tuple(name for name in PROVIDERS if device.type == "cuda" or name != "generate-compiled")
     asked = known("provider", providers, PROVIDERS)
     return tuple(name for name in PROVIDERS if name in asked) or every

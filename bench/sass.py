@@ -1,5 +1,4 @@
-"""What the kernels compile to for NVIDIA GPUs that are not here: registers, spills, shared memory, instructions by
-pipe.
+"""Compile the kernels for absent NVIDIA GPUs; count registers, spills, instructions.
 
     python -m qcrd_fast.bench.sass [--capabilities 80,86,89,90,100,120] [--only TEXT] [--json FILE]
 
@@ -66,7 +65,7 @@ PIPES = {  # by the beginning of an opcode, the first that fits
 
 
 class Code(NamedTuple):
-    """Machine code of a kernel. `labels`: the place of the instruction behind each."""
+    """Machine code of a kernel. `labels`: the index of the instruction after each label."""
 
     kernel: str
     capability: int
@@ -82,8 +81,10 @@ class Code(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """How many a multiprocessor holds at once. Registers are given in units of 8 a thread, and 1 KiB of shared
-        memory a program is the driver's."""
+        """Return how many programs fit on a multiprocessor.
+
+        Registers are allocated in units of 8 per thread, and 1 KiB of shared memory per program is the driver's.
+        """
         by_registers = 65536 // (self.threads * ((self.registers + 7) // 8 * 8))
         by_shared = SHARED_KIB[self.capability] * 1024 // (self.shared + 1024)
         by_tensor = TENSOR_COLUMNS // self.tensor_columns if self.tensor_columns else by_shared
@@ -95,8 +96,7 @@ def missing_tools() -> list[str]:
 
 
 def read(launch: Launch, instructions: bool = True) -> Code:
-    """The machine code of what was launched. Without `instructions` it is not disassembled, which takes most of the
-    time."""
+    """Read the machine code of a launched kernel; without `instructions` it is not disassembled, which is slow."""
     kernel = launch.kernel
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -141,18 +141,18 @@ def _ask(tool: str, *arguments: str) -> str:
 
 
 def opcode(instruction: str) -> str:
-    """Without its predicate and operands."""
+    """Return the opcode without predicate and operands."""
     return re.sub(r"^@!?\w+\s+", "", instruction).split()[0]
 
 
 def pipe(instruction: str) -> str:
-    """The unit that executes it, "alu" where none of `PIPES` does."""
+    """Return the unit that executes it; "alu" if none of `PIPES` does."""
     name = opcode(instruction)
     return next((unit for unit, starts in PIPES.items() if name.startswith(starts)), "alu")
 
 
 def successors(code: Code) -> list[list[int]]:
-    """Where control goes after each instruction."""
+    """Return the instructions that can follow each instruction."""
     found: list[list[int]] = []
     for at, instruction in enumerate(code.instructions):
         name, always = opcode(instruction), instruction[0] != "@"
@@ -166,7 +166,7 @@ def successors(code: Code) -> list[list[int]]:
 
 
 def _reach(starts: Iterable[int], edges: Sequence[Sequence[int]]) -> dict[int, int]:
-    """{each instruction that can be reached: the one before it on a shortest way, -1 of a start}."""
+    """Return {reachable instruction: its predecessor on a shortest path, -1 for a start}."""
     before = dict.fromkeys(starts, -1)
     queue = deque(before)
     while queue:
@@ -179,7 +179,7 @@ def _reach(starts: Iterable[int], edges: Sequence[Sequence[int]]) -> dict[int, i
 
 
 class Counts(NamedTuple):
-    """Instructions of one warp: of a step along the hidden dimension, and what a tile takes besides its steps."""
+    """Instructions of one warp: per step along the hidden dimension, and per tile beside its steps."""
 
     step: list[str]
     tile: list[str]
@@ -189,9 +189,12 @@ class Counts(NamedTuple):
 
 
 def count(code: Code) -> Counts | None:
-    """The step is the shortest way around through a product. A tile's other instructions (address, mask, exponentials)
-    are the rest of the loop over tiles, or where a program has one tile alone, of the program. Where several groups of
-    warps have a loop each, it is the shortest of these. None without products."""
+    """Count the instructions of a step and of a tile; None without products.
+
+    The step is the shortest cycle through a product. A tile's other instructions (address, mask, exponentials) are the
+    rest of the loop over tiles or, in a program with a single tile, of the program. If several groups of warps have a
+    loop each, the shortest counts.
+    """
     after = successors(code)
     before: list[list[int]] = [[] for _ in after]
     for at, ways in enumerate(after):
@@ -227,7 +230,7 @@ def count(code: Code) -> Counts | None:
 
 
 class Variant(NamedTuple):
-    """Arguments of a launcher that make another program of a kernel; sizes of SmolLM2's head."""
+    """Arguments of a launcher that select another program of a kernel; sizes of SmolLM2's head."""
 
     name: str
     kernels: tuple[str, ...]  # those of its launches that are meant
@@ -288,7 +291,7 @@ SMALL_KERNELS = ("combine_kernel", "dlogits_from_saved", "mean_kernel", "questio
 
 
 def launch_variant(variant: Variant) -> None:
-    """Within `compiling`: the launches of a variant. Nothing of the operands is read."""
+    """Launch a variant within `compiling`. Operands are never read."""
     if variant.resident:
         with mock.patch.object(product, "forced_tile", product.resident_tile(variant.H)):
             return launch_variant(variant._replace(resident=False))
@@ -318,7 +321,7 @@ def launch_variant(variant: Variant) -> None:
 
 
 def launch_small() -> None:
-    """Within `compiling`: the kernels without products, those of few programs."""
+    """Launch the kernels without products, those of few programs, within `compiling`."""
     every = Variant("", BOTH, rows=64, H=128, V=1024, **EVERY, entropy=True)
     launch_variant(every)
     launch_variant(every._replace(entropy=False))
@@ -338,7 +341,7 @@ def launch_small() -> None:
 def compile_variants(
     capability: int, variants: Iterable[Variant] = tuple(VARIANTS)
 ) -> Iterator[tuple[Variant, Launch]]:
-    """Each launch that a variant means, at the tile that `product.forced_tile` names if it does."""
+    """Compile each launch of a variant, at the tile that `product.forced_tile` names if it does."""
     for variant in variants:
         with compiling(capability, kernels=variant.kernels) as launched:
             launch_variant(variant)
@@ -346,7 +349,7 @@ def compile_variants(
 
 
 def _distinct(launched: list[Launch]) -> Iterator[Launch]:
-    """A backward pass is many launches of one program."""
+    """Drop repeated programs: a backward pass is many launches of one program."""
     yield from {launch.kernel.hash: launch for launch in launched}.values()
 
 
@@ -357,7 +360,7 @@ def compile_small(capability: int) -> Iterator[Launch]:
 
 
 def describe(name: str, launch: Launch, counting: bool = True) -> dict[str, Any]:
-    """A row of the table. `step` and `tile`: a warp's instructions by pipe, where they are counted."""
+    """Return a row of the table. `step` and `tile`: a warp's instructions by pipe, if `counting`."""
     code = read(launch, counting)
     row: dict[str, Any] = {"variant": name, **code._asdict(), "programs": code.programs}
     del row["instructions"], row["labels"]
@@ -374,8 +377,10 @@ def rows_of(
     names: Collection[str] | None = None,
     counting: Callable[[str, str], bool] = lambda variant, kernel: True,
 ) -> Iterator[dict[str, Any]]:
-    """`counted`: programs a multiprocessor that the launcher counted on, of kernels with products.
-    `counting`: whose instructions are counted."""
+    """Return the rows of kernels. `counted`: programs per multiprocessor that `product.layout` assumed.
+
+    counting: (variant, kernel) -> whether its instructions are counted.
+    """
     for variant in VARIANTS:
         if only in variant.name and (names is None or variant.name in names):
             counted = list[int]()
@@ -416,7 +421,7 @@ HEADINGS = (
 
 
 def line(row: dict[str, Any]) -> str:
-    """Of the table: instructions of a step, and of a tile besides, exponentials and the like (MUFU) of them."""
+    """Format a row: instructions of a step, then of a tile beside its steps, and exponentials (MUFU)."""
     step, tile = row.get("step", {}), row.get("tile", {})
     counts = (sum(step.values()), f"{sum(tile.values())}, {tile.get('mufu', 0)} MUFU") if step else ("", "")
     cells = (f"sm_{row['capability']} {GPUS[row['capability']]}", f"`{row['kernel']}`", row["variant"],

@@ -1,5 +1,7 @@
-"""Students of known shapes with random weights, and the ragged prompts that the benchmarks of sampling and of whole
-steps give them. Nothing is downloaded."""
+"""Students of known shapes with random weights, and ragged prompts, for the benchmarks.
+
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ SHAPES: dict[str, Any] = {
 
 
 class NumberTokenizer:
-    """Texts are numbers separated by blanks, tokens are the numbers."""
+    """A tokenizer of texts that are numbers separated by spaces; the tokens are the numbers."""
 
     eos_token_id, pad_token_id, chat_template = SPECIAL["eos_token_id"], SPECIAL["pad_token_id"], None
 
@@ -53,7 +55,7 @@ class NumberTokenizer:
 
 
 def make_student(shape: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Student:
-    """Random weights; parameters alone in `dtype`, since rotary frequencies need fp32."""
+    """Build a student with random weights; only parameters are in `dtype`, rotary frequencies need fp32."""
     config = SHAPES[shape]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -66,7 +68,7 @@ def make_student(shape: str, device: torch.device, dtype: torch.dtype = torch.fl
 
 
 def plain_layers(model: Any) -> Any:
-    """The model with torch's own linear layers, as one who does not have this package has it."""
+    """Return the model with torch's own linear layers, as without this package."""
     for module in model.modules():
         if type(module) is CPULinear:
             module.__class__ = torch.nn.Linear  # type: ignore[assignment]
@@ -79,13 +81,13 @@ def draw_lengths(count: int, low: int, high: int, seed: int) -> list[int]:
 
 
 def draw_tokens(shape: str, lengths: Sequence[int], seed: int) -> list[TokenIds]:
-    """No special token among them."""
+    """Draw tokens, none of them special."""
     rng = random.Random(seed)
     return [[rng.randrange(3, SHAPES[shape].vocab_size) for _ in range(length)] for length in lengths]
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
-    """Lines of aligned columns; text to the left, numbers to the right."""
+    """Format lines of aligned columns, text to the left and numbers to the right."""
 
     def show(value: Any) -> str:
         return "-" if value is None else format(value, ".4g") if isinstance(value, float) else str(value)

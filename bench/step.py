@@ -28,7 +28,7 @@ from qcrd_fast.models.student import Student
 from qcrd_fast.train.examples import Candidate, Example
 from qcrd_fast.train.negative_store import Negative
 from qcrd_fast.train.negatives import LaggedNegatives, SamplingPrompt
-from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.objective import MicroBatch, Objective
 from qcrd_fast.train.overlap import SamplingWorker, choose_overlap
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
@@ -174,7 +174,8 @@ class Ours(Arm):
         return said
 
     def losses(self, batch: list[Example], said: dict[str, Negative], step: int) -> Tensor:
-        return self.objective.step(batch, said, self.case.questions, step, self.schedule.iteration(step))[0]["loss"]
+        micro = MicroBatch(batch, said, self.case.questions, step, self.schedule.iteration(step))
+        return self.objective.step(micro)[0]["loss"]
 
     def rest(self) -> None:
         if self.lagged:

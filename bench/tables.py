@@ -1,4 +1,4 @@
-"""The paper's tables and ours, filled from bench/results/runs.csv; what is missing there is run first.
+"""Fill the paper's tables and ours from bench/results/runs.csv; missing runs are made first.
 
 python -m qcrd_fast.bench.tables --dry-run                              every run, and whether its row is there
 python -m qcrd_fast.bench.tables --parallel 4 --output docs/results.md  goes on where it was stopped
@@ -33,7 +33,7 @@ Rows = list[dict[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A line of a table: options beside the recipe's own, and what the paper reports for T5-base on SVAMP [%]."""
+    """A line of a table: options beside the recipe's, and the paper's value for T5-base on SVAMP [%]."""
 
     label: str
     options: Mapping[str, Any]
@@ -45,8 +45,11 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """`against`: labels that every line is compared with. `tune`: judged on validation, without a test set. `columns`:
-    means of these columns instead of accuracies."""
+    """A table.
+
+    against: labels that every line is compared with. tune: judged on validation, without a test set. columns: means of
+    these columns instead of accuracies.
+    """
 
     name: str
     title: str
@@ -58,7 +61,7 @@ class Table:
 
 
 def qcrd(label: str, paper: float | None = None, **options: Any) -> Variant:
-    """The paper's method, whose parts the defaults leave out."""
+    """Options of the paper's method, including the parts that the defaults leave out."""
     return Variant(label, {"method": "qcrd", **PARTS, **options}, paper)
 
 
@@ -110,7 +113,7 @@ TABLES = (
 
 
 def arm(options: Mapping[str, Any]) -> str:
-    """What a line's learning rate is tuned as, of `NAMES`."""
+    """Return the name of `NAMES` under which a line's learning rate is tuned."""
     return (
         "default"
         if options["method"] == "qcrd" and not {"scheme", "paper"} & options.keys()
@@ -129,7 +132,7 @@ class Settings:
     rates: dict[tuple[str, int], dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def job(self, table: Table, recipe: str, variant: Variant, seed: int, rows: Rows) -> Job:
-        """The run of a line, at the learning rate that tuning chose."""
+        """Return the run of a line at the tuned learning rate."""
         values = read_recipe(self.folder / f"{recipe}.yaml") | ({"student": self.student} if self.student else {})
         if table.tune:
             values["test_data"] = None
@@ -145,8 +148,10 @@ class Settings:
         return [self.job(table, recipe, variant, s, rows) for s in (self.tune_seeds if table.tune else self.seeds)]
 
     def tuned(self, recipe: str, rows: Rows) -> dict[str, dict[str, Any]]:
-        """{name of `NAMES`: the learning rate of the best mean validation accuracy, ties to the smaller}; {} unless all
-        that were to be tried for all are there, so that no method is tuned longer than another."""
+        """Return {name of `NAMES`: learning rate with the best mean validation accuracy, ties to the smaller}.
+
+        Empty unless all runs of all names are complete, so that no method is tuned longer than another.
+        """
         known = (recipe, len(rows))
         if known not in self.rates:
             best: dict[str, tuple[float, float]] = {}
@@ -163,14 +168,14 @@ class Settings:
 
 
 def find(job: Job, rows: Rows) -> dict[str, str] | None:
-    """The latest row of a run; of any data with this recipe's name where the data is not here."""
+    """Return the latest row of a run; without the data here, of any data with this recipe's name."""
     wanted = {name: str(value) for name, value in key(job).items() if name != "data" or value}
     wanted["evaluated_on"] = "test" if job.config.test_data else "validation"
     return next((row for row in reversed(rows) if all(row[name] == value for name, value in wanted.items())), None)
 
 
 def select(names: str, recipes: str, lines: str) -> list[Table]:
-    """The tables asked for, on the recipes and with the lines asked for. Raises `InputError` for unknown names."""
+    """Return the requested tables, recipes and lines. Raises `InputError` for unknown names."""
     known = {table.name: table for table in TABLES}
     for name in (wanted := [n for n in names.split(",") if n]):
         if name not in known:
@@ -190,7 +195,7 @@ def select(names: str, recipes: str, lines: str) -> list[Table]:
 
 
 def render(tables: Sequence[Table], settings: Settings, rows: Rows) -> str:
-    """All tables, each with the command behind it; what has no row is "not run"."""
+    """Format all tables, each with its command; a missing row is "not run"."""
     parts = [
         "# Results\n\nMade by `python -m qcrd_fast.bench.tables` from `bench/results/runs.csv`. Accuracies in percent "
         "with 95% intervals over questions and seeds, differences in points, paired; *detectable*: the smallest true "
@@ -280,7 +285,7 @@ def line(cells: Sequence[str]) -> str:
 
 
 def plan(tables: Sequence[Table], settings: Settings, rows: Rows) -> dict[Path, tuple[Job, bool]]:
-    """{folder: (run, whether its row is missing)}; a run that several tables need stands once."""
+    """Return {folder: (run, whether its row is missing)}; a run of several tables is listed once."""
     found: dict[Path, tuple[Job, bool]] = {}
     for table in tables:
         for recipe in table.recipes:
@@ -321,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def fill(args: argparse.Namespace) -> None:
-    """What `main` was asked for. Raises what `run_jobs` raises, after printing what there is."""
+    """Run and print what `main` was asked for. Raises what `run_jobs` raises, after printing."""
     if args.parallel < 1:
         raise InputError(f"--parallel must be at least 1, got {args.parallel}")
     seeds, tune_seeds = parse_seeds(args.seeds), parse_seeds(args.tune_seeds)

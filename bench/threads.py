@@ -1,4 +1,4 @@
-"""How many CPU threads a student of some size trains fastest with: python -m qcrd_fast.bench.threads
+"""Time training steps with one and two CPU threads: python -m qcrd_fast.bench.threads
 
 Forward and backward of decoders with random weights, 24 sequences of 48 tokens, 1 and 2 threads in turn; wall time,
 since threads that wait for each other cost no processor time. Beside busy processes (`load`, of the last minute) a
@@ -37,7 +37,7 @@ COLUMNS = (
 
 
 def measure(width: int, layers: int, repeats: int) -> dict[str, float]:
-    """Medians [ms] of a step with one thread and with two."""
+    """Return median times of a step [ms] with one thread and with two."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -1,6 +1,8 @@
-"""Clocks and memory: CUDA events and the caching allocator's peak on a GPU; on a CPU the user time of all threads,
-which other work beside it changes least, and the profiler's record of every allocation (torch's own; what a matrix
-library takes for itself is not in it)."""
+"""Time and memory. On a GPU: CUDA events and the caching allocator's peak.
+
+On a CPU: user time of all threads, which other processes change least, and the profiler's record of every allocation
+(torch's own; a matrix library's are not in it).
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ CACHE_BYTES = 2**28  # more than any GPU's second-level cache
 
 
 def time_ms(call: Callable[[], Any], device: torch.device) -> float:
-    """One call. On a GPU what the device takes for it, from a cold cache on, with the host that far ahead of it as it
-    is in
-    training: launches cost time only where they take longer than the work."""
+    """Time one call [ms].
+
+    On a GPU: device time from a cold cache, with the host as far ahead as in training, so launches cost time only where
+    they take longer than the work.
+    """
     if device.type == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
@@ -38,7 +42,7 @@ def time_ms(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: of the wall beside a GPU, of user time of all threads on a CPU."""
+    """Return seconds: wall time with a GPU, user time of all threads on a CPU."""
     return time.perf_counter() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
 
@@ -48,7 +52,7 @@ def _cache(device: torch.device) -> torch.Tensor:
 
 
 def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
-    """The most memory that `call` holds at once beyond what was held before it."""
+    """Return the peak memory of `call` beyond what was allocated before it [MiB]."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -70,7 +74,7 @@ def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def rounds(calls: list[Callable[[], Any]], repeats: int, device: torch.device) -> list[list[float]]:
-    """Milliseconds of each call, `repeats` times, interleaved; every round starts with another one."""
+    """Time each call `repeats` times, interleaved [ms]; every round starts with another one."""
     times: list[list[float]] = [[] for _ in calls]
     for r in range(repeats):
         for i in range(len(calls)):
@@ -85,7 +89,7 @@ def quantile(values: list[float], q: float) -> float:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """The profiler's library writes to the file descriptor whenever it starts and stops."""
+    """Silence the file descriptor: the profiler's library writes to it at every start and stop."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

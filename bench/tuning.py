@@ -1,4 +1,4 @@
-"""What the kernels' fixed choices rest on: tiles of the forward pass, and ways through the backward pass.
+"""Time alternatives to the kernels' fixed choices: tiles, and ways through the backward pass.
 
     python -m qcrd_fast.bench.tuning [--heads t5-base,...] [--tokens 16384] [--dtype bf16] [--repeats 20] [--short]
     [--append]
@@ -72,7 +72,7 @@ def tiles(dtype: torch.dtype, H: int, short: bool = False) -> dict[str, Tile]:
 
 @contextlib.contextmanager
 def forced(tile: Tile | None = None, workspace_mib: int | None = None) -> Iterator[None]:
-    """Every launch takes this tile, or this workspace."""
+    """Force this tile, or this workspace, on every launch."""
     before = product.forced_tile, linear_logprob.WORKSPACE_BYTES, linear_logprob.LARGE_H_WORKSPACE_BYTES
     product.forced_tile = tile
     if workspace_mib:
@@ -86,7 +86,7 @@ def forced(tile: Tile | None = None, workspace_mib: int | None = None) -> Iterat
 def forward_ways(
     case: Case, device: torch.device, short: bool = False
 ) -> tuple[dict[str, Callable[[], Any]], Callable[[Any], float]]:
-    """(ways by name, the first being `products`; the error of a result)."""
+    """Return (ways by name, `products` first; a function that gives the error of a result)."""
     batch = make_batch(case, device)
     head = (batch.hidden_TH.detach(), batch.weight_VH.detach(), batch.target_T, None)
     options = HeadOptions(batch.scale)
@@ -154,7 +154,7 @@ def backward_ways(
 def measure(
     ways: dict[str, Callable[[], Any]], error: Callable[[Any], float], repeats: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """A row for each way; one that fails or is wrong says so and is not timed."""
+    """Return a row for each way; one that fails or is wrong is marked and not timed."""
     rows: list[dict[str, Any]] = []
     for name, call in ways.items():
         row: dict[str, Any] = {"way": name, "status": "ok"}

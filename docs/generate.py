@@ -28,6 +28,7 @@ OUTPUTS = (
     ("qcrd_fast.losses", "ContrastiveOutput"),
     ("qcrd_fast.integrations.batch_loss", "RationaleOutput"),
 )
+STUDY = ("stage", "task", "family", "arm", "seed", "learning_rate", "epochs", "questions")
 TABLES = {  # file: (title, what it says, key columns, shown columns)
     "embedding": (
         "A training step inside a host trainer",
@@ -132,45 +133,15 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
         "What helps a student",
         "Every run of the study (docs/study.md), bits of single questions left out: "
         "`python -m qcrd_fast.bench.study`, read with `--table`.",
-        ("stage", "task", "family", "arm", "seed", "learning_rate", "epochs", "questions"),
-        (
-            *(
-                "stage",
-                "task",
-                "family",
-                "arm",
-                "seed",
-                "learning_rate",
-                "epochs",
-                "questions",
-                "accuracy",
-                "sound",
-                "faithful",
-            ),
-            *("nll_sound", "entropy", "cpu_s", "commit"),
-        ),
+        STUDY,
+        (*STUDY, "accuracy", "sound", "faithful", "nll_sound", "entropy", "cpu_s", "commit"),
     ),
     "study-teacher": (
         "What a teacher that gives more than text helps",
         "Every run of the study with such teachers (docs/teacher-signal.md), bits of single questions left out: "
         "`python -m qcrd_fast.bench.study`, read with `--table`.",
-        ("stage", "task", "family", "arm", "seed", "learning_rate", "epochs", "questions"),
-        (
-            *(
-                "stage",
-                "task",
-                "family",
-                "arm",
-                "seed",
-                "learning_rate",
-                "epochs",
-                "questions",
-                "accuracy",
-                "sound",
-                "faithful",
-            ),
-            *("nll_sound", "entropy", "student_tokens", "cpu_s", "commit"),
-        ),
+        STUDY,
+        (*STUDY, "accuracy", "sound", "faithful", "nll_sound", "entropy", "student_tokens", "cpu_s", "commit"),
     ),
     "threads": (
         "Threads of a small student",

@@ -134,10 +134,9 @@ def option(
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Settings of one run. Construction checks every value and raises `InputError` naming the option."""
+class DataOptions:
+    """Data and student."""
 
-    # Data and student
     data: str | None = option(None, "training rows, such as prepare writes", group="Data", usual=True)
     student: str | None = option(
         None, "the student: a local folder or hub id", aliases=("model", "model_name_or_path"), group="Data", usual=True
@@ -204,7 +203,11 @@ class TrainConfig:
     )
     max_target_length: int = option(256, "tokens kept of a rationale or label", low=2, group="Data")
 
-    # Method
+
+@dataclasses.dataclass(frozen=True)
+class MethodOptions:
+    """The objective and how it is computed."""
+
     method: str = option("qcrd", "training objective", choices=METHODS, group="Method", usual=True)
     scheme: str | None = option(None, "named pair of selections (Table 5)", choices=tuple(SCHEMES), group="Method")
     positive_select: str | None = option(
@@ -261,7 +264,11 @@ class TrainConfig:
         group="Method",
     )
 
-    # Negatives
+
+@dataclasses.dataclass(frozen=True)
+class NegativeOptions:
+    """The student's own negatives: whether, from when, and how they are sampled."""
+
     negative_source: str | None = option(
         None,
         "lagged: the teacher's minority and the student as it was; fixed: the initial student instead; "
@@ -289,7 +296,11 @@ class TrainConfig:
         64, "questions of a sampling batch, and fewest of a chunk", low=1, group="Negatives"
     )
 
-    # Quality
+
+@dataclasses.dataclass(frozen=True)
+class QualityOptions:
+    """What weighs the rationales."""
+
     quality: str | None = option(
         None,
         "what weighs the rationales (s of Eq. 6 and 7); vote: the share of the question's samples that give the same "
@@ -319,7 +330,11 @@ class TrainConfig:
         group="Quality",
     )
 
-    # Discriminator
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorOptions:
+    """A trained judge."""
+
     discriminator: str = option(
         "auto",
         "auto: a T5 student's encoder, copied, or a small own one; none: as --quality none; "
@@ -381,7 +396,11 @@ class TrainConfig:
         64, "batches at most of the update after each iteration", low=0, group="Discriminator"
     )
 
-    # Teacher
+
+@dataclasses.dataclass(frozen=True)
+class TeacherOptions:
+    """A teacher that scores, and the losses that learn from it."""
+
     teacher: str | None = option(
         None,
         "what scores tokens: the folder or hub id of a model with the student's tokenizer (opd, mentor-kd, gkd), or "
@@ -441,7 +460,15 @@ class TrainConfig:
         0.1, "b of npo: (2 / b) log(1 + (p / p_ref)^b) of each negative", low=0, open_low=True, group="Teacher"
     )
 
-    # Optimization, as in Hugging Face
+    @property
+    def teacher_is_url(self) -> bool:
+        return bool(self.teacher and self.teacher.startswith(("http://", "https://")))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """Optimization, as in Hugging Face."""
+
     learning_rate: float = option(
         5e-5, "peak learning rate of AdamW", low=0, open_low=True, aliases=("lr",), usual=True
     )
@@ -456,6 +483,12 @@ class TrainConfig:
     lr_scheduler_type: str = option("linear", "decay", choices=("linear", "cosine", "constant"))
     weight_decay: float = option(0.0, "AdamW's decoupled decay", low=0)
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: no clipping", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """How the student is held and which of its weights are trained."""
+
     bf16: bool | None = option(None, "bf16 autocast; default: where the GPU has it")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     attn_implementation: str | None = option(
@@ -468,6 +501,12 @@ class TrainConfig:
     lora_target_modules: str = option(
         "all-linear", "linear layers that get them: all-linear (all but the head), or names such as q_proj,v_proj"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class MachineOptions:
+    """Devices, processes and what is random."""
+
     fsdp: bool = option(
         False,
         "under torchrun: shard weights, gradients and optimizer over the processes (FSDP2); else each has all (DDP)",
@@ -479,7 +518,11 @@ class TrainConfig:
         False, "the same bits on a GPU each time, so that a resume is exact there too; slower (on a CPU it is, without)"
     )
 
-    # Evaluation, logging, checkpoints
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Evaluation, logging, checkpoints."""
+
     eval_steps: int | None = option(None, "steps between validations; default: save_steps", low=1, group="Run")
     save_steps: int | None = option(
         None, "steps between checkpoints; default: one pass over the data", low=1, group="Run"
@@ -511,6 +554,26 @@ class TrainConfig:
         group="Run",
         usual=True,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(
+    RunOptions,
+    MachineOptions,
+    ModelOptions,
+    OptimizerOptions,
+    TeacherOptions,
+    DiscriminatorOptions,
+    QualityOptions,
+    NegativeOptions,
+    MethodOptions,
+    DataOptions,
+):
+    """Settings of one run. Construction checks every value and raises `InputError` naming the option.
+
+    A function that reads the options of one part takes that part: `OptimizerOptions`. The order of the parts is that of
+    the command line, read from the last.
+    """
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -547,10 +610,6 @@ class TrainConfig:
         if alone and not self.use_peft:
             raise InputError(f"--{alone[0].name.replace('_', '-')} needs --use-peft")
 
-    @property
-    def teacher_is_url(self) -> bool:
-        return bool(self.teacher and self.teacher.startswith(("http://", "https://")))
-
     def _check_quality(self) -> None:
         without = self.discriminator == "none"
         if without and self.quality not in (None, "none"):
@@ -586,22 +645,22 @@ class TrainConfig:
         What is not given is as `--paper` says, else as in a run which began with the options `before`, else the
         default.
         """
-        found = self._defaults()
         if before is not None:
-            found |= {name: before.get(name, LEGACY.get(name, value)) for name, value in found.items()}
-            found |= {"scheme": before.get("scheme", "minmax")} | {name: before.get(name) for name in PAPER_SELECTS}
-            found["paper"] = self.paper or before.get("paper") is True
-        elif self.scheme is None:
-            found |= dict(zip(PAPER_SELECTS, DEFAULT_SELECTS, strict=True))
+            then = completed(before)
+            found = {name: then.get(name, value) for name, value in self._defaults().items()}
+            found |= {"scheme": then.get("scheme", "minmax")} | {name: then.get(name) for name in PAPER_SELECTS}
+            found["paper"] = self.paper or then.get("paper") is True
+        else:
+            found = self._defaults()
+            if self.scheme is None:
+                found |= dict(zip(PAPER_SELECTS, DEFAULT_SELECTS, strict=True))
         if self.paper:
             found |= PAPER | (PAPER_SELECTS if (self.scheme or found.get("scheme")) in (None, "minmax") else {})
         if self.method == "qcrd" and self.quality is None:
             if before is None or self.paper or self.discriminator == "none":
                 found |= self._default_quality()
             else:
-                found |= {"quality": "discriminator"} | {
-                    name: before[name] for name in QUALITY_OPTIONS if name in before
-                }
+                found |= {name: then[name] for name in QUALITY_OPTIONS}
         return dataclasses.replace(
             self, **{name: value for name, value in found.items() if getattr(self, name) is None or name == "paper"}
         )
@@ -690,6 +749,12 @@ class TrainConfig:
         scheme = self.scheme or ("minmax" if self.paper else None)
         positive, negative = SCHEMES[scheme] if scheme else DEFAULT_SELECTS
         return self.positive_select or positive, self.negative_select or negative
+
+
+def completed(before: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a run began with; for those that did not exist yet, what runs did then."""
+    judged = "none" if before.get("discriminator") == "none" else "discriminator"
+    return {**LEGACY, "quality": judged, **BEFORE_QUALITIES, **before}
 
 
 def option_names() -> dict[str, str]:

@@ -44,7 +44,8 @@ def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
 def test_every_import_is_a_declared_dependency() -> None:
     known = modules()
     declared = {"click", "httpx", "jinja2", "numpy", "yaml", "safetensors", "torch", "transformers", "triton"}
-    brought_along = {"huggingface_hub", "tokenizers", "tqdm"}  # transformers depends on them
+    # transformers and jinja2 depend on them
+    brought_along = {"huggingface_hub", "markupsafe", "tokenizers", "tqdm"}
     # pyarrow and datasets are imported by name, in data/tables.py
     extras = {"tensorboard", "wandb", "matplotlib", "peft"}
     allowed = {*sys.stdlib_module_names, *PACKAGES, *declared, *brought_along, *extras}
@@ -82,3 +83,9 @@ def test_wheel_holds_two_names_and_every_module(wheel: list[str]) -> None:
     for path in modules().values():
         inside = path.relative_to(ROOT).as_posix()
         assert ("qcrd_fast/" + inside if inside.startswith(("bench/", "cli/")) else inside) in wheel
+
+
+def test_wheel_holds_every_template_and_text(wheel: list[str]) -> None:
+    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "qcrd_fast").rglob("*") if p.is_file()}
+    texts = {name for name in files if not name.endswith((".py", ".pyc"))}
+    assert {"qcrd_fast/report/page.html.j2", "qcrd_fast/report/page.css"} <= texts <= {*wheel}

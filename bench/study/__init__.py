@@ -1,1 +1,1 @@
-"""What helps a small student: arms on synthetic reasoning tasks, paired by seed (`python -m qcrd_fast.bench.study`)."""
+"""Study of what helps a small student (`python -m qcrd_fast.bench.study`)."""

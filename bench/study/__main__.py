@@ -1,4 +1,8 @@
-"""What helps a small student: arms on synthetic reasoning tasks, paired by seed, one CSV row a run, restartable.
+"""Compare ways to train a small student on synthetic reasoning tasks.
+
+Arms are paired by seed, a run is one CSV row, and the study is restartable.
+
+Restartable.
 
 python -m qcrd_fast.bench.study --stage screen --tasks mix --families decoder --arms sft-all,dss --seeds 0-7
 python -m qcrd_fast.bench.study --table
@@ -20,7 +24,7 @@ from qcrd_fast.demo.students import FAMILIES, cache_folder
 from qcrd_fast.errors import InputError
 
 from .arms import ARMS
-from .runs import STAGES, Case, run_case
+from .runs import STAGES, Case, run_case, seed_ranges
 from .tables import COLUMNS, print_tables
 
 RESULTS = Path(__file__).parents[1] / "results" / "study.csv"
@@ -75,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
     logging.getLogger("qcrd_fast.demo").setLevel(logging.INFO)  # a student in the making
     torch.set_num_threads(options.threads)
     tasks, families, arms = (_names(options, name, known) for name, known in _KNOWN.items())
-    seeds = _seeds(options.seeds)
+    seeds = seed_ranges(options.seeds)
     done = _done(options.results)
     cases = [
         Case(
@@ -114,17 +118,6 @@ def _names(options: argparse.Namespace, option: str, known: tuple[str, ...]) -> 
         if name not in known:
             raise InputError(f"--{option}: {name!r} is none of {', '.join(known)}")
     return names
-
-
-def _seeds(text: str) -> list[int]:
-    seeds: list[int] = []
-    try:
-        for part in text.split(","):
-            low, _, high = part.partition("-")
-            seeds += range(int(low), int(high or low) + 1)
-    except ValueError as error:
-        raise InputError(f"--seeds: expected such as 0-7 or 0,3,5; got {text!r}") from error
-    return seeds
 
 
 def _done(path: Path) -> set[Case]:

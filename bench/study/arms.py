@@ -1,5 +1,7 @@
-"""The arms: what differs from the common settings, as options of `train` and, for what `train` does not offer, as
-`Rules`."""
+"""The arms: their differences from the common settings, as options of `train` or as `Rules`.
+
+`Rules` are for what `train` does not offer.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,10 @@ MENTOR = "mentor"  # stands for the folder of `mentors.mentor_folder`
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """`options` of `train` beside `COMMON`; `rules`: with the experimental objective. `MENTOR` as a teacher is the
-    task's own.
+    """An arm: options of `train` beside `COMMON`, or `rules` for the experimental objective.
 
-    equal_tokens: as many epochs as bring it the tokens that sft-all trains on, a sample taken to be as long as a
-    positive.
+    The teacher `MENTOR` stands for the task's own. equal_tokens: as many epochs as give it the tokens that sft-all
+    trains on, assuming that a sample is as long as a positive.
     """
 
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -47,7 +48,7 @@ class Arm:
 
     @property
     def product(self) -> bool:
-        """Whether `train` has these rules itself: sft-all shares a question's weight by quality."""
+        """Whether `train` has these rules itself: sft-all divides a question's weight by quality."""
         rules = self.rules or Rules()
         plain = Rules("wmean", positive_judge=rules.positive_judge)
         return self.rules is None or (self.options["method"] == "sft-all" and rules == plain)
@@ -58,7 +59,7 @@ def _positives(select: str, judge: str, **options: Any) -> Arm:
 
 
 def _negatives(source: str, beta: float = 0.2, delta: float = 3.0, positives: str = "mean", **rules: Any) -> Arm:
-    """Positives and pushed negatives; the minority alone costs no sampling."""
+    """Rules with positives and pushed negatives; the minority alone needs no sampling."""
     options: dict[str, Any] = {"method": "qcrd", "discriminator": "none", "beta": beta, "delta": delta}
     options["negative_source"] = "minority" if source == "minority" else "lagged"
     return Arm(options, Rules(positives, negatives=source, **rules))

@@ -1,5 +1,4 @@
-"""Judges of rationales by what they can see: votes, equations, the other chains of the question, or (oracles)
-everything.
+"""Judges of rationales by votes, equations, the question's other chains or, for oracles, everything.
 
 A rule is a function of a prepared question and one of its texts with its answer, to s in 0..1. Only an oracle looks at
 gold.
@@ -21,7 +20,7 @@ Rule = Callable[[Question, str, "str | None"], float]
 
 
 class RuleJudge:
-    """A rule as a judge of `train`; each text is scored once."""
+    """A rule as a judge for `train`; each text is scored once."""
 
     def __init__(self, rule: Rule):
         self.rule, self._known = rule, dict[tuple[str, str], float]()
@@ -41,7 +40,7 @@ def vote(question: Question, text: str, answer: str | None) -> float:
 
 
 def checks(question: Question, text: str) -> tuple[bool, bool]:
-    """(every equation holds and there is one, every number comes from the question or an earlier result)."""
+    """Return (there are equations and all hold, every number comes from the question or a result before)."""
     steps = stated_steps(text)
     known = {int(word) for word in question.question.replace(".", " ").replace(",", " ").split() if word.isdigit()}
     traced = True
@@ -63,12 +62,12 @@ def equations(question: Question, text: str, answer: str | None) -> float:
 
 
 def traced(question: Question, text: str, answer: str | None) -> float:
-    """1 where every equation holds and every number comes from the question or an earlier result, else 0.05."""
+    """1 if every equation holds and every number has an origin in question or results, else 0.05."""
     return 1.0 if all(checks(question, text)) else 0.05
 
 
 def consensus(question: Question, text: str, answer: str | None) -> float:
-    """How many of the question's other chains state this chain's results before the last one, on average, smoothed."""
+    """How many of the question's other chains have this chain's intermediate results, smoothed mean."""
     mine = _results(text)
     others = [r.text for r in (*question.positives, *question.negatives) if r.text != text]
     if not mine or not others:
@@ -79,7 +78,7 @@ def consensus(question: Question, text: str, answer: str | None) -> float:
 
 
 def _results(chain: str) -> list[int]:
-    """Results before the last; of a chain with one step, the numbers that it starts from."""
+    """Intermediate results; of a chain with one step, the numbers that it starts from."""
     steps = stated_steps(chain)
     if len(steps) > 1:
         return [stated for *_, stated in steps[:-1]]
@@ -99,7 +98,10 @@ def product(*judges: Rule) -> Rule:
 
 
 def oracle(problems: dict[str, Problem], faithful: bool = False) -> Rule:
-    """1 for a sound chain, by the gold answer, else 0.02; `faithful`: for the problem's own computation."""
+    """1 for a sound chain by the gold answer, else 0.02.
+
+    `faithful`: also by the problem's own computation.
+    """
 
     def judge(question: Question, text: str, answer: str | None) -> float:
         problem = problems[question.id]

@@ -1,4 +1,4 @@
-"""A teacher of local weights for the study: the student of a family, trained on sound chains of other questions."""
+"""A local teacher for the study: the student of a family, trained on sound chains of other questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experimental objective: one pass over all of a question's rationales, with the study's rules for their weights.
+"""The experimental objective: one pass over all rationales, weighted by the study's rules.
 
 What `train` offers is left to `qcrd_fast.train.objective`; here is what had to be tried before it may become an option
 there.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qcrd_fast.train.examples import Candidate, Example
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.objective import MicroBatch, Objective
 
 SELECTS = ("mean", "wmean", "min", "max", "softmin", "sampling")
 GATES = ("all", "different", "first")
@@ -47,34 +47,25 @@ class Rules:
 
 
 class StudyObjective(Objective):
-    """`Objective` with `Rules`, for a run of so many steps; its judges are `train`'s."""
+    """`Objective` with `Rules`, for a run of that many steps; its judges are those of `train`."""
 
     def __init__(self, *args: Any, rules: Rules, total_steps: int, **options: Any):
         super().__init__(*args, **options)
         self.rules, self.total_steps = rules, total_steps
 
-    def step(
-        self,
-        batch: Sequence[Example],
-        lagged: Mapping[str, Negative],
-        num_questions: int,
-        step: int,
-        iteration: int,
-        weight: float = 1.0,
-    ) -> tuple[dict[str, Tensor], Counter[str]]:
-        stats = Counter[str]()
-        sources, targets, source_of, label_weights = self._label_targets(batch, num_questions)
+    def step(self, micro: MicroBatch) -> tuple[dict[str, Tensor], Counter[str]]:
+        stats, batch = Counter[str](), micro.examples
+        sources, targets, source_of, label_weights = self.label_targets(micro)
         labels, members = len(targets), []
         for example in batch:
-            chosen = self._candidates(example, lagged, step)
+            chosen = self._candidates(example, micro.lagged, micro.step)
             members.append(chosen)
             if chosen:
                 sources.append(example.explain)
                 targets += [c.tokens for c in chosen]
                 source_of += [len(sources) - 1] * len(chosen)
-        with self.autocast():
-            packed = self._hidden(sources, targets, source_of, stats)
-            logprob_T = self._logprob(packed)
+        packed, logprob_T = self.score(sources, targets, source_of)
+        stats["body_tokens"] += packed.body_tokens
         count_R = torch.bincount(packed.segment, minlength=len(targets))
         nll_R = -torch.zeros(len(targets)).index_add(0, packed.segment, logprob_T.float()) / count_R
         loss_pred = (nll_R[:labels] * torch.tensor(label_weights)).sum()
@@ -84,12 +75,12 @@ class StudyObjective(Objective):
             positives = [(at + i, c) for i, c in enumerate(chosen) if c.positive]
             negatives = [(at + i, c) for i, c in enumerate(chosen) if not c.positive]
             at += len(chosen)
-            loss_cl = loss_cl + self._pull(example, positives, nll_R, iteration, stats)
+            loss_cl = loss_cl + self._pull(example, positives, nll_R, micro.iteration, stats)
             if negatives:
                 loss_cl = loss_cl + self._push(example, positives, negatives, nll_R, logprob_T, start_R, stats)
-        loss_cl = loss_cl / num_questions
+        loss_cl = loss_cl / micro.num_questions
         loss = self.config.alpha_pred * loss_pred + self.config.alpha_cl * loss_cl
-        (loss * weight).backward()
+        (loss * micro.weight).backward()
         stats["tokens"] += len(logprob_T)
         return {"loss": loss.detach(), "loss_pred": loss_pred.detach(), "loss_cl": loss_cl.detach()}, stats
 
@@ -107,8 +98,8 @@ class StudyObjective(Objective):
         return found
 
     def _weights(self, example: Example, candidates: list[Candidate]) -> list[float]:
-        """s of each positive, 1 - s of each negative."""
-        quality_R = self._quality([example], candidates, [0] * len(candidates))
+        """Return s for each positive and 1 - s for each negative."""
+        quality_R = self.quality([example], candidates, [0] * len(candidates))
         if quality_R is None:
             return [1.0] * len(candidates)
         return [s if c.positive else 1 - s for s, c in zip(quality_R.tolist(), candidates, strict=True)]
@@ -194,7 +185,7 @@ def _agrees(candidate: Candidate) -> bool:
 
 
 def gated(tokens: Sequence[int], positives: Sequence[Sequence[int]], gate: str) -> list[int]:
-    """Positions of a negative's tokens that are pushed down."""
+    """Return the positions of a negative's tokens that are pushed down."""
     if gate == "all" or not positives:
         return list(range(len(tokens)))
     if gate == "different":

@@ -1,10 +1,8 @@
-"""One run of the study: data of a seed, the common student, `train`, and what the trained student answers and
-writes."""
+"""One run of the study: draw a seed's data, train the student, judge its output."""
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import random
 import tempfile
@@ -22,18 +20,20 @@ from qcrd_fast.data.schema import Question
 from qcrd_fast.demo.problems import Problem, draw_problems, is_faithful, is_sound, write_chain, write_rows
 from qcrd_fast.demo.problems import result as result_of
 from qcrd_fast.demo.students import FAMILIES, Recipe, student_folder
+from qcrd_fast.errors import InputError
 from qcrd_fast.evaluate import predict
 from qcrd_fast.generation.engine import SampleSettings
 from qcrd_fast.generation.sample import sample
 from qcrd_fast.models.prompts import EXPLAIN, REASON
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
+from qcrd_fast.runs.folder import METRICS
 from qcrd_fast.runs.load import load_student
 from qcrd_fast.train.judging import Judges
 from qcrd_fast.train.objective import Objective
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.trainer import train
-from qcrd_fast.utils.files import write_lines
+from qcrd_fast.utils.files import read_records, write_lines
 
 from .arms import ARMS, COMMON, MENTOR
 from .judges import find_judge
@@ -47,7 +47,7 @@ RECIPES = {family: Recipe(family) for family in FAMILIES}  # of the students
 
 
 class Case(NamedTuple):
-    """What a CSV row is about. Seeds and test questions of `screen` and `confirm` have nothing in common.
+    """The key of a CSV row. `screen` and `confirm` share no seeds and no test questions.
 
     learning_rate, epochs, questions: of the training, the same for all arms that are compared.
     """
@@ -63,7 +63,7 @@ class Case(NamedTuple):
 
 
 def draw_data(case: Case, folder: Path) -> tuple[Path, dict[str, Problem], list[Problem]]:
-    """(training rows, their problems by id, the stage's test problems). The same for all arms of a seed."""
+    """Draw (training rows, their problems by id, the stage's test problems), for all arms of a seed."""
     taken: set[str] = set()
     tests = {
         stage: draw_problems(case.task, TEST_QUESTIONS, random.Random(f"{case.task} {stage} test"), taken)
@@ -77,7 +77,7 @@ def draw_data(case: Case, folder: Path) -> tuple[Path, dict[str, Problem], list[
 
 
 def run_case(case: Case, cache: Path) -> dict[str, Any]:
-    """Train and judge; returns the CSV row."""
+    """Train and judge a student; return the CSV row."""
     arm = ARMS[case.arm]
     student = student_folder(RECIPES[case.family], cache)
     teacher = {"teacher": str(mentor_folder(case.task, student, cache))} if arm.options.get("teacher") == MENTOR else {}
@@ -101,7 +101,7 @@ def run_case(case: Case, cache: Path) -> dict[str, Any]:
         train(config, judges=judges, make_objective=make)
         train_s = time.process_time() - started
         trained, _ = load_student(str(folder / "run"))
-        records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        records = list(read_records(folder / "run" / METRICS, "raise"))
         row = {**case._asdict(), **judge_student(trained, tests, bool(options.get("reasoning_task")))}
     last = records[-1]
     return row | {
@@ -116,7 +116,7 @@ def run_case(case: Case, cache: Path) -> dict[str, Any]:
 
 
 def _tokens_ratio(data: Path, student: Path) -> float:
-    """Tokens that an epoch of sft-all trains on, over those of one sample a question."""
+    """Tokens per epoch of sft-all over those of one sample per question."""
     tokenizer = AutoTokenizer.from_pretrained(student)
 
     def count(text: str) -> int:
@@ -132,8 +132,11 @@ def _tokens_ratio(data: Path, student: Path) -> float:
 
 @torch.no_grad()
 def judge_student(student: Student, tests: list[Problem], reasoning: bool = False) -> dict[str, Any]:
-    """Shares of right labels, sound and faithful rationales (greedy), with a bit a question, and what the student finds
-    likely: nll of sound chains and of ones with a fault [nats/token], entropy at the sound ones [nats]."""
+    """Measure a student: right labels, sound and faithful rationales (greedy), likelihoods.
+
+    Shares come with a bit per question; nll of sound and of faulty chains is in nats/token, entropy on the sound ones
+    in nats.
+    """
     questions = [Question(f"q{i}", p.text, gold=str(p.answer), task="number") for i, p in enumerate(tests)]
     labels = [r["correct"] for r in predict(student, questions, "number", batch_size=1000, max_answer_tokens=4)]
     settings = SampleSettings(max_new_tokens=40, batch_size=1000)
@@ -170,3 +173,15 @@ def to_hex(bits: list[bool]) -> str:
 
 def from_hex(text: str, count: int = TEST_QUESTIONS) -> list[bool]:
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:count].astype(bool).tolist()
+
+
+def seed_ranges(text: str) -> list[int]:
+    """The seeds of `0-7` or `0,3,5`. Raises `InputError` for another text."""
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            low, _, high = part.partition("-")
+            seeds += range(int(low), int(high or low) + 1)
+    except ValueError as error:
+        raise InputError(f"--seeds: expected such as 0-7 or 0,3,5; got {text!r}") from error
+    return seeds

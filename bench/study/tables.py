@@ -1,4 +1,4 @@
-"""The study's tables: means over seeds with their spread, and paired differences with Holm's correction."""
+"""The study's tables: means over seeds, and paired differences with Holm's correction."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ Rows = dict[int, dict[str, str]]  # by seed
 
 
 def read_runs(path: Path, stage: str) -> dict[tuple[str, ...], dict[str, Rows]]:
-    """Rows by (task, family, learning rate, epochs, questions), arm and seed. Raises `InputError` where there is no
-    file."""
+    """Read rows by (task, family, learning rate, epochs, questions), arm and seed.
+
+    Raises `InputError` without a file.
+    """
     if not path.exists():
         raise InputError(f"--results: there is no {path}")
     found: dict[tuple[str, ...], dict[str, Rows]] = defaultdict(lambda: defaultdict(dict))
@@ -65,12 +67,12 @@ def read_runs(path: Path, stage: str) -> dict[tuple[str, ...], dict[str, Rows]]:
 
 
 def bits_of(rows: Rows, metric: str, seeds: Sequence[int]) -> np.ndarray:
-    """[S, Q] of 0 and 1."""
+    """Right answers, 0 or 1 [S, Q]."""
     return np.array([from_hex(rows[seed][METRICS[metric]]) for seed in seeds], float)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given."""
+    """Return Holm's adjusted p-values in the given order."""
     order, adjusted, worst = np.argsort(p_values), [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
         worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
@@ -79,7 +81,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def p_value(difference_SQ: np.ndarray) -> float:
-    """Two-sided p of a mean of 0, by the crossed design's standard error and degrees of freedom."""
+    """Two-sided p-value of a mean of 0, from the crossed design's standard error and degrees of freedom."""
     variance, freedom = crossed_variance(difference_SQ)
     if not variance:
         return 1.0 if not difference_SQ.mean() else 0.0
@@ -92,8 +94,10 @@ def p_value(difference_SQ: np.ndarray) -> float:
 
 
 def print_tables(path: Path, stage: str, baselines: Sequence[str]) -> None:
-    """A table for each task and family; in `confirm`, then every comparison with Holm's p over all of them, where there
-    are seeds enough for one."""
+    """Print a table for each task and family.
+
+    For `confirm`, also all comparisons with Holm's p, if there are enough seeds for one.
+    """
     tests: list[tuple[str, Estimate, float]] = []
     for (task, family, rate, epochs, questions), runs in read_runs(path, stage).items():
         print(f"\n## {stage}: {task}, {family}; learning rate {rate}, {epochs} epochs of {questions} questions\n")

@@ -14,6 +14,7 @@ from typing import Any
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import LOG, PREDICTIONS, RESULTS
+from qcrd_fast.utils.files import read_records
 
 CONFIG, LEDGER, ROUND = "active.resolved.yaml", "ledger.jsonl", "round.json"
 EXPLANATIONS, PICKED, ASKED, REVISIONS = "explanations.jsonl", "picked.json", "asked.json", "revisions.jsonl"
@@ -42,9 +43,8 @@ def read_json(path: Path) -> Any:
 def read_jsonl(path: Path) -> list[dict[str, Any]] | None:
     """What `write_lines` wrote, or None where there is no such file. Raises `InputError` for a damaged one."""
     try:
-        with open(path, encoding="utf-8", errors="surrogatepass") as file:
-            return [json.loads(line) for line in file]
+        return list(read_records(path, "raise"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, InputError) as error:
         raise InputError(f"{path} is unreadable: {error}; delete it, and what it holds is made again") from error

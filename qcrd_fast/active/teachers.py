@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Protocol
 
 from qcrd_fast.active.revision import Request
@@ -20,7 +20,7 @@ from qcrd_fast.collect.reply import Choice, Reply, estimate_tokens
 from qcrd_fast.data.schema import Question, text_key
 from qcrd_fast.errors import InputError
 from qcrd_fast.quality.equations import Equation, find_equations
-from qcrd_fast.utils.files import printable
+from qcrd_fast.utils.files import printable, read_records
 from qcrd_fast.utils.keyed import keyed
 
 ORACLE = "oracle:"
@@ -88,21 +88,19 @@ class OracleTeacher:
     def __init__(self, path: str):
         self.name, self.solutions = ORACLE + path, dict[str, Solution]()
         try:
-            with open(path, encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    try:
-                        row = json.loads(line)
-                        wordings = tuple(tuple(map(_text, wording)) for wording in row["solutions"])
-                        if not wordings or not all(wordings) or len(set(map(len, wordings))) > 1:
-                            raise ValueError("solutions")
-                        key = text_key(Question("", _text(row["question"])))
-                        self.solutions[key] = Solution(wordings, _text(row["answer"]))
-                    except (ValueError, KeyError, TypeError, RecursionError) as error:
-                        raise InputError(
-                            f"--teacher oracle: {printable(path)}:{number}: expected question, answer, solutions"
-                        ) from error
-        except (OSError, UnicodeError) as error:
-            raise InputError(f"--teacher oracle: {printable(path)} is no readable UTF-8 file") from error
+            for number, row in enumerate(read_records(Path(path), "raise"), 1):
+                try:
+                    wordings = tuple(tuple(map(_text, wording)) for wording in row["solutions"])
+                    if not wordings or not all(wordings) or len(set(map(len, wordings))) > 1:
+                        raise ValueError("solutions")
+                    key = text_key(Question("", _text(row["question"])))
+                    self.solutions[key] = Solution(wordings, _text(row["answer"]))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(f"{printable(path)}:{number}: no solutions in it") from error
+        except InputError as error:
+            raise InputError(f"--teacher oracle: {error}; expected question, answer, solutions") from error
+        except OSError as error:
+            raise InputError(f"--teacher oracle: cannot read {printable(path)}: {error.strerror}") from error
 
     def knows(self, question: Question) -> bool:
         return text_key(question) in self.solutions

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.utils.files import append_whole, printable
+from qcrd_fast.utils.files import append_whole, open_locked, printable, read_records
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +90,14 @@ class Ledger:
 
     def __enter__(self) -> Ledger:
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = open_locked(self.path, os.O_APPEND)
+        except BlockingIOError:
+            raise InputError(
+                f"{self.option}: {printable(self.path)} is in use by process {self._owner()}; choose another"
+            ) from None
         except OSError as error:
             raise InputError(f"{self.option}: cannot write {printable(self.path)}: {error.strerror}") from error
         try:
-            self._lock()
             self.read(repair=True)
         except BaseException:
             self._close()
@@ -112,18 +114,10 @@ class Ledger:
             os.close(self._file)
             self._file = -1
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = "unknown"
-            with open(self.path, "rb") as file:
-                for line in file:
-                    if line.startswith(b'{"kind": "start"'):
-                        owner = str(json.loads(line)["pid"])
-            raise InputError(
-                f"{self.option}: {printable(self.path)} is in use by process {owner}; choose another"
-            ) from None
+    def _owner(self) -> str:
+        """The process that started last, by the file."""
+        started = [record for record in read_records(self.path, "skip") if record.get("kind") == "start"]
+        return str(started[-1].get("pid")) if started else "unknown"
 
     # Reading
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from qcrd_fast.data.replies import Reader
 from qcrd_fast.data.schema import Question, question_text
 from qcrd_fast.data.voting import Vote
 from qcrd_fast.errors import RunError
-from qcrd_fast.utils.files import printable, require_file
+from qcrd_fast.utils.files import own_temporary_name, printable, replacing, require_file
 
 PAGE_QUESTIONS = 200
 PAGE_TEXT = 20_000  # characters of a sample on the page
@@ -138,15 +137,12 @@ class Inspection:
         template = environment.get_template("inspection.html.j2")
         records = [_clipped(record) for record in self.records[:PAGE_QUESTIONS]]
         page = template.render(records=records, total=self.total, warnings=self.warnings)
-        temporary = path.with_name(f".qcrd-{os.getpid()}.html.tmp")
         try:
-            try:
-                temporary.unlink(missing_ok=True)
-                with open(temporary, "x", encoding="utf-8", errors="replace") as file:
-                    file.write(page)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with (
+                replacing(path, own_temporary_name()) as temporary,
+                open(temporary, "x", encoding="utf-8", errors="replace") as file,
+            ):
+                file.write(page)
         except OSError as error:
             raise RunError(f"cannot write {printable(path)}: {error.strerror or error}") from error
 

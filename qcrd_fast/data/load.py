@@ -26,7 +26,7 @@ from qcrd_fast.data.schema import BadRow, Question
 from qcrd_fast.data.summary import PrepareSummary, Tally
 from qcrd_fast.data.voting import Vote
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.utils.files import printable, require_file
+from qcrd_fast.utils.files import own_temporary_name, printable, replacing
 from qcrd_fast.utils.memory import require_room
 
 MAX_SPLITS = 20  # names of splits that a message lists
@@ -266,20 +266,14 @@ def write_prepared(path: str | Path, questions: Iterable[Question | dict[str, An
         RunError: the file cannot be written; nothing is left behind.
     """
     path = Path(path)
-    require_file(path)
-    temporary = path.with_name(f".qcrd-{os.getpid()}.tmp")
     try:
-        try:
-            temporary.unlink(missing_ok=True)
-            with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-                for question in questions:
-                    row = to_row(question) if isinstance(question, Question) else question
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with (
+            replacing(path, own_temporary_name()) as temporary,
+            open(temporary, "x", encoding="utf-8", newline="\n") as file,
+        ):
+            for question in questions:
+                row = to_row(question) if isinstance(question, Question) else question
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
     except OSError as error:
         raise RunError(f"cannot write {printable(path)}: {error.strerror or error}") from error
 

@@ -58,7 +58,7 @@ class Student(Prompter):
     def __init__(self, model: Any, tokenizer: Any, prompts: PromptSettings):
         super().__init__(tokenizer, prompts, bool(model.config.is_encoder_decoder))
         self.model = model
-        self.most: Callable[[int], int] = lambda runs: runs  # of the ranks that must run the model equally often
+        self._most: Callable[[int], int] = lambda runs: runs
         rows = model.get_output_embeddings().weight.shape[0]
         highest = max(tokenizer.get_vocab().values(), default=-1)
         if len(tokenizer) > rows or highest >= rows:
@@ -108,6 +108,10 @@ class Student(Prompter):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def run_as_often(self, most: Callable[[int], int]) -> None:
+        """Run the model `most(runs)` times where this rank's rows need `runs`: ranks that share a model must agree."""
+        self._most = most
+
     # Tokens to hidden states
 
     @functools.cached_property
@@ -119,6 +123,10 @@ class Student(Prompter):
         return probe_packed_attention(
             self.model, lambda mode: self._hidden(sources, [a, b, c, d], [0, 0, 0, 1], mode, MAX_TOKENS).hidden
         )
+
+    def probe_sharing(self) -> str | None:
+        """Find the kind of mask now and return it; later, with sharded weights, it could not be tested."""
+        return self.sharing
 
     def hidden(
         self,
@@ -160,7 +168,7 @@ class Student(Prompter):
             rows = first_fit_decreasing(sizes, max_tokens if mode == "flex" else max(sizes))
         widths = [sum(sizes[g] for g in row) for row in rows]
         batches = list(length_batches(widths, max_tokens, prefix_packing.MAX_PAIRS if mode == "dense" else None))
-        idle = self.most(len(batches)) - len(batches)
+        idle = self._most(len(batches)) - len(batches)
         parts, order, body_tokens = [], [], encoded[1].numel() if self.is_encoder_decoder else 0
         for batch in batches:
             hidden_BLH, layout = self._run(encoded, [[groups[g] for g in rows[b]] for b in batch], targets, mode)

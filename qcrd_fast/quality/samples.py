@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from qcrd_fast.data.load import iter_records
 from qcrd_fast.data.schema import BadRow, Question, Rationale, text_key
 from qcrd_fast.errors import InputError
 from qcrd_fast.quality.cases import Case, Tally, silent_share, student_case
+from qcrd_fast.utils.files import read_records
 
 TEACHER_READ = 200  # questions whose positives show how often the teacher ends in no answer
 
@@ -79,13 +79,11 @@ def _stored(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of a run's negatives; none where it is no such file."""
     found = []
     try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                record = json.loads(line)
-                if "chunk" not in record or not ("text" in record or "end" in record):
-                    return []
-                if "text" in record:
-                    found.append(record)
-    except (OSError, ValueError, TypeError, RecursionError):
+        for record in read_records(path, "raise"):
+            if "chunk" not in record or not ("text" in record or "end" in record):
+                return []
+            if "text" in record:
+                found.append(record)
+    except (OSError, InputError):
         return []
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from qcrd_fast.utils.intervals import wilson
@@ -10,9 +10,11 @@ from qcrd_fast.utils.intervals import wilson
 FIELDS = ("domain", "view")
 
 
-def groups_table(results: Mapping[str, Any], text: Callable[[Any], str]) -> str:
-    """A row a domain and a view of `eval_results.json`, with Wilson's 95% interval and the domain's weight at the end;
-    empty where the questions have one of each. `text` makes a value text of the page."""
+def group_rows(results: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """A row a domain and a view of `eval_results.json`; none if the questions have one of each.
+
+    A row is (domain or view, its name, accuracy, Wilson's 95% interval, n, the domain's weight at the end).
+    """
     rows = []
     last = results.get("domain_weights")
     weights = last if isinstance(last, dict) else {}
@@ -24,9 +26,5 @@ def groups_table(results: Mapping[str, Any], text: Callable[[Any], str]) -> str:
                 continue
             span = "{:.3f} to {:.3f}".format(*wilson(share, n))
             weight = weights.get(value) if name == "domain" else None
-            cells = [name, value, f"{share:.3f}", span, n, f"{weight:.3f}" if isinstance(weight, float) else ""]
-            rows.append("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in cells) + "</tr>")
-    if not rows:
-        return ""
-    names = "".join(f"<th>{name}</th>" for name in ("", "", "accuracy", "95%", "n", "weight at the end"))
-    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+            rows.append((name, value, f"{share:.3f}", span, n, f"{weight:.3f}" if isinstance(weight, float) else ""))
+    return rows

@@ -1,11 +1,12 @@
-"""Pieces of a report's page: every text that comes from a run is escaped here."""
+"""What the sections of a report share: the template environment, colours, numbers as text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
 from typing import Any
 from unicodedata import category
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from qcrd_fast.report.charts import PALETTE
 from qcrd_fast.utils.config_files import number
@@ -14,20 +15,31 @@ LONGEST = 1200  # characters shown of a text
 KEPT = "\n\t\u200c\u200d"  # and the joiners that Persian, Indic scripts and emoji need
 
 
-def section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>"
+def render_template(name: str, **context: Any) -> str:
+    """Render a template of this folder. Every expression in it is `cleaned`, then escaped."""
+    environment = Environment(
+        loader=PackageLoader("qcrd_fast.report", "."),
+        autoescape=True,
+        finalize=cleaned,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name).render(context) + "\n"
 
 
-def card(title: str, chart: str, caption: str) -> str:
-    return f'<figure class="card"><h3>{escaped(title)}</h3>{chart}<figcaption>{escaped(caption)}</figcaption></figure>'
+def cleaned(value: Any) -> Any:
+    """A value as printable text of bounded length; `Markup`, which is our own, stays as it is."""
+    if isinstance(value, Markup):
+        return value
+    text = "" if value is None else str(value)
+    text = text if len(text) <= LONGEST else text[:LONGEST] + " …"
+    return "".join(c if c.isprintable() or c in KEPT or category(c) == "Zs" else "\ufffd" for c in text)
 
 
-def switch_spans(switches: Sequence[str]) -> str:
-    return " ".join(f"<span>{escaped(switch)}</span>" for switch in switches)
-
-
-def chip(color: str) -> str:
-    return f'<i class="chip" style="background:{color}"></i>'
+def entry(color: str, text: str) -> dict[str, str]:
+    """An entry of a chart's legend."""
+    return {"color": color, "text": text}
 
 
 def color_of(index: int) -> str:
@@ -35,12 +47,5 @@ def color_of(index: int) -> str:
 
 
 def share_text(*values: Any) -> str:
-    """The first that is a number."""
+    """The first that is a number, with three digits; empty if none is."""
     return next((f"{value:.3f}" for value in map(number, values) if value is not None), "")
-
-
-def escaped(value: Any) -> str:
-    """A value as text of the page, of bounded length; nothing in it can be markup."""
-    text = "" if value is None else str(value)
-    text = text if len(text) <= LONGEST else text[:LONGEST] + " …"
-    return escape("".join(c if c.isprintable() or c in KEPT or category(c) == "Zs" else "\ufffd" for c in text))

@@ -6,9 +6,9 @@ out.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +20,7 @@ from qcrd_fast.runs.folder import CONFIG, LOCK, METRICS, NEGATIVES, PREDICTIONS,
 from qcrd_fast.sweep.job import ATTEMPTS, WHERE
 from qcrd_fast.sweep.rationale_checks import RATIONALES
 from qcrd_fast.utils.config_files import is_plain, number, read_object, read_options
+from qcrd_fast.utils.files import read_records
 
 QUALITY_SCORES = "quality_scores.jsonl"
 MAX_LINE = 1 << 20  # bytes; a longer line is passed over
@@ -127,24 +128,8 @@ def read_objects(path: Path) -> Iterator[dict[str, Any]]:
     """Read the JSON objects in a file of lines; skip other values and an unterminated line."""
     if not is_plain(path):
         return
-    try:
-        with open(path, "rb") as file:
-            for _ in range(MAX_RECORDS):
-                line = file.readline(MAX_LINE)
-                if not line.endswith(b"\n"):
-                    if len(line) < MAX_LINE:
-                        return
-                    while line and not line.endswith(b"\n"):
-                        line = file.readline(MAX_LINE)
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(record, dict):
-                    yield record
-    except OSError:
-        return
+    with contextlib.suppress(OSError):
+        yield from itertools.islice(read_records(path, "skip", longest=MAX_LINE), MAX_RECORDS)
 
 
 def _is_score(record: dict[str, Any]) -> bool:

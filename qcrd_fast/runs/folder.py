@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Collection
@@ -13,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from qcrd_fast.config import BEFORE_QUALITIES, LEGACY, TrainConfig
+from qcrd_fast.config import TrainConfig, completed
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.runs.logs import logging_to, quiet_logs
-from qcrd_fast.utils.files import FULL, printable, remove_tree, write_text
+from qcrd_fast.utils.files import FULL, open_locked, printable, remove_tree, write_text
 from qcrd_fast.utils.torchrun import rank
 
 # Every name in a run folder, once.
@@ -83,16 +82,13 @@ class RunFolder:
             return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self._lock = open_locked(self.path / LOCK, os.O_NOFOLLOW)
+        except BlockingIOError:
+            owner = (self.path / LOCK).read_text(errors="replace").strip() or "unknown"
+            raise InputError(f"--output-dir: {self.path} is in use by process {owner}; choose another folder") from None
         except OSError as error:
             kind = RunError if error.errno in FULL else InputError
             raise kind(f"--output-dir: cannot write to {self.path}: {error.strerror}; choose another folder") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.pread(self._lock, 32, 0).decode(errors="replace").strip() or "unknown"
-            self._release()
-            raise InputError(f"--output-dir: {self.path} is in use by process {owner}; choose another folder") from None
         try:
             # on a full disk the lock holds without a name; `train` tells what it needs
             with contextlib.suppress(OSError):
@@ -165,14 +161,8 @@ def check_same_config(
     if not isinstance(before, dict):
         return
     config = config.resolved(before)
-    if config.method == "qcrd" and "quality" not in before:
-        before = {
-            "quality": "none" if before.get("discriminator") == "none" else "discriminator",
-            **BEFORE_QUALITIES,
-            **before,
-        }
     if config.method == "qcrd":
-        before = LEGACY | before
+        before = completed(before)
     for name, value in config.to_dict().items():
         if name not in free and name in before and before[name] != value:
             flag = "--" + name.replace("_", "-")

@@ -4,7 +4,6 @@ torch."""
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from qcrd_fast.data.schema import Question, later_fields
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.select.options import SelectOptions
 from qcrd_fast.select.score import RowScores
-from qcrd_fast.utils.files import append_whole, intact_lines, printable
+from qcrd_fast.utils.files import append_whole, open_locked, printable, read_records
 
 
 class Progress:
@@ -38,17 +37,16 @@ class Progress:
 
     def __enter__(self) -> Progress:
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (held, end), *lines = list(intact_lines(self.path)) or [({}, 0)]
+            self._file = open_locked(self.path, os.O_APPEND | os.O_NOFOLLOW)
+            ends: list[int] = []
+            held, *lines = list(read_records(self.path, ends=ends)) or [{}]
             if held.get("scores_of") == self.identity:
-                self.finished = {line["id"]: RowScores(line["row"], line["positives"]) for line, _ in lines}
-                os.ftruncate(self._file, lines[-1][1] if lines else end)  # without a line that a kill cut
+                self.finished = {line["id"]: RowScores(line["row"], line["positives"]) for line in lines}
+                os.ftruncate(self._file, ends[-1])  # without a line that a kill cut
             else:
                 os.ftruncate(self._file, 0)  # the scores of something else
                 self._append([{"scores_of": self.identity}])
         except BlockingIOError:
-            self._close()
             raise InputError(
                 f"--output: another process scores for {printable(self.path)}; choose another file"
             ) from None

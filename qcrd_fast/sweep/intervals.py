@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import PREDICTIONS
+from qcrd_fast.utils.files import read_records
 from qcrd_fast.utils.intervals import wilson
 
 RESAMPLES = 4000
@@ -145,9 +145,8 @@ class Answers:
         """From a run folder. Raises `InputError` when it has no predictions."""
         path = Path(run) / PREDICTIONS
         try:
-            with open(path, encoding="utf-8", errors="surrogatepass") as file:
-                return cls.of([json.loads(line) for line in file])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return cls.of(list(read_records(path, "raise")))
+        except (OSError, InputError, KeyError) as error:
             raise InputError(f"{path}: no predictions to compare: {error}") from error
 
     def to_hex(self) -> str:

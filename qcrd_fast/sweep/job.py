@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from qcrd_fast.config import PARTS, QUALITY_OPTIONS, SELECTS, TrainConfig
+from qcrd_fast.config import PARTS, QUALITY_OPTIONS, SELECTS, DataOptions, TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import CONFIG, FREE_OPTIONS, RESULTS, check_same_config
 from qcrd_fast.utils.config_files import read_object
@@ -111,7 +111,7 @@ def options_text(config: TrainConfig) -> str:
     return " ".join(found)
 
 
-def data_digest(config: TrainConfig) -> str:
+def data_digest(config: DataOptions) -> str:
     """Twelve digits of the contents of --data, --eval-data and --test-data; "" where one is not there."""
     paths = (config.data, config.eval_data, config.test_data)
     if not all(Path(path).exists() for path in paths if path):

@@ -92,10 +92,10 @@ def judge_run(run: str | Path) -> dict[str, float | None]:
     from qcrd_fast.runs.folder import PREDICTIONS
     from qcrd_fast.runs.load import load_student
     from qcrd_fast.utils.device import make_autocast
-    from qcrd_fast.utils.files import read_lines, write_lines
+    from qcrd_fast.utils.files import read_records, write_lines
 
     run = Path(run)
-    asked = list(read_lines(run / PREDICTIONS))
+    asked = list(read_records(run / PREDICTIONS))
     if not asked:
         raise InputError(f"{run}: no predictions.jsonl, so no questions to explain")
     student, state = load_student(str(run))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import logging
 import os
@@ -16,7 +15,7 @@ from qcrd_fast.runs.folder import METRICS, RESULTS
 from qcrd_fast.sweep.intervals import Answers, Estimate, pair, single
 from qcrd_fast.sweep.job import ATTEMPTS, JUDGED, KEY, WHERE, Job, key
 from qcrd_fast.utils.config_files import read_object
-from qcrd_fast.utils.files import append_whole, read_lines, require_place
+from qcrd_fast.utils.files import append_whole, open_locked, read_records, require_place
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ def row(job: Job) -> dict[str, Any]:
     read = {name: read_object(job.folder / name) for name in (RESULTS, WHERE, JUDGED)}
     results, where, judged = read[RESULTS], read[WHERE], read[JUDGED]
     # none where `train` alone was called
-    attempts = [a for a in read_lines(job.folder / ATTEMPTS) if isinstance(a.get("seconds"), int | float)]
+    attempts = [a for a in read_records(job.folder / ATTEMPTS) if isinstance(a.get("seconds"), int | float)]
     wall_s = round(sum(a["seconds"] for a in attempts), 1) or None
     found: dict[str, Any] = dict.fromkeys(COLUMNS)
     found |= {k: v for source in (results, where, judged) for k, v in source.items() if k in found}
@@ -117,9 +116,8 @@ def append_row(path: Path, found: dict[str, Any]) -> bool:
 
     First removes a partial row of a killed writer. On a full disk (`OSError`) the file is unchanged.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = open_locked(path, os.O_APPEND, wait=True)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         held = path.read_bytes()
         whole = held.rfind(b"\n") + 1
         tail = held[whole:]
@@ -144,7 +142,7 @@ def append_row(path: Path, found: dict[str, Any]) -> bool:
 
 def _means(folder: Path) -> dict[str, float]:
     """Return means over the logged steps of what shows whether negatives taught anything."""
-    steps = [r for r in read_lines(folder / METRICS) if "loss" in r]
+    steps = [r for r in read_records(folder / METRICS) if "loss" in r]
     values = {name: [r[name] for r in steps if r.get(name) is not None] for name in MEANS}
     return {name: sum(found) / len(found) for name, found in values.items() if found}
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from qcrd_fast.config import METHODS, TrainConfig, nearest
+from qcrd_fast.config import METHODS, DataOptions, TrainConfig, nearest
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.runs.folder import FINAL, NEGATIVES, RESULTS, SNAPSHOTS
 from qcrd_fast.sweep.job import ATTEMPTS, JUDGED, WHERE, Job, data_digest
@@ -42,7 +42,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def default_csv(config: TrainConfig) -> str:
+def default_csv(config: DataOptions) -> str:
     """bench/results/runs.csv in a checkout, elsewhere OUTPUT_DIR/runs.csv."""
     if Path(RUNS_CSV).parent.is_dir():
         return RUNS_CSV
@@ -51,7 +51,7 @@ def default_csv(config: TrainConfig) -> str:
     return str(folder / "runs.csv")
 
 
-def recipe_name(path: str | None, config: TrainConfig) -> str:
+def recipe_name(path: str | None, config: DataOptions) -> str:
     """Return the CSV's name of a recipe: its file's, or without one its data's."""
     return Path(path or str(config.data)).stem
 

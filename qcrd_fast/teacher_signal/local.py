@@ -119,7 +119,7 @@ def copy_of(student: Student, autocast: Autocast | None = None, impl: str = "aut
     """The student as it is now, as a teacher with weights of its own, in fp32."""
     model = copy.copy(student)
     model.model = copy.deepcopy(student.model)
-    model.most = lambda runs: runs  # its passes are this rank's own
+    model.run_as_often(lambda runs: runs)  # its passes are this rank's own
     return LocalTeacher(model, autocast, impl)
 
 

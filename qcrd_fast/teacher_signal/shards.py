@@ -14,7 +14,6 @@ Suffixes: N texts, T tokens, K likeliest tokens.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gzip
 import hashlib
 import json
@@ -36,7 +35,7 @@ from torch import Tensor
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.teacher_signal.local import TopK
 from qcrd_fast.teacher_signal.tokenizers import tokenizer_hash
-from qcrd_fast.utils.files import append_whole, printable, read_lines, sync, write_json
+from qcrd_fast.utils.files import append_whole, open_locked, printable, read_records, replacing, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -81,16 +80,13 @@ class Writer:
     def __enter__(self) -> Writer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise InputError(f"--output: cannot write to {printable(self.folder)}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
+            self._lock = open_locked(self.folder / LOCK)
+        except BlockingIOError:
             raise InputError(
                 f"--output: {printable(self.folder)} is in use by another process; choose another folder"
             ) from None
+        except OSError as error:
+            raise InputError(f"--output: cannot write to {printable(self.folder)}: {error.strerror}") from error
         try:
             self._open()
         except BaseException:
@@ -122,7 +118,7 @@ class Writer:
         for path in shard_paths(self.folder):
             self.known.update(_keys(read_shard(path)[1], path))
         path = self.folder / PENDING
-        kept = [r for r in read_lines(path) if _is_entry(r)]
+        kept = [r for r in read_records(path) if _is_entry(r)]
         self._pending = {
             r["key"]: Entry(*(r[name] for name in Entry._fields)) for r in kept if r["key"] not in self.known
         }
@@ -133,11 +129,9 @@ class Writer:
         """The pending file with what is pending, whole; and open for more."""
         if self._file >= 0:
             os.close(self._file)
-        path, temporary = self.folder / PENDING, self.folder / f".{PENDING}.tmp"
-        data = b"".join(_line(key, entry) for key, entry in self._pending.items())
-        temporary.write_bytes(data)
-        sync(temporary)
-        os.replace(temporary, path)
+        path = self.folder / PENDING
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"".join(_line(key, entry) for key, entry in self._pending.items()))
         sync(self.folder)
         self._file = os.open(path, os.O_RDWR | os.O_APPEND)
 
@@ -161,14 +155,12 @@ class Writer:
         with self._writing():
             number = max((int(m[1]) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name))), default=-1) + 1
             path = self.folder / f"shard-{number:05d}.safetensors.gz"
-            temporary = self.folder / f".{path.name}.tmp"
             metadata = {name: str(value) for name, value in self.meta.items()} | {
                 "keys": json.dumps(list(self._pending))
             }
             data = save_tensors(_tensors(list(self._pending.values()), self.k), metadata)
-            temporary.write_bytes(gzip.compress(data, 6, mtime=0))
-            sync(temporary)
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                temporary.write_bytes(gzip.compress(data, 6, mtime=0))
             sync(self.folder)
             self._pending = {}
             self._rewrite()
@@ -193,7 +185,7 @@ def _line(key: str, entry: Entry) -> bytes:
 
 
 def _is_entry(row: dict[str, Any]) -> bool:
-    parts = [row.get(name) for name in Entry._fields]
+    parts: list[Any] = [row.get(name) for name in Entry._fields]
     if not isinstance(row.get("key"), str) or not all(isinstance(p, list) and len(p) == len(parts[0]) for p in parts):
         return False
     tokens, logprobs, ids, top = parts
@@ -298,7 +290,7 @@ def read_logprobs(folder: Path, tokenizer: Any) -> LogProbs:
         tokens, start = tensors["tokens"].tolist(), tensors["start"].tolist()
         for key, a, b in zip(_keys(metadata, path), start, start[1:], strict=False):
             texts[key] = Text(tokens[a:b], TopK(tensors["ids"][a:b], tensors["top"][a:b]))
-    for row in read_lines(folder / PENDING):
+    for row in read_records(folder / PENDING):
         if _is_entry(row) and row["key"] not in texts:
             found = _tensors([Entry(*(row[name] for name in Entry._fields))], meta["k"])
             texts[row["key"]] = Text(found["tokens"].tolist(), TopK(found["ids"], found["top"]))

@@ -131,6 +131,10 @@ class Checkpointer:
         self.saved_step: int | None = None
         self._passed_over: set[int] = set()  # steps of checkpoints later than the one that was resumed from
 
+    def drop_discriminator(self) -> None:
+        """Leave the discriminator out of later checkpoints."""
+        self.discriminator_trainer = None
+
     def save(self, step: int, best: Best, progress: dict[str, Any]) -> None:
         """Write the checkpoint of `step`, with `progress` in its state, and delete surplus ones."""
         state = {

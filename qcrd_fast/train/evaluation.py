@@ -21,6 +21,7 @@ from qcrd_fast.runs.folder import FINAL, PREDICTIONS, RESULTS
 from qcrd_fast.train.methods import method_of
 from qcrd_fast.train.metrics_log import MetricsLog
 from qcrd_fast.train.questions import Data
+from qcrd_fast.train.run_state import RunState
 from qcrd_fast.train.run_text import accuracy_text, rationales_text
 from qcrd_fast.utils.files import write_json, write_lines
 from qcrd_fast.utils.intervals import wilson
@@ -35,8 +36,17 @@ Best = dict[str, Any] | None  # {step, accuracy} of the best checkpoint on valid
 class Evaluation:
     """Answers a run's questions; each rank answers its shard."""
 
-    def __init__(self, config: TrainConfig, run: Path, data: Data, autocast: Callable[[], torch.autocast], comm: Comm):
-        self.config, self.run, self.data, self.autocast, self.comm = config, run, data, autocast, comm
+    def __init__(
+        self,
+        config: TrainConfig,
+        state: RunState,
+        run: Path,
+        data: Data,
+        autocast: Callable[[], torch.autocast],
+        comm: Comm,
+    ):
+        self.config, self.state, self.run, self.data = config, state, run, data
+        self.autocast, self.comm = autocast, comm
         self.questions = data.test or data.validation  # of the end
 
     def predict(self, student: Student, questions: list[Question], zero_shot: bool = False) -> list[dict[str, Any]]:
@@ -49,7 +59,7 @@ class Evaluation:
             max_answer_tokens=self.config.max_answer_tokens,
             zero_shot=zero_shot,
             autocast=self.autocast,
-            impl=self.config.impl,
+            impl=self.state.impl,
             batch_option="--eval-batch-size",
         )
         return self.comm.gather_in_order(records)
@@ -148,7 +158,7 @@ class Evaluation:
             max_new_tokens=max_new_tokens,
             batch_size=self.config.eval_batch_size,
             autocast=self.autocast,
-            impl=self.config.impl,
+            impl=self.state.impl,
             batch_option="--eval-batch-size",
         )
 

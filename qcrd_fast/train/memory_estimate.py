@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from qcrd_fast.runs.load import find_model
 from qcrd_fast.train.examples import Candidate, Example, longest_row
 from qcrd_fast.train.methods import has_discriminator, lag_of, method_of, samples_student
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.train.objective import Objective, Weighted
+from qcrd_fast.train.objective import MicroBatch, Objective, Weighted
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.utils.device import make_autocast
 
@@ -207,9 +206,9 @@ def find_worst(student: Student, examples: Sequence[Example], schedule: Schedule
 def _weigh(objective: Objective, batch: Sequence[Example]) -> Weighted:
     """The candidates that a pass over these questions may have to hold activations of."""
     config = objective.config
-    if not method_of(config).contrastive:
-        return objective._weigh(batch, _samples(batch, config), len(batch), objective.warmup_steps, 0, Counter())
     lagged = _samples(batch, config)
+    if not method_of(config).contrastive:
+        return objective.weigh(MicroBatch(batch, lagged, len(batch), objective.warmup_steps))[0]
     chosen = Weighted([], [], [], config.beta, config.delta)
     for q, example in enumerate(batch):
         candidates = example.candidates(lagged)
@@ -308,7 +307,7 @@ class _Fake:
             hooks = [p.register_post_accumulate_grad_hook(_drop) for p in freed]
             self.reached.clear()
             with self.ledger() as self.counting:
-                loss = self._loss(worst)
+                loss = self.loss(worst)
                 held = self.counting.now
                 loss.backward()
                 del loss
@@ -321,18 +320,9 @@ class _Fake:
             model.zero_grad(set_to_none=True)
         return held, peaks[0], peaks[1]
 
-    def _loss(self, worst: Worst) -> Tensor:
-        batch, count, stats = worst.batch, len(worst.batch), Counter[str]()
-        if method_of(self.config).mutual_information:
-            return self.objective._mutual_information(batch, count, stats)["loss"]
-        if method_of(self.config).contrastive and self.config.forward == "joint":
-            loss = self.objective._train(batch, Weighted([], [], []), count, stats)["loss"]
-            return loss + self._scores(worst.weighted, batch).sum()
-        return self.objective._train(batch, worst.weighted, count, stats)["loss"]
-
-    def _scores(self, weighted: Weighted, batch: Sequence[Example]) -> Tensor:
-        targets = [c.tokens for c in weighted.candidates]
-        return self.objective.score([e.explain for e in batch], targets, weighted.question, Counter())[1]
+    def loss(self, worst: Worst) -> Tensor:
+        """The loss of the pass to measure."""
+        return self.objective.largest_pass(MicroBatch(worst.batch, {}, len(worst.batch)), worst.weighted)
 
     def scoring(self, worst: Worst) -> int:
         """The most that the pass without gradient holds, over all candidates of the same questions."""
@@ -344,7 +334,7 @@ class _Fake:
         if not every.candidates:
             return 0
         with self.ledger() as ledger, torch.no_grad(), eval_mode(self.student.model):
-            self._scores(every, worst.batch)
+            self.objective.score_candidates(MicroBatch(worst.batch, {}, len(worst.batch)), every)
         return ledger.peak
 
     def loss_workspace(self, weighted: Weighted, batch: Sequence[Example]) -> int:

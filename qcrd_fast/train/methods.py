@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from qcrd_fast.config import TEACHER_OPTIONS, TrainConfig
+from qcrd_fast.config import TEACHER_OPTIONS, MethodOptions, TrainConfig
 from qcrd_fast.errors import InputError
 from qcrd_fast.train import token_weights
 from qcrd_fast.train.token_weights import TokenWeights
@@ -93,7 +93,7 @@ METHODS = {
 }
 
 
-def method_of(config: TrainConfig) -> Method:
+def method_of(config: MethodOptions) -> Method:
     return METHODS[config.method]
 
 

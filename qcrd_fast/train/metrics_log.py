@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
@@ -19,8 +18,9 @@ from tqdm import tqdm
 from qcrd_fast.distributed.comm import SINGLE, Comm
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.runs.folder import METRICS
+from qcrd_fast.train.judging import WEIGHT_KINDS
 from qcrd_fast.train.run_text import duration, progress_line
-from qcrd_fast.utils.files import append_lines, sync, write_lines
+from qcrd_fast.utils.files import append_lines, read_records, sync, write_lines
 
 log = logging.getLogger(__name__)
 LINE_EVERY_S = 10.0
@@ -34,6 +34,50 @@ def mean(counts: Counter[str], total: str, number: str) -> float | None:
 def active_fraction(counts: Counter[str], source: str) -> float | None:
     """Return the fraction of a source's negatives whose hinge is active."""
     return mean(counts, f"{source}_active", source)
+
+
+def step_record(
+    counts: Counter[str],
+    *,
+    step: int,
+    iteration: int,
+    loss_d: float | None,
+    lagged_agrees: float | None,
+    lr: float,
+    elapsed_s: float,
+    sample_wait_s: float,
+    sampled_tokens_per_s: float | None,
+    overlap_fraction: float | None,
+    auc: tuple[float | None, float | None],
+) -> dict[str, Any]:
+    """Return a step's record for `MetricsLog.put`, which adds the losses and the norm of the gradient.
+
+    counts: of the objective, over all micro-batches and ranks. auc: of the discriminator, and its lower bound.
+    """
+    return {
+        "step": step,
+        "iteration": iteration,
+        "loss": None,
+        "loss_pred": None,
+        "loss_cl": None,
+        "loss_d": loss_d,
+        "quality_positive": mean(counts, "quality_positive", "num_positive"),
+        "quality_negative": mean(counts, "quality_negative", "num_negative"),
+        **{f"weight_{kind}": mean(counts, f"weight_{kind}", f"weighed_{kind}") for kind in WEIGHT_KINDS},
+        "lagged_agrees": lagged_agrees,
+        "active_hinge_lagged": active_fraction(counts, "lagged"),
+        "active_hinge_minority": active_fraction(counts, "minority"),
+        "masked_minority_share": mean(counts, "masked_minorities", "minority_questions"),
+        "lr": lr,
+        "grad_norm": None,
+        "tokens_per_s": counts["tokens"] / elapsed_s,
+        "step_ms": 1e3 * elapsed_s,
+        "sample_wait_ms": 1e3 * sample_wait_s,
+        "sampled_tokens_per_s": sampled_tokens_per_s,
+        "sample_hidden_share": overlap_fraction,
+        "discriminator_auc": auc[0],
+        "discriminator_auc_low": auc[1],
+    }
 
 
 class Progress:
@@ -100,15 +144,15 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Any]]:
         """Return the readable records; skip damaged lines with a warning."""
-        records, damaged = [], 0
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+        records: list[dict[str, Any]] = []
+        skipped: list[int] = []
+        for record in read_records(self.path, "skip", skipped=skipped):
             try:
-                record = json.loads(line)
                 records.append(record | {"step": int(record["step"])})
-            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-                damaged += 1
-        if damaged:
-            log.warning("%s: passed over %d damaged lines", self.path, damaged)
+            except (ValueError, TypeError, KeyError, OverflowError):
+                skipped.append(0)
+        if skipped:
+            log.warning("%s: skipped %d damaged lines", self.path, len(skipped))
         return records
 
     def put(

@@ -17,7 +17,7 @@ from qcrd_fast.models.prompts import TokenIds
 from qcrd_fast.quality.cases import Case
 from qcrd_fast.runs.folder import negatives_name
 from qcrd_fast.train.schedule import Schedule
-from qcrd_fast.utils.files import append_lines, read_lines, write_lines
+from qcrd_fast.utils.files import append_lines, read_records, write_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class NegativeStore:
         chunks: set[int] = set()
         whole: list[dict[str, Any]] = []
         pending: list[dict[str, Any]] = []
-        for record in read_lines(path):
+        for record in read_records(path):
             pending.append(record)
             if "end" in record:
                 if not self._is_whole(iteration, pending, chunks):

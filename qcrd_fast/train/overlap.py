@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import NegativeOptions
 from qcrd_fast.errors import InputError
 from qcrd_fast.generation.engine import WORKER_NAME
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 SHARE = 0.25  # of the multiprocessors that a green context keeps for sampling
 
 
-def choose_overlap(config: TrainConfig, device: torch.device) -> str:
+def choose_overlap(config: NegativeOptions, device: torch.device) -> str:
     """Resolve `--overlap auto`. Raises `InputError` for a kind that this machine does not support."""
     wanted = "serial" if config.overlap == "auto" else config.overlap  # the others are unmeasured
     if wanted in ("priority", "green-context") and device.type != "cuda":

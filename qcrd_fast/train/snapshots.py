@@ -19,7 +19,7 @@ from qcrd_fast.distributed.comm import SINGLE, Comm
 from qcrd_fast.distributed.parallel import unshard
 from qcrd_fast.errors import RunError
 from qcrd_fast.runs.folder import snapshot_name
-from qcrd_fast.utils.files import disk_space_text, sha256, sync
+from qcrd_fast.utils.files import disk_space_text, replacing, sha256, sync
 
 Weights = dict[str, Tensor]
 
@@ -99,18 +99,14 @@ class Snapshots:
             arrived.synchronize()
         self.folder.mkdir(exist_ok=True)
         path = self.path(iteration)
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            save_file(weights, temporary)
-            digest = sha256(temporary)
-            sync(temporary)
-            temporary.replace(path)
+            with replacing(path) as temporary:
+                save_file(weights, temporary)
+                digest = sha256(temporary)
             sync(self.folder)  # a checkpoint that outlives a power cut may need it
         except (OSError, SafetensorError) as error:
             needed = sum(tensor.nbytes for tensor in weights.values())
             raise RunError(f"cannot write {path}: {error} ({disk_space_text(self.folder, needed)})") from error
-        finally:
-            temporary.unlink(missing_ok=True)
         return digest
 
     def wait(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import TeacherOptions, TrainConfig
 from qcrd_fast.distributed.comm import SINGLE, Comm
 from qcrd_fast.distributed.parallel import unshard
 from qcrd_fast.errors import InputError
@@ -100,7 +100,7 @@ class ModelTeaching(Teaching):
     rows: of the student's head; the teacher's may be padded further.
     """
 
-    def __init__(self, model: LocalTeacher, config: TrainConfig, rows: int | None = None, context: bool = False):
+    def __init__(self, model: LocalTeacher, config: TeacherOptions, rows: int | None = None, context: bool = False):
         self.model, self.config, self.context = model, config, context
         self.rows = rows or len(model.head.weight)
         self.weights = model.model.model
@@ -137,7 +137,7 @@ class ModelTeaching(Teaching):
 class SelfTeaching(ModelTeaching):
     """The student as it began, or a moving average of it, reading a rationale before the question."""
 
-    def __init__(self, model: LocalTeacher, config: TrainConfig):
+    def __init__(self, model: LocalTeacher, config: TeacherOptions):
         super().__init__(model, config, context=True)
         self.moving = self.weights if config.teacher_ema < 1 else None
 
@@ -180,7 +180,7 @@ class ReferenceTeaching(Teaching):
 class FileTeaching(Teaching):
     """Log-probs from files, found by question, task and tokens; what is not there is not covered."""
 
-    def __init__(self, files: LogProbs, config: TrainConfig, student: Student):
+    def __init__(self, files: LogProbs, config: TeacherOptions, student: Student):
         self.files, self.tau, self.device = files, config.kd_temperature, student.device
         self.rows = len(student.head.weight)
         self._found: dict[tuple[str, str, str], TopK] = {}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from qcrd_fast.config import SPELLED_OUT, TrainConfig
+from qcrd_fast.config import SPELLED_OUT, OptimizerOptions, TrainConfig
 from qcrd_fast.data.schema import question_text
 from qcrd_fast.data.splits import label_of
 from qcrd_fast.discriminator.cross_fit import Check, CrossFitTrainer, build_judge
@@ -36,15 +36,16 @@ from qcrd_fast.train.checkpointer import Checkpointer, as_before, resume_point
 from qcrd_fast.train.domains import DomainWeights, domain_of, few_of_each
 from qcrd_fast.train.evaluation import Best, Evaluation
 from qcrd_fast.train.examples import Candidate, Example, make_examples
-from qcrd_fast.train.judging import WEIGHT_KINDS, Judges, make_judges
+from qcrd_fast.train.judging import Judges, make_judges
 from qcrd_fast.train.memory_estimate import checkpoint_activations, estimate_memory
 from qcrd_fast.train.methods import has_discriminator, is_on_policy, label_kind, lag_of, method_of, samples_student
-from qcrd_fast.train.metrics_log import MetricsLog, Progress, active_fraction, mean
+from qcrd_fast.train.metrics_log import MetricsLog, Progress, mean, step_record
 from qcrd_fast.train.negatives import LaggedNegatives, SamplingPrompt
-from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.objective import MicroBatch, Objective
 from qcrd_fast.train.overlap import SamplingWorker, choose_overlap
 from qcrd_fast.train.preflight import check_start, require_memory
 from qcrd_fast.train.questions import Data
+from qcrd_fast.train.run_state import RunState
 from qcrd_fast.train.run_text import example_text
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.snapshots import Snapshots
@@ -205,7 +206,8 @@ class Trainer:
         self.config, self.run, self.data, self.schedule, self.comm = config, run, data, schedule, comm
         self.student, self.examples = student, examples
         self.autocast = make_autocast(student.device, config.bf16)
-        self.evaluation = Evaluation(config, run, data, self.autocast, comm)
+        self.state = RunState(config.impl)
+        self.evaluation = Evaluation(config, self.state, run, data, self.autocast, comm)
         self.log = MetricsLog(run, config.report_to, comm, config.run_name)
         self.discriminator_trainer: CrossFitTrainer | None = None
         self.check: Check | None = None  # of the discriminator, the last one
@@ -243,8 +245,10 @@ class Trainer:
             judges = make_judges(
                 config, data.train, self.discriminator_trainer.discriminator if self.discriminator_trainer else None
             )
-        self.objective = make_objective(student, config, judges, self.autocast, warmup, self.strategy)
-        self.objective.teaching = self.teaching
+        self.state.judges = judges
+        self.objective = make_objective(
+            student, config, self.state, self.autocast, warmup, self.strategy, self.teaching
+        )
         self.audits = Audits(config, student.device, comm)
         self.domains = self._weigh_domains() if config.domain_weights != "none" else None
         self.step = 0  # optimizer steps done
@@ -279,11 +283,12 @@ class Trainer:
 
     def _share_model(self) -> Strategy:
         if self.config.fsdp and self.comm.size > 1:  # what needs the model in one piece comes first
-            _ = self.config.shared_prompts and self.student.sharing
+            if self.config.shared_prompts:
+                self.student.probe_sharing()
             if self.lagged:
                 self.lagged.prepare()
         strategy = make_strategy(self.student.model, self.comm, self.config.fsdp)
-        self.student.most = strategy.most
+        self.student.run_as_often(strategy.most)
         return strategy
 
     def describe(self) -> str:
@@ -364,12 +369,11 @@ class Trainer:
         questions = self.schedule.questions(step)
         drawn = [lagged[i] for index in questions if (i := self.examples[index].id) in lagged]
         agreeing = [n for n in drawn if n.case and n.case.agrees]
-        self.objective.sampled_tokens = sum(len(n.tokens) for n in drawn)
+        sampled_tokens = sum(len(n.tokens) for n in drawn)
         if self.config.agreeing_negatives == "drop" and not is_on_policy(self.config):
             lagged = {i: n for i, n in lagged.items() if not (n.case and n.case.agrees)}
         batches = self.schedule.micro_batches(step, self.comm.rank)
-        if self.domains:
-            self.objective.domain_factors = self.domains.factors(step)
+        factors = self.domains.factors(step) if self.domains else {}
 
         def compute(watched: int, audit: Audit | None) -> tuple[dict[str, torch.Tensor], Counter[str]]:
             losses: dict[str, torch.Tensor] = {}
@@ -378,12 +382,13 @@ class Trainer:
                 # dropout, a function of the step and the rank alone
                 torch.manual_seed(seed_from(self.config.seed, step, micro * self.comm.size + self.comm.rank))
                 batch = [self.examples[i] for i in rows or questions[:1]]
-                self.objective.audit = audit if micro == watched else None
+                of_step = MicroBatch(
+                    batch, lagged, len(questions), step, iteration, 1.0 if rows else 0.0, sampled_tokens, factors,
+                    audit if micro == watched else None,
+                )  # fmt: skip
                 with self.strategy.accumulating(last=micro == len(batches) - 1):
                     try:
-                        terms, stats = self.objective.step(
-                            batch, lagged, len(questions), step, iteration, 1.0 if rows else 0.0
-                        )
+                        terms, stats = self.objective.step(of_step)
                     except RunError as error:
                         raise RunError(f"step {step + 1}: {error}") from error
                 for name, value in terms.items():
@@ -414,32 +419,20 @@ class Trainer:
         watched += [f"{what}_lagged_{kind}" for what in ("weight", "weighed") for kind in ("agrees", "differs")]
         self.negatives_seen.update({name: counts[name] for name in watched})
         elapsed = time.perf_counter() - started
-        record = {
-            "step": self.step,
-            "iteration": iteration,
-            "loss": None,
-            "loss_pred": None,
-            "loss_cl": None,
-            "loss_d": self.loss_d,
-            "quality_positive": mean(counts, "quality_positive", "num_positive"),
-            "quality_negative": mean(counts, "quality_negative", "num_negative"),
-            **{f"weight_{kind}": mean(counts, f"weight_{kind}", f"weighed_{kind}") for kind in WEIGHT_KINDS},
-            "lagged_agrees": len(agreeing) / len(drawn) if drawn else None,
-            "active_hinge_lagged": active_fraction(counts, "lagged"),
-            "active_hinge_minority": active_fraction(counts, "minority"),
-            "masked_minority_share": mean(counts, "masked_minorities", "minority_questions"),
-            "lr": lr,
-            "grad_norm": None,
-            "tokens_per_s": counts["tokens"] / elapsed,
-            "step_ms": 1e3 * elapsed,
-            "sample_wait_ms": 1e3 * (sampled - started),
-            "sampled_tokens_per_s": self.lagged.tokens_per_s if self.lagged else None,
-            "sample_hidden_share": self.lagged.overlap_fraction if self.lagged else None,
-            "discriminator_auc": self.check.auc if self.check else None,
-            "discriminator_auc_low": self.check.auc_low if self.check else None,
-            **({"domain_weights": self.domains.weights} if self.domains else {}),
-            **audited,
-        }
+        record = step_record(
+            counts,
+            step=self.step,
+            iteration=iteration,
+            loss_d=self.loss_d,
+            lagged_agrees=len(agreeing) / len(drawn) if drawn else None,
+            lr=lr,
+            elapsed_s=elapsed,
+            sample_wait_s=sampled - started,
+            sampled_tokens_per_s=self.lagged.tokens_per_s if self.lagged else None,
+            overlap_fraction=self.lagged.overlap_fraction if self.lagged else None,
+            auc=(self.check.auc, self.check.auc_low) if self.check else (None, None),
+        )
+        record |= ({"domain_weights": self.domains.weights} if self.domains else {}) | audited
         if self.student.device.type == "cuda":
             record["peak_mib"] = torch.cuda.max_memory_allocated(self.student.device) / 2**20
         extra = self.schedule.alpha_d(iteration) * (self.loss_d or 0.0)  # a3 L_D of Eq. 8
@@ -449,7 +442,7 @@ class Trainer:
     def _fall_back(self) -> None:
         """From here on with `--impl torch`, and without the gradients that are there."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.config = self.objective.config = self.evaluation.config = dataclasses.replace(self.config, impl="torch")
+        self.state.impl = "torch"
         if self.lagged:
             self.lagged.use("torch")
         if self.teaching:
@@ -476,7 +469,7 @@ class Trainer:
             log.warning(
                 "iteration %d: %s rates negatives %.2f on average, so they weigh %.2f and teach little "
                 "(see --quality vote, --discriminator-pretrain-steps, --discriminator-loss)",
-                iteration, self.objective.judges.name or "the judge", score, 1 - score,
+                iteration, self.state.judges.name or "the judge", score, 1 - score,
             )  # fmt: skip
         agrees, differs = (
             mean(seen, f"weight_lagged_{kind}", f"weighed_lagged_{kind}") for kind in ("agrees", "differs")
@@ -543,8 +536,9 @@ class Trainer:
             self._drop_discriminator()
 
     def _drop_discriminator(self) -> None:
-        self.discriminator_trainer = self.checkpointer.discriminator_trainer = None
-        self.objective.judges = make_judges(self.config, self.data.train, None)
+        self.discriminator_trainer = None
+        self.checkpointer.drop_discriminator()
+        self.state.judges = make_judges(self.config, self.data.train, None)
         self.loss_d = None
 
     # Validation, checkpoints, results
@@ -612,7 +606,7 @@ class Trainer:
         return self.evaluation.finish(self.student, self.log, self.best, self.step, told, stopped_early)
 
 
-def _adamw(model: Any, config: TrainConfig) -> torch.optim.AdamW:
+def _adamw(model: Any, config: OptimizerOptions) -> torch.optim.AdamW:
     """AdamW as in Hugging Face: no decay on biases and norms."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -1,8 +1,10 @@
-"""Files that are written whole or not at all, JSONL appends, checks of output paths. Imports no torch."""
+"""Atomic writes, JSONL files, file locks, checks of output paths. Imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 from qcrd_fast.errors import InputError
 
@@ -52,20 +54,34 @@ def require_place(path: Path, option: str) -> None:
     require_writable(path.parent, option)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all (temporary name, fsync, rename)."""
+@contextlib.contextmanager
+def replacing(path: Path, temporary_name: str | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write to; after the block sync it and rename it to `path`.
+
+    If the block or the rename fails, `path` is unchanged and the temporary file is deleted. Raises `InputError` if
+    `path` is a device or pipe.
+    """
     require_file(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(temporary_name or f".{path.name}.tmp")
     try:
-        temporary.unlink(missing_ok=True)
-        with open(temporary, "x", encoding="utf-8", errors="surrogatepass") as file:  # a link is not written through
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.unlink(missing_ok=True)  # of a killed process, or a link, which is not written through
+        yield temporary
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically."""
+    with replacing(path) as temporary, open(temporary, "x", encoding="utf-8", errors="surrogatepass") as file:
+        file.write(text)
+
+
+def own_temporary_name() -> str:
+    """A short temporary name for `replacing` where the final name is a user's and several processes may write it."""
+    return f".qcrd-{os.getpid()}.tmp"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -73,7 +89,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write a JSONL file whole or not at all."""
+    """Write a JSONL file atomically."""
     write_text(path, _lines(records))
 
 
@@ -102,26 +118,70 @@ def _lines(records: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the records of a JSONL file up to the first damaged line."""
-    return (record for record, _ in intact_lines(path))
+def read_records(
+    path: Path,
+    damaged: Literal["stop", "skip", "raise"] = "stop",
+    *,
+    longest: int = -1,
+    skipped: list[int] | None = None,
+    ends: list[int] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSONL file, one a line.
 
+    damaged: what to do at a line that holds no object, or has no end as the last line of a killed writer: stop there,
+    skip it, or raise. "raise" accepts a last line without an end, as people write it, and no missing file, which is
+    empty for the others.
+    longest: bytes of a line; more is damage. -1: no limit.
+    skipped: gets the numbers of the lines that were skipped.
+    ends: gets the offset of the byte behind each object's line.
 
-def intact_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """(record, offset of the byte behind its line) of a JSONL file up to the first damaged line."""
-    if not path.exists():
+    Raises `InputError` as file:line for a damaged line, `OSError` if the file cannot be read.
+    """
+    if damaged != "raise" and not path.exists():
         return
-    end = 0
     with open(path, "rb") as file:
-        for line in file:
-            end += len(line)
+        for number, line in enumerate(iter(lambda: _read_line(file, longest), b""), 1):
+            end = file.tell()
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict) and (line.endswith(b"\n") or damaged == "raise"):
+                if ends is not None:
+                    ends.append(end)
+                yield record
+            elif damaged == "raise":
+                raise InputError(f"{printable(path)}:{number}: no JSON object")
+            elif damaged == "stop":
                 return
-            if not line.endswith(b"\n") or not isinstance(record, dict):
-                return
-            yield record, end
+            elif skipped is not None:
+                skipped.append(number)
+
+
+def _read_line(file: BinaryIO, longest: int) -> bytes:
+    """Read a line, and keep at most `longest` bytes of it."""
+    line = part = file.readline(longest)
+    while len(part) == longest and not part.endswith(b"\n"):
+        part = file.readline(longest)
+    return line
+
+
+def open_locked(path: Path, flags: int = 0, *, wait: bool = False) -> int:
+    """Open a file for reading and writing, lock it, and return its descriptor. The file is created if absent.
+
+    The lock ends when the descriptor is closed or the process ends, so it is never stale. `flags` such as
+    `os.O_APPEND` are added.
+
+    Raises `BlockingIOError` if another process has the lock (`wait`: waits for it instead), `OSError` if the file
+    cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from qcrd_fast.config import TrainConfig
+from qcrd_fast.config import DiscriminatorOptions, NegativeOptions, TrainConfig
 from qcrd_fast.errors import RunError
 from qcrd_fast.utils.memory import free_bytes
 
@@ -75,13 +75,13 @@ def for_weights(config: TrainConfig) -> str:
     return _joined("" if config.use_peft else "--use-peft", several, "a smaller --student")
 
 
-def for_sampling(config: TrainConfig) -> str:
+def for_sampling(config: NegativeOptions) -> str:
     return _joined(
         _halved("--sample-batch-size", config.sample_batch_size), f"--max-new-tokens below {config.max_new_tokens}"
     )
 
 
-def for_judging(config: TrainConfig) -> str:
+def for_judging(config: DiscriminatorOptions) -> str:
     size = config.discriminator_batch_size
     return _joined(_halved("--discriminator-batch-size", size), "a smaller --discriminator, or none")
 

@@ -18,7 +18,8 @@ from qcrd_fast.models.student import Student
 from qcrd_fast.train.examples import make_examples
 from qcrd_fast.train.judging import Judges
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.objective import MicroBatch, Objective
+from qcrd_fast.train.run_state import RunState
 from qcrd_fast.utils.device import make_autocast
 
 ASKED = "Ann has 3 red and 4 blue keys and gives 2 to each of 2 others. How many are left?"
@@ -99,11 +100,11 @@ def test_a_softmin_leans_to_the_likeliest_and_a_judge_weighs(rows_file, llama_fo
     examples = make_examples(loaded, student, config)
 
     def loss(judge=None, **rules):
-        judged = Judges(judges.RuleJudge(judge) if judge else None)
+        state = RunState(config.impl, Judges(judges.RuleJudge(judge) if judge else None))
         made = objective.StudyObjective(
-            student, config, judged, make_autocast(student.device, False), rules=objective.Rules(**rules), total_steps=1
+            student, config, state, make_autocast(student.device, False), rules=objective.Rules(**rules), total_steps=1
         )
-        return made.step(examples, {}, 2, 0, 0)[0]["loss_cl"].item()
+        return made.step(MicroBatch(examples, {}, 2))[0]["loss_cl"].item()
 
     assert (
         loss(positives="min") <= loss(positives="softmin", temperature=0.01) + 1e-6 <= loss(positives="softmin") + 2e-6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 
 import pytest
 
@@ -20,7 +19,7 @@ from qcrd_fast.teacher_signal.local import LocalTeacher
 from qcrd_fast.teacher_signal.score import ScoreSettings, _targets
 from qcrd_fast.train.examples import make_examples
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.train.objective import Objective, _prompts
+from qcrd_fast.train.objective import MicroBatch, Objective, _prompts
 from qcrd_fast.train.questions import Data
 from qcrd_fast.train.teaching import ModelTeaching, asked_of
 from qcrd_fast.utils.device import make_autocast
@@ -128,7 +127,7 @@ def test_what_the_student_says_is_asked_for_in_the_questions_view(student, rows_
     [example] = make_examples([question], student, config)
     lagged[question.id] = Negative(student.target_ids("So 5."), "So 5.")
     objective = Objective(student, config, None, make_autocast(student.device, False))
-    weighted = objective._weigh([example], lagged, 1, 0, 0, Counter())
+    weighted, _ = objective.weigh(MicroBatch([example], lagged, 1))
     [asked] = asked_of([example], weighted.candidates, weighted.question)
     assert ModelTeaching(LocalTeacher(student), config).source(asked) == example.explain
     assert example.explain == student.source_ids(EXPLAIN + VIEWS["short"], question.question)

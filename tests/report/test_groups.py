@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from html import escape
-
-from qcrd_fast.report.groups import groups_table
+from qcrd_fast.report.groups import group_rows
 
 
 def test_a_row_a_domain_and_a_view():
@@ -13,12 +11,11 @@ def test_a_row_a_domain_and_a_view():
         "accuracy_by_view": {"steps": {"accuracy": 0.75, "n": 4}},
         "domain_weights": {"<add>": 0.25, "sub": 0.75},
     }
-    table = groups_table(results, lambda value: escape(str(value)))
-    assert table.count("<tr>") == 4
-    assert "<td>domain</td><td>&lt;add&gt;</td><td>0.500</td><td>0.150 to 0.850</td><td>4</td><td>0.250</td>" in table
-    assert "<td>view</td><td>steps</td><td>0.750</td>" in table
+    add, sub, steps = group_rows(results)
+    assert add == ("domain", "<add>", "0.500", "0.150 to 0.850", 4, "0.250")
+    assert sub[1:3] == ("sub", "1.000") and steps[:3] == ("view", "steps", "0.750") and steps[-1] == ""
 
 
-def test_no_groups_or_damaged_ones_make_no_table():
-    assert groups_table({}, str) == ""
-    assert groups_table({"accuracy_by_domain": {"a": {"accuracy": "x", "n": 1}}, "domain_weights": 3}, str) == ""
+def test_no_groups_or_damaged_ones_make_no_rows():
+    assert group_rows({}) == []
+    assert group_rows({"accuracy_by_domain": {"a": {"accuracy": "x", "n": 1}}, "domain_weights": 3}) == []

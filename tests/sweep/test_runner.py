@@ -23,8 +23,8 @@ from qcrd_fast.data import splits
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.sweep import intervals, results_csv, runner
 from qcrd_fast.sweep.job import key, options_text
-from qcrd_fast.train.methods import check_teacher
 from qcrd_fast.sweep.rationale_checks import equations, judge_rationale, summarize
+from qcrd_fast.train.methods import check_teacher
 from tests.support.paths import DATA, ROOT
 
 EVERY_RECIPE = sorted((ROOT / "recipes").glob("*.yaml"))

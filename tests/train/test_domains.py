@@ -19,7 +19,7 @@ from qcrd_fast.teacher_signal.local import LocalTeacher
 from qcrd_fast.train.domains import DomainWeights, factors, few_of_each, first_weights, next_weights, teacher_losses
 from qcrd_fast.train.examples import make_examples
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.objective import MicroBatch, Objective
 from qcrd_fast.train.teaching import ModelTeaching
 from qcrd_fast.train.trainer import train
 from qcrd_fast.utils.device import make_autocast
@@ -94,7 +94,7 @@ def test_a_question_that_weighs_twice_counts_as_two(method, llama_folder, rows_f
     def gradients(*questions):
         batch = make_examples(questions, student, config)
         student.model.zero_grad(set_to_none=True)
-        Objective(student, config, None, make_autocast(student.device, False)).step(batch, {}, 3, 0, 0)
+        Objective(student, config, None, make_autocast(student.device, False)).step(MicroBatch(batch, {}, 3))
         return {name: p.grad.clone() for name, p in student.model.named_parameters()}
 
     twice = gradients(dataclasses.replace(a, weight=2.0), dataclasses.replace(b, weight=0.0))
@@ -118,11 +118,11 @@ def test_what_the_student_says_counts_as_its_question_does(method, llama_folder,
 
     def gradients(*weights):
         questions = [dataclasses.replace(q, weight=w) for q, w in zip((a, b), weights, strict=True)]
-        objective = Objective(student, config, None, make_autocast(student.device, False))
-        objective.teaching = ModelTeaching(teacher, config)
-        objective.sampled_tokens = sum(len(each.tokens) for each in said.values())
+        autocast = make_autocast(student.device, False)
+        objective = Objective(student, config, None, autocast, teaching=ModelTeaching(teacher, config))
+        tokens = sum(len(each.tokens) for each in said.values())
         student.model.zero_grad(set_to_none=True)
-        objective.step(make_examples(questions, student, config), said, 2, 0, 0)
+        objective.step(MicroBatch(make_examples(questions, student, config), said, 2, sampled_tokens=tokens))
         return torch.cat([p.grad.flatten() for p in student.model.parameters()])
 
     one, other, both = gradients(2.0, 0.0), gradients(0.0, 1.0), gradients(2.0, 1.0)

@@ -16,7 +16,7 @@ from qcrd_fast.runs.folder import checkpoint_path
 from qcrd_fast.teacher_signal.local import LocalTeacher
 from qcrd_fast.train.examples import make_examples
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.objective import MicroBatch, Objective
 from qcrd_fast.train.teaching import ModelTeaching
 from qcrd_fast.train.trainer import train
 from qcrd_fast.utils.device import make_autocast
@@ -46,9 +46,9 @@ def test_the_loss_of_a_micro_batch_by_hand(family, own, rows_file, request):
     student.model.eval()
     batch = make_examples(load_questions(str(rows_file), split="train").questions[:3], student, config)
     said = {e.id: Negative(student.target_ids(f"So {i}."), f"So {i}.") for i, e in enumerate(batch[:2])}
-    objective = Objective(student, config, None, make_autocast(student.device, None))
-    objective.teaching = ModelTeaching(LocalTeacher(teacher), config)
-    losses, _ = objective.step(batch, said if own else {}, 3, 0, 0)
+    teaching = ModelTeaching(LocalTeacher(teacher), config)
+    objective = Objective(student, config, None, make_autocast(student.device, None), teaching=teaching)
+    losses, _ = objective.step(MicroBatch(batch, said if own else {}, 3))
     grads = {name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None}
     student.model.zero_grad()
 
@@ -66,7 +66,7 @@ def test_the_loss_of_a_micro_batch_by_hand(family, own, rows_file, request):
         if own and e.id in said:
             expected = expected + own / 3 * mean_divergence(e, said[e.id].tokens)
     plain = Objective(student, TrainConfig(method="single-task"), None, make_autocast(student.device, None))
-    labels = plain.step(batch, {}, 3, 0, 0)[0]["loss"]
+    labels = plain.step(MicroBatch(batch, {}, 3))[0]["loss"]
     assert losses["loss_cl"].item() == pytest.approx(expected.item(), rel=1e-9)
     assert losses["loss"].item() == pytest.approx(float(config.alpha_pred * labels + 0.8 * expected), rel=1e-9)
     for p in student.model.parameters():

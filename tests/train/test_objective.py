@@ -15,7 +15,7 @@ from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.examples import make_examples
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.train.objective import MI_WEIGHT, Objective
+from qcrd_fast.train.objective import MI_WEIGHT, MicroBatch, Objective
 from qcrd_fast.utils.device import make_autocast
 from tests.support.short_runs import PARTS
 
@@ -52,7 +52,7 @@ def step(student, config, rows_file, at_step=0):
     objective = Objective(student, config, None, make_autocast(student.device, config.bf16))
     student.model.train()
     student.model.zero_grad(set_to_none=True)
-    losses, stats = objective.step(batch, lagged, 5, at_step, 0)
+    losses, stats = objective.step(MicroBatch(batch, lagged, 5, at_step))
     gradients = {n: p.grad.clone() for n, p in student.model.named_parameters() if p.grad is not None}
     return {n: v.item() for n, v in losses.items()}, gradients, stats
 
@@ -159,5 +159,5 @@ def test_mutual_information_is_that_of_the_equations(student, rows_file):
 def test_mi_without_a_rationale_teaches_labels_alone(student, rows_file):
     config = TrainConfig(method="mi")
     batch, _ = batch_of(student, config, rows_file)
-    losses, _ = Objective(student, config, None, contextlib.nullcontext).step(batch[1:2], {}, 1, 0, 0)
+    losses, _ = Objective(student, config, None, contextlib.nullcontext).step(MicroBatch(batch[1:2], {}, 1))
     assert losses["loss_cl"] == losses["loss_mi"] == 0 and losses["loss_pred"] > 0

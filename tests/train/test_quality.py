@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections import Counter
 
 import pytest
 import yaml
@@ -24,7 +23,8 @@ from qcrd_fast.runs.folder import checkpoint_path
 from qcrd_fast.train.examples import make_examples
 from qcrd_fast.train.judging import Judges
 from qcrd_fast.train.negative_store import Negative
-from qcrd_fast.train.objective import Objective
+from qcrd_fast.train.objective import MicroBatch, Objective
+from qcrd_fast.train.run_state import RunState
 from qcrd_fast.train.schedule import Schedule
 from qcrd_fast.train.student_answers import StudentAnswers
 from qcrd_fast.train.trainer import Trainer, train
@@ -62,9 +62,9 @@ def candidates_of(student, config, judges):
     example = make_examples([QUESTION], student, config)[0]
     text = "First 3 + 4 = 7. Then 7 - 2 = 5 are left."
     own = Negative(student.target_ids(text), text, case=student_case(QUESTION, text))
-    objective = Objective(student, config, judges, contextlib.nullcontext)
+    objective = Objective(student, config, RunState(config.impl, judges or Judges()), contextlib.nullcontext)
     found = example.candidates({"q": own})
-    return objective._quality([example], found, [0] * len(found))
+    return objective.quality([example], found, [0] * len(found))
 
 
 def test_positives_and_negatives_have_judges_of_their_own(student):
@@ -81,14 +81,15 @@ def test_positives_of_sft_all_are_weighted_and_count_as_before(student):
     config = TrainConfig(method="sft-all", positive_quality="vote")
     one = dataclasses.replace(QUESTION, id="one", positives=QUESTION.positives[:1])
     example, alone = make_examples([QUESTION, one], student, config)
-    objective = Objective(student, config, Judges(Halves(), None), contextlib.nullcontext)
-    chosen = objective._weigh([example], {}, 4, 0, 0, stats := Counter())
+    state = RunState(config.impl, Judges(Halves(), None))
+    objective = Objective(student, config, state, contextlib.nullcontext)
+    chosen, stats = objective.weigh(MicroBatch([example], {}, 4))
     assert chosen.weight == [0.0, 0.25] and stats["weighed_majority"] == 2 and stats["weight_majority"] == 0.75
-    assert objective._weigh([alone], {}, 4, 0, 0, stats).weight == [0.0]  # nothing of it is worth learning
-    objective.judges = Judges(make_judge("vote", [QUESTION]), None)
-    assert objective._weigh([example], {}, 4, 0, 0, stats).weight == [0.125, 0.125]
+    assert objective.weigh(MicroBatch([alone], {}, 4))[0].weight == [0.0]  # nothing of it is worth learning
+    state.judges = Judges(make_judge("vote", [QUESTION]), None)
+    assert objective.weigh(MicroBatch([example], {}, 4))[0].weight == [0.125, 0.125]
     plain = Objective(student, dataclasses.replace(config, positive_quality=None), None, contextlib.nullcontext)
-    assert plain._weigh([example], {}, 4, 0, 0, stats).weight == [0.125, 0.125]
+    assert plain.weigh(MicroBatch([example], {}, 4))[0].weight == [0.125, 0.125]
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_the_literal_form_counts_padding(family, rows_file, tmp_path, request):
     from qcrd_fast.data.load import load_questions
     from qcrd_fast.ops.topk_kl import linear_top
     from qcrd_fast.train.examples import make_examples
-    from qcrd_fast.train.objective import Objective
+    from qcrd_fast.train.objective import MicroBatch, Objective
     from qcrd_fast.train.teaching import ModelTeaching, pad_all
     from qcrd_fast.utils.device import make_autocast
 
@@ -199,11 +199,11 @@ def test_the_literal_form_counts_padding(family, rows_file, tmp_path, request):
     student.model.eval()
     teacher.model.eval()
     batch = make_examples(load_questions(str(rows_file), split="train").questions[:2], student, config)
-    objective = Objective(student, config, None, make_autocast(student.device, None))
-    objective.teaching = ModelTeaching(LocalTeacher(teacher), config)
-    losses, _ = objective.step(batch, {}, 2, 0, 0)
+    teaching = ModelTeaching(LocalTeacher(teacher), config)
+    objective = Objective(student, config, None, make_autocast(student.device, None), teaching=teaching)
+    losses, _ = objective.step(MicroBatch(batch, {}, 2))
     plain = Objective(student, TrainConfig(method="sft-all"), None, make_autocast(student.device, None))
-    ce = plain.step(batch, {}, 2, 0, 0)[0]["loss"]
+    ce = plain.step(MicroBatch(batch, {}, 2))[0]["loss"]
     sources, targets = [], []
     for e in batch:
         for source, target in [(e.predict, e.label), *((e.explain, c.tokens) for c in e.positives)]:
