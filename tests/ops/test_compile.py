@@ -69,9 +69,9 @@ def test_what_is_compiled(rows: list[Row]) -> None:
 
 
 @pytest.mark.slow
-def test_every_variant_on_every_gpu() -> None:
-    for capability in GPUS:
-        check(list(rows_of(capability, counting=lambda *_: False)))
+@pytest.mark.parametrize("capability", GPUS)
+def test_every_variant_on_every_gpu(capability: int) -> None:
+    check(list(rows_of(capability, counting=lambda *_: False)))
 
 
 def test_two_programs_of_an_h100_wherever_tiles_are_narrow(rows: list[Row]) -> None:

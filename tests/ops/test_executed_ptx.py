@@ -32,9 +32,16 @@ from tests.support.ptx.values import Fault
 CPU = torch.device("cpu")
 CHECKS = {check.name: check for check in find_checks(SMALL)}
 IN_FP32 = ("log p, every option", "loss of known weights", "tokens, top-k 50")  # and what has no other type
-ON_HOPPER = ("KL, reverse", "KL, mixture")  # alone: the grid has them everywhere
+# on sm_80 other options and sizes of kernels that other cases have there
+SLOW = (
+    *("log p, softcap", "log p, sizes that tiles divide", "log p, a tile of ignored rows", "log p of few rows"),
+    *("loss of known weights, bias", "KL, reverse"),
+)
 CASES = [
-    *((80, name, check.dtypes[0]) for name, check in CHECKS.items() if name not in ON_HOPPER),
+    *(
+        pytest.param(80, name, check.dtypes[0], marks=[pytest.mark.slow] * (name in SLOW))
+        for name, check in CHECKS.items()
+    ),
     *((90, name, check.dtypes[0]) for name, check in CHECKS.items()),
     *((90, name, "fp32") for name in IN_FP32),
 ]
@@ -81,19 +88,18 @@ def test_ragged_batches_compile_nothing_new(monkeypatch: pytest.MonkeyPatch) -> 
     assert made[:4] == [made[0]] * 4 and made[4:] == [made[4]] * 4, made
 
 
-@pytest.mark.parametrize("tile", [Tile(64, 128, 64, 4, 3, True), Tile(128, 256, 64, 8, 3, True)], ids=str)
-def test_copy_engine_in_any_order(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Operands through descriptors, with warps and programs in an order drawn at random."""
-    monkeypatch.setattr(product, "forced_tile", tile)
+def test_copy_engine_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands through descriptors, with warps and programs in an order drawn at random; the tile of few rows."""
+    monkeypatch.setattr(product, "forced_tile", Tile(64, 128, 64, 4, 3, True))
     with executing(90, shuffle=1):
         errors = check_logprob(torch.bfloat16, CPU, *SMALL)
     assert judge(errors, "bf16"), errors
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_wide_heads_on_hopper(dtype: str) -> None:
-    """From H = 1024 on: 128 x 256, operands by the copy engine."""
-    with executing(90) as executed:
+    """From H = 1024 on: 128 x 256, operands by the copy engine; in an order drawn at random."""
+    with executing(90, shuffle=1) as executed:
         errors = check_logprob(DTYPES[dtype], CPU, 128, 1024, 300)
     assert judge(errors, dtype), errors
     for kernel in ("forward_kernel", "dlogits_kernel"):
@@ -138,7 +144,7 @@ def test_no_noise_is_above_its_bound() -> None:
 def nearly_tied(B: int, V: int) -> tuple[torch.Tensor, ...]:
     """(hidden, weight, key, counter): logits of a trained head's spread, and half of them so large that their noisy
     sums, in fp32, are equal for many entries."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(6)
     hidden = torch.zeros(B, 16, dtype=torch.bfloat16)
     hidden[:, 0], hidden[::2, 1] = 1, 1
     weight = torch.zeros(V, 16, dtype=torch.bfloat16)
@@ -150,13 +156,13 @@ def nearly_tied(B: int, V: int) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_noise_is_left_out_where_it_cannot_win(capability: int) -> None:
     """Among them ties, of which the first entry wins; with a bound that is 3 too low, some winners are lost."""
-    call = nearly_tied(6, 4099)
+    call = nearly_tied(6, 2051)
     noisy = (call[0].double() @ call[1].double().T).float() + gumbel(*call[2:], size=len(call[1])).float()
     largest = noisy == noisy.max(1, keepdim=True).values
     assert largest.sum(1).max() > 2
     expected = torch.stack([row.nonzero()[0, 0] for row in largest])
     with executing(capability, multiprocessors=16, shuffle=1) as executed:
-        assert torch.equal(sampled(*call, impl="triton"), expected) and executed.programs["product_kernel"] > 8
+        assert torch.equal(sampled(*call, impl="triton"), expected) and executed.programs["product_kernel"] > 4
 
     def lower(kernel: str, ptx: str) -> str:
         bound = struct.pack(">f", 110.212).hex().upper()
@@ -232,7 +238,9 @@ def test_a_register_pair_may_lack_the_half_that_nothing_reads() -> None:
 
 
 def test_checks_are_the_whole_of_the_kernels() -> None:
-    """A kernel that is added is executed too."""
+    """A kernel that is added is executed too, and none by slow tests alone."""
+    quick = {kernel for name, check in CHECKS.items() if name not in SLOW for kernel in check.kernels}
+    assert quick == {kernel for check in CHECKS.values() for kernel in check.kernels}
     names = {name for module in (kernels, contrastive, linear_kl, linear_sample) for name in vars(module)}
     assert {name for check in find_checks(SMALL) for name in check.kernels} == {
         n for n in names if n.endswith("_kernel") or n == "dlogits_from_saved"
