@@ -345,7 +345,7 @@ def test_questions_without_an_answer_or_of_the_test_set_are_set_aside(files, tmp
     pool = write(tmp_path / "pool.jsonl", rows)
     plan = run(capsys, [*arguments(files, output_dir=tmp_path / "run", pool=pool), "--dry-run"])
     assert plan["pool"] == 2 and not (tmp_path / "run").exists()
-    rows[2] |= {"split": "test"}
+    rows[1], rows[2] = rows[1] | {"split": "train"}, rows[2] | {"split": "test"}
     again = rows[1] | {"id": "again", "question": rows[1]["question"].replace(". ", ".  ")}
     pool = write(tmp_path / "pool.jsonl", [*rows, again])
     plan = run(capsys, [*arguments(files, output_dir=tmp_path / "run", pool=pool), "--dry-run"])
