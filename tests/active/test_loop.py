@@ -14,7 +14,7 @@ import yaml
 from cli.main import entry
 from qcrd_fast.active import loop
 from qcrd_fast.active import student as students
-from qcrd_fast.active.options import ActiveConfig
+from qcrd_fast.active.options import REFUSED, ActiveConfig
 from qcrd_fast.active.revision import Explanation
 from qcrd_fast.active.setup import idle_options
 from qcrd_fast.models.prompts import Prompter, PromptSettings
@@ -327,6 +327,13 @@ def test_what_is_refused_before_anything_is_written(files, tmp_path, capsys, opt
     err = run(capsys, arguments(files, output_dir=out, **options), 2)
     assert message in err, err
     assert not out.exists()
+
+
+def test_the_help_offers_what_active_takes(capsys):
+    assert entry(["active", "--help-all"]) == 0
+    told = capsys.readouterr().out
+    assert [name for name in REFUSED if f"--{name.replace('_', '-')} " in told] == []
+    assert "a share of --data" not in told and "or a checkpoint folder" not in told
 
 
 def test_options_that_nothing_reads_are_named():
