@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from qcrd_fast.active.options import TRAIN_DEFAULTS, ActiveConfig
+from qcrd_fast.active.options import REFUSED, TRAIN_DEFAULTS, ActiveConfig
 from qcrd_fast.config import TrainConfig
 
 from . import console
@@ -27,10 +27,18 @@ from .options import (
 OWN = {field.name for field in dataclasses.fields(ActiveConfig)}
 TRAINED = tuple(f.name for f in dataclasses.fields(TrainConfig) if f.name not in (*OWN, "teacher_logprobs"))
 
+HIDDEN = ("reasoning_task", "validation_fraction", *REFUSED)
+HELP = {
+    "eval_data": "validation rows, needed: they say which round is the best, and when to stop",
+    "test_data": "test rows, read once, at the end, for the best round",
+    "method": "training objective of a round; opd, mentor-kd and gkd are not for active, whose teacher writes text",
+    "resume": "auto: continue where the run was",
+}
+
 
 @click.command(cls=Verb)
 @config_options(ActiveConfig)
-@train_options(TRAIN_DEFAULTS, hidden=("data", "reasoning_task", "validation_fraction"), only=TRAINED)
+@train_options(TRAIN_DEFAULTS, hidden=HIDDEN, only=TRAINED, help=HELP)
 @config_option
 @dry_run_option
 @json_option

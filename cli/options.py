@@ -182,11 +182,14 @@ def _type(kind: type, meta: Any, can_be_none: bool) -> click.ParamType:
 
 
 def train_options(
-    defaults: Mapping[str, Any] | None = None, hidden: Sequence[str] = (), only: Sequence[str] | None = None
+    defaults: Mapping[str, Any] | None = None,
+    hidden: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    help: Mapping[str, str] | None = None,
 ) -> Callable[[Any], Any]:
-    """Decorator: every field of `TrainConfig`, or `only` these, as an option; `defaults` are shown instead of their
-    own."""
-    return config_options(TrainConfig, TrainOption, defaults, hidden, only)
+    """Decorator: every field of `TrainConfig`, or `only` these, as an option; `defaults` and `help` are shown instead
+    of their own."""
+    return config_options(TrainConfig, TrainOption, defaults, hidden, only, help)
 
 
 def config_options(
@@ -195,14 +198,16 @@ def config_options(
     defaults: Mapping[str, Any] | None = None,
     hidden: Sequence[str] = (),
     only: Sequence[str] | None = None,
+    help: Mapping[str, str] | None = None,
 ) -> Callable[[Any], Any]:
-    """Decorator: every field of a config class, or `only` these, as an option."""
+    """Decorator: every field of a config class, or `only` these, as an option, with their help or this."""
     hints = typing.get_type_hints(config)
 
     def decorate(command: Any) -> Any:
         for field in reversed([f for f in dataclasses.fields(config) if only is None or f.name in only]):
             shown = (defaults or {}).get(field.name, field.default)
             option = kind(field, hints[field.name], shown, hidden=field.name in hidden)
+            option.help = (help or {}).get(field.name, option.help)
             command.__dict__.setdefault("__click_params__", []).append(option)
         return command
 

@@ -111,8 +111,8 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str]) -> None:
             cells = [arm, str(len(rows))]
             for metric in METRICS:
                 values = [float(r[metric]) for r in rows.values()]
-                spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
-                cells.append(f"{np.mean(values):.3f} ({spread:.3f})")
+                spread = f"{np.std(values, ddof=1):.3f}" if len(values) > 1 else "-"
+                cells.append(f"{np.mean(values):.3f} ({spread})")
             cells += [
                 f"{np.mean([float(r[name]) for r in rows.values()]):.3g}"
                 for name in ("faithful", "nll_sound", "entropy", "cpu_s")

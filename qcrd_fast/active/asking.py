@@ -81,6 +81,7 @@ class Asking:
     def __init__(self, round: int, ledger: ActiveLedger, limits: Limits, signals: StopSignals):
         self.round, self.ledger, self.limits, self.signals = round, ledger, limits, signals
         self.exhausted: str | None = None
+        self._last: Failed | None = None  # why the last question that failed did
         ends = {"budget": limits.budget}
         if limits.round is not None:
             ends["round"] = ledger.before(round) + limits.round
@@ -135,13 +136,14 @@ class Asking:
     async def converse(self, conversations: Sequence[Conversation], settings: EndpointSettings) -> None:
         """Ask an endpoint, `settings.concurrency` conversations at a time.
 
-        Raises `RunError` where no request can succeed, or too many questions in a row fail; `Stopped` after a signal.
+        Raises `RunError` where no request can succeed, too many questions in a row fail, or no request of the run has
+        brought a reply; `Stopped` after a signal.
         """
         for conversation in conversations:
             conversation.replay(self.ledger)
         waiting = iter([c for c in conversations if c.request is not None])
         self.why: Exception | None = None
-        self._failures = 0
+        self._failures, self._last = 0, None
         async with Endpoint(settings) as endpoint:
             tasks = {asyncio.create_task(self._work(endpoint, waiting)) for _ in range(settings.concurrency)}
             while tasks:
@@ -158,6 +160,10 @@ class Asking:
                         task.cancel()
         if self.why is not None:
             raise self.why
+        if self._last is not None and not self.ledger.samples:
+            raise RunError(
+                f"no request has brought a reply, the last one: {self._last}; continue with --resume auto"
+            ) from self._last
 
     async def _work(self, endpoint: Endpoint, waiting: Iterator[Conversation]) -> None:
         for conversation in waiting:
@@ -171,7 +177,7 @@ class Asking:
             except Failed as error:
                 if refused := refusal(error, endpoint.base, endpoint.settings.api):
                     raise refused from error
-                self._failures += 1
+                self._failures, self._last = self._failures + 1, error
                 log.warning("question %r: %s", conversation.question.id, error)
                 conversation.fail()
                 if self._failures >= MAX_FAILURES:

@@ -22,6 +22,16 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 BY = tuple(name for name in SELECTORS if name != "agree")  # which is of a teacher's votes, that a pool has none of
 # of `train`, which `active` sets for each round
 OWN = ("data", "eval_data", "test_data", "output_dir", "resume", "student")
+# of `train`, and why not
+REFUSED = {
+    "data": "is not for active: its questions are --pool",
+    **dict.fromkeys(
+        ("train_fraction", "max_samples"),
+        "is not for active: --top and --budget-tokens say how many questions are used",
+    ),
+    "early_stopping_patience": "is not for active: its rounds end by --flat-rounds",
+    "fsdp": "is not supported by active",
+}
 FREE = {"concurrency", "timeout", "deadline", "pool"}  # what a resumed run may change; the questions are compared
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from qcrd_fast.active import teachers
 from qcrd_fast.active.folder import CONFIG
-from qcrd_fast.active.options import FREE, OWN, TRAIN_DEFAULTS, ActiveConfig
+from qcrd_fast.active.options import FREE, OWN, REFUSED, TRAIN_DEFAULTS, ActiveConfig
 from qcrd_fast.active.prompts import Prompts
 from qcrd_fast.collect.collection import REPLAY, check_teacher
 from qcrd_fast.collect.endpoint import Endpoint, EndpointSettings
@@ -37,15 +37,6 @@ from qcrd_fast.utils.files import printable, write_text
 log = logging.getLogger(__name__)
 NEEDED = ("eval_data", "output_dir", "student")
 TAUGHT = tuple(name for name, method in METHODS.items() if TEACHERS[method.teacher])
-REFUSED = {
-    "data": "is not for active: its questions are --pool",
-    **dict.fromkeys(
-        ("train_fraction", "max_samples"),
-        "is not for active: --top and --budget-tokens say how many questions are used",
-    ),
-    "early_stopping_patience": "is not for active: its rounds end by --flat-rounds",
-    "fsdp": "is not supported by active",
-}
 
 
 class Setup:

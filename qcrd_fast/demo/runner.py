@@ -17,7 +17,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.demo import problems
 from qcrd_fast.errors import InputError
 from qcrd_fast.runs.folder import RunFolder
-from qcrd_fast.train.methods import without_others_teacher
+from qcrd_fast.train.methods import each_with_its_teacher
 from qcrd_fast.utils.files import remove_tree, write_lines
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ def run_demo(
                 f"--resume {configs[0].resume} is for one run; with --compare, --resume auto continues both"
             )
         other = str(Path(output_dir) / COMPARE / compare)
-        second = _config(overrides | paths | {"output_dir": other, "method": compare})
-        configs = [without_others_teacher(configs[0]), without_others_teacher(second)]
+        configs.append(_config(overrides | paths | {"output_dir": other, "method": compare}))
+    configs = each_with_its_teacher(configs)
     if dry_run:
         plan = {"questions": QUESTIONS, "test": TEST_QUESTIONS, "config": configs[0].resolved().to_dict()}
         return plan | ({"compare": configs[1].resolved().to_dict()} if compare else {})

@@ -61,6 +61,8 @@ class Policy:
         if self.drop_above is not None:
             return [pairs[i] for i in policy.drop_above(rows, scores, name, self.drop_above)]
         if self.weight:
+            if count := sum(row.weight is not None for row in rows):
+                log.warning("--weight takes the place of the weight that %d rows have", count)
             weights = policy.weights(rows, scores, name, reverse=self.reverse)
             return [
                 (dataclasses.replace(row, weight=w), of_row) for (row, of_row), w in zip(pairs, weights, strict=True)

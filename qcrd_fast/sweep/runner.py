@@ -24,7 +24,7 @@ from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.runs.folder import FINAL, NEGATIVES, RESULTS, SNAPSHOTS
 from qcrd_fast.sweep.job import ATTEMPTS, JUDGED, WHERE, Job, data_digest
 from qcrd_fast.sweep.results_csv import append_row, check_csv, row
-from qcrd_fast.train.methods import method_of, without_others_teacher
+from qcrd_fast.train.methods import each_with_its_teacher, method_of
 from qcrd_fast.utils.config_files import read_yaml
 from qcrd_fast.utils.environment import commit
 from qcrd_fast.utils.files import append_lines, remove_tree, write_json, write_text
@@ -83,14 +83,15 @@ def plan(
 ) -> list[Job]:
     """Return the runs of every method and seed, in OUTPUT/seed-N, or OUTPUT/METHOD/seed-N with several methods.
 
-    Raises `InputError` for data that is not there.
+    Raises `InputError` for data that is not there, and for a method without the teacher that it needs.
     """
     jobs = []
     for seed in seeds:  # a seed of every method first: an early look compares them
-        for method in methods:
+        several = each_with_its_teacher([dataclasses.replace(config, method=method) for method in methods])
+        for method, own in zip(methods, several, strict=True):
             folder = Path(str(config.output_dir)) / (method if len(methods) > 1 else "") / f"seed-{seed}"
-            one = dataclasses.replace(config, seed=seed, method=method, output_dir=str(folder), resume="auto")
-            jobs.append(Job(without_others_teacher(one) if len(methods) > 1 else one, recipe, judge))
+            one = dataclasses.replace(own, seed=seed, output_dir=str(folder), resume="auto")
+            jobs.append(Job(one, recipe, judge))
     check_data(jobs)
     return jobs
 

@@ -76,6 +76,8 @@ def score_teacher(settings: ScoreSettings, *, dry_run: bool = False) -> tuple[di
         raise InputError("--temperature: a server gives the log-probs at temperature 1")
     if settings.is_url and not settings.student:
         raise InputError("--student is needed: its tokens are what a server is asked to score")
+    if settings.teacher_model and not settings.is_url:
+        raise InputError("--teacher-model names a model of a server; --teacher is no URL")
     loaded = load_questions(settings.data, split="train", task=settings.task, on_bad_row=settings.on_bad_row)
     log.info("%s", loaded.taken_for)
     for row in loaded.skipped:

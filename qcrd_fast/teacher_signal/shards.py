@@ -189,7 +189,7 @@ def _is_entry(row: dict[str, Any]) -> bool:
     if not isinstance(row.get("key"), str) or not all(isinstance(p, list) and len(p) == len(parts[0]) for p in parts):
         return False
     tokens, logprobs, ids, top = parts
-    pairs = zip(ids, top, strict=True)
+    pairs = list(zip(ids, top, strict=True))
     return (
         all(type(token) is int for token in tokens)
         and all(isinstance(x, int | float) for x in logprobs)

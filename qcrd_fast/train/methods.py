@@ -7,7 +7,7 @@ A new method is a name there and a row of `METHODS`: the weights of a question's
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from qcrd_fast.config import TEACHER_OPTIONS, MethodOptions, TrainConfig
@@ -97,11 +97,18 @@ def method_of(config: MethodOptions) -> Method:
     return METHODS[config.method]
 
 
-def without_others_teacher(config: TrainConfig) -> TrainConfig:
-    """The config without the options of a teacher that its method does not take, for a method among several."""
-    kept = TEACHERS[method_of(config).teacher]
-    others: dict[str, Any] = {name: None for name in TEACHER_OPTIONS if name not in kept}
-    return dataclasses.replace(config, **others)
+def each_with_its_teacher(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
+    """Configs of several methods that share their options, each with those of a teacher alone that it takes.
+
+    Raises `InputError` as `check_teacher`, for one that none takes too.
+    """
+    taken = {name for config in configs for name in TEACHERS[method_of(config).teacher]}
+    found = []
+    for config in configs:
+        others: dict[str, Any] = dict.fromkeys(taken.difference(TEACHERS[method_of(config).teacher]))
+        found.append(dataclasses.replace(config, **others))
+        check_teacher(found[-1])
+    return found
 
 
 def check_teacher(config: TrainConfig) -> None:

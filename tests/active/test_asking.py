@@ -153,6 +153,19 @@ def test_questions_that_fail_one_after_the_other_stop_the_run(tmp_path):
         ask(tmp_path / "ledger.jsonl", server, conversations(30), 100_000, concurrency=1)
 
 
+def test_a_server_that_never_replies_is_no_round(tmp_path):
+    """The questions are asked again when it does; one that fails among others is passed over."""
+    path, talks = tmp_path / "ledger.jsonl", conversations(3)
+    none = pytest.raises(RunError, match=r"no request has brought a reply, the last one: .*400")
+    with fake_teacher.serving(fake_teacher.status(400)) as server, none:
+        ask(path, server, talks, 100_000)
+    talks = conversations(3)
+    with fake_teacher.serving(judge) as server:
+        server.plan = [fake_teacher.status(400)]
+        ask(path, server, talks, 100_000)
+    assert sorted(t.outcome.result for t in talks) == ["kept", "kept", "request failed"]
+
+
 def test_requests_run_side_by_side(tmp_path):
     most, now, lock = [0], [0], threading.Lock()
 

@@ -14,7 +14,7 @@ import yaml
 from cli.main import entry
 from qcrd_fast.active import loop
 from qcrd_fast.active import student as students
-from qcrd_fast.active.options import ActiveConfig
+from qcrd_fast.active.options import REFUSED, ActiveConfig
 from qcrd_fast.active.revision import Explanation
 from qcrd_fast.active.setup import idle_options
 from qcrd_fast.models.prompts import Prompter, PromptSettings
@@ -329,6 +329,13 @@ def test_what_is_refused_before_anything_is_written(files, tmp_path, capsys, opt
     assert not out.exists()
 
 
+def test_the_help_offers_what_active_takes(capsys):
+    assert entry(["active", "--help-all"]) == 0
+    told = capsys.readouterr().out
+    assert [name for name in REFUSED if f"--{name.replace('_', '-')} " in told] == []
+    assert "a share of --data" not in told and "or a checkpoint folder" not in told
+
+
 def test_options_that_nothing_reads_are_named():
     common = {"pool": "p", "budget_tokens": 999}
     oracle = ActiveConfig(**common, teacher="oracle:x", by="known", num_samples=3, temperature=0.5, timeout=3.0)
@@ -345,7 +352,7 @@ def test_questions_without_an_answer_or_of_the_test_set_are_set_aside(files, tmp
     pool = write(tmp_path / "pool.jsonl", rows)
     plan = run(capsys, [*arguments(files, output_dir=tmp_path / "run", pool=pool), "--dry-run"])
     assert plan["pool"] == 2 and not (tmp_path / "run").exists()
-    rows[2] |= {"split": "test"}
+    rows[1], rows[2] = rows[1] | {"split": "train"}, rows[2] | {"split": "test"}
     again = rows[1] | {"id": "again", "question": rows[1]["question"].replace(". ", ".  ")}
     pool = write(tmp_path / "pool.jsonl", [*rows, again])
     plan = run(capsys, [*arguments(files, output_dir=tmp_path / "run", pool=pool), "--dry-run"])

@@ -108,6 +108,10 @@ def test_it_brings_its_own_data(tmp_path):
 @pytest.mark.parametrize(
     "options, compare, said",
     [
+        ({"method": "opd"}, None, "--method opd needs --teacher"),
+        ({}, "gkd", "--method gkd needs --teacher"),
+        ({"teacher": "x"}, "dss", "--teacher: --method qcrd learns from the rows alone"),
+        ({"teacher": "x"}, None, "--teacher: --method qcrd learns from the rows alone"),
         ({}, "qcrd", "method of the demo itself"),
         ({"resume": "runs/demo/checkpoint-3"}, "dss", "--resume auto continues both"),
     ],

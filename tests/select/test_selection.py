@@ -144,6 +144,14 @@ def test_a_stop_and_the_same_command_again_give_the_same_bytes(
     assert not kept.exists()
 
 
+def test_a_weight_that_is_replaced_is_named(rows_file, tmp_path: Path, capsys) -> None:
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    for data, output in ((rows_file, first), (first, second)):
+        assert "takes the place" not in capsys.readouterr().err
+        assert entry(["select", "--data", str(data), "--output", str(output), "--by", "random", "--weight"]) == 0
+    assert "takes the place of the weight that 24 rows have" in capsys.readouterr().err
+
+
 def test_options_that_no_score_reads_are_named(rows_file, tmp_path: Path, capsys) -> None:
     asked = ["select", "--data", str(rows_file), "--output", str(tmp_path / "o.jsonl"), "--by", "quality,agree"]
     assert entry([*asked, "--quality", "vote", "--seed", "3", "--block-size", "7"]) == 0

@@ -105,6 +105,8 @@ def test_a_dry_run_and_bad_input(rows_file, llama_folder, t5_folder, tmp_path, c
     for out, says in (("file", "is a file"), ("full", "holds x.txt and no meta.json")):
         assert entry(scored(rows_file, llama_folder, tmp_path / out)) == 2
         assert says in capsys.readouterr().err
+    assert entry(scored(rows_file, llama_folder, tmp_path / "lp", "--teacher-model", "m")) == 2
+    assert "--teacher-model names a model of a server" in capsys.readouterr().err
     assert entry(scored(rows_file, "/nowhere/model", tmp_path / "lp")) == 2
     assert "--teacher: folder '/nowhere/model' does not exist" in capsys.readouterr().err
 

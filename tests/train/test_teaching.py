@@ -331,7 +331,10 @@ def test_among_several_methods_each_gets_the_teacher_that_it_takes(llama_folder,
     config = settings(rows_file, llama_folder, tmp_path / "run", **{**PLAIN, "teacher": "x", "method": "opd"})
     taught = {job.config.method: job.config.teacher for job in plan(config, (0,), ("sft-all", "opd", "sdft"), "recipe")}
     assert taught == {"sft-all": None, "opd": "x", "sdft": None}
-    assert plan(config, (0,), ("sft-all",), "recipe")[0].config.teacher == "x"  # which `train` then refuses
+    with pytest.raises(InputError, match="--teacher: --method sft-all"):  # which none of them takes
+        plan(config, (0,), ("sft-all", "dss"), "recipe")
+    with pytest.raises(InputError, match="--method gkd needs --teacher PATH"):
+        plan(dataclasses.replace(config, teacher=None), (0,), ("dss", "gkd"), "recipe")
 
 
 def test_every_kind_of_teacher_is_in_the_table():
