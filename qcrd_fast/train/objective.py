@@ -134,7 +134,7 @@ class Objective:
         self.method = method_of(config)
         self.alpha_pred = config.alpha_pred if self.method.teaches_rationales else 1.0
 
-    @explains_oom("a training step", for_training, longest_text)
+    @explains_oom("a training step", for_training, lambda _, micro: longest_text(micro.examples))
     def step(self, micro: MicroBatch) -> tuple[Losses, Stats]:
         """Run a micro-batch: forward pass and backward pass."""
         training, stats = self.strategy.training, Stats()
