@@ -635,9 +635,9 @@ class TrainConfig(
                 "--method sdft is taught by the student itself; leave --teacher out, or choose --method opd"
             )
         if method == "sdft" and self.teacher_ema < 1 and self.use_peft:
-            raise InputError("--teacher-ema below 1 moves all weights of the teacher; with --use-peft it is frozen (1)")
+            raise InputError("--teacher-ema must be 1 with --use-peft, whose teacher is the frozen base model")
         if self.teacher_model and not url:
-            raise InputError("--teacher-model names a model of a server; --teacher is no URL")
+            raise InputError("--teacher-model needs a server: give its URL as --teacher, or leave --teacher-model out")
         if method == "mentor-kd" and self.kd_lambda:
             if bool(self.teacher) == bool(self.teacher_logprobs):
                 raise InputError(

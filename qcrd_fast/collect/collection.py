@@ -172,7 +172,8 @@ class Collection:
         return estimate_tokens(self.prompts[question.id]) + estimate_tokens(self.settings.system_prompt)
 
     def check_ledger(self) -> None:
-        """Reject mixing samples of other prompts or lengths, and leaving the ledger's questions out of the output."""
+        """Raise `InputError` if the ledger's samples come from other prompts or a larger `max_tokens` than this run's,
+        or if it holds questions that the output would leave out."""
         before, most = self.ledger.settings.get("max_tokens"), self.settings.max_tokens
         if self.settings.is_url and self.ledger.samples and isinstance(before, int) and before > most:
             path = printable(self.ledger.path)

@@ -20,7 +20,7 @@ _COMMA_GOLD = re.compile(r"-?\d{1,3}(?:\.\d{3})*,\d{1,2}|-?\d{1,3}(?:\.\d{3}){2,
 
 
 class Inspection:
-    """Collects questions to display: `show` of them as text, and the first 200 for a `page`."""
+    """Collects questions from a stream, and keeps those to display: `show` as text, the first 200 for a `page`."""
 
     def __init__(self, reader: Reader, *, show: int = 0, page: bool = False):
         self.reader = reader

@@ -138,7 +138,7 @@ class Reader:
         return Reading(parts.thinking, rationale, answer, why, value)
 
     def answer(self, text: str, task: str, choices: Sequence[str] = ()) -> tuple[str | None, str]:
-        """Read a separate answer, such as a gold; return it as training text and what was read, or why nothing was."""
+        """Read a separate answer, such as a gold. Return (training text, what was read), or (None, why not)."""
         if self.pattern or self.function:
             answer, why = self._custom(text, task, choices)
             if answer is not None:

@@ -95,7 +95,7 @@ class CrossFitted(nn.Module):
         return found | ({_PLATT: torch.tensor(self.platt, dtype=torch.float64)} if self.platt is not None else {})
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the output of `tensors`. Raises `InputError` if names or shapes do not match."""
+        """Load what `tensors` returned. Raises `InputError` if names or shapes are those of another discriminator."""
         own = dict(tensors)
         found = own.pop(_PLATT, None)
         count = len(self.models)

@@ -75,8 +75,8 @@ class Decoder:
     def prefill(
         self, sources: Sequence[TokenIds], rows: Sequence[int], of: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """Prefill row `rows[i]` with the prompt `sources[of[i]]`. Return each row's first input token and its
-        position."""
+        """Prefill row `rows[i]` with the prompt `sources[of[i]]`; a prompt of several rows runs once. Return each
+        row's first input token and its position."""
         device = self.student.device
         rows_N, of_N = torch.tensor(rows, device=device), torch.tensor(of, device=device)
         if self.shared:

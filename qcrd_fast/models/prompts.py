@@ -53,7 +53,8 @@ class PromptSettings:
 
     @classmethod
     def of_state(cls, saved: Mapping[str, Any]) -> PromptSettings:
-        """Read the settings in a `state.json`. Without a version: 1, unless it has system prompts."""
+        """Read what a `state.json` holds under `prompt`. An older file has no version: 2 if it has system prompts,
+        else 1."""
         unsaid: dict[str, Any] = {"version": 2 if "system" in saved else 1}
         return cls(**unsaid | dict(saved))
 

@@ -130,7 +130,7 @@ def rotate(run: Path, step: int, limit: int | None, best: int | None, passed_ove
 
 
 def best_checkpoint(run: Path, step: int, rated: dict[int, float]) -> tuple[Path, dict[str, Any] | None]:
-    """Return the intact checkpoint with the best accuracy in `rated` (by step), and {step, accuracy}.
+    """Return the intact checkpoint with the best validation accuracy in `rated` (by step), and {step, accuracy}.
 
     Of equal ones, the earlier. If none is rated: the checkpoint of `step`, and None.
     """

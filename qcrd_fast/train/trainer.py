@@ -514,7 +514,7 @@ class Trainer:
         return case is None or not (case.agrees or case.rationale.truncated)
 
     def _check_discriminator(self, when: str) -> None:
-        """Calibrate the scores; if they do not tell right from wrong, use the vote from now on."""
+        """Calibrate the scores; if they do not tell right from wrong, weigh by the vote from now on."""
         trainer = self.discriminator_trainer
         assert trainer
 

@@ -77,7 +77,7 @@ def gold_keys(row: Row) -> list[str]:
 
 
 def _is_flag(value: Any, digits: str = "") -> bool:
-    """Return whether a value tells if samples are right, or how many."""
+    """Return whether `value` marks a sample as right or wrong, or counts the right ones, as `digits` allow."""
     if isinstance(value, bool):
         return True
     text = (str(int(value)) if value == int(value) else str(value)) if isinstance(value, int | float) else value
