@@ -1,4 +1,4 @@
-"""Compile kernel launches for NVIDIA GPUs that are not present, by Triton's own launch path.
+"""Compile kernel launches for NVIDIA GPUs that are not present, by Triton's own launch path up to the launch.
 
     with compiling(90) as launched:
         linear_logprob.forward(hidden, weight, target, None, (1.0, 0.0, 1.0), -100, False)

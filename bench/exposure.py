@@ -1,7 +1,7 @@
 """Count what each method trains on: python -m qcrd_fast.bench.exposure --recipe FILE.
 
-A method that trains on more of the teacher's text is not a better algorithm. Options: --recipe
-recipes/svamp-mentors-smollm2.yaml [--student FOLDER]
+So that training on more of the teacher's text is not mistaken for a better algorithm. For example
+--recipe recipes/svamp-mentors-smollm2.yaml [--student FOLDER].
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The loss as a repository of the Hugging Face `kernels` library: `python -m qcrd_fast.bench.hub_kernel DIR`.
+"""Write the loss as a repository of the Hugging Face `kernels` library.
+
+`python -m qcrd_fast.bench.hub_kernel DIR`
 
 Writes DIR/build/torch-universal/qcrd_fast with the kernels, their torch twins and `QCRDLoss`, and nothing else of this
 project:

@@ -1,4 +1,4 @@
-"""`qcrd-fast bench kl`: the divergence of a student from a teacher, forward and backward, in every way that is here.
+"""`qcrd-fast bench kl`: time the divergence of a student from a teacher, forward and backward.
 
 eager: logits of both in memory, log-softmax and `F.kl_div` in fp32, as most training code has it.
 liger-formula: what Liger-Kernel's fused JSD does, in torch: chunks of rows by its rule, with fp32 logits of both
@@ -56,7 +56,7 @@ class Case:
 
 
 class Batch(NamedTuple):
-    """`hidden_TH` and `weight_VH` are leaves that want gradients."""
+    """Operands of one step; `hidden_TH` and `weight_VH` are leaves that require gradients."""
 
     hidden_TH: Tensor
     weight_VH: Tensor
@@ -66,7 +66,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(case: Case, device: torch.device, tokens: int) -> Batch:
-    """Logits with a spread of 2, as after training, of a student and a teacher that know nothing of each other."""
+    """Draw an unrelated student and teacher, each with logits of standard deviation 2, as after training."""
     H, G, V = HEADS[case.head]
     generator, dtype = torch.Generator().manual_seed(0), DTYPES[case.dtype]
 
@@ -172,7 +172,7 @@ def find_cases(
 
 
 def find_providers(device: torch.device, providers: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """(who runs, {who does not: why})."""
+    """Return (providers that run, {one that does not: why})."""
     for name in providers:
         if name not in PROVIDERS:
             raise InputError(f"no provider {name!r}; there are {', '.join(PROVIDERS)}")
@@ -185,7 +185,7 @@ def find_providers(device: torch.device, providers: Sequence[str]) -> tuple[list
 
 
 def forward_backward(name: str, batch: Batch) -> tuple[float, Tensor, Tensor]:
-    """(loss, dHidden, dWeight)."""
+    """Run a provider forward and backward; return (loss, dHidden, dWeight)."""
     batch.hidden_TH.grad = batch.weight_VH.grad = None
     loss = PROVIDERS[name](batch)
     loss.backward()
@@ -196,7 +196,7 @@ def forward_backward(name: str, batch: Batch) -> tuple[float, Tensor, Tensor]:
 
 
 def check(name: str, batch: Batch, truth: tuple[float, Tensor, Tensor], limit: float) -> dict[str, Any]:
-    """The row of a provider: ok, wrong or failed, and how far it is from float64."""
+    """Compare a provider with float64; return its row: ok, wrong or failed, and its error."""
     row: dict[str, Any] = {"provider": name, "status": "ok"}
     try:
         loss, *grads = forward_backward(name, batch)
@@ -237,7 +237,7 @@ def run_case(case: Case, device: torch.device, names: Sequence[str], repeats: in
 
 
 def find_truth(batch: Batch) -> tuple[float, Tensor, Tensor]:
-    """In float64, from probabilities; nothing of the library is called."""
+    """Compute the truth in float64 from probabilities, without the library."""
     p_TV = torch.softmax(batch.hidden_TH @ batch.weight_VH.T, -1)
     q_TV = torch.softmax(batch.teacher_TG @ batch.teacher_VG.T, -1)
     beta = batch.beta
@@ -261,7 +261,7 @@ def run_bench(
     repeats: int | None = None,
     append_to: Path | None = None,
 ) -> dict[str, Any]:
-    """{"where", "repeats", "absent", "rows"}; with `append_to`, each case's rows are added to that CSV file."""
+    """Return {"where", "repeats", "absent", "rows"}; with `append_to`, add each case's rows to that CSV file."""
     names, absent = find_providers(device, providers)
     repeats = repeats or (30 if device.type == "cuda" else 3)
 
@@ -288,7 +288,7 @@ def as_text(results: dict[str, Any]) -> str:
 
 
 def plan_text(cases: Sequence[Case], device: torch.device, providers: Sequence[str]) -> str:
-    """What a run would time, and what it could not."""
+    """Describe what a run would time, and what it could not."""
     names, absent = find_providers(device, providers)
     lines = [f"case      {case}" for case in cases] + [f"provider  {name}" for name in names]
     return "\n".join(lines + [f"absent    {name}: {reason}" for name, reason in absent.items()])

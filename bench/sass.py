@@ -1,4 +1,6 @@
-"""Compile the kernels for absent NVIDIA GPUs; count registers, spills, instructions.
+"""Compile the kernels for NVIDIA GPUs that are not present and read their machine code.
+
+Counts registers, spills, shared memory, and instructions by pipe.
 
     python -m qcrd_fast.bench.sass [--capabilities 80,86,89,90,100,120] [--only TEXT] [--json FILE]
 

@@ -38,6 +38,7 @@ from .options import (
     positive,
     reading_options,
     reasoning_option,
+    split_by_option,
     task_option,
     train_options,
 )
@@ -117,13 +118,7 @@ def doctor(as_json: bool) -> None:
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("--output", "-o", required=True, metavar="FILE", help="prepared JSONL to write")
 @input_options
-@click.option(
-    "--split-by",
-    type=click.Choice(("majority", "gold")),
-    default="majority",
-    show_default=True,
-    help="which answer makes a rationale positive",
-)
+@split_by_option
 @task_option
 @bad_row_option
 @natural("--seed", default=0, help="seed of ties and splits")

@@ -313,6 +313,13 @@ def input_options(command: Any) -> Any:
     return command
 
 
+split_by_option = click.option(
+    "--split-by",
+    type=click.Choice(("majority", "gold")),
+    default="majority",
+    show_default=True,
+    help="which answer makes a rationale positive",
+)
 task_option = click.option("--task", type=click.Choice(TASKS), help="answer type; default: guessed from the answers")
 bad_row_option = click.option(
     "--on-bad-row",

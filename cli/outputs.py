@@ -26,6 +26,7 @@ from .options import (
     given_train_options,
     json_option,
     natural,
+    split_by_option,
     task_option,
     train_options,
 )
@@ -68,13 +69,7 @@ TRAINED_ALONE = ("loss", "augment", "folds", "calibration", "learning_rate", "ba
     help="with --train: share of the questions kept apart, which the AUC is of",
 )
 @train_options(only=["discriminator", *(f"discriminator_{name}" for name in TRAINED_ALONE)])
-@click.option(
-    "--split-by",
-    type=click.Choice(("majority", "gold")),
-    default="majority",
-    show_default=True,
-    help="which answer makes a rationale positive",
-)
+@split_by_option
 @format_option
 @task_option
 @bad_row_option

@@ -752,7 +752,7 @@ class TrainConfig(
 
 
 def completed(before: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a run began with; for those that did not exist yet, what runs did then."""
+    """Return the options that a run began with, completed by what runs did before an option existed."""
     judged = "none" if before.get("discriminator") == "none" else "discriminator"
     return {**LEGACY, "quality": judged, **BEFORE_QUALITIES, **before}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qcrd_fast.utils.environment import GIB, PACKAGES, cpu_cores, dotted, list_gpus, package_version
+from qcrd_fast.utils.memory import UNKNOWN, free_bytes
 from qcrd_fast.version import __version__
 
 VARIABLES = ("QCRD_FAST_IMPL", "QCRD_FAST_GLUON", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
@@ -17,7 +17,7 @@ VARIABLES = ("QCRD_FAST_IMPL", "QCRD_FAST_GLUON", "TRITON_INTERPRET", "CUDA_VISI
 
 def examine() -> dict[str, Any]:
     """Return the report as plain values; None with a reason for what is unknown."""
-    torch, torch_error = _import_torch()
+    (torch, torch_error), free = _import_torch(), free_bytes()
     gpus = list_gpus(torch) if torch else []
     impl, why = kernel_path(torch, gpus) if torch else (None, f"torch cannot be imported: {torch_error}")
     return {
@@ -34,7 +34,7 @@ def examine() -> dict[str, Any]:
             "torch_threads": torch.get_num_threads() if torch else None,
             "machine": platform.machine(),
         },
-        "memory_free_gib": _free_memory_gib(),
+        "memory_free_gib": round(free / GIB, 1) if free < UNKNOWN else None,
         "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / GIB, 1),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "platform": platform.platform(),
@@ -91,16 +91,3 @@ def _import_torch() -> tuple[Any, str | None]:
     except Exception as error:  # a broken install is a finding, not a failure
         return None, str(error)
     return torch, None
-
-
-def _free_memory_gib() -> float | None:
-    """Return the system's free memory, or the container's if that is less."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-        with contextlib.suppress(OSError, ValueError):
-            group = Path("/sys/fs/cgroup")
-            limit = int((group / "memory.max").read_text())
-            free = min(free, limit - int((group / "memory.current").read_text()))
-        return round(free / GIB, 1)
-    return None

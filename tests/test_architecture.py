@@ -10,21 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, modules
 
 PAGE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-PACKAGES = ("csrc_triton", "qcrd_fast", "bench", "cli")
 EVERYWHERE = {"errors", "version"}
-
-
-def modules() -> dict[str, Path]:
-    """{dotted name: file} of every module that is shipped."""
-    found = {}
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
 
 
 MODULES = modules()
@@ -167,3 +156,12 @@ def test_help_loads_no_torch():
         "import sys; from qcrd_fast.cli.main import entry; entry(['train', '--help']); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_files_are_locked_in_one_place():
+    """`utils.files` reads JSONL, replaces files and locks them; a module that needs `fcntl` has written it again."""
+    lockers = {name for name, path in MODULES.items() if re.search(r"^\s*import fcntl", path.read_text(), re.MULTILINE)}
+    assert lockers == {"qcrd_fast.utils.files"}
+    readers = {name for name, path in MODULES.items() if re.search(r"json\.loads\(line\b", path.read_text())}
+    # the ledger repairs as it reads; the others read values that are no objects
+    assert readers <= {"qcrd_fast.utils.files", "qcrd_fast.collect.ledger", "qcrd_fast.data.mathforms"}

@@ -11,19 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.paths import ROOT
-
-PACKAGES = ("csrc_triton", "qcrd_fast", "bench", "cli")
-
-
-def modules() -> dict[str, Path]:
-    """{dotted name: file} of every module that is shipped."""
-    found = {}
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+from tests.support.paths import PACKAGES, ROOT, modules
 
 
 def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:

@@ -2,8 +2,6 @@
 
 Arms are paired by seed, a run is one CSV row, and the study is restartable.
 
-Restartable.
-
 python -m qcrd_fast.bench.study --stage screen --tasks mix --families decoder --arms sft-all,dss --seeds 0-7
 python -m qcrd_fast.bench.study --table
 """

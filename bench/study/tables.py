@@ -1,4 +1,4 @@
-"""The study's tables: means over seeds, and paired differences with Holm's correction."""
+"""The study's tables: means over seeds with spread, paired differences with Holm's correction."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class OracleTeacher:
         except InputError as error:
             raise InputError(f"--teacher oracle: {error}; expected question, answer, solutions") from error
         except OSError as error:
-            raise InputError(f"--teacher oracle: cannot read {printable(path)}: {error.strerror}") from error
+            raise InputError(f"--teacher oracle: {printable(path)} is no readable UTF-8 file") from error
 
     def knows(self, question: Question) -> bool:
         return text_key(question) in self.solutions

@@ -80,8 +80,8 @@ def longest_row(examples: Sequence[Example]) -> dict[str, Any]:
     return {"id": longest.id, "prompt_tokens": prompt, "target_tokens": target}
 
 
-def longest_text(_: Any, examples: Sequence[Example], *__: Any) -> str:
-    """`longest_row` of a method's first argument, in words."""
+def longest_text(examples: Sequence[Example]) -> str:
+    """`longest_row` in words."""
     return "{id}, {prompt_tokens} prompt + {target_tokens} target tokens".format(**longest_row(examples))
 
 

@@ -113,8 +113,8 @@ class Objective:
     `step` returns ({loss, loss_pred, loss_cl: 0-d tensors that add up over micro-batches}, counts and sums of the
     scored candidates). Its `loss` is Eq. 8 without the discriminator's term, which has no gradient here.
 
-    state: what may change while the run goes on; default: `config`'s impl and no judges. teaching: whom the passes ask,
-    for a method with a teacher or a reference.
+    state: what may change during the run; default: `config`'s impl and no judges. teaching: the teacher or reference
+    that a pass queries, for methods with one.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Objective:
         self.method = method_of(config)
         self.alpha_pred = config.alpha_pred if self.method.teaches_rationales else 1.0
 
-    @explains_oom("a training step", for_training, longest_text)
+    @explains_oom("a training step", for_training, lambda _, micro: longest_text(micro.examples))
     def step(self, micro: MicroBatch) -> tuple[Losses, Stats]:
         """Run a micro-batch: forward pass and backward pass."""
         training, stats = self.strategy.training, Stats()
@@ -154,7 +154,7 @@ class Objective:
         )
 
     def largest_pass(self, micro: MicroBatch, weighted: Weighted) -> Tensor:
-        """The loss of the pass that holds the most activations, with these candidates; nobody is asked or scored."""
+        """Return the loss of the pass with the most activations for these candidates, without querying a teacher."""
         if self.method.mutual_information:
             return self._mutual_information(micro)[0]["loss"]
         if self.method.contrastive and self.config.forward == "joint":

@@ -1,4 +1,4 @@
-"""What may change while a run goes on."""
+"""The part of a run that may change while it trains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qcrd_fast.train.judging import Judges
 
 @dataclasses.dataclass
 class RunState:
-    """Shared by everything that computes in a run; the trainer alone changes it.
+    """Implementation and judges in use, shared by all parts of a run; only the trainer changes them.
 
     impl: implementation of the loss; torch after a failed audit. judges: of positives and negatives; the vote's after a
     discriminator that was rejected.

@@ -11,12 +11,16 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.utils.files import printable
 
 ROWS_FACTOR = 2.4  # bytes in memory for each byte of a file of rows of 1 kB; measured, see docs/reliability.md
+UNKNOWN = 1 << 62  # bytes
 _CGROUPS = (("", "memory.max", "anon"), ("memory", "memory.limit_in_bytes", "total_rss"))  # version 2 and 1
 
 
 def free_bytes() -> int:
-    """Return the memory this process may still allocate: limited by the machine, its container and `ulimit -v`."""
-    found = [1 << 62]
+    """Return the memory this process may still allocate: limited by the machine, its container and `ulimit -v`.
+
+    `UNKNOWN` where nothing says how much that is.
+    """
+    found = [UNKNOWN]
     with contextlib.suppress(OSError, ValueError, KeyError):
         found.append(1024 * _figure(Path("/proc/meminfo"), "MemAvailable:"))
     for name, limit, taken in _CGROUPS:

@@ -86,7 +86,7 @@ def test_rules_that_the_product_has_give_its_gradients(options, rules, rows_file
     for make in (Objective, study_objective):
         made = make(student, config, None, make_autocast(student.device, False))
         student.model.zero_grad(set_to_none=True)
-        losses.append(made.step(examples, lagged, 4, 0, 0)[0])
+        losses.append(made.step(MicroBatch(examples, lagged, 4))[0])
         gradients.append([p.grad.clone() for p in student.model.parameters()])
     assert losses[0]["loss_pred"].item() == pytest.approx(losses[1]["loss_pred"].item(), rel=1e-4)
     for expected, found in zip(*gradients, strict=True):

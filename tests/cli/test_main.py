@@ -22,6 +22,7 @@ from cli import main as cli_main
 from cli.main import cli, entry
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError, Stopped
+from qcrd_fast.utils import memory
 from tests.support.paths import ROOT
 
 RESULTS = {
@@ -488,6 +489,13 @@ def test_doctor_tells_what_will_run(capsys: pytest.CaptureFixture[str], monkeypa
     report = json.loads(capsys.readouterr().out)
     assert report["kernels"]["impl"] == "none" and "expected one of" in report["kernels"]["why"]
     assert report["versions"]["torch"] and report["memory_free_gib"] > 0 and report["disk_free_gib"] > 0
+
+
+def test_doctor_counts_free_memory_as_train_does(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    for free, told in ((3 << 30, 3.0), (memory.UNKNOWN, None)):
+        monkeypatch.setattr("qcrd_fast.doctor.free_bytes", lambda free=free: free)
+        assert entry(["doctor", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["memory_free_gib"] == told
 
 
 @pytest.mark.parametrize(
