@@ -25,6 +25,8 @@ from torch import Tensor
 
 from qcrd_fast import QCRDLoss, contrastive_loss, linear_logprob
 from qcrd_fast.losses import ContrastiveOutput, weighted_rationale_loss
+from qcrd_fast.models.cpu_linear import _Linear
+from qcrd_fast.ops.cpu_products import onednn_is_faster
 from qcrd_fast.ops.dispatch import choose_impl
 from qcrd_fast.ops.rationale_loss import linear_rationale_loss
 
@@ -75,6 +77,18 @@ def eager_nll(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, scale: flo
 
 def load_eager(*_: Any) -> PerToken:
     return eager_nll
+
+
+def load_eager_onednn(device: torch.device, dtype: torch.dtype) -> PerToken:
+    """Eager with its products by oneDNN, as ours are; where torch's own are slow, as on AMD's processors."""
+    if device.type != "cpu" or dtype != torch.float32 or not onednn_is_faster():
+        raise ImportError("torch's own products are as fast here")
+
+    def nll(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, scale: float) -> Tensor:
+        logits_TV = _Linear.apply(hidden_TH * scale if scale != 1 else hidden_TH, weight_VH, None)  # type: ignore
+        return F.cross_entropy(logits_TV, target_T, reduction="none")
+
+    return nll
 
 
 def load_compiled(*_: Any) -> PerToken:
@@ -150,6 +164,7 @@ def keeping(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, scale: float
 
 SOURCES = {
     "eager": Source(load_eager, 4),
+    "eager-onednn": Source(load_eager_onednn, 4, "eager with its products by oneDNN"),
     "compiled": Source(load_compiled, 4, "torch.compile of eager"),
     "torch-fused": Source(load_torch_fused, 6, "torch.nn.functional.linear_cross_entropy, reduction none"),
     "liger": Source(load_liger, 6, "fused linear cross-entropy, reduction none, fp32 accumulation"),

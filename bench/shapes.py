@@ -22,6 +22,7 @@ SHAPES: dict[str, Any] = {
     "t5-base": T5Config(
         vocab_size=32_128, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, **START
     ),
+    "t5-small": T5Config(vocab_size=32_128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, **START),
     "smollm2-135m": LlamaConfig(
         vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=None, **SPECIAL,
@@ -78,6 +79,18 @@ def plain_layers(model: Any) -> Any:
 def draw_lengths(count: int, low: int, high: int, seed: int) -> list[int]:
     rng = random.Random(seed)
     return [rng.randint(low, high) for _ in range(count)]
+
+
+def draw_from_quantiles(count: int, quantiles: Sequence[int], seed: int) -> list[int]:
+    """Lengths whose quantiles, from the shortest to the longest at equal steps, are these."""
+    rng, last = random.Random(seed), len(quantiles) - 1
+
+    def one(share: float) -> int:
+        at = min(int(share * last), last - 1)
+        low, high = quantiles[at], quantiles[at + 1]
+        return round(low + (share * last - at) * (high - low))
+
+    return [one(rng.random()) for _ in range(count)]
 
 
 def draw_tokens(shape: str, lengths: Sequence[int], seed: int) -> list[TokenIds]:

@@ -39,15 +39,22 @@ from .peers import SOURCES, PerToken, eager_nll, one_line
 from .record import WHERE, run_cases
 from .sampler import TEMPERATURE, Work, known, load_generate
 from .sampler import Case as SamplerCase
-from .shapes import SHAPES, draw_lengths, draw_tokens, make_student, plain_layers, table
+from .shapes import SHAPES, draw_from_quantiles, draw_tokens, make_student, plain_layers, table
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
 OVERLAPS = ("serial", "stream", "priority", "green-context")
 FUSED = ("torch-fused", "liger", "cce", "quack")
 ARMS = (*OVERLAPS, "given", "hf", "hf given", *(f"hf-{name} given" for name in FUSED))
-TARGET_TOKENS, PROMPT_TOKENS, LABEL_TOKENS = (48, 144), (24, 96), (2, 6)
+LABEL_TOKENS = (2, 6)
+LENGTHS = {  # quantiles of the prompts' and the rationales' lengths [tokens], at equal steps
+    "uniform": ((24, 96), (48, 144)),
+    "svamp": (  # three teachers' rationales under SmolLM2's tokenizer; the longest hundredth is cut
+        (27, 35, 38, 40, 41, 43, 46, 50, 53, 58, 76),
+        (7, 26, 43, 55, 64, 73, 87, 102, 124, 167, 256),
+    ),
+}
 DELTA = 1e3  # every hinge active, as random weights find everything unlikely
-WARM_STEPS = 2  # before each timing: the lane is filled
+WARM_STEPS = 2  # before each timing of an arm that samples beside training: the lane is filled
 MEASURED = (
     "status",
     "step_ms",
@@ -73,11 +80,13 @@ class Case:
     minority: int = 1
     new: int = 128
     top_k: int = 50
+    lengths: str = "uniform"
 
     def __str__(self) -> str:
         return (
             f"{self.shape}: {self.questions} questions a step in micro-batches of {self.micro}, each with "
-            f"{self.positives} + {self.minority} rationales and a negative of {self.new} tokens"
+            f"{self.positives} + {self.minority} rationales ({self.lengths} lengths) and a negative of {self.new} "
+            f"tokens"
         )
 
 
@@ -101,7 +110,8 @@ class Arm:
         self.autocast = make_autocast(device, None)
         self.examples = make_examples(case)
         self.schedule = Schedule(len(self.examples), self.config)
-        self.optimizer = torch.optim.AdamW(self.student.model.parameters(), lr=1e-6)
+        fused = device.type == "cpu" or None  # as `train` has it, and Hugging Face's Trainer by default
+        self.optimizer = torch.optim.AdamW(self.student.model.parameters(), lr=1e-6, fused=fused)
         self.folder = folder
         self.sampling_s, self.steps = 0.0, 0
 
@@ -274,12 +284,13 @@ def make_examples(case: Case, chunks: int = 4) -> list[Example]:
     """Questions of `chunks` steps."""
     count, seeds = case.questions * chunks, itertools.count()
 
-    def some(low_high: tuple[int, int]) -> list[list[int]]:
-        return draw_tokens(case.shape, draw_lengths(count, *low_high, seed=next(seeds)), seed=next(seeds))
+    def some(quantiles: Sequence[int]) -> list[list[int]]:
+        return draw_tokens(case.shape, draw_from_quantiles(count, quantiles, seed=next(seeds)), seed=next(seeds))
 
-    predict, explain, label = some(PROMPT_TOKENS), some(PROMPT_TOKENS), some(LABEL_TOKENS)
+    prompt_tokens, target_tokens = LENGTHS[case.lengths]
+    predict, explain, label = some(prompt_tokens), some(prompt_tokens), some(LABEL_TOKENS)
     sides = {"teacher": case.positives, "minority": case.minority}
-    candidates = {s: [some(TARGET_TOKENS) for _ in range(n)] for s, n in sides.items()}
+    candidates = {s: [some(target_tokens) for _ in range(n)] for s, n in sides.items()}
 
     def side(source: str, i: int) -> tuple[Candidate, ...]:
         return tuple(Candidate(f"{source} {i} {n}", tokens[i], source) for n, tokens in enumerate(candidates[source]))
@@ -307,14 +318,16 @@ def find_cases(
     questions: int | None = None,
     positives: int | None = None,
     new_tokens: int | None = None,
+    lengths: str = "uniform",
 ) -> list[Case]:
     """On a GPU by default: T5-base and SmolLM2-135M, 64 questions a step, 128 new tokens; on a CPU small ones."""
+    known("kind of lengths", [lengths], LENGTHS)
     gpu = device.type == "cuda"
     shapes = known("shape", shapes, SHAPES) or (("t5-base", "smollm2-135m") if gpu else ("tiny-t5",))
     count = questions or (64 if gpu else 4)
-    micro = next(n for n in (8, 4, 2, 1) if count % n == 0)
+    micro = next(n for n in ((8, 4, 2, 1) if gpu else (2, 1)) if count % n == 0)
     sizes = {"positives": positives or (5 if gpu else 3), "new": new_tokens or (128 if gpu else 24)}
-    return [Case(shape, count, micro, **sizes) for shape in shapes]
+    return [Case(shape, count, micro, **sizes, lengths=lengths) for shape in shapes]
 
 
 def find_names(device: torch.device, providers: Sequence[str]) -> tuple[str, ...]:
@@ -336,7 +349,7 @@ def run_bench(
     With `append_to`, each case's rows are added to that CSV file as soon as they are measured.
     """
     gpu = device.type == "cuda"
-    count, steps = repeats or (5 if gpu else 3), 8 if gpu else 2
+    count, steps = repeats or (5 if gpu else 3), 8 if gpu else 1
 
     def run(case: Case) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
@@ -384,7 +397,7 @@ def time_steps(arm: Arm, steps: int) -> float:
         if arm.device.type == "cuda":
             torch.cuda.current_stream(arm.device).synchronize()
 
-    for _ in range(WARM_STEPS):
+    for _ in range(WARM_STEPS if arm.device.type == "cuda" or arm.kind == "stream" else 0):
         arm.step()
     finish()
     started = timing.clock(arm.device)

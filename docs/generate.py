@@ -80,6 +80,17 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
         ("head", "tokens", "logits", "dtype", "provider", "mode", "device", "threads"),
         ("head", "tokens", "dtype", "provider", "mode", "status", "ms", "of_eager", "peak_mib", "device", "commit"),
     ),
+    "step": (
+        "A whole training step",
+        "Scoring, selecting, training and the optimizer of one step, `given` with its negatives, else with sampling "
+        "them; `hf` is plain Hugging Face code with torch's own linear layers. `of_hf`: its time over this one's. "
+        "On a CPU `step_ms` is user time. `qcrd-fast bench step --append`",
+        ("shape", "questions", "micro", "positives", "minority", "new", "lengths", "arm", "device", "threads"),
+        (
+            *("shape", "questions", "positives", "minority", "new", "lengths", "arm", "status", "step_ms"),
+            *("sampling_ms", "of_hf", "device", "threads", "commit"),
+        ),
+    ),
     "executed": (
         "Compiled kernels, executed on a CPU",
         "Every case of the grid against float64: the largest error of log p, of a gradient, and share of tokens that "

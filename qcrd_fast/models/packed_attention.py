@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -23,11 +24,12 @@ from transformers.masking_utils import sdpa_mask
 
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.lm_head import backbone
-from qcrd_fast.models.prefix_packing import Layout, block_mask, dense_mask
+from qcrd_fast.models.prefix_packing import Layout, block_mask, dense_mask, find_texts
 
 log = logging.getLogger(__name__)
 ATTENTION = "qcrd_fast"  # our name among transformers' attention functions
 FLEX_DEVICES = ("cuda",)  # flex_attention has no backward pass on a CPU
+VARLEN_DEVICES = ("cpu",)  # where a call for each text costs little beside its products
 FLEX_WIDTH = 16  # of a head, at least, in flex_attention's kernels
 # with and without gradient, one row and several, new shapes; behind torch's 8 it would run unfused
 FLEX_RECOMPILES = 64
@@ -36,11 +38,14 @@ Hidden = Callable[[str | None], Tensor]  # mode -> hidden states [T, H] of the s
 
 
 def attention_inputs(model: Any, layout: Layout, mode: str | None) -> dict[str, Any]:
-    """Return mask and position ids for a batch of rows. `mode`: dense, flex, or None (one prompt and target a row)."""
+    """Return mask and position ids for a batch of rows. `mode`: dense, flex, varlen, or None (one prompt and target a
+    row)."""
     if mode is None or layout.plain:  # causal attention never looks at the padding on the right
         return {} if model.config.is_encoder_decoder else {"attention_mask": (layout.group_BL >= 0).long()}
     config = model.config.get_text_config(decoder=True)
     dtype = next(model.parameters()).dtype
+    if mode == "varlen":
+        return {"attention_mask": text_mask(layout), "position_ids": layout.position_BL}
     masks = {}
     for kind in _kinds(config):
         window = config.sliding_window if kind == "sliding_attention" else None
@@ -50,7 +55,7 @@ def attention_inputs(model: Any, layout: Layout, mode: str | None) -> dict[str, 
 
 
 def probe_packed_attention(model: Any, hidden: Hidden) -> str | None:
-    """Return flex, dense, or None (logged once) if packed hidden states differ from those of single sequences.
+    """Return varlen, flex, dense, or None (logged once) if packed hidden states differ from those of single sequences.
 
     `hidden(mode)` computes the same few targets' states, None being one sequence a target.
     """
@@ -63,6 +68,15 @@ def probe_packed_attention(model: Any, hidden: Hidden) -> str | None:
                 if fault := _strange_layers(config) or _fault(hidden, "dense", tolerance):
                     log.warning("%s: prompts are not shared, each target runs on its own: %s", name, fault)
                     return None
+            if _may_varlen(model, config):
+                model.set_attn_implementation(ATTENTION)
+                with torch.enable_grad():
+                    parameters = [p for p in model.parameters() if p.requires_grad]
+                    fault = _fault(hidden, "varlen", tolerance, parameters)
+                if fault is None:
+                    return "varlen"
+                log.debug("%s: attention runs under a dense mask: %s", name, fault)
+                model.set_attn_implementation("sdpa")
             if not _may_flex(model, config):
                 return "dense"
             model.set_attn_implementation(ATTENTION)
@@ -107,9 +121,10 @@ def check_causal(model: Any) -> None:
 def _fault(hidden: Hidden, mode: str, tolerance: float, parameters: Sequence[Tensor] = ()) -> str | None:
     """Return what is wrong with a mode, or None. With parameters, the backward pass is tested too."""
     try:
-        expected, actual = hidden(None), hidden(mode)
+        expected, actual = hidden(None).detach(), hidden(mode)
         if parameters:
             torch.autograd.grad(actual.sum(), parameters, allow_unused=True)
+            actual = actual.detach()
     except Exception as error:  # whatever a model raises at a mask that it does not know
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
     apart = float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
@@ -163,11 +178,65 @@ def _may_flex(model: Any, config: Any) -> bool:
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """Use flex_attention for a BlockMask and sdpa otherwise, so generation and plain batches are unchanged."""
+    """Use flex_attention for a BlockMask, a call for each text for an index of texts, and sdpa otherwise, so generation
+    and plain batches are unchanged."""
     if isinstance(attention_mask, BlockMask):
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings leave them in fp32
         return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.long:
+        return _varlen_attention(query.to(value.dtype), key.to(value.dtype), value, attention_mask, **kwargs), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+# A call for each text
+
+
+def _may_varlen(model: Any, config: Any) -> bool:
+    return (
+        model.device.type in VARLEN_DEVICES
+        and not model.config.is_encoder_decoder
+        and config._attn_implementation == "sdpa"
+        and _kinds(config) == ["full_attention"]
+    )
+
+
+def text_mask(layout: Layout) -> Tensor:
+    """Return `find_texts` as a model takes a mask: [1, 1, 3, W] int64, `first`, `at` and `lengths` padded with 0."""
+    texts, device = find_texts(layout), layout.ids_BL.device
+    W = max(len(texts.first), len(texts.at))
+    rows = [part + [0] * (W - len(part)) for part in (texts.first, texts.at, texts.lengths)]
+    mask = torch.tensor([[rows]], dtype=torch.long, device=device)
+    mask.lengths = texts.lengths  # type: ignore[attr-defined]  # so that fake tensors need not be read
+    return mask
+
+
+def _varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> Tensor:
+    """Causal attention of each of N texts on its own: [B, L, h, d] for query [B, h, L, d], key and value [B, g, L, d].
+
+    `mask`: of `text_mask`. A token of several texts takes what it gets in the first; padding takes anything finite.
+    """
+    (B, h, L, _d), g = query.shape, key.shape[1]
+    first_M, at_M, length_N = mask[0, 0]
+    lengths = getattr(mask, "lengths", None) or [n for n in length_N.tolist() if n]
+    at_M = at_M[: sum(lengths)]
+    texts = [
+        x.transpose(1, 2).flatten(0, 1).index_select(0, at_M).transpose(0, 1)[None].split(lengths, 2)
+        for x in (query, key, value)
+    ]
+    parts = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=h != g)
+        for q, k, v in zip(*texts, strict=True)
+    ]
+    out_MhE = torch.cat(parts, 2)[0].transpose(0, 1)
+    return out_MhE.index_select(0, first_M[: B * L]).view(B, L, h, value.shape[3])
 
 
 AttentionInterface.register(ATTENTION, _attention)

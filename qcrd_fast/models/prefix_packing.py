@@ -1,9 +1,5 @@
 """Prefix packing: several targets share one prompt in a row, under one attention mask.
 
-A group is a prompt and its targets. Each target attends to the prompt and itself; its position ids continue from the
-prompt's end. A row holds one group or several. For an encoder-decoder a group has no prompt (the encoder reads it): its
-targets stand side by side.
-
 A group is a prompt with targets behind it: every target sees the prompt (or its first tokens, the target's depth) and
 itself, as if the others were not there, and its position ids go on where what it sees ends. A row holds one group or
 several. An encoder-decoder's groups have no prompt (the encoder has read it), so that they are targets side by side.
@@ -16,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +32,13 @@ class Group:
     targets: list[int]
 
 
+class Extent(NamedTuple):
+    """Tokens of a group in its row: those of its prompt, and of each target how many it sees of them and its own."""
+
+    prompt: int
+    targets: list[tuple[int, int]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A padded batch of rows. `at_T`: index into the flattened [B * L] hidden states that predict each target token."""
@@ -49,6 +52,7 @@ class Layout:
     sources: list[int]  # [B] of each row's first group
     first: list[int]  # [B] where in its row the first target's first token is predicted
     plain: bool  # every row is one prompt and one target, so a causal model needs no help
+    rows: list[list[Extent]]  # [B] the lengths of each row's groups
     depth_BL: Tensor | None = None  # how many tokens of its prompt a target's token sees; None: all
 
 
@@ -137,15 +141,19 @@ def pack_rows(
     """
     packed: list[list[tuple[int, int, int, int, int]]] = []  # (id, position, group, part, depth) of each token
     where, order, first = [], [], []
+    extents: list[list[Extent]] = []
     for b, row in enumerate(rows):
         tokens: list[tuple[int, int, int, int, int]] = []
+        extents.append([])
         for g, group in enumerate(row):
             prompt = prompts[group.source] if prompts is not None else []
             begin = len(tokens)
             tokens += [(token, t, g, 0, 0) for t, token in enumerate(prompt)]
+            extents[-1].append(Extent(len(prompt), []))
             for part, i in enumerate(group.targets, 1):
                 piece = start + targets[i][:-1]
                 depth = len(prompt) if depths is None else depths[i]
+                extents[-1][-1].targets.append((depth, len(piece)))
                 predicts_first = [] if start else [begin + depth - 1]  # the last token of the prompt that it sees
                 at = predicts_first + [len(tokens) + t for t in range(len(piece))]
                 tokens += [(token, depth + t, g, part, depth) for t, token in enumerate(piece)]
@@ -165,6 +173,7 @@ def pack_rows(
         order=order,
         sources=[row[0].source for row in rows],
         first=first,
+        rows=extents,
         plain=depths is None and all(len(row) == 1 and len(row[0].targets) == 1 for row in rows),
         depth_BL=None if depths is None else depth_BL,
     )
@@ -195,6 +204,36 @@ def dense_mask(layout: Layout, window: int | None, dtype: torch.dtype) -> Tensor
     token = torch.arange(width, device=layout.ids_BL.device)
     seen = make_mask_mod(layout, window)(b, b, token[:, None], token[None, :])
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+class Texts(NamedTuple):
+    """Where the texts of rows stand in the flattened [B * L]: what each target follows of its prompt, and the target;
+    or a prompt that no target follows to its end."""
+
+    lengths: list[int]  # [N]
+    at: list[int]  # [M] of every token of every text, one text after another
+    first: list[int]  # [B * L] where in `at` each token stands first; 0: padding
+
+
+def find_texts(layout: Layout) -> Texts:
+    """The texts of rows, group by group."""
+    width, texts = layout.ids_BL.shape[1], []
+    for b, row in enumerate(layout.rows):
+        begin = b * width
+        for group in row:
+            prompt = list(range(begin, begin + group.prompt))
+            begin += group.prompt
+            if max((depth for depth, own in group.targets if own), default=0) < group.prompt:
+                texts.append(prompt)
+            for depth, own in group.targets:
+                if own:
+                    texts.append(prompt[:depth] + list(range(begin, begin + own)))
+                begin += own
+    at = [token for text in texts for token in text]
+    first = [0] * layout.ids_BL.numel()
+    for i in reversed(range(len(at))):
+        first[at[i]] = i
+    return Texts([len(text) for text in texts], at, first)
 
 
 def block_mask(layout: Layout, window: int | None) -> Any:

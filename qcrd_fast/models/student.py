@@ -116,7 +116,8 @@ class Student(Prompter):
 
     @functools.cached_property
     def sharing(self) -> str | None:
-        """Kind of mask for prefix packing (dense or flex), or None if this model cannot. Tested on first use."""
+        """Kind of attention for prefix packing (varlen, flex or dense), or None if this model cannot. Tested on first
+        use."""
         noise = torch.Generator().manual_seed(0)
         rows = self.model.get_input_embeddings().weight.shape[0]
         *sources, a, b, c, d = (torch.randint(0, rows, (n,), generator=noise).tolist() for n in (5, 3, 4, 1, 6, 3))
@@ -165,7 +166,7 @@ class Student(Prompter):
         sizes = [prompts[group.source] + sum(lengths[i] for i in group.targets) for group in groups]
         rows = [[g] for g in range(len(groups))]
         if mode and not self.is_encoder_decoder:  # what the longest row leaves free holds shorter ones
-            rows = first_fit_decreasing(sizes, max_tokens if mode == "flex" else max(sizes))
+            rows = first_fit_decreasing(sizes, max(sizes) if mode == "dense" else max_tokens)
         widths = [sum(sizes[g] for g in row) for row in rows]
         batches = list(length_batches(widths, max_tokens, prefix_packing.MAX_PAIRS if mode == "dense" else None))
         idle = self._most(len(batches)) - len(batches)
@@ -208,7 +209,7 @@ class Student(Prompter):
             return prefix_packing.BIASED_ROW
         return (
             prefix_packing.MAX_ROW - prompt
-            if mode == "flex"
+            if mode != "dense"
             else prefix_packing.best_room(prompt, self.head.weight.shape[1])
         )
 

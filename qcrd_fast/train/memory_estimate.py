@@ -259,7 +259,8 @@ class _Fake:
         self._hold_embeddings()
         if sharing == "flex":  # compiled kernels cannot be faked; a dense mask stands for theirs
             self.student.model.set_attn_implementation("sdpa")
-        self.student.__dict__["sharing"] = "dense" if sharing else None
+            sharing = "dense"
+        self.student.__dict__["sharing"] = sharing
         self.objective = Objective(self.student, config, None, autocast, 0)
 
     def _copy(self, module: Any) -> Any:

@@ -234,7 +234,7 @@ class Trainer:
         if config.gradient_checkpointing:
             checkpoint_activations(student.model)
         self.strategy = self._share_model()
-        self.optimizer = _adamw(student.model, config)
+        self.optimizer = _adamw(student.model, config, self.strategy.sharded)
         snapshots = self.snapshots if self.lagged else None
         self.checkpointer = Checkpointer(
             config, run, data, schedule, student, self.optimizer, self.discriminator_trainer, self.strategy, snapshots,
@@ -606,14 +606,16 @@ class Trainer:
         return self.evaluation.finish(self.student, self.log, self.best, self.step, told, stopped_early)
 
 
-def _adamw(model: Any, config: OptimizerOptions) -> torch.optim.AdamW:
-    """AdamW as in Hugging Face: no decay on biases and norms."""
+def _adamw(model: Any, config: OptimizerOptions, sharded: bool) -> torch.optim.AdamW:
+    """AdamW as in Hugging Face: no decay on biases and norms. Fused on a CPU, where other variants read and write the
+    weights a dozen times a step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
+    fused = True if not sharded and all(p.device.type == "cpu" for p in parameters) else None
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=fused)
 
 
 @contextlib.contextmanager

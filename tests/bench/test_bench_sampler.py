@@ -26,9 +26,8 @@ def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     monkeypatch.setitem(shapes.SHAPES, "t5", T5Config(**t5))
     monkeypatch.setitem(shapes.SHAPES, "llama", LlamaConfig(**llama))
-    monkeypatch.setattr(step, "TARGET_TOKENS", (4, 9))
-    for module in (sampler, step):
-        monkeypatch.setattr(module, "PROMPT_TOKENS", (3, 8))
+    monkeypatch.setitem(step.LENGTHS, "uniform", ((3, 8), (4, 9)))
+    monkeypatch.setattr(sampler, "PROMPT_TOKENS", (3, 8))
 
 
 @pytest.mark.parametrize("shape, lengths", [("t5", "fixed"), ("t5", "ragged"), ("llama", "fixed"), ("llama", "ragged")])
@@ -106,13 +105,27 @@ def test_sampler_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 @pytest.mark.parametrize(
-    "module, wrong", [(sampler, {"shapes": ["t5bse"]}), (sampler, {"lengths": ["even"]}), (step, {"shapes": ["x"]})]
+    "module, wrong",
+    [
+        (sampler, {"shapes": ["t5bse"]}),
+        (sampler, {"lengths": ["even"]}),
+        (step, {"shapes": ["x"]}),
+        (step, {"lengths": "even"}),
+    ],
 )
 def test_unknown_names_are_refused(module, wrong: dict) -> None:
     with pytest.raises(InputError, match="there are"):
         module.find_cases(CPU, **wrong)
     with pytest.raises(InputError, match="there are"):
         module.find_names(CPU, ["vlllm"])
+
+
+def test_lengths_have_the_quantiles_that_were_given() -> None:
+    quantiles = step.LENGTHS["svamp"][1]
+    drawn = sorted(shapes.draw_from_quantiles(20_000, quantiles, seed=0))
+    assert drawn[0] >= quantiles[0] and drawn[-1] <= quantiles[-1]
+    for at, quantile in enumerate(quantiles[1:-1], 1):
+        assert drawn[len(drawn) * at // (len(quantiles) - 1)] == pytest.approx(quantile, rel=0.1)
 
 
 CASE = {

@@ -15,6 +15,7 @@ from qcrd_fast.models import packed_attention, prefix_packing
 from qcrd_fast.models.prefix_packing import (
     Group,
     dense_mask,
+    find_texts,
     first_fit_decreasing,
     group_by_prompt,
     length_batches,
@@ -56,6 +57,7 @@ FAMILIES = {
     ),
     "mistral": lambda v: tf.MistralForCausalLM(tf.MistralConfig(**IDS, **SMALL, vocab_size=v, sliding_window=6)),
 }  # fmt: skip
+VARLEN = {"llama", "qwen2", "qwen3", "gpt2", "gpt-neox"}  # full attention in every layer, through sdpa
 UNPACKABLE = {  # architectures whose packed rows would be wrong
     "recurrent": lambda v: tf.MambaForCausalLM(
         tf.MambaConfig(**IDS, vocab_size=v, hidden_size=32, state_size=4, num_hidden_layers=2)
@@ -132,10 +134,32 @@ NOT_CAUSAL = {"umt5"} if tf.__version__ < "5.18" else set()  # transformers 5.17
 @pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - NOT_CAUSAL))
 def test_sharing_changes_no_loss_and_no_gradient(kind, llama_folder):
     student = student_of(FAMILIES[kind], llama_folder)
-    assert student.sharing == "dense"
+    assert student.sharing == ("varlen" if kind in VARLEN else "dense")
     runs = [check_equal(student, seed, {}, {"shared": False}) for seed in range(4)]
     apart, together = (sum(run[i].body_tokens for run in runs) for i in (0, 1))
     assert student.is_encoder_decoder or together < apart
+    if kind in VARLEN:  # every prompt once, and no padding
+        sources, targets, source_of = ragged(0, len(student.tokenizer))
+        least = sum(len(sources[i]) for i in set(source_of)) + sum(len(t) - 1 for t in targets)
+        assert runs[0][1].body_tokens == least
+
+
+def test_full_attention_shares_under_a_dense_mask_too(llama_folder, monkeypatch):
+    """As where attention runs on neither a CPU nor a GPU."""
+    monkeypatch.setattr(packed_attention, "VARLEN_DEVICES", ())
+    student = student_of(FAMILIES["llama"], llama_folder)
+    assert student.sharing == "dense"
+    check_equal(student, 0, {}, {"shared": False})
+
+
+def test_attention_by_texts_that_fails_is_left(llama_folder, monkeypatch):
+    def wrong(query, key, value, mask, **_):
+        return value.transpose(1, 2).repeat_interleave(query.shape[1] // key.shape[1], 2)
+
+    monkeypatch.setattr(packed_attention, "_varlen_attention", wrong)
+    student = student_of(FAMILIES["llama"], llama_folder)
+    assert student.sharing == "dense" and student.model.config._attn_implementation == "sdpa"
+    check_equal(student, 0, {}, {"shared": False})
 
 
 @pytest.mark.parametrize("kind", UNPACKABLE)
@@ -148,7 +172,7 @@ def test_models_that_cannot_share_run_one_sequence_a_target(kind, llama_folder, 
     assert sum("prompts are not shared" in record.message for record in caplog.records) == 1
 
 
-@pytest.mark.parametrize("kind", ["t5", "gemma3"])
+@pytest.mark.parametrize("kind", ["t5", "gemma3", "llama"])
 @pytest.mark.parametrize("max_tokens", [1, 60, 150])
 def test_splitting_a_question_over_rows_and_batches_changes_nothing(kind, max_tokens, llama_folder, monkeypatch):
     student = student_of(FAMILIES[kind], llama_folder)
@@ -193,6 +217,7 @@ def test_flex_attention_gives_the_same_states(kind, llama_folder, monkeypatch):
     student = student_of(FAMILIES[kind], llama_folder)
     monkeypatch.setattr(packed_attention, "FLEX_DEVICES", ("cpu",))
     monkeypatch.setattr(packed_attention, "FLEX_WIDTH", 8)
+    monkeypatch.setattr(packed_attention, "VARLEN_DEVICES", ())
     student.model.requires_grad_(False)
     with torch.compiler.set_stance("force_eager"):
         assert student.sharing == "flex"
@@ -208,6 +233,7 @@ def test_flex_attention_that_fails_is_said_and_left(llama_folder, monkeypatch, c
     student = student_of(FAMILIES["llama"], llama_folder)
     monkeypatch.setattr(packed_attention, "FLEX_DEVICES", ("cpu",))
     monkeypatch.setattr(packed_attention, "FLEX_WIDTH", 8)
+    monkeypatch.setattr(packed_attention, "VARLEN_DEVICES", ())
     with torch.compiler.set_stance("force_eager"):  # the backward pass is tried out too
         assert student.sharing == "dense"
     assert "flex_attention is not used" in caplog.text
@@ -244,6 +270,19 @@ def test_the_mask_is_its_definition(window):
         near = window is None or layout.position_BL[0, q] - layout.position_BL[0, k] < window
         assert seen[q, k] == (text and near), (q, k)
     assert (dense_mask(layout, window, torch.float32) == 0).any(-1).all()  # no softmax over nothing
+
+
+def test_the_texts_of_rows_are_found():
+    """A target of one token has no text of its own; a prompt that no target follows to its end has one."""
+    prompts, targets = [[10, 11, 12], [20]], [[1, 2, 3], [4], [5, 6], [7, 8, 9]]
+    rows = [[Group(0, [0, 1, 2]), Group(1, [3])], [Group(1, [1])]]
+    layout = pack_rows(rows, targets, prompts, [], 0, torch.device("cpu"))
+    texts = find_texts(layout)
+    assert texts.lengths == [5, 4, 3, 1] and texts.at == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9]
+    assert texts.first == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12] + [0] * 8
+    layout = pack_rows([[Group(0, [0, 2])]], targets, prompts, [], 0, torch.device("cpu"), depths=[2, 1, 1, 1])
+    texts = find_texts(layout)
+    assert texts.lengths == [3, 4, 2] and texts.at == [0, 1, 2, 0, 1, 3, 4, 0, 5]
 
 
 def test_groups_are_balanced_within_their_room():
