@@ -150,7 +150,7 @@ def test_a_table_of_views_is_the_students_too(rows_file, llama_folder, tmp_path:
     asked = ["select", "--data", str(rows), "--student", str(llama_folder), "--by", "naturalness", "-o", str(output)]
     assert entry(asked) == 2 and "'mine' is in no table" in capsys.readouterr().err
     scores = []
-    for text in ("In verse.", "In rhymes."):
+    for text in ("First", "Now there are 2"):
         table.write_text(f"mine: {text}")
         assert entry([*asked, "--views", str(table)]) == 0
         scores.append([json.loads(line)["scores"] for line in output.open()])
