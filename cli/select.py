@@ -89,6 +89,12 @@ def score_options(command: Any) -> Any:
 )
 @click.option("--reverse", is_flag=True, help="with --top or --weight: the other end of the scores first")
 @click.option("--output", "-o", required=True, metavar="FILE", help="JSONL to write")
+@click.option(
+    "--views",
+    metavar="FILE",
+    help="YAML table `view: text` of what a prompt says, as train's --views; a run brings its own",
+    cls=RareOption,
+)
 @score_options
 @format_option
 @task_option
@@ -101,7 +107,8 @@ def score_options(command: Any) -> Any:
 @help_all_option
 def select(
     data: str, by: str, student: str | None, top: int | None, drop_above: float | None, weight: bool, reverse: bool,
-    output: str, format: str, task: str | None, on_bad_row: str, device: str, dry_run: bool, as_json: bool,
+    output: str, views: str | None, format: str, task: str | None, on_bad_row: str, device: str, dry_run: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:  # fmt: skip
     """Score rows by what a student has to learn from them, and choose among them.
@@ -123,7 +130,7 @@ def select(
         policy = Policy(parse_names(by), top, drop_above, weight, reverse)
         summary = run(
             data, output, policy, settings, student=student, device=device, task=task, format=format,
-            on_bad_row=on_bad_row,
+            on_bad_row=on_bad_row, views=views,
             dry_run=dry_run,
         )  # fmt: skip
     console.show(summary, as_json, console.lines(summary))

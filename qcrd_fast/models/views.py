@@ -28,8 +28,8 @@ def view_text(view: str | None, own: Mapping[str, str]) -> str:
     found = own.get(view, VIEWS.get(view))
     if found is None:
         raise InputError(
-            f"view {view!r} is in no table (there: {', '.join({**VIEWS, **own})}); --views FILE.yaml says what its "
-            f"prompt is"
+            f"view {view!r} is in no table (there: {', '.join({**VIEWS, **own})}); --views FILE.yaml of train, "
+            "active, select and score-teacher says what its prompt is"
         )
     return found
 

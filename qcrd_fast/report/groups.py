@@ -21,7 +21,7 @@ def group_rows(results: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     for name in FIELDS:
         found = results.get(f"accuracy_by_{name}")
         for value, row in (found if isinstance(found, dict) else {}).items():
-            share, n = row.get("accuracy"), row.get("n")
+            share, n = (row.get(key) if isinstance(row, dict) else None for key in ("accuracy", "n"))
             if not isinstance(share, int | float) or not isinstance(n, int) or not 0 <= share <= 1 or n < 1:
                 continue
             span = "{:.3f} to {:.3f}".format(*wilson(share, n))

@@ -93,9 +93,17 @@ class Progress:
         return {"id": id, **dataclasses.asdict(scores)}
 
 
-def identity(rows: Sequence[Question], names: Sequence[str], student: str | None, options: SelectOptions) -> str:
+def identity(
+    rows: Sequence[Question],
+    names: Sequence[str],
+    student: str | None,
+    options: SelectOptions,
+    views: Mapping[str, str] | None = None,
+) -> str:
     """sha256 of what the scores depend on. A student's folder is told by the names, sizes and times of its files."""
     digest = hashlib.sha256(repr((list(names), dataclasses.asdict(options), student)).encode())
+    if views:
+        digest.update(repr(sorted(views.items())).encode("utf-8", "surrogatepass"))
     for row in sorted(rows, key=lambda row: row.id):
         digest.update((repr(row) + later_fields(row)).encode("utf-8", "surrogatepass"))
     if student is not None and os.path.isdir(student):

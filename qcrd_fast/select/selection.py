@@ -6,12 +6,14 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcrd_fast.data.load import load_questions, to_row, write_prepared
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError
+from qcrd_fast.models.prompts import with_views
+from qcrd_fast.models.views import read_views
 from qcrd_fast.select import policy
 from qcrd_fast.select.options import SelectOptions
 from qcrd_fast.select.progress import Progress, identity
@@ -88,6 +90,7 @@ def select(
     task: str | None = None,
     format: str = "auto",
     on_bad_row: str = "error",
+    views: str | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Score the rows of `data` by the names of the policy, choose, and write them to `output`. Returns the summary.
@@ -110,7 +113,7 @@ def select(
     log.info("%s", loaded.taken_for)
     for bad in loaded.skipped:
         log.warning("set aside %s", bad)
-    rows = loaded.questions
+    rows, table = loaded.questions, read_views(views)
     named = None
     if needy:
         from qcrd_fast.runs.load import find_model
@@ -119,10 +122,10 @@ def select(
     if dry_run:
         return {"would_score": len(rows), "by": ", ".join(chosen.names), "student": named, "output": output}
     started = time.perf_counter()
-    with Progress(output, identity(rows, chosen.names, named, options)) as progress:
+    with Progress(output, identity(rows, chosen.names, named, options, table)) as progress:
         if progress.finished:
             log.info("%d of %d rows are scored already", len(progress.finished), len(rows))
-        found = _score(rows, chosen.names, named, options, device, progress)
+        found = _score(rows, chosen.names, named, options, device, progress, table)
         kept = chosen.choose(rows, found)
         write_prepared(output, (with_scores(*pair) for pair in kept))
         progress.done()
@@ -140,6 +143,7 @@ def _score(
     options: SelectOptions,
     device: str,
     progress: Progress,
+    views: Mapping[str, str],
 ) -> list[RowScores]:
     loaded = None
     if student is not None and len(progress.finished) < len(rows):
@@ -148,6 +152,7 @@ def _score(
         from qcrd_fast.utils.device import choose_threads
 
         loaded, state = load_student(student, device)
+        loaded.prompts = with_views(loaded.prompts, views)
         choose_threads(loaded.device, sum(p.numel() for p in loaded.model.parameters()))
         options = dataclasses.replace(options, ask=choose_ask(options.ask, loaded, state))
         log.info("the student is asked by `%s`", options.ask)

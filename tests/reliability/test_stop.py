@@ -104,7 +104,7 @@ class TestTrial10:
         """D gives every positive 0 and every negative 1: L_CL is 0, and the student would learn nothing of
         rationales."""
         run, sizes = tmp_path / "run", {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-        dead = Fault("dead", 2, "qcrd_fast.train.objective:Objective._quality")
+        dead = Fault("dead", 2, "qcrd_fast.train.objective:Objective.quality")
         done = crashes.warm.run(crashes.args(crashes.wholes[1].student, run, **sizes), dead)
         self.check(run, done, "the discriminator assigns weight 0 to every rationale", [2])
 

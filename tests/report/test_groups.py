@@ -19,3 +19,8 @@ def test_a_row_a_domain_and_a_view():
 def test_no_groups_or_damaged_ones_make_no_rows():
     assert group_rows({}) == []
     assert group_rows({"accuracy_by_domain": {"a": {"accuracy": "x", "n": 1}}, "domain_weights": 3}) == []
+
+
+def test_what_is_damaged_has_no_row():
+    for found in ([1], {"a": 3}, {"a": {"accuracy": "x", "n": 1}}, {"a": {"accuracy": 0.5, "n": -1}}, {"a": None}):
+        assert group_rows({"accuracy_by_view": found, "domain_weights": [2]}) == []

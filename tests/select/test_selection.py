@@ -144,6 +144,22 @@ def test_a_stop_and_the_same_command_again_give_the_same_bytes(
     assert not kept.exists()
 
 
+def test_a_table_of_views_is_the_students_too(rows_file, llama_folder, tmp_path: Path, capsys) -> None:
+    table, rows, output = tmp_path / "views.yaml", tmp_path / "rows.jsonl", tmp_path / "o.jsonl"
+    rows.write_text("".join(json.dumps(json.loads(r) | {"view": "mine"}) + "\n" for r in rows_file.open()))
+    asked = ["select", "--data", str(rows), "--student", str(llama_folder), "--by", "naturalness", "-o", str(output)]
+    assert entry(asked) == 2 and "'mine' is in no table" in capsys.readouterr().err
+    scores = []
+    for text in ("First", "Now there are 2"):
+        table.write_text(f"mine: {text}")
+        assert entry([*asked, "--views", str(table)]) == 0
+        scores.append([json.loads(line)["scores"] for line in output.open()])
+    assert scores[0] != scores[1]
+    same = identity(ROWS, ["ifd"], None, SelectOptions(), {"mine": "a"})
+    assert same != identity(ROWS, ["ifd"], None, SelectOptions(), {"mine": "b"})
+    assert identity(ROWS, ["ifd"], None, SelectOptions(), {}) == identity(ROWS, ["ifd"], None, SelectOptions())
+
+
 def test_a_weight_that_is_replaced_is_named(rows_file, tmp_path: Path, capsys) -> None:
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     for data, output in ((rows_file, first), (first, second)):

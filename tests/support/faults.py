@@ -216,7 +216,7 @@ def poisoned(do: str, result: Any, args: tuple[Any, ...]) -> Any:
         parameters = [p for p in args[0].student.model.parameters() if p.grad is not None]
         parameters[-1].grad.view(-1)[0] = float("nan")
         return result
-    if do == "dead":  # of Objective._quality(batch, candidates, question)
+    if do == "dead":  # of Objective.quality(batch, candidates, question)
         return result.new_tensor([0.0 if candidate.positive else 1.0 for candidate in args[2]])
     value = float(do)
     if isinstance(result, tuple):

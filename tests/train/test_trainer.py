@@ -118,7 +118,7 @@ def test_negatives_that_teach_little_are_said(
     score, delta, said, llama_folder, rows_file, tmp_path, monkeypatch, caplog
 ):
     rated = lambda self, batch, candidates, question: torch.full((len(candidates),), score)  # noqa: E731
-    monkeypatch.setattr(Objective, "_quality", rated)
+    monkeypatch.setattr(Objective, "quality", rated)
     with caplog.at_level("WARNING", "qcrd_fast.train.trainer"):
         train(settings(rows_file, llama_folder, tmp_path / "run", max_steps=2, delta=delta))
     found = [r.getMessage() for r in caplog.records if "teach little" in r.getMessage()]
