@@ -152,7 +152,7 @@ class MetricsLog:
             except (ValueError, TypeError, KeyError, OverflowError):
                 skipped.append(0)
         if skipped:
-            log.warning("%s: skipped %d damaged lines", self.path, len(skipped))
+            log.warning("%s: passed over %d damaged lines", self.path, len(skipped))
         return records
 
     def put(
