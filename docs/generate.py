@@ -28,7 +28,7 @@ OUTPUTS = (
     ("qcrd_fast.losses", "ContrastiveOutput"),
     ("qcrd_fast.integrations.batch_loss", "RationaleOutput"),
 )
-STUDY = ("stage", "task", "family", "arm", "seed", "learning_rate", "epochs", "questions")
+ON_OTHER_PAGES = ("active", "study", "study-teacher")  # summed up there
 TABLES = {  # file: (title, what it says, key columns, shown columns)
     "embedding": (
         "A training step inside a host trainer",
@@ -133,27 +133,6 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
         ("recipe", "student", "method", "options", "seed", "data"),
         ("recipe", "method", "options", "seed", "accuracy", "n", "evaluated_on", "gpu_minutes", "device", "commit"),
     ),
-    "active": (
-        "What to ask a teacher about",
-        "Accuracy after each round of active runs (docs/active.md), bits of single questions left out: "
-        "`python -m qcrd_fast.bench.active`, read with `--table`.",
-        ("arm", "seed", "round"),
-        ("arm", "seed", "round", "tokens", "asked", "no_fault", "kept", "accuracy", "mean_nll_kept", "cpu_s", "commit"),
-    ),
-    "study": (
-        "What helps a student",
-        "Every run of the study (docs/study.md), bits of single questions left out: "
-        "`python -m qcrd_fast.bench.study`, read with `--table`.",
-        STUDY,
-        (*STUDY, "accuracy", "sound", "faithful", "nll_sound", "entropy", "cpu_s", "commit"),
-    ),
-    "study-teacher": (
-        "What a teacher that gives more than text helps",
-        "Every run of the study with such teachers (docs/teacher-signal.md), bits of single questions left out: "
-        "`python -m qcrd_fast.bench.study`, read with `--table`.",
-        STUDY,
-        (*STUDY, "accuracy", "sound", "faithful", "nll_sound", "entropy", "student_tokens", "cpu_s", "commit"),
-    ),
     "threads": (
         "Threads of a small student",
         "A training step's wall time [ms] with one CPU thread and with two, medians; `load`: of the machine, which "
@@ -241,6 +220,8 @@ def numbers_markdown() -> str:
         "Made from `bench/results/*.csv` by `docs/generate.py`: the latest row of each case. A file there has every "
         "run,",
         "with its versions and commit (`-dirty`: with changes not yet committed). What was not measured is not here.",
+        "The runs of the studies are summed up on their own pages: [what helps a student](study.md), [what to ask a",
+        "teacher about](active.md), [which signal a teacher can give](teacher-signal.md).",
         "",
     ]
     for path in sorted(
@@ -248,7 +229,7 @@ def numbers_markdown() -> str:
     ):
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        if not rows:
+        if not rows or path.stem in ON_OTHER_PAGES:
             continue
         title, what, keys, columns = TABLES.get(path.stem, (path.stem, "", tuple(rows[0]), tuple(rows[0])))
         latest = {tuple(row.get(k) for k in keys): row for row in rows}
