@@ -24,6 +24,7 @@ from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.sweep import intervals, results_csv, runner
 from qcrd_fast.sweep.job import key, options_text
 from qcrd_fast.sweep.rationale_checks import equations, judge_rationale, summarize
+from qcrd_fast.train.methods import check_teacher
 from tests.support.paths import DATA, ROOT
 
 EVERY_RECIPE = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -66,7 +67,7 @@ def test_a_recipe_says_how_its_data_is_made(recipe: Path) -> None:
 @pytest.mark.parametrize("recipe", [r for r in EVERY_RECIPE if r not in RECIPES], ids=lambda r: r.stem)
 def test_a_recipe_with_a_teacher_makes_it_first(recipe: Path) -> None:
     config, text = TrainConfig.from_dict(runner.read_recipe(recipe)), recipe.read_text()
-    config.check_teacher()
+    check_teacher(config)
     assert (
         f"--config recipes/{recipe.name} " in text
         and config.output_dir == f"runs/{recipe.stem}"
