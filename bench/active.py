@@ -87,6 +87,8 @@ ARMS = {
     "known": Arm("known", "repair"),
     "random rewrite": Arm("random", "rewrite"),
     "random new": Arm("random", "new"),
+    "answer-entropy new": Arm("answer-entropy", "new"),
+    "known new": Arm("known", "new"),
     "random one by one": Arm("random", "repair", "one"),
 }
 BASE = "random"
