@@ -37,13 +37,15 @@ class Arm:
     """`options` of `train` beside `COMMON`; `rules`: with the experimental objective. `MENTOR` as a teacher is the
     task's own.
 
-    equal_tokens: as many epochs as bring it the tokens that sft-all trains on, a sample taken to be as long as a
-    positive.
+    equal_tokens: as many epochs as bring it the tokens that sft-all trains on, samples taken to be as long as those of
+    the student that it begins with. warm: of these tokens, the share that sft-all trains on first, as a run of its own;
+    `options` are of the run that follows, whose student is the first run's.
     """
 
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     rules: Rules | None = None
     equal_tokens: bool = False
+    warm: float = 0.0
 
     @property
     def product(self) -> bool:
@@ -70,6 +72,11 @@ JUDGED = (
 )
 SOFT = {"method": "qcrd", "positive_select": "softmin", "quality": "none", "negative_source": "none"}
 CHECKED = {"positive_quality": "checks", "negative_quality": "vote", "agreeing_negatives": "drop"}
+ON_POLICY: dict[str, dict[str, Any]] = {
+    "opd mentor": {"method": "opd", "teacher": MENTOR, "sample_batch_size": 64},
+    "sdft": {"method": "sdft", "sample_batch_size": 64},
+    "gkd mentor": {"method": "gkd", "teacher": MENTOR, "sample_batch_size": 64},
+}
 ARMS: dict[str, Arm] = {
     # methods of `train`
     **{method: Arm({"method": method}) for method in ("finetune", "dss", "sft-all", "redi")},
@@ -122,12 +129,13 @@ ARMS: dict[str, Arm] = {
     "minority late": _negatives("minority", warmup=0.5),
     # more of a teacher than its text (`docs/teacher-signal.md`)
     "dft": Arm({"method": "dft"}),
-    "opd mentor": Arm({"method": "opd", "teacher": MENTOR, "sample_batch_size": 64}, equal_tokens=True),
-    "sdft": Arm({"method": "sdft", "sample_batch_size": 64}, equal_tokens=True),
+    **{name: Arm(options, equal_tokens=True) for name, options in ON_POLICY.items()},
+    **{f"sft-all + {name}": Arm(options, equal_tokens=True, warm=0.5) for name, options in ON_POLICY.items()},
     **{
-        f"top-{k} KL": Arm({"method": "mentor-kd", "teacher": MENTOR, "kd_lambda": 1.0, "top_logprobs": k})
-        for k in (1, 4, 16)
+        name: Arm({"method": "mentor-kd", "teacher": MENTOR, "kd_lambda": 1.0, "top_logprobs": k})
+        for name, k in {"top-1 KL": 1, "top-4 KL": 4, "top-16 KL": 16, "whole KL": 1000}.items()  # of < 200 tokens
     },
+    "gkd forward": Arm({"method": "gkd", "teacher": MENTOR, "gkd_beta": 0.0, "gkd_lambda": 0.0}),
     # the reasoning task
     "sft-all reason": Arm({"method": "sft-all", "reasoning_task": True}),
 }
