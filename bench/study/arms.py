@@ -38,14 +38,16 @@ class Arm:
     task's own.
 
     equal_tokens: as many epochs as bring it the tokens that sft-all trains on, samples taken to be as long as those of
-    the student that it begins with. warm: of these tokens, the share that sft-all trains on first, as a run of its own;
-    `options` are of the run that follows, whose student is the first run's.
+    the student that it begins with; it ends where these tokens are trained on earlier. warm: of these tokens, the share
+    that sft-all trains on first, as a run of its own; `options` are of the run that follows, whose student is the first
+    run's. rate: times the common learning rate, of that run.
     """
 
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     rules: Rules | None = None
     equal_tokens: bool = False
     warm: float = 0.0
+    rate: float = 1.0
 
     @property
     def product(self) -> bool:
@@ -72,10 +74,11 @@ JUDGED = (
 )
 SOFT = {"method": "qcrd", "positive_select": "softmin", "quality": "none", "negative_source": "none"}
 CHECKED = {"positive_quality": "checks", "negative_quality": "vote", "agreeing_negatives": "drop"}
-ON_POLICY: dict[str, dict[str, Any]] = {
-    "opd mentor": {"method": "opd", "teacher": MENTOR, "sample_batch_size": 64},
-    "sdft": {"method": "sdft", "sample_batch_size": 64},
-    "gkd mentor": {"method": "gkd", "teacher": MENTOR, "sample_batch_size": 64},
+# with the rate: an advantage from one sample a token is so noisy that 1.5e-3 drives the student away from its teacher
+ON_POLICY: dict[str, tuple[dict[str, Any], float]] = {
+    "opd mentor": ({"method": "opd", "teacher": MENTOR, "sample_batch_size": 64}, 0.2),
+    "sdft": ({"method": "sdft", "sample_batch_size": 64}, 0.2),
+    "gkd mentor": ({"method": "gkd", "teacher": MENTOR, "sample_batch_size": 64}, 1.0),
 }
 ARMS: dict[str, Arm] = {
     # methods of `train`
@@ -129,8 +132,11 @@ ARMS: dict[str, Arm] = {
     "minority late": _negatives("minority", warmup=0.5),
     # more of a teacher than its text (`docs/teacher-signal.md`)
     "dft": Arm({"method": "dft"}),
-    **{name: Arm(options, equal_tokens=True) for name, options in ON_POLICY.items()},
-    **{f"sft-all + {name}": Arm(options, equal_tokens=True, warm=0.5) for name, options in ON_POLICY.items()},
+    **{name: Arm(options, equal_tokens=True, rate=rate) for name, (options, rate) in ON_POLICY.items()},
+    **{
+        f"sft-all + {name}": Arm(options, equal_tokens=True, warm=0.5, rate=rate)
+        for name, (options, rate) in ON_POLICY.items()
+    },
     **{
         name: Arm({"method": "mentor-kd", "teacher": MENTOR, "kd_lambda": 1.0, "top_logprobs": k})
         for name, k in {"top-1 KL": 1, "top-4 KL": 4, "top-16 KL": 16, "whole KL": 1000}.items()  # of < 200 tokens

@@ -38,7 +38,7 @@ from qcrd_fast.utils.files import write_lines
 from .arms import ARMS, COMMON, MENTOR
 from .judges import find_judge
 from .mentors import mentor_folder
-from .objective import Rules, StudyObjective
+from .objective import LimitedObjective, Rules, Spent, StudyObjective
 
 log = logging.getLogger("qcrd_fast.bench")
 TEST_QUESTIONS = 1000
@@ -92,11 +92,15 @@ def run_case(case: Case, cache: Path) -> dict[str, Any]:
             warmed = folder / "warmed"
             train(TrainConfig.from_dict(options | {"student": begun, "output_dir": str(warmed)}))
             begun, records = str(warmed / "final"), _records(warmed)
-        if arm.equal_tokens:
-            epochs *= (1 - arm.warm) * _tokens_ratio(data, begun, arm.options, case.seed)
-        options = common | arm.options | teacher | {"num_train_epochs": epochs}
-        config = TrainConfig.from_dict(options | {"student": begun, "output_dir": str(folder / "run")})
         make: Any = Objective
+        if arm.equal_tokens:
+            tokens, own = _epoch_tokens(data, begun, arm.options, case.seed)
+            epochs *= 1 - arm.warm
+            make = functools.partial(LimitedObjective, tokens=epochs * tokens)
+            epochs *= tokens / own
+        rate = arm.rate * case.learning_rate
+        options = common | arm.options | teacher | {"num_train_epochs": epochs, "learning_rate": rate}
+        config = TrainConfig.from_dict(options | {"student": begun, "output_dir": str(folder / "run")})
         rules = arm.rules or Rules()
         if arm.rules and not arm.product:
             make = functools.partial(
@@ -104,9 +108,13 @@ def run_case(case: Case, cache: Path) -> dict[str, Any]:
             )
         judged = rules.positive_judge, rules.negative_judge
         judges = Judges(*(find_judge(name, problems) for name in judged)) if any(n != "none" for n in judged) else None
-        train(config, judges=judges, make_objective=make)
+        try:
+            train(config, judges=judges, make_objective=make)
+            trained, _ = load_student(str(folder / "run"))
+        except Spent as spent:
+            (trained,) = spent.args
+            trained.model.eval()
         train_s = time.process_time() - started
-        trained, _ = load_student(str(folder / "run"))
         steps, records = sum("loss" in r for r in records), records + _records(folder / "run")
         row = {**case._asdict(), **judge_student(trained, tests, bool(options.get("reasoning_task")))}
     last = records[-1]
@@ -125,9 +133,9 @@ def _records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def _tokens_ratio(data: Path, student: str, options: dict[str, Any], seed: int) -> float:
-    """Tokens that an epoch of sft-all trains on, over those of an epoch with one sample a question, as long as what
-    `student` says now. gkd trains on both."""
+def _epoch_tokens(data: Path, student: str, options: dict[str, Any], seed: int) -> tuple[int, int]:
+    """Tokens that an epoch of sft-all trains on, and those of an epoch with one sample a question, as long as what
+    `student` says now; gkd trains on positives and samples."""
     model, _ = load_student(student)
     questions = load_questions(str(data), split="train").questions
     labels = sum(len(model.target_ids(str(q.gold or q.majority))) for q in questions)
@@ -136,7 +144,7 @@ def _tokens_ratio(data: Path, student: str, options: dict[str, Any], seed: int) 
     keys = [key_words(seed, q.id) for q in questions]
     said = sum(map(len, sample(model, [model.source_ids(EXPLAIN, q.question) for q in questions], keys, settings)))
     own = labels + said + (positives if options["method"] == "gkd" else 0)
-    return (labels + positives) / own
+    return labels + positives, own
 
 
 @torch.no_grad()

@@ -204,9 +204,12 @@ def test_on_policy_arms_train_on_as_many_tokens(tmp_path, monkeypatch):
 
     tokens = pytest.approx(run("sft-all")["student_tokens"], rel=0.15)
     assert len(begun) == 1
-    assert run("sdft")["student_tokens"] == tokens and len(begun) == 1
     for name in ("opd mentor", "gkd mentor"):
         row, (first, second) = run(f"sft-all + {name}"), begun
         assert (first.method, second.method) == ("sft-all", name.split()[0])
         assert second.student.startswith(first.output_dir) and first.num_train_epochs == 2
+        assert second.learning_rate / first.learning_rate == pytest.approx(0.2 if second.method == "opd" else 1)
         assert row["steps"] > 4 and row["student_tokens"] == tokens
+    counted = runs._epoch_tokens
+    monkeypatch.setattr(runs, "_epoch_tokens", lambda *args: (counted(*args)[0], counted(*args)[1] / 4))
+    assert run("sdft")["student_tokens"] == tokens  # of four times the steps, those that the tokens are enough for
