@@ -39,12 +39,16 @@ class Arm:
     """An arm: options of `train` beside `COMMON`, or `rules` for the experimental objective.
 
     The teacher `MENTOR` stands for the task's own. equal_tokens: as many epochs as give it the tokens that sft-all
-    trains on, assuming that a sample is as long as a positive.
+    trains on, if its samples are as long as those of the student that it begins with; it ends earlier where these
+    tokens are trained on. warm: the share of these tokens that sft-all trains on first, as a run of its own; `options`
+    are of the run that follows, whose student is the first run's. rate: times the common learning rate, of that run.
     """
 
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     rules: Rules | None = None
     equal_tokens: bool = False
+    warm: float = 0.0
+    rate: float = 1.0
 
     @property
     def product(self) -> bool:
@@ -71,6 +75,12 @@ JUDGED = (
 )
 SOFT = {"method": "qcrd", "positive_select": "softmin", "quality": "none", "negative_source": "none"}
 CHECKED = {"positive_quality": "checks", "negative_quality": "vote", "agreeing_negatives": "drop"}
+# with the rate: an advantage from one sample a token is so noisy that 1.5e-3 drives the student away from its teacher
+ON_POLICY: dict[str, tuple[dict[str, Any], float]] = {
+    "opd mentor": ({"method": "opd", "teacher": MENTOR, "sample_batch_size": 64}, 0.2),
+    "sdft": ({"method": "sdft", "sample_batch_size": 64}, 0.2),
+    "gkd mentor": ({"method": "gkd", "teacher": MENTOR, "sample_batch_size": 64}, 1.0),
+}
 ARMS: dict[str, Arm] = {
     # methods of `train`
     **{method: Arm({"method": method}) for method in ("finetune", "dss", "sft-all", "redi")},
@@ -123,12 +133,16 @@ ARMS: dict[str, Arm] = {
     "minority late": _negatives("minority", warmup=0.5),
     # more of a teacher than its text (`docs/teacher-signal.md`)
     "dft": Arm({"method": "dft"}),
-    "opd mentor": Arm({"method": "opd", "teacher": MENTOR, "sample_batch_size": 64}, equal_tokens=True),
-    "sdft": Arm({"method": "sdft", "sample_batch_size": 64}, equal_tokens=True),
+    **{name: Arm(options, equal_tokens=True, rate=rate) for name, (options, rate) in ON_POLICY.items()},
     **{
-        f"top-{k} KL": Arm({"method": "mentor-kd", "teacher": MENTOR, "kd_lambda": 1.0, "top_logprobs": k})
-        for k in (1, 4, 16)
+        f"sft-all + {name}": Arm(options, equal_tokens=True, warm=0.5, rate=rate)
+        for name, (options, rate) in ON_POLICY.items()
     },
+    **{
+        name: Arm({"method": "mentor-kd", "teacher": MENTOR, "kd_lambda": 1.0, "top_logprobs": k})
+        for name, k in {"top-1 KL": 1, "top-4 KL": 4, "top-16 KL": 16, "whole KL": 1000}.items()  # of < 200 tokens
+    },
+    "gkd forward": Arm({"method": "gkd", "teacher": MENTOR, "gkd_beta": 0.0, "gkd_lambda": 0.0}),
     # the reasoning task
     "sft-all reason": Arm({"method": "sft-all", "reasoning_task": True}),
 }

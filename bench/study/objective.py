@@ -180,6 +180,25 @@ class StudyObjective(Objective):
         return -config.beta * pushed
 
 
+class Spent(Exception):
+    """A run has trained on the tokens that it may; holds its student."""
+
+
+class LimitedObjective(Objective):
+    """`Objective` that raises `Spent` in place of the first step that begins with `tokens` trained on."""
+
+    def __init__(self, *args: Any, tokens: float, **options: Any):
+        super().__init__(*args, **options)
+        self.left = tokens
+
+    def step(self, micro: MicroBatch) -> tuple[dict[str, Tensor], Counter[str]]:
+        if self.left <= 0:
+            raise Spent(self.student)
+        losses, stats = super().step(micro)
+        self.left -= stats["tokens"]
+        return losses, stats
+
+
 def _agrees(candidate: Candidate) -> bool:
     return candidate.case is not None and bool(candidate.case.agrees)
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
@@ -27,6 +26,7 @@ from qcrd_fast.generation.sample import sample
 from qcrd_fast.models.prompts import EXPLAIN, REASON
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.linear_logprob import linear_logprob
+from qcrd_fast.ops.philox import key_words
 from qcrd_fast.runs.folder import METRICS
 from qcrd_fast.runs.load import load_student
 from qcrd_fast.train.judging import Judges
@@ -38,7 +38,7 @@ from qcrd_fast.utils.files import read_records, write_lines
 from .arms import ARMS, COMMON, MENTOR
 from .judges import find_judge
 from .mentors import mentor_folder
-from .objective import Rules, StudyObjective
+from .objective import LimitedObjective, Rules, Spent, StudyObjective
 
 log = logging.getLogger("qcrd_fast.bench")
 TEST_QUESTIONS = 1000
@@ -84,12 +84,23 @@ def run_case(case: Case, cache: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data, problems, tests = draw_data(case, folder)
-        epochs = case.epochs * (_tokens_ratio(data, student) if arm.equal_tokens else 1.0)
-        options = COMMON | arm.options | teacher | {"learning_rate": case.learning_rate, "num_train_epochs": epochs}
-        config = TrainConfig.from_dict(
-            options | {"data": str(data), "student": str(student), "output_dir": str(folder / "run"), "seed": case.seed}
-        )
+        started = time.process_time()
+        common = COMMON | {"data": str(data), "seed": case.seed, "learning_rate": case.learning_rate}
+        epochs, begun, records = case.epochs, str(student), []
+        if arm.warm:
+            options = common | {"method": "sft-all", "num_train_epochs": arm.warm * epochs}
+            warmed = folder / "warmed"
+            train(TrainConfig.from_dict(options | {"student": begun, "output_dir": str(warmed)}))
+            begun, records = str(warmed / "final"), _records(warmed)
         make: Any = Objective
+        if arm.equal_tokens:
+            tokens, own = _epoch_tokens(data, begun, arm.options, case.seed)
+            epochs *= 1 - arm.warm
+            make = functools.partial(LimitedObjective, tokens=epochs * tokens)
+            epochs *= tokens / own
+        rate = arm.rate * case.learning_rate
+        options = common | arm.options | teacher | {"num_train_epochs": epochs, "learning_rate": rate}
+        config = TrainConfig.from_dict(options | {"student": begun, "output_dir": str(folder / "run")})
         rules = arm.rules or Rules()
         if arm.rules and not arm.product:
             make = functools.partial(
@@ -97,15 +108,18 @@ def run_case(case: Case, cache: Path) -> dict[str, Any]:
             )
         judged = rules.positive_judge, rules.negative_judge
         judges = Judges(*(find_judge(name, problems) for name in judged)) if any(n != "none" for n in judged) else None
-        started = time.process_time()
-        train(config, judges=judges, make_objective=make)
+        try:
+            train(config, judges=judges, make_objective=make)
+            trained, _ = load_student(str(folder / "run"))
+        except Spent as spent:
+            (trained,) = spent.args
+            trained.model.eval()
         train_s = time.process_time() - started
-        trained, _ = load_student(str(folder / "run"))
-        records = list(read_records(folder / "run" / METRICS, "raise"))
+        steps, records = sum("loss" in r for r in records), records + _records(folder / "run")
         row = {**case._asdict(), **judge_student(trained, tests, bool(options.get("reasoning_task")))}
     last = records[-1]
     return row | {
-        "steps": last["step"],
+        "steps": steps + last["step"],
         "loss_cl": np.mean([r["loss_cl"] for r in records[-10:]]),
         "active_lagged": last.get("active_hinge_lagged"),
         "active_minority": last.get("active_hinge_minority"),
@@ -115,19 +129,22 @@ def run_case(case: Case, cache: Path) -> dict[str, Any]:
     }
 
 
-def _tokens_ratio(data: Path, student: Path) -> float:
-    """Tokens per epoch of sft-all over those of one sample per question."""
-    tokenizer = AutoTokenizer.from_pretrained(student)
+def _records(run: Path) -> list[dict[str, Any]]:
+    return list(read_records(run / METRICS, "raise"))
 
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False).input_ids) + 1
 
-    every = alone = 0.0
-    for question in load_questions(str(data), split="train").questions:
-        lengths, label = [count(r.text) for r in question.positives], count(str(question.gold or question.majority))
-        every += label + sum(lengths)
-        alone += label + sum(lengths) / max(len(lengths), 1)
-    return every / alone
+def _epoch_tokens(data: Path, student: str, options: dict[str, Any], seed: int) -> tuple[int, int]:
+    """Tokens that an epoch of sft-all trains on, and those of an epoch with one sample a question, as long as what
+    `student` says now; gkd trains on positives and samples."""
+    model, _ = load_student(student)
+    questions = load_questions(str(data), split="train").questions
+    labels = sum(len(model.target_ids(str(q.gold or q.majority))) for q in questions)
+    positives = sum(len(model.target_ids(r.text)) for q in questions for r in q.positives)
+    settings = SampleSettings(1.0, max_new_tokens=COMMON["max_new_tokens"], batch_size=len(questions))
+    keys = [key_words(seed, q.id) for q in questions]
+    said = sum(map(len, sample(model, [model.source_ids(EXPLAIN, q.question) for q in questions], keys, settings)))
+    own = labels + said + (positives if options["method"] == "gkd" else 0)
+    return labels + positives, own
 
 
 @torch.no_grad()

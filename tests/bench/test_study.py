@@ -7,7 +7,7 @@ import random
 
 import pytest
 from qcrd_fast.bench.study import __main__ as study
-from qcrd_fast.bench.study import judges, objective, runs
+from qcrd_fast.bench.study import judges, mentors, objective, runs
 
 from qcrd_fast.config import PARTS, TrainConfig
 from qcrd_fast.data.load import load_questions
@@ -187,3 +187,30 @@ def test_a_p_value_needs_five_seeds_and_holm_counts_the_others(tmp_path, capsys)
     assert told["soft", "sft-all", "sound"].endswith("| 4 | - |")
     assert float(told["soft checks", "sft-all", "sound"].split(" | ")[-1].rstrip(" |")) < 0.01
     assert told["soft checks", "sft-all", "accuracy"].endswith("| 1 |")
+
+
+def test_on_policy_arms_train_on_as_many_tokens(tmp_path, monkeypatch):
+    """Cold, and warm: half of the tokens are of sft-all, whose student the other run begins with."""
+    phases = ("symbol_pairs", 2, 0), ("lookup_pairs", 1, 0)
+    monkeypatch.setattr(runs, "RECIPES", {"decoder": students.Recipe("decoder", phases)})
+    monkeypatch.setattr(runs, "TEST_QUESTIONS", 12)
+    monkeypatch.setattr(mentors, "QUESTIONS", 16)
+    monkeypatch.setattr(mentors, "OPTIONS", {**mentors.OPTIONS, "num_train_epochs": 1})
+    begun, trained = [], runs.train
+    monkeypatch.setattr(runs, "train", lambda config, **options: begun.append(config) or trained(config, **options))
+
+    def run(arm):
+        begun.clear()
+        return runs.run_case(runs.Case("screen", "mix", "decoder", arm, 0, epochs=4, questions=16), tmp_path / "cache")
+
+    tokens = pytest.approx(run("sft-all")["student_tokens"], rel=0.15)
+    assert len(begun) == 1
+    for name in ("opd mentor", "gkd mentor"):
+        row, (first, second) = run(f"sft-all + {name}"), begun
+        assert (first.method, second.method) == ("sft-all", name.split()[0])
+        assert second.student.startswith(first.output_dir) and first.num_train_epochs == 2
+        assert second.learning_rate / first.learning_rate == pytest.approx(0.2 if second.method == "opd" else 1)
+        assert row["steps"] > 4 and row["student_tokens"] == tokens
+    counted = runs._epoch_tokens
+    monkeypatch.setattr(runs, "_epoch_tokens", lambda *args: (counted(*args)[0], counted(*args)[1] / 4))
+    assert run("sdft")["student_tokens"] == tokens  # of four times the steps, those that the tokens are enough for

@@ -11,18 +11,25 @@ import pytest
 import torch
 
 from qcrd_fast.config import TEACHER_OPTIONS, TrainConfig
+from qcrd_fast.data.load import load_questions
 from qcrd_fast.errors import InputError
 from qcrd_fast.generation.engine import SampleSettings
 from qcrd_fast.generation.sample import sample
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
+from qcrd_fast.ops.topk_kl import linear_top
 from qcrd_fast.runs.folder import checkpoint_path
 from qcrd_fast.sweep.runner import plan
 from qcrd_fast.teacher_signal.local import LocalTeacher
 from qcrd_fast.teacher_signal.score import ScoreSettings, score_teacher
+from qcrd_fast.train.examples import make_examples
 from qcrd_fast.train.methods import METHODS, TEACHERS
+from qcrd_fast.train.negative_store import Negative
+from qcrd_fast.train.objective import MicroBatch, Objective
+from qcrd_fast.train.teaching import ModelTeaching, SelfTeaching, TargetText, pad_all
 from qcrd_fast.train.trainer import train
+from qcrd_fast.utils.device import make_autocast
 from tests.support.short_runs import metrics, same, settings, weights
 from tests.support.students import make_llama
 from tests.support.toy_tokenizers import bytes_bpe
@@ -99,6 +106,62 @@ def held_out_kl(student, teacher, texts) -> float:
     return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", ["opd", "sdft"])
+@pytest.mark.parametrize("family", ["llama_folder", "t5_folder"])
+def test_an_on_policy_micro_batch_by_hand(method, family, rows_file, request):
+    """Eager: -(log pi_T - log pi_S) log pi_S of each sampled token from dense logits, one sequence at a time, over the
+    sampled tokens of the optimizer batch; and the labels by cross-entropy."""
+    folder = str(request.getfixturevalue(family))
+    config = TrainConfig(method=method, teacher=folder if method == "opd" else None, alpha_pred=0.7, alpha_cl=0.8)
+    student, teacher = (Student.load(folder, PromptSettings()) for _ in range(2))
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in teacher.model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
+    student.model.eval()
+    batch = make_examples(load_questions(str(rows_file), split="train").questions[:3], student, config)
+    said = {
+        e.id: Negative(student.target_ids(text), text) for e, text in zip(batch, ("So 5.", "It is 4."), strict=False)
+    }
+    teaching = (ModelTeaching if method == "opd" else SelfTeaching)(LocalTeacher(teacher), config)
+    objective = Objective(student, config, None, make_autocast(student.device, None), teaching=teaching)
+    # more tokens than these, as if other micro-batches had some
+    losses, _ = objective.step(MicroBatch(batch, said, 4, sampled_tokens=20))
+    grads = {name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None}
+    student.model.zero_grad()
+
+    def logprob(model, prompt, tokens):
+        if student.is_encoder_decoder:
+            start = model.config.decoder_start_token_id
+            ids = dict(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[start, *tokens[:-1]]]))
+            logits = model(**ids).logits[0]
+        else:
+            logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1)[torch.arange(len(tokens)), torch.tensor(tokens)]
+
+    loss, kl = torch.zeros(()), torch.zeros(())
+    for e in batch:
+        loss = loss - 0.7 * logprob(student.model, e.predict, e.label).mean() / 4
+        if e.id in said:
+            prompt = e.explain
+            if method == "sdft":
+                text = f"A worked solution:\n{e.positives[0].text.strip()}\n\nThe question:\n{e.text}"
+                prompt = teacher.source_ids(EXPLAIN, text)
+            ours, theirs = (
+                logprob(model, p, said[e.id].tokens)
+                for model, p in ((student.model, e.explain), (teacher.model, prompt))
+            )
+            loss = loss - 0.8 * ((theirs - ours).detach() * ours).sum() / 20
+            kl = kl + (ours - theirs).detach().sum() / 20
+    assert losses["loss"].item() == pytest.approx(loss.item(), rel=1e-9)
+    assert losses["teacher_kl"].item() == pytest.approx(kl.item(), rel=1e-9)
+    loss.backward()
+    for name, p in student.model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(grads[name], p.grad, rtol=1e-7, atol=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_opd_lowers_the_held_out_kl(seed, trained_mentor, llama_folder, rows_file, tmp_path):
@@ -120,10 +183,6 @@ def test_opd_lowers_the_held_out_kl(seed, trained_mentor, llama_folder, rows_fil
 
 
 def test_sdfts_teacher_reads_a_rationale_first(llama_folder, rows_file, tmp_path):
-    from qcrd_fast.data.load import load_questions
-    from qcrd_fast.train.examples import make_examples
-    from qcrd_fast.train.teaching import SelfTeaching, TargetText
-
     student = Student.load(str(llama_folder), PromptSettings())
     config = config_of("sdft", rows_file, llama_folder, tmp_path, teacher_ema=0.75)
     example = max(
@@ -180,13 +239,6 @@ def test_files_teach_as_the_model_does(mentor, llama_folder, rows_file, tmp_path
 @pytest.mark.parametrize("family", ["llama_folder", "t5_folder"])
 def test_the_literal_form_counts_padding(family, rows_file, tmp_path, request):
     """Of one micro-batch by hand: whole distributions over padded targets, a mean over all of their positions."""
-    from qcrd_fast.data.load import load_questions
-    from qcrd_fast.ops.topk_kl import linear_top
-    from qcrd_fast.train.examples import make_examples
-    from qcrd_fast.train.objective import MicroBatch, Objective
-    from qcrd_fast.train.teaching import ModelTeaching, pad_all
-    from qcrd_fast.utils.device import make_autocast
-
     folder = str(request.getfixturevalue(family))
     config = TrainConfig(
         method="mentor-kd", teacher=folder, mentor_kd_literal=True, kd_temperature=2.0, top_logprobs=1000, kd_lambda=0.3
