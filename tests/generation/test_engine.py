@@ -101,7 +101,7 @@ def test_any_batch_and_order_draw_the_same(student, top_k):
         got = sample(student, [sources[i] for i in order], [keys[i] for i in order], settings, iteration=3)
         drawn.append([got[order.index(i)] for i in sorted(order)])
     assert all(other == drawn[0][: len(other)] for other in drawn) and len(drawn[2]) == 70
-    assert len({len(tokens) for tokens in drawn[0]}) > 5  # rows ended at different times
+    assert len({len(tokens) for tokens in drawn[0]}) > 2  # rows ended at different times
 
 
 @pytest.mark.usefixtures("float64")

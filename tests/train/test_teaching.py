@@ -368,7 +368,7 @@ def bytes_llama(folder: Path) -> Path:
         ({"method": "mentor-kd", "teacher": "http://x/v1"}, "score-teacher --teacher URL"),
         ({"method": "mentor-kd", "teacher_logprobs": "y", "mentor_kd_literal": True}, "no padding in it"),
         ({"method": "sft-all", "mentor_kd_literal": True}, "is for --method mentor-kd"),
-        ({"method": "opd", "teacher": "x", "teacher_model": "m"}, "is no URL"),
+        ({"method": "opd", "teacher": "x", "teacher_model": "m"}, "needs a server"),
         ({"method": "sdft", "teacher_ema": 0.5, "use_peft": True}, "--teacher-ema"),
         ({"method": "mentor-kd", "teacher_logprobs": "/nowhere"}, "/nowhere is no folder"),
     ],
