@@ -35,6 +35,8 @@ TWICE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 def students(tmp_path_factory) -> dict[str, Path]:
     """Without dropout: its mask is a matter of the rank."""
     folders = {"t5": make_t5(tmp_path_factory.mktemp("t5")), "llama": make_llama(tmp_path_factory.mktemp("llama"))}
+    for family, make in (("t5", make_t5), ("llama", make_llama)):
+        folders[f"teacher of {family}"] = make(tmp_path_factory.mktemp(f"teacher-{family}"), layers=1)
     config = folders["t5"] / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dropout_rate": 0.0}))
     return folders
@@ -55,7 +57,7 @@ def run_all(students, rows_file, tmp_path_factory):
         (root / "scenarios.json").write_text(json.dumps(listed))
         command = [sys.executable, str(SUPPORT / "train_ranks.py"), str(root / "scenarios.json")]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        told = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+        told = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200 * len(listed))
         assert told.returncode == 0, told.stderr[-3000:]
         found = {}
         for name, scenario, line in zip(scenarios, listed, told.stdout.splitlines(), strict=True):
@@ -145,33 +147,39 @@ def test_every_way_of_training_in_two_ranks(run_all):
             assert_same(runs[name][2], runs[f"{name}, {engine}"][2], 7, *limits)
 
 
-def test_methods_with_a_teacher_in_two_ranks(run_all, students):
-    """Each process has the whole teacher; weights for tokens, a moving teacher and a reference are those of one
-    process."""
+TAUGHT = {
+    "opd": ("llama", {"method": "opd"}),
+    "sdft": ("t5", {"method": "sdft", "teacher_ema": 0.9}),
+    "npo": ("llama", {"method": "npo"}),
+    "dft": ("t5", {"method": "dft"}),
+    "mentor-kd": ("t5", {"method": "mentor-kd", "top_logprobs": 4}),
+    "gkd": ("llama", {"method": "gkd"}),
+    "gkd t5": ("t5", {"method": "gkd"}),
+}
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_methods_with_a_teacher_in_two_ranks(name, run_all, students):
+    """Each process has the whole teacher; weights for tokens, a moving teacher, a reference and whole distributions are
+    those of one process."""
+    student, options = TAUGHT[name]
     steps = {"max_steps": 6, "save_steps": 6, "iteration_steps": 2, "negative_source": "minority", "quality": None}
-    kinds = {
-        "opd": ("llama", {"method": "opd", "teacher": str(students["llama"])}),
-        "sdft": ("t5", {"method": "sdft", "teacher_ema": 0.9}),
-        "npo": ("llama", {"method": "npo"}),
-        "dft": ("t5", {"method": "dft"}),
-        "mentor-kd": ("t5", {"method": "mentor-kd", "teacher": str(students["t5"]), "top_logprobs": 4}),
+    teacher = {"teacher": str(students[f"teacher of {student}"])}
+    options = steps | options | (teacher if options["method"] in ("opd", "mentor-kd", "gkd") else {})
+    scenarios = {
+        "one": (student, 1, options | ONE),
+        "DDP": (student, 2, options | TWICE),
+        "FSDP2": (student, 2, options | TWO | {"fsdp": True}),
     }
-    scenarios = {}
-    for name, (student, options) in kinds.items():
-        options = steps | options
-        scenarios[name] = (student, 1, options | ONE)
-        scenarios[f"{name}, DDP"] = (student, 2, options | TWICE)
-        scenarios[f"{name}, FSDP2"] = (student, 2, options | TWO | {"fsdp": True})
-    runs = run_all(scenarios, float64=True)
-    for name in kinds:
-        for engine in ("DDP", "FSDP2"):
-            assert_same(runs[name][2], runs[f"{name}, {engine}"][2], 6)
-            for a, b in zip(logged(runs[name][2]), logged(runs[f"{name}, {engine}"][2]), strict=True):
-                for key in ("teacher_kl", "loss_npo"):
-                    if a.get(key) is None:
-                        assert b.get(key) is None
-                    else:
-                        assert b[key] == pytest.approx(a[key], rel=1e-9, abs=1e-12), (name, engine, a["step"])
+    runs = {of: run for of, (_, _, run) in run_all(scenarios, float64=True).items()}
+    for engine in ("DDP", "FSDP2"):
+        assert_same(runs["one"], runs[engine], 6)
+        for a, b in zip(logged(runs["one"]), logged(runs[engine]), strict=True):
+            for key in ("teacher_kl", "loss_npo", "loss_cl"):
+                if a.get(key) is None:
+                    assert b.get(key) is None
+                else:
+                    assert b[key] == pytest.approx(a[key], rel=1e-9, abs=1e-12), (engine, a["step"])
 
 
 def test_a_run_goes_on_with_another_number_of_processes(run_all):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qcrd_fast.config import TEACHER_OPTIONS, TrainConfig
 from qcrd_fast.data.load import load_questions
@@ -31,7 +32,7 @@ from qcrd_fast.train.teaching import ModelTeaching, SelfTeaching, TargetText, pa
 from qcrd_fast.train.trainer import train
 from qcrd_fast.utils.device import make_autocast
 from tests.support.short_runs import metrics, same, settings, weights
-from tests.support.students import make_llama
+from tests.support.students import make_llama, make_t5
 from tests.support.toy_tokenizers import bytes_bpe
 from tests.support.warm import differences
 
@@ -40,8 +41,17 @@ PLAIN = dict(quality=None, scheme=None, negative_source=None, iteration_steps=No
 
 @pytest.fixture(scope="module")
 def mentor(tmp_path_factory) -> Path:
+    return sharpened(make_llama(tmp_path_factory.mktemp("mentor"), layers=1))
+
+
+@pytest.fixture(scope="module")
+def mentors(mentor, tmp_path_factory) -> dict[str, Path]:
+    """By the fixture of the student's family."""
+    return {"llama_folder": mentor, "t5_folder": sharpened(make_t5(tmp_path_factory.mktemp("mentor-t5"), layers=1))}
+
+
+def sharpened(folder: Path) -> Path:
     """Other weights than the student's, sharper."""
-    folder = make_llama(tmp_path_factory.mktemp("mentor"), layers=1)
     student = Student.load(str(folder), PromptSettings())
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -74,7 +84,7 @@ def logprobs(mentor, rows_file, tmp_path_factory) -> Path:
 def config_of(method, rows, student, out, mentor=None, **changes) -> TrainConfig:
     teacher = (
         {"teacher": str(mentor)}
-        if method == "opd" or (method == "mentor-kd" and "teacher_logprobs" not in changes)
+        if method in ("opd", "gkd") or (method == "mentor-kd" and "teacher_logprobs" not in changes)
         else {}
     )
     return settings(rows, student, out, method=method, **{**PLAIN, **teacher, **changes})
@@ -284,21 +294,27 @@ CASES = {
     "npo": {},
     "dft": {},
     "mentor-kd": {},
+    "gkd": {},
 }
 
 
+@pytest.mark.parametrize("family", ["llama_folder", pytest.param("t5_folder", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", CASES)
-def test_a_resume_changes_no_bit(method, mentor, logprobs, llama_folder, rows_file, tmp_path):
-    extra = {"teacher_logprobs": str(logprobs)} if method == "mentor-kd" else CASES[method]
+def test_a_resume_changes_no_bit(method, family, mentors, logprobs, rows_file, tmp_path, request):
+    student, mentor, extra = str(request.getfixturevalue(family)), mentors[family], CASES[method]
+    if (method, family) == ("mentor-kd", "llama_folder"):
+        extra = {"teacher_logprobs": str(logprobs)}
     out, again = tmp_path / "a", tmp_path / "b"
     options = dict(**extra, sample_batch_size=8, save_total_limit=None, max_steps=4, save_steps=2)
-    train(config_of(method, rows_file, llama_folder, out, mentor, **options))
+    train(config_of(method, rows_file, student, out, mentor, **options))
+    begun = load_file(Path(student) / "model.safetensors")
+    assert not same(begun, {name: x for name, x in weights(out, 4).items() if name in begun})
     shutil.copytree(out, again, symlinks=True)
     shutil.rmtree(checkpoint_path(again, 4))
     for name in ("eval_results.json", "predictions.jsonl", "reference.json"):
         (again / name).unlink(missing_ok=True)
     (again / "final").unlink()
-    train(config_of(method, rows_file, llama_folder, again, mentor, **options, resume="auto"))
+    train(config_of(method, rows_file, student, again, mentor, **options, resume="auto"))
     assert same(weights(out, 4), weights(again, 4)) and metrics(out) == metrics(again)
     if method == "sdft":
         assert (checkpoint_path(again, 4) / "teacher.safetensors").read_bytes() == (
@@ -309,20 +325,23 @@ def test_a_resume_changes_no_bit(method, mentor, logprobs, llama_folder, rows_fi
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama_folder", "t5_folder"])
 @pytest.mark.parametrize("method", CASES)
-def test_killed_at_its_files_and_resumed(method, crashes, mentor, logprobs, llama_folder, tmp_path):
+def test_killed_at_its_files_and_resumed(method, family, crashes, mentors, logprobs, tmp_path, request):
     """kill -9 at four of the run's operations on files: every byte is that of the unbroken run."""
     from tests.support.faults import Fault
 
-    extra = {"teacher_logprobs": logprobs} if method == "mentor-kd" else CASES[method]
+    student, extra = request.getfixturevalue(family), dict(CASES[method])
+    if method == "mentor-kd":
+        extra = {"teacher_logprobs": logprobs} if family == "llama_folder" else {"teacher": mentors[family]}
     options = dict(method=method, discriminator="none", max_steps=4, save_steps=2, sample_batch_size=8, **extra)
-    options |= {"teacher": mentor} if method == "opd" else {}
+    options |= {"teacher": mentors[family]} if method in ("opd", "gkd") else {}
     options |= {"scheme": "minmax", "negative_source": "minority", "iteration_steps": 2}
 
     def args(out, **more):
         from tests.support.warm import short_run
 
-        return short_run(crashes.rows, llama_folder, "none", out, **(options | more))
+        return short_run(crashes.rows, student, "none", out, **(options | more))
 
     whole = tmp_path / "whole"
     done = crashes.warm.run(args(whole), folder=whole)
