@@ -3,7 +3,8 @@ Face code does it.
 
 All train the same students of random weights on the same questions, m positives and k minority rationales each, and one
 negative of the student as it was at the start of the iteration before. Ours: score, select, train what was selected, on
-shared prompts. `hf`: `generate`, then one padded sequence a rationale, with logits and gradients for all of them.
+shared prompts; the negatives of a chunk of steps are drawn at once. `hf`: `generate` for each step, then one padded
+sequence a rationale, with logits and gradients for all of them.
 `hf-NAME`: no padding, and a fused cross entropy. `given`: the negatives are there already.
 """
 
@@ -46,6 +47,7 @@ OVERLAPS = ("serial", "stream", "priority", "green-context")
 FUSED = ("torch-fused", "liger", "cce", "quack")
 ARMS = (*OVERLAPS, "given", "hf", "hf given", *(f"hf-{name} given" for name in FUSED))
 LABEL_TOKENS = (2, 6)
+CHUNK_STEPS = 4  # whose negatives are drawn at once on a CPU, an iteration's; `train` draws 64 by default
 LENGTHS = {  # quantiles of the prompts' and the rationales' lengths [tokens], at equal steps
     "uniform": ((24, 96), (48, 144)),
     "svamp": (  # three teachers' rationales under SmolLM2's tokenizer; the longest hundredth is cut
@@ -104,7 +106,8 @@ class Arm:
             per_device_train_batch_size=case.micro, gradient_accumulation_steps=case.questions // case.micro,
             max_steps=10**9,
             iteration_steps=4, negative_lag=1, negative_temperature=TEMPERATURE, negative_top_k=case.top_k, delta=DELTA,
-            max_new_tokens=case.new, sample_batch_size=case.questions, discriminator="none", overlap=_overlap(kind),
+            max_new_tokens=case.new, sample_batch_size=case.questions * (1 if device.type == "cuda" else CHUNK_STEPS),
+            discriminator="none", overlap=_overlap(kind),
             scheme="minmax", negative_source="lagged",
         )  # fmt: skip
         self.autocast = make_autocast(device, None)
@@ -114,6 +117,7 @@ class Arm:
         self.optimizer = torch.optim.AdamW(self.student.model.parameters(), lr=1e-6, fused=fused)
         self.folder = folder
         self.sampling_s, self.steps = 0.0, 0
+        self.steps_together = 1  # whose negatives are drawn at once
 
     def negatives(self, step: int) -> dict[str, Negative]:
         return given_negatives(self.case)
@@ -154,6 +158,7 @@ class Ours(Arm):
         self.objective = Objective(self.student, self.config, None, self.autocast)
         self.lagged: LaggedNegatives | None = None
         if kind != "given":
+            self.steps_together = self.config.sample_batch_size // case.questions
             worker = SamplingWorker(choose_overlap(self.config, device), device)
             folder.mkdir()
             self.snapshots = Snapshots(folder / "snapshots", in_memory=4 if device.type == "cuda" else 0)
@@ -390,8 +395,9 @@ def run_case(
 
 
 def time_steps(arm: Arm, steps: int) -> float:
-    """Milliseconds a step in the steady state (a CPU: user time). Nothing waits for the sampling stream but the arm
-    itself."""
+    """Milliseconds a step in the steady state (a CPU: user time), over whole chunks of negatives. Nothing waits for the
+    sampling stream but the arm itself."""
+    steps = -(-steps // arm.steps_together) * arm.steps_together
 
     def finish() -> None:
         if arm.device.type == "cuda":
