@@ -220,17 +220,18 @@ def needed_share(own: Sequence[float], tokens: Sequence[float], target: float) -
     return None
 
 
-def print_table(path: Path) -> None:
+def print_table(path: Path, against: str = BASE) -> None:
     """Print accuracy after each round with its interval over seeds and questions.
 
-    The last column is the share of tokens that an arm needs to reach what `random` reaches.
+    The last columns compare with the arm `against`: the paired difference at the end, and the share of its own tokens
+    at which an arm reaches what `against` reaches at the end.
     """
     found = read_rows(path)
-    base = found.get(BASE, {})
+    base = found.get(against, {})
     rounds = sorted({number for arm in found.values() for seeds in arm.values() for number in seeds})
     numbers = [n for n in rounds if n]
     heads = [f"round {n}" for n in numbers]
-    print("| arm | seeds | " + " | ".join(heads) + f" | last - {BASE} | tokens for {BASE}'s last |")
+    print("| arm | seeds | " + " | ".join(heads) + f" | last - {against} | tokens for {against}'s last |")
     print("|---" * (4 + len(heads)) + "|")
     for name, arm in found.items():
         seeds = sorted(seed for seed, of in arm.items() if len(of) == len(rounds))
@@ -244,7 +245,7 @@ def print_table(path: Path) -> None:
             cells.append(f"{told.mean:.3f} ({told.low:.3f}, {told.high:.3f}); {asked:.0f} asked, {tokens / 1000:.1f}k")
         both = sorted(set(seeds) & {seed for seed, of in base.items() if len(of) == len(rounds)})
         difference, share = "-", "-"
-        if name != BASE and both:
+        if name != against and both:
             last = numbers[-1]
             gap = compare(bits(arm, both, last), bits(base, both, last), resamples=1000)
             difference = f"{gap.mean:+.3f} ({gap.low:+.3f}, {gap.high:+.3f})"
@@ -273,10 +274,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--cache", type=Path, default=Path.home() / ".cache" / "qcrd-fast" / "study", help="of pretrained students"
     )
     parser.add_argument("--table", action="store_true", help="print what the CSV holds, and run nothing")
+    parser.add_argument("--against", default=BASE, choices=ARMS, help="the arm that --table compares with")
     options = parser.parse_args(arguments)
     try:
         if options.table:
-            print_table(options.results)
+            print_table(options.results, options.against)
             return 0
         return _run(options)
     except InputError as error:
