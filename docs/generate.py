@@ -76,9 +76,15 @@ TABLES = {  # file: (title, what it says, key columns, shown columns)
     ),
     "loss": (
         "The loss alone",
-        "The head and the contrastive loss on the same hidden states. `qcrd-fast bench loss --append`",
+        "The head and the contrastive loss on the same hidden states; on a CPU, user time. `of_eager`: over eager "
+        "`plain` (logits of all tokens with gradients), of the modes `every` over eager `every`; `of_composed`: over "
+        "eager code that scores first and trains what was selected; `floor_share`: of the time, what the products "
+        "alone take at the rate of the same shape. `qcrd-fast bench loss --append`",
         ("head", "tokens", "logits", "dtype", "provider", "mode", "device", "threads"),
-        ("head", "tokens", "dtype", "provider", "mode", "status", "ms", "of_eager", "peak_mib", "device", "commit"),
+        (
+            *("head", "tokens", "dtype", "provider", "mode", "status", "ms", "of_eager", "of_composed"),
+            *("floor_share", "peak_mib", "device", "commit"),
+        ),
     ),
     "step": (
         "A whole training step",
