@@ -43,7 +43,7 @@ from qcrd_fast.data.load import to_row
 from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError, RunError, Stopped
 from qcrd_fast.evaluate import accuracy, predict
-from qcrd_fast.models.prompts import PromptSettings, with_views
+from qcrd_fast.models.prompts import with_views
 from qcrd_fast.models.student import Student
 from qcrd_fast.runs.folder import RunFolder
 from qcrd_fast.runs.load import find_model, find_state, load_student
@@ -331,13 +331,10 @@ class ActiveRun(Setup):
         name = self.model_path(model)
         if model is not None or find_state(name) is not None:
             loaded, _ = load_student(name, self.base.device)
-            loaded.prompts = with_views(loaded.prompts, self.views)
+            loaded.prompts = with_views(loaded.prompts, self.student_prompts.views)
         else:
-            c, device = self.base, resolve_device(self.base.device)
-            prompts = PromptSettings.from_option(
-                c.prompt_template, c.max_source_length, c.max_target_length, c.system_prompt, c.views
-            )
-            loaded = Student.load(name, prompts, device, c.attn_implementation)
+            device = resolve_device(self.base.device)
+            loaded = Student.load(name, self.student_prompts, device, self.base.attn_implementation)
             loaded.model.eval()
         choose_threads(loaded.device, sum(p.numel() for p in loaded.model.parameters()))
         return loaded

@@ -24,7 +24,6 @@ from qcrd_fast.data.schema import Question, later_fields, leak_key
 from qcrd_fast.data.splits import drop_overlap, label_of, main_task, of_split
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import PromptSettings
-from qcrd_fast.models.views import read_views
 from qcrd_fast.runs.folder import FREE_OPTIONS
 from qcrd_fast.runs.load import find_model, find_state
 from qcrd_fast.select.registry import unused
@@ -73,20 +72,25 @@ class Setup:
             if path and not os.path.exists(path) and not is_hub_name(path):
                 raise InputError(f"--{name.replace('_', '-')}: {printable(path)} does not exist")
         check_start(dataclasses.replace(self.base, student=self.initial), dry_run=True)
-        self.prompts, self.views = Prompts(config.prompts), read_views(self.base.views)
-        own = PromptSettings.from_option(
-            self.base.prompt_template, self.base.max_source_length, self.base.max_target_length, self.base.system_prompt
+        self.prompts = Prompts(config.prompts)
+        # of a student that was not trained here
+        self.student_prompts = PromptSettings.from_option(
+            self.base.prompt_template,
+            self.base.max_source_length,
+            self.base.max_target_length,
+            self.base.system_prompt,
+            self.base.views,
         )
         # what the files of these options say
         self.texts = {
             "prompts": sorted(self.prompts.texts.items()),
-            "views": sorted(self.views.items()),
-            "prompt_template": own.template,
-            "system_prompt": own.system,
+            "views": sorted(self.student_prompts.views.items()),
+            "prompt_template": self.student_prompts.template,
+            "system_prompt": self.student_prompts.system,
         }
         self.teacher = self._find_teacher()
         self.pool, self.validation, self.test = self._load()
-        check_views([*self.pool, *self.validation, *self.test], self.views)
+        check_views([*self.pool, *self.validation, *self.test], self.student_prompts.views)
         self.task = self.base.task or main_task(self.pool)
         state = find_state(self.initial) if Path(self.initial).is_dir() else None
         trained = read_object(state).get("config") if state else None
