@@ -141,14 +141,13 @@ def read_records(
         return
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: _read_line(file, longest), b""), 1):
-            end = file.tell()
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 record = None
             if isinstance(record, dict) and (line.endswith(b"\n") or damaged == "raise"):
                 if ends is not None:
-                    ends.append(end)
+                    ends.append(file.tell())
                 yield record
             elif damaged == "raise":
                 raise InputError(f"{printable(path)}:{number}: no JSON object")
