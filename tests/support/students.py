@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.support import problems
+
+if TYPE_CHECKING:
+    from qcrd_fast.models.student import Student
 
 
 def sampled_rows(count: int, seed: int = 0) -> list[dict]:
@@ -18,6 +22,23 @@ def sampled_rows(count: int, seed: int = 0) -> list[dict]:
         ]
         rows.append({"id": f"q{i}", "question": problem.question, "answer": problem.answer, "samples": samples})
     return rows
+
+
+def student_and_teacher(folder: str) -> tuple[Student, Student]:
+    """The model of a folder, and the same with noise on its weights; both in eval mode."""
+    import torch
+
+    from qcrd_fast.models.prompts import PromptSettings
+    from qcrd_fast.models.student import Student
+
+    student, teacher = (Student.load(folder, PromptSettings()) for _ in range(2))
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in teacher.model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
+    student.model.eval()
+    teacher.model.eval()
+    return student, teacher
 
 
 def make_t5(folder: Path, layers: int = 2) -> Path:

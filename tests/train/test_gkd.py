@@ -8,8 +8,6 @@ import torch
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.errors import InputError
-from qcrd_fast.models.prompts import PromptSettings
-from qcrd_fast.models.student import Student
 from qcrd_fast.teacher_signal.local import LocalTeacher
 from qcrd_fast.train.examples import make_examples
 from qcrd_fast.train.negative_store import Negative
@@ -19,6 +17,7 @@ from qcrd_fast.train.trainer import train
 from qcrd_fast.utils.device import make_autocast
 from tests.support.kl_oracle import dense_kl
 from tests.support.short_runs import metrics, settings
+from tests.support.students import student_and_teacher
 
 PLAIN = dict(quality=None, scheme=None, negative_source=None, iteration_steps=None, delta=3.0)
 
@@ -35,12 +34,7 @@ def test_the_loss_of_a_micro_batch_by_hand(family, own, rows_file, request):
     logits."""
     folder = str(request.getfixturevalue(family))
     config = TrainConfig(method="gkd", teacher=folder, gkd_beta=0.3, gkd_lambda=own, kd_temperature=1.5, alpha_cl=0.8)
-    student, teacher = (Student.load(folder, PromptSettings()) for _ in range(2))
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in teacher.model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=g))
-    student.model.eval()
+    student, teacher = student_and_teacher(folder)
     batch = make_examples(load_questions(str(rows_file), split="train").questions[:3], student, config)
     said = {e.id: Negative(student.target_ids(f"So {i}."), f"So {i}.") for i, e in enumerate(batch[:2])}
     teaching = ModelTeaching(LocalTeacher(teacher), config)

@@ -32,7 +32,7 @@ from qcrd_fast.train.teaching import ModelTeaching, SelfTeaching, TargetText, pa
 from qcrd_fast.train.trainer import train
 from qcrd_fast.utils.device import make_autocast
 from tests.support.short_runs import metrics, same, settings, weights
-from tests.support.students import make_llama, make_t5
+from tests.support.students import make_llama, make_t5, student_and_teacher
 from tests.support.toy_tokenizers import bytes_bpe
 from tests.support.warm import differences
 
@@ -124,12 +124,7 @@ def test_an_on_policy_micro_batch_by_hand(method, family, rows_file, request):
     sampled tokens of the optimizer batch; and the labels by cross-entropy."""
     folder = str(request.getfixturevalue(family))
     config = TrainConfig(method=method, teacher=folder if method == "opd" else None, alpha_pred=0.7, alpha_cl=0.8)
-    student, teacher = (Student.load(folder, PromptSettings()) for _ in range(2))
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in teacher.model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=g))
-    student.model.eval()
+    student, teacher = student_and_teacher(folder)
     batch = make_examples(load_questions(str(rows_file), split="train").questions[:3], student, config)
     said = {
         e.id: Negative(student.target_ids(text), text) for e, text in zip(batch, ("So 5.", "It is 4."), strict=False)
@@ -253,13 +248,7 @@ def test_the_literal_form_counts_padding(family, rows_file, tmp_path, request):
     config = TrainConfig(
         method="mentor-kd", teacher=folder, mentor_kd_literal=True, kd_temperature=2.0, top_logprobs=1000, kd_lambda=0.3
     )
-    student, teacher = (Student.load(folder, PromptSettings()) for _ in range(2))
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in teacher.model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=g))
-    student.model.eval()
-    teacher.model.eval()
+    student, teacher = student_and_teacher(folder)
     batch = make_examples(load_questions(str(rows_file), split="train").questions[:2], student, config)
     teaching = ModelTeaching(LocalTeacher(teacher), config)
     objective = Objective(student, config, None, make_autocast(student.device, None), teaching=teaching)
