@@ -50,7 +50,20 @@ class Policy:
             raise InputError(f"--drop-above must be finite, got {self.drop_above}")
 
     def choose(self, rows: Sequence[Question], found: Sequence[RowScores]) -> list[tuple[Question, RowScores]]:
-        """The rows that are left, in their order, with their scores."""
+        """The rows that are left, in their order, with their scores.
+
+        It chooses among the rows to train on, those of split train or none; where there are such, all others are left
+        as they are.
+        """
+        pairs = list(zip(rows, found, strict=True))
+        others = [pair for pair in pairs if is_other_split(pair[0])]
+        if not others or len(others) == len(pairs):
+            return self._choose(rows, found)
+        mine = [pair for pair in pairs if not is_other_split(pair[0])]
+        place = {row.id: n for n, row in enumerate(rows)}
+        return sorted(self._choose(*zip(*mine, strict=True)) + others, key=lambda pair: place[pair[0].id])
+
+    def _choose(self, rows: Sequence[Question], found: Sequence[RowScores]) -> list[tuple[Question, RowScores]]:
         scores, name = [scores.row for scores in found], self.names[0]
         pairs = list(zip(rows, found, strict=True))
         if self.top is not None:
@@ -70,6 +83,11 @@ class Policy:
                 (dataclasses.replace(row, weight=w), of_row) for (row, of_row), w in zip(pairs, weights, strict=True)
             ]
         return pairs
+
+
+def is_other_split(row: Question) -> bool:
+    """Whether the row says that it is not to train on."""
+    return row.split not in (None, "train")
 
 
 def _drop(row: Question, scores: RowScores, name: str, threshold: float) -> tuple[Question, RowScores]:
@@ -130,6 +148,8 @@ def select(
         write_prepared(output, (with_scores(*pair) for pair in kept))
         progress.done()
     summary: dict[str, Any] = {"rows": len(rows), "chosen": len(kept)}
+    if 0 < (others := sum(map(is_other_split, rows))) < len(rows):
+        summary["of_other_splits"] = others
     summary["positives"] = sum(len(row.positives) for row, _ in kept)
     for name in chosen.names:
         summary |= describe(name, [scores.row[name] for scores in found])

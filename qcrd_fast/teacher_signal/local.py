@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -102,6 +103,17 @@ def load_model(name: str, prompts: PromptSettings, device: torch.device, option:
         return Student.load(folder, prompts, device)
     except InputError as error:
         raise InputError(f"{option}: {str(error).removeprefix('student: ')}") from error
+
+
+def weights_digest(model: Any, sampled: int = 64) -> str:
+    """sha256 of each parameter's name, shape and up to `sampled` of its values, evenly spread: training moves them
+    all, so that other weights under the same path are noticed without reading all of them."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(len(flat) // sampled, 1)][:sampled].float().cpu()
+        digest.update(repr((name, tuple(parameter.shape), some.tolist())).encode())
+    return digest.hexdigest()
 
 
 def load_teacher(name: str, student: Student, autocast: Autocast | None = None, impl: str = "auto") -> LocalTeacher:

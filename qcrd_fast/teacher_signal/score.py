@@ -98,7 +98,7 @@ def score_teacher(settings: ScoreSettings, *, dry_run: bool = False) -> tuple[di
     digest = tokenizer_hash(scorer.prompter.tokenizer)
     writer = Writer(
         Path(settings.output), digest, scorer.name, settings.top_logprobs, settings.temperature,
-        prompts_digest(scorer.prompter.prompts),
+        prompts_digest(scorer.prompter.prompts), scorer.weights,
     )  # fmt: skip
     with writer, StopSignals() as signals:
         todo = list({t.key: t for t in targets if t.key not in writer.known}.values())
@@ -147,7 +147,7 @@ class _Local:
     """Local weights."""
 
     def __init__(self, settings: ScoreSettings, prompts: PromptSettings):
-        from qcrd_fast.teacher_signal.local import LocalTeacher, load_model
+        from qcrd_fast.teacher_signal.local import LocalTeacher, load_model, weights_digest
 
         self.settings, self.name = settings, settings.teacher
         self.model = load_model(settings.teacher, prompts, resolve_device(settings.device))
@@ -157,6 +157,7 @@ class _Local:
                 load_tokenizer(settings.student, "--student"), self.model.tokenizer, f"--teacher {settings.teacher}"
             )
         self.teacher = LocalTeacher(self.model)
+        self.weights: str | None = weights_digest(self.model.model)
 
     def score(self, batch: Sequence[Target]) -> list[Entry]:
         s = self.settings
@@ -171,7 +172,9 @@ class _Local:
 
 
 class _Server:
-    """A server that scores prompts."""
+    """A server that scores prompts; of its weights nothing is known."""
+
+    weights: str | None = None
 
     def __init__(self, settings: ScoreSettings, prompts: PromptSettings):
         from transformers import AutoConfig

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 SHARD = 256  # texts
 PENDING, META, LOCK = "pending.jsonl", "meta.json", ".lock"
 VERSION = 1
+ADDED = ("prompts", "weights")  # to the metadata, after the first folders were written
 _NAME = re.compile(r"shard-(\d{5})\.safetensors\.gz")
 
 
@@ -63,16 +64,24 @@ def text_digest(question: str, prefix: str, text: str) -> str:
 class Writer:
     """Adds scored texts to a folder; use as a context manager. `known`: the keys that are there.
 
-    Raises `InputError` for a folder of another teacher, tokenizer, temperature, K or prompts (a digest), or one that
-    another process writes; `RunError` where the disk is full, with everything that was added still there.
+    Raises `InputError` for a folder of another teacher, tokenizer, temperature, K, prompts or weights (digests, where
+    they are known), or one that another process writes; `RunError` where the disk is full, with everything that was
+    added still there.
     """
 
     def __init__(
-        self, folder: Path, tokenizer: str, teacher: str, k: int, temperature: float = 1.0, prompts: str | None = None
+        self,
+        folder: Path,
+        tokenizer: str,
+        teacher: str,
+        k: int,
+        temperature: float = 1.0,
+        prompts: str | None = None,
+        weights: str | None = None,
     ):
         self.folder, self.k = folder, k
         self.meta = {"version": VERSION, "tokenizer": tokenizer, "teacher": teacher, "k": k, "temperature": temperature}
-        self.meta |= {"prompts": prompts} if prompts else {}
+        self.meta |= {name: found for name, found in (("prompts", prompts), ("weights", weights)) if found}
         self.known: set[str] = set()
         self._pending: dict[str, Entry] = {}
         self._file = self._lock = -1
@@ -102,7 +111,7 @@ class Writer:
         if meta.exists():
             before = read_meta(self.folder)
             for name, value in self.meta.items():
-                if before.get(name) != value and (name in before or name != "prompts"):  # which folders lacked once
+                if before.get(name) != value and (name in before or name not in ADDED):
                     raise InputError(
                         f"{printable(self.folder)}: begun with {name} {before.get(name)!r}, now it is {value!r}; "
                         "choose another folder"

@@ -53,6 +53,23 @@ def test_what_is_above_a_threshold_is_dropped() -> None:
     assert [of_row.positives["ifd"] for _, of_row in left] == [[0.5], [None, 1.0], [0.1, 0.2]]
 
 
+def test_rows_of_other_splits_are_left_as_they_are() -> None:
+    splits = ["train", "test", None, "validation"]
+    rows = [dataclasses.replace(row, split=split) for row, split in zip(ROWS, splits, strict=True)]
+    found = [RowScores({"known": v, "ifd": v}, {"ifd": [v, v]}) for v in (5.0, 9.0, 1.0, 0.0)]
+
+    def ids(**options: object) -> list[str]:
+        return [row.id for row, _ in Policy(["ifd"], **options).choose(rows, found)]
+
+    assert ids(drop_above=2) == ["c", "b", "a"]
+    left = Policy(["known"], top=1).choose(rows, found)
+    assert [row.id for row, _ in left] == ["c", "b", "a"]  # b is the least known of d and b
+    weighed = Policy(["known"], weight=True).choose(rows, found)
+    assert [row.weight for row, _ in weighed] == [0.5, None, 1.5, None]
+    tests = [dataclasses.replace(row, split="test") for row in ROWS]  # nothing else is there: choose among them
+    assert [row.id for row, _ in Policy(["known"], top=1).choose(tests, found)] == ["a"]
+
+
 def test_weights_have_the_mean_1_and_follow_the_ranks() -> None:
     assert policy.weights(ROWS, scored(5, 1, 1, 9), "random") == [1.25, 0.5, 0.5, 1.75]
     assert policy.weights(ROWS, scored(5, 1, 1, 9), "known") == [0.75, 1.5, 1.5, 0.25]

@@ -4,11 +4,12 @@ from."""
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from qcrd_fast.cli.main import entry
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
@@ -78,6 +79,19 @@ def test_a_servers_log_probs_are_those_of_its_model(rows_file, llama_folder, tmp
     assert "--student is needed" in capsys.readouterr().err
     assert entry(scored(few, "http://127.0.0.1:1/v1", tmp_path / "c", "--temperature", "2")) == 2
     assert "temperature 1" in capsys.readouterr().err
+
+
+def test_other_weights_under_the_same_path_do_not_join_a_folder(rows_file, llama_folder, tmp_path, capsys):
+    out, teacher, rows = tmp_path / "lp", tmp_path / "teacher", tmp_path / "rows.jsonl"
+    rows.write_text("".join(rows_file.read_text().splitlines(True)[:2]))
+    shutil.copytree(llama_folder, teacher)
+    assert entry(scored(rows, teacher, out)) == entry(scored(rows, teacher, out)) == 0
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.001)
+    model.save_pretrained(teacher)
+    assert entry(scored(rows, teacher, out)) == 2 and "begun with weights" in capsys.readouterr().err
 
 
 def test_texts_behind_other_prompts_do_not_join_a_folder(rows_file, llama_folder, tmp_path, capsys):
