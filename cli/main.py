@@ -362,6 +362,7 @@ def evaluate(run_or_model: str, data: str, dry_run: bool, as_json: bool, **optio
 @positive("--num-samples", default=1, help="rationales to sample")
 @natural("--seed", default=0, help="seed of the sampling")
 @positive("--max-new-tokens", default=256, help="longest rationale [tokens]")
+@click.option("--view", metavar="NAME", help="ask for a rationale of this view, as rows with a `view` do")
 @reasoning_option
 @device_option
 @config_option

@@ -307,9 +307,11 @@ def generate_text(
     seed: int = 0,
     max_new_tokens: int = 256,
     reasoning: bool = False,
+    view: str | None = None,
     device: str = "auto",
 ) -> list[dict[str, str]]:
-    """Rationales and answers to one question: `num_samples` of each, greedy at temperature 0."""
+    """Rationales and answers to one question: `num_samples` of each, greedy at temperature 0. `view`: the rationale is
+    asked for in this view (`models.views`). Raises `InputError` for an empty question and for an unknown view."""
     if not question.strip():
         raise InputError("the question is empty")
     _check_tasks(run_or_model, reasoning)
@@ -318,7 +320,8 @@ def generate_text(
     indices = list(range(num_samples))
 
     def say(prefix: str) -> list[str]:
-        sources = [student.source_ids(prefix, question)] * num_samples
+        asked = student.source_ids(prefix, question, None if prefix == PREDICT else view)
+        sources = [asked] * num_samples
         keys = [key_words(seed, prefix + question)] * num_samples
         autocast = make_autocast(student.device, None)
         with explaining_oom("--num-samples, --max-new-tokens", "answering"):

@@ -90,6 +90,14 @@ def test_reasoning_needs_a_run_that_was_trained_for_it(run: Path, rows_file: Pat
     assert entry(["eval", str(run), "--data", str(rows_file), "--reasoning", "--zero-shot"]) == 2
 
 
+def test_generate_asks_for_a_rationale_of_a_view(student: Path, monkeypatch, capsys) -> None:
+    asked = replies(monkeypatch, ["5"])
+    assert entry(["generate", str(student), "2 + 3?", "--view", "short"]) == 0
+    assert ["short sentence" in text for text in asked] == [True, False]  # the rationale's prompt, not the answer's
+    assert entry(["generate", str(student), "2 + 3?", "--view", "rhyme"]) == 2
+    assert "view 'rhyme' is in no table" in capsys.readouterr().err
+
+
 def test_the_zero_shot_baseline_asks_in_words(
     run: Path, student: Path, rows_file: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:

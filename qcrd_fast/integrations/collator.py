@@ -17,7 +17,7 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.models.decoder_start import Start, decoder_start
 from qcrd_fast.models.lm_head import unwrapped
 from qcrd_fast.models.padding import pad_right
-from qcrd_fast.models.prompts import EXPLAIN, PREDICT, Prompter, PromptSettings, TokenIds
+from qcrd_fast.models.prompts import EXPLAIN, PREDICT, Prompter, PromptSettings, TokenIds, with_views
 
 IGNORE = -100  # a target that is not scored
 LABELS = ("auto", "gold", "majority", "none")
@@ -58,9 +58,11 @@ class RationaleCollator:
     labels.
     quality: None for weights of 1; `"score"` for the rows' own scores; or a function of [(question, rationale), ...] to
     scores [R] in [0, 1], such as `discriminator.score`. num_positives: at most so many positives of a question.
-    prompt_template, max_source_length, max_target_length [tokens]: as in `qcrd-fast train`.
+    prompt_template, max_source_length, max_target_length [tokens], system_prompt: as in `qcrd-fast train`. views:
+    {view: text} of what a prompt says to ask for a rationale of a view, beside the built-in ones, as in `--views`.
 
-    Raises `InputError` for a row that is not a prepared one, or that lacks the label or score asked for.
+    Raises `InputError` for a row that is not a prepared one, that lacks the label or score asked for, or whose view is
+    in no table.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class RationaleCollator:
         prompt_template: str = "raw",
         max_source_length: int = 1024,
         max_target_length: int = 256,
+        system_prompt: str | None = None,
+        views: Mapping[str, str] | None = None,
     ):
         config = None if model is None else unwrapped(model).config
         if is_encoder_decoder is None:
@@ -99,8 +103,8 @@ class RationaleCollator:
                 raise InputError(f"{name} must be a whole number above 0, got {value!r}")
         if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
             raise InputError(f"tokenizer must be a Hugging Face tokenizer, got {tokenizer!r}")
-        settings = PromptSettings.from_option(prompt_template, max_source_length, max_target_length)
-        self.prompter = Prompter(tokenizer, settings, is_encoder_decoder)
+        settings = PromptSettings.from_option(prompt_template, max_source_length, max_target_length, system_prompt)
+        self.prompter = Prompter(tokenizer, with_views(settings, views or {}), is_encoder_decoder)
         start: Start | None = decoder_start_token_id
         if start is None and model is not None and is_encoder_decoder:
             start = decoder_start(model)
@@ -147,9 +151,13 @@ class RationaleCollator:
         """(question, prompt, target, positive) of every rationale, and the rationales."""
         sequences, rationales = [], []
         for q, item in enumerate(questions):
-            prompt = self.prompter.source_ids(EXPLAIN, question_text(item))
+            text, prompts = question_text(item), dict[str | None, TokenIds]()
             for positive, found in ((True, item.positives[: self.num_positives]), (False, item.negatives)):
                 for rationale in found:
+                    view = rationale.view or item.view
+                    if view not in prompts:
+                        prompts[view] = self.prompter.source_ids(EXPLAIN, text, view)
+                    prompt = prompts[view]
                     sequences.append((q, prompt, self.prompter.target_ids(rationale.text), positive))
                     rationales.append(rationale)
         return sequences, rationales

@@ -29,7 +29,7 @@ def view_text(view: str | None, own: Mapping[str, str]) -> str:
     if found is None:
         raise InputError(
             f"view {view!r} is in no table (there: {', '.join({**VIEWS, **own})}); --views FILE.yaml of train, "
-            "active, select and score-teacher says what its prompt is"
+            "active, select and score-teacher, and RationaleCollator(views=...), say what its prompt is"
         )
     return found
 

@@ -10,7 +10,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.formats.native import native_row
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.lm_head import read_head
-from qcrd_fast.models.prompts import PromptSettings
+from qcrd_fast.models.prompts import PromptSettings, with_views
 from qcrd_fast.models.student import Student
 from qcrd_fast.train.examples import make_examples
 
@@ -42,16 +42,21 @@ def load(folder, auto):
     return Student(auto.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), PromptSettings())
 
 
+@pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("kind", ["t5", "llama"])
-def test_prompts_and_targets_are_the_trainers(kind, t5_folder, llama_folder):
+def test_prompts_and_targets_are_the_trainers(kind, views, t5_folder, llama_folder):
     """Reading the tensors back gives the token ids that `qcrd-fast train` makes of the same rows."""
     folder, auto = (t5_folder, AutoModelForSeq2SeqLM) if kind == "t5" else (llama_folder, AutoModelForCausalLM)
-    student = load(folder, auto)
-    questions = [native_row({**row, "votes": None})[0] for row in ROWS]
+    student, rows, own = load(folder, auto), ROWS, {"verse": "In verse. "}
+    if views:
+        first, second = ROWS[0]["positives"]
+        rows = [{**ROWS[0], "view": "short", "positives": [first, {"text": second, "view": "verse"}]}, ROWS[1]]
+        student.prompts = with_views(student.prompts, own)
+    questions = [native_row({**row, "votes": None})[0] for row in rows]
     examples = make_examples(questions, student, TrainConfig(negative_source="minority"))
-    expected = [(0, e.explain, c.tokens) for e in examples for c in e.candidates({})]
+    expected = [(0, c.prompt or e.explain, c.tokens) for e in examples for c in e.candidates({})]
     expected += [(q, e.predict, e.label) for q, e in enumerate(examples)]
-    batch = RationaleCollator(student.tokenizer, student.model)(ROWS)
+    batch = RationaleCollator(student.tokenizer, student.model, views=own)(rows)
     assert batch["num_questions"] == 2 and batch["labels"].ne(-100).sum() == batch["labels"][:, 1:].ne(-100).sum() == 2
     assert batch["question_key"].tolist() == [e.key for e in examples]
     assert batch["question"].tolist() == [0, 0, 0, 0, 1] and batch["is_label"].tolist() == [False] * 3 + [True] * 2
@@ -71,7 +76,10 @@ def test_prompts_and_targets_are_the_trainers(kind, t5_folder, llama_folder):
             ids = batch["input_ids"][b][batch["attention_mask"][b] == 1].tolist()
             assert ids == prompt + target[:-1] and scored.nonzero()[0, 0] == len(prompt) - 1
     if kind == "t5":
-        assert len(batch["input_ids"]) == 3  # the prompt of question a is read once, and there are two labels
+        # the prompt of question a is read once, or once a view, and there are two labels
+        assert len(batch["input_ids"]) == (4 if views else 3)
+    with pytest.raises(InputError, match="view 'rhyme' is in no table"):
+        RationaleCollator(student.tokenizer, student.model)([{**ROWS[0], "view": "rhyme"}])
 
 
 def test_batch_fits_the_loss_by_hand(llama_folder, float64):
