@@ -93,6 +93,11 @@ def p_value(difference_SQ: np.ndarray) -> float:
     return 2 * (1 - low)
 
 
+def _head(name: str) -> str:
+    """The head of a column."""
+    return {"nll_sound": "nll", "cpu_s": "CPU-s", "student_tokens": "student tokens"}.get(name, name)
+
+
 def print_tables(path: Path, stage: str, baselines: Sequence[str]) -> None:
     """Print a table for each task and family.
 
@@ -103,20 +108,19 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str]) -> None:
         print(f"\n## {stage}: {task}, {family}; learning rate {rate}, {epochs} epochs of {questions} questions\n")
         known = [base for base in baselines if base in runs]
         heads = [f"{metric} - {base}" for base in known for metric in METRICS]
-        print(
-            "| arm | seeds | labels (sd) | sound (sd) | faithful | nll | entropy | CPU-s | " + " | ".join(heads) + " |"
-        )
-        print("|---" * (8 + len(heads)) + "|")
+        named = ["faithful", "nll_sound", "entropy", "cpu_s"]
+        if all(row.get("student_tokens") for rows in runs.values() for row in rows.values()):
+            named.append("student_tokens")  # which no run said at first
+        print("| " + " | ".join(["arm", "seeds", "labels (sd)", "sound (sd)", *map(_head, named), *heads]) + " |")
+        print("|---" * (4 + len(named) + len(heads)) + "|")
         for arm, rows in runs.items():
             cells = [arm, str(len(rows))]
             for metric in METRICS:
                 values = [float(r[metric]) for r in rows.values()]
                 spread = f"{np.std(values, ddof=1):.3f}" if len(values) > 1 else "-"
                 cells.append(f"{np.mean(values):.3f} ({spread})")
-            cells += [
-                f"{np.mean([float(r[name]) for r in rows.values()]):.3g}"
-                for name in ("faithful", "nll_sound", "entropy", "cpu_s")
-            ]
+            means = {name: float(np.mean([float(r[name]) for r in rows.values()])) for name in named}
+            cells += [f"{m:,.0f}" if name == "student_tokens" else f"{m:.3g}" for name, m in means.items()]
             for base in known:
                 seeds = sorted(set(rows) & set(runs[base]))
                 for metric in METRICS:
