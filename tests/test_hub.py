@@ -26,6 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, rows_file: Path, llama_folder:
     template = folder.parent / "template.txt"
     template.write_text("nuts? {prompt} apples", encoding="utf-8")
     options = dict(data=str(rows_file), student=str(llama_folder), max_steps=1, method="dss", max_answer_tokens=2)
+    options |= dict(max_target_length=24)
     options |= {"prompt_template": str(template)}
     train(TrainConfig(**options, output_dir=str(folder)))
     return folder

@@ -30,6 +30,7 @@ OPTIONS = dict(
     eval_batch_size=8,
     max_answer_tokens=2,
     max_new_tokens=8,
+    max_target_length=24,
 )
 
 

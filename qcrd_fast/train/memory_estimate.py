@@ -260,7 +260,7 @@ class _Fake:
         if sharing == "flex":  # compiled kernels cannot be faked; a dense mask stands for theirs
             self.student.model.set_attn_implementation("sdpa")
             sharing = "dense"
-        self.student.__dict__["sharing"] = sharing
+        self.student.sharing = sharing
         self.objective = Objective(self.student, config, None, autocast, 0)
 
     def _copy(self, module: Any) -> Any:

@@ -229,6 +229,7 @@ def runs(rows_file: Path, t5_folder: Path, tmp_path_factory: pytest.TempPathFact
 
     folder = tmp_path_factory.mktemp("codes")
     sizes = dict(data=str(rows_file), student=str(t5_folder), max_steps=1, max_answer_tokens=4, max_new_tokens=4)
+    sizes |= dict(max_target_length=24)
     train(TrainConfig(method="dss", output_dir=str(folder / "run"), **sizes))
     judged = dict(
         quality="discriminator",

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 COMMON = {
     "iteration_steps": 5, "negative_lag": 1, "max_new_tokens": 6, "learning_rate": 5e-4,
-    "discriminator_pretrain_steps": 2,
+    "discriminator_pretrain_steps": 2, "max_target_length": 24,
     "discriminator_folds": 2, "discriminator_min_auc": 0.0, "scheme": "minmax", "negative_source": "lagged",
     "quality": "discriminator",
     "discriminator_update_batches": 1, "sample_batch_size": 4, "max_answer_tokens": 4, "delta": 8.0, "ddp_timeout": 60,

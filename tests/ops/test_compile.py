@@ -21,7 +21,8 @@ MATRIX_KERNELS = (
 )
 SLOW = (
     *("KL, every option, ragged H and V", "KL, mixture, every option, ragged H and V", "KL, 32 rows", "KL, fp32"),
-    *("plain, fp16", "H = 4096, bias", "hidden resident, H = 640, fp16"),
+    *("plain, fp16", "bias", "softcap", "hidden resident, H = 640, fp16"),
+    *("H = 4096, bias", "H = 4096, softcap", "H = 4096, entropy"),
 )
 QUICK = ("plain", "plain, 32 rows", "keeps the exponentials", "noise, no top-k")
 FEWER = {86: QUICK[:2], 89: QUICK[:1]}  # what is compiled for these is much like sm_80's, and sm_89's is sm_86's
@@ -81,7 +82,7 @@ def test_two_programs_of_an_h100_wherever_tiles_are_narrow(rows: list[Row]) -> N
         for r in rows
         if r["capability"] == 90 and r["kernel"] in ("forward_kernel", "dlogits_kernel") and r["shared"] < 2**17
     ]
-    assert len(narrow) > 15
+    assert len(narrow) > 12
     for row in narrow:
         assert row["programs"] >= 2 and row["maxnreg"] in (128, 168), row
 

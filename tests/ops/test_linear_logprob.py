@@ -226,6 +226,7 @@ def test_dynamic_floats_of_the_losses(head, scheme):
     assert_traced(whole, (hidden, 1.0, 0.2, 0), (hidden, 0.5, 0.3, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 @torch._inductor.config.patch({"cpp.simdlen": 1})  # its vector code does not compile where torch runs without vectors
 def test_sampling_under_inductor():

@@ -290,7 +290,7 @@ def run(rows_file: Path, llama_folder: Path, tmp_path_factory: pytest.TempPathFa
 
     out = tmp_path_factory.mktemp("run") / "run"
     sizes = dict(max_steps=1, per_device_train_batch_size=4, iteration_steps=1, max_new_tokens=4, max_answer_tokens=4)
-    sizes |= dict(negative_source="lagged")
+    sizes |= dict(negative_source="lagged", max_target_length=24)
     train(
         TrainConfig(data=str(rows_file), student=str(llama_folder), output_dir=str(out), discriminator="none", **sizes)
     )

@@ -188,7 +188,7 @@ def short_run(rows: Path, student: Path, judge: Path, out: Path, **options: Any)
         "discriminator_update_batches": 1,
         "discriminator_folds": 2, "discriminator_min_auc": 0, "scheme": "minmax", "negative_source": "lagged",
         "save_steps": 2, "eval_steps": 4, "save_total_limit": 1, "sample_batch_size": 4, "max_answer_tokens": 4,
-        "delta": 8.0,
+        "max_target_length": 24, "delta": 8.0,
     }  # fmt: skip
     args = ["train"]
     for name, value in (values | options).items():

@@ -118,6 +118,7 @@ def test_the_end_names_folder_interval_and_commands():
 @pytest.fixture
 def args(rows_file, t5_folder, tmp_path) -> list[str]:
     options = "--method dss --max-steps 3 --max-new-tokens 6 --max-answer-tokens 4 --eval-steps 2 --batch-size 4"
+    options += " --max-target-length 24"
     return [
         "train",
         "--data",
