@@ -121,6 +121,8 @@ def score(
         raise InputError(
             f"--{next(iter(given)).replace('_', '-')} is for --train; a run's discriminator is trained already"
         )
+    if not train and ctx.get_parameter_source("held_out") is not click.core.ParameterSource.DEFAULT:
+        raise InputError("--held-out is for --train, which trains a discriminator on the other questions")
     if train and sample_student:
         raise InputError("--sample-student needs a run; it does not go with --train")
     config = TrainConfig.from_dict({"discriminator_pretrain_steps": 500} | given | {"seed": seed, "device": device})

@@ -201,6 +201,7 @@ def test_what_is_refused(run: Path, rows_file: Path, t5_folder: Path, tmp_path: 
         ([str(run), *data, "--sample-student", "1.5,hot"], "--sample-student expects temperatures"),
         ([str(run), *data, "--sample-student", "0"], "--sample-student expects temperatures"),
         ([str(run), *data, "--discriminator-loss", "bce"], "--discriminator-loss is for --train"),
+        (["--quality", "vote", *data, "--held-out", "0.5"], "--held-out is for --train"),
         ([str(run), *data, "--train", str(tmp_path / "j"), "--discriminator", "none"], "none"),
         ([str(run), *data, "--train", str(tmp_path / "j"), "--sample-student", "1.5"], "does not go with --train"),
     ):

@@ -134,8 +134,11 @@ class Setup:
                 log.warning("set aside %s", bad)
             return loaded.questions
 
-        test = of_split(questions(self.base.test_data, "test"), "test") if self.base.test_data else []
-        validation = of_split(questions(str(self.base.eval_data), "validation"), "validation")
+        def part(path: str, option: str, split: str) -> list[Question]:
+            return of_split(questions(path, split), split, f"{option}: {path}")
+
+        test = part(self.base.test_data, "--test-data", "test") if self.base.test_data else []
+        validation = part(str(self.base.eval_data), "--eval-data", "validation")
         validation, shared = drop_overlap(validation, test)
         for name, some in (("--eval-data", validation), ("--test-data", test)):
             missing = [q.id for q in some if label_of(q, None) is None]

@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from qcrd_fast.data.pooling import Pool, Record
 from qcrd_fast.data.replies import DEFAULT, Reader
 from qcrd_fast.data.scan import Mismatch, Scanner
 from qcrd_fast.data.schema import BadRow, Question
+from qcrd_fast.data.splits import split_name
 from qcrd_fast.data.summary import PrepareSummary, Tally
 from qcrd_fast.data.voting import Vote
 from qcrd_fast.errors import InputError, RunError
@@ -188,7 +190,7 @@ def _read(
         if len(skipped) < MAX_SKIPPED:
             skipped.append(row)
 
-    splits: dict[str, None] = {}
+    splits, wanted = dict[str, None](), split_name(split)
     with Pool(bad, task, folder, reader) as pool:
         for path in inputs:
             pool.begin()
@@ -196,11 +198,12 @@ def _read(
                 if isinstance(row, BadRow):
                     bad(row)
                     continue
-                if split is not None and row.question.split is not None and len(splits) < MAX_SPLITS:
-                    splits.setdefault(row.question.split)
-                if split is None or row.question.split in (None, split):
+                own = split_name(row.question.split)
+                if wanted is not None and own is not None and len(splits) < MAX_SPLITS:
+                    splits.setdefault(own)
+                if wanted is None or own in (None, wanted):
                     pool.add(row)
-        if split is not None and split not in splits and not any(report.has_split for report in scanner.reports):
+        if wanted is not None and wanted not in splits and not any(report.has_split for report in scanner.reports):
             there = f" (there: {', '.join(splits)})" if splits else ": neither a file nor a row has a split"
             if splits or must_split:
                 raise InputError(f"{', '.join(map(printable, inputs))}: no questions of --split {split}{there}")
@@ -213,6 +216,11 @@ def _read(
     if pool.renamed:
         tally.notes.append(
             f"{pool.renamed:,} questions have the id of another question in another file; they got new ids"
+        )
+    if pool.in_several_splits:
+        tally.notes.append(
+            f"{pool.in_several_splits:,} questions are in several splits; each is kept in the one that is held out "
+            "(test before validation before train), with that split's samples"
         )
     if not tally.summary.questions:
         reason = f"; the first of {tally.skipped} bad rows: {skipped[0]}" if skipped else ""
@@ -235,13 +243,15 @@ def iter_records(path: str | Path, format: str = "auto", split: str | None = Non
 def validate_file(
     path: str | Path, format: str = "auto", *, reports: list[InputReport] | None = None, **options: Any
 ) -> Iterator[BadRow]:
-    """Yield every bad row of a file, or of all splits of a folder.
+    """Yield every bad row of a file, or of all splits of a folder, and what `prepare` would refuse of its questions:
+    rows that contradict each other.
 
-    Memory grows only by about 300 bytes an id. Adds to `reports` what the file was recognised as; `options` are those
-    of `Scanner`.
+    Works for files larger than memory, as `prepare` does; rows wait in an unnamed temporary file. Adds to `reports`
+    what the file was recognised as; `options` are those of `Scanner`.
 
     Raises:
         InputError: the file cannot be read.
+        RunError: the disk of temporary files is full.
     """
     path = Path(path)
     splits: list[str | None] = [options.pop("split", None)]
@@ -249,10 +259,21 @@ def validate_file(
         splits = [s for s in dss.SPLITS if (path / f"{path.resolve().name}_{s}.json").is_file()] or [None]
     for split in splits:
         scanner = Scanner(format, split, split, **options)
+        contradictions: list[BadRow] = []
         try:
-            yield from (row for row in scanner.scan(path) if isinstance(row, BadRow))
+            with Pool(contradictions.append, folder=Path(tempfile.gettempdir())) as pool:
+                pool.begin()
+                for row in scanner.scan(path):
+                    if isinstance(row, BadRow):
+                        yield row
+                    else:
+                        pool.add(row)
+                pool.check()
+            yield from contradictions
         except Mismatch as error:
             yield error.row
+        except OSError as error:
+            raise RunError(f"cannot keep rows in {tempfile.gettempdir()}: {error.strerror or error}") from error
         finally:
             if reports is not None:
                 reports += scanner.reports

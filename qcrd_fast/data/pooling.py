@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from qcrd_fast.data.answers import TaskGuess, canonical, parse_choices
 from qcrd_fast.data.replies import DEFAULT, Reader, answer_text, is_worked
 from qcrd_fast.data.schema import BadRow, NumberText, Question, Rationale, RowError, text_key
+from qcrd_fast.data.splits import split_name
 from qcrd_fast.data.voting import Vote, vote
 
 SPOOL_BYTES = 16 * 1024 * 1024  # of rows that wait in memory before they go to the disk
@@ -59,6 +60,7 @@ class Pool:
         self._paths: list[str] = []
         self._own: set[str] = set()  # ids of our rows, where other rows have to be told from them
         self.renamed = 0  # questions of other tools with the id of another question of ours
+        self.in_several_splits = 0  # questions
         self.prepared_alone = True  # one input, all of its rows prepared
 
     def __enter__(self) -> Pool:
@@ -85,17 +87,41 @@ class Pool:
                 said.add(answer_text(sample.text, decimal) if sample.reply else sample.answer or "")
         self.prepared_alone &= record.prepared
         self._paths[-1] = record.path  # of a folder, the file in it
-        record = record._replace(question=dataclasses.replace(question, task=task))
+        record = record._replace(question=dataclasses.replace(question, task=task, split=split_name(question.split)))
         self._rows.setdefault(question.id if record.own else f"\0{question.id}", []).append(self._put(record))
 
     def questions(self, split_by: str, seed: int) -> Iterator[tuple[Question, Vote | None]]:
         """The questions in the order of their first rows; each row is given away once."""
         as_they_are = self.prepared_alone and len(self._paths) == 1 and split_by == "majority"
+        for group in self._groups(as_they_are):
+            if as_they_are:
+                yield from ((record.question, None) for record in group)
+                continue
+            mine = _held_out(group)
+            self.in_several_splits += len(mine) < len(group)
+            mine[0] = mine[0]._replace(question=dataclasses.replace(mine[0].question, id=group[0].question.id))
+            try:
+                yield _merge(mine, split_by, seed, self.reader)
+            except RowError as error:
+                self.bad(BadRow(group[0].path, group[0].line, str(error)))
+
+    def check(self) -> None:
+        """Tell `bad` of rows that contradict each other, without a vote. In place of `questions`."""
+        if self.prepared_alone and len(self._paths) == 1:
+            return
+        for group in self._groups():
+            try:
+                _merged_fields(_held_out(group), self.reader)
+            except RowError as error:
+                self.bad(BadRow(group[0].path, group[0].line, str(error)))
+
+    def _groups(self, as_they_are: bool = False) -> Iterator[list[Record]]:
+        """The rows of each question; unless `as_they_are`, those of another question are told of and left out."""
         self._join()
         for id in list(self._rows):
             group = [self._get(place) for place in self._rows.pop(id)]
             if as_they_are:
-                yield from ((record.question, None) for record in group)
+                yield group
                 continue
             first, *others = group
             if not id.startswith("\0") or id[1:] in self._own:
@@ -110,10 +136,7 @@ class Pool:
                 else:
                     place = f"{first.path}:{first.line}"
                     self.bad(BadRow(record.path, record.line, f"id {id!r} is another question at {place}"))
-            try:
-                yield _merge(kept, split_by, seed, self.reader)
-            except RowError as error:
-                self.bad(BadRow(first.path, first.line, str(error)))
+            yield kept
 
     def _join(self) -> None:
         """Pool rows keyed by text with rows that have an id for the same question."""
@@ -200,8 +223,18 @@ def _answer_part(gold: str, decimal: str = "point") -> str:
     return answer_text(gold, decimal) if is_worked(gold) else gold
 
 
-def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tuple[Question, Vote]:
-    """One question from its rows: the first value of each field, and the vote of all samples."""
+def _held_out(group: list[Record]) -> list[Record]:
+    """A question's rows of one split and those without: of several splits, the one that is trained on last."""
+    splits = {record.question.split for record in group} - {None}
+    if len(splits) < 2:
+        return group
+    ranked = ("test", "validation", *(record.question.split for record in group if record.question.split != "train"))
+    chosen = next(split for split in ranked if split in splits)
+    return [record for record in group if record.question.split in (None, chosen)]
+
+
+def _merged_fields(group: list[Record], reader: Reader) -> dict[str, Any]:
+    """The first value of each field of a question's rows. Raises `RowError` where they differ in the gold answer."""
     first = group[0].question
     fields: dict[str, Any] = {}
     for name in ("context", "gold", "domain", "split", "critique", "weight"):
@@ -214,6 +247,13 @@ def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tup
             if is_worked(gold) and not record.samples:
                 hint = "; if these are samples: --map completion=KEY"
             raise RowError(f"gold is {fields['gold']!r}, but {gold!r} at {record.path}:{record.line}{hint}")
+    return fields
+
+
+def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tuple[Question, Vote]:
+    """One question from its rows: `_merged_fields`, and the vote of all samples."""
+    first, fields = group[0].question, _merged_fields(group, reader)
+    task, choices = first.task or "text", parse_choices(first.question)
     solution = None
     if fields["gold"] is not None:
         solution = reader.solution(fields["gold"], task, choices)

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from qcrd_fast.data.schema import Question, leak_key
+from qcrd_fast.errors import InputError
 
-SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+log = logging.getLogger(__name__)
+
+SPLITS = {  # by the name that rows have here: as data sets write it
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "development"),
+    "test": ("test", "testing"),
+}
+
+
+def split_name(written: str | None) -> str | None:
+    """A row's split under its usual name, whatever its case: `Dev` is validation. Another name stays as it is; an empty
+    one is None."""
+    name = (written or "").strip()
+    return next((usual for usual, names in SPLITS.items() if name.casefold() in names), name or None)
 
 
 def hold_out(questions: Sequence[Question], fraction: float, seed: int = 0) -> tuple[list[Question], list[Question]]:
@@ -31,11 +46,20 @@ def drop_overlap(train: Sequence[Question], test: Iterable[Question]) -> tuple[l
     return kept, len(train) - len(kept)
 
 
-def of_split(questions: list[Question], wanted: str) -> list[Question]:
-    """Return the rows of a split ("validation", "test"), or those without a split; without splits, all."""
-    for names in (SPLITS[wanted], (None,)):
-        if found := [q for q in questions if q.split in names]:
+def of_split(questions: list[Question], wanted: str, where: str) -> list[Question]:
+    """The rows of a split ("validation", "test"), else those without a split, else, with a warning, those of the one
+    split that is there.
+
+    Raises `InputError`, naming the file `where`, if there are several others: they are not for this.
+    """
+    for name in (wanted, None):
+        if found := [q for q in questions if q.split == name]:
             return found
+    there = sorted({str(q.split) for q in questions})
+    if len(there) > 1:
+        raise InputError(f"{where}: no question is of split {wanted} (there: {', '.join(there)})")
+    if there:
+        log.warning("%s: all questions are of split %s, none of %s", where, there[0], wanted)
     return questions
 
 

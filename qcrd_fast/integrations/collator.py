@@ -18,6 +18,7 @@ from qcrd_fast.models.decoder_start import Start, decoder_start
 from qcrd_fast.models.lm_head import unwrapped
 from qcrd_fast.models.padding import pad_right
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, Prompter, PromptSettings, TokenIds, with_views
+from qcrd_fast.models.views import view_table
 
 IGNORE = -100  # a target that is not scored
 LABELS = ("auto", "gold", "majority", "none")
@@ -104,7 +105,9 @@ class RationaleCollator:
         if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
             raise InputError(f"tokenizer must be a Hugging Face tokenizer, got {tokenizer!r}")
         settings = PromptSettings.from_option(prompt_template, max_source_length, max_target_length, system_prompt)
-        self.prompter = Prompter(tokenizer, with_views(settings, views or {}), is_encoder_decoder)
+        self.prompter = Prompter(
+            tokenizer, with_views(settings, view_table(views, "views") if views else {}), is_encoder_decoder
+        )
         start: Start | None = decoder_start_token_id
         if start is None and model is not None and is_encoder_decoder:
             start = decoder_start(model)

@@ -38,8 +38,15 @@ def read_views(path: str | None) -> dict[str, str]:
     """The table of `--views`: view: text. Raises `InputError` for a file that is none."""
     if path is None:
         return {}
-    table = read_yaml(Path(path))
-    bad = next((key for key, text in table.items() if not isinstance(key, str) or not isinstance(text, str)), None)
-    if bad is not None or not table:
-        raise InputError(f"--views: {path}: expected view: text, got {bad!r}")
+    return view_table(read_yaml(Path(path)), f"--views: {path}")
+
+
+def view_table(table: Mapping[str, str], where: str) -> dict[str, str]:
+    """The table with a space behind each text, which the question follows. Raises `InputError` naming `where` for what
+    is no table of texts, or an empty one."""
+    bad: list[object] = [table]
+    if isinstance(table, Mapping) and table:
+        bad = [key for key, text in table.items() if not isinstance(key, str) or not isinstance(text, str)]
+    if bad:
+        raise InputError(f"{where}: expected view: text, got {bad[0]!r}")
     return {view: text if text[-1:].isspace() or not text else f"{text} " for view, text in table.items()}

@@ -16,7 +16,7 @@ from typing import Any
 
 from qcrd_fast.config import LEGACY, METHODS, TrainConfig
 from qcrd_fast.errors import InputError
-from qcrd_fast.runs.folder import CONFIG, LOCK, METRICS, NEGATIVES, PREDICTIONS, RESULTS
+from qcrd_fast.runs.folder import CONFIG, LOCK, METRICS, NEGATIVES, OWN, PREDICTIONS, RESULTS
 from qcrd_fast.sweep.job import ATTEMPTS, WHERE
 from qcrd_fast.sweep.rationale_checks import RATIONALES
 from qcrd_fast.utils.config_files import is_plain, number, read_object, read_options
@@ -87,10 +87,13 @@ SWITCHES = ("label", "num_positives", "reasoning_task", "domain_weights")
 
 
 def read_run(path: str | Path) -> RunView:
-    """A run folder as a `RunView`. Raises `InputError` if there is no such folder."""
+    """A run folder as a `RunView`. Raises `InputError` if there is no such folder, or what is in it is no run's."""
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{path}: no such run folder")
+    there = {found.name for found in folder.iterdir()}
+    if there and not there & set(OWN):
+        raise InputError(f"{path}: no run folder: it has no {CONFIG}, {METRICS} or {RESULTS}")
     records = [r for r in read_objects(folder / METRICS) if number(r.get("step")) is not None]
     validations = [r for r in records if "eval_accuracy" in r]
     results = read_object(folder / RESULTS)

@@ -55,13 +55,12 @@ class Policy:
         It chooses among the rows to train on, those of split train or none; where there are such, all others are left
         as they are.
         """
+        mine = ids_to_train_on(rows)
         pairs = list(zip(rows, found, strict=True))
-        others = [pair for pair in pairs if is_other_split(pair[0])]
-        if not others or len(others) == len(pairs):
-            return self._choose(rows, found)
-        mine = [pair for pair in pairs if not is_other_split(pair[0])]
+        others = [pair for pair in pairs if pair[0].id not in mine]
+        chosen = self._choose(*zip(*(pair for pair in pairs if pair[0].id in mine), strict=True))
         place = {row.id: n for n, row in enumerate(rows)}
-        return sorted(self._choose(*zip(*mine, strict=True)) + others, key=lambda pair: place[pair[0].id])
+        return sorted(chosen + others, key=lambda pair: place[pair[0].id])
 
     def _choose(self, rows: Sequence[Question], found: Sequence[RowScores]) -> list[tuple[Question, RowScores]]:
         scores, name = [scores.row for scores in found], self.names[0]
@@ -85,9 +84,9 @@ class Policy:
         return pairs
 
 
-def is_other_split(row: Question) -> bool:
-    """Whether the row says that it is not to train on."""
-    return row.split not in (None, "train")
+def ids_to_train_on(rows: Sequence[Question]) -> set[str]:
+    """The ids of the rows of split train or none; where there are no such rows, of all."""
+    return {row.id for row in rows if row.split in (None, "train")} or {row.id for row in rows}
 
 
 def _drop(row: Question, scores: RowScores, name: str, threshold: float) -> tuple[Question, RowScores]:
@@ -147,12 +146,17 @@ def select(
         kept = chosen.choose(rows, found)
         write_prepared(output, (with_scores(*pair) for pair in kept))
         progress.done()
-    summary: dict[str, Any] = {"rows": len(rows), "chosen": len(kept)}
-    if 0 < (others := sum(map(is_other_split, rows))) < len(rows):
-        summary["of_other_splits"] = others
-    summary["positives"] = sum(len(row.positives) for row, _ in kept)
+    mine = ids_to_train_on(rows)
+    left = [row for row, _ in kept if row.id in mine]
+    if not left:
+        log.warning("none of %d rows to train on is left", len(mine))
+    summary: dict[str, Any] = {"rows": len(mine), "chosen": len(left)}
+    if others := len(rows) - len(mine):
+        summary["of_other_splits"] = others  # which are written too
+    summary["positives"] = sum(len(row.positives) for row in left)
     for name in chosen.names:
-        summary |= describe(name, [scores.row[name] for scores in found])
+        of_mine = [scores for row, scores in zip(rows, found, strict=True) if row.id in mine]
+        summary |= describe(name, [scores.row[name] for scores in of_mine])
     return summary | {"seconds": round(time.perf_counter() - started, 3), "output": output}
 
 

@@ -41,7 +41,7 @@ def keeping(settings: CollectSettings) -> Iterator[Keep]:
         def keep(question: Question, rationale: str, choice: Choice) -> bool:
             entry = lookup.entry(choice)
             if entry is not None:
-                writer.add(text_digest(question_text(question), EXPLAIN, rationale), entry)
+                writer.add(text_digest(question_text(question), EXPLAIN, rationale, question.view), entry)
             return entry is not None
 
         yield keep

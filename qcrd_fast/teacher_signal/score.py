@@ -92,14 +92,15 @@ def score_teacher(settings: ScoreSettings, *, dry_run: bool = False) -> tuple[di
         raise InputError(f"--data: {printable(settings.data)}: no question has a label or a rationale to score")
     tokens = sum(len(t.tokens) for t in targets)
     plan = {"texts": len(targets), "tokens": tokens, "prompt_tokens": sum(len(t.source) for t in targets)}
-    if dry_run:
-        return plan | {"output": settings.output, "bytes_at_most": tokens * (8 + 8 * settings.top_logprobs)}, None
     begun, why, mass, count = time.monotonic(), None, 0.0, 0
     digest = tokenizer_hash(scorer.prompter.tokenizer)
     writer = Writer(
         Path(settings.output), digest, scorer.name, settings.top_logprobs, settings.temperature,
         prompts_digest(scorer.prompter.prompts), scorer.weights,
     )  # fmt: skip
+    if dry_run:
+        writer.check()
+        return plan | {"output": settings.output, "bytes_at_most": tokens * (8 + 8 * settings.top_logprobs)}, None
     with writer, StopSignals() as signals:
         todo = list({t.key: t for t in targets if t.key not in writer.known}.values())
         log.info("to score: %d of %d texts, %d tokens", len(todo), len(targets), sum(len(t.tokens) for t in todo))
@@ -140,7 +141,7 @@ def _targets(questions: Sequence[Question], settings: ScoreSettings, prompter: P
         texts += [(EXPLAIN, r.view or question.view, r.text) for r in question.positives]
         sources = {asked: prompter.source_ids(asked[0], text, asked[1]) for asked in {(p, v) for p, v, _ in texts}}
         for prefix, view, said in texts:
-            yield Target(text_digest(text, prefix, said), sources[prefix, view], prompter.target_ids(said))
+            yield Target(text_digest(text, prefix, said, view), sources[prefix, view], prompter.target_ids(said))
 
 
 class _Local:

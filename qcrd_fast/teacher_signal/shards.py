@@ -55,9 +55,11 @@ class Entry(NamedTuple):
     top: list[list[float]]
 
 
-def text_digest(question: str, prefix: str, text: str) -> str:
-    """What a text is found by: its question, its task (the prompt's prefix) and itself, whatever their white space."""
-    parts = (" ".join(unicodedata.normalize("NFKC", part).split()) for part in (question, prefix, text))
+def text_digest(question: str, prefix: str, text: str, view: str | None = None) -> str:
+    """What a text is found by: its question, its task (the prompt's prefix), itself, whatever their white space, and
+    its view, if it has one."""
+    named = (question, prefix, text) if view is None else (question, prefix, text, view)
+    parts = (" ".join(unicodedata.normalize("NFKC", part).split()) for part in named)
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -106,7 +108,8 @@ class Writer:
     def __exit__(self, *error: Any) -> None:
         self._close()
 
-    def _open(self) -> None:
+    def check(self) -> bool:
+        """Whether the folder was begun. Raises `InputError` as entering does, save for another process."""
         meta = self.folder / META
         if meta.exists():
             before = read_meta(self.folder)
@@ -116,12 +119,17 @@ class Writer:
                         f"{printable(self.folder)}: begun with {name} {before.get(name)!r}, now it is {value!r}; "
                         "choose another folder"
                     )
-        elif others := [p.name for p in self.folder.iterdir() if p.name not in (LOCK, f".{META}.tmp")]:
+            return True
+        there = self.folder.iterdir() if self.folder.is_dir() else ()
+        if others := [p.name for p in there if p.name not in (LOCK, f".{META}.tmp")]:
             raise InputError(
                 f"--output: {printable(self.folder)} holds {sorted(others)[0]} and no {META}; choose another folder"
             )
-        else:
-            write_json(meta, self.meta)
+        return False
+
+    def _open(self) -> None:
+        if not self.check():
+            write_json(self.folder / META, self.meta)
         for temporary in self.folder.glob(".shard-*.tmp"):
             temporary.unlink()
         for path in shard_paths(self.folder):
@@ -306,7 +314,9 @@ def read_logprobs(folder: Path, tokenizer: Any) -> LogProbs:
     return LogProbs(texts, meta["temperature"], meta["k"])
 
 
-def find_top(files: LogProbs, question: str, prefix: str, text: str, tokens: Sequence[int]) -> TopK:
+def find_top(
+    files: LogProbs, question: str, prefix: str, text: str, tokens: Sequence[int], view: str | None = None
+) -> TopK:
     """The likeliest tokens at each place of `tokens` [T, K]; -inf where they are not known.
 
     The scored text may hold more than these tokens, such as a reply with the answer behind the rationale: they are
@@ -315,7 +325,7 @@ def find_top(files: LogProbs, question: str, prefix: str, text: str, tokens: Seq
     """
     ids_TK = torch.zeros(len(tokens), files.k, dtype=torch.int64)
     logprob_TK = torch.full((len(tokens), files.k), -torch.inf)
-    known = files.texts.get(text_digest(question, prefix, text))
+    known = files.texts.get(text_digest(question, prefix, text, view))
     if known is not None:
         here, there, count = align(list(tokens), known.tokens)
         found_TK = known.top.logprob_TK[there : there + count]

@@ -48,7 +48,9 @@ class Data:
         if not config.data:
             raise InputError("--data is needed; to try the trainer without any, run: qcrd-fast demo --output-dir DIR")
         rows = questions(config.data, split="train")
-        test = of_split(questions(config.test_data, part="test"), "test") if config.test_data else []
+        test: list[Question] = []
+        if config.test_data:
+            test = of_split(questions(config.test_data, part="test"), "test", f"--test-data: {config.test_data}")
         kind = label_kind(config)
         labelled = [q for q in rows if label_of(q, kind) is not None]
         if not labelled:
@@ -58,7 +60,8 @@ class Data:
         rows, in_test = drop_overlap(labelled, test)
         in_validation = 0
         if config.eval_data:
-            validation = of_split(questions(config.eval_data, part="validation"), "validation")
+            where = f"--eval-data: {config.eval_data}"
+            validation = of_split(questions(config.eval_data, part="validation"), "validation", where)
             validation, shared = drop_overlap(validation, test)
             if not validation:
                 raise InputError(f"--eval-data: {config.eval_data}: all {shared} questions are in the test set")

@@ -183,12 +183,14 @@ class FileTeaching(Teaching):
     def __init__(self, files: LogProbs, config: TeacherOptions, student: Student):
         self.files, self.tau, self.device = files, config.kd_temperature, student.device
         self.rows = len(student.head.weight)
-        self._found: dict[tuple[str, str, str], TopK] = {}
+        self._found: dict[tuple[str, str, str, str | None], TopK] = {}
 
     def _find(self, asked: TargetText) -> TopK:
-        key = asked.example.id, asked.prefix, asked.text
+        key = asked.example.id, asked.prefix, asked.text, asked.view
         if key not in self._found:
-            self._found[key] = find_top(self.files, asked.example.text, asked.prefix, asked.text, asked.tokens)
+            self._found[key] = find_top(
+                self.files, asked.example.text, asked.prefix, asked.text, asked.tokens, asked.view
+            )
         return self._found[key]
 
     def top(self, asked: Sequence[TargetText]) -> Covered:
@@ -254,7 +256,7 @@ def _of_files(config: TrainConfig, student: Student, examples: Sequence[Example]
             "--no-teacher-tail, or score-teacher --temperature"
         )
     teaching = FileTeaching(files, config, student)
-    targets = [TargetText(e, EXPLAIN, c.tokens, c.text) for e in examples for c in e.positives]
+    targets = [TargetText(e, EXPLAIN, c.tokens, c.text, c.view) for e in examples for c in e.positives]
     covered = [bool(teaching.top([asked]).covered_T.any()) for asked in targets]
     labels = [bool(teaching.top([TargetText(e, PREDICT, e.label, e.answer)]).covered_T.any()) for e in examples]
     if not any(covered) and not any(labels):

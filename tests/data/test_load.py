@@ -17,7 +17,7 @@ from qcrd_fast.data import jsonl as rows_module
 from qcrd_fast.data.files import open_rows
 from qcrd_fast.data.load import load_questions, validate_file, write_prepared
 from qcrd_fast.data.schema import Question, Rationale, question_text
-from qcrd_fast.data.splits import drop_overlap, hold_out
+from qcrd_fast.data.splits import drop_overlap, hold_out, of_split
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.utils.files import require_file
 from tests.support.paths import DATA
@@ -173,6 +173,51 @@ def test_options_are_checked(tmp_path):
         load_questions(write(tmp_path / "b.jsonl", {**SAMPLED, "split": "train"}), split="test")
     with pytest.raises(InputError, match="a folder is read with"):
         load_questions(tmp_path, format="native")
+
+
+def test_a_split_has_one_name(tmp_path):
+    rows = [{**SAMPLED, "id": s, "question": f"{s}?", "split": s} for s in ("Train", "dev", "TEST", "extra", " ")]
+    path = write(tmp_path / "a.jsonl", *rows)
+    found = {q.id: q.split for q in load_questions(path).questions}
+    assert found == {"Train": "train", "dev": "validation", "TEST": "test", "extra": "extra", " ": None}
+    assert [q.id for q in load_questions(path, split="training").questions] == ["Train", " "]
+    assert [q.id for q in load_questions(path, split="Valid").questions] == ["dev", " "]
+
+
+def test_a_question_in_several_splits_is_kept_in_the_one_held_out(tmp_path):
+    rows = [
+        {"question": "2+2?", "answer": "4", "split": "train", "response": "It is 4."},
+        {"question": "2+2?", "answer": "5", "split": "test", "response": "It is 4!"},
+        {"question": "2+2?", "answer": "5", "response": "It is 4, I say: 4."},
+        {"question": "3+2?", "answer": "5", "split": "train", "response": "It is 5."},
+    ]
+    result = load_questions(write(tmp_path / "a.jsonl", *rows))
+    both, other = result.questions
+    assert (both.split, both.gold, other.split) == ("test", "5", "train")
+    assert [r.text for r in both.positives] == ["It is 4!", "It is 4, I say: 4."]  # nothing of the training row
+    assert any("1 questions are in several splits" in note for note in result.summary.warnings)
+    assert not reasons(tmp_path / "a.jsonl")
+
+
+def test_rows_of_another_split_are_not_taken_for_the_test_set(caplog):
+    def rows(*splits):
+        return [Question(str(n), str(n), split=split) for n, split in enumerate(splits)]
+
+    def ids(*splits):
+        return [q.id for q in of_split(rows(*splits), "test", "--data: f.jsonl")]
+
+    assert ids("train", "test", None) == ["1"] and ids("train", None) == ["1"] and ids(None, None) == ["0", "1"]
+    assert not caplog.records
+    assert ids("validation", "validation") == ["0", "1"]
+    assert "f.jsonl: all questions are of split validation, none of test" in caplog.text
+    with pytest.raises(InputError, match=r"f.jsonl: no question is of split test \(there: train, validation\)"):
+        ids("train", "validation")
+
+
+def test_validate_names_rows_that_contradict_each_other(tmp_path):
+    golds = [{"question": "2+2?", "answer": "4"}, {"question": "2+2?", "answer": "5"}]
+    assert reasons(write(tmp_path / "a.jsonl", *golds)) == [f"gold is '4', but '5' at {tmp_path / 'a.jsonl'}:2"]
+    assert not reasons(write(tmp_path / "b.jsonl", golds[0], {"question": "2+2?", "answer": "4.0"}))
 
 
 # Published formats

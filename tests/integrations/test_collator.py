@@ -12,6 +12,7 @@ from qcrd_fast.errors import InputError
 from qcrd_fast.models.lm_head import read_head
 from qcrd_fast.models.prompts import PromptSettings, with_views
 from qcrd_fast.models.student import Student
+from qcrd_fast.models.views import view_table
 from qcrd_fast.train.examples import make_examples
 
 ROWS = [
@@ -47,11 +48,11 @@ def load(folder, auto):
 def test_prompts_and_targets_are_the_trainers(kind, views, t5_folder, llama_folder):
     """Reading the tensors back gives the token ids that `qcrd-fast train` makes of the same rows."""
     folder, auto = (t5_folder, AutoModelForSeq2SeqLM) if kind == "t5" else (llama_folder, AutoModelForCausalLM)
-    student, rows, own = load(folder, auto), ROWS, {"verse": "In verse. "}
+    student, rows, own = load(folder, auto), ROWS, {"verse": "In verse."}
     if views:
         first, second = ROWS[0]["positives"]
         rows = [{**ROWS[0], "view": "short", "positives": [first, {"text": second, "view": "verse"}]}, ROWS[1]]
-        student.prompts = with_views(student.prompts, own)
+        student.prompts = with_views(student.prompts, view_table(own, "views"))
     questions = [native_row({**row, "votes": None})[0] for row in rows]
     examples = make_examples(questions, student, TrainConfig(negative_source="minority"))
     expected = [(0, c.prompt or e.explain, c.tokens) for e in examples for c in e.candidates({})]
@@ -159,7 +160,9 @@ def test_bad_rows(row, message, t5_folder):
         collate([row])
 
 
-@pytest.mark.parametrize("options", [{}, {"label": "answer"}, {"quality": "quality"}, {"prompt_template": "chat"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"label": "answer"}, {"quality": "quality"}, {"prompt_template": "chat"}, {"views": ["a"]}]
+)
 def test_bad_settings(options, t5_folder):
     options = {"is_encoder_decoder": True, **options} if options else options
     with pytest.raises(InputError):

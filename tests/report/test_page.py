@@ -151,6 +151,13 @@ def test_runs_in_any_state(tmp_path: Path, state: str) -> None:
     assert ("Nothing is logged yet" in page.text) == (state == "empty")
 
 
+def test_a_folder_of_another_kind_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"model: no run folder: it has no config.resolved.yaml"):
+        read_run(tmp_path / "model")
+
+
 def test_a_running_run_is_named_and_neither_locked_nor_touched(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "eval_results.json").unlink()

@@ -70,6 +70,23 @@ def test_rows_of_other_splits_are_left_as_they_are() -> None:
     assert [row.id for row, _ in Policy(["known"], top=1).choose(tests, found)] == ["a"]
 
 
+def test_the_summary_counts_rows_to_train_on(tmp_path: Path, capsys) -> None:
+    rows = [
+        {"id": str(n), "question": f"{n}?", "majority": "4", "votes": {"4": 2, "5": n}, "split": split,
+         "positives": [{"text": "4.", "answer": "4"}], "negatives": []}
+        for n, split in enumerate(["train", "train", "Test", "train"])
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["select", "--data", str(tmp_path / "rows.jsonl"), "--by", "agree", "--json"]
+    assert entry([*command, "--top", "2", "--output", str(tmp_path / "a.jsonl")]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert [summary[name] for name in ("rows", "chosen", "of_other_splits", "positives")] == [3, 2, 1, 2]
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 3
+    assert entry([*command, "--drop-above", "-1", "--output", str(tmp_path / "b.jsonl")]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["chosen"] == 0 and "none of 3 rows to train on is left" in captured.err
+
+
 def test_weights_have_the_mean_1_and_follow_the_ranks() -> None:
     assert policy.weights(ROWS, scored(5, 1, 1, 9), "random") == [1.25, 0.5, 0.5, 1.75]
     assert policy.weights(ROWS, scored(5, 1, 1, 9), "known") == [0.75, 1.5, 1.5, 0.25]

@@ -94,6 +94,18 @@ def test_other_weights_under_the_same_path_do_not_join_a_folder(rows_file, llama
     assert entry(scored(rows, teacher, out)) == 2 and "begun with weights" in capsys.readouterr().err
 
 
+def test_one_text_in_two_views_is_scored_behind_both_prompts(llama_folder, tmp_path, capsys):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "lp"
+    positives = [{"text": "2 + 2 = 4.", "answer": "4", "view": view} for view in ("steps", "short")]
+    row = {"id": "a", "question": "2 + 2?", "gold": "4", "majority": "4", "positives": positives, "negatives": []}
+    rows.write_text(json.dumps(row) + "\n")
+    assert entry(scored(rows, llama_folder, out)) == 0
+    assert json.loads(capsys.readouterr().out)["scored"] == 3  # and the label
+    files = read_logprobs(out, AutoTokenizer.from_pretrained(llama_folder))
+    a, b = (files.texts[text_digest("2 + 2?", EXPLAIN, "2 + 2 = 4.", view)] for view in ("steps", "short"))
+    assert a.tokens == b.tokens and not torch.equal(a.top.logprob_TK, b.top.logprob_TK)
+
+
 def test_texts_behind_other_prompts_do_not_join_a_folder(rows_file, llama_folder, tmp_path, capsys):
     out, template = tmp_path / "lp", tmp_path / "prompt.txt"
     rows = tmp_path / "rows.jsonl"
@@ -102,6 +114,7 @@ def test_texts_behind_other_prompts_do_not_join_a_folder(rows_file, llama_folder
     begun = scored(rows, llama_folder, out, "--prompt-template", str(template))
     assert entry(begun) == entry(begun) == 0
     template.write_text("{prompt}?")
+    assert entry([*begun, "--dry-run"]) == 2 and "begun with prompts" in capsys.readouterr().err
     assert entry(begun) == 2 and "begun with prompts" in capsys.readouterr().err
     meta = json.loads((out / shards.META).read_text())
     del meta["prompts"]  # as folders were before

@@ -155,6 +155,7 @@ def test_what_is_not_known_is_minus_infinity(tmp_path, tokenizer):
     assert found.ids_TK.tolist() == [[4, 2, 0], [5, 0, 0], [0, 0, 0]]
     assert found.logprob_TK.isfinite().tolist() == [[True, True, False], [True, False, False], [False] * 3]
     assert not find_top(files, "Q?", "predict: ", "a b", [4, 5, 1]).logprob_TK.isfinite().any()
+    assert not find_top(files, "Q?", "explain: ", "a b", [4, 5, 1], "short").logprob_TK.isfinite().any()
 
 
 @pytest.mark.parametrize(
