@@ -16,7 +16,7 @@ from typing import NamedTuple
 from qcrd_fast.data import mathforms
 from qcrd_fast.data.choices import parse_choices, plain_text
 from qcrd_fast.data.expressions import MAX_DIGITS, evaluate_expression, strip_invisible
-from qcrd_fast.data.options import read_choice
+from qcrd_fast.data.options import option_name, read_choice
 from qcrd_fast.data.quantities import Number, one_number, plain, read_quantity
 
 __all__ = [
@@ -348,8 +348,9 @@ def option_value(index: int, choices: Sequence[str]) -> Value:
     letter = chr(ord("a") + index)
     if not choices:
         return Value(letter, letter, letter=index)
-    choice, key = choices[index], plain_text(choices[index])
-    if read_choice(choice, choices)[1] != key:
+    choice, key = choices[index], option_name(index, choices)
+    read, _ = read_choice(choice, choices)
+    if read is None or option_name(read, choices) != key:
         choice = f"({letter}) {choice}"  # a choice that is called by another's letter
     return Value(key, choice)
 
