@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from qcrd_fast.data.choices import Choices, plain_text
+from qcrd_fast.data.choices import LATIN, Choices, latin_letters, plain_text
 from qcrd_fast.data.expressions import strip_invisible
 from qcrd_fast.data.latex import simplify
 from qcrd_fast.data.quantities import read_quantity, sole_quantity
@@ -194,6 +194,24 @@ def _table(choices: Sequence[str]) -> _Table:
     return _build(tuple(choices), getattr(choices, "digits", False))
 
 
+_OTHER_LABEL = re.compile(  # of another alphabet: "(б)", "Б) 4", "Б. 4", "вариант Б", "Б"
+    r"(?<=[(\[（【])\w(?=[)\]）】])|(?<!\w)\w(?=[)\]）】])|(?<!\w)[^\W\d_](?=[.:：])|(?<!\w)[^\W\d_](?=\W*$)|"
+    r"(?<=вариант )[^\W\d_](?!\w)|(?<=ответ )[^\W\d_](?!\w)|(?<=буква )[^\W\d_](?!\w)",
+    re.IGNORECASE,
+)
+
+
+def _in_latin(text: str, choices: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Return a text and options with the labels of another alphabet in Latin letters."""
+    letters = getattr(choices, "letters", LATIN)
+    if letters == LATIN:
+        return text, choices
+    plain, table = Choices(choices), latin_letters(letters)
+    if plain_text(text) in map(plain_text, choices):
+        return text, plain
+    return _OTHER_LABEL.sub(lambda label: label[0].translate(table), text), plain
+
+
 def option_name(index: int, choices: Sequence[str]) -> str:
     """The option's text as `plain_text` gives it, where no other option has the same; else in its own spelling."""
     return _table(choices).names[index]
@@ -266,6 +284,7 @@ def read_choice(text: str, choices: Sequence[str]) -> Named:
 
     Where the options are not known, the index is that of the letter, and the text is what follows it.
     """
+    text, choices = _in_latin(text, choices)
     table = _table(choices)
     raw = strip_invisible(text).translate(_FULL_WIDTH).strip()
     raw = raw[1:-1] if raw.startswith("[[") and raw.endswith("]]") else raw
@@ -428,6 +447,7 @@ def _labelled(index: int, rest: str, separated: bool, close: str, table: _Table)
 
 def choice_in_sentence(sentence: str, choices: Sequence[str]) -> Named:
     """The option that a sentence settles on, such as "Option B is correct." or "So I choose (B)."."""
+    sentence, choices = _in_latin(sentence, choices)
     text = simplify(strip_invisible(sentence).translate(_FULL_WIDTH))
     table = _table(choices)
     if (cut := _SO_CUT.search(text)) and (found := choice_in_sentence(text[cut.end() :], choices))[0] is not None:
@@ -454,6 +474,7 @@ def choice_in_sentence(sentence: str, choices: Sequence[str]) -> Named:
 
 def choice_in_list(lines: Sequence[str], choices: Sequence[str]) -> tuple[bool, Named]:
     """Return whether the last sentence belongs to a list that goes through the options, and is the only right one."""
+    lines = [_in_latin(line, choices)[0] for line in lines]
     if not lines or not (last := _ITEM.match(lines[-1])):
         return False, NONE
     table = _table(choices)
@@ -481,6 +502,7 @@ def is_denied_announcement(before: str) -> bool:
 
 def says_options(clause: str, choices: Sequence[str]) -> bool:
     """Return whether an announcement is about options, so that without a single one there is no answer."""
+    clause, choices = _in_latin(clause, choices)
     text = simplify(strip_invisible(clause)).strip("*_`\"' ")
     if len(text.split()) > 10:
         return False

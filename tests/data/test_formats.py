@@ -921,3 +921,19 @@ def test_golds_with_units_and_missing_ones_are_numbers(tmp_path: Path) -> None:
     assert result.summary.inputs[0]["task"] == "number" and "; task number (a guess; " in result.summary.taken[0]
     stated = load_questions(write(tmp_path / "rows.jsonl", [row | {"task": "number"} for row in rows]))
     assert stated.summary.inputs[0]["task"] == "" and "guess" not in stated.summary.taken[0]
+
+
+def test_options_lettered_in_cyrillic_are_voted_on(tmp_path: Path) -> None:
+    said = ["2 + 2 = 4. Ответ: Б", "Считаем: 4. Ответ: Б) 4", "Это 4. Ответ: 4", "Ошибка. Ответ: А"]
+    row = {"question": "2 + 2?\nА) 3\nБ) 4\nВ) 5", "answer": "Б", "samples": said}
+    question = load_questions(write(tmp_path / "rows.jsonl", [row])).questions[0]
+    assert (question.task, question.majority, question.votes) == ("choice", "4", {"4": 3, "3": 1})
+
+
+def test_options_that_differ_in_brackets_are_voted_on_apart(tmp_path: Path) -> None:
+    text = "Where is sqrt(x(1-x)) real?\n(A) (0, 1)\n(B) [0, 1)\n(C) (0, 1]\n(D) [0, 1]"
+    samples = [{"rationale": f"Reason {place}.", "answer": said} for place, said in enumerate(["D", "A", "(A)"])]
+    row = {"question": text, "answer": "D", "samples": samples}
+    result = load_questions(write(tmp_path / "rows.jsonl", [row]))
+    assert result.questions[0].votes == {"(0, 1)": 2, "[0, 1]": 1}
+    assert result.summary.majority_wrong_against_gold == 1 and len(result.questions[0].negatives) == 1

@@ -183,3 +183,38 @@ def test_options_that_are_not_known(text, answer):
 )  # fmt: skip
 def test_options_of_a_question(question, found):
     assert parse_choices(question) == found
+
+
+CYRILLIC = parse_choices("2 + 2?\nА) 3\nБ) 4\nВ) 5\nГ) 6")
+GREEK = parse_choices("2 + 2?\n(α) 3\n(β) 4\n(γ) 5")
+
+
+@pytest.mark.parametrize(
+    ("question", "found"),
+    [
+        ("2 + 2?\nА) 3\nБ) 4\nВ) 5", ("3", "4", "5")), ("2 + 2? (а) 3 (б) 4", ("3", "4")),
+        ("Сколько?\nА. три\nБ. четыре", ("три", "четыре")), ("Кто? А: Анна Б: Борис", ("Анна", "Борис")),
+        ("Какая?\nА) группа А\nБ) группа В", ("группа А", "группа В")), ("2 + 2?\nΑ) 3\nΒ) 4", ("3", "4")),
+        ("Где родился поэт?\nА. С. Пушкин родился в Москве.", ()), ("Это а) или б)?", ()),
+        ("Сколько?\nA) три\nB) четыре", ("три", "четыре")), ("Сколько?\n1. три\n2. четыре", ("три", "четыре")),
+    ],
+)  # fmt: skip
+def test_options_in_other_alphabets(question, found):
+    assert parse_choices(question) == found
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "answer"),
+    [
+        (CYRILLIC, "Б", "4"), (CYRILLIC, "б", "4"), (CYRILLIC, "Ответ: Б", "4"), (CYRILLIC, "Ответ: Б) 4", "4"),
+        (CYRILLIC, "Ответ: 4", "4"), (CYRILLIC, "2 + 2 = 4. Ответ: (Б).", "4"), (CYRILLIC, "\\boxed{В}", "5"),
+        (CYRILLIC, "Вариант Б верный.", "4"), (CYRILLIC, "Ответ: Б, потому что 2 + 2 = 4.", "4"),
+        (CYRILLIC, "А) 3: нет\nБ) 4: верно\nВ) 5: нет", "4"), (CYRILLIC, "Ответ: Б) 5", None),
+        (CYRILLIC, "Ответ: А или Б", None), (CYRILLIC, "Ответ: не Б", None), (CYRILLIC, "Не Б.", None),
+        (CYRILLIC, "A", "3"), (CYRILLIC, "B", None), (CYRILLIC, "C", None), (CYRILLIC, "Ответ: Д", None),
+        (GREEK, "Γ", "5"), (GREEK, "Answer: (β)", "4"), (GREEK, "B", "4"), (GREEK, "C", None), (GREEK, "γ) 5", "5"),
+        (OPTIONS, "Ответ: Б", None), (OPTIONS, "Ответ: B", "kettle"),
+    ],
+)  # fmt: skip
+def test_replies_with_letters_of_other_alphabets(options, text, answer):
+    assert read(text, options) == answer
