@@ -16,7 +16,7 @@ from typing import NamedTuple
 from qcrd_fast.data import mathforms
 from qcrd_fast.data.choices import parse_choices, plain_text
 from qcrd_fast.data.expressions import MAX_DIGITS, evaluate_expression, strip_invisible
-from qcrd_fast.data.options import read_choice
+from qcrd_fast.data.options import option_name, read_choice
 from qcrd_fast.data.quantities import Number, one_number, plain, read_quantity
 
 __all__ = [
@@ -91,6 +91,16 @@ _CHOICE_OF_TWO = re.compile(
 )
 _COPULA = re.compile(r"(?:\u3067\u3059|\u3067\u3042\u308b|\u3060)[\u3002.]?$")
 _QUOTES = " .,;:!?\"'`*()[]{}\u3002\uff01\u3001\uff0c\u300c\u300d\u300e\u300f\u201c\u201d\u201e\u00ab\u00bb"
+_UNIT = re.compile(  # after a gold that is one quantity; currencies before a number and % are no units here
+    r"\s*(?:(?:(?:square|sq\.?|cubic)\s+)?(?:"
+    r"[kcm\u00b5\u03bc]?m|k?g|mg|lbs?|oz|in|ft|yds?|mi|[cm]?[lL]|gal|ha|"
+    r"(?:kilo|centi|milli)?(?:met(?:er|re)s?|grams?|lit(?:er|re)s?)|tons?|tonnes?|pounds?|ounces?|miles?|yards?|foot|feet|"
+    r"inch(?:es)?|gallons?|acres?|hectares?"
+    r")(?:\s?\u00b2|\s?\u00b3|\^?[23])?|"
+    r"(?:ms|secs?|seconds?|s|mins?|minutes?|hrs?|hours?|h|days?|weeks?|months?|years?|yrs?)|"
+    r"(?:dollars?|cents?|euros?|usd|eur|gbp)|per\s?cent|mph|km/h|kph|m/s(?:\u00b2|\^?2)?|"
+    r"\u00b0\s?[CF]?|degrees?(?:\s+(?:celsius|fahrenheit))?|[kM]?W|kWh|[kM]?J|N|k?Pa|[kMG]?Hz|V|kV|[kMGT]B)\.?"
+)
 _DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2}/\d{1,2}/\d{4}|\d{4}/\d\d?/\d\d?")
 _LETTER = re.compile(r"[(\[（]?[A-Za-z][)\]）]?[.:]?")
 
@@ -234,7 +244,7 @@ class TaskGuess:
             kind = "text"
         elif _LETTER.fullmatch(text):
             kind = "choice"
-        elif one_number(plain(text, self.decimal).strip().rstrip("% ").strip()) is not None:
+        elif _is_quantity(text, self.decimal):
             kind = "number"
         elif evaluate_expression(plain(text, self.decimal).strip().rstrip(".")) is not None:
             kind = "equation"
@@ -254,6 +264,21 @@ class TaskGuess:
         elif counts["equation"] > 0.05 * total:
             counts["equation"] += counts["number"]
         return next((task for task, count in counts.items() if total and count >= 0.95 * total), "text")
+
+
+def _is_quantity(text: str, decimal: str) -> bool:
+    """Whether a text is one number, perhaps with a unit that is known: "12", "$5", "12 km", "10kg"."""
+    said = plain(text, decimal).strip()
+    if one_number(said.rstrip("% ").strip()) is not None:
+        return True
+    unit = re.search(r"(?<=[\d).])\s*[^\d\s).][^\d]{0,24}[23\u00b2\u00b3]?$", said)
+    return (
+        unit is not None
+        and "\\" not in text
+        and _UNIT.fullmatch(unit[0]) is not None
+        and one_number(said[: unit.start()].strip()) is not None
+        and read_value(text, "number", (), decimal) is not None
+    )
 
 
 def guess_task(answers: Iterable[str]) -> str:
@@ -348,8 +373,9 @@ def option_value(index: int, choices: Sequence[str]) -> Value:
     letter = chr(ord("a") + index)
     if not choices:
         return Value(letter, letter, letter=index)
-    choice, key = choices[index], plain_text(choices[index])
-    if read_choice(choice, choices)[1] != key:
+    choice, key = choices[index], option_name(index, choices)
+    read, _ = read_choice(choice, choices)
+    if read is None or option_name(read, choices) != key:
         choice = f"({letter}) {choice}"  # a choice that is called by another's letter
     return Value(key, choice)
 

@@ -36,29 +36,62 @@ _INSTRUCTION = re.compile(
 )
 
 
+LATIN = "abcdefghijklmnopqrstuvwxyz"
+ALPHABETS = {  # in which options are lettered: the Latin letters that look like theirs at the same place
+    LATIN: LATIN,
+    "абвгдежзиклмнопрст": "a",
+    "αβγδεζηθικλμν": "ab",
+}
+
+
+def latin_letters(letters: str) -> dict[int, str]:
+    """Return the translation of an alphabet's letters to the Latin ones of the same place; of Latin ones to no label,
+    but for those that look like theirs at the same place."""
+    table = str.maketrans(dict.fromkeys(LATIN + LATIN.upper(), "\u00f8"))
+    for own, latin in [*zip(letters, LATIN, strict=False), *((c, c) for c in ALPHABETS[letters])]:
+        table |= {ord(own): latin, ord(own.upper()): latin.upper()}
+    return table
+
+
 class Choices(tuple[str, ...]):
-    """The options' texts in order; `digits`: they are numbered, not lettered."""
+    """The options' texts in order.
+
+    digits: they are numbered, not lettered. letters: the alphabet of their labels, a key of `ALPHABETS`.
+    """
 
     digits: bool = False
+    letters: str = LATIN
 
 
 def parse_choices(question: str) -> Choices:
     """Return the options in a question, one a line or inline; empty if it lists none.
 
-    Read are `(a) x`, `A) x`, `A. x`, `A: x`, `[A] x`, `（A）x`, with or without a bullet, and `1. x` on last lines.
+    Read are `(a) x`, `A) x`, `A. x`, `A: x`, `[A] x`, `（A）x`, with or without a bullet, and `1. x` on last lines; the
+    letters are Latin, Cyrillic or Greek.
     """
     text = _BOLD.sub(r"\2", question[-_QUESTION_END:].translate(_WIDE))
     if _TEX.search(text):
         text = simplify(text)
+    for letters in ALPHABETS:
+        if letters == LATIN or letters[1] in text.casefold():
+            choices = _lettered(text, text if letters == LATIN else text.translate(latin_letters(letters)))
+            if choices:
+                choices.letters = LATIN if choices.digits else letters
+                return choices
+    return Choices()
+
+
+def _lettered(text: str, latin: str) -> Choices:
+    """Return the options in a text, with the labels of `latin`, which is the text with other letters."""
     for pattern, digits in zip(_LINES, (False, True, False), strict=True):
-        found = _sequence(text, pattern, digits, lines=True)
+        found = _sequence(text, latin, pattern, digits, lines=True)
         if found and _is_told(text, found):
             continue
         if found and ((not digits and pattern is not _LINES[2]) or _are_options(text, found[0])):
             return _choices(found[1], digits)
     for rank, pattern in enumerate(_INLINE):
         digits = r"\d" in pattern.pattern
-        found = _sequence(text, pattern, digits, lines=False)
+        found = _sequence(text, latin, pattern, digits, lines=False)
         if found and _is_told(text, found):
             continue
         if found and (rank < _CLEAR or _are_options(text, found[0])):
@@ -92,11 +125,13 @@ def _is_told(text: str, found: tuple[int, list[str]]) -> bool:
     return "\n" in end[end.rfind(last[:20]) :] or re.search(r"[.!]\s+\S[^.!]*$", last) is not None
 
 
-def _sequence(text: str, pattern: re.Pattern[str], digits: bool, lines: bool) -> tuple[int, list[str]] | None:
+def _sequence(
+    text: str, latin: str, pattern: re.Pattern[str], digits: bool, lines: bool
+) -> tuple[int, list[str]] | None:
     """Find the last run of labels A, B, C, ... or 1, 2, 3, ... and the texts after them."""
     first = "1" if digits else "a"
     run: list[re.Match[str]] = []
-    for match in pattern.finditer(text):
+    for match in pattern.finditer(latin):
         label = match[1].lower()
         if label == (str(len(run) + 1) if digits else chr(ord("a") + len(run))):
             run.append(match)

@@ -23,6 +23,7 @@ class InputReport:
     file_type: str = ""
     format: str = ""
     title: str = ""
+    task: str = ""  # guessed from the answers of rows that name none
     rows: int = 0
     blank_lines: int = 0
     without_sample: int = 0  # rows, of a file in which others have one
@@ -38,10 +39,12 @@ class InputReport:
 
     @property
     def text(self) -> str:
-        """ "took FILE for TYPE, FORMAT: TITLE; N rows"."""
+        """ "took FILE for TYPE, FORMAT: TITLE; N rows; task TASK (a guess)"."""
         name = f"{self.format}: {self.title}" if self.format else "nothing that is read"
         blank = f", {self.blank_lines:,} blank lines" if self.blank_lines else ""
-        return f"took {self.path} for {', '.join(filter(None, (self.file_type, name)))}; {self.rows:,} rows{blank}"
+        task = f"; task {self.task} (a guess; --task says otherwise)" if self.task else ""
+        kind = ", ".join(filter(None, (self.file_type, name)))
+        return f"took {self.path} for {kind}; {self.rows:,} rows{blank}{task}"
 
     @property
     def warnings(self) -> list[str]:
@@ -67,6 +70,7 @@ class InputReport:
             "path": self.path,
             "file_type": self.file_type,
             "format": self.format,
+            "task": self.task,
             "rows": self.rows,
             "blank_lines": self.blank_lines,
         }

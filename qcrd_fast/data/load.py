@@ -207,6 +207,8 @@ def _read(
             there = f" (there: {', '.join(splits)})" if splits else ": neither a file nor a row has a split"
             if splits or must_split:
                 raise InputError(f"{', '.join(map(printable, inputs))}: no questions of --split {split}{there}")
+        for report, guess in zip(scanner.reports, pool.guesses, strict=True):
+            report.task = guess or ""
         for question, vote in pool.questions(split_by, seed):
             tally.add(question, vote)
             if watch:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from qcrd_fast.data.choices import Choices, plain_text
+from qcrd_fast.data.choices import LATIN, Choices, latin_letters, plain_text
 from qcrd_fast.data.expressions import strip_invisible
 from qcrd_fast.data.latex import simplify
 from qcrd_fast.data.quantities import read_quantity, sole_quantity
@@ -130,22 +131,52 @@ _VERDICT = re.compile(
     r"corret[ao]|sim|certo|верно|да)(?![\w])|[\u2713\u2714\u2705]|正确|对|正しい",
     re.IGNORECASE,
 )
+_ARTICLE = re.compile(r"^[\s.,;:!?\"'`*()\[\]{}]*(?:an?|the)\s+(?=\S)", re.IGNORECASE)
 _ITEM = re.compile(r"\s*(?:[-*\u2022]\s+)?[*_(\[（【]{0,4}([A-Za-z])[*_)\]）】.:：、-]{1,5}\s*(?=\S)")
 _LOOSE = re.compile(
     r"[a-z]{1,2}|yes|no|true|false|maybe|none|all|both|ja|nein|oui|non|s\u00ed|s\u00ec|sim|n\u00e3o|да|нет"
 )
 
 
+_EDGES = " *_`\"'\u201c\u201d\u300c\u300d"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+def _trimmed(text: str) -> str:
+    return _one_line(text).strip(_EDGES).rstrip(".,;:").rstrip(_EDGES)
+
+
+_SPELLINGS: tuple[Callable[[str], str], ...] = (  # the finest first; all of them finer than `plain_text`
+    _one_line,
+    _trimmed,
+    lambda text: _trimmed(text).casefold(),
+)
+
+
 class _Table(NamedTuple):
-    keys: tuple[str, ...]
+    choices: Choices
+    keys: tuple[str, ...]  # by `plain_text`
+    names: tuple[str, ...]  # the keys; of options that share a key their own spelling
+    shared: dict[str, tuple[int, ...]]  # key: the options that share it and differ in spelling
     pattern: re.Pattern[str] | None  # of the options' texts, the longest first
     values: tuple[Fraction | None, ...] | None  # where the options are numbers
-    digits: bool
+
+    @property
+    def digits(self) -> bool:
+        return self.choices.digits
 
 
 @functools.lru_cache(maxsize=512)
 def _build(choices: tuple[str, ...], digits: bool) -> _Table:
     keys = tuple(plain_text(choice) for choice in choices)
+    spelt: dict[str, dict[str, int]] = {}  # by key, the first option of each spelling
+    for index, key in enumerate(keys):
+        spelt.setdefault(key, {}).setdefault(_one_line(choices[index]), index)
+    shared = {key: tuple(found.values()) for key, found in spelt.items() if len(found) > 1}
+    names = tuple(_one_line(choice) if key in shared else key for key, choice in zip(keys, choices, strict=True))
     texts = sorted({key for key in keys if key}, key=len, reverse=True)
     pattern = re.compile(rf"(?<![\w])(?:{'|'.join(map(re.escape, texts))})(?![\w])") if texts else None
     values: tuple[Fraction | None, ...] | None = None
@@ -154,18 +185,65 @@ def _build(choices: tuple[str, ...], digits: bool) -> _Table:
         values = tuple(number.value if number else None for number in numbers)
         if sum(value is None for value in values) > 1:
             values = None
-    return _Table(keys, pattern, values, digits)
+    known = Choices(choices)
+    known.digits = digits
+    return _Table(known, keys, names, shared, pattern, values)
 
 
 def _table(choices: Sequence[str]) -> _Table:
     return _build(tuple(choices), getattr(choices, "digits", False))
 
 
-def _mentions(text: str, table: _Table) -> list[str]:
-    """Return the options mentioned in a text from `plain_text`; of overlapping ones the longer."""
-    found: list[str] = []
+_OTHER_LABEL = re.compile(  # of another alphabet: "(б)", "Б) 4", "Б. 4", "вариант Б", "Б"
+    r"(?<=[(\[（【])\w(?=[)\]）】])|(?<!\w)\w(?=[)\]）】])|(?<!\w)[^\W\d_](?=[.:：])|(?<!\w)[^\W\d_](?=\W*$)|"
+    r"(?<=вариант )[^\W\d_](?!\w)|(?<=ответ )[^\W\d_](?!\w)|(?<=буква )[^\W\d_](?!\w)",
+    re.IGNORECASE,
+)
+
+
+def _in_latin(text: str, choices: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Return a text and options with the labels of another alphabet in Latin letters."""
+    letters = getattr(choices, "letters", LATIN)
+    if letters == LATIN:
+        return text, choices
+    plain, table = Choices(choices), latin_letters(letters)
+    if plain_text(text) in map(plain_text, choices):
+        return text, plain
+    return _OTHER_LABEL.sub(lambda label: label[0].translate(table), text), plain
+
+
+def option_name(index: int, choices: Sequence[str]) -> str:
+    """The option's text as `plain_text` gives it, where no other option has the same; else in its own spelling."""
+    return _table(choices).names[index]
+
+
+def _spelt(key: str, text: str, table: _Table) -> tuple[int, ...]:
+    """Return the options with a key that a text consists of; several where its spelling is none of theirs."""
+    options = table.shared.get(key) or (table.keys.index(key),)
+    for spelling in _SPELLINGS if len(options) > 1 else ():
+        said = spelling(text)
+        if same := [index for index in options if spelling(table.choices[index]) == said]:
+            return tuple(same)
+    return options
+
+
+def _spelt_within(key: str, text: str, table: _Table) -> tuple[int, ...]:
+    """Return the options with a key that a text has in their own spelling; all of them where it has none."""
+    if key not in table.shared:
+        return (table.keys.index(key),)
+    spellings = {_one_line(table.choices[index]): index for index in table.shared[key]}
+    longest = sorted(spellings, key=len, reverse=True)
+    pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)"
+    named = {spellings[said] for said in re.findall(pattern, _one_line(text))}
+    return tuple(sorted(named)) or table.shared[key]
+
+
+def _mentions(raw: str, table: _Table) -> list[int]:
+    """Return the options mentioned in a text; of overlapping ones the longer."""
+    found: list[int] = []
     if table.pattern is None:
         return found
+    text = plain_text(raw)
     for match in table.pattern.finditer(text):
         key = match[0]
         if _LOOSE.fullmatch(key):  # a word of its own, and no article, initial or determiner
@@ -176,8 +254,13 @@ def _mentions(text: str, table: _Table) -> list[str]:
                 continue
         if table.values is not None and re.search(r"[-+.,/*^\d]\s?$|\d\s$", text[: match.start()][-3:]) is not None:
             continue
-        found.append(key)
+        found += _spelt_within(key, raw, table)
     return list(dict.fromkeys(found))
+
+
+def _is_among(index: int | None, named: Sequence[int], table: _Table) -> bool:
+    """Whether an option, or one of the same text, is named."""
+    return index is not None and index < len(table.names) and table.names[index] in {table.names[at] for at in named}
 
 
 def _masked(text: str, table: _Table) -> str:
@@ -201,15 +284,20 @@ def read_choice(text: str, choices: Sequence[str]) -> Named:
 
     Where the options are not known, the index is that of the letter, and the text is what follows it.
     """
+    text, choices = _in_latin(text, choices)
     table = _table(choices)
     raw = strip_invisible(text).translate(_FULL_WIDTH).strip()
     raw = raw[1:-1] if raw.startswith("[[") and raw.endswith("]]") else raw
     text = simplify(raw).strip()
     for whole in (raw, text):
         if (key := plain_text(whole)) in table.keys:
-            at = table.keys.index(key)
+            at, *others = _spelt(key, whole, table)
             label = _LABELLED.fullmatch(whole.strip("*_`\"' ")) if len(key) <= 2 else None
             letter = next(filter(None, label.groups()[:3]), "") if label else ""
+            if others:
+                if label and label[1]:
+                    continue
+                return NONE  # spelt as neither
             if (
                 not letter
                 or letter.isdigit() != table.digits
@@ -241,43 +329,39 @@ def _by_text(text: str, start: int, table: _Table) -> Named:
     whole = plain_text(text)
     if not table.keys:
         return NONE if not whole or _is_prose(text) else (None, whole)
-    rest = plain_text(text[start:])
-    rest = re.sub(r"^(?:an?|the)\s+(?=\S)", "", rest) if rest not in table.keys else rest
-    if rest in table.keys and not (len(rest) == 1 and rest.isalpha()):
-        return table.keys.index(rest), rest
+    for said in (text[start:], _ARTICLE.sub("", text[start:])):
+        rest = plain_text(said)
+        if rest in table.keys and not (len(rest) == 1 and rest.isalpha()):
+            spelt = _spelt(rest, said, table)
+            return (spelt[0], rest) if len(spelt) == 1 else NONE
     if turned := _BUT.match(text):
-        found = read_choice(turned["what"].strip(" .。"), _choices(table))
+        found = read_choice(turned["what"].strip(" .。"), table.choices)
         return found if found[0] is not None else NONE
     if (cut := _CONTRAST.search(text)) and not _denied(text[: cut.start()], table) and text[: cut.start()].strip():
         text = text[: cut.start()]
         whole = plain_text(text)
-    if (cut := _REASON_CUT.search(text)) and (head := plain_text(text[: cut.start()])) and _mentions(head, table):
-        text, whole = text[: cut.start()], head
+    if (cut := _REASON_CUT.search(text)) and _mentions(text[: cut.start()], table):
+        text = text[: cut.start()]
+        whole = plain_text(text)
     if _denied(whole, table):
         return NONE
-    named = _mentions(whole, table)
+    named = _mentions(text, table)
     labels = {_index(label, table.digits) for label in _LABEL.findall(text)}
     if len(labels) == 1:
         found = _option(labels.pop(), table)
-        return found if not named or found[1] in named else NONE
+        return found if not named or _is_among(found[0], named, table) else NONE
     if labels:
         return NONE
     if table.values is not None:
         return _by_value(text, table)
     if len(named) != 1:
         return NONE
-    key = named[0]
+    key = table.keys[named[0]]
     words = re.findall(r"[\w'\u2019-]+", re.sub(r"^(?:an?|the)\s+", "", whole))
     others = [word for word in re.findall(r"[\w'\u2019-]+", whole.replace(key, " ")) if not _SMALL.fullmatch(word)]
     if others and len(words) <= len(key.split()) + 2 and not re.search(r"[\u3040-\u9fff]", whole):
         return NONE  # a short phrase that says something else, such as a bus station
-    return table.keys.index(key), key
-
-
-def _choices(table: _Table) -> Choices:
-    choices = Choices(table.keys)
-    choices.digits = table.digits
-    return choices
+    return _option(named[0], table)
 
 
 def _by_value(text: str, table: _Table) -> Named:
@@ -286,12 +370,12 @@ def _by_value(text: str, table: _Table) -> Named:
     if found.number is None and not found.blocks:
         found = sole_quantity(text.rpartition("=")[2])
     if found.number is None:
-        named = [key for key in _mentions(plain_text(text), table) if not re.search(r"\d", key)]
-        return (table.keys.index(named[0]), named[0]) if len(named) == 1 and not re.search(r"\d", text) else NONE
+        named = [index for index in _mentions(text, table) if not re.search(r"\d", table.keys[index])]
+        return _option(named[0], table) if len(named) == 1 and not re.search(r"\d", text) else NONE
     same = [index for index, value in enumerate(table.values) if value == found.number.value]
     if len(same) > 1:
-        named = [key for key in _mentions(plain_text(text), table)]
-        same = [index for index in same if table.keys[index] in named]
+        named = _mentions(text, table)
+        same = [index for index in same if _is_among(index, named, table)]
     return _option(same[0], table) if len(same) == 1 else NONE
 
 
@@ -317,7 +401,10 @@ def _labelled(index: int, rest: str, separated: bool, close: str, table: _Table)
     if separated and own and after.startswith(own):
         first = table.pattern.match(after) if table.pattern else None
         if first and first[0] == own:
-            tail = rest[len(rest) - len(after[len(own) :]) :] if len(after) > len(own) else ""
+            if not _is_among(index, _spelt_within(own, close + rest, table), table):
+                return NONE  # the letter of one option, the spelling of another
+            stop = rest.casefold().find(own) + len(own)  # casefold keeps almost every length
+            tail = rest[stop:] if stop >= len(own) else rest[len(rest) - len(after) + len(own) :]
             if table.values is not None and re.match(r"[.,]?\d", after[len(own) :]):
                 return NONE
             cut = _REASON_CUT.search(tail) or _CONTRAST.search(tail)
@@ -340,9 +427,10 @@ def _labelled(index: int, rest: str, separated: bool, close: str, table: _Table)
             return NONE if separated or index else None
     if not told or _REASON.match(rest):
         return (_option(index, table) if keys else (index, None)) if not keys or known else NONE
-    named = _mentions(told, table)
+    named = _mentions(body, table)
+    other = bool(named) and not _is_among(index, named, table)
     if re.match(r"\n|[(（]", rest):
-        return NONE if (named and own not in named) or (keys and not known) else (index, own)
+        return NONE if other or (keys and not known) else (index, own)
     if not separated:
         return None
     if not keys:
@@ -354,11 +442,12 @@ def _labelled(index: int, rest: str, separated: bool, close: str, table: _Table)
     if table.values is not None and re.match(r"\W*\d", told):
         value = read_quantity(told).number
         return (index, own) if value is not None and value.value == table.values[index] else NONE
-    return NONE if named and own not in named else (index, own)
+    return NONE if other else (index, own)
 
 
 def choice_in_sentence(sentence: str, choices: Sequence[str]) -> Named:
     """The option that a sentence settles on, such as "Option B is correct." or "So I choose (B)."."""
+    sentence, choices = _in_latin(sentence, choices)
     text = simplify(strip_invisible(sentence).translate(_FULL_WIDTH))
     table = _table(choices)
     if (cut := _SO_CUT.search(text)) and (found := choice_in_sentence(text[cut.end() :], choices))[0] is not None:
@@ -385,6 +474,7 @@ def choice_in_sentence(sentence: str, choices: Sequence[str]) -> Named:
 
 def choice_in_list(lines: Sequence[str], choices: Sequence[str]) -> tuple[bool, Named]:
     """Return whether the last sentence belongs to a list that goes through the options, and is the only right one."""
+    lines = [_in_latin(line, choices)[0] for line in lines]
     if not lines or not (last := _ITEM.match(lines[-1])):
         return False, NONE
     table = _table(choices)
@@ -412,6 +502,7 @@ def is_denied_announcement(before: str) -> bool:
 
 def says_options(clause: str, choices: Sequence[str]) -> bool:
     """Return whether an announcement is about options, so that without a single one there is no answer."""
+    clause, choices = _in_latin(clause, choices)
     text = simplify(strip_invisible(clause)).strip("*_`\"' ")
     if len(text.split()) > 10:
         return False
@@ -420,6 +511,6 @@ def says_options(clause: str, choices: Sequence[str]) -> bool:
     return (
         bool(label and (label[1] or label["close"].strip() or len(text) == 1))
         or _DENIED.search(text) is not None
-        or bool(_mentions(plain_text(text), table))
+        or bool(_mentions(text, table))
         or (table.values is not None and re.search(r"\d", text) is not None)
     )

@@ -90,6 +90,11 @@ class Pool:
         record = record._replace(question=dataclasses.replace(question, task=task, split=split_name(question.split)))
         self._rows.setdefault(question.id if record.own else f"\0{question.id}", []).append(self._put(record))
 
+    @property
+    def guesses(self) -> list[str | None]:
+        """By input, the task of its rows that name none; None where all do or no answer is there."""
+        return [_guessed(golds, said) for golds, said in self._guesses]
+
     def questions(self, split_by: str, seed: int) -> Iterator[tuple[Question, Vote | None]]:
         """The questions in the order of their first rows; each row is given away once."""
         as_they_are = self.prepared_alone and len(self._paths) == 1 and split_by == "majority"
@@ -187,10 +192,14 @@ class Pool:
             question = Question(**own | (dict(zip(("positives", "negatives"), found, strict=True)) if prepared else {}))
             record = Record(question, sum(found, ()), prepared, self._paths[source], line)
         if record.question.task is None:
-            golds, said = self._guesses[source]
-            task = golds.task if golds.any else said.task
+            task = _guessed(*self._guesses[source]) or "text"
             record = record._replace(question=dataclasses.replace(record.question, task=task))
         return record
+
+
+def _guessed(golds: TaskGuess, said: TaskGuess) -> str | None:
+    guess = golds if golds.any else said
+    return guess.task if guess.any else None
 
 
 def _digest(record: Record) -> bytes:

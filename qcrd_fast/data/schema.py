@@ -139,7 +139,9 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-MISSING = frozenset({"NaN", "nan", "None", "null", "NULL", "N/A", "<NA>"})  # as tables write that there is no value
+MISSING = frozenset(  # as tables write that there is no value; `none` and `Null` may be words of an answer
+    {"NaN", "nan", "NAN", "None", "null", "NULL", "N/A", "n/a", "N/a", "<NA>", "<na>"}
+)
 MAX_CHOICES = 26
 NO_CHOICE = "(no option)"  # at a label that a question skips
 _FAR = 10  # the last label, as a number, up to which skipped ones are filled in

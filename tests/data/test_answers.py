@@ -224,6 +224,12 @@ def test_unicode_forms_of_a_text_are_one_answer():
         (["Yes", "no", "No."], "yes-no"),
         (["a", "(B)", "c."], "choice"), (["park", "zoo"], "text"), ([], "text"), (["", " "], "text"),
         (["1"] * 30 + ["x"], "number"),
+        (["12 km", "10kg", "3.5 m/s", "25 square feet", "4 m\u00b2", "30 \u00b0C", "1/2 hour", "50 cents"], "number"),
+        (["12 km", "$5", "25%", "7"], "number"), (["10 Downing Street"], "text"), (["Room 12"], "text"),
+        (["5 apples and 3 pears"], "text"), (["5 ft 3 in"], "text"), (["3 hours 20 minutes"], "text"),
+        (["5-7 km"], "text"), (["3 pm"], "text"), (["3 May"], "text"), (["5 km north"], "text"), (["4th"], "text"),
+        (["7 Up"], "text"), (["10 minutes to midnight"], "text"), (["12 \\text{ cm}"], "math"),
+        (["12 km", "Paris"], "text"), (["2000-10-05"], "text"), (["3 + 4 km"], "text"),
         (["1", "x"], "text"),
     ],
 )  # fmt: skip

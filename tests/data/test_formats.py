@@ -574,7 +574,10 @@ def test_what_was_read_and_what_was_not_is_said(tmp_path: Path, capsys: pytest.C
     path, output = write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
     assert entry(["prepare", str(path), "-o", str(output)]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[0] == f"took {path} for JSONL, native: rows of this project; 2 rows"
+    assert (
+        out.splitlines()[0]
+        == f"took {path} for JSONL, native: rows of this project; 2 rows; task number (a guess; --task says otherwise)"
+    )
     assert "keys not read: 'mood', 'samples[].anwser' (nearest that is read: 'answer')" in err
     assert entry(["prepare", str(path), "-o", str(output), "--json"]) == 0
     out, err = capsys.readouterr()
@@ -845,3 +848,92 @@ def test_messages_name_what_is_there(tmp_path: Path) -> None:
     requests = write(tmp_path / "in.jsonl", [{"custom_id": "a", "body": {"prompt": "1 + 1?"}}])
     with pytest.raises(InputError, match=r"which no input is: took .*rows\.jsonl for JSONL, native"):
         load_questions(write(tmp_path / "rows.jsonl", rows[:1]), batch_input=requests)
+
+
+def _gold(tmp_path: Path, row: dict[str, Any], mapping: str | None = None) -> str | None:
+    path = write(tmp_path / "rows.jsonl", [{"question": "Which?"} | row])
+    return load_questions(path, mapping=mapping).questions[0].gold
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "mapping", "gold"),
+    [
+        ([10, 20, 30], 20, None, "20"), ([10, 20, 30], 1, None, "20"), ([0, 1, 2], 2, None, "2"),
+        ([0.5, 1.5], 1.5, None, "1.5"), ([10, 20.0], 20, None, "20.0"), ([1, 2, 3], "2", None, "2"),
+        ([1, 2, 3], 2, "gold=answer", "3"), (["1", "2", "3"], 1, None, "2"), ([1, "two"], 1, None, "two"),
+        ({"text": [3, 2, 1], "label": ["1", "2", "3"]}, 3, None, "1"), ([], 2, None, "2"),
+    ],
+)  # fmt: skip
+def test_a_number_beside_choices_that_are_numbers(tmp_path, choices, answer, mapping, gold):
+    assert _gold(tmp_path, {"choices": choices, "answer": answer}, mapping) == gold
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "reason"),
+    [
+        (
+            [1, 2, 3, 4],
+            2,
+            "answer is 2, which is the choice 2 or, counted from 0, the choice 3; write the choice as text",
+        ),
+        ([1, 2, 3, 4], 1.0, "answer is 1, which is the choice 1 or, counted from 0, the choice 2"),
+        ([10, 20, 30], 5, "answer is choice 5, counted from 0; there are 3"),
+    ],
+)
+def test_a_number_that_is_one_choice_and_counts_another_is_refused(tmp_path, choices, answer, reason):
+    with pytest.raises(InputError, match=re.escape(f"rows.jsonl:1: {reason}")):
+        _gold(tmp_path, {"choices": choices, "answer": answer})
+
+
+@pytest.mark.parametrize(
+    ("row", "gold"),
+    [
+        ({"gold": "5", "answer": 5.0}, "5"), ({"gold": "5", "answer": "2 + 3 = 5\n#### 5"}, "5"),
+        ({"gold": "yes", "answer": True}, "yes"), ({"gold": "1/2", "answer": "\\frac{1}{2}"}, "1/2"),
+        ({"gold": "B", "answer": "zoo", "choices": ["park", "zoo"]}, "B"), ({"gold": None, "answer": "7"}, "7"),
+        ({"gold": "n/a", "answer": "7"}, "7"), ({"gold": "none", "answer": ""}, "none"),
+    ],
+)  # fmt: skip
+def test_two_keys_of_one_gold(tmp_path, row, gold):
+    assert _gold(tmp_path, row) == gold
+
+
+@pytest.mark.parametrize("row", [{"gold": "5", "answer": "7"}, {"gold": "5", "answer": 7, "samples": ["It is 5."]}])
+def test_two_golds_that_differ_are_refused(tmp_path, row):
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: 'gold' and 'answer' may each be the gold answer; say which"):
+        _gold(tmp_path, row)
+    assert _gold(tmp_path, row, "gold=gold") == "5"
+
+
+def test_golds_with_units_and_missing_ones_are_numbers(tmp_path: Path) -> None:
+    rows = [
+        {
+            "question": "How far?",
+            "answer": "12 km",
+            "samples": ["Answer: 12 km", "Answer: 12 kilometers", "Answer: 12"],
+        },
+        {"question": "How heavy?", "answer": "10 kg", "samples": ["It is 5. Answer: 10 kg", "5 * 2. Answer: 10kg"]},
+        {"question": "How long?", "answer": "n/a", "samples": ["3 + 4 = 7. Answer: 7 h"]},
+    ]
+    result = load_questions(write(tmp_path / "rows.jsonl", rows))
+    assert [question.votes for question in result.questions] == [{"12": 3}, {"10": 2}, {"7": 1}]
+    assert [question.gold for question in result.questions] == ["12 km", "10 kg", None]
+    assert result.summary.inputs[0]["task"] == "number" and "; task number (a guess; " in result.summary.taken[0]
+    stated = load_questions(write(tmp_path / "rows.jsonl", [row | {"task": "number"} for row in rows]))
+    assert stated.summary.inputs[0]["task"] == "" and "guess" not in stated.summary.taken[0]
+
+
+def test_options_lettered_in_cyrillic_are_voted_on(tmp_path: Path) -> None:
+    said = ["2 + 2 = 4. Ответ: Б", "Считаем: 4. Ответ: Б) 4", "Это 4. Ответ: 4", "Ошибка. Ответ: А"]
+    row = {"question": "2 + 2?\nА) 3\nБ) 4\nВ) 5", "answer": "Б", "samples": said}
+    question = load_questions(write(tmp_path / "rows.jsonl", [row])).questions[0]
+    assert (question.task, question.majority, question.votes) == ("choice", "4", {"4": 3, "3": 1})
+
+
+def test_options_that_differ_in_brackets_are_voted_on_apart(tmp_path: Path) -> None:
+    text = "Where is sqrt(x(1-x)) real?\n(A) (0, 1)\n(B) [0, 1)\n(C) (0, 1]\n(D) [0, 1]"
+    samples = [{"rationale": f"Reason {place}.", "answer": said} for place, said in enumerate(["D", "A", "(A)"])]
+    row = {"question": text, "answer": "D", "samples": samples}
+    result = load_questions(write(tmp_path / "rows.jsonl", [row]))
+    assert result.questions[0].votes == {"(0, 1)": 2, "[0, 1]": 1}
+    assert result.summary.majority_wrong_against_gold == 1 and len(result.questions[0].negatives) == 1

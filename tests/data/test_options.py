@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qcrd_fast.data.answers import canonical, same_answer
 from qcrd_fast.data.choices import Choices, parse_choices
 from qcrd_fast.data.replies import Reader, read_reply
 
@@ -112,6 +113,44 @@ def test_options_that_hold_each_other_or_are_little_words(options, text, answer)
         assert Reader().answer(answer, "choice", options)[0] == answer
 
 
+INTERVALS = ("(0, 1)", "[0, 1)", "(0, 1]", "[0, 1]")
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "answer"),
+    [
+        (INTERVALS, "D", "[0, 1]"), (INTERVALS, "(A)", "(0, 1)"), (INTERVALS, "[0, 1)", "[0, 1)"),
+        (INTERVALS, "The answer is (0, 1].", "(0, 1]"), (INTERVALS, "\\boxed{[0, 1]}", "[0, 1]"),
+        (INTERVALS, "The answer is $[0, 1)$.", "[0, 1)"), (INTERVALS, "**[0, 1)**", "[0, 1)"),
+        (INTERVALS, "The answer is (D) [0, 1], not (0, 1).", "[0, 1]"), (INTERVALS, "0, 1", None),
+        (INTERVALS, "D) (0, 1)", None), (INTERVALS, "D (0, 1)", None), (INTERVALS, "the interval (0, 1) (D)", None),
+        (INTERVALS, "the interval [0, 1] (D)", "[0, 1]"), (INTERVALS, "The answer is 0, 1.", None),
+        (("Co", "CO"), "Co", "Co"), (("Co", "CO"), "The answer is CO.", "CO"), (("Co", "CO"), "co", None),
+        (("Co", "CO"), "the CO", "CO"), (("Co", "CO"), "B) Co", None), (("Co", "CO"), "B) CO", "CO"),
+        (("x", "X"), "X.", "X"), (("x", "X"), "(a) X", None), (("x", "X"), "A", "x"), (("x", "X"), "B", "X"),
+        (("a", "A"), "a", "a"), (("a", "A"), "A", None), (("a", "A"), "(A)", "a"), (("a", "A"), "(b)", "(b) A"),
+        (("3", "3!"), "3!", "3!"), (("3", "3!"), "3.", "3"), (("3", "3!"), "3.0", "3"), (("3", "3!"), "A) 3!", None),
+        (("5", ".5"), ".5", ".5"), (("5", ".5"), "5.", "5"), (("5", ".5"), "0.5", ".5"), (("5", ".5"), "B. .5", ".5"),
+        (("Really!", "Really?"), "Really?", "Really?"), (("Really!", "Really?"), "really!", "Really!"),
+        (("Really!", "Really?"), "Really", None), (("Really!", "Really?"), "(A) Really", "Really!"),
+        (("Paris!", "Rome"), "PARIS", "Paris!"), (("foo", "foo"), "(B) foo", "foo"), (("foo", "foo"), "Foo.", "foo"),
+    ],
+)  # fmt: skip
+def test_options_that_differ_in_case_or_punctuation_alone(options, text, answer):
+    assert read(text, options) == answer
+    assert Reader().answer(text, "choice", options)[0] == answer
+    if answer:  # what is taught reads as the same option
+        assert same_answer(answer, text, "choice", options) or len(text) > 20
+        assert Reader().answer(answer, "choice", options)[0] == answer
+
+
+def test_options_of_one_plain_text_have_keys_of_their_own():
+    assert [canonical(letter, "choice", INTERVALS) for letter in "ABCD"] == list(INTERVALS)
+    assert not same_answer("A", "D", "choice", INTERVALS) and same_answer("D", "[0, 1]", "choice", INTERVALS)
+    assert canonical("A", "choice", ("Paris!", "Rome")) == "paris"
+    assert same_answer("A", "B", "choice", ("foo", "foo"))  # one text at two letters
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
@@ -144,3 +183,38 @@ def test_options_that_are_not_known(text, answer):
 )  # fmt: skip
 def test_options_of_a_question(question, found):
     assert parse_choices(question) == found
+
+
+CYRILLIC = parse_choices("2 + 2?\nА) 3\nБ) 4\nВ) 5\nГ) 6")
+GREEK = parse_choices("2 + 2?\n(α) 3\n(β) 4\n(γ) 5")
+
+
+@pytest.mark.parametrize(
+    ("question", "found"),
+    [
+        ("2 + 2?\nА) 3\nБ) 4\nВ) 5", ("3", "4", "5")), ("2 + 2? (а) 3 (б) 4", ("3", "4")),
+        ("Сколько?\nА. три\nБ. четыре", ("три", "четыре")), ("Кто? А: Анна Б: Борис", ("Анна", "Борис")),
+        ("Какая?\nА) группа А\nБ) группа В", ("группа А", "группа В")), ("2 + 2?\nΑ) 3\nΒ) 4", ("3", "4")),
+        ("Где родился поэт?\nА. С. Пушкин родился в Москве.", ()), ("Это а) или б)?", ()),
+        ("Сколько?\nA) три\nB) четыре", ("три", "четыре")), ("Сколько?\n1. три\n2. четыре", ("три", "четыре")),
+    ],
+)  # fmt: skip
+def test_options_in_other_alphabets(question, found):
+    assert parse_choices(question) == found
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "answer"),
+    [
+        (CYRILLIC, "Б", "4"), (CYRILLIC, "б", "4"), (CYRILLIC, "Ответ: Б", "4"), (CYRILLIC, "Ответ: Б) 4", "4"),
+        (CYRILLIC, "Ответ: 4", "4"), (CYRILLIC, "2 + 2 = 4. Ответ: (Б).", "4"), (CYRILLIC, "\\boxed{В}", "5"),
+        (CYRILLIC, "Вариант Б верный.", "4"), (CYRILLIC, "Ответ: Б, потому что 2 + 2 = 4.", "4"),
+        (CYRILLIC, "А) 3: нет\nБ) 4: верно\nВ) 5: нет", "4"), (CYRILLIC, "Ответ: Б) 5", None),
+        (CYRILLIC, "Ответ: А или Б", None), (CYRILLIC, "Ответ: не Б", None), (CYRILLIC, "Не Б.", None),
+        (CYRILLIC, "A", "3"), (CYRILLIC, "B", None), (CYRILLIC, "C", None), (CYRILLIC, "Ответ: Д", None),
+        (GREEK, "Γ", "5"), (GREEK, "Answer: (β)", "4"), (GREEK, "B", "4"), (GREEK, "C", None), (GREEK, "γ) 5", "5"),
+        (OPTIONS, "Ответ: Б", None), (OPTIONS, "Ответ: B", "kettle"),
+    ],
+)  # fmt: skip
+def test_replies_with_letters_of_other_alphabets(options, text, answer):
+    assert read(text, options) == answer

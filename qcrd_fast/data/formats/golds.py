@@ -9,7 +9,7 @@ from typing import Any
 from qcrd_fast.config import TASKS
 from qcrd_fast.data.formats.fields import Row, plain
 from qcrd_fast.data.formats.turns import as_list
-from qcrd_fast.data.schema import MISSING, Question, RowError, check_text, get_text, with_choices
+from qcrd_fast.data.schema import MISSING, NumberText, Question, RowError, check_text, get_text, with_choices
 
 GOLD = "gold"  # the source of a rationale that is the gold answer's own worked solution
 _LABEL = re.compile(r"\(?([A-Za-z])[).:]\s*(?=\S)")
@@ -120,11 +120,13 @@ def choices(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _plain_value(value: Any) -> Any:
-    return repr(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    return NumberText(repr(value)) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def parse_choices_value(value: Any, key: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return (texts, labels) of choices: a list of texts or objects, {"text": [...], "label": [...]} or {"A": text}.
+
+    JSON numbers are `NumberText`.
 
     Raises:
         RowError: they are none of these.
@@ -202,10 +204,12 @@ def gold_text(
 ) -> str | None:
     """A gold answer as text: a label or an index (from 0) as the choice's text, a boolean as yes or no.
 
-    Where there are labels, what may be a label is one. With `counted`, an index may be written as text.
+    Where there are labels, what may be a label is one. Where all choices are `NumberText`, a number may also be one of
+    them. With `counted`, a number is an index alone, which may be written as text.
 
     Raises:
-        RowError: an index beyond the choices, several answers, or a value of another type.
+        RowError: an index beyond the choices, several answers, a value of another type, or a number that is one choice
+            and counts another.
     """
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -216,6 +220,16 @@ def gold_text(
         return next((option for option in options if option.casefold().strip(" .") in words), words[0])
     if isinstance(value, float) and options and value.is_integer():
         value = int(value)
+    numbers = not counted and all(isinstance(option, NumberText) for option in options)
+    if isinstance(value, int | float) and numbers and str(value) not in labels:
+        same = next((option for option in options if float(option) == value), None)
+        placed = options[value] if isinstance(value, int) and 0 <= value < len(options) else None
+        if same is not None and placed is not None and float(placed) != value:
+            raise RowError(
+                f"{key} is {value}, which is the choice {same} or, counted from 0, the choice {placed}; write the "
+                f"choice as text, or, if it counts, --map gold={key}"
+            )
+        value = value if same is None else same
     if not isinstance(value, list | dict) and value is not None and str(value).strip() in labels:
         return options[labels.index(str(value).strip())]
     if isinstance(value, str) and value.strip() not in options:

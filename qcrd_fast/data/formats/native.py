@@ -10,6 +10,7 @@ from qcrd_fast.config import TASKS
 from qcrd_fast.data.formats.fields import Parsed, Row
 from qcrd_fast.data.formats.golds import gold_text, parse_choices_value
 from qcrd_fast.data.formats.samples import read_sample, sample_list
+from qcrd_fast.data.replies import DEFAULT, parse_choices
 from qcrd_fast.data.schema import (
     Question,
     Rationale,
@@ -69,11 +70,14 @@ def read(row: Row) -> Parsed:
     labels: tuple[str, ...] = ()
     if values.get("choices") is not None and not prepared:
         options, labels = parse_choices_value(values["choices"], "choices")
-        text = with_choices(text, options, labels)
+        text = with_choices(text, options, labels) if options else text
     if prepared:
         gold = get_text(values, "gold", numbers=True) or None
     else:
-        gold = next((g for key in ("gold", "answer") if (g := gold_text(values.get(key), key, options, labels))), None)
+        golds = {key: gold_text(values.get(key), key, options, labels) or "" for key in ("gold", "answer")}
+        if all(golds.values()) and not _is_one_answer(golds["gold"], golds["answer"], text):
+            raise row.refuse("the gold answer", golds, "gold")
+        gold = golds["gold"] or golds["answer"] or None
     question = Question(
         id=get_text(values, "id", numbers=True) or "",
         question=text if prepared else text.strip(),
@@ -99,6 +103,13 @@ def read(row: Row) -> Parsed:
         samples = tuple(read_sample(item, f"samples[{index}]", row.parts) for index, item in enumerate(items))
         return Parsed(question, samples, "sampled", row.unread(), by_text=False)
     return Parsed(question, (), "question", row.unread(), by_text=False)
+
+
+def _is_one_answer(a: str, b: str, question: str) -> bool:
+    """Whether two golds of a row, perhaps with a solution before the answer, are one answer of some task."""
+    choices = parse_choices(question)
+    read = [(task, DEFAULT.answer(a, task, choices)[0], DEFAULT.answer(b, task, choices)[0]) for task in TASKS]
+    return a.strip() == b.strip() or any(x and y and DEFAULT.same(x, y, task, choices) for task, x, y in read)
 
 
 def _prepared(question: Question, row: dict[str, Any]) -> Question:
