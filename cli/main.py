@@ -153,6 +153,10 @@ def prepare(
             )
         for line in summary.taken:
             click.echo(line, err=as_json)
+    except InputError:
+        for warning in inspection.warnings:
+            click.echo(f"warning: {warning}", err=True)
+        raise
     finally:  # also where nothing could be read: then it says why
         if show and inspection.text:
             click.echo(inspection.text, err=as_json)

@@ -55,6 +55,24 @@ _VERB = re.compile(
     r"\u5269\u4e0b|\u8fd8\u5269|\u5269|\u306f|\u5408\u8a08|\u6b8b\u308a",
     re.IGNORECASE,
 )
+_DIRECTLY = re.compile(  # between a verb and the number that is its complement
+    r"(?:[^\d:]{0,30}:)?(?:[\W_]|(?:to|(?<!is the total )(?<=total )of|"
+    r"now|only|still|just|also|then|therefore|thus|so|indeed|simply|exactly|precisely|"
+    r"about|approximately|around|roughly|nearly|almost|actually|again|typically|usually|worth|given|paid|charged|offered|"
+    r"in\s+(?:total|all|fact)|altogether|another|an\s+additional|(?:equal|equivalent)\s+to|"
+    r"(?:an?|the)\s+(?:\w+\s+)?(?:total|sum|number|answer|result|value|average|mean|amount|score|profit|loss|quotient|weight|length|"
+    r"height|distance|area|volume|speed|difference|remainder|cost|price)\s+of|"
+    r"(?:us|you|me)(?:\s+with)?|(?:him|her|it|them)\s+with|with(?=\s+only)|usd|eur|gbp|rs|"
+    r"noch|nur|genau|etwa|ungef\u00e4hr|rund|circa|ca|dann|"
+    r"de|di|environ|exactement|encore|seulement|donc|au\s+total|en\s+tout|en\s+total|"
+    r"exactamente|aproximadamente|solo|unos|unas|entonces|esattamente|ancora|quindi|in\s+tutto|in\s+totale|"
+    r"exatamente|ainda|cerca\s+de|no\s+total|ao\s+todo|"
+    r"примерно|около|ровно|ещ[её]|только|это)(?![\w])|\u7ea6|\u7d04|\u5927\u7ea6|\u5168\u90e8\u3067)*",
+    re.IGNORECASE,
+)
+_CLAUSE = re.compile(  # where a clause begins that says something of its own
+    r"[,;:]\s+(?!(?:which|who|that)(?![\w]))|(?<![\w])(?:so|therefore|thus|hence)(?![\w])|\n", re.IGNORECASE
+)
 _BECAUSE = re.compile(r",?\s+(?:because|since)(?![\w])", re.IGNORECASE)
 _TAGS = re.compile(r"</?(?:answer|solution|response|output|final)\s*>|```\w{0,12}", re.IGNORECASE)
 _BETWEEN_BOXES = re.compile(
@@ -90,6 +108,7 @@ _INITIAL = re.compile(
 )
 _NAME = re.compile(r"[ \t]+[^\s.!?][^\n.!?]{0,200}[.!?]?")
 _COPULA = re.compile(r"(?<=[\u3040-\u9fff\u300d\u300f])(?:\u3067\u3059|\u3067\u3042\u308b)$")
+_FORMULA = re.compile(r"\$([^$]{1,200})\$(?!\d)|\\\((.{1,200}?)\\\)")  # "$10 an hour, so $80" holds none
 _AFTER_FORMULA = re.compile(
     r"[\s.,;:!*_%\u00b0]*$|,?\s*(?:because|since|as|for|where|when)(?![\w])|\s*\(|\s*\\|"
     r"\s+(?!or\b|and\b|million|billion|trillion|thousand|hundred|dozen|to\b|times|more\b|less\b|percent)[a-z/]+(?:\s+[a-z]+)?[.\s]*$",
@@ -185,8 +204,10 @@ def answer_text(text: str, decimal: str = "point") -> str:
         if marker.clause and not marker.doubt:
             return marker.clause.strip(" .*_`$\n。")
     last = (sentences(text) or [""])[-1]
-    number = sole_quantity(last.rpartition("=")[2] if "=" in last else last, decimal=decimal).number
-    return str(number.value).replace(".", "," if decimal == "comma" else ".") if number else last.strip(" .*_`$\n。")
+    tail = last.rpartition("=")[2] if "=" in last else last
+    said = [sole_quantity(tail, decimal=style).number for style in (decimal, "comma")]  # "12,50" makes a number too
+    number = said[0] or said[1]
+    return str(number.value) if number else last.strip(" .*_`$\n。")
 
 
 def find_answer(text: str, task: str, choices: Sequence[str], decimal: str, explicit: bool = False) -> Found:
@@ -555,7 +576,7 @@ def several_names(text: str) -> bool:
 
 def _number_in(sentence: str, task: str, decimal: str) -> Found:
     """Return a sentence's final value: after its last `=` or a verb such as "makes", else its only number."""
-    if task == "math" and (spans := re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", sentence)):
+    if task == "math" and (spans := _FORMULA.findall(sentence)):
         formula = (spans[-1][0] or spans[-1][1]).rpartition("=")[2]
         read = read_value(formula, task, (), decimal) if len(spans) == 1 else None
         return Found(
@@ -575,13 +596,23 @@ def _number_in(sentence: str, task: str, decimal: str) -> Found:
     equals = verb is not None and verb[0] in "=\u2248"
     said = text[verb.end() :] if verb else text
     found = sole_quantity(said, decimal=decimal, expressions=task != "number", words=not equals)
-    if verb and found.why == "no number":
+    aside = found.number is not None and verb and not equals and not _is_complement(text, verb)
+    if aside or (verb and found.why == "no number"):
         found = sole_quantity(text, decimal=decimal, expressions=task != "number", words=True)
     if found.number is not None and verb and _COMPARED.match(text, verb.start() - 7 if verb.start() > 6 else 0):
         return Found(None, f"a comparison in a clause of its own: {_short(sentence)}")
     value = numeric_value(found.number, found.text if task == "equation" else "")
     return Found(
         value, f"the last sentence: {_short(sentence)}" if value else f"{found.why or 'no value'}: {_short(sentence)}"
+    )
+
+
+def _is_complement(text: str, verb: re.Match[str]) -> bool:
+    """Whether the number behind a verb is what its clause states: "the total is 12", not "5 are in 3 bags"."""
+    begin = max((match.end() for match in _CLAUSE.finditer(text, 0, verb.start())), default=0)
+    directly = _DIRECTLY.match(text, verb.end())
+    return (directly is not None and text[directly.end() : directly.end() + 1].isdigit()) or not re.search(
+        r"\d", text[begin : verb.start()]
     )
 
 

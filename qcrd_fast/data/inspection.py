@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 from qcrd_fast.data.choices import parse_choices
-from qcrd_fast.data.replies import Reader
-from qcrd_fast.data.schema import Question, question_text
+from qcrd_fast.data.replies import Reader, Reading
+from qcrd_fast.data.schema import Question, Rationale, question_text
 from qcrd_fast.data.voting import Vote
 from qcrd_fast.errors import RunError
 from qcrd_fast.utils.files import own_temporary_name, printable, replacing, require_file
@@ -28,7 +29,7 @@ class Inspection:
         self.limit = max(show, PAGE_QUESTIONS if page else 0)
         self.records: list[dict[str, Any]] = []
         self.total = 0
-        self._golds = self._comma_golds = self._solutions = self._sampled = 0
+        self._golds = self._comma_golds = self._solutions = self._sampled = self._samples = self._comma_samples = 0
 
     def add(self, question: Question, vote: Vote | None) -> None:
         self.total += 1
@@ -39,6 +40,9 @@ class Inspection:
         if question.gold is not None and re.search(r"\d", question.gold):
             self._golds += 1
             self._comma_golds += _COMMA_GOLD.fullmatch(question.gold.strip(" $\u20ac%")) is not None
+        for sample, reading in vote.readings if vote and self.reader.decimal == "point" else ():
+            self._samples += 1
+            self._comma_samples += self._has_comma(question, sample, reading)
         if len(self.records) < self.limit:
             self.records.append(self._record(question, vote))
 
@@ -46,9 +50,11 @@ class Inspection:
     def warnings(self) -> list[str]:
         """Return warnings worth a look."""
         found = []
-        if self._comma_golds > 0.05 * self._golds and self.reader.decimal == "point":
+        seen = ((self._comma_golds, self._golds, "golds"), (self._comma_samples, self._samples, "samples' answers"))
+        said = [f"{count:,} of {of:,} {what}" for count, of, what in seen if count > 0.05 * of]
+        if said and self.reader.decimal == "point":
             found.append(
-                f"{self._comma_golds:,} of {self._golds:,} golds look like 1.234,5; read them with --decimal comma "
+                f"{' and '.join(said)} look like 1.234,5; read them with --decimal comma "
                 "if 3.000 is three thousand here"
             )
         if self._solutions and not self._sampled:
@@ -56,6 +62,15 @@ class Inspection:
                 f"no samples: {self._solutions:,} golds' own solutions are the positives, and there are no negatives"
             )
         return found
+
+    def _has_comma(self, question: Question, sample: Rationale, reading: Reading) -> bool:
+        """Whether a sample's answer is a number in German spelling: read with a decimal comma alone, or as a text."""
+        if reading.answer is not None:
+            return _COMMA_GOLD.fullmatch(reading.answer.strip(" $\u20ac%")) is not None
+        if not re.search(r"\d,\d", sample.answer or sample.text):
+            return False
+        task = question.task if question.task in ("equation", "math") else "number"
+        return dataclasses.replace(self.reader, decimal="comma").sample(sample, task).answer is not None
 
     def _record(self, question: Question, vote: Vote | None) -> dict[str, Any]:
         task, choices = question.task or "text", parse_choices(question.question)

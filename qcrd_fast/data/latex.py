@@ -43,6 +43,15 @@ _SYMBOLS = {",": "\u2009", ";": "\u2009", ":": "\u2009", "!": "", " ": " ", "\n"
 _ESCAPED = "%&#_$"
 
 
+# Beside a currency sign "m" is a million, which has to be seen before the sign is dropped: "$3m", but not "$3m$".
+_SHORT_AMOUNT = re.compile(
+    r"((?:[$\u00a3\u20ac\u00a5\u20b9]|(?<![A-Za-z])(?:USD|EUR|GBP))[ ]?\d[\d.,]*)[ ]?([kmb])(?![\w/^]|\s*\$)",
+    re.IGNORECASE,
+)
+
+_COUNTRY = re.compile(r"(?<![A-Za-z])(?:US|CA|AU|NZ|HK|R)(?=\\?\$\s?\d)")  # "US$12"
+
+
 class Box(NamedTuple):
     """A box at text[start:end]; `content` is None where its braces do not close."""
 
@@ -76,8 +85,10 @@ def simplify(text: str) -> str:
     r"""`text` without LaTeX's markup: `\frac{1}{2}` as `1/2`, `2{,}250` as `2,250`, `\times` as `*`, `\text{ cm}` as
     ` cm`.
 
-    Commands that are not known stay, so that what holds one is no number.
+    Commands that are not known stay, so that what holds one is no number. An amount such as `$3m` becomes `3M`.
     """
+    text = _COUNTRY.sub("", text) if "$" in text else text
+    text = _SHORT_AMOUNT.sub(lambda amount: amount[1] + amount[2].upper(), text)
     if "\\" not in text and "$" not in text and "{" not in text:
         return text
     return _group(_Tokens(text), 0)

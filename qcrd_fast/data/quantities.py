@@ -88,7 +88,8 @@ _HALVES = {"half": Fraction(1, 2), "quarter": Fraction(1, 4), "third": Fraction(
 _ATTACHED = re.compile(
     r"[hH]\s?\d|_\d|[ABDEFGHIOPQRSTUXYZ](?![\w'])|e(?![\w'])|--|\.\.|\u756a|[:\u2236]\s?\d|[eE][-+]?\d|"
     r"[\u00b1\u03c0\u221a\u221e\u222a!^]|!\s*[-+*/=]|[xynkKMB\u03c0i](?![\w'])|(?:st|nd|rd|th|er|"
-    r"\u00e8me|-?\u0439|-?\u044f)(?![\w])"
+    r"\u00e8me|-?\u0439|-?\u044f)(?![\w])|\s*(?:[pP][iI]|cubed|factorial|squared(?!\s+(?:[cdkm]?m|in|ft|units?|inch(?:es)?|feet|"
+    r"foot|yards?|miles?|\w*met(?:er|re)s?)(?![\w])))(?![\w])"
     r"|\s+or\s+(?:more|less|fewer|greater|so)(?![\w])|"
     r"(?:\s*\*(?=[\w(\\])|\s\*\s|\s*\+|\s*-\s*[a-z](?!\w))|\s*(?:/\s*[\u221a\u03c0(]|"
     r"[\u221a\u03c0\u00b1\u2264\u2265<>\u2260]|\\[A-Za-z])"
@@ -199,9 +200,10 @@ _MONTH = (
 )
 _DATE_AFTER = re.compile(rf"\.?\s*(?:(?:de|of)\s+)?{_MONTH}(?![\w])|\s?\u6708\s?(?:\d|$)|\u65e5$")
 _DATE_BEFORE = re.compile(rf"(?<![\w]){_MONTH}\.?\s+(?:the\s+)?$|\u7b2c\s*$")
-_CLOCK = re.compile(r"\s*(?:[ap]\.?m\.?|uhr|o['\u2019]clock)(?![\w])", re.IGNORECASE)
+_CLOCK = re.compile(r"\s*(?:[ap]\.?m\.?|uhr|o['\u2019]clock|noon|midnight)(?![\w])", re.IGNORECASE)
+_DIGITS_AFTER = re.compile(r"[.,]\d")  # "12,50": of a number in another spelling, and no end
 _ODD = re.compile(
-    r"0[xXbBoO][0-9A-Fa-f]|\d+(?:\.\d+)?\s?/\s?\d+\s?/\s?\d|\d_\d|\d\s?-\s?-\s?\d|\d\.\.+\d|\d-?е(?![\w])|"
+    r"^\W*[12]\d\d0['\u2019]?s(?![\w])|\d\.\d*\(\d+\)|0[xXbBoO][0-9A-Fa-f]|\d+(?:\.\d+)?\s?/\s?\d+\s?/\s?\d|\d_\d|\d\s?-\s?-\s?\d|\d\.\.+\d|\d-?е(?![\w])|"
     r"\d\s*!(?=[.)}\s]*[.)}]|\s*\S)"
 )
 _NAMED = re.compile(r"(?<![\w])(?:page|seite|route|chapter|nearest|log|sqrt)\s*\(?\s*$|\[\s*$", re.IGNORECASE)
@@ -297,7 +299,7 @@ def read_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
     found = _number(trimmed, expressions)
     if found.number is None:
         return found
-    if "." in trimmed and _CLOCK.match(rest):
+    if _CLOCK.match(rest):
         return Found(None, "a clock", blocks=True)
     number, rest = _scaled(found.number, rest)
     return _judge(number, rest, label)._replace(text=trimmed.strip())
@@ -314,6 +316,8 @@ def sole_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
             position = match.end()
             continue
         body, position = run[0].rstrip("=*/^(-+ \n\t"), run.end()
+        if _DIGITS_AFTER.match(text, position):
+            return Found(None, "a decimal comma or another spelling, no number", blocks=True)
         if only is None:
             only = match.start(), body
         elif (value := _number(body, expressions).number) is None or value != _number(only[1], expressions).number:
@@ -338,8 +342,9 @@ def sole_quantity(text: str, *, decimal: str = "point", expressions: bool = Fals
         _ODD.search(text[start : start + len(body) + 12].split("=")[-1])
         or _DATE_AFTER.match(after)
         or _REMAINDER.match(after)
+        or _CLOCK.match(after)
     ):
-        return Found(None, "a date or another spelling, no number", blocks=True)
+        return Found(None, "a date, a clock or another spelling, no number", blocks=True)
     unit = _NO_UNIT.match(after)
     precision = unit is not None and (not unit[0].lstrip().startswith("step") or _PLACE.search(before) is not None)
     if precision or _DATE_BEFORE.search(before) or _NAMED.search(before):

@@ -186,6 +186,25 @@ def test_a_worked_gold_without_samples_is_a_positive(tmp_path, capsys):
     assert question.gold == "14" and question.positives == (Rationale("2*7=14 nuts.", "14", "gold"),)
 
 
+@pytest.mark.parametrize("gold", [{}, {"answer": "12"}])
+def test_german_samples_are_warned_of_and_read(tmp_path, capsys, gold):
+    german = ["Das macht 10 + 2,50. So the total is 12,50 euros.", "12,50"]
+    others = ["So it costs 12 euros.", "I count 1, 2 and 3.", "So the point is (3, 4)."]
+    out = str(tmp_path / "o.jsonl")
+    for samples, options, told in (
+        (german + others, [], "2 of 5 samples' answers look like 1.234,5"),
+        (german, [], "2 of 2 samples' answers look like 1.234,5"),
+        (others, [], ""),
+        (german, ["--decimal", "comma"], ""),
+    ):
+        data = write(tmp_path / "a.jsonl", {"question": "How much is it?", "samples": samples, **gold})
+        code = entry(["prepare", str(data), "-o", out, *options])
+        assert code == (2 if samples == german and not options else 0)
+        err = capsys.readouterr().err
+        assert told in err and ("--decimal comma" in err) == bool(told), err
+    assert load_questions(out).questions[0].majority == "12.5"
+
+
 def test_german_golds_are_warned_of_and_read(tmp_path, capsys):
     rows = [
         {
@@ -201,4 +220,5 @@ def test_german_golds_are_warned_of_and_read(tmp_path, capsys):
         and "--decimal comma" in capsys.readouterr().err
     )
     assert entry(["prepare", str(data), "-o", str(tmp_path / "o.jsonl"), "--decimal", "comma"]) == 0
+    assert "--decimal comma" not in capsys.readouterr().err
     assert [q.gold for q in load_questions(tmp_path / "o.jsonl").questions] == ["3000", "4000"]

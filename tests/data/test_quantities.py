@@ -35,6 +35,39 @@ def test_no_single_number(said):
 
 
 @pytest.mark.parametrize(
+    "said",
+    [
+        "12,50", "0,5 km", "€1.250,50", "33,33%", "1,5", "1,000,00", "1,2", "12 and then 12,50", "$3m", "£3m", "€3 m",
+        "\\$3m", "USD 3m", "$3 k", "2 PM", "2 p.m.", "11am", "6 o'clock", "12 noon", "1990s", "1990's", "5 squared",
+        "5 cubed", "5 factorial", "12 pi", "12 Pi cm", "12pi", "0.(3)", "0.1(6)",
+    ],
+)  # fmt: skip
+def test_a_number_in_another_spelling_or_of_another_kind(said):
+    for text in (
+        said,
+        f"Answer: {said}",
+        f"The answer is {said}.",
+        f"\\boxed{{{said}}}",
+        f"We think. So it is {said}.",
+    ):
+        assert number(text) is None, text
+    assert read_reply(f"We think. So it is {said}.", "math").answer is None
+
+
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [
+        ("1,250", "1250"), ("1,250.50 dollars", "1250.5"), ("1.250", "1.25"), ("1,23,456", "123456"), ("3m", "3"),
+        ("3 m", "3"), ("$3 million", "3000000"), ("$3bn", "3000000000"), ("$12/m", "12"), ("$12 me too", "12"),
+        ("5s", "5"), ("5 square meters", "5"), ("25 squared cm", "25"), ("12 pieces", "12"), ("5 pies", "5"),
+        ("US$12", "12"), ("5 (3 more)", None), ("12, 5 more than before", None),
+    ],
+)  # fmt: skip
+def test_its_neighbours_stay_numbers(said, value):
+    assert number(f"We think. So it is {said}.") == value
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "Die Antwort ist 7 Dutzend.", "Die Antwort ist mehr als 7.", "Die Antwort ist 7.15 Uhr.", "La réponse est au "

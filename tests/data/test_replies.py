@@ -147,6 +147,46 @@ def test_a_doubt_is_no_answer(text):
     assert reading.answer is None and reading.why
 
 
+@pytest.mark.parametrize("task", ["number", "math"])
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The number of nuts in 3 bags is 12.", "12"), ("So the cost of 3 apples is $12.", "12"),
+        ("So the cost of 3 apples is US$12.", "12"), ("So the 3 friends get **12**.", "12"),
+        ("So the 3 children were given 12 sweets.", "12"), ("After 3 days there are 12 left.", "12"),
+        ("So the width of the 3 rooms is then about 12 meters.", "12"), ("So 3 bags hold a total of 12.", "12"),
+        ("Adding 3 and 4 gives us 12.", "12"), ("Each of the 3 quarters is worth 12 cents.", "12"),
+        ("The 3 boxes hold 4 each, which makes a combined weight of 12 kg.", "12"),
+        ("So the change over 3 days is -12.", "-12"), ("There were 3 boys, so the girls are in 12 groups.", "12"),
+        ("Le prix de 3 pommes est de 12 euros.", "12"), ("Für 3 Kuchen sind es insgesamt 12.", "12"),
+        ("3つの袋の合計は全部で12個です。", "12"), ("В 3 мешках всего 12 яблок.", "12"), ("14 are left.", "14"),
+        ("He has 3 and gets 9. The sum is therefore 3 and 9 with Total customers: 12", "12"),
+        ("He has $3 and earns $9, so the total is $12.", "12"), ("She earns $3 + $9 = $12.", "12"),
+    ],
+)  # fmt: skip
+def test_the_complement_of_the_last_verb_is_the_answer(text, answer, task):
+    assert read_reply(f"We think. {text}", task).answer == answer
+
+
+@pytest.mark.parametrize("task", ["number", "math"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Therefore, 36 eggs are needed for 3 cakes.", "36 eggs are used in the 3 cakes.",
+        "5 * 8 = 40, so 40 pages are read in 5 days.", "So 12 apples are left in the 3 bags.",
+        "So $20 is left for 2 weeks.", "So 5 are red out of 12.", "Thus 3 are left of the 12.",
+        "She earns $10 an hour, so $80 is earned in 8 hours.", "So 5 sweets are given to each of the 4 friends.",
+        "There are 42 eggs in 7 boxes.", "12 is the total number of 3 bags.", "12 is the total of 3 bags.",
+        "36 is a multiple of 12.",
+        "There are 16 people on the bus, which is below its limit of 36.",
+        "Therefore, Todd had 38 pieces before Steve gave him 16 more.",
+        "Donc 36 œufs sont nécessaires pour 3 gâteaux.",
+    ],
+)  # fmt: skip
+def test_the_last_verb_of_a_number_decides_nothing(text, task):
+    assert read_reply(f"We think. {text}", task).answer is None
+
+
 def test_a_cut_reply_needs_an_announced_answer():
     assert read_reply("First 3 + 4 = 7", "number", truncated=True).answer is None
     assert read_reply("3 + 4. The answer is 7.", "number", truncated=True).answer == "7"
