@@ -18,10 +18,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 COMPARES = re.compile(r"assert_close|allclose|torch\.float64|\.double\(\)|support.(?:doubles|loss_oracle) import")
 
+LONGEST = ("ops", "train")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What compares floats is numeric, in files that do so or by the fixture: `make test-machines` runs it as
-    elsewhere."""
+    elsewhere. The rooms of the longest files come first: at the end a worker would be alone with them."""
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
     sources = {path: path.read_text(encoding="utf-8") for path in {item.path for item in items}}
     for item in items:
         if "float64" in getattr(item, "fixturenames", ()) or COMPARES.search(sources[item.path]):
