@@ -12,7 +12,7 @@ DEV = $(VENV)/.ready-dev
 demo: $(READY)
 	$(BIN)/qcrd-fast demo --output-dir runs/demo --compare dss --resume auto
 
-# Files in the order that conftest gives them, two at a time: by the number of their tests, as xdist would have it, the longest comes last.
+# Files in the order that conftest gives them, two at a time: xdist orders by the number of tests, and the longest comes last.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(DEV)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 
 from qcrd_fast.data.latex import simplify
@@ -36,7 +37,7 @@ _INSTRUCTION = re.compile(
 )
 
 
-LATIN = "abcdefghijklmnopqrstuvwxyz"
+LATIN = string.ascii_lowercase
 ALPHABETS = {  # in which options are lettered: the Latin letters that look like theirs at the same place
     LATIN: LATIN,
     "абвгдежзиклмнопрст": "a",

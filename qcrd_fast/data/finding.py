@@ -205,8 +205,8 @@ def answer_text(text: str, decimal: str = "point") -> str:
             return marker.clause.strip(" .*_`$\n。")
     last = (sentences(text) or [""])[-1]
     tail = last.rpartition("=")[2] if "=" in last else last
-    said = [sole_quantity(tail, decimal=style).number for style in (decimal, "comma")]  # "12,50" makes a number too
-    number = said[0] or said[1]
+    # "12,50" makes a number too
+    number = sole_quantity(tail, decimal=decimal).number or sole_quantity(tail, decimal="comma").number
     return str(number.value) if number else last.strip(" .*_`$\n。")
 
 

@@ -198,7 +198,7 @@ def _read(
                 if isinstance(row, BadRow):
                     bad(row)
                     continue
-                own = split_name(row.question.split)
+                own = row.question.split
                 if wanted is not None and own is not None and len(splits) < MAX_SPLITS:
                     splits.setdefault(own)
                 if wanted is None or own in (None, wanted):
@@ -268,8 +268,8 @@ def validate_file(
                 for row in scanner.scan(path):
                     if isinstance(row, BadRow):
                         yield row
-                    else:
-                        pool.add(row)
+                    else:  # of its samples only that there are some
+                        pool.add(row._replace(samples=row.samples[:1]))
                 pool.check()
             yield from contradictions
         except Mismatch as error:

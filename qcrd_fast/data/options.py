@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from qcrd_fast.data.choices import LATIN, Choices, latin_letters, plain_text
 from qcrd_fast.data.expressions import strip_invisible
 from qcrd_fast.data.latex import simplify
 from qcrd_fast.data.quantities import read_quantity, sole_quantity
+from qcrd_fast.data.schema import one_line
 
 Named = tuple[int | None, str | None]
 NONE: Named = (None, None)
@@ -141,16 +141,12 @@ _LOOSE = re.compile(
 _EDGES = " *_`\"'\u201c\u201d\u300c\u300d"
 
 
-def _one_line(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).split())
-
-
 def _trimmed(text: str) -> str:
-    return _one_line(text).strip(_EDGES).rstrip(".,;:").rstrip(_EDGES)
+    return one_line(text).strip(_EDGES).rstrip(".,;:").rstrip(_EDGES)
 
 
 _SPELLINGS: tuple[Callable[[str], str], ...] = (  # the finest first; all of them finer than `plain_text`
-    _one_line,
+    one_line,
     _trimmed,
     lambda text: _trimmed(text).casefold(),
 )
@@ -174,9 +170,9 @@ def _build(choices: tuple[str, ...], digits: bool) -> _Table:
     keys = tuple(plain_text(choice) for choice in choices)
     spelt: dict[str, dict[str, int]] = {}  # by key, the first option of each spelling
     for index, key in enumerate(keys):
-        spelt.setdefault(key, {}).setdefault(_one_line(choices[index]), index)
+        spelt.setdefault(key, {}).setdefault(one_line(choices[index]), index)
     shared = {key: tuple(found.values()) for key, found in spelt.items() if len(found) > 1}
-    names = tuple(_one_line(choice) if key in shared else key for key, choice in zip(keys, choices, strict=True))
+    names = tuple(one_line(choice) if key in shared else key for key, choice in zip(keys, choices, strict=True))
     texts = sorted({key for key in keys if key}, key=len, reverse=True)
     pattern = re.compile(rf"(?<![\w])(?:{'|'.join(map(re.escape, texts))})(?![\w])") if texts else None
     values: tuple[Fraction | None, ...] | None = None
@@ -231,10 +227,10 @@ def _spelt_within(key: str, text: str, table: _Table) -> tuple[int, ...]:
     """Return the options with a key that a text has in their own spelling; all of them where it has none."""
     if key not in table.shared:
         return (table.keys.index(key),)
-    spellings = {_one_line(table.choices[index]): index for index in table.shared[key]}
+    spellings = {one_line(table.choices[index]): index for index in table.shared[key]}
     longest = sorted(spellings, key=len, reverse=True)
     pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)"
-    named = {spellings[said] for said in re.findall(pattern, _one_line(text))}
+    named = {spellings[said] for said in re.findall(pattern, one_line(text))}
     return tuple(sorted(named)) or table.shared[key]
 
 

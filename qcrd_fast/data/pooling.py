@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from qcrd_fast.data.answers import TaskGuess, canonical, parse_choices
 from qcrd_fast.data.replies import DEFAULT, Reader, answer_text, is_worked
 from qcrd_fast.data.schema import BadRow, NumberText, Question, Rationale, RowError, text_key
-from qcrd_fast.data.splits import split_name
 from qcrd_fast.data.voting import Vote, vote
 
 SPOOL_BYTES = 16 * 1024 * 1024  # of rows that wait in memory before they go to the disk
@@ -87,7 +86,7 @@ class Pool:
                 said.add(answer_text(sample.text, decimal) if sample.reply else sample.answer or "")
         self.prepared_alone &= record.prepared
         self._paths[-1] = record.path  # of a folder, the file in it
-        record = record._replace(question=dataclasses.replace(question, task=task, split=split_name(question.split)))
+        record = record._replace(question=dataclasses.replace(question, task=task))
         self._rows.setdefault(question.id if record.own else f"\0{question.id}", []).append(self._put(record))
 
     @property
@@ -97,14 +96,14 @@ class Pool:
 
     def questions(self, split_by: str, seed: int) -> Iterator[tuple[Question, Vote | None]]:
         """The questions in the order of their first rows; each row is given away once."""
-        as_they_are = self.prepared_alone and len(self._paths) == 1 and split_by == "majority"
-        for group in self._groups(as_they_are):
-            if as_they_are:
-                yield from ((record.question, None) for record in group)
-                continue
+        if self._voted_on and split_by == "majority":
+            yield from ((record.question, None) for record in self._records())
+            return
+        for group in self._groups():
             mine = _held_out(group)
-            self.in_several_splits += len(mine) < len(group)
-            mine[0] = mine[0]._replace(question=dataclasses.replace(mine[0].question, id=group[0].question.id))
+            if len(mine) < len(group):
+                self.in_several_splits += 1
+                mine[0] = mine[0]._replace(question=dataclasses.replace(mine[0].question, id=group[0].question.id))
             try:
                 yield _merge(mine, split_by, seed, self.reader)
             except RowError as error:
@@ -112,22 +111,27 @@ class Pool:
 
     def check(self) -> None:
         """Tell `bad` of rows that contradict each other, without a vote. In place of `questions`."""
-        if self.prepared_alone and len(self._paths) == 1:
-            return
-        for group in self._groups():
+        for group in () if self._voted_on else self._groups():
             try:
                 _merged_fields(_held_out(group), self.reader)
             except RowError as error:
                 self.bad(BadRow(group[0].path, group[0].line, str(error)))
 
-    def _groups(self, as_they_are: bool = False) -> Iterator[list[Record]]:
-        """The rows of each question; unless `as_they_are`, those of another question are told of and left out."""
+    @property
+    def _voted_on(self) -> bool:
+        """Whether the rows are those of one prepared file: they stay as they are."""
+        return self.prepared_alone and len(self._paths) == 1
+
+    def _records(self) -> Iterator[Record]:
+        self._join()
+        for id in list(self._rows):
+            yield from map(self._get, self._rows.pop(id))
+
+    def _groups(self) -> Iterator[list[Record]]:
+        """The rows of each question; those of another question are told of and left out."""
         self._join()
         for id in list(self._rows):
             group = [self._get(place) for place in self._rows.pop(id)]
-            if as_they_are:
-                yield group
-                continue
             first, *others = group
             if not id.startswith("\0") or id[1:] in self._own:
                 if id.startswith("\0"):  # the id of another tool, which one of our rows has for another question
@@ -248,10 +252,11 @@ def _merged_fields(group: list[Record], reader: Reader) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name in ("context", "gold", "domain", "split", "critique", "weight"):
         fields[name] = next((v for r in group if (v := getattr(r.question, name)) is not None), None)
-    task, choices = first.task or "text", parse_choices(first.question)
     for record in group:
         gold = record.question.gold
-        if gold is not None and gold != fields["gold"] and not _same_gold(gold, fields["gold"], task, choices, reader):
+        if gold is None or gold == fields["gold"]:
+            continue
+        if not reader.same_golds(gold, fields["gold"], first.task or "text", parse_choices(first.question)):
             hint = "; if this is what each sample ends in: --map prediction=answer" if record.samples else ""
             if is_worked(gold) and not record.samples:
                 hint = "; if these are samples: --map completion=KEY"
@@ -299,11 +304,6 @@ def _merge(group: list[Record], split_by: str, seed: int, reader: Reader) -> tup
 def _viewed(sample: Rationale, view: str | None) -> Rationale:
     """The sample with the view of its row, unless it has its own."""
     return sample if view is None or sample.view is not None else dataclasses.replace(sample, view=view)
-
-
-def _same_gold(a: str, b: str, task: str, choices: Sequence[str], reader: Reader) -> bool:
-    left, right = reader.answer(a, task, choices)[0], reader.answer(b, task, choices)[0]
-    return left is not None and right is not None and reader.same(left, right, task, choices)
 
 
 def _taught_gold(gold: str, task: str, choices: Sequence[str], reader: Reader) -> str:

@@ -166,6 +166,11 @@ class Reader:
         left, right = self.value(a, task, choices), self.value(b, task, choices)
         return left is not None and right is not None and equal(left, right, task, self.tolerance)
 
+    def same_golds(self, a: str, b: str, task: str, choices: Sequence[str] = ()) -> bool:
+        """Whether two golds, perhaps with a solution before the answer, are one answer."""
+        left, right = self.answer(a, task, choices)[0], self.answer(b, task, choices)[0]
+        return left is not None and right is not None and self.same(left, right, task, choices)
+
     def _rationale(self, parts: Parts, own: str) -> str:
         if not parts.thinking or self.thinking == "drop":
             return own

@@ -20,6 +20,7 @@ from qcrd_fast.data.formats.turns import as_list
 from qcrd_fast.data.input_report import SAMPLE_ROLES, InputReport, keys_not_read, keys_text, misspelt
 from qcrd_fast.data.pooling import Record
 from qcrd_fast.data.schema import BadRow, Question, RowError, require, text_key
+from qcrd_fast.data.splits import split_name
 from qcrd_fast.data.tables import is_dataset_folder
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils.files import printable
@@ -289,12 +290,12 @@ class _Scan:
             )
 
     def _identify(self, parsed: Parsed, line: int) -> Question:
-        """The question with its id.
+        """The question with its id, and its split by the usual name.
 
         Raises:
             RowError: a row without samples after rows with some, or an id that another question has.
         """
-        question, kind = parsed.question, parsed.kind
+        question, kind = dataclasses.replace(parsed.question, split=split_name(parsed.question.split)), parsed.kind
         if kind == "question":
             self.report.without_sample += 1
         among_samples = (

@@ -182,9 +182,14 @@ def question_text(question: Question) -> str:
     return f"{question.context}\n{question.question}" if question.context else question.question
 
 
+def one_line(text: str) -> str:
+    """The text in NFKC, its white space collapsed."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
 def text_key(question: Question) -> str:
-    """Return the key that spellings of one question share: NFKC, white space collapsed."""
-    return " ".join(unicodedata.normalize("NFKC", question_text(question)).split())
+    """Return the key that spellings of one question share."""
+    return one_line(question_text(question))
 
 
 _DROPPED = re.compile(r"['\"\u2018\u2019\u201c\u201d](?!\d)|[.,;:!?](?![.,;:!?]?\d)")

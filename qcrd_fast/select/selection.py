@@ -154,8 +154,8 @@ def select(
     if others := len(rows) - len(mine):
         summary["of_other_splits"] = others  # which are written too
     summary["positives"] = sum(len(row.positives) for row in left)
+    of_mine = [scores for row, scores in zip(rows, found, strict=True) if row.id in mine]
     for name in chosen.names:
-        of_mine = [scores for row, scores in zip(rows, found, strict=True) if row.id in mine]
         summary |= describe(name, [scores.row[name] for scores in of_mine])
     return summary | {"seconds": round(time.perf_counter() - started, 3), "output": output}
 

@@ -25,6 +25,8 @@ from qcrd_fast.runs.load import ADAPTER, find_model, find_state, load_student
 from qcrd_fast.teacher_signal.tokenizers import check_same_tokenizer
 from qcrd_fast.utils.device import Autocast
 
+SAMPLED = 64  # values of a parameter, in `weights_digest`
+
 
 class TopK(NamedTuple):
     """The likeliest tokens at each place of some texts, one text behind the other; `logprob_TK` [nats] in falling
@@ -105,13 +107,13 @@ def load_model(name: str, prompts: PromptSettings, device: torch.device, option:
         raise InputError(f"{option}: {str(error).removeprefix('student: ')}") from error
 
 
-def weights_digest(model: Any, sampled: int = 64) -> str:
-    """sha256 of each parameter's name, shape and up to `sampled` of its values, evenly spread: training moves them
+def weights_digest(model: Any) -> str:
+    """sha256 of each parameter's name, shape and up to `SAMPLED` of its values, evenly spread: training moves them
     all, so that other weights under the same path are noticed without reading all of them."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
-        some = flat[:: max(len(flat) // sampled, 1)][:sampled].float().cpu()
+        some = flat[:: max(len(flat) // SAMPLED, 1)][:SAMPLED].float().cpu()
         digest.update(repr((name, tuple(parameter.shape), some.tolist())).encode())
     return digest.hexdigest()
 

@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import re
-import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from qcrd_fast.data.schema import one_line
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.teacher_signal.local import TopK
 from qcrd_fast.teacher_signal.tokenizers import tokenizer_hash
@@ -59,8 +59,7 @@ def text_digest(question: str, prefix: str, text: str, view: str | None = None) 
     """What a text is found by: its question, its task (the prompt's prefix), itself, whatever their white space, and
     its view, if it has one."""
     named = (question, prefix, text) if view is None else (question, prefix, text, view)
-    parts = (" ".join(unicodedata.normalize("NFKC", part).split()) for part in named)
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return hashlib.sha256("\0".join(map(one_line, named)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 class Writer:

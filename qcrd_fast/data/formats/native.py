@@ -106,10 +106,8 @@ def read(row: Row) -> Parsed:
 
 
 def _is_one_answer(a: str, b: str, question: str) -> bool:
-    """Whether two golds of a row, perhaps with a solution before the answer, are one answer of some task."""
-    choices = parse_choices(question)
-    read = [(task, DEFAULT.answer(a, task, choices)[0], DEFAULT.answer(b, task, choices)[0]) for task in TASKS]
-    return a.strip() == b.strip() or any(x and y and DEFAULT.same(x, y, task, choices) for task, x, y in read)
+    """Whether two golds of a row are one answer of some task."""
+    return a.strip() == b.strip() or any(DEFAULT.same_golds(a, b, task, parse_choices(question)) for task in TASKS)
 
 
 def _prepared(question: Question, row: dict[str, Any]) -> Question:
