@@ -344,6 +344,35 @@ def test_a_signal_while_something_is_imported(
     assert "Traceback" not in done.stderr
 
 
+TORN_DOWN = """
+import atexit, os, sys
+class Held:
+    def __del__(self, write=os.write):
+        write(2, b"torn down ")
+sys.held = Held()
+from qcrd_fast.__main__ import main
+code = main()
+atexit.register(os.write, 2, b"atexit ")
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("processes", "left"), [(None, "atexit torn down "), ("2", "atexit ")])
+def test_a_rank_ends_before_its_interpreter_is_torn_down(processes: str | None, left: str) -> None:
+    """A late thread of gloo would abort it then; the exit code, output and what other libraries do at exit stay."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK")}
+    if processes:
+        environment |= {"WORLD_SIZE": processes, "RANK": "0"}
+    for command, code in (["--version"], 0), (["train", "--no-such-option"], 2):
+        done = subprocess.run(
+            [sys.executable, "-c", TORN_DOWN, *command],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == code
+        assert bool(done.stdout) == (code == 0)
+        assert done.stderr.endswith(left), done.stderr
+
+
 def test_eval_leaves_the_predictions_of_the_run_alone(runs: dict[str, str], tmp_path: Path, capsys: Any) -> None:
     run = Path(shutil.copytree(runs["run"], tmp_path / "run", symlinks=True))
     before = (run / "predictions.jsonl").read_bytes()

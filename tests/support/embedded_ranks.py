@@ -6,6 +6,7 @@ gradients must be those of one process that has them all.
 
 import contextlib
 import copy
+import os
 import sys
 import tempfile
 
@@ -134,8 +135,9 @@ def main(rank, folder):
     with doubles():
         done.append(trainer(rank, folder, tokenizer))
     if rank == 0:
-        print("compared:", "; ".join(done))
+        print("compared:", "; ".join(done), flush=True)
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads live on in FSDP2's caches, and abort a process whose interpreter is being torn down
 
 
 def margin(model, collate):

@@ -1,5 +1,6 @@
 """Two gloo ranks take one step with the loss inside and outside of wrapped modules; `test_losses.py` runs this file."""
 
+import os
 import tempfile
 
 import torch
@@ -49,6 +50,7 @@ def main(rank, store):
     except ValueError as error:
         assert "weight is a DTensor" in str(error) and "qcrd_fast.attach" in str(error)
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads live on in FSDP2's caches, and abort a process whose interpreter is being torn down
 
 
 if __name__ == "__main__":
