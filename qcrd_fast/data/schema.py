@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from qcrd_fast.data.choices import ALPHABETS, LATIN
+
 CHOSEN = "chosen"  # the source of the better reply of a preference pair, whose answer counts as the majority
 REJECTED = "rejected"
 
@@ -150,31 +152,22 @@ _FAR = 10  # the last label, as a number, up to which skipped ones are filled in
 def with_choices(question: str, choices: tuple[str, ...], labels: Sequence[str] = ()) -> str:
     """The question followed by `Answer Choices:` and a line `(a) ...` for each choice.
 
-    With `labels` that are letters or numbers from 1, each choice keeps its own, so that a reply's "(C)" is that one;
-    labels that are skipped have a line without an option.
+    With `labels` that are letters (Latin, Cyrillic, Greek) or numbers from 1, each choice keeps its own, so that a
+    reply's "(C)" is that one; labels that are skipped have a line without an option.
 
     Raises:
         RowError: more choices than letters.
     """
     if len(choices) > MAX_CHOICES:
         raise RowError(f"{len(choices)} choices; at most {MAX_CHOICES} are read, as each has a letter")
-    places = {_place(label): choice for label, choice in zip(labels, choices, strict=True)} if labels else {}
-    digits = bool(labels) and labels[0].isdigit()
-    same_kind = all(label.isdigit() == digits for label in labels)
-    if not same_kind or len(places) < len(choices) or not 0 <= min(places) <= max(places) < max(_FAR, len(choices)):
-        places, digits = dict(enumerate(choices)), False
-    lines = [
-        f"({place + 1 if digits else chr(ord('a') + place)}) {places.get(place, NO_CHOICE)}"
-        for place in range(max(places, default=-1) + 1)
-    ]
+    names, places = tuple(LATIN), dict(enumerate(choices))
+    own = [str(int(label)) if label.isascii() and label.isdigit() else label.casefold() for label in labels]
+    for alphabet in (*map(tuple, ALPHABETS), tuple(map(str, range(1, MAX_CHOICES + 1)))):
+        found = [alphabet.index(label) for label in own if label in alphabet]
+        if found and len(set(found)) == len(choices) and max(found) < max(_FAR, len(choices)):
+            names, places = alphabet, dict(zip(found, choices, strict=True))
+    lines = [f"({names[place]}) {places.get(place, NO_CHOICE)}" for place in range(max(places, default=-1) + 1)]
     return "\n".join([question.rstrip(), "Answer Choices:", *lines])
-
-
-def _place(label: str) -> int:
-    """Return a label's index in A, B, C, ... or 1, 2, 3, ...; -1 for another label."""
-    if label.isascii() and label.isdigit() and len(label) < 4:
-        return int(label) - 1
-    return ord(label.casefold()) - ord("a") if len(label) == 1 and label.isascii() and label.isalpha() else -1
 
 
 def question_text(question: Question) -> str:

@@ -289,6 +289,16 @@ def test_more_choices_than_letters_are_refused(tmp_path: Path) -> None:
     assert with_choices("Which?", tuple("xy"), ("i", "ii")).endswith("(a) x\n(b) y")
 
 
+@pytest.mark.parametrize("letters", ["АБВГ", "абвг", "ΑΒΓΔ"])
+def test_choices_keep_letters_of_other_alphabets(letters: str, tmp_path: Path) -> None:
+    """So that a reply's "Ответ: Б" is an option's letter, and no unreadable text."""
+    choices = [{"label": label, "text": text} for label, text in zip(letters, (*OPTIONS, "moon"), strict=True)]
+    row = {"question": "Which?", "choices": choices, "answer": letters[1]}
+    question = only(tmp_path, row | {"response": f"It carries. Ответ: {letters[1]}"})
+    assert [line[1] for line in question.question.splitlines()[2:]] == list(letters.casefold())
+    assert (question.majority, question.positives[0].answer) == ("train", "train")
+
+
 def test_an_index_as_text_is_refused_with_a_way(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text('question,choices,answer\n2+2?,"[""3"", ""4"", ""5""]",1\n')
