@@ -298,6 +298,16 @@ def test_an_index_as_text_is_refused_with_a_way(tmp_path: Path) -> None:
     assert only(tmp_path, {"question": "2+2?", "choices": ["3", "4"], "answer_index": "1"}).gold == "4"
 
 
+def test_a_raised_number_is_no_digit_of_the_one_before_it(tmp_path: Path) -> None:
+    rows = [
+        {"question": "What is 5\u00b2 + 1?", "samples": ["So 26."]},
+        {"question": "What is 52 + 1?", "samples": ["So 53."]},
+    ]
+    assert [question.majority for question in load(tmp_path, *rows).questions] == ["26", "53"]
+    same = [row | {"question": row["question"].replace("5\u00b2", "5^2").replace("52", "5^2")} for row in rows]
+    assert only(tmp_path, rows[0], same[1]).votes == {"26": 1, "53": 1}
+
+
 # What is no gold
 
 
