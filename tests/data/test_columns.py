@@ -385,6 +385,17 @@ def test_cells_that_say_nothing_are_missing(cell: str, tmp_path: Path) -> None:
     assert load_questions(tmp_path / "rows.parquet").questions[0].gold == "18"
 
 
+def test_a_gold_that_is_an_option_called_none(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("question,A,B,C,answer\nWhich?,All,None,Some,None\nHow?,x,y,z,None\n")
+    assert [question.gold for question in load_questions(path).questions] == ["None", None]
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = {"question": ["Which?", "How?"], "choices": [["All", "N/A"], ["x", "y"]], "answer": ["N/A", "N/A"]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
+    assert [question.gold for question in load_questions(tmp_path / "rows.parquet").questions] == ["N/A", None]
+
+
 # Samples in columns
 
 
