@@ -12,7 +12,7 @@ from typing import Any
 from qcrd_fast.data import answers, replies
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, question_text
-from qcrd_fast.data.splits import label_of, main_task, of_split
+from qcrd_fast.data.splits import comparable, label_of, main_task, of_split
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.generation.engine import SampleSettings
 from qcrd_fast.generation.sample import sample
@@ -181,6 +181,7 @@ def evaluate_run(
     else:
         student, state = load_student(run_or_model, device)
     task = task or state.get("task") or main_task(questions)
+    questions = comparable(questions, task, f"--data: {data}")
     with student.measuring() as lengths:
         records = predict(
             student,

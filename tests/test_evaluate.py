@@ -72,6 +72,25 @@ def test_what_cannot_be_read_is_counted(run: Path, rows_file: Path, tmp_path: Pa
     assert sum(line["prediction"] is None for line in lines) == 16 and lines[0]["output"] == "no idea"
 
 
+def test_a_gold_that_cannot_be_read_is_no_wrong_answer(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replies(monkeypatch, ["7"])
+    rows = [{"id": str(i), "question": f"{i}?", "gold": gold} for i, gold in enumerate(("7", "8", "7 or 8"))]
+    data = tmp_path / "golds.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["eval", str(run), "--data", str(data), "--task", "number", "--output", str(tmp_path / "out"), "--json"]
+    assert entry(command) == 0
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    assert (told["accuracy"], told["n"], told["without_answer"]) == (0.5, 2, 1)
+    assert (
+        "left out 1 of 3 questions, whose answer cannot be read as number (--task), such as '2': '7 or 8'" in said.err
+    )
+    data.write_text(json.dumps(rows[2]) + "\n")
+    assert entry(command) == 2 and "no answer can be read as number" in capsys.readouterr().err
+
+
 def test_reasoning_needs_a_run_that_was_trained_for_it(run: Path, rows_file: Path, tmp_path: Path, capsys) -> None:
     export_run(str(run), str(tmp_path / "model"))
     for name in (str(run), str(tmp_path / "model")):

@@ -21,7 +21,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.files import is_hub_name
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, later_fields, leak_key
-from qcrd_fast.data.splits import drop_overlap, label_of, main_task, of_split
+from qcrd_fast.data.splits import comparable, drop_overlap, label_of, main_task, of_split
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.runs.folder import FREE_OPTIONS
@@ -92,6 +92,8 @@ class Setup:
         self.pool, self.validation, self.test = self._load()
         check_views([*self.pool, *self.validation, *self.test], self.student_prompts.views)
         self.task = self.base.task or main_task(self.pool)
+        self.validation = comparable(self.validation, self.task, "--eval-data")
+        self.test = comparable(self.test, self.task, "--test-data")
         state = find_state(self.initial) if Path(self.initial).is_dir() else None
         trained = read_object(state).get("config") if state else None
         self.reasons = isinstance(trained, dict) and trained.get("reasoning_task") is True

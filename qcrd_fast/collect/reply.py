@@ -100,15 +100,21 @@ def parse_reply(value: Any, prompt: str, clean: Callable[[str], str] = str, max_
 
 
 def _choice(item: Mapping[str, Any]) -> Choice | None:
-    """Return a choice that was paid for and that no retry improves: one with text, or one that ended too early."""
+    """Return a choice that was paid for and that no retry improves: one with text, or one that ended too early.
+
+    What a teacher refused, or a filter broke off, answers nothing: it has no text, and its message says what came.
+    """
     if item.get("finish_reason") == "error":  # of a router whose server broke off
         return None
     message = item.get("message")
     said = read_message(message if isinstance(message, dict) else {**item, "content": item.get("text")})
     text, cut = said.text, is_cut(item)
-    if not text.strip() and isinstance(message, dict) and isinstance(message.get("refusal"), str):
-        text = message["refusal"]
-    if not text.strip() and not cut and not _FILTERED.match(str(item.get("finish_reason"))):
+    refused = _FILTERED.match(str(item.get("finish_reason"))) is not None
+    if isinstance(message, dict) and not (said.content or "").strip():
+        refused |= isinstance(message.get("refusal"), str) and bool(message["refusal"].strip())
+    if refused:
+        return Choice("", False, message if isinstance(message, dict) else {"content": text})
+    if not text.strip() and not cut:
         return None
     return Choice(
         text if text.strip() else "", cut, message if isinstance(message, dict) else None, read_logprobs(item)

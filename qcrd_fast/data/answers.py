@@ -138,7 +138,7 @@ def canonical(answer: str, task: str, choices: Sequence[str] = (), decimal: str 
     `%` are ignored, and a sum, a range or a text with several numbers is none. equation: its value. math: the value,
     else LaTeX in one spelling. yes-no: `yes` or `no` (also from true, false; `not` turns it round). choice: the
     choice's text where known (from `choices` or the answer itself), else its letter. text: without case, invisible
-    characters (joiners, direction marks), outer punctuation and repeated white space, in NFKC.
+    characters (joiners, direction marks), outer punctuation and repeated white space, `folded`.
     """
     value = read_value(answer, task, choices, decimal)
     return value.key if value else None
@@ -370,13 +370,13 @@ def _choice(text: str, choices: Sequence[str]) -> Value | None:
 
 def option_value(index: int, choices: Sequence[str]) -> Value:
     """The option at `index` as an answer: its text, or its letter where the options are not known."""
-    letter = chr(ord("a") + index)
+    letter = str(index + 1) if getattr(choices, "digits", False) else chr(ord("a") + index)
     if not choices:
         return Value(letter, letter, letter=index)
     choice, key = choices[index], option_name(index, choices)
     read, _ = read_choice(choice, choices)
     if read is None or option_name(read, choices) != key:
-        choice = f"({letter}) {choice}"  # a choice that is called by another's letter
+        choice = f"({letter}) {choice}"  # a choice that is called by another's label
     return Value(key, choice)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import string
-import unicodedata
 
 from qcrd_fast.data.latex import simplify
+from qcrd_fast.data.schema import folded
 
 _QUESTION_END = 32768  # characters of a question that are looked at
 _LABEL_STYLES = (  # of a line, then of options on one line: the label is the group
@@ -151,7 +151,7 @@ def _sequence(
 
 
 def plain_text(text: str) -> str:
-    """Two spellings of one text alike: without case, outer punctuation and repeated white space, in NFKC."""
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    """Two spellings of one text alike: without case, outer punctuation and repeated white space, `folded`."""
+    text = folded(folded(text).casefold())
     text = " ".join(text.split())
     return text.strip(" .,;:!?\"'`*()[]{}") or text

@@ -42,6 +42,7 @@ _REASON_KEYS = (
     "reason",
 )
 _OPEN_NUMBER = re.compile(r"\D*\d(?:[\d.,/]*\d)?")
+_LAST_WORD = re.compile(r"\S+\Z")
 MAX_OWN_ANSWER = 32768  # characters, the last ones, of an answer of its own
 
 
@@ -105,6 +106,8 @@ class Reader:
         outside = cut_next_question(parts.outside).strip()
         if self.pattern or self.function:
             answer, why = self._custom(outside, task, choices)
+            if truncated and self._custom(_LAST_WORD.sub("", outside), task, choices)[0] != answer:
+                answer, why = None, "the reply was cut at its maximum length"
             return Reading(parts.thinking, self._rationale(parts, outside), answer, why)
         if (parsed := _from_json(outside)) and not parts.cut:
             answer, why = self.answer(parsed[1], task, choices)

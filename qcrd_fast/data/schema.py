@@ -175,9 +175,19 @@ def question_text(question: Question) -> str:
     return f"{question.context}\n{question.question}" if question.context else question.question
 
 
+_RAISED = re.compile(r"(?<=\d)[\u00b9\u00b2\u00b3\u2070\u2071\u2074-\u207f]+")
+
+
+def folded(text: str) -> str:
+    """The text in NFKC, where what is raised over a number stays so: `5\u00b2` is `5^2`, and not `52`."""
+    if text.isascii():
+        return text
+    return unicodedata.normalize("NFKC", _RAISED.sub(lambda raised: f"^{raised[0]}", text))
+
+
 def one_line(text: str) -> str:
-    """The text in NFKC, its white space collapsed."""
-    return " ".join(unicodedata.normalize("NFKC", text).split())
+    """The text `folded`, its white space collapsed."""
+    return " ".join(folded(text).split())
 
 
 def text_key(question: Question) -> str:

@@ -1,4 +1,4 @@
-"""Splits of questions: held-out rows, overlap with a test set, one split, task and label."""
+"""Splits of questions: held-out rows, overlap with a test set, one split, task and label, golds to compare with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from qcrd_fast.data.schema import Question, leak_key
+from qcrd_fast.data.choices import parse_choices
+from qcrd_fast.data.replies import DEFAULT
+from qcrd_fast.data.schema import Question, leak_key, question_text
 from qcrd_fast.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -76,3 +78,27 @@ def label_of(question: Question, label: str | None) -> str | None:
     if label == "majority":
         return question.majority
     return question.gold if question.gold is not None else question.majority
+
+
+def comparable(questions: Sequence[Question], task: str, where: str) -> list[Question]:
+    """The questions whose answer can be read as one of the task, so that a prediction can be right; warns of others.
+
+    Raises `InputError`, naming the option `where`, if there are only others.
+    """
+    unread = [q for q in questions if not _has_value(q, q.task or "text" if task == "mixed" else task)]
+    if not unread:
+        return list(questions)
+    first = f"{unread[0].id!r}: {label_of(unread[0], None)!r}"
+    if len(unread) == len(questions):
+        raise InputError(f"{where}: no answer can be read as {task} (--task), such as that of {first}")
+    log.warning(
+        "%s: left out %d of %d questions, whose answer cannot be read as %s (--task), such as %s",
+        where, len(unread), len(questions), task, first,
+    )  # fmt: skip
+    left = {id(q) for q in unread}
+    return [q for q in questions if id(q) not in left]
+
+
+def _has_value(question: Question, task: str) -> bool:
+    choices = parse_choices(question_text(question)) if task == "choice" else ()
+    return DEFAULT.answer(label_of(question, None) or "", task, choices)[0] is not None

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qcrd_fast.data.formats.fields import ROLES, plain
 from qcrd_fast.data.jsonl import MAX_ROW_BYTES
 from qcrd_fast.data.schema import MISSING, BadRow, RowError
 from qcrd_fast.data.splits import SPLITS
@@ -29,6 +30,8 @@ from qcrd_fast.utils.network import is_online
 BATCH_ROWS = 64  # of a parquet file or a dataset that are converted at a time
 _OPTION = re.compile(r"(?:(?:option|choice|answer|opt)?[ _-]?[a-j]|(?:option|choice|opt)[ _-]?\d{1,2})", re.IGNORECASE)
 _DELIMITERS = ",;\t|"
+_WORDS = ("None", "N/A", "N/a", "n/a")  # of `MISSING`, which a gold that is an option may be
+_GOLDS, _CHOICES = (frozenset(map(plain, ROLES[role])) for role in ("gold", "choices"))
 
 
 def csv_rows(
@@ -125,14 +128,29 @@ def _header(cells: list[str]) -> list[str]:
 def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any]:
     if len(cells) != len(header):
         raise RowError(f"{len(cells)} cells, but the header has {len(header)}")
-    return {name: _utf8(cell) for name, cell in zip(header, cells, strict=True) if name and not _is_missing(name, cell)}
+    return _present({name: _utf8(cell) for name, cell in zip(header, cells, strict=True) if name})
 
 
-def _is_missing(name: str, value: Any) -> bool:
-    """Return whether a cell is empty or says so; in an option column such words are options."""
+def _present(row: dict[str, Any]) -> dict[str, Any]:
+    """The cells that are not empty, nor say that they are."""
+    return {name: value for name, value in row.items() if not _is_missing(name, value, row)}
+
+
+def _is_missing(name: str, value: Any, row: dict[str, Any]) -> bool:
+    """Return whether a cell is empty or says so; in an option column such words are options, and a gold may be one."""
     if not isinstance(value, str):
         return value is None
-    return not value.strip() or (value.strip() in MISSING and not _OPTION.fullmatch(name))
+    word = value.strip()
+    if word not in MISSING or _OPTION.fullmatch(name):
+        return not word
+    return word not in _WORDS or plain(name) not in _GOLDS or not any(_offers(*cell, word) for cell in row.items())
+
+
+def _offers(name: str, value: Any, word: str) -> bool:
+    """Whether a cell holds an option that is `word`: of its own, or in a list of them."""
+    if isinstance(value, str) and _OPTION.fullmatch(name):
+        return value.strip() == word
+    return plain(name) in _CHOICES and any(f"{mark}{word}{mark}" in str(value) for mark in "'\"")
 
 
 def _utf8(cell: str) -> str:
@@ -181,7 +199,8 @@ def _arrow_rows(path: str | Path, batch: Any, lines: Iterator[int]) -> Iterator[
             continue
         for row in part.to_pylist():
             # a column is there for every row; a null means that this row lacks the key
-            yield next(lines), {k: w for k, v in row.items() if not _is_missing(k, w := _plain(v)) or k == "majority"}
+            found = {key: _plain(value) for key, value in row.items()}
+            yield next(lines), _present(found) | {key: found[key] for key in found.keys() & {"majority"}}
 
 
 def _plain(value: Any) -> Any:

@@ -25,8 +25,8 @@ class Samples(NamedTuple):
 def load_samples(path: str | Path, questions: Sequence[Question]) -> Samples:
     """Load the samples of a file in any format of `prepare`, or of `negatives/iteration-*.jsonl`.
 
-    A row belongs to the question with its text, else to the one of its id. Samples that were cut before their end take
-    the share of the file's readable ones that agree.
+    A row belongs to the question with its text; one without a text, to the question of its id. Samples that were cut
+    before their end take the share of the file's readable ones that agree.
 
     Raises:
         InputError: the file cannot be read, a row is bad, or no row is of these questions.
@@ -36,7 +36,7 @@ def load_samples(path: str | Path, questions: Sequence[Question]) -> Samples:
     seen: set[tuple[str, str, str | None]] = set()
     strangers = found = 0
     for question_id, text, samples in _rows(Path(path)):
-        question = by_text.get(text) or by_id.get(question_id)
+        question = by_text.get(text) if text else by_id.get(question_id)
         if question is None:
             strangers += len(samples)
             continue

@@ -11,7 +11,7 @@ from typing import Any
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, later_fields
-from qcrd_fast.data.splits import drop_overlap, hold_out, label_of, main_task, of_split
+from qcrd_fast.data.splits import comparable, drop_overlap, hold_out, label_of, main_task, of_split
 from qcrd_fast.errors import InputError
 from qcrd_fast.models.views import read_views, view_text
 from qcrd_fast.train.methods import label_kind, method_of
@@ -91,6 +91,8 @@ class Data:
                 "--data: no question has more than one sample: there was nothing to vote on, and qcrd has no minority"
             )
         task = config.task or main_task(rows)
+        validation = comparable(validation, task, "--eval-data" if config.eval_data else "validation")
+        test = comparable(test, task, "--test-data")
         return cls(rows, validation, test, task, in_test + in_validation, _digest(rows, validation, test))
 
 

@@ -178,9 +178,11 @@ def test_cut_after_cut_stops_before_much_is_paid(tmp_path: Path, capsys: pytest.
     [
         {"message": {"content": None, "reasoning": "It is 12, so the answer is 12."}, "finish_reason": "stop"},
         {"message": {"content": None, "refusal": "I cannot help with 12 bags."}, "finish_reason": "stop"},
+        {"message": {"content": None, "refusal": "I cannot help. The answer is 12."}, "finish_reason": "stop"},
+        {"message": {"content": "So far 3 + 9 = 12"}, "finish_reason": "content_filter"},
         {"message": {"content": None}, "finish_reason": "content_filter"},
     ],
-    ids=["reasoning alone", "refusal", "filtered"],
+    ids=["reasoning alone", "refusal", "refusal that seems to answer", "broken off", "filtered"],
 )
 def test_a_reply_without_content_is_not_asked_for_again(
     choice: dict[str, Any], questions: Path, capsys: pytest.CaptureFixture[str]
@@ -190,6 +192,7 @@ def test_a_reply_without_content_is_not_asked_for_again(
         result = run(capsys, command(questions, server.url, "--num-samples", "2"))
     assert len(server.seen) == 3 and (result["samples"], result["unreadable_answers"], result["failures"]) == (6, 6, {})
     assert "no answer that can be read" in result["log"] and "temperature" not in result["log"]
+    assert ledger(questions, "reply")[0]["samples"][0]["message"] == choice["message"]
 
 
 def test_answers_without_reasoning_are_not_blamed_on_the_temperature(

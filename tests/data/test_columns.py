@@ -241,9 +241,11 @@ def test_a_letter_is_the_row_s_own_label(labels: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "labels", "gold", "text"),
     [
-        (["2", "4", "1", "3"], ["1", "2", "3", "4"], "2", "4"),
-        (["2", "4", "1", "3"], [1, 2, 3, 4], 2, "4"),
-        (["C", "A", "B", "D"], ["A", "B", "C", "D"], "A", "C"),
+        (["2", "4", "1", "3"], ["1", "2", "3", "4"], "2", "(2) 4"),  # 4 alone could be the fourth
+        (["2", "4", "1", "3"], [1, 2, 3, 4], 2, "(2) 4"),
+        (["2", "14", "1", "3"], ["1", "2", "3", "4"], "2", "14"),
+        (["C", "A", "B", "D"], ["A", "B", "C", "D"], "A", "(a) C"),
+        (["C", "A", "B", "D"], ["A", "B", "C", "D"], "D", "D"),
         (["oven", "train"], ["A", "B"], "b", "train"),
         (["oven", "train"], ["A", "B"], "oven", "oven"),
         (["oven", "train"], ["A", "B"], 1, "train"),
@@ -308,6 +310,41 @@ def test_an_index_as_text_is_refused_with_a_way(tmp_path: Path) -> None:
     assert only(tmp_path, {"question": "2+2?", "choices": ["3", "4"], "answer_index": "1"}).gold == "4"
 
 
+def test_an_index_as_text_that_is_also_a_choice(tmp_path: Path) -> None:
+    row = {"question": "2+2?", "choices": ["3", "1", "4", "2"], "answer_index": "2"}
+    assert only(tmp_path, row).gold == "4"  # no choice called 2
+    row["answer"] = row.pop("answer_index")
+    with pytest.raises(InputError, match="answer is '2', which is a choice and may count another"):
+        only(tmp_path, row, mapping="gold=answer")
+    assert only(tmp_path, row | {"choices": ["0", "1", "2"]}, mapping="gold=answer").gold == "2"
+
+
+def test_an_instruction_beside_input_and_label_is_part_of_the_question(tmp_path: Path) -> None:
+    row = {"instruction": "Is the sum even?", "input": "2+2", "label": "yes"}
+    assert only(tmp_path, row).question == "Is the sum even?\n2+2"
+    assert only(tmp_path, {"input": "2+2", "label": "4"}).question == "2+2"
+
+
+def test_a_gold_that_counts_stays_the_choice_it_counts(tmp_path: Path) -> None:
+    said = ["It is what the first one is. The answer is (a).", "It is the second. The answer is (b)."]
+    row = {"question": "Which vitamin?", "choices": ["B", "D", "A", "C"], "answer": 0, "samples": said}
+    question = only(tmp_path, row, split_by="gold")
+    assert question.gold == "(a) B" and texts(question) == (["It is what the first one is."], ["It is the second."])
+    numbered = row | {"choices": {"text": ["3", "1", "4", "2"], "label": ["1", "2", "3", "4"]}, "answer": "3"}
+    question = only(tmp_path, numbered | {"samples": ["So the third. The answer is (3).", "Four. Answer: (3) 4"]})
+    assert (question.task, question.gold, question.votes) == ("choice", "(3) 4", {"(3) 4": 2})
+
+
+def test_a_raised_number_is_no_digit_of_the_one_before_it(tmp_path: Path) -> None:
+    rows = [
+        {"question": "What is 5\u00b2 + 1?", "samples": ["So 26."]},
+        {"question": "What is 52 + 1?", "samples": ["So 53."]},
+    ]
+    assert [question.majority for question in load(tmp_path, *rows).questions] == ["26", "53"]
+    same = [row | {"question": row["question"].replace("5\u00b2", "5^2").replace("52", "5^2")} for row in rows]
+    assert only(tmp_path, rows[0], same[1]).votes == {"26": 1, "53": 1}
+
+
 # What is no gold
 
 
@@ -356,6 +393,17 @@ def test_cells_that_say_nothing_are_missing(cell: str, tmp_path: Path) -> None:
     table = {"question": [JARS] * 2, "answer": [cell, "18"], "response": [RIGHT, WRONG]}
     parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
     assert load_questions(tmp_path / "rows.parquet").questions[0].gold == "18"
+
+
+def test_a_gold_that_is_an_option_called_none(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("question,A,B,C,answer\nWhich?,All,None,Some,None\nHow?,x,y,z,None\n")
+    assert [question.gold for question in load_questions(path).questions] == ["None", None]
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = {"question": ["Which?", "How?"], "choices": [["All", "N/A"], ["x", "y"]], "answer": ["N/A", "N/A"]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
+    assert [question.gold for question in load_questions(tmp_path / "rows.parquet").questions] == ["N/A", None]
 
 
 # Samples in columns

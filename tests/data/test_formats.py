@@ -861,7 +861,7 @@ def _gold(tmp_path: Path, row: dict[str, Any], mapping: str | None = None) -> st
         ([10, 20, 30], 20, None, "20"), ([10, 20, 30], 1, None, "20"), ([0, 1, 2], 2, None, "2"),
         ([0.5, 1.5], 1.5, None, "1.5"), ([10, 20.0], 20, None, "20.0"), ([1, 2, 3], "2", None, "2"),
         ([1, 2, 3], 2, "gold=answer", "3"), (["1", "2", "3"], 1, None, "2"), ([1, "two"], 1, None, "two"),
-        ({"text": [3, 2, 1], "label": ["1", "2", "3"]}, 3, None, "1"), ([], 2, None, "2"),
+        ({"text": [3, 2, 1], "label": ["1", "2", "3"]}, 3, None, "(3) 1"), ([], 2, None, "2"),
     ],
 )  # fmt: skip
 def test_a_number_beside_choices_that_are_numbers(tmp_path, choices, answer, mapping, gold):

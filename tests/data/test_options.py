@@ -113,6 +113,7 @@ def test_options_that_hold_each_other_or_are_little_words(options, text, answer)
         assert Reader().answer(answer, "choice", options)[0] == answer
 
 
+RAISED = ("10\u00b2", "102")
 INTERVALS = ("(0, 1)", "[0, 1)", "(0, 1]", "[0, 1]")
 
 
@@ -133,6 +134,8 @@ INTERVALS = ("(0, 1)", "[0, 1)", "(0, 1]", "[0, 1]")
         (("5", ".5"), ".5", ".5"), (("5", ".5"), "5.", "5"), (("5", ".5"), "0.5", ".5"), (("5", ".5"), "B. .5", ".5"),
         (("Really!", "Really?"), "Really?", "Really?"), (("Really!", "Really?"), "really!", "Really!"),
         (("Really!", "Really?"), "Really", None), (("Really!", "Really?"), "(A) Really", "Really!"),
+        (RAISED, "(a)", "10\u00b2"), (RAISED, "The answer is 102.", "102"), (RAISED, "10^2", "10\u00b2"),
+        (RAISED, "B) 10\u00b2", None), (("5 m\u00b2", "4 m\u00b2"), "5 m2", "5 m\u00b2"),
         (("Paris!", "Rome"), "PARIS", "Paris!"), (("foo", "foo"), "(B) foo", "foo"), (("foo", "foo"), "Foo.", "foo"),
     ],
 )  # fmt: skip

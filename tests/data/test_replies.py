@@ -339,6 +339,9 @@ def test_a_reader_of_ones_own(tmp_path, monkeypatch):
     assert reader.read("the answer is 3; result=14", "number").answer == "14"
     assert reader.read("the answer is 3", "number").answer is None
     assert reader.answer("3", "number")[0] == "3"  # a gold
+    assert reader.read("result=1", "number", truncated=True).answer is None  # of 14
+    assert reader.read("result=4, then result=1", "number", truncated=True).answer is None
+    assert reader.read("result=14 and", "number", truncated=True).answer == "14"
     (tmp_path / "my_reader_module.py").write_text(
         "def last(text, task, choices):\n    return text.split()[-1] if text else 1 / 0\n"
     )

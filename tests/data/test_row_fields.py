@@ -141,6 +141,17 @@ def test_a_view_in_no_table_is_named_with_its_question_before_a_run_begins(rows_
         Data.load(TrainConfig(data=str(train), test_data=str(test)))
 
 
+def test_questions_whose_gold_cannot_be_read_are_not_answered(rows_file, tmp_path, caplog):
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    vague = [row | {"answer": "3 or 4"} for row in rows[:2]]
+    test = write(tmp_path / "test.jsonl", vague[0], rows[2])
+    config = TrainConfig(data=str(rows_file), test_data=str(test), task="number")
+    assert [q.gold for q in Data.load(config).test] == [rows[2]["answer"]]
+    assert "--test-data: left out 1 of 2 questions, whose answer cannot be read as number" in caplog.text
+    with pytest.raises(InputError, match="--test-data: no answer can be read as number"):
+        Data.load(dataclasses.replace(config, test_data=str(write(tmp_path / "vague.jsonl", *vague))))
+
+
 def test_a_table_of_views(tmp_path, student):
     path = tmp_path / "views.yaml"
     path.write_text("steps: Slowly.\nmine: 'In verse. '\n")

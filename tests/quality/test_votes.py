@@ -1,12 +1,14 @@
 """The vote as a judge: the formula, what n and K are, samples without a conclusion."""
 
 import dataclasses
+import json
 
 import pytest
 
 from qcrd_fast.data.schema import Question, Rationale
 from qcrd_fast.quality.cases import Tally, silent_share, student_case, teacher_cases
 from qcrd_fast.quality.judges import make_judge
+from qcrd_fast.quality.samples import load_samples
 from qcrd_fast.quality.votes import VoteJudge, vote_score
 
 QUESTION = Question(
@@ -137,3 +139,15 @@ def test_a_new_judge_is_a_name_and_a_class(monkeypatch):
     monkeypatch.setitem(judges.JUDGES, "coin", Coin)
     assert make_judge("coin", [QUESTION]).scores(teacher_cases(QUESTION)) == [1.0] * 5
     assert isinstance(make_judge("vote", []), VoteJudge)
+
+
+def test_samples_of_another_question_with_the_same_id_are_of_others(tmp_path):
+    question = Question("1", "2+2?", majority="4", votes={"4": 3}, task="number", positives=(Rationale("So 4.", "4"),))
+    path = tmp_path / "samples.jsonl"
+    rows = [
+        {"id": "1", "question": "3+3?", "samples": ["So 6."]},
+        {"id": "9", "question": "2+2?", "samples": ["So 4.", "So 5."]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_samples(path, [question])
+    assert [case.agrees for case in found.cases["1"]] == [True, False] and found.strangers == 1

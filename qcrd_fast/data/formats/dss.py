@@ -27,7 +27,8 @@ _OWN = {"id", "premise", "hypothesis", "label", "question", "choices", "answer",
 def is_dss(row: Row) -> bool:
     """Return whether a row is from svamp or the entailment sets; cqa is recognised by its sample files."""
     values = row.values
-    return "premise" in values or ("input" in values and "label" in values and not row.has("completion"))
+    asks = row.key("question") == "input" and "label" in values and not row.has("completion")
+    return "premise" in values or asks
 
 
 def read(row: Row, files: DssFiles | None) -> Parsed:

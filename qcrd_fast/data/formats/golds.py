@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from qcrd_fast.config import TASKS
+from qcrd_fast.data.answers import option_value, parse_choices
 from qcrd_fast.data.formats.fields import Row, plain
 from qcrd_fast.data.formats.turns import as_list
 from qcrd_fast.data.schema import MISSING, NumberText, Question, RowError, check_text, get_text, with_choices
@@ -205,7 +206,8 @@ def gold_text(
     """A gold answer as text: a label or an index (from 0) as the choice's text, a boolean as yes or no.
 
     Where there are labels, what may be a label is one. Where all choices are `NumberText`, a number may also be one of
-    them. With `counted`, a number is an index alone, which may be written as text.
+    them. With `counted`, a number is an index alone, which may be written as text. A choice whose text would be read as
+    another's label has its own label before it, as `(c) 4` where there is a `(4)`.
 
     Raises:
         RowError: an index beyond the choices, several answers, a value of another type, or a number that is one choice
@@ -231,17 +233,24 @@ def gold_text(
             )
         value = value if same is None else same
     if not isinstance(value, list | dict) and value is not None and str(value).strip() in labels:
-        return options[labels.index(str(value).strip())]
+        return _named(labels.index(str(value).strip()), options, labels)
     if isinstance(value, str) and value.strip() not in options:
         folded = [label.casefold() for label in labels]
         if folded.count(value.strip().casefold()) == 1:
-            return options[folded.index(value.strip().casefold())]
-    if isinstance(value, str) and counted and value.strip().isdecimal() and value.strip() not in options and options:
-        value = int(value)
+            return _named(folded.index(value.strip().casefold()), options, labels)
+    if isinstance(value, str) and counted and value.strip().isdecimal() and options:
+        place = int(value)
+        other = value.strip() in options and (place >= len(options) or options[place] != value.strip())
+        if other and plain(key) not in _INDEX_NAMES:
+            raise RowError(
+                f"{key} is {value!r}, which is a choice and may count another; if it counts from 0, call it "
+                f"answer_index, and if not, answer, without --map gold={key}"
+            )
+        value = place
     if isinstance(value, int) and options:
         if not 0 <= value < len(options):
             raise RowError(f"{key} is choice {value}, counted from 0; there are {len(options)}")
-        return options[value]
+        return _named(value, options, labels)
     text = get_text({key: value}, key, numbers=True) or None
     if text is None or not text.strip() or (text.strip() in MISSING and text.strip() not in options):
         return None
@@ -251,3 +260,13 @@ def gold_text(
             f"gold={key}"
         )
     return text
+
+
+def _named(index: int, options: tuple[str, ...], labels: tuple[str, ...]) -> str:
+    """The text of a choice, after its label where the text alone would be read as another's."""
+    text = options[index]
+    read = parse_choices(with_choices("?", options, labels))
+    if read.count(text.strip()) != 1:
+        return text
+    told = option_value(read.index(text.strip()), read).text
+    return text if told == text.strip() else told
