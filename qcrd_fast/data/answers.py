@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from qcrd_fast.data import mathforms
-from qcrd_fast.data.choices import parse_choices, plain_text
+from qcrd_fast.data.choices import LATIN, parse_choices, plain_text
 from qcrd_fast.data.expressions import MAX_DIGITS, evaluate_expression, strip_invisible
 from qcrd_fast.data.options import option_name, read_choice
 from qcrd_fast.data.quantities import Number, one_number, plain, read_quantity
@@ -370,7 +370,7 @@ def _choice(text: str, choices: Sequence[str]) -> Value | None:
 
 def option_value(index: int, choices: Sequence[str]) -> Value:
     """The option at `index` as an answer: its text, or its letter where the options are not known."""
-    letter = str(index + 1) if getattr(choices, "digits", False) else chr(ord("a") + index)
+    letter = str(index + 1) if getattr(choices, "digits", False) else getattr(choices, "letters", LATIN)[index]
     if not choices:
         return Value(letter, letter, letter=index)
     choice, key = choices[index], option_name(index, choices)

@@ -1,12 +1,13 @@
-"""Parse the options that a question lists."""
+"""Parse the options that a question lists, and write them."""
 
 from __future__ import annotations
 
 import re
 import string
+from collections.abc import Sequence
 
 from qcrd_fast.data.latex import simplify
-from qcrd_fast.data.schema import folded
+from qcrd_fast.data.schema import RowError, folded
 
 _QUESTION_END = 32768  # characters of a question that are looked at
 _LABEL_STYLES = (  # of a line, then of options on one line: the label is the group
@@ -37,6 +38,9 @@ _INSTRUCTION = re.compile(
 )
 
 
+MAX_CHOICES = 26
+NO_CHOICE = "(no option)"  # at a label that a question skips
+_FAR = 10  # the last label, as a number, up to which skipped ones are filled in
 LATIN = string.ascii_lowercase
 ALPHABETS = {  # in which options are lettered: the Latin letters that look like theirs at the same place
     LATIN: LATIN,
@@ -148,6 +152,27 @@ def _sequence(
         piece = _INSTRUCTION.sub("", piece).strip() if index + 1 == len(run) else piece
         texts.append(piece if lines else _TAIL.sub("", piece).strip())
     return (run[0].start(), texts) if all(texts) else None
+
+
+def with_choices(question: str, choices: tuple[str, ...], labels: Sequence[str] = ()) -> str:
+    """The question followed by `Answer Choices:` and a line `(a) ...` for each choice.
+
+    With `labels` that are letters (Latin, Cyrillic, Greek) or numbers from 1, each choice keeps its own, so that a
+    reply's "(C)" is that one; labels that are skipped have a line without an option.
+
+    Raises:
+        RowError: more choices than letters.
+    """
+    if len(choices) > MAX_CHOICES:
+        raise RowError(f"{len(choices)} choices; at most {MAX_CHOICES} are read, as each has a letter")
+    names, places = tuple(LATIN), dict(enumerate(choices))
+    own = [str(int(label)) if label.isascii() and label.isdigit() else label.casefold() for label in labels]
+    for alphabet in (*map(tuple, ALPHABETS), tuple(map(str, range(1, MAX_CHOICES + 1)))):
+        found = [alphabet.index(label) for label in own if label in alphabet]
+        if found and len(set(found)) == len(choices) and max(found) < max(_FAR, len(choices)):
+            names, places = alphabet, dict(zip(found, choices, strict=True))
+    lines = [f"({names[place]}) {places.get(place, NO_CHOICE)}" for place in range(max(places, default=-1) + 1)]
+    return "\n".join([question.rstrip(), "Answer Choices:", *lines])
 
 
 def plain_text(text: str) -> str:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-
-from qcrd_fast.data.choices import ALPHABETS, LATIN
 
 CHOSEN = "chosen"  # the source of the better reply of a preference pair, whose answer counts as the majority
 REJECTED = "rejected"
@@ -144,30 +142,6 @@ def kind_of(value: Any) -> str:
 MISSING = frozenset(  # as tables write that there is no value; `none` and `Null` may be words of an answer
     {"NaN", "nan", "NAN", "None", "null", "NULL", "N/A", "n/a", "N/a", "<NA>", "<na>"}
 )
-MAX_CHOICES = 26
-NO_CHOICE = "(no option)"  # at a label that a question skips
-_FAR = 10  # the last label, as a number, up to which skipped ones are filled in
-
-
-def with_choices(question: str, choices: tuple[str, ...], labels: Sequence[str] = ()) -> str:
-    """The question followed by `Answer Choices:` and a line `(a) ...` for each choice.
-
-    With `labels` that are letters (Latin, Cyrillic, Greek) or numbers from 1, each choice keeps its own, so that a
-    reply's "(C)" is that one; labels that are skipped have a line without an option.
-
-    Raises:
-        RowError: more choices than letters.
-    """
-    if len(choices) > MAX_CHOICES:
-        raise RowError(f"{len(choices)} choices; at most {MAX_CHOICES} are read, as each has a letter")
-    names, places = tuple(LATIN), dict(enumerate(choices))
-    own = [str(int(label)) if label.isascii() and label.isdigit() else label.casefold() for label in labels]
-    for alphabet in (*map(tuple, ALPHABETS), tuple(map(str, range(1, MAX_CHOICES + 1)))):
-        found = [alphabet.index(label) for label in own if label in alphabet]
-        if found and len(set(found)) == len(choices) and max(found) < max(_FAR, len(choices)):
-            names, places = alphabet, dict(zip(found, choices, strict=True))
-    lines = [f"({names[place]}) {places.get(place, NO_CHOICE)}" for place in range(max(places, default=-1) + 1)]
-    return "\n".join([question.rstrip(), "Answer Choices:", *lines])
 
 
 def question_text(question: Question) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from qcrd_fast.data.choices import with_choices
 from qcrd_fast.data.load import load_questions, prepare
-from qcrd_fast.data.schema import Question, with_choices
+from qcrd_fast.data.schema import Question
 from qcrd_fast.errors import InputError
 
 JARS = "A crate holds 6 jars. How many jars are in 3 crates?"

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qcrd_fast.data.choices import with_choices
 from qcrd_fast.data.files import open_rows
 from qcrd_fast.data.formats.fields import Parsed, Row
-from qcrd_fast.data.schema import BadRow, Question, Rationale, RowError, check_text, get_list, get_text, with_choices
+from qcrd_fast.data.schema import BadRow, Question, Rationale, RowError, check_text, get_list, get_text
 from qcrd_fast.errors import InputError
 from qcrd_fast.utils.files import printable
 

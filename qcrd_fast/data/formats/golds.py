@@ -7,10 +7,11 @@ import re
 from typing import Any
 
 from qcrd_fast.config import TASKS
-from qcrd_fast.data.answers import option_value, parse_choices
+from qcrd_fast.data.answers import option_value
+from qcrd_fast.data.choices import parse_choices, with_choices
 from qcrd_fast.data.formats.fields import Row, plain
 from qcrd_fast.data.formats.turns import as_list
-from qcrd_fast.data.schema import MISSING, NumberText, Question, RowError, check_text, get_text, with_choices
+from qcrd_fast.data.schema import MISSING, NumberText, Question, RowError, check_text, get_text
 
 GOLD = "gold"  # the source of a rationale that is the gold answer's own worked solution
 _LABEL = re.compile(r"\(?([A-Za-z])[).:]\s*(?=\S)")

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from qcrd_fast.config import TASKS
+from qcrd_fast.data.choices import with_choices
 from qcrd_fast.data.formats.fields import Parsed, Row
 from qcrd_fast.data.formats.golds import gold_text, parse_choices_value
 from qcrd_fast.data.formats.samples import read_sample, sample_list
@@ -19,7 +20,6 @@ from qcrd_fast.data.schema import (
     get_list,
     get_text,
     get_weight,
-    with_choices,
 )
 
 _PREPARED_KEYS = ("positives", "negatives", "majority", "votes")
