@@ -152,21 +152,22 @@ def _train(
     choose_threads(device, sum(p.numel() for p in student.model.parameters()))
     trainer = Trainer(config, run.path, data, schedule, student, examples, comm, resumed, judges, make_objective)
     try:
-        if resume_from:
-            trainer.restore(Path(resume_from))
-        if not trainer.ended:
-            comm.on_rank0(lambda: trainer.checkpointer.require_room(trainer.step))
-        comm.on_rank0(run.write_config)
-        log.info("%s", trainer.describe())
-        if not resume_from:
-            trainer.truncate_after(0)
-            log.info("%s", trainer.example())
-        with StopSignals() as stop, _no_bars_of_transformers():
-            trainer.loop(stop)
-            if signum := comm.max(stop.signum):
-                raise Stopped(signum)
-        with _no_bars_of_transformers():
-            return trainer.finish()
+        with trainer.log:
+            if resume_from:
+                trainer.restore(Path(resume_from))
+            if not trainer.ended:
+                comm.on_rank0(lambda: trainer.checkpointer.require_room(trainer.step))
+            comm.on_rank0(run.write_config)
+            log.info("%s", trainer.describe())
+            if not resume_from:
+                trainer.truncate_after(0)
+                log.info("%s", trainer.example())
+            with StopSignals() as stop, _no_bars_of_transformers():
+                trainer.loop(stop)
+                if signum := comm.max(stop.signum):
+                    raise Stopped(signum)
+            with _no_bars_of_transformers():
+                return trainer.finish()
     except OSError as error:
         room = disk_space_text(run.path, checkpointer.checkpoint_bytes(student, trainer.discriminator_trainer))
         raise RunError(f"{run.path}: {error} (the next checkpoint: {room}); existing checkpoints are intact") from error
