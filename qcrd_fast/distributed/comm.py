@@ -29,6 +29,7 @@ from qcrd_fast.utils.torchrun import rank, world_size
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_joined: list[dist.Store] = []  # torchrun's or the first rank's store, then a group's part of it each
 ERRORS = {error.__name__: error for error in (InputError, RunError)}
 
 
@@ -146,8 +147,8 @@ def own_device(name: str) -> str:
 def process_group(device: torch.device, timeout_s: float) -> Iterator[Comm]:
     """Join the process group that torchrun started; leave it when the context ends.
 
-    Raises `InputError` where torchrun's variables are incomplete, `RunError` when another rank ends or says nothing for
-    `timeout_s` seconds.
+    Raises `InputError` where torchrun's variables are incomplete or the process has a group already, `RunError` when
+    another rank ends or says nothing for `timeout_s` seconds.
     """
     size = world_size()
     if size == 1:
@@ -163,18 +164,18 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[Comm]:
     comm = Comm(rank(), size)
     if not comm.first:
         disable_progress_bar()
+    if dist.is_initialized():
+        raise InputError("torch.distributed has a process group already; destroy it first: a run has one of its own")
+    timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=timeout, store=_store(timeout), rank=comm.rank, world_size=size)
         yield comm
         comm.max(0)  # nobody leaves before the last has arrived
-    except Stopped as error:
-        traceback.clear_frames(error.__traceback__)
-        _leave()
-        raise
-    except (InputError, RunError):
-        raise
-    except RuntimeError as error:
-        if not _is_lost_peer(error):
+    except Exception as error:
+        _clear_frames(error)
+        if isinstance(error, Stopped) or backend == "gloo":  # NCCL would wait for what the others never send
+            _leave()  # where the process lives on, the others notice and it can train again
+        if isinstance(error, RunError) or not (isinstance(error, RuntimeError) and _is_lost_peer(error)):
             raise
         reason = " ".join(str(error).split())[:300]
         raise RunError(
@@ -184,14 +185,31 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[Comm]:
     _leave()
 
 
+def _store(timeout: datetime.timedelta) -> dist.Store:
+    """Where the ranks find each other, a new corner of it each time: the addresses of an earlier group stay in it."""
+    if not _joined:
+        _joined.append(next(dist.rendezvous("env://", timeout=timeout))[0])
+    _joined[0].set_timeout(timeout)
+    _joined.append(dist.PrefixStore(f"run-{len(_joined)}", _joined[0]))
+    return _joined[-1]
+
+
 def _leave() -> None:
-    """Destroy the process group.
+    """Destroy the process group, if there is one.
 
     DDP must be freed first. If it held the last reference, destroying the group would wait for a thread that needs the
     GIL, which the thread that frees DDP holds.
     """
     gc.collect()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error and of its causes hold, such as DDP."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

@@ -7,8 +7,9 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ class MetricsLog:
     def __init__(self, run: Path, report_to: str = "none", comm: Comm = SINGLE, name: str | None = None):
         self.path, self.comm = run / METRICS, comm
         self._pending: tuple[dict[str, Any], list[str], Tensor, float, list[str], bool] | None = None
-        self._writer = _writer(run, report_to, name) if comm.first else None
+        self._tracker = _tracker(run, report_to, name) if comm.first else None
         self.last: dict[str, Any] | None = None  # the latest record that was read, for a person who watches
 
     def truncate_after(self, step: int) -> None:
@@ -192,28 +193,59 @@ class MetricsLog:
         if not self.comm.first:
             return
         append_lines(self.path, [record])
-        if self._writer:
-            self._writer({k: v for k, v in record.items() if isinstance(v, int | float)}, record["step"])
+        if self._tracker:
+            self._tracker.add({k: v for k, v in record.items() if isinstance(v, int | float)}, record["step"])
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the tracker's run, so that a later run of this process has its own."""
+        if self._tracker:
+            self._tracker.end(int(error is not None))
 
 
-def _writer(run: Path, report_to: str, name: str | None) -> Any:
+class _TensorBoard:
+    def __init__(self, make: Callable[..., Any], folder: Path):
+        self._make, self._folder = make, folder
+        self._board: Any = None
+
+    def add(self, values: dict[str, Any], step: int) -> None:
+        # what an earlier start logged from the first step on is not shown
+        self._board = self._board or self._make(str(self._folder), purge_step=step)
+        for key, value in values.items():
+            self._board.add_scalar(key, value, step)
+
+    def end(self, code: int) -> None:
+        if self._board:
+            self._board.close()
+
+
+class _WandB:
+    def __init__(self, wandb: Any, run: Path, name: str | None):
+        self._wandb = wandb
+        wandb.init(project="qcrd-fast", dir=str(run), name=name)
+
+    def add(self, values: dict[str, Any], step: int) -> None:
+        self._wandb.log(values, step=step)
+
+    def end(self, code: int) -> None:
+        self._wandb.finish(exit_code=code)
+
+
+def _tracker(run: Path, report_to: str, name: str | None) -> _TensorBoard | _WandB | None:
     if report_to == "tensorboard":
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError("--report-to tensorboard: install qcrd-fast[tensorboard]") from error
-        board = SummaryWriter(str(run / "tensorboard" / (name or "")))
-
-        def write(values: dict[str, float], step: int) -> None:
-            for key, value in values.items():
-                board.add_scalar(key, value, step)
-
-        return write
+        return _TensorBoard(SummaryWriter, run / "tensorboard" / (name or ""))
     if report_to == "wandb":
         try:
             import wandb
         except ImportError as error:
             raise InputError("--report-to wandb: install qcrd-fast[wandb]") from error
-        wandb.init(project="qcrd-fast", dir=str(run), name=name)
-        return lambda values, step: wandb.log(values, step=step)
+        return _WandB(wandb, run, name)
     return None

@@ -30,6 +30,7 @@ from qcrd_fast.models.student import Student
 from qcrd_fast.ops.dispatch import require_impl
 from qcrd_fast.runs import checkpoints
 from qcrd_fast.runs.folder import NEGATIVES, RESULTS, SNAPSHOTS, RunFolder
+from qcrd_fast.teacher_signal.local import weights_digest
 from qcrd_fast.train import checkpointer
 from qcrd_fast.train.audit import Audit, Audits
 from qcrd_fast.train.checkpointer import Checkpointer, as_before, resume_point
@@ -152,21 +153,22 @@ def _train(
     choose_threads(device, sum(p.numel() for p in student.model.parameters()))
     trainer = Trainer(config, run.path, data, schedule, student, examples, comm, resumed, judges, make_objective)
     try:
-        if resume_from:
-            trainer.restore(Path(resume_from))
-        if not trainer.ended:
-            comm.on_rank0(lambda: trainer.checkpointer.require_room(trainer.step))
-        comm.on_rank0(run.write_config)
-        log.info("%s", trainer.describe())
-        if not resume_from:
-            trainer.truncate_after(0)
-            log.info("%s", trainer.example())
-        with StopSignals() as stop, _no_bars_of_transformers():
-            trainer.loop(stop)
-            if signum := comm.max(stop.signum):
-                raise Stopped(signum)
-        with _no_bars_of_transformers():
-            return trainer.finish()
+        with trainer.log:
+            if resume_from:
+                trainer.restore(Path(resume_from))
+            if not trainer.ended:
+                comm.on_rank0(lambda: trainer.checkpointer.require_room(trainer.step))
+            comm.on_rank0(run.write_config)
+            log.info("%s", trainer.describe())
+            if not resume_from:
+                trainer.truncate_after(0)
+                log.info("%s", trainer.example())
+            with StopSignals() as stop, _no_bars_of_transformers():
+                trainer.loop(stop)
+                if signum := comm.max(stop.signum):
+                    raise Stopped(signum)
+            with _no_bars_of_transformers():
+                return trainer.finish()
     except OSError as error:
         room = disk_space_text(run.path, checkpointer.checkpoint_bytes(student, trainer.discriminator_trainer))
         raise RunError(f"{run.path}: {error} (the next checkpoint: {room}); existing checkpoints are intact") from error
@@ -214,7 +216,9 @@ class Trainer:
         if has_discriminator(config) and judges is None:
             judge = build_judge(config.to_dict(), student.model, student.tokenizer)
             self.discriminator_trainer = CrossFitTrainer(judge, config) if judge else None
+        self.base: str | None = None  # of the weights that no checkpoint of an adapter holds
         if config.use_peft:  # after the discriminator has copied what it needs
+            self.base = weights_digest(student.model)
             add_lora(student.model, config)
             if resume_from:
                 load_adapter(resume_from, student.model)
@@ -561,6 +565,7 @@ class Trainer:
                 "loss_d": self.loss_d,
                 "failed_impl": self.audits.failed,
                 "stale": self.stale,
+                "base_sha256": self.base,
                 **self._checked(),
             }
             if self.domains:
@@ -585,6 +590,8 @@ class Trainer:
             if self.check.refused:
                 self._drop_discriminator()
         state = self.checkpointer.restore(resume_from)
+        if state.get("base_sha256", self.base) != self.base:  # runs before had none
+            raise InputError(f"--student: {self.config.student} holds other weights than {resume_from} was trained on")
         self.step, self.best, self.loss_d = state["step"], state["best"], state["loss_d"]
         self.stale = state.get("stale", 0)
         if self.domains:

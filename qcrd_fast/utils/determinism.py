@@ -36,6 +36,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
+    set_here = WORKSPACE not in os.environ
     os.environ.setdefault(WORKSPACE, ":4096:8")  # cuBLAS reads it at its first use, which must not have been
     filling: Any = torch.utils.deterministic
     fills, cudnn = filling.fill_uninitialized_memory, torch.backends.cudnn.benchmark
@@ -47,6 +48,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
         finally:
             filling.fill_uninitialized_memory = fills
             torch.backends.cudnn.benchmark = cudnn
+            if set_here:
+                os.environ.pop(WORKSPACE, None)
 
 
 def deterministic_already() -> contextlib.AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,17 @@ def test_attention_of_the_students_choice(rows_file, llama_folder, tmp_path, mon
         options = dict(method="finetune", max_steps=1, attn_implementation=attention)
         train(settings(rows_file, llama_folder, tmp_path / attention, **options))
     assert seen == ["eager", "sdpa"]
+
+
+def test_an_adapter_goes_on_above_the_weights_it_began_with(rows_file, llama_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    student, run = Path(shutil.copytree(llama_folder, tmp_path / "student")), tmp_path / "run"
+    lora = dict(method="finetune", use_peft=True, lora_r=2, max_steps=1, save_steps=1)
+    train(settings(rows_file, student, run, **lora))
+    (run / "eval_results.json").unlink()
+    train(settings(rows_file, student, run, resume="auto", **lora))
+    weights = student / "model.safetensors"
+    save_file({name: 1.5 * x for name, x in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(InputError, match=r"--student: .* holds other weights than .*checkpoint-1 was trained on"):
+        train(settings(rows_file, student, run, resume="auto", **lora))
