@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 COMPARES = re.compile(r"assert_close|allclose|torch\.float64|\.double\(\)|support.(?:doubles|loss_oracle) import")
 
-LONGEST = ("ops", "train")
+LONGEST = ("distributed", "ops", "train")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
