@@ -19,7 +19,7 @@ test: $(DEV)
 	$(PYTEST) -m "not slow"
 
 test-slow: $(DEV)
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow $$(grep -lr "mark\.slow" tests --include="test_*.py" | sort)
 
 test-machines: $(DEV)
 	PYTHON=$(BIN)/python tests/support/on_machines.sh

@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 COMPARES = re.compile(r"assert_close|allclose|torch\.float64|\.double\(\)|support.(?:doubles|loss_oracle) import")
 
-LONGEST = ("ops", "train")
+LONGEST = ("distributed", "ops", "train")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,13 +55,20 @@ def t5_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def crashes(tmp_path_factory):
-    """Short runs of a T5 and a decoder in processes of their own, and the unbroken ones to compare with."""
-    from tests.support.crash_run import Crashes
+def warm():
+    """A process that has imported everything: torch and transformers take seconds in each new one."""
     from tests.support.warm import Warm
 
     with Warm() as warm:
-        yield Crashes(warm, tmp_path_factory.mktemp("crashes"), device="cpu")
+        yield warm
+
+
+@pytest.fixture(scope="session")
+def crashes(warm, tmp_path_factory):
+    """Short runs of a T5 and a decoder in processes of their own, and the unbroken ones to compare with."""
+    from tests.support.crash_run import Crashes
+
+    return Crashes(warm, tmp_path_factory.mktemp("crashes"), device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,6 @@ rely on."""
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +13,6 @@ from qcrd_fast.losses import weighted_rationale_loss
 from qcrd_fast.ops import chunked, contrastive, dispatch, reference, selection
 from qcrd_fast.ops import linear_logprob as linear_logprob_op
 from tests.support.loss_oracle import BETA, DELTA, Batch, dense_logprob, error, expected_terms, random_batch
-from tests.support.paths import ROOT, SUPPORT
 
 IMPLS = ("eager", "torch")
 PAIRS = list(itertools.product(POSITIVE_SELECT, NEGATIVE_SELECT))
@@ -631,13 +627,9 @@ def test_module_and_functions_give_the_same_numbers():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # and determinism
 
 
-def test_data_parallel_and_sharded_models():
+def test_data_parallel_and_sharded_models(warm):
     """DDP and FSDP2 on two ranks give the gradients of one process, also where the head that comes in is sharded."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, SUPPORT / "sharded_loss.py"], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    warm.call("tests.support.sharded_loss:main")
 
 
 def test_shift_of_all_logits_changes_nothing():

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from qcrd_fast.runs import checkpoints
 from qcrd_fast.runs.folder import checkpoint_path
-from tests.support.paths import ROOT, SUPPORT
 from tests.support.students import make_llama, make_t5
 
 pytestmark = pytest.mark.slow
@@ -43,7 +42,7 @@ def students(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def run_all(students, rows_file, tmp_path_factory):
+def run_all(students, rows_file, warm, tmp_path_factory):
     """Runs named scenarios one after another in a warm process; {name: (exit code by rank, seconds by rank, run
     folder)}."""
 
@@ -54,17 +53,14 @@ def run_all(students, rows_file, tmp_path_factory):
             config = COMMON | {"data": str(rows_file), "student": str(students[student])} | options
             config = {"output_dir": str(root / name), **config}
             listed.append({"size": size, "config": config, "float64": float64, "inject": inject[0] if inject else None})
-        (root / "scenarios.json").write_text(json.dumps(listed))
-        command = [sys.executable, str(SUPPORT / "train_ranks.py"), str(root / "scenarios.json")]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        told = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200 * len(listed))
-        assert told.returncode == 0, told.stderr[-3000:]
+        told = warm.call("tests.support.train_ranks:main", listed, timeout=200 * len(listed))
         found = {}
-        for name, scenario, line in zip(scenarios, listed, told.stdout.splitlines(), strict=True):
+        results = [line for line in told.splitlines() if line.startswith('{"codes": ')]
+        for name, scenario, line in zip(scenarios, listed, results, strict=True):
             result = json.loads(line)
             found[name] = result["codes"], result["seconds"], Path(scenario["config"]["output_dir"])
             if not scenario["inject"]:
-                assert set(result["codes"]) == {0}, (name, result, told.stderr[-3000:])
+                assert set(result["codes"]) == {0}, (name, result, told[-3000:])
         return found
 
     return run

@@ -1,24 +1,15 @@
 """The loss over a head whose vocabulary is split over ranks."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.support.paths import ROOT
-
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_slices_of_different_sizes_equal_the_whole_head(ranks):
+def test_slices_of_different_sizes_equal_the_whole_head(ranks, warm):
     """Values and gradients of every rank in float64, and the same refusal on every rank, so that none waits for
     another."""
-    command = [sys.executable, "-m", "tests.support.vocab_ranks", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    told = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200)
-    assert told.returncode == 0, told.stderr[-3000:]
-    for found in json.loads(told.stdout.splitlines()[-1]):
+    for found in json.loads(warm.call("tests.support.vocab_ranks:main", ranks).splitlines()[-1]):
         for impl in ("torch", "eager"):
             assert set(found[impl]) == {"plain", "softcap", "workspace", "rows", "loss"}
             assert all(e < 1e-12 for e in found[impl].values()), found

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from qcrd_fast import QCRDLoss, RationaleCollator, attach, linear_logprob, score
 from qcrd_fast.errors import InputError
 from tests.support.doubles import doubles
 from tests.support.eager_equations import assert_rounded_alike, assert_same, gradients
-from tests.support.paths import ROOT, SUPPORT
 
 ROWS = [
     {
@@ -286,15 +282,11 @@ def test_an_empty_head_is_named(weight):
 
 
 @pytest.mark.slow
-def test_ranks():
+def test_ranks(warm):
     """DDP and FSDP2 on two ranks, plain, with LoRA, in bf16 and compiled, and Hugging Face's Trainer under DDP."""
     for name in ("accelerate", "peft"):
         pytest.importorskip(name, reason=f"{name} is not installed: pip install {name}")
-    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SUPPORT / "embedded_ranks.py")]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "compared: " in done.stdout
+    assert "compared: " in warm.call("tests.support.embedded_ranks:main")
 
 
 def test_memory(float64):

@@ -6,15 +6,13 @@ from __future__ import annotations
 import pytest
 
 from tests.support.crash_active import ActiveCrashes
-from tests.support.warm import Warm
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def active_crashes(tmp_path_factory):
-    with Warm() as warm:
-        yield ActiveCrashes(warm, tmp_path_factory.mktemp("active"))
+def active_crashes(warm, tmp_path_factory):
+    return ActiveCrashes(warm, tmp_path_factory.mktemp("active"))
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,7 +23,6 @@ from qcrd_fast.select.progress import Progress, identity
 from qcrd_fast.select.registry import SELECTORS, unused
 from qcrd_fast.select.score import RowScores
 from qcrd_fast.select.selection import Policy
-from tests.support.paths import ROOT
 
 ROWS = [Question(name, name, positives=(Rationale("a"), Rationale("b"))) for name in "dcba"]
 
@@ -264,20 +261,15 @@ def test_two_commands_do_not_write_the_same_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_kill_and_the_same_command_again_give_the_same_bytes(rows_file, llama_folder, tmp_path: Path) -> None:
-    def start(output: Path) -> subprocess.Popen:
-        code = "import sys; from cli.main import entry; sys.exit(entry())"
-        arguments = [sys.executable, "-c", code, *command(rows_file, llama_folder, output)]
-        return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL)
-
+def test_a_kill_and_the_same_command_again_give_the_same_bytes(rows_file, llama_folder, warm, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
-    assert start(whole).wait() == 0
+    assert warm.run(command(rows_file, llama_folder, whole)).code == 0
     kept = tmp_path / ".broken.jsonl.scores.jsonl"
-    process = start(broken)
-    while process.poll() is None and not (kept.exists() and kept.read_bytes().count(b"\n") > 3):
+    process = warm.start(command(rows_file, llama_folder, broken))
+    while not broken.exists() and not (kept.exists() and kept.read_bytes().count(b"\n") > 3):
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not broken.exists()
-    assert start(broken).wait() == 0
+    os.kill(process[0], signal.SIGKILL)
+    assert warm.wait(process).code == -signal.SIGKILL and not broken.exists()
+    assert warm.run(command(rows_file, llama_folder, broken)).code == 0
     assert broken.read_bytes() == whole.read_bytes()
     assert not kept.exists()

@@ -1,13 +1,12 @@
 """Two gloo ranks train attached models under DDP and FSDP2, plain, with LoRA and compiled.
 
-`integrations/test_attach.py` runs this file. The ranks have different questions, one of them no negatives; the
+`integrations/test_attach.py` runs `main`. The ranks have different questions, one of them no negatives; the
 gradients must be those of one process that has them all.
 """
 
 import contextlib
 import copy
 import os
-import sys
 import tempfile
 
 import torch
@@ -21,6 +20,7 @@ from qcrd_fast import QCRDLoss, RationaleCollator, attach, score_then_train
 from qcrd_fast.demo.students import build_tokenizer
 from tests.support.doubles import doubles
 from tests.support.eager_equations import relative_error
+from tests.support.fork_ranks import fork_ranks
 
 QUESTIONS = [f"Ann has {i} pens, buys 4 and loses 2. How many are left?" for i in range(4)]
 POSITIVES = [
@@ -102,10 +102,8 @@ def compare(name, expected, actual, tolerance):
     return f"{name} {error:.1g}"
 
 
-def main(rank, folder):
-    torch.set_num_threads(1)
+def train(rank, folder):
     transformers.logging.set_verbosity_error()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     texts = [*QUESTIONS, *(t for group in (*POSITIVES, *NEGATIVES) for t in group)]
     tokenizer = build_tokenizer(texts)
     done = []
@@ -136,8 +134,6 @@ def main(rank, folder):
         done.append(trainer(rank, folder, tokenizer))
     if rank == 0:
         print("compared:", "; ".join(done), flush=True)
-    dist.destroy_process_group()
-    os._exit(0)  # gloo's threads live on in FSDP2's caches, and abort a process whose interpreter is being torn down
 
 
 def margin(model, collate):
@@ -175,10 +171,7 @@ def trainer(rank, folder, tokenizer):
     return compare("Trainer, DDP", grads(before), moved, EXACT)
 
 
-if __name__ == "__main__":
-    import os
-
-    if len(sys.argv) == 1:
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-            torch.multiprocessing.spawn(main, (folder,), nprocs=2)
+def main():
+    os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    with tempfile.TemporaryDirectory() as folder:
+        fork_ranks(lambda rank: train(rank, folder), 2)

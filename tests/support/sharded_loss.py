@@ -1,14 +1,12 @@
-"""Two gloo ranks take one step with the loss inside and outside of wrapped modules; `test_losses.py` runs this file."""
-
-import os
-import tempfile
+"""Two gloo ranks take one step with the loss inside and outside of wrapped modules; `test_losses.py` runs
+`main`."""
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from qcrd_fast import QCRDLoss
+from tests.support.fork_ranks import fork_ranks
 
 
 class Tiny(torch.nn.Module):
@@ -25,10 +23,8 @@ class Tiny(torch.nn.Module):
         return self.loss_fn(self.body(ids), self.body[0].weight, *rest, num_questions=4).loss
 
 
-def main(rank, store):
-    torch.set_num_threads(1)
+def step(rank):
     torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     whole = Tiny()
     (sum(whole(r) for r in range(2)) / 2).backward()
 
@@ -49,10 +45,7 @@ def main(rank, store):
         raise AssertionError("a sharded head was taken for a whole one")
     except ValueError as error:
         assert "weight is a DTensor" in str(error) and "qcrd_fast.attach" in str(error)
-    dist.destroy_process_group()
-    os._exit(0)  # gloo's threads live on in FSDP2's caches, and abort a process whose interpreter is being torn down
 
 
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(main, (f"{folder}/store",), nprocs=2)
+def main():
+    fork_ranks(step, 2)

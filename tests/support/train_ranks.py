@@ -1,5 +1,4 @@
-"""Runs of `train` in one or more processes, forked from a warm one:
-`python -m tests.support.train_ranks SCENARIOS.json`.
+"""Runs of `train` in one or more processes, forked from a warm one; `distributed/test_distributed.py` runs `main`.
 
 A scenario is {"size": processes, "config": options of train, "float64": whether all is computed so, "inject": {"rank",
 "step", "signal"} or nothing}: before that step that rank sends itself that signal. Prints a line a scenario: {"codes":
@@ -12,7 +11,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -98,9 +96,8 @@ def run(scenario):
 # What a run would import, so that it is there before the forks.
 LOADED = (peft.LoraConfig, transformers.LlamaForCausalLM, transformers.T5ForConditionalGeneration)
 
-if __name__ == "__main__":
+
+def main(scenarios):
     transformers.logging.set_verbosity_error()
-    with open(sys.argv[1]) as file:
-        scenarios = json.load(file)
     for scenario in scenarios:
         print(json.dumps(run(scenario)), flush=True)

@@ -1,11 +1,9 @@
-"""A head split over forked gloo ranks against the whole head: `python -m tests.support.vocab_ranks RANKS`.
+"""A head split over forked gloo ranks against the whole head; `distributed/test_vocab_parallel.py` runs `main`.
 
 Prints {case: largest relative error in float64 of any rank, over values and gradients}, and what each refusal says.
 """
 
 import json
-import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from qcrd_fast import QCRDLoss, linear_logprob
+from tests.support.fork_ranks import fork_ranks
 from tests.support.loss_oracle import BETA, error, random_batch
 
 V = 53
@@ -81,21 +80,11 @@ def refusals(rank):
 
 
 def main(ranks):
-    folder = tempfile.mkdtemp()
-    children = []
-    for rank in range(ranks):
-        if not (child := os.fork()):
-            dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(rank):
             found = {impl: compare(rank, ranks, impl) for impl in ("torch", "eager")} | {"refused": refusals(rank)}
-            with open(f"{folder}/{rank}.json", "w") as file:
-                json.dump(found, file)
-            os._exit(0)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0] * ranks, codes
-    print(json.dumps([json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]))
+            Path(folder, f"{rank}.json").write_text(json.dumps(found))
 
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]))
+        fork_ranks(run, ranks)
+        print(json.dumps([json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]))

@@ -1,11 +1,12 @@
 """Commands as a user runs them, without the seconds that they take to begin.
 
 `Warm` is a process that has imported everything and forks a child for each command. The child arms its faults, then
-runs `qcrd-fast ARGS`, and may be killed or signalled like any process.
+runs `qcrd-fast ARGS` or a function of a module, and may be killed or signalled like any process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -13,18 +14,27 @@ import itertools
 import json
 import os
 import signal
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.support.faults import QUIET_FILES, Disk, Fault, arm_call
 from tests.support.paths import ROOT
 
+COMMAND = """#!{python} -IS
+import json, socket, sys
+with socket.socket(socket.AF_UNIX) as asked:
+    asked.connect({address!r})
+    asked.sendall(json.dumps(sys.argv[1:]).encode() + b"\\n")
+    sys.exit(int(asked.recv(9) or 70))
+"""
 UNTIMED = {"tokens_per_s", "step_ms", "sample_wait_ms", "sampled_tokens_per_s", "sample_hidden_share", "peak_mib"}
 
 
@@ -50,12 +60,12 @@ def child(request: dict[str, Any]) -> int:
     for fault in faults:
         if fault.point != "disk":
             arm_call(fault)
-    from cli.main import entry
-
+    module, name = request["call"].split(":")
+    function = getattr(importlib.import_module(module), name)
     if disk:
         disk.arm()
     try:
-        code = entry(request["args"])
+        code = function(*request["args"]) or 0
     except SystemExit as stop:
         code = int(stop.code or 0)
     if disk:
@@ -87,6 +97,7 @@ def serve() -> None:
         if "wait" in request:
             reply = {"code": reap(request["wait"], request["timeout"])}
         else:
+            importlib.import_module(request["call"].split(":")[0])  # here, so that the next call finds it
             pid = os.fork()
             if pid == 0:
                 code = 99
@@ -157,9 +168,12 @@ class Warm:
 
     def start(self, args: Sequence[str], *faults: Fault, folder: Path | None = None) -> tuple[int, str]:
         """(process id, where its output goes); `folder` is where disk points are counted."""
+        return self._start("cli.main:entry", [list(args)], *faults, folder=folder)
+
+    def _start(self, call: str, args: list[Any], *faults: Fault, folder: Path | None = None) -> tuple[int, str]:
         out = f"{self._scratch.name}/{next(self._count)}"
         specs = [dataclasses.asdict(fault) for fault in faults]
-        reply = self._ask(args=list(args), faults=specs, out=out, folder=str(folder) if folder else None)
+        reply = self._ask(call=call, args=args, faults=specs, out=out, folder=str(folder) if folder else None)
         return reply["pid"], out
 
     def wait(self, started: tuple[int, str], timeout: float = 120.0) -> Done:
@@ -176,6 +190,31 @@ class Warm:
 
     def run(self, args: Sequence[str], *faults: Fault, folder: Path | None = None, timeout: float = 120.0) -> Done:
         return self.wait(self.start(args, *faults, folder=folder), timeout)
+
+    def call(self, function: str, *args: Any, timeout: float = 300.0) -> str:
+        """What MODULE:FUNCTION prints in a child; `args` as JSON has them."""
+        done = self.wait(self._start(function, list(args)), timeout)
+        assert done.code == 0, (done.code, done.out[-2000:], done.err[-4000:])
+        return done.out
+
+    @contextlib.contextmanager
+    def command(self, path: Path) -> Iterator[None]:
+        """At `path` an executable `qcrd-fast`, which runs here."""
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(handler) -> None:
+                done = self.run(json.loads(handler.rfile.readline()), timeout=300)
+                print(done.out, done.err)
+                handler.wfile.write(b"%d" % done.code)
+
+        with socketserver.UnixStreamServer(f"{self._scratch.name}/{next(self._count)}", Handler) as server:
+            path.write_text(COMMAND.format(python=sys.executable, address=server.server_address))
+            path.chmod(0o755)
+            threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+            try:
+                yield
+            finally:
+                server.shutdown()
 
 
 def short_run(rows: Path, student: Path, judge: Path, out: Path, **options: Any) -> list[str]:
