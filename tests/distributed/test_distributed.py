@@ -240,13 +240,9 @@ def test_three_ranks_killed_and_resumed(run_all, students):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_rank_that_fails_and_lives_on_lets_the_others_go():
+def test_a_rank_that_fails_and_lives_on_lets_the_others_go(warm):
     """As in a script that catches the error. The same processes train again afterwards."""
-    command = [sys.executable, "-m", "tests.support.failing_ranks"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    told = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200)
-    assert told.returncode == 0, told.stderr[-3000:]
-    found = json.loads(told.stdout.splitlines()[-1])
+    found = json.loads(warm.call("tests.support.failing_ranks:main", timeout=200).splitlines()[-1])
     lost = "RunError: rank 0: another of the 2 processes has ended or was"
     for name, raised in ("input", "InputError: an option"), ("run", "RunError: a step"), ("bug", "KeyError: 'a bug'"):
         assert found[name] == [[lost[:60], True], [raised, True]], (name, found)

@@ -1,4 +1,4 @@
-"""Two forked gloo ranks that share a run, of which one fails and lives on: `python -m tests.support.failing_ranks`.
+"""Two forked gloo ranks share a run, and one fails and lives on; `distributed/test_distributed.py` runs `main`.
 
 Prints {case: [what each rank raised, whether it noticed at once]}, the cases one after another in the same processes.
 """
@@ -67,7 +67,7 @@ def child(rank, port, pipe):
     os._exit(0)
 
 
-if __name__ == "__main__":
+def main():
     port, pipes = free_port(), []
     for rank in range(2):
         reader, writer = os.pipe()
