@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -107,10 +109,15 @@ def _begin(run: Collection, api: str) -> bool:
         settings = {"model": run.model, "api": "replay", "temperature": None, "max_tokens": None}
     prices = {"price_input": s.price_input, "price_output": s.price_output}
     more = {"thinking": s.thinking} | ({"system_prompt": redact(s.system_prompt)} if s.system_prompt else {})
+    if s.is_url:
+        body = json.dumps(s.extra_body, sort_keys=True)
+        more["extra_body_sha256"] = hashlib.sha256(body.encode()).hexdigest() if s.extra_body else ""
+    before, prediction = run.ledger.settings.get("extra_body_sha256"), run.predict()
     run.ledger.start(
         {**settings, "teacher": s.teacher, "num_samples": s.num_samples, **prices, **more}, longer=s.is_url
     )
-    prediction = run.predict()
+    if prediction["samples"] and run.ledger.samples and before not in (None, more.get("extra_body_sha256")):
+        log.warning("--extra-body is not what the samples that are there were asked with; one file will hold both")
     figures = ", ".join(f"{key.replace('_', ' ')} {_figure(value)}" for key, value in prediction.items())
     log.info("still to collect: %s", figures if prediction["samples"] else "nothing")
     return bool(prediction["samples"])

@@ -191,9 +191,12 @@ def test_other_settings_or_prompts_are_not_mixed(
         assert "temperature 0.7, now it is 1.0" in run(capsys, [*args, "--temperature", "1"], 2)["log"]
         assert "model 'm', now it is 'other'" in run(capsys, [*args, "--teacher-model", "other"], 2)["log"]
         assert "another prompt" in run(capsys, [*args, "--template", str(template)], 2)["log"]
+        for number, body in (("6", "{}"), ("7", '{"top_p": 0.9}'), ("8", '{"top_p": 0.9}')):
+            log = run(capsys, [*args, "--num-samples", number, "--extra-body", body])["log"]
+            assert ("--extra-body is not what" in log) == (number == "7")  # less effort, say: no other samples
         write_questions(questions, 5)
         assert "'q5', which is not in --questions" in run(capsys, args, 2)["log"]
-    assert len(server.seen) == 6
+    assert len(server.seen) == 4 * 6
 
 
 def test_what_is_no_ledger_is_left_alone(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
