@@ -582,9 +582,11 @@ def test_the_ci_recipe_from_data_to_tables(tmp_path) -> None:
     """Two seeds of two methods in processes of their own, rows, rationales judged, Markdown; then nothing is left to
     run."""
     from qcrd_fast.demo.runner import write_demo
+    from qcrd_fast.demo.students import Recipe
 
     (tmp_path / "data").mkdir()
-    write_demo(tmp_path / "data" / "demo", 0)
+    # the demo's own student takes a minute to make, and its rows say as little
+    write_demo(tmp_path / "data" / "demo", 0, Recipe("decoder", (("symbol_pairs", 5, 0),), 8))
     command = [
         sys.executable,
         "-m",
