@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 from tests.support import problems
 
@@ -22,6 +25,15 @@ def sampled_rows(count: int, seed: int = 0) -> list[dict]:
         ]
         rows.append({"id": f"q{i}", "question": problem.question, "answer": problem.answer, "samples": samples})
     return rows
+
+
+@contextlib.contextmanager
+def narrow_discriminators() -> Iterator[None]:
+    """Discriminators made for students without an encoder are 32 wide instead of 256; otherwise they are the same."""
+    from qcrd_fast.discriminator.encoders import SmallEncoder
+
+    with mock.patch.object(SmallEncoder.__init__, "__defaults__", (32, *SmallEncoder.__init__.__defaults__[1:])):
+        yield
 
 
 def student_and_teacher(folder: str) -> tuple[Student, Student]:

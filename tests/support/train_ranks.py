@@ -26,6 +26,7 @@ from qcrd_fast.cli import console
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.train import trainer as module
 from tests.support.doubles import doubles
+from tests.support.students import narrow_discriminators
 
 
 def free_port():
@@ -54,7 +55,7 @@ def child(rank, scenario, port, mark):
         module.Trainer._train_step = injecting
     code = 70
     try:
-        with doubles() if scenario["float64"] else contextlib.nullcontext():
+        with narrow_discriminators(), doubles() if scenario["float64"] else contextlib.nullcontext():
             code = console.run(lambda: module.train(TrainConfig(**scenario["config"])) and 0)
     except BaseException:
         traceback.print_exc()
