@@ -2,11 +2,12 @@
 
 A scenario is {"size": processes, "config": options of train, "float64": whether all is computed so, "inject": {"rank",
 "step", "signal"} or nothing}: before that step that rank sends itself that signal. Prints a line a scenario: {"codes":
-exit code by rank, "seconds": since the injection, by rank}. A process that is stopped is killed once the others have
-ended.
+exit code by rank, "seconds": since the injection, by rank, "said": to stderr, by ranks that failed}. A process that is
+stopped is killed once the others have ended.
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -35,6 +36,11 @@ def free_port():
         return s.getsockname()[1]
 
 
+def said(scenario, rank):
+    """What a rank writes to stderr."""
+    return f"{scenario['config']['output_dir']}.rank-{rank}.txt"
+
+
 def child(rank, scenario, port, mark):
     size, inject = scenario["size"], scenario.get("inject")
     if size > 1:
@@ -42,6 +48,9 @@ def child(rank, scenario, port, mark):
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
     torch.set_num_threads(1)
+    with open(said(scenario, rank), "wb") as file:
+        os.dup2(file.fileno(), 2)
+    faulthandler.enable()
     if inject and inject["rank"] == rank:
         step = module.Trainer._train_step
 
@@ -91,6 +100,7 @@ def run(scenario):
     return {
         "codes": [codes[r] for r in range(scenario["size"])],
         "seconds": [seconds.get(r) for r in range(scenario["size"])],
+        "said": ["" if codes[r] == 0 else Path(said(scenario, r)).read_text()[-3000:] for r in range(scenario["size"])],
     }
 
 
