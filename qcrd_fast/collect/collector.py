@@ -110,8 +110,7 @@ def _begin(run: Collection, api: str) -> bool:
     prices = {"price_input": s.price_input, "price_output": s.price_output}
     more = {"thinking": s.thinking} | ({"system_prompt": redact(s.system_prompt)} if s.system_prompt else {})
     if s.is_url:
-        body = json.dumps(s.extra_body, sort_keys=True)
-        more["extra_body_sha256"] = hashlib.sha256(body.encode()).hexdigest() if s.extra_body else ""
+        more["extra_body_sha256"] = hashlib.sha256(json.dumps(s.extra_body, sort_keys=True).encode()).hexdigest()
     before, prediction = run.ledger.settings.get("extra_body_sha256"), run.predict()
     run.ledger.start(
         {**settings, "teacher": s.teacher, "num_samples": s.num_samples, **prices, **more}, longer=s.is_url

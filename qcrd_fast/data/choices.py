@@ -47,6 +47,7 @@ ALPHABETS = {  # in which options are lettered: the Latin letters that look like
     "абвгдежзиклмнопрст": "a",
     "αβγδεζηθικλμν": "ab",
 }
+_LABELS = (*map(tuple, ALPHABETS), tuple(map(str, range(1, MAX_CHOICES + 1))))  # of choices, in order
 
 
 def latin_letters(letters: str) -> dict[int, str]:
@@ -166,8 +167,8 @@ def with_choices(question: str, choices: tuple[str, ...], labels: Sequence[str] 
     if len(choices) > MAX_CHOICES:
         raise RowError(f"{len(choices)} choices; at most {MAX_CHOICES} are read, as each has a letter")
     names, places = tuple(LATIN), dict(enumerate(choices))
-    own = [str(int(label)) if label.isascii() and label.isdigit() else label.casefold() for label in labels]
-    for alphabet in (*map(tuple, ALPHABETS), tuple(map(str, range(1, MAX_CHOICES + 1)))):
+    own = [label.lstrip("0") if label.isdigit() else label.casefold() for label in labels]
+    for alphabet in _LABELS:
         found = [alphabet.index(label) for label in own if label in alphabet]
         if found and len(set(found)) == len(choices) and max(found) < max(_FAR, len(choices)):
             names, places = alphabet, dict(zip(found, choices, strict=True))

@@ -289,7 +289,8 @@ def test_choices_in_unclear_text_are_refused(cell: str, tmp_path: Path) -> None:
 def test_more_choices_than_letters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="27 choices; at most 26 are read"):
         load(tmp_path, {"question": "Which?", "choices": list(map(str, range(27))), "answer": 3})
-    assert with_choices("Which?", tuple("xy"), ("i", "ii")).endswith("(a) x\n(b) y")
+    for labels in (("i", "ii"), ("1", "9" * 5000), ("0", "1"), ("\u0661", "\u0662")):
+        assert with_choices("Which?", tuple("xy"), labels).endswith("(a) x\n(b) y")
 
 
 @pytest.mark.parametrize("letters", ["АБВГ", "абвг", "ΑΒΓΔ"])
