@@ -266,7 +266,9 @@ def test_a_kill_and_the_same_command_again_give_the_same_bytes(rows_file, llama_
     assert warm.run(command(rows_file, llama_folder, whole)).code == 0
     kept = tmp_path / ".broken.jsonl.scores.jsonl"
     process = warm.start(command(rows_file, llama_folder, broken))
+    end = time.monotonic() + 120
     while not broken.exists() and not (kept.exists() and kept.read_bytes().count(b"\n") > 3):
+        assert time.monotonic() < end, "no scores were kept"
         time.sleep(0.005)
     os.kill(process[0], signal.SIGKILL)
     assert warm.wait(process).code == -signal.SIGKILL and not broken.exists()
