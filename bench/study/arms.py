@@ -69,6 +69,12 @@ def _negatives(source: str, beta: float = 0.2, delta: float = 3.0, positives: st
     return Arm(options, Rules(positives, negatives=source, **rules))
 
 
+def _lagged(**options: Any) -> Arm:
+    """Pushed samples of a cached student that `options` choose."""
+    arm = _negatives("lagged")
+    return dataclasses.replace(arm, options=arm.options | options)
+
+
 JUDGED = (
     *("none", "vote", "text", "equations", "traced", "consensus", "consensus2", "consensus4", "vote*consensus2"),
     *("equations*consensus2", "traced*consensus2", "traced*consensus4", "oracle", "faithful"),
@@ -102,7 +108,9 @@ ARMS: dict[str, Arm] = {
     "soft checks + lagged mean": Arm(
         SOFT | CHECKED | {"negative_source": "lagged", "negative_select": "mean", "beta": 0.05}
     ),
+    "soft discriminator": Arm(SOFT | {"positive_quality": "discriminator"}),
     "sft-all text": Arm({"method": "sft-all", "positive_quality": "text"}),
+    "sft-all discriminator": Arm({"method": "sft-all", "positive_quality": "discriminator"}),
     **{
         f"softmin {t:g}/{judge}": Arm({"method": "sft-all"}, Rules("softmin", t, positive_judge=judge))
         for t in (0.05, 0.1, 0.4)
@@ -111,6 +119,9 @@ ARMS: dict[str, Arm] = {
     # negatives beside the mean of positives
     "minority": _negatives("minority"),
     "lagged": _negatives("lagged"),
+    "lagged lag 1": _lagged(negative_lag=1),
+    "lagged lag 4": _lagged(negative_lag=4),
+    "lagged temperature 0.7": _lagged(negative_temperature=0.7),
     "lagged vote": _negatives("lagged", negative_judge="vote"),
     "lagged drop": _negatives("lagged", agreeing="drop"),
     "both": _negatives("both"),
