@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--table", action="store_true", help="print what the CSV holds of the chosen stage, and run nothing"
     )
+    parser.add_argument("--fewest-seeds", type=int, default=1, help="of an arm that --table has; default: %(default)s")
     parser.add_argument("--list", action="store_true", help="print the arms")
     options = parser.parse_args(arguments)
     if options.list:
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         if options.table:
-            print_tables(options.results, options.stage, options.baselines.split(","))
+            print_tables(options.results, options.stage, options.baselines.split(","), options.fewest_seeds)
             return 0
         return _run(options)
     except InputError as error:
@@ -80,10 +81,8 @@ def _run(options: argparse.Namespace) -> int:
     seeds = seed_ranges(options.seeds)
     done = _done(options.results)
     cases = [
-        Case(
-            options.stage, task, family, arm, seed, options.learning_rate, options.epochs, options.questions
-        )  # seeds outside: each is complete before the next
-        for seed in seeds
+        Case(options.stage, task, family, arm, seed, options.learning_rate, options.epochs, options.questions)
+        for seed in seeds  # outside: each is complete before the next
         for task in tasks
         for family in families
         for arm in arms

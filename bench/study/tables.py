@@ -16,35 +16,10 @@ from qcrd_fast.sweep.intervals import Estimate, compare, crossed_variance, stude
 from .runs import from_hex
 
 COLUMNS = (
-    *(
-        "stage",
-        "task",
-        "family",
-        "arm",
-        "seed",
-        "learning_rate",
-        "epochs",
-        "questions",
-        "accuracy",
-        "sound",
-        "faithful",
-        "nll_sound",
-    ),
-    *(
-        "entropy",
-        "loss_cl",
-        "active_lagged",
-        "active_minority",
-        "steps",
-        "train_cpu_s",
-        "cpu_s",
-        "labels",
-        "sounds",
-        "faithfuls",
-    ),
-    *("device", "threads", "torch", "transformers", "commit", "time"),
-    "student_tokens",
-)
+    "stage", "task", "family", "arm", "seed", "learning_rate", "epochs", "questions", "accuracy", "sound", "faithful",
+    "nll_sound", "entropy", "loss_cl", "active_lagged", "active_minority", "steps", "train_cpu_s", "cpu_s", "labels",
+    "sounds", "faithfuls", "device", "threads", "torch", "transformers", "commit", "time", "student_tokens",
+)  # fmt: skip
 METRICS = {"accuracy": "labels", "sound": "sounds"}
 FEWEST_SEEDS = 5  # for a p-value: the spread between fewer says too little of the spread
 Rows = dict[int, dict[str, str]]  # by seed
@@ -98,21 +73,19 @@ def _head(name: str) -> str:
     return {"nll_sound": "nll", "cpu_s": "CPU-s", "student_tokens": "student tokens"}.get(name, name)
 
 
-def print_tables(path: Path, stage: str, baselines: Sequence[str]) -> None:
-    """Print a table for each task and family.
+def print_tables(path: Path, stage: str, baselines: Sequence[str], fewest: int = 1) -> None:
+    """Print a table for each task and family, of the arms with at least `fewest` runs.
 
-    For `confirm`, also all comparisons with Holm's p, if there are enough seeds for one.
+    For `confirm`, also all comparisons, of every arm, with Holm's p, if there are enough seeds for one.
     """
     tests: list[tuple[str, Estimate, float]] = []
     for (task, family, rate, epochs, questions), runs in read_runs(path, stage).items():
-        print(f"\n## {stage}: {task}, {family}; learning rate {rate}, {epochs} epochs of {questions} questions\n")
         known = [base for base in baselines if base in runs]
         heads = [f"{metric} - {base}" for base in known for metric in METRICS]
         named = ["faithful", "nll_sound", "entropy", "cpu_s"]
         if all(row.get("student_tokens") for rows in runs.values() for row in rows.values()):
             named.append("student_tokens")  # which no run said at first
-        print("| " + " | ".join(["arm", "seeds", "labels (sd)", "sound (sd)", *map(_head, named), *heads]) + " |")
-        print("|---" * (4 + len(named) + len(heads)) + "|")
+        lines = [["arm", "seeds", "labels (sd)", "sound (sd)", *map(_head, named), *heads]]
         for arm, rows in runs.items():
             cells = [arm, str(len(rows))]
             for metric in METRICS:
@@ -132,7 +105,12 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str]) -> None:
                     cells.append(f"{found.mean:+.3f} ({found.low:+.3f}, {found.high:+.3f})")
                     if arm not in baselines:
                         tests.append((f"{task} | {family} | {arm} | {base} | {metric}", found, p_value(a - b)))
-            print("| " + " | ".join(cells) + " |")
+            if len(rows) >= fewest:
+                lines.append(cells)
+        if len(lines) > 1:
+            print(f"\n## {stage}: {task}, {family}; learning rate {rate}, {epochs} epochs of {questions} questions\n")
+            lines.insert(1, ["---"] * len(lines[0]))
+            print("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     if stage == "confirm" and tests:
         print("\n## Every comparison, Holm over all of them\n")
         print(

@@ -187,6 +187,14 @@ def test_a_p_value_needs_five_seeds_and_holm_counts_the_others(tmp_path, capsys)
     assert told["soft", "sft-all", "sound"].endswith("| 4 | - |")
     assert float(told["soft checks", "sft-all", "sound"].split(" | ")[-1].rstrip(" |")) < 0.01
     assert told["soft checks", "sft-all", "accuracy"].endswith("| 1 |")
+    options = ["--results", str(tmp_path / "runs.csv"), "--stage", "confirm", "--table"]
+    assert study.main([*options, "--fewest-seeds", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "\n| soft checks | 6 |" in printed and "\n| soft | 4 |" not in printed
+    assert {line for line in printed.splitlines() if "| mix |" in line} == set(told.values())  # Holm counts every arm
+    assert study.main([*options, "--fewest-seeds", "7"]) == 0
+    printed = capsys.readouterr().out
+    assert "## confirm" not in printed and told["soft", "sft-all", "sound"] in printed
 
 
 def test_on_policy_arms_train_on_as_many_tokens(tmp_path, monkeypatch):
