@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import itertools
 import json
 import logging
 import os
@@ -29,7 +30,8 @@ from qcrd_fast.utils.torchrun import rank, world_size
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_joined: list[dist.Store] = []  # torchrun's or the first rank's store, then a group's part of it each
+_rendezvous: list[dist.Store] = []  # torchrun's store or the first rank's, once this process has found it
+_groups = itertools.count(1)  # that this process has joined
 ERRORS = {error.__name__: error for error in (InputError, RunError)}
 
 
@@ -187,11 +189,11 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[Comm]:
 
 def _store(timeout: datetime.timedelta) -> dist.Store:
     """Where the ranks find each other, a new corner of it each time: the addresses of an earlier group stay in it."""
-    if not _joined:
-        _joined.append(next(dist.rendezvous("env://", timeout=timeout))[0])
-    _joined[0].set_timeout(timeout)
-    _joined.append(dist.PrefixStore(f"run-{len(_joined)}", _joined[0]))
-    return _joined[-1]
+    if not _rendezvous:
+        _rendezvous.append(next(dist.rendezvous("env://", timeout=timeout))[0])
+    (store,) = _rendezvous
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"run-{next(_groups)}", store)
 
 
 def _leave() -> None:

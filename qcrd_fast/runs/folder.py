@@ -32,11 +32,12 @@ STATE, MANIFEST, OPTIMIZER, DISCRIMINATOR = (
     "optimizer.safetensors",
     "discriminator.safetensors",
 )
-TEACHER, REFERENCE = "teacher.safetensors", "reference.json"
-OWN = (CONFIG, METRICS, RESULTS, PREDICTIONS, LOG, LOCK)
+TEACHER, REFERENCE, WANDB_ID = "teacher.safetensors", "reference.json", "wandb-id.txt"
+OWN = (CONFIG, METRICS, RESULTS, PREDICTIONS, LOG, LOCK, WANDB_ID)
 UNFINISHED = (
     ".tmp-checkpoint-*", f".{CONFIG}.tmp", f".{METRICS}.tmp", f".{FINAL}.tmp", f".{PREDICTIONS}.tmp", f".{RESULTS}.tmp",
-    f".{REFERENCE}.tmp",    f"{SNAPSHOTS}/.iteration-*.tmp", f"{SNAPSHOTS}/.tmp*", f"{NEGATIVES}/.iteration-*.tmp",
+    f".{REFERENCE}.tmp", f".{WANDB_ID}.tmp",
+    f"{SNAPSHOTS}/.iteration-*.tmp", f"{SNAPSHOTS}/.tmp*", f"{NEGATIVES}/.iteration-*.tmp",
 )  # fmt: skip
 # Options that a resumed run may change: they do not touch what is computed, but for rounding (--impl, the kill-switch).
 FREE_OPTIONS = {

@@ -39,10 +39,15 @@ class TopK(NamedTuple):
 class LocalTeacher:
     """A model that scores what the student is trained on. `model`: a `Student`, whose weights this takes over.
 
-    Everything it returns is detached; `autocast` is the caller's.
+    Everything it returns is detached; `autocast` is the caller's. `narrow`: where `autocast` computes in bf16 on a
+    GPU, the weights become bf16 too.
     """
 
-    def __init__(self, model: Student, autocast: Autocast | None = None, impl: str = "auto"):
+    def __init__(self, model: Student, autocast: Autocast | None = None, impl: str = "auto", narrow: bool = False):
+        self.digest = weights_digest(model.model)  # of the weights as they were stored
+        if narrow and _autocasts(model.device, autocast):
+            _narrow(model)
+            autocast = None
         self.model, self.autocast, self.impl = model, autocast, impl
         model.model.requires_grad_(False).eval()
 
@@ -126,7 +131,7 @@ def load_teacher(name: str, student: Student, autocast: Autocast | None = None, 
     """
     model = load_model(name, student.prompts, student.device)
     check_same_tokenizer(student.tokenizer, model.tokenizer, f"--teacher {name}")
-    return LocalTeacher(_narrowed(model, autocast), _autocast_of(model, autocast), impl)
+    return LocalTeacher(model, autocast, impl, narrow=True)
 
 
 def copy_of(student: Student, autocast: Autocast | None = None, impl: str = "auto") -> LocalTeacher:
@@ -144,13 +149,7 @@ def _autocasts(device: torch.device, autocast: Autocast | None) -> bool:
         return torch.is_autocast_enabled(device.type)
 
 
-def _narrowed(model: Student, autocast: Autocast | None) -> Student:
-    """Parameters in bf16 on a GPU under autocast; buffers stay, since rotary frequencies need fp32."""
-    if _autocasts(model.device, autocast):
-        for parameter in model.model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return model
-
-
-def _autocast_of(model: Student, autocast: Autocast | None) -> Autocast | None:
-    return None if _autocasts(model.device, autocast) else autocast
+def _narrow(model: Student) -> None:
+    """Parameters in bf16; buffers stay, since rotary frequencies need fp32."""
+    for parameter in model.model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)

@@ -148,7 +148,7 @@ class _Local:
     """Local weights."""
 
     def __init__(self, settings: ScoreSettings, prompts: PromptSettings):
-        from qcrd_fast.teacher_signal.local import LocalTeacher, load_model, weights_digest
+        from qcrd_fast.teacher_signal.local import LocalTeacher, load_model
 
         self.settings, self.name = settings, settings.teacher
         self.model = load_model(settings.teacher, prompts, resolve_device(settings.device))
@@ -158,7 +158,7 @@ class _Local:
                 load_tokenizer(settings.student, "--student"), self.model.tokenizer, f"--teacher {settings.teacher}"
             )
         self.teacher = LocalTeacher(self.model)
-        self.weights: str | None = weights_digest(self.model.model)
+        self.weights: str | None = self.teacher.digest
 
     def score(self, batch: Sequence[Target]) -> list[Entry]:
         s = self.settings

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from qcrd_fast.distributed.comm import SINGLE, Comm
 from qcrd_fast.errors import InputError, RunError
-from qcrd_fast.runs.folder import METRICS
+from qcrd_fast.runs.folder import METRICS, WANDB_ID
 from qcrd_fast.train.judging import WEIGHT_KINDS
 from qcrd_fast.train.run_text import duration, progress_line
-from qcrd_fast.utils.files import append_lines, read_records, sync, write_lines
+from qcrd_fast.utils.files import append_lines, read_records, sync, write_lines, write_text
 
 log = logging.getLogger(__name__)
 LINE_EVERY_S = 10.0
@@ -224,9 +224,15 @@ class _TensorBoard:
 
 
 class _WandB:
+    """A resume goes on in the run that the folder names; W&B drops the steps that it repeats."""
+
     def __init__(self, wandb: Any, run: Path, name: str | None):
-        self._wandb = wandb
-        wandb.init(project="qcrd-fast", dir=str(run), name=name)
+        self._wandb, path = wandb, run / WANDB_ID
+        known = path.read_text(errors="replace").strip() if path.is_file() else ""
+        begun = wandb.init(
+            project="qcrd-fast", dir=str(run), name=name, id=known or None, resume="allow" if known else None
+        )
+        write_text(path, f"{begun.id}\n")
 
     def add(self, values: dict[str, Any], step: int) -> None:
         self._wandb.log(values, step=step)

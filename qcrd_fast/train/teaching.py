@@ -8,6 +8,7 @@ tokens.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,7 @@ class Teaching:
 
     moving: torch.nn.Module | None = None  # weights that change while the run trains, and are kept in its checkpoints
     weights: torch.nn.Module | None = None  # that this holds in the device's memory
+    sources: Mapping[str, str] = {}  # sha256 of what it reads and no checkpoint holds, by the option that names it
 
     def scores(self, asked: Sequence[TargetText]) -> Tensor:
         """log p [T] of each token of some targets, one target behind the other [nats], detached."""
@@ -103,19 +105,19 @@ class ModelTeaching(Teaching):
     def __init__(self, model: LocalTeacher, config: TeacherOptions, rows: int | None = None, context: bool = False):
         self.model, self.config, self.context = model, config, context
         self.rows = rows or len(model.head.weight)
-        self.weights = model.model.model
-        self._sources: dict[tuple[str, str, str | None], TokenIds] = {}
+        self.weights, self.sources = model.model.model, {"teacher": model.digest}
+        self._prompts: dict[tuple[str, str, str | None], TokenIds] = {}
 
     def use(self, impl: str) -> None:
         self.model.impl = impl
 
     def source(self, asked: TargetText) -> TokenIds:
-        if (key := asked.prompt) not in self._sources:
+        if (key := asked.prompt) not in self._prompts:
             example, text = asked.example, asked.example.text
             if self.context and example.positives:
                 text = DEMONSTRATION.format(context=example.positives[0].text.strip()) + text
-            self._sources[key] = self.model.source_ids(asked.prefix, text, asked.view)
-        return self._sources[key]
+            self._prompts[key] = self.model.source_ids(asked.prefix, text, asked.view)
+        return self._prompts[key]
 
     def _laid_out(self, asked: Sequence[TargetText]) -> tuple[list[TokenIds], list[TokenIds], list[int]]:
         """(sources, targets, source of each target): a prompt that several targets follow is read once."""
@@ -140,6 +142,7 @@ class SelfTeaching(ModelTeaching):
     def __init__(self, model: LocalTeacher, config: TeacherOptions):
         super().__init__(model, config, context=True)
         self.moving = self.weights if config.teacher_ema < 1 else None
+        self.sources = {"student": model.digest} if self.moving is None else {}
 
     @torch.no_grad()
     def after_step(self, student: torch.nn.Module) -> None:
@@ -184,6 +187,14 @@ class FileTeaching(Teaching):
         self.files, self.tau, self.device = files, config.kd_temperature, student.device
         self.rows = len(student.head.weight)
         self._found: dict[tuple[str, str, str, str | None], TopK] = {}
+
+    def digest(self) -> str:
+        """sha256 of what was found so far: the same wherever in the folder it is, and whatever else is there."""
+        digest = hashlib.sha256()
+        for key, found in self._found.items():
+            digest.update(repr((key, found.ids_TK.shape)).encode())
+            digest.update(found.ids_TK.numpy().tobytes() + found.logprob_TK.numpy().tobytes())
+        return digest.hexdigest()
 
     def _find(self, asked: TargetText) -> TopK:
         key = asked.example.id, asked.prefix, asked.text, asked.view
@@ -270,6 +281,7 @@ def _of_files(config: TrainConfig, student: Student, examples: Sequence[Example]
             "alone",
             sum(covered), len(covered), sum(labels), len(labels),
         )  # fmt: skip
+    teaching.sources = {"teacher_logprobs": teaching.digest()}
     return teaching
 
 

@@ -216,9 +216,9 @@ class Trainer:
         if has_discriminator(config) and judges is None:
             judge = build_judge(config.to_dict(), student.model, student.tokenizer)
             self.discriminator_trainer = CrossFitTrainer(judge, config) if judge else None
-        self.base: str | None = None  # of the weights that no checkpoint of an adapter holds
+        self.sources: dict[str, str] = {}  # sha256 of what is read and no checkpoint holds, by the option that names it
         if config.use_peft:  # after the discriminator has copied what it needs
-            self.base = weights_digest(student.model)
+            self.sources["student"] = weights_digest(student.model)
             add_lora(student.model, config)
             if resume_from:
                 load_adapter(resume_from, student.model)
@@ -235,6 +235,8 @@ class Trainer:
         self.teaching = make_teaching(
             config, student, examples, self.autocast, run, data.digest, comm, resume_from is not None
         )
+        if self.teaching:
+            self.sources |= self.teaching.sources
         if config.gradient_checkpointing:
             checkpoint_activations(student.model)
         self.strategy = self._share_model()
@@ -565,7 +567,7 @@ class Trainer:
                 "loss_d": self.loss_d,
                 "failed_impl": self.audits.failed,
                 "stale": self.stale,
-                "base_sha256": self.base,
+                "sources_sha256": self.sources,
                 **self._checked(),
             }
             if self.domains:
@@ -590,8 +592,12 @@ class Trainer:
             if self.check.refused:
                 self._drop_discriminator()
         state = self.checkpointer.restore(resume_from)
-        if state.get("base_sha256", self.base) != self.base:  # runs before had none
-            raise InputError(f"--student: {self.config.student} holds other weights than {resume_from} was trained on")
+        for name, digest in state.get("sources_sha256", {}).items():  # runs before had none
+            if self.sources.get(name, digest) != digest:
+                path, flag = getattr(self.config, name), "--" + name.replace("_", "-")
+                raise InputError(
+                    f"{flag}: the contents of {path} differ from those that {resume_from} was trained with"
+                )
         self.step, self.best, self.loss_d = state["step"], state["best"], state["loss_d"]
         self.stale = state.get("stale", 0)
         if self.domains:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,7 +18,9 @@ from typing import Any, BinaryIO, Literal
 
 from qcrd_fast.errors import InputError
 
+log = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # such as NFS without lockd, Lustre, FUSE
 
 
 def printable(path: str | os.PathLike[str]) -> str:
@@ -169,7 +173,7 @@ def open_locked(path: Path, flags: int = 0, *, wait: bool = False) -> int:
     """Open a file for reading and writing, lock it, and return its descriptor. The file is created if absent.
 
     The lock ends when the descriptor is closed or the process ends, so it is never stale. `flags` such as
-    `os.O_APPEND` are added.
+    `os.O_APPEND` are added. On a file system without locks the file is opened without one, with a warning.
 
     Raises `BlockingIOError` if another process has the lock (`wait`: waits for it instead), `OSError` if the file
     cannot be opened.
@@ -177,10 +181,20 @@ def open_locked(path: Path, flags: int = 0, *, wait: bool = False) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(descriptor)
-        raise
+    except BaseException as error:
+        if not (isinstance(error, OSError) and error.errno in NO_LOCKS):
+            os.close(descriptor)
+            raise
+        _warn_of_no_locks(path.parent, str(error.strerror))
     return descriptor
+
+
+@functools.cache  # once a folder
+def _warn_of_no_locks(folder: Path, reason: str) -> None:
+    log.warning(
+        "%s: its file system has no locks (flock: %s); going on without one, so start nothing else that writes there",
+        printable(folder), reason,
+    )  # fmt: skip
 
 
 def sha256(path: Path) -> str:

@@ -6,7 +6,6 @@ gradients must be those of one process that has them all.
 
 import contextlib
 import copy
-import os
 import tempfile
 
 import torch
@@ -20,7 +19,7 @@ from qcrd_fast import QCRDLoss, RationaleCollator, attach, score_then_train
 from qcrd_fast.demo.students import build_tokenizer
 from tests.support.doubles import doubles
 from tests.support.eager_equations import relative_error
-from tests.support.fork_ranks import fork_ranks
+from tests.support.fork_ranks import fork_ranks, in_group
 
 QUESTIONS = [f"Ann has {i} pens, buys 4 and loses 2. How many are left?" for i in range(4)]
 POSITIVES = [
@@ -172,6 +171,5 @@ def trainer(rank, folder, tokenizer):
 
 
 def main():
-    os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     with tempfile.TemporaryDirectory() as folder:
-        fork_ranks(lambda rank: train(rank, folder), 2)
+        fork_ranks(in_group(lambda rank: train(rank, folder)), 2)

@@ -3,9 +3,7 @@
 Prints {case: [what each rank raised, whether it noticed at once]}, the cases one after another in the same processes.
 """
 
-import faulthandler
 import json
-import os
 import time
 
 import torch
@@ -13,7 +11,7 @@ import torch.distributed as dist
 
 from qcrd_fast.distributed.comm import process_group
 from qcrd_fast.errors import InputError, RunError
-from tests.support.train_ranks import free_port
+from tests.support.fork_ranks import fork_ranks
 
 CPU, TIMEOUT_S = torch.device("cpu"), 30.0
 
@@ -51,10 +49,7 @@ def owned():
         dist.destroy_process_group()
 
 
-def child(rank, port, pipe):
-    faulthandler.dump_traceback_later(60, exit=True)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def child(_):
     errors = {
         "first": None,
         "input": InputError("an option"),
@@ -62,18 +57,9 @@ def child(rank, port, pipe):
         "bug": KeyError("a bug"),
         "last": None,
     }
-    found = {name: outcome(failing(error)) for name, error in errors.items()} | {"owned": owned()}
-    os.write(pipe, json.dumps(found).encode())
-    os._exit(0)
+    return {name: outcome(failing(error)) for name, error in errors.items()} | {"owned": owned()}
 
 
 def main():
-    port, pipes = free_port(), []
-    for rank in range(2):
-        reader, writer = os.pipe()
-        if os.fork() == 0:
-            child(rank, port, writer)
-        os.close(writer)
-        pipes.append(os.fdopen(reader))
-    both = [json.load(pipe) for pipe in pipes]
+    both = fork_ranks(child, 2, timeout_s=60)
     print(json.dumps({name: [found[name] for found in both] for name in both[0]}))

@@ -6,7 +6,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from qcrd_fast import QCRDLoss
-from tests.support.fork_ranks import fork_ranks
+from tests.support.fork_ranks import fork_ranks, in_group
 
 
 class Tiny(torch.nn.Module):
@@ -48,4 +48,4 @@ def step(rank):
 
 
 def main():
-    fork_ranks(step, 2)
+    fork_ranks(in_group(step), 2)

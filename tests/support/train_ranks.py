@@ -7,50 +7,29 @@ stopped is killed once the others have ended.
 """
 
 import contextlib
-import faulthandler
 import json
 import os
 import signal
-import socket
+import sys
 import time
-import traceback
 from pathlib import Path
 
 import peft
-import torch
-import torch.distributed.device_mesh
-import torch.distributed.fsdp
-import torch.distributed.tensor
 import transformers
 from qcrd_fast.cli import console
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.train import trainer as module
 from tests.support.doubles import doubles
+from tests.support.fork_ranks import run_ranks
 from tests.support.students import narrow_discriminators
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def said(scenario, rank):
-    """What a rank writes to stderr."""
-    return f"{scenario['config']['output_dir']}.rank-{rank}.txt"
-
-
-def child(rank, scenario, port, mark):
-    size, inject = scenario["size"], scenario.get("inject")
-    if size > 1:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
-    torch.set_num_threads(1)
-    with open(said(scenario, rank), "wb") as file:
-        os.dup2(file.fileno(), 2)
-    faulthandler.enable()
+def train(rank, scenario, mark):
+    inject = scenario.get("inject")
     if inject and inject["rank"] == rank:
         step = module.Trainer._train_step
 
@@ -62,50 +41,30 @@ def child(rank, scenario, port, mark):
             step(self)
 
         module.Trainer._train_step = injecting
-    code = 70
-    try:
-        with narrow_discriminators(), doubles() if scenario["float64"] else contextlib.nullcontext():
-            code = console.run(lambda: module.train(TrainConfig(**scenario["config"])) and 0)
-    except BaseException:
-        traceback.print_exc()
-    os._exit(code)
+    with narrow_discriminators(), doubles() if scenario["float64"] else contextlib.nullcontext():
+        sys.exit(console.run(lambda: module.train(TrainConfig(**scenario["config"])) and 0))
 
 
 def run(scenario):
-    port, mark = free_port(), f"{scenario['config']['output_dir']}.mark"
-    started = {}
-    for rank in range(scenario["size"]):
-        pid = os.fork()
-        if pid == 0:
-            child(rank, scenario, port, mark)
-        started[pid] = rank
-    codes, ended, stopped = {}, {}, set()
-    deadline = time.time() + scenario.get("timeout", 120)
-    while len(codes) < scenario["size"]:
-        for pid, rank in started.items():
-            if rank in codes:
-                continue
-            done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
-            if done and os.WIFSTOPPED(status):
-                stopped.add(pid)
-            elif done:
-                codes[rank], ended[rank] = os.waitstatus_to_exitcode(status), time.time()
-        alive = {pid for pid, rank in started.items() if rank not in codes}
-        if alive and (alive <= stopped or time.time() > deadline):
-            for pid in alive:
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
+    mark = f"{scenario['config']['output_dir']}.mark"
+    ended = run_ranks(lambda rank: train(rank, scenario, mark), scenario["size"], scenario.get("timeout", 120))
     at = float(Path(mark).read_text()) if os.path.exists(mark) else None
-    seconds = {rank: end - at for rank, end in ended.items()} if at else {}
     return {
-        "codes": [codes[r] for r in range(scenario["size"])],
-        "seconds": [seconds.get(r) for r in range(scenario["size"])],
-        "said": ["" if codes[r] == 0 else Path(said(scenario, r)).read_text()[-3000:] for r in range(scenario["size"])],
+        "codes": ended.code,
+        "seconds": [at and end - at for end in ended.at],
+        "said": [said if code else "" for code, said in zip(ended.code, ended.said, strict=True)],
     }
 
 
 # What a run would import, so that it is there before the forks.
-LOADED = (peft.LoraConfig, transformers.LlamaForCausalLM, transformers.T5ForConditionalGeneration)
+LOADED = (
+    fully_shard,
+    DTensor,
+    init_device_mesh,
+    peft.LoraConfig,
+    transformers.LlamaForCausalLM,
+    transformers.T5ForConditionalGeneration,
+)
 
 
 def main(scenarios):

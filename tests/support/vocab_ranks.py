@@ -4,14 +4,12 @@ Prints {case: largest relative error in float64 of any rank, over values and gra
 """
 
 import json
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from qcrd_fast import QCRDLoss, linear_logprob
-from tests.support.fork_ranks import fork_ranks
+from tests.support.fork_ranks import fork_ranks, in_group
 from tests.support.loss_oracle import BETA, error, random_batch
 
 V = 53
@@ -80,11 +78,7 @@ def refusals(rank):
 
 
 def main(ranks):
-    with tempfile.TemporaryDirectory() as folder:
+    def run(rank):
+        return {impl: compare(rank, ranks, impl) for impl in ("torch", "eager")} | {"refused": refusals(rank)}
 
-        def run(rank):
-            found = {impl: compare(rank, ranks, impl) for impl in ("torch", "eager")} | {"refused": refusals(rank)}
-            Path(folder, f"{rank}.json").write_text(json.dumps(found))
-
-        fork_ranks(run, ranks)
-        print(json.dumps([json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]))
+    print(json.dumps(fork_ranks(in_group(run), ranks)))

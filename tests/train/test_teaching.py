@@ -313,6 +313,38 @@ def test_a_resume_changes_no_bit(method, family, mentors, logprobs, rows_file, t
         assert json.loads((out / "reference.json").read_text()) == json.loads((again / "reference.json").read_text())
 
 
+@pytest.mark.parametrize(("method", "flag"), [("opd", "--teacher"), ("sdft", "--student")])
+def test_a_resume_with_another_teacher_is_refused(method, flag, mentor, llama_folder, rows_file, tmp_path):
+    folder, out = Path(shutil.copytree(mentor if method == "opd" else llama_folder, tmp_path / "model")), tmp_path / "a"
+    student, teacher = (llama_folder, folder) if method == "opd" else (folder, None)
+    options = dict(max_steps=1, save_steps=1)
+    train(config_of(method, rows_file, student, out, teacher, **options))
+    (out / "eval_results.json").unlink()
+    train(config_of(method, rows_file, student, out, teacher, **options, resume="auto"))
+    sharpened(folder)
+    with pytest.raises(InputError, match=f"^{flag}: the contents of .*model differ from those that .*checkpoint-1 was"):
+        train(config_of(method, rows_file, student, out, teacher, **options, resume="auto"))
+
+
+def test_a_resume_with_other_logprobs_of_its_rows_is_refused(mentor, llama_folder, rows_file, tmp_path):
+    """More texts in the folder and texts in other shards are no change."""
+    rows, folder, out = tmp_path / "few.jsonl", tmp_path / "lp", tmp_path / "a"
+    rows.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:12]))
+    files = {"teacher_logprobs": str(folder), "max_steps": 1, "save_steps": 1}
+
+    def score(data: Path, teacher: Path) -> None:
+        assert score_teacher(ScoreSettings(str(data), str(teacher), str(folder), top_logprobs=5))[1] is None
+
+    score(rows, mentor)
+    train(config_of("mentor-kd", rows, llama_folder, out, **files))
+    score(rows_file, mentor)
+    train(config_of("mentor-kd", rows, llama_folder, out, **files, resume="auto"))
+    shutil.rmtree(folder)
+    score(rows, llama_folder)
+    with pytest.raises(InputError, match=r"^--teacher-logprobs: the contents of .*lp differ from those that .*-1 was"):
+        train(config_of("mentor-kd", rows, llama_folder, out, **files, resume="auto"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama_folder", "t5_folder"])
 @pytest.mark.parametrize("method", CASES)

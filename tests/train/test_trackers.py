@@ -46,10 +46,12 @@ def told(monkeypatch) -> list[tuple]:
 
     stand_in(monkeypatch, "tensorboard")
     stand_in(monkeypatch, "torch.utils.tensorboard", SummaryWriter=Board)
-    stand_in(
-        monkeypatch, "wandb",
-        init=lambda **_: told.append(("from", 1)), log=log, finish=lambda exit_code: told.append(("end", exit_code)),
-    )  # fmt: skip
+
+    def init(**options) -> types.SimpleNamespace:
+        told.append(("run", options["id"], options["resume"]))
+        return types.SimpleNamespace(id=options["id"] or f"new-{len(told)}")
+
+    stand_in(monkeypatch, "wandb", init=init, log=log, finish=lambda exit_code: told.append(("end", exit_code)))
     return told
 
 
@@ -73,11 +75,14 @@ def test_the_tracker_ends_with_the_run_and_goes_on_from_the_checkpoint(told, mon
     assert told == [("from", 3), ("loss", 3), ("loss", 4), ("end", 0)]  # step 3 is made again, and shown once
 
 
-def test_each_run_of_a_process_is_one_of_its_own(told, monkeypatch, rows_file, llama_folder, tmp_path):
+def test_each_run_of_a_process_is_its_own_and_resumes_as_itself(told, monkeypatch, rows_file, llama_folder, tmp_path):
     monkeypatch.delenv(WORKSPACE, raising=False)
     before = dict(os.environ)
     options = SHORT | {"report_to": "wandb", "max_steps": 2, "deterministic": True}
     for seed in range(2):
         train(settings(rows_file, llama_folder, tmp_path / f"run-{seed}", seed=seed, **options))
-    assert told == 2 * [("from", 1), ("loss", 1), ("loss", 2), ("end", 0)]
+    assert told == 2 * [("run", None, None), ("loss", 1), ("loss", 2), ("end", 0)]
     assert dict(os.environ) == before
+    told.clear()
+    train(settings(rows_file, llama_folder, tmp_path / "run-1", seed=1, resume="auto", **options))
+    assert told[0] == ("run", "new-5", "allow") and told[-1] == ("end", 0)  # in the run that it began

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
 from pathlib import Path
@@ -80,3 +82,27 @@ def test_a_lock_is_held_until_its_descriptor_is_closed(tmp_path: Path) -> None:
         assert len(os.listdir("/proc/self/fd")) == open_files  # the attempt is closed
     os.close(held)
     os.close(open_locked(tmp_path / "lock"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_written_with_a_warning(code: int, tmp_path: Path, monkeypatch, caplog) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for name in ("a", "b", "a"):
+        with open(open_locked(tmp_path / name, os.O_APPEND), "w") as file:
+            file.write(name)
+    assert (tmp_path / "a").read_text() == "aa"
+    (warning,) = caplog.messages  # once a folder
+    assert warning == f"{tmp_path}: its file system has no locks (flock: {os.strerror(code)}); going on without one, " \
+        "so start nothing else that writes there"  # fmt: skip
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(tmp_path: Path, monkeypatch) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output error"):
+        open_locked(tmp_path / "lock")
