@@ -6,7 +6,6 @@ Suffixes: T tokens, H hidden, V vocabulary, K likeliest tokens.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import os
 from collections.abc import Sequence
@@ -132,14 +131,6 @@ def load_teacher(name: str, student: Student, autocast: Autocast | None = None, 
     model = load_model(name, student.prompts, student.device)
     check_same_tokenizer(student.tokenizer, model.tokenizer, f"--teacher {name}")
     return LocalTeacher(model, autocast, impl, narrow=True)
-
-
-def copy_of(student: Student, autocast: Autocast | None = None, impl: str = "auto") -> LocalTeacher:
-    """The student as it is now, as a teacher with weights of its own, in fp32."""
-    model = copy.copy(student)
-    model.model = copy.deepcopy(student.model)
-    model.run_as_often(lambda runs: runs)  # its passes are this rank's own
-    return LocalTeacher(model, autocast, impl)
 
 
 def _autocasts(device: torch.device, autocast: Autocast | None) -> bool:
