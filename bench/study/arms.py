@@ -108,9 +108,10 @@ ARMS: dict[str, Arm] = {
     "soft checks + lagged mean": Arm(
         SOFT | CHECKED | {"negative_source": "lagged", "negative_select": "mean", "beta": 0.05}
     ),
-    "soft discriminator": Arm(SOFT | {"positive_quality": "discriminator"}),
     "sft-all text": Arm({"method": "sft-all", "positive_quality": "text"}),
-    "sft-all discriminator": Arm({"method": "sft-all", "positive_quality": "discriminator"}),
+    "sft-all discriminator": Arm(  # whatever its AUC; by the default's least one it would not be used here
+        {"method": "sft-all", "positive_quality": "discriminator", "discriminator_min_auc": 0.0}
+    ),
     **{
         f"softmin {t:g}/{judge}": Arm({"method": "sft-all"}, Rules("softmin", t, positive_judge=judge))
         for t in (0.05, 0.1, 0.4)
