@@ -81,7 +81,7 @@ def export_run(
         "model": str(folder.resolve()),
         "output": output,
         "parameters": sum(p.numel() for p in student.model.parameters()),
-        "adapter_merged": (folder / ADAPTER).is_file() and not adapter,
+        "adapter_merged": merged and not adapter,
         "chat_template": "sends the prompt of training" if template else "none",
         "accuracy": results.get("accuracy"),
         "n": results.get("n"),

@@ -250,6 +250,8 @@ def test_an_adapter_alone_is_the_merged_model(lora_run: Path, llama_folder: Path
     from peft import PeftModel
 
     summary = export_run(str(lora_run), str(tmp_path / "adapter"), adapter=True)
+    assert summary["adapter_merged"] is False
+    assert export_run(str(lora_run), str(tmp_path / "merged"), dry_run=True)["adapter_merged"] is True
     names = {p.name for p in (tmp_path / "adapter").iterdir()}
     assert {
         "adapter_config.json",
