@@ -80,7 +80,7 @@ def export_run(
     summary = {
         "model": str(folder.resolve()),
         "output": output,
-        "parameters": sum(p.numel() for p in student.model.parameters()),
+        "parameters": lora.count_parameters(folder) if adapter else sum(p.numel() for p in student.model.parameters()),
         "adapter_merged": merged and not adapter,
         "chat_template": "sends the prompt of training" if template else "none",
         "accuracy": results.get("accuracy"),
@@ -94,7 +94,7 @@ def export_run(
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         if adapter:
-            summary["parameters"] = lora.write_adapter(folder, temporary, exported.base, config, student.model)
+            lora.write_adapter(folder, temporary, exported.base, config, student.model)
             _generation_config(student).save_pretrained(temporary)
         else:
             _save_model(student, temporary)

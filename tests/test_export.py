@@ -19,7 +19,7 @@ from qcrd_fast.config import TrainConfig
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.export import export_run, usage
 from qcrd_fast.models.chat_template import tokens_sent
-from qcrd_fast.models.lora import write_adapter
+from qcrd_fast.models.lora import count_parameters, write_adapter
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT
 from qcrd_fast.runs.load import load_student
 from qcrd_fast.train.trainer import train
@@ -249,7 +249,9 @@ def lora_run(tmp_path_factory, rows_file: Path, llama_folder: Path) -> Path:
 def test_an_adapter_alone_is_the_merged_model(lora_run: Path, llama_folder: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
+    planned = export_run(str(lora_run), str(tmp_path / "adapter"), adapter=True, dry_run=True)
     summary = export_run(str(lora_run), str(tmp_path / "adapter"), adapter=True)
+    assert planned == {name: value for name, value in summary.items() if name != "files"}
     assert summary["adapter_merged"] is False
     assert export_run(str(lora_run), str(tmp_path / "merged"), dry_run=True)["adapter_merged"] is True
     names = {p.name for p in (tmp_path / "adapter").iterdir()}
@@ -294,7 +296,8 @@ def test_an_adapter_of_one_layer_names_it_in_full(lora_run: Path, llama_folder: 
     config = yaml.safe_load((run / "config.resolved.yaml").read_text())
     base = AutoModelForCausalLM.from_pretrained(llama_folder)
     (tmp_path / "out").mkdir()
-    assert write_adapter(tmp_path, tmp_path / "out", str(llama_folder), config, base) == 4 * (32 + 32)
+    write_adapter(tmp_path, tmp_path / "out", str(llama_folder), config, base)
+    assert count_parameters(tmp_path) == 4 * (32 + 32)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == [one]
 
 

@@ -104,8 +104,13 @@ def base_name(student: str) -> str:
     return os.path.abspath(student) if os.path.isdir(student) else student
 
 
-def write_adapter(checkpoint: Path, folder: Path, base: str, config: dict[str, Any], model: Any) -> int:
-    """Write a checkpoint's matrices in PEFT's format; return the number of parameters.
+def count_parameters(checkpoint: Path) -> int:
+    """Of a checkpoint's matrices."""
+    return sum(tensor.numel() for tensor in load_file(checkpoint / ADAPTER).values())
+
+
+def write_adapter(checkpoint: Path, folder: Path, base: str, config: dict[str, Any], model: Any) -> None:
+    """Write a checkpoint's matrices in PEFT's format.
 
     Files: adapter_config.json and adapter_model.safetensors, for the base model `base` of `model`'s architecture.
     """
@@ -128,4 +133,3 @@ def write_adapter(checkpoint: Path, folder: Path, base: str, config: dict[str, A
     settings.save_pretrained(str(folder))
     named = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in saved.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return sum(tensor.numel() for tensor in saved.values())
