@@ -2,8 +2,8 @@
 
 torch hands fp32 products to MKL, which on processors that are not Intel's runs code for older ones: on an AMD EPYC with
 AVX-512 oneDNN took 0.4 of its time (T = C = 2,048, H = 576, one thread). With AVX2 both are equal, so there MKL stays.
-So it does on Intel's: oneDNN took 1.0 to 1.7 of MKL's time for what a layer does forward, and 1.1 to 2.9 for the
-gradient of its weight (Xeon with AVX-512, 2,048 rows, widths of 64 to 2,048, one thread).
+So it does on Intel's: oneDNN took 0.9 to 1.7 of MKL's time for what a layer does forward, and 1.1 to 2.9 for the
+gradient of its weight (a Xeon with AVX-512, `bench/LOG.md`).
 """
 
 from __future__ import annotations
