@@ -21,7 +21,7 @@ COLUMNS = (
     "sounds", "faithfuls", "device", "threads", "torch", "transformers", "commit", "time", "student_tokens",
 )  # fmt: skip
 METRICS = {"accuracy": "labels", "sound": "sounds"}
-FEWEST_SEEDS = 5  # for a p-value: the spread between fewer says too little of the spread
+TESTED_SEEDS = 5  # at least, for a p-value: the spread between fewer says too little of the spread
 Rows = dict[int, dict[str, str]]  # by seed
 
 
@@ -85,7 +85,8 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str], fewest: int =
         named = ["faithful", "nll_sound", "entropy", "cpu_s"]
         if all(row.get("student_tokens") for rows in runs.values() for row in rows.values()):
             named.append("student_tokens")  # which no run said at first
-        lines = [["arm", "seeds", "labels (sd)", "sound (sd)", *map(_head, named), *heads]]
+        head = ["arm", "seeds", "labels (sd)", "sound (sd)", *map(_head, named), *heads]
+        lines = []
         for arm, rows in runs.items():
             cells = [arm, str(len(rows))]
             for metric in METRICS:
@@ -107,10 +108,9 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str], fewest: int =
                         tests.append((f"{task} | {family} | {arm} | {base} | {metric}", found, p_value(a - b)))
             if len(rows) >= fewest:
                 lines.append(cells)
-        if len(lines) > 1:
+        if lines:
             print(f"\n## {stage}: {task}, {family}; learning rate {rate}, {epochs} epochs of {questions} questions\n")
-            lines.insert(1, ["---"] * len(lines[0]))
-            print("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+            print("\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines]))
     if stage == "confirm" and tests:
         print("\n## Every comparison, Holm over all of them\n")
         print(
@@ -118,12 +118,12 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str], fewest: int =
             + "|---" * 9
             + "|"
         )
-        tested = [found.seeds >= FEWEST_SEEDS for _, found, _ in tests]
+        tested = [found.seeds >= TESTED_SEEDS for _, found, _ in tests]
         adjusted = holm([p if enough else 1.0 for (_, _, p), enough in zip(tests, tested, strict=True)])
         for (name, found, _), p, enough in zip(tests, adjusted, tested, strict=True):
             told = f"{p:.2g}" if enough else "-"
             print(f"| {name} | {found.mean:+.3f} | {found.low:+.3f} to {found.high:+.3f} | {found.seeds} | {told} |")
         print(
-            f"\nHolm over all {len(tests)}; one of fewer than {FEWEST_SEEDS} seeds counts as p = 1, and none is "
+            f"\nHolm over all {len(tests)}; one of fewer than {TESTED_SEEDS} seeds counts as p = 1, and none is "
             f"printed."
         )

@@ -182,10 +182,11 @@ def open_locked(path: Path, flags: int = 0, *, wait: bool = False) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BaseException as error:
-        if not (isinstance(error, OSError) and error.errno in NO_LOCKS):
+        if isinstance(error, OSError) and error.errno in NO_LOCKS:
+            _warn_of_no_locks(path.parent, str(error.strerror))
+        else:
             os.close(descriptor)
             raise
-        _warn_of_no_locks(path.parent, str(error.strerror))
     return descriptor
 
 
