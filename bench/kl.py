@@ -229,8 +229,8 @@ def run_case(case: Case, device: torch.device, names: Sequence[str], repeats: in
     named = {row["provider"]: (row, ms) for row, ms in zip(alive, times, strict=True)}
     for row, ms in named.values():
         row |= {"ms": timing.quantile(ms, 0.5), "ms_min": min(ms), "ms_max": max(ms)}
-        base, base_ms = named.get("eager", (row, [0.0]))
-        if all(base_ms):  # a clock of user time may not have moved
+        if "eager" in named:
+            base, base_ms = named["eager"]
             row["of_eager"] = timing.quantile([x / y for x, y in zip(ms, base_ms, strict=True)], 0.5)
             row["extra_of_eager"] = row["extra_mib"] / base["extra_mib"]
     return [dataclasses.asdict(case) | row for row in rows]

@@ -174,7 +174,7 @@ def check(provider: Provider, batch: Batch, truth: Truth, limit: float, device: 
     with _failure_into(row, device):
         out: list[tuple[Tensor, Tensor]] = []
         row["first_call_s"] = round(
-            timing.time_ms(lambda: out.append(forward_backward(provider, batch)), device) / 1e3, 3
+            timing.time_once_ms(lambda: out.append(forward_backward(provider, batch)), device) / 1e3, 3
         )
         loss, selected_R = out[0]
         grads = {

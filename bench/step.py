@@ -403,16 +403,19 @@ def time_steps(arm: Arm, steps: int) -> float:
         if arm.device.type == "cuda":
             torch.cuda.current_stream(arm.device).synchronize()
 
+    def once() -> float:
+        started = timing.clock(arm.device)
+        for _ in range(steps):
+            arm.step()
+        finish()
+        return 1e3 * (timing.clock(arm.device) - started)
+
     for _ in range(WARM_STEPS if arm.device.type == "cuda" or arm.kind == "stream" else 0):
         arm.step()
     finish()
-    started = timing.clock(arm.device)
-    for _ in range(steps):
-        arm.step()
-    finish()
-    taken = timing.clock(arm.device) - started
+    taken_ms = timing.mean_ms(once, arm.device)
     arm.rest()
-    return 1e3 * taken / steps
+    return taken_ms / steps
 
 
 def check_losses(rows: list[dict[str, Any]]) -> None:
@@ -429,10 +432,9 @@ def summarise(rows: list[dict[str, Any]]) -> None:
     training alone and sampling alone; of_hf: the plain implementation's time over this one's, negatives given or not
     alike."""
     by_arm = {row["arm"]: row for row in rows if "step_ms" in row}
-    training, serial = by_arm.get("given"), by_arm.get("serial")
+    training, sampling = by_arm.get("given"), by_arm.get("serial", {}).get("sampling_ms")
     for name, row in by_arm.items():
-        if training and serial and name in OVERLAPS:
-            sampling = serial["sampling_ms"]
+        if training and sampling and name in OVERLAPS:
             row["overlap_fraction"] = max(0.0, min(1.0, (training["step_ms"] + sampling - row["step_ms"]) / sampling))
             row["of_longest"] = row["step_ms"] / max(training["step_ms"], sampling)
         plain = by_arm.get("hf given" if name.endswith("given") else "hf")

@@ -18,10 +18,24 @@ import torch
 
 HEAD_START_CYCLES = 2_000_000  # about a millisecond in which the host launches what is timed
 CACHE_BYTES = 2**28  # more than any GPU's second-level cache
+SHORTEST_MS = 20.0  # of user time, which the system counts by its ticks: in less it may stand still or jump
 
 
 def time_ms(call: Callable[[], Any], device: torch.device) -> float:
-    """Time one call [ms].
+    """Time a call [ms]; on a CPU, the mean of as many as the clock can tell from none."""
+    return mean_ms(lambda: time_once_ms(call, device), device)
+
+
+def mean_ms(once: Callable[[], float], device: torch.device) -> float:
+    """Return the mean of what `once` returns [ms]: of one call on a GPU, on a CPU of calls of `SHORTEST_MS` in all."""
+    taken, calls = once(), 1
+    while device.type != "cuda" and taken < SHORTEST_MS:
+        taken, calls = taken + once(), calls + 1
+    return taken / calls
+
+
+def time_once_ms(call: Callable[[], Any], device: torch.device) -> float:
+    """Time one call [ms]; on a CPU that may be 0.
 
     On a GPU: device time from a cold cache, with the host as far ahead as in training, so launches cost time only where
     they take longer than the work.

@@ -142,9 +142,28 @@ def test_peak_memory_is_the_most_held_at_once() -> None:
 
 def test_rounds_take_turns() -> None:
     order: list[str] = []
-    times = timing.rounds([lambda: order.append("a"), lambda: order.append("b")], 3, CPU)
-    assert order == ["a", "b", "b", "a", "a", "b"] and [len(t) for t in times] == [3, 3]
+
+    def note(name: str) -> None:
+        if order[-1:] != [name]:
+            order.append(name)
+
+    times = timing.rounds([lambda: note("a"), lambda: note("b")], 3, CPU)
+    assert order == ["a", "b", "a", "b"] and [len(t) for t in times] == [3, 3]  # ab, ba, ab
     assert timing.quantile([4.0, 1.0, 2.0], 0.5) == 2
+
+
+def test_a_call_shorter_than_a_tick_of_the_clock_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """User time that stands still for most calls and then jumps by a tick of 4 ms: 1 ms a call, no quotient by 0."""
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+
+    monkeypatch.setattr(timing, "clock", lambda device: calls // 4 * 4e-3)
+    assert timing.time_once_ms(call, CPU) == 0
+    for ms in timing.rounds([call, call], 3, CPU)[0]:
+        assert ms == pytest.approx(1, rel=0.2)
 
 
 def test_cases_by_default_and_in_full() -> None:
