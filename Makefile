@@ -32,16 +32,22 @@ lint: $(DEV)
 venv: $(DEV)
 
 # torch comes first and by itself, so that whichever build pip is set up to find (CPU or CUDA) is the one used.
+# pip would compile 15,000 files one after another; what some package brings that is no Python stays as it is.
+INSTALL = $(BIN)/pip install --no-compile
+COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "qcrd-fast needs Python 3.10 or newer; name one with: make PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	  { echo "$(PYTHON) cannot make virtual environments (no ensurepip); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install "torch==2.13.0"
-	$(BIN)/pip install -e ".[report]"
+	$(INSTALL) "torch==2.13.0"
+	$(INSTALL) -e ".[report]"
+	$(COMPILE)
 	touch $@
 
 $(DEV): $(READY)
-	$(BIN)/pip install -e ".[dev]"
+	$(INSTALL) -e ".[dev]"
+	$(COMPILE)
 	touch $@

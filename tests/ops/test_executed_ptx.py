@@ -34,8 +34,9 @@ CHECKS = {check.name: check for check in find_checks(SMALL)}
 IN_FP32 = ("log p, every option", "loss of known weights", "tokens, top-k 50")  # and what has no other type
 # on sm_80 other options and sizes of kernels that other cases have there
 SLOW = (
-    *("log p, softcap", "log p, sizes that tiles divide", "log p, a tile of ignored rows", "log p of few rows"),
-    *("loss of known weights, bias", "KL, reverse"),
+    *("log p", "log p, softcap", "log p, log-sum-exp and entropy", "log p, sizes that tiles divide"),
+    *("log p, a tile of ignored rows", "log p of few rows"),
+    *("loss of known weights, bias", "KL", "KL, reverse", "tokens, greedy"),
 )
 CASES = [
     *(
@@ -43,7 +44,7 @@ CASES = [
         for name, check in CHECKS.items()
     ),
     *((90, name, check.dtypes[0]) for name, check in CHECKS.items()),
-    *((90, name, "fp32") for name in IN_FP32),
+    *(pytest.param(90, name, "fp32", marks=pytest.mark.slow) for name in IN_FP32),
 ]
 
 pytestmark = pytest.mark.skipif(
@@ -153,7 +154,7 @@ def nearly_tied(B: int, V: int) -> tuple[torch.Tensor, ...]:
     return hidden, weight, *(torch.randint(0, 2**32, (B, n), generator=generator) for n in (2, 3))
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_noise_is_left_out_where_it_cannot_win(capability: int) -> None:
     """Among them ties, of which the first entry wins; with a bound that is 3 too low, some winners are lost."""
     call = nearly_tied(6, 2051)
