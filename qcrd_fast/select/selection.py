@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -66,6 +67,9 @@ class Policy:
         scores, name = [scores.row for scores in found], self.names[0]
         pairs = list(zip(rows, found, strict=True))
         if self.top is not None:
+            if (limit := SELECTORS[name].at_most) is not None:
+                pairs = [_drop(row, of_row, name, limit) for row, of_row in pairs]
+                scores = [of_row.row for _, of_row in pairs]
             return [pairs[i] for i in sorted(policy.top(rows, scores, name, self.top, reverse=self.reverse))]
         if self.drop_above is not None and SELECTORS[name].per == "rationale":
             left = [_drop(row, of_row, name, self.drop_above) for row, of_row in pairs]
@@ -92,8 +96,7 @@ def ids_to_train_on(rows: Sequence[Question]) -> set[str]:
 def _drop(row: Question, scores: RowScores, name: str, threshold: float) -> tuple[Question, RowScores]:
     """The row without the positives above the threshold, and their scores."""
     kept = policy.drop_rationales_above(row.positives, scores.positives[name], threshold)
-    left = {each: [values[i] for i in kept] for each, values in scores.positives.items()}
-    return policy.keep_positives(row, kept), RowScores(scores.row, left)
+    return policy.keep_positives(row, kept), scores.of_positives(kept)
 
 
 def select(
@@ -213,6 +216,6 @@ def describe(name: str, values: Sequence[float | None]) -> dict[str, Any]:
     figures: dict[str, Any] = {f"{key}_without": len(values) - len(known)}
     if known:
         mean = math.fsum(known) / len(known)
-        named = (("mean", mean), ("min", known[0]), ("median", known[len(known) // 2]), ("max", known[-1]))
+        named = (("mean", mean), ("min", known[0]), ("median", statistics.median(known)), ("max", known[-1]))
         figures = {f"{key}_{what}": float(v) for what, v in named} | figures
     return figures
