@@ -136,9 +136,11 @@ def select(
     rows, table = loaded.questions, read_views(views)
     named = None
     if needy:
-        from qcrd_fast.runs.load import find_model
+        from qcrd_fast.runs.load import check_student, find_model
 
         named = find_model(str(student))
+        if dry_run:
+            check_student(named, device)
     if dry_run:
         return {"would_score": len(rows), "by": ", ".join(chosen.names), "student": named, "output": output}
     started = time.perf_counter()

@@ -154,12 +154,16 @@ def test_rows_with_scores_are_rows_again(rows_file, llama_folder, tmp_path: Path
         (["--by", "ifdd", "--student", "x"], "did you mean 'ifd'"),
         (["--by", "random", "--top", "0"], "--top"),
         (["--by", "step-uncertainty", "--student", "no/such"], "no/such"),
+        (["--by", "ifd", "--student", "LLAMA/config.json"], "is a file"),
+        (["--by", "ifd", "--student", "LLAMA", "--device", "gpu"], "--device"),
     ],
 )
-def test_commands_that_are_refused(more, said, rows_file, tmp_path, capsys) -> None:
-    assert entry(["select", "--data", str(rows_file), "--output", str(tmp_path / "o.jsonl"), *more]) == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "o.jsonl").exists()
+def test_commands_that_are_refused(more, said, rows_file, llama_folder, tmp_path, capsys) -> None:
+    more = [part.replace("LLAMA", str(llama_folder)) for part in more]
+    for dry in ([], ["--dry-run"]):
+        assert entry(["select", "--data", str(rows_file), "--output", str(tmp_path / "o.jsonl"), *more, *dry]) == 2
+        assert said in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
 
 
 def command(rows_file, student, output: Path) -> list[str]:
