@@ -126,6 +126,7 @@ def select(
     if student is not None and not needy:
         raise InputError(f"--student is given, but --by {', '.join(chosen.names)} asks nothing of it; leave it out")
     changed = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
+    changed += [name for name, is_set in (("views", views), ("device", device != "auto")) if is_set]
     if idle := unused(chosen.names, changed):
         flags = ", ".join("--" + name.replace("_", "-") for name in idle)
         log.warning("--by %s has no use for %s", ", ".join(chosen.names), flags)

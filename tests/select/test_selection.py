@@ -226,9 +226,12 @@ def test_options_that_no_score_reads_are_named(rows_file, tmp_path: Path, capsys
     asked = ["select", "--data", str(rows_file), "--output", str(tmp_path / "o.jsonl"), "--by", "quality,agree"]
     assert entry([*asked, "--quality", "vote", "--seed", "3", "--block-size", "7"]) == 0
     assert "no use for" not in capsys.readouterr().err
-    assert entry([*asked, "--window", "3", "--temperature", "0.5"]) == 0
-    assert "--by quality,agree has no use for --window, --temperature" in capsys.readouterr().err.replace(
-        ", agree", ",agree"
+    (tmp_path / "views.yaml").write_text("mine: Now")
+    views = ["--views", str(tmp_path / "views.yaml"), "--device", "cpu"]
+    assert entry([*asked, "--window", "3", "--temperature", "0.5", *views]) == 0
+    assert (
+        "--by quality,agree has no use for --window, --temperature, --views, --device"
+        in capsys.readouterr().err.replace(", agree", ",agree")
     )
     names = {f.name for f in dataclasses.fields(SelectOptions)}
     assert unused(list(SELECTORS), names) == []  # each option is read somewhere
