@@ -350,7 +350,7 @@ def evaluate(run_or_model: str, data: str, dry_run: bool, as_json: bool, **optio
         if dry_run:
             from qcrd_fast.evaluate import plan_answers
 
-            wanted = ("output", "task", "on_bad_row", "reasoning", "zero_shot")
+            wanted = ("output", "task", "on_bad_row", "reasoning", "zero_shot", "device")
             results = plan_answers(run_or_model, data, **{name: options[name] for name in wanted})
         else:
             from qcrd_fast.evaluate import evaluate_run

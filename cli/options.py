@@ -247,8 +247,14 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> No
             given = [f"{k}: {v}" for k, v in value.items()] if isinstance(value, dict) else value
             target[name] = list(map(str, given if isinstance(given, list) else [given]))
             continue
-        plain = value is None or isinstance(value, bool | str) or target is train_values
-        target[name] = value if plain else json.dumps(value) if isinstance(value, dict) else str(value)
+        if value is None or isinstance(value, bool | str) or target is train_values:
+            target[name] = value
+        elif isinstance(value, dict) and getattr(option, "metavar", None) == "JSON":
+            target[name] = json.dumps(value)
+        elif isinstance(value, dict | list):
+            raise InputError(f"{path}: --{name.replace('_', '-')} expects one value, got {value!r}")
+        else:
+            target[name] = str(value)
     ctx.meta[_CONFIG_KEY], ctx.meta[CONFIG_PATH] = train_values, path
     ctx.default_map = defaults
 

@@ -16,13 +16,11 @@ from qcrd_fast.data.splits import comparable, label_of, main_task, of_split
 from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.generation.engine import SampleSettings
 from qcrd_fast.generation.sample import sample
-from qcrd_fast.models.loading import read_config
 from qcrd_fast.models.prompts import EXPLAIN, PREDICT, REASON, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.philox import key_words
-from qcrd_fast.runs.checkpoints import verify_checkpoint
 from qcrd_fast.runs.folder import CONFIG, MANIFEST, PREDICTIONS, RESULTS
-from qcrd_fast.runs.load import find_model, find_state, load_student
+from qcrd_fast.runs.load import check_student, find_model, find_state, load_student
 from qcrd_fast.utils.config_files import read_object, read_options
 from qcrd_fast.utils.device import Autocast, make_autocast, resolve_device
 from qcrd_fast.utils.files import printable, require_writable, write_lines
@@ -233,14 +231,14 @@ def plan_answers(
     reasoning: bool = False,
     zero_shot: bool = False,
     on_bad_row: str = "error",
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Run the checks of `evaluate_run` that need no weights; return what it would do."""
     folder = _answers_folder(run_or_model, data, output, zero_shot)
     _check_tasks(run_or_model, reasoning, zero_shot)
     _, questions = _with_answers(data, task, on_bad_row)
     name = base_model(run_or_model) if zero_shot else find_model(run_or_model)
-    verify_checkpoint(Path(name))
-    read_config(name, "student")
+    check_student(name, device)
     return {"would_answer": len(questions), "model": name, "predictions": str(folder / PREDICTIONS)}
 
 

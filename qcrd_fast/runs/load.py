@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from qcrd_fast.config import TASKS
 from qcrd_fast.errors import InputError
+from qcrd_fast.models.loading import read_config
 from qcrd_fast.models.prompts import PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.runs.checkpoints import latest_checkpoint, verify_checkpoint
@@ -54,6 +55,14 @@ def find_state(name: str) -> Path | None:
         if isinstance(read_object(found).get("prompt"), dict):  # and no file of somebody else's that has this name
             return found
     return None
+
+
+def check_student(name: str, device: str = "auto") -> None:
+    """Run the checks of `load_student` that need no weights, on what `find_model` found."""
+    verify_checkpoint(Path(name))
+    if not os.path.isfile(Path(name) / ADAPTER):  # which names its base model
+        read_config(name, "student")
+    resolve_device(device)
 
 
 def load_student(run_or_model: str, device: str = "auto") -> tuple[Student, dict[str, Any]]:

@@ -35,9 +35,11 @@ def drop_rationales_above(
 
 def weights(rows: Sequence[Question], scores: Sequence[Scores], name: str, *, reverse: bool = False) -> list[float]:
     """A weight a row, 0 or more, of mean 1: the share of rows that would be chosen after it, so that it does not depend
-    on the unit of the score. Rows without a score weigh 1; ties share the mean of their places."""
+    on the unit of the score. Rows without a score weigh 1; rows above the score's `at_most` share the last place; ties
+    share the mean of their places."""
     selector, found = SELECTORS[name], _of(scores, name)
-    values = [None if s is None else s if selector.higher_is_chosen != reverse else -s for s in found]
+    sign = 1 if selector.higher_is_chosen != reverse else -1
+    values = [None if s is None else sign * s if _may(selector, s) else -math.inf for s in found]
     ranked = sorted(i for i in range(len(rows)) if values[i] is not None)
     ranked.sort(key=lambda i: values[i])  # type: ignore[arg-type, return-value]
     weight = [1.0] * len(rows)

@@ -22,7 +22,8 @@ from qcrd_fast.utils.files import append_whole, open_locked, printable, read_rec
 class Progress:
     """The file `.NAME.scores.jsonl` beside the output NAME; use as a context manager, which holds a lock on it.
 
-    Its first line says what is scored; `finished` is what it holds of that. It is deleted by `done`.
+    Its first line says what is scored; `finished` is what it holds of that. Scores of something else stay until the
+    first block of this is there, so that a command that is refused loses none. It is deleted by `done`.
 
     Raises:
         InputError: another process scores into the same output.
@@ -34,18 +35,17 @@ class Progress:
         self.path, self.identity = output.with_name(f".{output.name}.scores.jsonl"), identity
         self.finished: dict[str, RowScores] = {}
         self._file = -1
+        self._begun = False  # whether the file is of this identity
 
     def __enter__(self) -> Progress:
         try:
             self._file = open_locked(self.path, os.O_APPEND | os.O_NOFOLLOW)
             ends: list[int] = []
             held, *lines = list(read_records(self.path, ends=ends)) or [{}]
-            if held.get("scores_of") == self.identity:
+            self._begun = held.get("scores_of") == self.identity
+            if self._begun:
                 self.finished = {line["id"]: RowScores(line["row"], line["positives"]) for line in lines}
                 os.ftruncate(self._file, ends[-1])  # without a line that a kill cut
-            else:
-                os.ftruncate(self._file, 0)  # the scores of something else
-                self._append([{"scores_of": self.identity}])
         except BlockingIOError:
             raise InputError(
                 f"--output: another process scores for {printable(self.path)}; choose another file"
@@ -68,13 +68,19 @@ class Progress:
 
     def _close(self) -> None:
         if self._file >= 0:
+            if not os.fstat(self._file).st_size:
+                self.path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = -1
 
     def add(self, scores: Mapping[str, RowScores]) -> None:
         """Keep the scores of a block; they are on the disk when this returns."""
+        head = [] if self._begun else [{"scores_of": self.identity}]
         try:
-            self._append([self._line(*item) for item in scores.items()])
+            if not self._begun:
+                os.ftruncate(self._file, 0)  # the scores of something else
+            self._append([*head, *(self._line(*item) for item in scores.items())])
+            self._begun = True
         except OSError as error:
             raise RunError(
                 f"cannot write {printable(self.path)}: {error.strerror}; what was scored before is kept, the same "

@@ -90,11 +90,11 @@ _SAMPLING = ("temperature", "top_k", "max_new_tokens")
 
 
 def unused(names: Sequence[str], given: Iterable[str]) -> list[str]:
-    """Those of the options of `SelectOptions` that no score of `names` reads."""
+    """Those of the options of `SelectOptions`, and of `views` and `device`, that no score of `names` reads."""
     read = {"seed", "block_size", "impl"}
     for selector in map(SELECTORS.__getitem__, names):
         read |= {*selector.options}
-        read |= {"ask"} if selector.needs_student else set()
+        read |= {"ask", "views", "device"} if selector.needs_student else set()
         read |= {"num_samples", *_SAMPLING} if selector.needs_samples else set()
     return [name for name in given if name not in read]
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qcrd_fast.data.schema import Question, question_text
-from qcrd_fast.errors import InputError
+from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.select.options import SelectOptions
 from qcrd_fast.select.registry import SELECTORS
 from qcrd_fast.utils.oom import explaining_oom
@@ -32,6 +34,17 @@ class RowScores:
 
     row: dict[str, float | None]
     positives: dict[str, list[float | None]]
+
+    def of_positives(self, kept: Sequence[int]) -> RowScores:
+        """The scores of the row with some of its positives alone."""
+        left = {name: [values[i] for i in kept] for name, values in self.positives.items()}
+        return RowScores(self.row | {name: mean_score(values) for name, values in left.items()}, left)
+
+
+def mean_score(values: Iterable[float | None]) -> float | None:
+    """The mean of the scores that are not None, None of none; of equal ones that score to the bit, so that they tie."""
+    known = [s for s in values if s is not None]
+    return statistics.mean(known) if known else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +93,7 @@ def score_all(
 
     Raises:
         InputError: two rows have one id, or a name needs a student and there is none.
+        RunError: a score is not finite.
     """
     options, finished = options or SelectOptions(), finished or {}
     if again := [id for id, n in Counter(row.id for row in rows).items() if n > 1]:
@@ -106,11 +120,16 @@ def _score(block: Block, names: Sequence[str]) -> list[RowScores]:
     scores = [RowScores({}, {}) for _ in block.rows]
     for name in names:
         selector = SELECTORS[name]
-        for found, value in zip(scores, selector.score(block), strict=True):
+        for row, found, value in zip(block.rows, scores, selector.score(block), strict=True):
             if selector.per == "rationale":
                 found.positives[name] = list(value)
-                known = [s for s in value if s is not None]
-                found.row[name] = sum(known) / len(known) if known else None
+                found.row[name] = mean_score(_finite(name, row, value))
             else:
-                found.row[name] = value
+                (found.row[name],) = _finite(name, row, [value])
     return scores
+
+
+def _finite(name: str, row: Row, values: Sequence[float | None]) -> Sequence[float | None]:
+    if wrong := [s for s in values if s is not None and not math.isfinite(s)]:
+        raise RunError(f"--by {name} gave a score that is not finite, {wrong[0]}; question {row.id}")
+    return values

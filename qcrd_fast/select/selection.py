@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -66,6 +67,9 @@ class Policy:
         scores, name = [scores.row for scores in found], self.names[0]
         pairs = list(zip(rows, found, strict=True))
         if self.top is not None:
+            if (limit := SELECTORS[name].at_most) is not None:
+                pairs = [_drop(row, of_row, name, limit) for row, of_row in pairs]
+                scores = [of_row.row for _, of_row in pairs]
             return [pairs[i] for i in sorted(policy.top(rows, scores, name, self.top, reverse=self.reverse))]
         if self.drop_above is not None and SELECTORS[name].per == "rationale":
             left = [_drop(row, of_row, name, self.drop_above) for row, of_row in pairs]
@@ -92,8 +96,7 @@ def ids_to_train_on(rows: Sequence[Question]) -> set[str]:
 def _drop(row: Question, scores: RowScores, name: str, threshold: float) -> tuple[Question, RowScores]:
     """The row without the positives above the threshold, and their scores."""
     kept = policy.drop_rationales_above(row.positives, scores.positives[name], threshold)
-    left = {each: [values[i] for i in kept] for each, values in scores.positives.items()}
-    return policy.keep_positives(row, kept), RowScores(scores.row, left)
+    return policy.keep_positives(row, kept), scores.of_positives(kept)
 
 
 def select(
@@ -123,6 +126,7 @@ def select(
     if student is not None and not needy:
         raise InputError(f"--student is given, but --by {', '.join(chosen.names)} asks nothing of it; leave it out")
     changed = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
+    changed += [name for name, is_set in (("views", views), ("device", device != "auto")) if is_set]
     if idle := unused(chosen.names, changed):
         flags = ", ".join("--" + name.replace("_", "-") for name in idle)
         log.warning("--by %s has no use for %s", ", ".join(chosen.names), flags)
@@ -133,9 +137,11 @@ def select(
     rows, table = loaded.questions, read_views(views)
     named = None
     if needy:
-        from qcrd_fast.runs.load import find_model
+        from qcrd_fast.runs.load import check_student, find_model
 
         named = find_model(str(student))
+        if dry_run:
+            check_student(named, device)
     if dry_run:
         return {"would_score": len(rows), "by": ", ".join(chosen.names), "student": named, "output": output}
     started = time.perf_counter()
@@ -213,6 +219,6 @@ def describe(name: str, values: Sequence[float | None]) -> dict[str, Any]:
     figures: dict[str, Any] = {f"{key}_without": len(values) - len(known)}
     if known:
         mean = math.fsum(known) / len(known)
-        named = (("mean", mean), ("min", known[0]), ("median", known[len(known) // 2]), ("max", known[-1]))
+        named = (("mean", mean), ("min", known[0]), ("median", statistics.median(known)), ("max", known[-1]))
         figures = {f"{key}_{what}": float(v) for what, v in named} | figures
     return figures

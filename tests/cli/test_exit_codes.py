@@ -169,6 +169,7 @@ TABLE: list[tuple[int, str, Spoil | None]] = [
     (2, "eval {run} --data {rows} --output {run}/checkpoint-1", None),
     (0, "eval {run} --data {rows} --dry-run", None),
     (2, "eval {missing}/a/b --data {rows} --dry-run", None),
+    (2, "eval {run} --data {rows} --device gpu --dry-run", None),
     (2, "eval {run} --data {unanswered}", None),
     (2, "eval {run} --data {unanswered} --dry-run", None),
     (2, "eval {run} --data {rows} --output {readonly} --dry-run", None),

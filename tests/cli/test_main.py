@@ -238,6 +238,15 @@ def test_config_serves_other_verbs(library: SimpleNamespace, tmp_path: Path) -> 
     assert args == ("run", "rows.jsonl") and options["batch_size"] == 3 and options["reasoning"] is True
 
 
+@pytest.mark.parametrize("value", ["[a.jsonl]", "{a: 1}"])
+def test_several_values_of_an_option_of_one_are_refused(value: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    Path("c.yaml").write_text(f"output: {value}")
+    assert "c.yaml: --output expects one value, got" in fails(["prepare", "rows.jsonl", "--config", "c.yaml"], capsys)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_resolved_config_can_be_read_back(library: SimpleNamespace, tmp_path: Path) -> None:
     import yaml
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -10,7 +11,7 @@ import torch
 
 from qcrd_fast.data.load import load_questions
 from qcrd_fast.data.schema import Question, Rationale
-from qcrd_fast.errors import InputError
+from qcrd_fast.errors import InputError, RunError
 from qcrd_fast.models.branches import branch_hidden
 from qcrd_fast.models.prompts import EXPLAIN, PromptSettings
 from qcrd_fast.models.student import Student
@@ -187,6 +188,21 @@ def test_scores_by_hand(monkeypatch):
     assert SELECTORS["agree"].score(block) == [0.75]
     [scores] = score_all([NUMBER], ["quality", "agree"], None)
     assert scores.positives["quality"] == [scores.row["quality"]]
+
+
+def test_a_mean_over_equal_scores_ties_with_one_of_them():
+    three = dataclasses.replace(NUMBER, id="three", positives=NUMBER.positives * 3)
+    one, many = score_rows([NUMBER, three], ["quality"], None, SelectOptions(quality="vote"))
+    assert one == many and sum([one["quality"]] * 3) / 3 != one["quality"]  # a plain mean is off in its last bit
+
+
+def test_a_score_that_is_not_finite_ends_the_command(monkeypatch):
+    kept: dict = {}
+    for name, wrong in (("random", [0.5, math.nan]), ("quality", [[0.5], [0.5, -math.inf]])):
+        monkeypatch.setitem(SELECTORS, name, dataclasses.replace(SELECTORS[name], score=lambda block, s=wrong: s))
+        with pytest.raises(RunError, match=f"--by {name} gave a score that is not finite, .*; question r"):
+            score_all([NUMBER, dataclasses.replace(NUMBER, id="r")], [name], on_block=kept.update)
+    assert not kept
 
 
 def test_a_row_without_votes_answers_or_rationales_has_no_score(student):

@@ -21,8 +21,8 @@ from qcrd_fast.select import policy
 from qcrd_fast.select.options import SelectOptions
 from qcrd_fast.select.progress import Progress, identity
 from qcrd_fast.select.registry import SELECTORS, unused
-from qcrd_fast.select.score import RowScores
-from qcrd_fast.select.selection import Policy
+from qcrd_fast.select.score import RowScores, mean_score
+from qcrd_fast.select.selection import Policy, describe
 
 ROWS = [Question(name, name, positives=(Rationale("a"), Rationale("b"))) for name in "dcba"]
 
@@ -48,6 +48,18 @@ def test_what_is_above_a_threshold_is_dropped() -> None:
         ("a", ["a", "b"]),
     ]
     assert [of_row.positives["ifd"] for _, of_row in left] == [[0.5], [None, 1.0], [0.1, 0.2]]
+    assert [of_row.row["ifd"] for _, of_row in left] == [0.5, 1.0, pytest.approx(0.15)]  # of what is written
+
+
+def test_of_ifd_no_rationale_above_1_is_chosen() -> None:
+    values = ([0.2, 0.3], [0.9, 1.5], [1.1, None], [0.5, 0.6])  # the mean of the second, c, is above 1 at first
+    found = [RowScores({"ifd": mean_score(some)}, {"ifd": list(some)}) for some in values]
+    for reverse, ids in ((False, "ca"), (True, "da")):
+        left = Policy(["ifd"], top=2, reverse=reverse).choose(ROWS, found)
+        assert [row.id for row, _ in left] == list(ids)
+        assert all(scores.row["ifd"] == mean_score(scores.positives["ifd"]) <= 1 for _, scores in left)
+        assert [len(row.positives) for row, _ in left] == [1 if row.id == "c" else 2 for row, _ in left]
+    assert {row.id for row, _ in Policy(["ifd"], top=9).choose(ROWS, found)} == {"d", "c", "a"}
 
 
 def test_rows_of_other_splits_are_left_as_they_are() -> None:
@@ -88,6 +100,13 @@ def test_weights_have_the_mean_1_and_follow_the_ranks() -> None:
     assert policy.weights(ROWS, scored(5, 1, 1, 9), "random") == [1.25, 0.5, 0.5, 1.75]
     assert policy.weights(ROWS, scored(5, 1, 1, 9), "known") == [0.75, 1.5, 1.5, 0.25]
     assert policy.weights(ROWS, scored(None, 3, None, 3), "random") == [1, 1, 1, 1]
+    for reverse, weights in ((False, [0.5, 1.75, 1.25, 0.5]), (True, [0.5, 1.25, 1.75, 0.5])):  # above 1: never first
+        assert policy.weights(ROWS, scored(1.1, 0.9, 0.2, 7), "ifd", reverse=reverse) == weights
+
+
+def test_the_figures_of_a_score() -> None:
+    figures = {"known_mean": 2.0, "known_min": 0.0, "known_median": 1.5, "known_max": 5.0, "known_without": 1}
+    assert describe("known", [5, None, 0, 2, 1]) == figures
 
 
 @pytest.mark.parametrize(
@@ -135,12 +154,16 @@ def test_rows_with_scores_are_rows_again(rows_file, llama_folder, tmp_path: Path
         (["--by", "ifdd", "--student", "x"], "did you mean 'ifd'"),
         (["--by", "random", "--top", "0"], "--top"),
         (["--by", "step-uncertainty", "--student", "no/such"], "no/such"),
+        (["--by", "ifd", "--student", "LLAMA/config.json"], "is a file"),
+        (["--by", "ifd", "--student", "LLAMA", "--device", "gpu"], "--device"),
     ],
 )
-def test_commands_that_are_refused(more, said, rows_file, tmp_path, capsys) -> None:
-    assert entry(["select", "--data", str(rows_file), "--output", str(tmp_path / "o.jsonl"), *more]) == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "o.jsonl").exists()
+def test_commands_that_are_refused(more, said, rows_file, llama_folder, tmp_path, capsys) -> None:
+    more = [part.replace("LLAMA", str(llama_folder)) for part in more]
+    for dry in ([], ["--dry-run"]):
+        assert entry(["select", "--data", str(rows_file), "--output", str(tmp_path / "o.jsonl"), *more, *dry]) == 2
+        assert said in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
 
 
 def command(rows_file, student, output: Path) -> list[str]:
@@ -203,9 +226,12 @@ def test_options_that_no_score_reads_are_named(rows_file, tmp_path: Path, capsys
     asked = ["select", "--data", str(rows_file), "--output", str(tmp_path / "o.jsonl"), "--by", "quality,agree"]
     assert entry([*asked, "--quality", "vote", "--seed", "3", "--block-size", "7"]) == 0
     assert "no use for" not in capsys.readouterr().err
-    assert entry([*asked, "--window", "3", "--temperature", "0.5"]) == 0
-    assert "--by quality,agree has no use for --window, --temperature" in capsys.readouterr().err.replace(
-        ", agree", ",agree"
+    (tmp_path / "views.yaml").write_text("mine: Now")
+    views = ["--views", str(tmp_path / "views.yaml"), "--device", "cpu"]
+    assert entry([*asked, "--window", "3", "--temperature", "0.5", *views]) == 0
+    assert (
+        "--by quality,agree has no use for --window, --temperature, --views, --device"
+        in capsys.readouterr().err.replace(", agree", ",agree")
     )
     names = {f.name for f in dataclasses.fields(SelectOptions)}
     assert unused(list(SELECTORS), names) == []  # each option is read somewhere
@@ -258,6 +284,22 @@ def test_two_commands_do_not_write_the_same_output(tmp_path: Path) -> None:
         assert again.finished == {"a": RowScores({"ifd": 0.1}, {})}
     with Progress(tmp_path / "o.jsonl", "other rows") as other:
         assert not other.finished
+        other.add({"b": RowScores({"ifd": 0.2}, {})})
+    with Progress(tmp_path / "o.jsonl", "x") as first:
+        assert not first.finished
+
+
+def test_a_command_that_is_refused_loses_no_scores(rows_file, llama_folder, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "o.jsonl"
+    asked = ["select", "--data", str(rows_file), "--student", str(llama_folder), "--output", str(output)]
+    refused = [*asked, "--by", "known", "--ask", "zero-shot"]
+    assert entry(refused) == 2 and "no chat template" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with Progress(output, "a command that was killed") as first:
+        first.add({"a": RowScores({"ifd": 0.1}, {})})
+    assert entry(refused) == 2
+    with Progress(output, "a command that was killed") as again:
+        assert again.finished == {"a": RowScores({"ifd": 0.1}, {})}
 
 
 @pytest.mark.slow

@@ -120,6 +120,8 @@ def _prepared(question: Question, row: dict[str, Any]) -> Question:
     votes = {} if row.get("votes") is None else row["votes"]
     if not isinstance(votes, dict):
         raise RowError("votes expects an object of answer: count")
+    # in parquet every row has the answers of all rows, null where they are others'
+    votes = {answer: count for answer, count in votes.items() if count is not None}
     for answer, count in votes.items():
         check_text(answer, "an answer in votes")
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
