@@ -90,9 +90,10 @@ ON_POLICY: dict[str, tuple[dict[str, Any], float]] = {
 ARMS: dict[str, Arm] = {
     # methods of `train`
     **{method: Arm({"method": method}) for method in ("finetune", "dss", "sft-all", "redi")},
-    "qcrd-paper": Arm({"method": "qcrd", **PARTS}),
+    "qcrd-paper": Arm({"method": "qcrd", "paper": True}),
+    # the paper's selection and negatives beside the discriminator that is the default today
+    "qcrd-discriminator": Arm({"method": "qcrd", **PARTS}),
     "qcrd-none": Arm({"method": "qcrd", **PARTS, "quality": "none"}),
-    "qcrd-bce": Arm({"method": "qcrd", **PARTS, "discriminator_loss": "bce-all", "discriminator_augment": "none"}),
     "qcrd-vote": Arm({"method": "qcrd", **PARTS, "quality": "vote"}),
     # positives: how they share a question's weight, and who weighs them
     **{

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from qcrd_fast.errors import InputError
-from qcrd_fast.sweep.intervals import Estimate, compare, crossed_variance, student_t
+from qcrd_fast.sweep.intervals import Estimate, compare, crossed_variance
 
 from .runs import from_hex
 
@@ -21,6 +21,8 @@ COLUMNS = (
     "sounds", "faithfuls", "device", "threads", "torch", "transformers", "commit", "time", "student_tokens",
 )  # fmt: skip
 METRICS = {"accuracy": "labels", "sound": "sounds"}
+MACHINE = ("device", "threads", "torch")  # on others the pretrained student is another, so runs are no pair
+LEAST_P = 1e-6  # smaller ones are told as smaller: so far out the t distribution is a guess
 TESTED_SEEDS = 5  # at least, for a p-value: the spread between fewer says too little of the spread
 Rows = dict[int, dict[str, str]]  # by seed
 
@@ -61,11 +63,18 @@ def p_value(difference_SQ: np.ndarray) -> float:
     if not variance:
         return 1.0 if not difference_SQ.mean() else 0.0
     t = abs(float(difference_SQ.mean())) / math.sqrt(variance)
-    low, high = 0.5, 1 - 1e-12  # the share of Student's t below `t`, by bisection
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_t(middle, freedom) < t else (low, middle)
-    return 2 * (1 - low)
+    return _beyond(math.atan(t / math.sqrt(freedom)), freedom) / _beyond(0.0, freedom)
+
+
+def _beyond(angle: float, freedom: float) -> float:
+    """The area beyond t = sqrt(freedom) tan(angle) under a density in proportion to Student's: cos(a)^(freedom-1)."""
+    edges = np.linspace(angle, math.pi / 2, 20_001)
+    return float((np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1)).sum() * (edges[1] - edges[0]))
+
+
+def paired_seeds(a: Rows, b: Rows) -> list[int]:
+    """The seeds that both arms have from one kind of machine, so that both began with the same student."""
+    return sorted(seed for seed in set(a) & set(b) if all(a[seed][name] == b[seed][name] for name in MACHINE))
 
 
 def _head(name: str) -> str:
@@ -96,7 +105,7 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str], fewest: int =
             means = {name: float(np.mean([float(r[name]) for r in rows.values()])) for name in named}
             cells += [f"{m:,.0f}" if name == "student_tokens" else f"{m:.3g}" for name, m in means.items()]
             for base in known:
-                seeds = sorted(set(rows) & set(runs[base]))
+                seeds = paired_seeds(rows, runs[base])
                 for metric in METRICS:
                     if base == arm or not seeds:
                         cells.append("-")
@@ -121,7 +130,7 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str], fewest: int =
         tested = [found.seeds >= TESTED_SEEDS for _, found, _ in tests]
         adjusted = holm([p if enough else 1.0 for (_, _, p), enough in zip(tests, tested, strict=True)])
         for (name, found, _), p, enough in zip(tests, adjusted, tested, strict=True):
-            told = f"{p:.2g}" if enough else "-"
+            told = "-" if not enough else f"<{LEAST_P:g}" if p < LEAST_P else f"{p:.2g}"
             print(f"| {name} | {found.mean:+.3f} | {found.low:+.3f} to {found.high:+.3f} | {found.seeds} | {told} |")
         print(
             f"\nHolm over all {len(tests)}; one of fewer than {TESTED_SEEDS} seeds counts as p = 1, and none is "
