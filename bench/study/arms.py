@@ -76,8 +76,8 @@ def _lagged(**options: Any) -> Arm:
 
 
 JUDGED = (
-    *("none", "vote", "text", "equations", "traced", "consensus", "consensus2", "consensus4", "vote*consensus2"),
-    *("equations*consensus2", "traced*consensus2", "traced*consensus4", "oracle", "faithful"),
+    *("none", "vote", "text", "checks", "equations", "traced", "consensus", "consensus2", "consensus4"),
+    *("vote*consensus2", "equations*consensus2", "traced*consensus2", "traced*consensus4", "oracle", "faithful"),
 )
 SOFT = {"method": "qcrd", "positive_select": "softmin", "quality": "none", "negative_source": "none"}
 CHECKED = {"positive_quality": "checks", "negative_quality": "vote", "agreeing_negatives": "drop"}
@@ -113,6 +113,12 @@ ARMS: dict[str, Arm] = {
     "sft-all discriminator": Arm(  # whatever its AUC; by the default's least one it would not be used here
         {"method": "sft-all", "positive_quality": "discriminator", "discriminator_min_auc": 0.0}
     ),
+    **{  # whatever its AUC, too
+        f"{select}/discriminator": Arm(
+            SOFT | {"positive_select": select, "positive_quality": "discriminator", "discriminator_min_auc": 0.0}
+        )
+        for select in ("min", "softmin", "sampling")
+    },
     **{
         f"softmin {t:g}/{judge}": Arm({"method": "sft-all"}, Rules("softmin", t, positive_judge=judge))
         for t in (0.05, 0.1, 0.4)
@@ -120,16 +126,19 @@ ARMS: dict[str, Arm] = {
     },
     # negatives beside the mean of positives
     "minority": _negatives("minority"),
+    **{f"minority {judge}": _negatives("minority", negative_judge=judge) for judge in ("vote", "text", "oracle")},
+    "minority beta 0.02": _negatives("minority", beta=0.02),
     "lagged": _negatives("lagged"),
     "lagged lag 1": _lagged(negative_lag=1),
     "lagged lag 4": _lagged(negative_lag=4),
     "lagged temperature 0.7": _lagged(negative_temperature=0.7),
-    "lagged vote": _negatives("lagged", negative_judge="vote"),
+    **{f"lagged {judge}": _negatives("lagged", negative_judge=judge) for judge in ("vote", "text", "oracle")},
     "lagged drop": _negatives("lagged", agreeing="drop"),
     "both": _negatives("both"),
     "both vote": _negatives("both", negative_judge="vote"),
     "both text": _negatives("both", negative_judge="text"),
     "both oracle": _negatives("both", negative_judge="oracle"),
+    "both drop": _negatives("both", agreeing="drop"),
     "both max": _negatives("both", negative_select="max"),
     "both max-active": _negatives("both", negative_select="max-active"),
     "minority relative": _negatives("minority", relative=True, delta=0.5),
