@@ -91,6 +91,16 @@ def test_a_gold_that_cannot_be_read_is_no_wrong_answer(
     assert entry(command) == 2 and "no answer can be read as number" in capsys.readouterr().err
 
 
+def test_questions_of_another_split_are_not_without_an_answer(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    replies(monkeypatch, ["7"])
+    golds = (("7", "train"), ("7", "train"), ("7", "test"), (None, "test"))
+    rows = [{"id": str(i), "question": f"{i}?", "gold": gold, "split": s} for i, (gold, s) in enumerate(golds)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert entry(["eval", str(run), "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["n"], told["without_answer"]) == (1, 1)
+
+
 def test_reasoning_needs_a_run_that_was_trained_for_it(run: Path, rows_file: Path, tmp_path: Path, capsys) -> None:
     export_run(str(run), str(tmp_path / "model"))
     for name in (str(run), str(tmp_path / "model")):

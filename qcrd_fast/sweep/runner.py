@@ -94,6 +94,11 @@ def plan(
             one = dataclasses.replace(own, seed=seed, output_dir=str(folder), resume="auto")
             jobs.append(Job(one, recipe, judge))
     check_data(jobs)
+    if len(seeds) > 1 and not (config.test_data or config.eval_data):
+        log.warning(
+            "neither --test-data nor --eval-data is given: each seed holds out other questions of --data, so the seeds "
+            "have no mean and the methods no difference with an interval"
+        )
     return jobs
 
 

@@ -337,7 +337,8 @@ KILLED = """
 import os, signal, sys
 from qcrd_fast.config import TrainConfig
 from qcrd_fast.sweep import runner
-job, = runner.plan(TrainConfig(data=sys.argv[1], student="tiny", output_dir=sys.argv[2], method="dss"), (0,), ("dss",), "x")
+config = TrainConfig(data=sys.argv[1], student="tiny", output_dir=sys.argv[2], method="dss")
+job, = runner.plan(config, (0,), ("dss",), "x")
 job.folder.mkdir(parents=True)
 runner.start(job, 3)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -381,6 +382,17 @@ def test_what_refuses_the_first_three_runs_is_not_tried_on_the_rest(jobs, tmp_pa
     with pytest.raises(RunError, match="3 of 9 runs failed"):
         runner.run_jobs(more, tmp_path / "runs.csv")
     assert "the other 6 are skipped" in caplog.text
+
+
+def test_seeds_with_other_questions_have_no_mean_and_say_so(jobs, tmp_path, caplog) -> None:
+    runner.plan(jobs[0].config, (0, 1), ("dss",), "toy")
+    assert "each seed holds out other questions of --data" in caplog.text
+    rows = runner.run_jobs(jobs[:2], tmp_path / "runs.csv")
+    rows[1]["questions"] = "0123456789ab"
+    assert results_csv.as_text(rows).endswith("dss: no mean, no difference: each seed answered other questions")
+    caplog.clear()
+    runner.plan(dataclasses.replace(jobs[0].config, eval_data=jobs[0].config.data), (0, 1), ("dss",), "toy")
+    assert not caplog.text
 
 
 def test_other_options_or_other_data_are_not_taken_for_the_same_run(jobs, tmp_path) -> None:
