@@ -68,6 +68,10 @@ def test_what_cannot_be_read_is_counted(run: Path, rows_file: Path, tmp_path: Pa
     assert told["unreadable"] == 16 and told["n"] == 24
     assert told["accuracy_95"] == pytest.approx(wilson(told["accuracy"], 24))
     assert "no answer can be read in 16 of 24 outputs, which count as wrong, such as: no idea" in said.err
+    assert entry(["eval", str(run), "--data", str(rows_file), "--output", str(tmp_path / "out")]) == 0
+    low, high = told["accuracy_95"]
+    line = f"{told['accuracy']:.4f} (95% interval {low:.4f} to {high:.4f}, over questions)"
+    assert capsys.readouterr().out.splitlines()[0].split(None, 1) == ["accuracy", line]
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert sum(line["prediction"] is None for line in lines) == 16 and lines[0]["output"] == "no idea"
 
