@@ -78,12 +78,15 @@ def show(result: Any, as_json: bool, text: str) -> None:
 
 
 def lines(results: Mapping[str, Any]) -> str:
-    """The scalars of a result, one a line."""
+    """The scalars of a result, one a line, NAME with its interval NAME_95 where there is one."""
     rows = {
         name: f"{value:.4f}" if isinstance(value, float) else str(value)
         for name, value in results.items()
         if isinstance(value, int | float | str)
     }
+    for name in rows:
+        if span := results.get(f"{name}_95"):
+            rows[name] += f" (95% interval {span[0]:.4f} to {span[1]:.4f}, over questions)"
     width = max(map(len, rows), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 

@@ -228,11 +228,7 @@ def export(run: str, dry_run: bool, as_json: bool, **options: Any) -> None:
 
 def summary_text(summary: dict[str, Any]) -> str:
     """The figures of a summary, one a line, and the reliability table."""
-    low_high = summary.get("auc_95")
-    plain = {k: v for k, v in summary.items() if isinstance(v, int | float | str)}
-    if low_high and "auc" in plain:
-        plain["auc"] = f"{summary['auc']:.4f} (95% interval {low_high[0]:.4f} to {low_high[1]:.4f}, over questions)"
-    text = console.lines(plain)
+    text = console.lines(summary)
     if table := summary.get("reliability"):
         text += "\nscore bin   n  mean score  share positive"
         for row in table:

@@ -243,13 +243,14 @@ def plan_answers(
 
 
 def _with_answers(data: str, task: str | None, on_bad_row: str) -> tuple[int, list[Question]]:
-    """(how many questions a file has, those that can be compared). Raises `InputError` where none can."""
+    """(how many test questions a file has, those of them that have an answer). Raises `InputError` where none can."""
     loaded = load_questions(data, part="test", on_bad_row=on_bad_row, task=task)
-    questions = [q for q in of_split(loaded.questions, "test", f"--data: {data}") if label_of(q, None) is not None]
+    asked = of_split(loaded.questions, "test", f"--data: {data}")
+    questions = [q for q in asked if label_of(q, None) is not None]
     if not questions:
         raise InputError(f"{data}: no question has an answer to compare with; {loaded.taken_for}")
     log.info("%s", loaded.taken_for)
-    return len(loaded.questions), questions
+    return len(asked), questions
 
 
 def base_model(run_or_model: str) -> str:

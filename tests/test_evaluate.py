@@ -68,6 +68,10 @@ def test_what_cannot_be_read_is_counted(run: Path, rows_file: Path, tmp_path: Pa
     assert told["unreadable"] == 16 and told["n"] == 24
     assert told["accuracy_95"] == pytest.approx(wilson(told["accuracy"], 24))
     assert "no answer can be read in 16 of 24 outputs, which count as wrong, such as: no idea" in said.err
+    assert entry(["eval", str(run), "--data", str(rows_file), "--output", str(tmp_path / "out")]) == 0
+    low, high = told["accuracy_95"]
+    line = f"{told['accuracy']:.4f} (95% interval {low:.4f} to {high:.4f}, over questions)"
+    assert capsys.readouterr().out.splitlines()[0].split(None, 1) == ["accuracy", line]
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert sum(line["prediction"] is None for line in lines) == 16 and lines[0]["output"] == "no idea"
 
@@ -89,6 +93,16 @@ def test_a_gold_that_cannot_be_read_is_no_wrong_answer(
     )
     data.write_text(json.dumps(rows[2]) + "\n")
     assert entry(command) == 2 and "no answer can be read as number" in capsys.readouterr().err
+
+
+def test_questions_of_another_split_are_not_without_an_answer(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    replies(monkeypatch, ["7"])
+    golds = (("7", "train"), ("7", "train"), ("7", "test"), (None, "test"))
+    rows = [{"id": str(i), "question": f"{i}?", "gold": gold, "split": s} for i, (gold, s) in enumerate(golds)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert entry(["eval", str(run), "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["n"], told["without_answer"]) == (1, 1)
 
 
 def test_reasoning_needs_a_run_that_was_trained_for_it(run: Path, rows_file: Path, tmp_path: Path, capsys) -> None:

@@ -6,6 +6,7 @@ time taken in the same way.
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ class Chart(NamedTuple):
     title: str  # of the data
     axis: str  # what the minutes are
     device: str
-    questions: str  # digest of their ids
+    questions: str  # digest of their ids, and of their texts where a folder has them
 
 
 class Outcome(NamedTuple):
@@ -40,6 +41,9 @@ class Outcome(NamedTuple):
     minutes: float
     answers: Answers
     parallel: int = 1  # runs that shared the machine
+    seed: int = 0
+    data: str = ""  # its path, for a second run of the same options and seed
+    name: str = ""  # of the run, for a second one of the same data too
 
 
 class Point(NamedTuple):
@@ -79,9 +83,18 @@ def of_view(view: RunView) -> Outcome | None:
         return None
     device = str(view.environment.get("device") or ("GPU" if gpu else "CPU"))
     parallel = max((int(number(r.get("parallel")) or 1) for r in view.attempts), default=1)
-    chart = Chart(Path(config.test_data or config.data or "").name, axis, device, answers.questions)
-    switches = (f"student {Path(str(config.student)).name}", *_switches(options_text(config)))
-    return Outcome(chart, config.method, switches, minutes, answers, parallel)
+    chart = Chart(Path(config.test_data or config.data or "").name, axis, device, _digest(view.predictions))
+    named = (("student", config.student), ("--data", config.data), ("--eval-data", config.eval_data))
+    files = (f"{option} {Path(path).name}" for option, path in named if path)
+    switches = (*files, *_switches(options_text(config)))
+    data = str(config.data)
+    return Outcome(chart, config.method, switches, minutes, answers, parallel, config.seed, data, view.title)
+
+
+def _digest(predictions: Iterable[Mapping[str, Any]]) -> str:
+    """Of the questions that were answered: ids alone are often those of another file's questions too."""
+    asked = {str(record["id"]): str(record.get("question", "")) for record in predictions}
+    return hashlib.sha256(repr(sorted(asked.items())).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def of_csv(path: str | Path) -> list[Outcome]:
@@ -91,14 +104,21 @@ def of_csv(path: str | Path) -> list[Outcome]:
     found = []
     try:
         latest = {tuple(row[name] for name in KEY): row for row in read_csv(Path(path))}
+        of_recipe: dict[str, set[str]] = {}
+        for row in latest.values():
+            of_recipe.setdefault(row["recipe"], set()).add(row["data"])
         for row in latest.values():
             if not (row["wall_s"] and row["correct"]):
                 continue
             (answers,) = answers_of([row]).values()
             axis = "GPU minutes" if row["gpu_minutes"] else "minutes of training"
-            chart = Chart(f"{row['recipe']}, {row['student']}", axis, row["device"], answers.questions)
+            title = f"{row['recipe']}, {row['student']}"
+            if len(of_recipe[row["recipe"]]) > 1:  # made again, or changed: the ids may be the same
+                title += f", data {row['data'] or 'unknown'}"
+            chart = Chart(title, axis, row["device"], answers.questions)
             minutes, parallel = float(row["wall_s"]) / 60, int(row["parallel"] or 1)
-            found.append(Outcome(chart, row["method"], _switches(row["options"]), minutes, answers, parallel))
+            switches, seed = _switches(row["options"]), int(row["seed"])
+            found.append(Outcome(chart, row["method"], switches, minutes, answers, parallel, seed))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"--results: {path} is not a CSV of runs: {error!r}") from error
     return found
@@ -117,14 +137,23 @@ def points(outcomes: Iterable[Outcome]) -> dict[Chart, list[Point]]:
 
 
 def _points(members: Sequence[Outcome]) -> list[Point]:
-    groups: dict[str, list[Outcome]] = {}
+    """A seed may have data of its own; a second run of a seed is no other seed, but a point of its own."""
+    labels: dict[str, list[Outcome]] = {}
     for one in members:
         own = [s for s in one.switches if not all(s in other.switches for other in members)]
-        groups.setdefault(" ".join([one.method, *own]), []).append(one)
+        labels.setdefault(" ".join([one.method, *own]), []).append(one)
+    groups: dict[str, dict[int, Outcome]] = {}
+    for name, some in labels.items():
+        again = len({one.seed for one in some}) < len(some) and len({one.data for one in some}) > 1
+        for one in some:
+            label = f"{name} (data: {one.data})" if again else name
+            if one.seed in groups.get(label, {}):
+                label += f" ({one.name})"
+            groups.setdefault(label, {})[one.seed] = one
     found = []
-    for label, runs in groups.items():
-        answers: Mapping[int, Any] = dict(enumerate(run.answers for run in runs))
-        told = single(answers)
+    for label, by_seed in groups.items():
+        runs = list(by_seed.values())
+        told = single({seed: run.answers for seed, run in by_seed.items()})
         assert told is not None  # a chart's runs have the same questions
         found.append(Point(label, [run.minutes for run in runs], told, max(run.parallel for run in runs)))
     return sorted(found, key=lambda point: (point.mean_minutes, point.label))

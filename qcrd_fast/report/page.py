@@ -35,6 +35,7 @@ from qcrd_fast.version import __version__
 
 SAMPLES, ANSWERS = 6, 8  # questions shown a run
 KINDS = ("teacher positive", "teacher minority")  # the rest is the student's
+MAX_KINDS = 24  # drawn of a run
 KIND_COLORS = tuple(PALETTE[i] for i in (2, 4, 0, 3, 5, 6, 1, 7))
 OF_STUDENT = {True: ", agrees with the majority", False: ", differs from it", None: ", no conclusion"}
 # title, (field, dash, what it is), within 0..1
@@ -261,8 +262,9 @@ def _densities(view: RunView, index: int) -> dict[str, Any]:
     groups: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for record in stored:
         groups.setdefault(_kind(record), []).append(record["score"])
-    found = [(kind, scores) for kind, scores in groups.items() if scores][: len(KIND_COLORS)]
-    colors = {kind: KIND_COLORS[i] for i, kind in enumerate(groups) if i < len(KIND_COLORS)}
+    found = [(kind, scores) for kind, scores in groups.items() if scores]
+    found, left_out = found[:MAX_KINDS], len(found[MAX_KINDS:])
+    colors = dict(zip(groups, itertools.cycle(KIND_COLORS), strict=False))
     chart = density_chart(
         f"d{index}", [(scores, colors[kind]) for kind, scores in found], title="Densities of quality scores"
     )
@@ -274,6 +276,8 @@ def _densities(view: RunView, index: int) -> dict[str, Any]:
         [r["score"] for r in rows], [r["kind"] == KINDS[0] for r in rows], [str(r.get("id")) for r in rows]
     )
     text = "Densities by kind, as in the paper's Fig. 6."
+    if left_out:
+        text += f" {left_out} more kinds are left out."
     if not view.scores:
         text += " The student's are its last iteration's negatives."
     if told["auc"] is not None and told["auc_95"]:

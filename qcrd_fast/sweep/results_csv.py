@@ -158,6 +158,8 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
             if method != first and (against := pair(found, answers[first])) is not None:
                 line += f"; against {first}: {signed(against)}"
             lines.append(line)
+        elif found:
+            lines.append(f"{method}: no mean, no difference: each seed answered other questions")
     return "\n".join(lines)
 
 

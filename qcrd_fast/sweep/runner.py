@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -93,6 +94,11 @@ def plan(
             one = dataclasses.replace(own, seed=seed, output_dir=str(folder), resume="auto")
             jobs.append(Job(one, recipe, judge))
     check_data(jobs)
+    if len(seeds) > 1 and not (config.test_data or config.eval_data):
+        log.warning(
+            "neither --test-data nor --eval-data is given: each seed holds out other questions of --data, so the seeds "
+            "have no mean and the methods no difference with an interval"
+        )
     return jobs
 
 
@@ -146,7 +152,7 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
                         if job.state == "finished":  # by another command meanwhile
                             _finish(job, csv_path, keep)
                         else:
-                            running[job] = start(job), time.monotonic()
+                            running[job] = start(job, parallel), time.monotonic()
                 if stop.signum and not asked:
                     asked, todo = True, []
                     for process, _ in running.values():
@@ -156,14 +162,8 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
                         continue
                     del running[job]
                     codes.append(process.returncode)
-                    attempt = {
-                        "seconds": round(time.monotonic() - began, 1),
-                        "exit": process.returncode,
-                        "parallel": parallel,
-                    }
                     with alone(job):
-                        if job.folder.is_dir():
-                            append_lines(job.folder / ATTEMPTS, [attempt])
+                        _ended(job, process, began, parallel)
                         if process.returncode == 0:
                             _finish(job, csv_path, keep)
                     if process.returncode and not stop.signum:
@@ -174,9 +174,11 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
                             todo = []
                 time.sleep(0.05)
         finally:
-            for process, _ in running.values():  # a second signal ends us at once, and them
+            for job, (process, began) in running.items():  # a second signal ends us at once, and them
                 process.kill()
                 process.wait()
+                with contextlib.suppress(OSError):
+                    _ended(job, process, began, parallel)
     if stop.signum:
         raise Stopped(stop.signum, "the same command continues from here")
     if failed:
@@ -186,15 +188,33 @@ def run_jobs(jobs: Sequence[Job], results: str | Path, *, parallel: int = 1, kee
     return [row(job) for job in jobs]
 
 
-def start(job: Job) -> subprocess.Popen[bytes]:
-    """The run in a process of its own, out of reach of the terminal's signals; it writes to FOLDER.log."""
+def start(job: Job, parallel: int) -> subprocess.Popen[bytes]:
+    """The run in a process of its own, out of reach of the terminal's signals; it writes to FOLDER.log.
+
+    It ends when its standard input does, so with this process, however that ends: a run that goes on alone would keep
+    the folder locked and its time uncounted.
+    """
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     write_text(job.options, yaml.safe_dump(job.config.to_dict(), sort_keys=False, allow_unicode=True))
-    command = [sys.executable, "-m", "qcrd_fast.sweep.runner", str(job.options), *(["--judge"] if job.judge else [])]
+    command = [sys.executable, "-m", "qcrd_fast.sweep.runner", str(job.options), str(parallel)]
+    command += ["--judge"] if job.judge else []
     with open(_log_of(job), "ab") as file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, start_new_session=True)
     log.info("%s: %s, log in %s", job.name, "resumes" if job.state == "begun" else "starts", _log_of(job))
     return process
+
+
+def _ended(job: Job, process: subprocess.Popen[bytes], began: float, parallel: int) -> None:
+    if process.stdin is not None:
+        process.stdin.close()
+    _record_attempt(job.folder, began, process.returncode, parallel)
+
+
+def _record_attempt(folder: Path, began: float, code: int, parallel: int) -> None:
+    """Add a run's attempt, which began at `began` of the monotonic clock [s], to its folder, if it has one by now."""
+    if folder.is_dir():
+        attempt = {"seconds": round(time.monotonic() - began, 1), "exit": code, "parallel": parallel}
+        append_lines(folder / ATTEMPTS, [attempt])
 
 
 def _log_of(job: Job) -> Path:
@@ -272,5 +292,18 @@ def environment(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def _end_with_parent(options: Path, began: float, parallel: int) -> None:
+    """Wait for the end of standard input, which the command that started this run holds; then record the attempt and
+    end at once, as by a kill."""
+    os.read(0, 1)  # without sys.stdin's lock, which a thread must not hold when the process ends
+    try:
+        log.error("the command that started this run is gone; the same command continues from the latest checkpoint")
+        _record_attempt(options.with_suffix(""), began, 1, parallel)
+    finally:
+        os._exit(1)
+
+
 if __name__ == "__main__":
+    watched = (Path(sys.argv[1]), time.monotonic(), int(sys.argv[2]))
+    threading.Thread(target=_end_with_parent, args=watched, daemon=True).start()
     sys.exit(child(sys.argv[1:]))

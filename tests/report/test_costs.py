@@ -90,6 +90,43 @@ def test_what_cannot_be_compared_has_charts_of_its_own(tmp_path: Path) -> None:
     assert len(found(runs[0], other)) == 2
 
 
+def test_other_data_and_a_run_again_are_no_other_seed(tmp_path: Path) -> None:
+    def made(name: str, **options: object) -> Path:
+        options = {"method": "dss", "test_data": "t.jsonl"} | options
+        return timed_run(tmp_path / name, 5, attempts=(60.0,), **options)  # type: ignore[arg-type]
+
+    def told(*runs: Path) -> dict[str, int]:
+        (points,) = found(*runs).values()
+        return {point.label: point.accuracy.seeds for point in points}
+
+    first, second = made("first"), made("second", seed=1, data="own/rows.jsonl")
+    assert told(first, second) == {"dss": 2}  # a seed may have data of its own
+    assert told(first, made("again")) == {"dss": 1, "dss (again)": 1}
+    assert told(first, second, made("same", data="own/rows.jsonl")) == {
+        "dss (data: rows.jsonl)": 1,
+        "dss (data: own/rows.jsonl)": 2,
+    }
+    assert told(first, made("big", data="big.jsonl", seed=1), made("v", eval_data="v", seed=2)) == {
+        "dss --data rows.jsonl": 1,
+        "dss --data big.jsonl": 1,
+        "dss --data rows.jsonl --eval-data v": 1,
+    }
+    other = made("other", seed=2)
+    said = [{"id": f"q{i}", "question": "Another one?", "correct": True} for i in range(20)]
+    (other / "predictions.jsonl").write_text("".join(json.dumps(p) + "\n" for p in said))
+    assert [len(points) for points in found(first, second, other).values()] == [1, 1]
+
+
+def test_rows_of_data_that_changed_have_charts_of_their_own(tmp_path: Path) -> None:
+    run = timed_run(tmp_path / "run", 5, attempts=(60.0,), method="dss")
+    filled = row(Job(TrainConfig(data="rows.jsonl", student="s", output_dir=str(run), method="dss"), "svamp"))
+    for seed, data in ((0, "a1"), (1, "a1"), (0, "b2")):
+        append_row(tmp_path / "runs.csv", filled | {"seed": seed, "data": data})
+    charts = costs.points(costs.of_csv(tmp_path / "runs.csv"))
+    told = {chart.title: [point.accuracy.seeds for point in points] for chart, points in charts.items()}
+    assert told == {"svamp, s, data a1": [2], "svamp, s, data b2": [1]}
+
+
 def test_runs_that_do_not_say_are_left_out(tmp_path: Path) -> None:
     silent = timed_run(tmp_path / "silent", 5)  # no time anywhere
     begun = timed_run(tmp_path / "begun", 5, attempts=(60.0,))

@@ -235,6 +235,16 @@ def test_the_densities_of_a_run_by_votes(tmp_path: Path) -> None:
     assert "last iteration's negatives" in text
 
 
+def test_the_densities_of_many_kinds_without_a_minority(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    scores = [{"kind": "teacher positive", "score": 0.9}]
+    scores += [{"kind": f"student at {t}", "score": 0.5, "agrees": a} for t in range(9) for a in (True, False, None)]
+    (run / "quality_scores.jsonl").write_text("".join(json.dumps(s) + "\n" for s in scores))
+    text = check(render([read_run(run)])).text
+    assert "student at 7, differs from it: n 1, mean 0.500" in text and "student at 8, differs" not in text
+    assert "4 more kinds are left out" in text
+
+
 def test_what_is_refused(tmp_path: Path, capsys, monkeypatch) -> None:
     run = make_run(tmp_path / "run")
     for args, message in (

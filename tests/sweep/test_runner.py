@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from qcrd_fast.sweep import intervals, results_csv, runner
 from qcrd_fast.sweep.job import key, options_text
 from qcrd_fast.sweep.rationale_checks import equations, judge_rationale, summarize
 from qcrd_fast.train.methods import check_teacher
+from qcrd_fast.utils.files import read_records
 from tests.support.paths import DATA, ROOT
 
 EVERY_RECIPE = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -137,8 +139,9 @@ def test_seeds_and_methods_are_read() -> None:
 
 
 FAKE = """
-import json, sys, time, pathlib, yaml
+import json, signal, sys, time, pathlib, yaml
 c = yaml.safe_load(open(sys.argv[1])); run = pathlib.Path(c["output_dir"]); run.mkdir(exist_ok=True)
+if (run.parent / "deaf").exists(): signal.signal(signal.SIGTERM, signal.SIG_IGN)
 (run / "config.resolved.yaml").write_text(open(sys.argv[1]).read())
 if (run.parent / f"slow-{c['seed']}").exists(): time.sleep(60)
 if (run.parent / f"bad-{c['seed']}").exists(): sys.exit("the disk is full")
@@ -161,6 +164,7 @@ def jobs(tmp_path, monkeypatch):
 
     def popen(command, **how):
         assert command[1:3] == ["-m", "qcrd_fast.sweep.runner"] and how["start_new_session"]
+        assert how["stdin"] is subprocess.PIPE
         return real([command[0], str(tmp_path / "fake.py"), *command[3:]], **how)
 
     monkeypatch.setattr(runner.subprocess, "Popen", popen)
@@ -270,11 +274,11 @@ def test_a_run_that_did_not_say_where_it_ran_is_not_finished(jobs, tmp_path) -> 
 def test_a_run_that_another_command_finished_meanwhile_is_not_run_again(jobs, tmp_path, monkeypatch) -> None:
     results, real = tmp_path / "runs.csv", runner.start
 
-    def start(job):
+    def start(job, parallel):
         if job is jobs[0]:  # while it runs, another command does the second
             monkeypatch.setattr(runner, "start", real)
             runner.run_jobs(jobs[1:2], results)
-        return real(job)
+        return real(job, parallel)
 
     monkeypatch.setattr(runner, "start", start)
     runner.run_jobs(jobs[:2], results)
@@ -329,12 +333,66 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(jobs, tmp_path) -> None
     assert len(runner.run_jobs(jobs, results, parallel=3)) == 3
 
 
+KILLED = """
+import os, signal, sys
+from qcrd_fast.config import TrainConfig
+from qcrd_fast.sweep import runner
+config = TrainConfig(data=sys.argv[1], student="tiny", output_dir=sys.argv[2], method="dss")
+job, = runner.plan(config, (0,), ("dss",), "x")
+job.folder.mkdir(parents=True)
+runner.start(job, 3)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_command_leaves_no_run_behind_and_its_time_counts(rows_file, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert subprocess.run([sys.executable, "-c", KILLED, rows_file, out], cwd=ROOT).returncode == -signal.SIGKILL
+    until = time.monotonic() + 60
+    while not (found := list(read_records(out / "seed-0" / "attempts.jsonl", "skip"))) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert [(a["exit"], a["parallel"]) for a in found] == [(1, 3)] and found[0]["seconds"] < 60
+    assert "the command that started this run is gone" in (out / "seed-0.log").read_text()
+
+
+def test_a_second_signal_ends_the_runs_and_their_time_counts(jobs, tmp_path) -> None:
+    for name in ("slow-0", "deaf"):
+        (tmp_path / "out" / name).touch()
+    started = jobs[0].folder / "config.resolved.yaml"
+
+    def interrupt() -> None:
+        while not started.exists():
+            time.sleep(0.05)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+
+    timer = threading.Timer(0.1, interrupt)
+    timer.start()
+    with pytest.raises(SystemExit):
+        runner.run_jobs(jobs[:1], tmp_path / "runs.csv", parallel=2)
+    timer.join()
+    (attempt,) = read_records(jobs[0].folder / "attempts.jsonl")
+    assert attempt["exit"] == -signal.SIGKILL and attempt["seconds"] >= 0 and attempt["parallel"] == 2
+
+
 def test_what_refuses_the_first_three_runs_is_not_tried_on_the_rest(jobs, tmp_path, caplog) -> None:
     (tmp_path / "out" / "refuse").touch()
     more = runner.plan(dataclasses.replace(jobs[0].config, output_dir=str(tmp_path / "out")), range(9), ("dss",), "toy")
     with pytest.raises(RunError, match="3 of 9 runs failed"):
         runner.run_jobs(more, tmp_path / "runs.csv")
     assert "the other 6 are skipped" in caplog.text
+
+
+def test_seeds_with_other_questions_have_no_mean_and_say_so(jobs, tmp_path, caplog) -> None:
+    runner.plan(jobs[0].config, (0, 1), ("dss",), "toy")
+    assert "each seed holds out other questions of --data" in caplog.text
+    rows = runner.run_jobs(jobs[:2], tmp_path / "runs.csv")
+    rows[1]["questions"] = "0123456789ab"
+    assert results_csv.as_text(rows).endswith("dss: no mean, no difference: each seed answered other questions")
+    caplog.clear()
+    runner.plan(dataclasses.replace(jobs[0].config, eval_data=jobs[0].config.data), (0, 1), ("dss",), "toy")
+    assert not caplog.text
 
 
 def test_other_options_or_other_data_are_not_taken_for_the_same_run(jobs, tmp_path) -> None:
