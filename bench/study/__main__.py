@@ -20,10 +20,11 @@ import torch
 from qcrd_fast.demo.problems import TASKS
 from qcrd_fast.demo.students import FAMILIES, cache_folder
 from qcrd_fast.errors import InputError
+from qcrd_fast.utils.files import write_text
 
 from .arms import ARMS
 from .runs import STAGES, Case, run_case, seed_ranges
-from .tables import COLUMNS, print_tables
+from .tables import COLUMNS, make_tables, updated
 
 RESULTS = Path(__file__).parents[1] / "results" / "study.csv"
 log = logging.getLogger("qcrd_fast.bench")
@@ -56,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--table", action="store_true", help="print what the CSV holds of the chosen stage, and run nothing"
     )
     parser.add_argument("--fewest-seeds", type=int, default=1, help="of an arm that --table has; default: %(default)s")
+    parser.add_argument(
+        "--update", type=Path, help="Markdown page whose tables of the stage are to be those of --table"
+    )
     parser.add_argument("--list", action="store_true", help="print the arms")
     options = parser.parse_args(arguments)
     if options.list:
@@ -63,7 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         if options.table:
-            print_tables(options.results, options.stage, options.baselines.split(","), options.fewest_seeds)
+            tables = make_tables(options.results, options.stage, options.baselines.split(","), options.fewest_seeds)
+            print(tables)
+            if options.update:
+                page = options.update.read_text(encoding="utf-8")
+                write_text(options.update, updated(page, options.stage, tables))
             return 0
         return _run(options)
     except InputError as error:

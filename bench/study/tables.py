@@ -22,6 +22,7 @@ COLUMNS = (
 )  # fmt: skip
 METRICS = {"accuracy": "labels", "sound": "sounds"}
 MACHINE = ("device", "threads", "torch")  # on others the pretrained student is another, so runs are no pair
+COMPARED = ("task", "family", "arm", "against", "metric", "difference", "95% interval", "seeds", "p (Holm)")
 LEAST_P = 1e-6  # smaller ones are told as smaller: so far out the t distribution is a guess
 TESTED_SEEDS = 5  # at least, for a p-value: the spread between fewer says too little of the spread
 Rows = dict[int, dict[str, str]]  # by seed
@@ -82,12 +83,17 @@ def _head(name: str) -> str:
     return {"nll_sound": "nll", "cpu_s": "CPU-s", "student_tokens": "student tokens"}.get(name, name)
 
 
-def print_tables(path: Path, stage: str, baselines: Sequence[str], fewest: int = 1) -> None:
-    """Print a table for each task and family, of the arms with at least `fewest` runs.
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
+
+
+def make_tables(path: Path, stage: str, baselines: Sequence[str], fewest: int = 1) -> str:
+    """Return a Markdown table for each task and family, of the arms with at least `fewest` runs.
 
     For `confirm`, also all comparisons, of every arm, with Holm's p, if there are enough seeds for one.
     """
-    tests: list[tuple[str, Estimate, float]] = []
+    tests: list[tuple[tuple[str, ...], Estimate, float]] = []
+    page: list[str] = []
     for (task, family, rate, epochs, questions), runs in read_runs(path, stage).items():
         known = [base for base in baselines if base in runs]
         heads = [f"{metric} - {base}" for base in known for metric in METRICS]
@@ -97,6 +103,8 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str], fewest: int =
         head = ["arm", "seeds", "labels (sd)", "sound (sd)", *map(_head, named), *heads]
         lines = []
         for arm, rows in runs.items():
+            if len(rows) < fewest and stage != "confirm":  # whose comparisons all count
+                continue
             cells = [arm, str(len(rows))]
             for metric in METRICS:
                 values = [float(r[metric]) for r in rows.values()]
@@ -114,25 +122,37 @@ def print_tables(path: Path, stage: str, baselines: Sequence[str], fewest: int =
                     found = compare(a, b, resamples=1000)
                     cells.append(f"{found.mean:+.3f} ({found.low:+.3f}, {found.high:+.3f})")
                     if arm not in baselines:
-                        tests.append((f"{task} | {family} | {arm} | {base} | {metric}", found, p_value(a - b)))
+                        tests.append(((task, family, arm, base, metric), found, p_value(a - b)))
             if len(rows) >= fewest:
                 lines.append(cells)
         if lines:
-            print(f"\n## {stage}: {task}, {family}; learning rate {rate}, {epochs} epochs of {questions} questions\n")
-            print("\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines]))
+            page += [
+                f"### {stage}: {task}, {family}; learning rate {rate}, {epochs} epochs of {questions} questions",
+                _table(head, lines),
+            ]
     if stage == "confirm" and tests:
-        print("\n## Every comparison, Holm over all of them\n")
-        print(
-            "| task | family | arm | against | metric | difference | 95% interval | seeds | p (Holm) |\n"
-            + "|---" * 9
-            + "|"
-        )
         tested = [found.seeds >= TESTED_SEEDS for _, found, _ in tests]
         adjusted = holm([p if enough else 1.0 for (_, _, p), enough in zip(tests, tested, strict=True)])
-        for (name, found, _), p, enough in zip(tests, adjusted, tested, strict=True):
+        lines = []
+        for (names, found, _), p, enough in zip(tests, adjusted, tested, strict=True):
             told = "-" if not enough else f"<{LEAST_P:g}" if p < LEAST_P else f"{p:.2g}"
-            print(f"| {name} | {found.mean:+.3f} | {found.low:+.3f} to {found.high:+.3f} | {found.seeds} | {told} |")
-        print(
-            f"\nHolm over all {len(tests)}; one of fewer than {TESTED_SEEDS} seeds counts as p = 1, and none is "
-            f"printed."
-        )
+            interval = f"{found.low:+.3f} to {found.high:+.3f}"
+            lines.append([*names, f"{found.mean:+.3f}", interval, str(found.seeds), told])
+        page += [
+            "### Every comparison, Holm over all of them",
+            _table(COMPARED, lines),
+            f"Holm over all {len(tests)}; one of fewer than {TESTED_SEEDS} seeds counts as p = 1, and none is printed.",
+        ]
+    return "\n\n".join(page)
+
+
+def updated(page: str, stage: str, tables: str) -> str:
+    """Return the page with a stage's tables between its two marks, `<!-- STAGE -->` and `<!-- end STAGE -->`.
+
+    Raises:
+        InputError: the page lacks them.
+    """
+    start, end = f"<!-- {stage} -->\n", f"<!-- end {stage} -->"
+    if start not in page or end not in page:
+        raise InputError(f"--update: the page has no {start.strip()} ... {end}")
+    return f"{page[: page.index(start)]}{start}\n{tables}\n\n{page[page.index(end) :]}"

@@ -199,6 +199,15 @@ def test_a_p_value_needs_five_seeds_and_holm_counts_the_others(tmp_path, capsys)
     printed = capsys.readouterr().out
     assert "## confirm" not in printed and told["soft", "sft-all", "sound"] in printed
 
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- confirm -->\nold\n<!-- end confirm -->\nafter\n")
+    for _ in range(2):
+        assert study.main([*options, "--update", str(page)]) == 0
+        printed = capsys.readouterr().out
+        assert page.read_text() == f"before\n<!-- confirm -->\n\n{printed}\n<!-- end confirm -->\nafter\n"
+    page.write_text("no marks\n")
+    assert study.main([*options, "--update", str(page)]) == 2 and page.read_text() == "no marks\n"
+
 
 @pytest.mark.parametrize("mean", [0.5, 5.0, 1e3, 1e7])
 def test_a_p_value_far_out_is_as_exact(mean):
