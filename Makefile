@@ -1,4 +1,5 @@
-# make demo: train the built-in student.  make test: the tests.  make test-slow: the long trials.  make lint: style and types.
+# make demo: train the built-in student.  make test: the tests.  make test-slow: the long trials.  make test-all: both at once.
+# make lint: style and types.
 # make test-machines: the numeric tests on the arithmetic of other processors.
 # Each makes .venv first where it is missing or older than pyproject.toml; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 DEV = $(VENV)/.ready-dev
 
-.PHONY: demo test test-slow test-machines lint venv
+.PHONY: demo test test-slow test-all test-machines lint venv
 
 demo: $(READY)
 	$(BIN)/qcrd-fast demo --output-dir runs/demo --compare dss --resume auto
@@ -20,6 +21,9 @@ test: $(DEV)
 
 test-slow: $(DEV)
 	$(PYTEST) -m slow $$(grep -lr "mark\.slow" tests --include="test_*.py" | sort)
+
+test-all: $(DEV)
+	$(PYTEST)
 
 test-machines: $(DEV)
 	PYTHON=$(BIN)/python tests/support/on_machines.sh
