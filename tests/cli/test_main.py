@@ -427,7 +427,9 @@ def test_train_refuses_a_folder_in_use_or_not_empty(
 
 
 def in_new_process(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200, **options
+    )
 
 
 def test_help_prepare_and_validate_import_no_torch(tmp_path: Path) -> None:

@@ -386,16 +386,16 @@ class TestTrial21:
             server.plan = [fake.raw(b"", 302, location=f"http://{KEY}.example/")]
             for more in ((), ("--deadline", "0.3"), ("--dry-run",)):
                 process = start(command(two, server.url, "--deadline", "2", *more), OPENAI_API_KEY=KEY)
-                out, err = process.communicate(timeout=30)
+                out, err = process.communicate(timeout=100)
                 said += out + err
             server.usual = fake.status(401, f"bad key {KEY}")
             process = start(command(two, server.url), OPENAI_API_KEY=KEY)
-            said += "".join(process.communicate(timeout=30))
+            said += "".join(process.communicate(timeout=100))
             assert "says 401" in said
             config = tmp_path / "config.yaml"
             config.write_text(f"api_key: {KEY}\n")
             process = start(command(two, server.url, "--config", str(config)), OPENAI_API_KEY=KEY)
-            said += "".join(process.communicate(timeout=30))
+            said += "".join(process.communicate(timeout=100))
             assert "unknown option 'api_key'" in said
         assert any(KEY in seen.headers["authorization"] for seen in server.seen)
         written = output.read_text() + output.with_name("samples.jsonl.ledger.jsonl").read_text()
