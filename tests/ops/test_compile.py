@@ -89,9 +89,9 @@ def test_what_is_compiled(rows: list[Row]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.parametrize("capability", [capability for capability in GPUS if capability != 89])
 def test_every_variant_on_every_gpu(capability: int) -> None:
-    """An H100's resident kernels are disassembled too."""
+    """But sm_89, which has sm_86's instructions and shared memory; an H100's resident kernels are disassembled too."""
     check(list(rows_of(capability, counting=lambda _, kernel: kernel.startswith("resident_"))))
 
 
