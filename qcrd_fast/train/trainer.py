@@ -28,6 +28,7 @@ from qcrd_fast.models.model_folder import count_parameters
 from qcrd_fast.models.prompts import PREDICT, PromptSettings
 from qcrd_fast.models.student import Student
 from qcrd_fast.ops.dispatch import require_impl
+from qcrd_fast.ops.selection import SELECTIONS
 from qcrd_fast.runs import checkpoints
 from qcrd_fast.runs.folder import NEGATIVES, RESULTS, SNAPSHOTS, RunFolder
 from qcrd_fast.teacher_signal.local import weights_digest
@@ -64,7 +65,7 @@ log = logging.getLogger(__name__)
 # samples that agree with the majority, and that do not; weights of a judge that is blind
 FEWEST_TO_COMPARE, BLIND = 20, 0.8
 DOMAIN_QUESTIONS = 64  # of each domain, whose labels say how far the student is
-IDLE_QUALITY = 0.9  # negatives that are rated higher weigh less than a tenth (Eq. 7)
+IDLE_WEIGHT = 0.1  # a mean weight of positives or of negatives (Eq. 6, 7) under which they teach little
 
 
 def train(
@@ -261,7 +262,7 @@ class Trainer:
         self.best: Best = None
         self.stale = 0  # validations in a row that were no better than the best
         self.loss_d: float | None = None
-        self.negatives_seen: Counter[str] = Counter()  # in the current iteration
+        self.weights_seen: Counter[str] = Counter()  # in the current iteration
         student.model.train()
         if config.forward == "joint" and _has_dropout(student.model):
             log.warning("--forward joint scores with dropout on; the two-pass default scores without")
@@ -341,7 +342,7 @@ class Trainer:
             self._pretrain_discriminator(stop)
         with contextlib.closing(Progress(self.schedule.total_steps, self.step, shown=self.comm.first)) as progress:
             self._steps(progress, stop)
-        self._warn_of_idle_negatives(self.schedule.iteration(self.step - 1))
+        self._warn_of_idle_rationales(self.schedule.iteration(self.step - 1))
         if self.step < self.schedule.total_steps:
             many = "validation was" if self.stale == 1 else f"{self.stale} validations in a row were"
             log.info("stopped early after step %d of %d: %s no better than %.4f at step %d",
@@ -421,9 +422,10 @@ class Trainer:
         if self.teaching:
             self.teaching.after_step(self.student.model)
         self.step += 1
-        watched = ["lagged", "lagged_active", "quality_negative", "num_negative"]
+        watched = ["lagged", "lagged_active"]
+        watched += [f"{what}_{kind}" for what in ("quality", "num") for kind in ("positive", "negative")]
         watched += [f"{what}_lagged_{kind}" for what in ("weight", "weighed") for kind in ("agrees", "differs")]
-        self.negatives_seen.update({name: counts[name] for name in watched})
+        self.weights_seen.update({name: counts[name] for name in watched})
         elapsed = time.perf_counter() - started
         record = step_record(
             counts,
@@ -456,7 +458,7 @@ class Trainer:
 
     def _begin_iteration(self, iteration: int) -> None:
         """Learn from the last iteration's negatives, then keep the student as it is now for a later one."""
-        self._warn_of_idle_negatives(iteration - 1)
+        self._warn_of_idle_rationales(iteration - 1)
         if self.discriminator_trainer and iteration:
             # of the iteration that is learnt from
             self.discriminator_trainer.set_alpha(self.schedule.alpha_d(iteration - 1))
@@ -468,14 +470,23 @@ class Trainer:
                 self._check_discriminator(f"iteration {iteration}")
         self.checkpointer.snapshot(self.step)
 
-    def _warn_of_idle_negatives(self, iteration: int) -> None:
-        seen, self.negatives_seen = self.negatives_seen, Counter()
-        if seen["quality_negative"] > IDLE_QUALITY * seen["num_negative"]:
+    def _warn_of_idle_rationales(self, iteration: int) -> None:
+        seen, self.weights_seen = self.weights_seen, Counter()
+        judge = self.state.judges.name or "the judge"
+        # where qualities share out a question's weight, their level is nothing
+        shared = self.config.method != "qcrd" or SELECTIONS[self.config.selects[0]].by_quality
+        if not shared and seen["quality_positive"] < IDLE_WEIGHT * seen["num_positive"]:
+            log.warning(
+                "iteration %d: %s rates positives %.3f on average, so they weigh as much and teach little, while "
+                "negatives may push the student away from all rationales (see --quality vote, --discriminator-loss)",
+                iteration, judge, seen["quality_positive"] / seen["num_positive"],
+            )  # fmt: skip
+        if seen["quality_negative"] > (1 - IDLE_WEIGHT) * seen["num_negative"]:
             score = seen["quality_negative"] / seen["num_negative"]
             log.warning(
                 "iteration %d: %s rates negatives %.2f on average, so they weigh %.2f and teach little "
                 "(see --quality vote, --discriminator-pretrain-steps, --discriminator-loss)",
-                iteration, self.state.judges.name or "the judge", score, 1 - score,
+                iteration, judge, score, 1 - score,
             )  # fmt: skip
         agrees, differs = (
             mean(seen, f"weight_lagged_{kind}", f"weighed_lagged_{kind}") for kind in ("agrees", "differs")

@@ -295,8 +295,8 @@ def test_a_discriminator_that_is_blind_is_said(rows_file, llama_folder, tmp_path
         def _train_step(self):
             super()._train_step()
             n = FEWEST_TO_COMPARE
-            self.negatives_seen.update(weighed_lagged_agrees=n, weighed_lagged_differs=n)
-            self.negatives_seen.update(weight_lagged_agrees=0.4 * n, weight_lagged_differs=0.41 * n)
+            self.weights_seen.update(weighed_lagged_agrees=n, weighed_lagged_differs=n)
+            self.weights_seen.update(weight_lagged_agrees=0.4 * n, weight_lagged_differs=0.41 * n)
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level("WARNING"):
         patch.setattr("qcrd_fast.train.trainer.Trainer", Blind)

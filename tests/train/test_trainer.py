@@ -111,10 +111,11 @@ def test_a_run_that_goes_on_says_what_comes_of_that(whole, rows_file, tmp_path):
 @pytest.mark.parametrize(
     ("score", "delta", "said"),
     [(0.95, 8.0, ["rates negatives 0.95 on average, so they weigh 0.05"]),
+    (0.003, 8.0, ["rates positives 0.003 on average"]),
     (0.5, 0.01, ["only 0.0% of the student's own"]),
      (0.5, 8.0, [])],
 )  # fmt: skip
-def test_negatives_that_teach_little_are_said(
+def test_rationales_that_teach_little_are_said(
     score, delta, said, llama_folder, rows_file, tmp_path, monkeypatch, caplog
 ):
     rated = lambda self, batch, candidates, question: torch.full((len(candidates),), score)  # noqa: E731
