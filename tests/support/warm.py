@@ -27,6 +27,7 @@ from typing import Any
 
 from tests.support.faults import QUIET_FILES, Disk, Fault, arm_call
 from tests.support.paths import ROOT
+from tests.support.students import narrow_discriminators
 
 COMMAND = """#!{python} -IS
 import json, socket, sys
@@ -90,6 +91,7 @@ def serve() -> None:
         importlib.import_module(name)
 
     torch.set_num_threads(1)
+    contextlib.ExitStack().enter_context(narrow_discriminators())
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
