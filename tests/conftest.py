@@ -38,8 +38,17 @@ def narrow():
     if "torch" not in sys.modules:  # nothing of what was collected trains
         yield
         return
-    with narrow_discriminators():
-        yield
+    with narrow_discriminators() as real:
+        yield real
+
+
+@pytest.fixture
+def wide(narrow, monkeypatch):
+    """Discriminators of their usual width."""
+    from qcrd_fast.discriminator.encoders import SmallEncoder
+
+    if narrow:
+        monkeypatch.setattr(SmallEncoder.__init__, "__defaults__", narrow)
 
 
 @pytest.fixture(scope="session")
