@@ -577,7 +577,7 @@ class TrainConfig(
     """
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
+        hints = _hints()
         for field in dataclasses.fields(self):
             value = check_field(field, hints[field.name], getattr(self, field.name))
             object.__setattr__(self, field.name, value)
@@ -791,9 +791,9 @@ TABLE_HEAD = ("| option | default | meaning |", "|---|---|---|")
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    """The types of its fields; to read them anew takes longer than all of a config's checks."""
-    return typing.get_type_hints(kind)
+def _hints() -> dict[str, Any]:
+    """The types of the options; to read them anew takes longer than all of a config's checks."""
+    return typing.get_type_hints(TrainConfig)
 
 
 def option_row(field: dataclasses.Field[Any]) -> str:
