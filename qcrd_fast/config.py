@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -576,7 +577,7 @@ class TrainConfig(
     """
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _hints()
         for field in dataclasses.fields(self):
             value = check_field(field, hints[field.name], getattr(self, field.name))
             object.__setattr__(self, field.name, value)
@@ -787,6 +788,12 @@ def options_markdown() -> str:
 
 
 TABLE_HEAD = ("| option | default | meaning |", "|---|---|---|")
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    """The types of the options; to read them anew takes longer than all of a config's checks."""
+    return typing.get_type_hints(TrainConfig)
 
 
 def option_row(field: dataclasses.Field[Any]) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.students import make_llama, make_t5, sampled_rows
+from tests.support.students import make_llama, make_t5, narrow_discriminators, sampled_rows
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny, and threads that wait for a busy core cost most
@@ -29,6 +30,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "float64" in getattr(item, "fixturenames", ()) or COMPARES.search(sources[item.path]):
             item.add_marker("numeric")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def narrow():
+    """Of a decoder's short run, most of the time went into a discriminator of the usual width."""
+    if "torch" not in sys.modules:  # nothing of what was collected trains
+        yield
+        return
+    with narrow_discriminators() as real:
+        yield real
+
+
+@pytest.fixture
+def wide(narrow, monkeypatch):
+    """Discriminators of their usual width."""
+    from qcrd_fast.discriminator.encoders import SmallEncoder
+
+    if narrow:
+        monkeypatch.setattr(SmallEncoder.__init__, "__defaults__", narrow)
 
 
 @pytest.fixture(scope="session")

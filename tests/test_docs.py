@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -84,22 +83,15 @@ def test_every_block_is_tested():
     assert set(untested) <= run
 
 
-def test_newcomers_path(desk):
+def test_newcomers_path(desk, warm):
     """The page's Trainer as it stands, then the README's six lines with its model, tokenizer and rows."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split(NEWCOMER)[1].split("\n## ")[0]
     short = BLOCK.findall(section)[0][1]
     assert len(short.strip().splitlines()) <= 6
     code = f"{blocks(DOCS / 'trainers.md')[0]}\n{short}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=desk, capture_output=True, text=True, timeout=300, env=environment()
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("'train_loss'") == 2
+    said = warm.call("tests.support.warm:script", code, str(desk))
+    assert said.count("'train_loss'") == 2
     assert list((desk / "out").glob("checkpoint-*/model.safetensors"))
-
-
-def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_the_loss_alone(desk):

@@ -43,21 +43,23 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def test_a_model_is_uploaded_as_a_user_does_it(run: Path, tmp_path: Path) -> None:
-    """By the command, with HF_ENDPOINT and HF_TOKEN in the environment."""
+    """In a process of its own, with HF_ENDPOINT and HF_TOKEN in the environment."""
     with FakeHub() as hub:
         own = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-m", "qcrd_fast", "export", str(run), "--output", "model", "--push-to-hub", "small"]
+        export = ["export", str(run), "--output", "model", "--push-to-hub", "small"]
+        asking = ["generate", "ann/small", "2 + 3?", "--max-new-tokens", "4", "--json"]
+        both = f"from cli.main import entry; code = entry({export}); print('ASKED'); exit(code or entry({asking}))"
         environment = os.environ | own | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home")}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", both], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
-        assert f"url             {hub.address}/ann/small" in done.stdout and "public          False" in done.stdout
+        exported, _, answered = done.stdout.partition("ASKED\n")
+        assert f"url             {hub.address}/ann/small" in exported and "public          False" in exported
         assert TOKEN not in done.stdout + done.stderr
         repository = hub.repositories["ann/small"]
-        asking = [*command[:3], "generate", "ann/small", "2 + 3?", "--max-new-tokens", "4", "--json"]
-        asked = subprocess.run(asking, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert asked.returncode == 0, asked.stderr
         assert "/ann/small/resolve/main/state.json" in hub.paths  # which holds the prompt of training
-    assert json.loads(asked.stdout) == generate_text(str(run), "2 + 3?", max_new_tokens=4, device="cpu")
+    assert json.loads(answered) == generate_text(str(run), "2 + 3?", max_new_tokens=4, device="cpu")
     assert repository["private"] is True
     held = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
     assert repository["files"] == held and {"model.safetensors", "README.md", "chat_template.jinja"} <= held.keys()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ SPOOL_BYTES = 16 * 1024 * 1024  # of rows that wait in memory before they go to 
 _FIELDS = (
     "id", "question", "context", "gold", "majority", "votes", "task", "domain", "split", "view", "critique", "weight",
 )  # fmt: skip
+_rest = operator.attrgetter(*(field.name for field in dataclasses.fields(Rationale)[2:]))  # of a sample, as a tuple
 
 
 class Record(NamedTuple):
@@ -179,7 +181,7 @@ class Pool:
             return source, record
         question = record.question
         sides = [record.samples] if not record.prepared else [question.positives, question.negatives]
-        packed = [[(r.text, _packed(r.answer), *dataclasses.astuple(r)[2:]) for r in side] for side in sides]
+        packed = [[(r.text, _packed(r.answer), *_rest(r)) for r in side] for side in sides]
         values = [source, record.line, record.prepared, [_packed(getattr(question, name)) for name in _FIELDS], packed]
         place = self._end
         self._end += self._spool.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")

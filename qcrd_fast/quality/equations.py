@@ -29,6 +29,7 @@ _WORDS = {  # that stand for a sign; longest first
     ("is", "equal", "to"): "=", ("are", "equal", "to"): "=", ("multiplied", "by"): "*", ("divided", "by"): "/",
     ("equals",): "=", ("equal",): "=", ("plus",): "+", ("minus",): "-", ("times",): "*",
 }  # fmt: skip
+_WORDS_BY_FIRST = {first: [item for item in _WORDS.items() if item[0][0] == first] for first, *_ in _WORDS}
 _CROSS = re.compile(r"(?<=[\d)\]%])(\s*)[xX\u2715\u2716](?=\s*[\d(\[]|\s+[^\W\d_])")
 _EMPHASIS = re.compile(r"(?<![^\s(\[])(?<!\d )(?<![)%] )[*_]{1,3}(?=[^\s*_])")  # **5 + 3 = 8**, but 5 *3
 _EMPHASIS_END = re.compile(r"(?<=[^\s*_(+/-])[*_]{1,3}(?![^\s.,;:!?)\]])(?!\s*[\d(])")
@@ -135,15 +136,15 @@ def _tokens(text: str) -> Iterator[Token]:
             except OutOfBounds:
                 kind = "other"
         found.append(Token(kind, match[0], match["percent"] is not None))
-    at = 0
+    at, lowered = 0, [token.text.lower() for token in found]
     while at < len(found):
-        for words, sign in _WORDS.items():
-            if tuple(t.text.lower() for t in found[at : at + len(words)]) == words:
+        for words, sign in _WORDS_BY_FIRST.get(lowered[at], ()):
+            if tuple(lowered[at : at + len(words)]) == words:
                 yield Token("equals" if sign == "=" else "operator", sign)
                 at += len(words)
                 break
         else:
-            if found[at].kind == "word" and found[at].text.lower() == "of" and at and _is_part(found, at - 1):
+            if found[at].kind == "word" and lowered[at] == "of" and at and _is_part(found, at - 1):
                 yield Token("operator", "*")  # 20% of 50, 1/2 of 8
             elif (
                 found[at].text == "/" and 0 < at < len(found) - 1 and found[at - 1].kind == found[at + 1].kind == "word"

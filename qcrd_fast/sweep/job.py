@@ -97,9 +97,8 @@ def options_text(config: TrainConfig) -> str:
     """
     found, parts = [], PARTS if config.method == "qcrd" and not config.paper else {}
     if parts:
-        config = dataclasses.replace(
-            config, **{n: getattr(config.resolved(), n) for n in (*SELECTS, *QUALITY_OPTIONS, *parts)}
-        )
+        resolved = config.resolved()
+        config = dataclasses.replace(config, **{n: getattr(resolved, n) for n in (*SELECTS, *QUALITY_OPTIONS, *parts)})
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in {*APART, "method"} and value not in (field.default, parts.get(field.name, field.default)):

@@ -154,14 +154,15 @@ def predict_memory(
         fake = _Fake(student, autocast, config)
         sampler = fake.sampler([len(e.explain) for e in examples]) if lagged else 0
         workspace = fake.loss_workspace(worst.weighted, worst.batch)
-        held, alone, with_grads = fake.training(worst, workspace)
+        # those summed so far are there before the pass
+        kept = sizes["gradients"] if config.gradient_accumulation_steps > 1 or buckets else 0
+        held, peak = fake.training(worst, workspace, not kept)
         base = sum(sizes.values()) - sizes["gradients"] + sampler
         if ranks > 1:  # what is gathered for a pass: all but the blocks, and two of them
             blocks = [_bytes(block.parameters()) for block in blocks_of(student.model)]
             base += whole - sum(blocks) + 2 * max(blocks, default=0)
-        kept = sizes["gradients"] if config.gradient_accumulation_steps > 1 or buckets else 0
         phases = {
-            "training pass": base + (kept + alone if kept else with_grads),
+            "training pass": base + kept + peak,
             "optimizer step": base + sizes["gradients"] + temporary // ranks,
             "validation": base + fake.evaluation(eval_sources),
         }
@@ -299,27 +300,26 @@ class _Fake:
         with self.mode, ledger:
             yield ledger
 
-    def training(self, worst: Worst, workspace: int) -> tuple[int, int, int]:
-        """Return bytes held when the backward pass begins, and the peak without and with the parameters' gradients."""
-        model, peaks = self.student.model.train(), []
+    def training(self, worst: Worst, workspace: int, gradients: bool) -> tuple[int, int]:
+        """Return bytes held when the backward pass begins, and the peak, with or without the parameters' gradients."""
+        model = self.student.model.train()
         head = output_layer(model).weight
-        for keep in (False, True):
-            freed = [p for p in model.parameters() if p.requires_grad and not keep and not (self.tied and p is head)]
-            hooks = [p.register_post_accumulate_grad_hook(_drop) for p in freed]
-            self.reached.clear()
-            with self.ledger() as self.counting:
-                loss = self.loss(worst)
-                held = self.counting.now
-                loss.backward()
-                del loss
-                peak = max(self.counting.peak, held + workspace)
-            # the sum so far and a new one; the head's is there already
-            uses = 1 if self.tied else min(len(self.reached), 2)
-            peaks.append(max([peak, *(now + uses * self.embedding for now in self.reached)]))
-            for hook in hooks:
-                hook.remove()
-            model.zero_grad(set_to_none=True)
-        return held, peaks[0], peaks[1]
+        freed = [p for p in model.parameters() if p.requires_grad and not gradients and not (self.tied and p is head)]
+        hooks = [p.register_post_accumulate_grad_hook(_drop) for p in freed]
+        self.reached.clear()
+        with self.ledger() as self.counting:
+            loss = self.loss(worst)
+            held = self.counting.now
+            loss.backward()
+            del loss
+            peak = max(self.counting.peak, held + workspace)
+        # the sum so far and a new one; the head's is there already
+        uses = 1 if self.tied else min(len(self.reached), 2)
+        peak = max([peak, *(now + uses * self.embedding for now in self.reached)])
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
+        return held, peak
 
     def loss(self, worst: Worst) -> Tensor:
         """The loss of the pass to measure."""

@@ -404,10 +404,12 @@ def bomb(path: Path, line: bytes, count: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    "line", [b" ", b"\n", json.dumps(OWN[0]).encode() + b"\n"], ids=["one line", "blank lines", "rows"]
+    "line",
+    [b" ", b"\n", json.dumps(OWN[0] | {"question": "How many? " * 400}).encode() + b"\n"],
+    ids=["one line", "blank lines", "rows"],
 )
 def test_a_bomb_is_not_read_on(line: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "FREE_BYTES", 2 << 20)
+    monkeypatch.setattr(files, "FREE_BYTES", 1 << 18)
     monkeypatch.setattr(files, "MAX_RATIO", 10)
     path = bomb(tmp_path / "rows.jsonl.gz", line, 32)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -245,7 +245,7 @@ def test_auto_copies_the_encoder_of_t5(tokenizer):
     assert discriminator.max_length == 512
 
 
-def test_auto_makes_an_own_encoder_for_a_decoder_only_student(tokenizer):
+def test_auto_makes_an_own_encoder_for_a_decoder_only_student(tokenizer, wide):
     torch.manual_seed(0)
     student = make_llama()
     state = torch.get_rng_state()

@@ -30,9 +30,22 @@ def prepared(tmp_path_factory):
     return prepare
 
 
-def score(capsys, data: Path, quality: str, *more: str) -> dict:
-    assert entry(["score", "--quality", quality, "--data", str(data), "--json", *more]) == 0
-    return json.loads(capsys.readouterr().out)
+@pytest.fixture
+def score(capsys, scored):
+    """What the command tells of a file, asked for once."""
+
+    def run(data: Path, quality: str, *more: str) -> dict:
+        if (data, quality, more) not in scored:
+            assert entry(["score", "--quality", quality, "--data", str(data), "--json", *more]) == 0
+            scored[data, quality, more] = json.loads(capsys.readouterr().out)
+        return scored[data, quality, more]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def scored():
+    return {}
 
 
 @pytest.mark.parametrize("quality", ["vote", "text"])
@@ -41,18 +54,18 @@ def score(capsys, data: Path, quality: str, *more: str) -> dict:
     [((T5,), 0.88, 0.80, 0.50, 0.07), ((T5, FLAN), 0.96, 0.85, 0.25, 0.07), ((YES_NO,), 0.69, 0.90, 0.80, 0.04)],
     ids=["K=3", "K=6", "yes-no"],
 )
-def test_the_teachers_rationales(capsys, prepared, quality, names, low, right, wrong, ece):
-    told = score(capsys, prepared(*names), quality)
+def test_the_teachers_rationales(score, prepared, quality, names, low, right, wrong, ece):
+    told = score(prepared(*names), quality)
     assert told["auc_low"] >= low and told["auc_low"] < told["auc"] < told["auc_high"]
     assert told["mean_right"] >= right and told["mean_wrong"] <= wrong and told["ece"] <= ece
     assert told["without_answer"] == told["without_gold"] == 0
 
 
 @pytest.mark.parametrize("quality", ["vote", "text"])
-def test_other_samples_against_the_votes(capsys, prepared, quality, tmp_path):
+def test_other_samples_against_the_votes(score, prepared, quality, tmp_path):
     """The chains of one mentor as a student's, judged by the votes of the other."""
     data, out = prepared(T5), tmp_path / "scored.jsonl"
-    told = score(capsys, data, quality, "--samples", str(FOLDER / FLAN), "--output", str(out))
+    told = score(data, quality, "--samples", str(FOLDER / FLAN), "--output", str(out))
     assert told["auc_low"] >= 0.93 and told["mean_right"] >= 0.75 and told["mean_wrong"] <= 0.12
     assert told["weight_on_right"] <= 0.40 and told["ece"] <= 0.15
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
@@ -60,7 +73,7 @@ def test_other_samples_against_the_votes(capsys, prepared, quality, tmp_path):
     assert load_questions(out).questions[0].positives[0].score == rows[0]["positives"][0]["score"]
 
 
-def test_text_adds_to_the_vote_for_numbers_alone(capsys, prepared):
-    vote, text = (score(capsys, prepared(T5), quality) for quality in ("vote", "text"))
+def test_text_adds_to_the_vote_for_numbers_alone(score, prepared):
+    vote, text = (score(prepared(T5), quality) for quality in ("vote", "text"))
     assert text["auc"] > vote["auc"] + 0.01 and text["mean_wrong"] < vote["mean_wrong"]
-    assert score(capsys, prepared(YES_NO), "vote") == score(capsys, prepared(YES_NO), "text")
+    assert score(prepared(YES_NO), "vote") == score(prepared(YES_NO), "text")

@@ -49,7 +49,7 @@ class TestTrial11:
                 gradient_accumulation_steps=accumulation, max_grad_norm=0.0, learning_rate=2e-3, delta=8.0,
                 max_new_tokens=6,
                 discriminator=str(judge), sample_batch_size=4, discriminator_pretrain_steps=2,
-                discriminator_min_auc=0.0,
+                discriminator_min_auc=0.0, discriminator_folds=2, discriminator_update_batches=1,
                 validation_fraction=0.0, iteration_steps=1, negative_lag=1, negative_source="lagged", scheme="minmax",
             ))  # fmt: skip
         finally:

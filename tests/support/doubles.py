@@ -16,14 +16,18 @@ from transformers import PreTrainedModel
 
 class _Widened(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
         # bytes of a file, or the bits of a number, which are taken as those of an fp32 one
         if func is torch.Tensor.view:
             args = (args[0].to(torch.float32), *args[1:]) if args[1:] == (torch.int32,) else args
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
         if func is torch.Tensor.float:
             func = torch.Tensor.double
-        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+        for x in args:  # few name it, and this is called for every shape that is read
+            if x is torch.float32:
+                args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+                break
+        if not kwargs:
+            return func(*args)
         return func(*args, **{name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()})
 
 

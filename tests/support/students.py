@@ -28,12 +28,14 @@ def sampled_rows(count: int, seed: int = 0) -> list[dict]:
 
 
 @contextlib.contextmanager
-def narrow_discriminators() -> Iterator[None]:
-    """Discriminators made for students without an encoder are 32 wide instead of 256; otherwise they are the same."""
+def narrow_discriminators() -> Iterator[tuple]:
+    """Discriminators made for students without an encoder are 32 wide instead of 256; otherwise they are the same.
+    Gives what the defaults were."""
     from qcrd_fast.discriminator.encoders import SmallEncoder
 
-    with mock.patch.object(SmallEncoder.__init__, "__defaults__", (32, *SmallEncoder.__init__.__defaults__[1:])):
-        yield
+    real = SmallEncoder.__init__.__defaults__
+    with mock.patch.object(SmallEncoder.__init__, "__defaults__", (32, *real[1:])):
+        yield real
 
 
 def student_and_teacher(folder: str) -> tuple[Student, Student]:

@@ -27,6 +27,7 @@ from typing import Any
 
 from tests.support.faults import QUIET_FILES, Disk, Fault, arm_call
 from tests.support.paths import ROOT
+from tests.support.students import narrow_discriminators
 
 COMMAND = """#!{python} -IS
 import json, socket, sys
@@ -73,6 +74,20 @@ def child(request: dict[str, Any]) -> int:
     return code
 
 
+def on_terminal(terminal: str, args: list[str]) -> int:
+    """`qcrd-fast ARGS`, its stderr on a terminal."""
+    from cli.main import entry
+
+    os.dup2(os.open(terminal, os.O_RDWR), 2)
+    return entry(args)
+
+
+def script(code: str, folder: str) -> None:
+    """Run Python code in a folder."""
+    os.chdir(folder)
+    exec(compile(code, "<script>", "exec"), {"__name__": "__main__"})
+
+
 def serve() -> None:
     """Requests on stdin, replies on stdout, one JSON object a line."""
     replies = os.fdopen(os.dup(1), "w")
@@ -90,6 +105,7 @@ def serve() -> None:
         importlib.import_module(name)
 
     torch.set_num_threads(1)
+    contextlib.ExitStack().enter_context(narrow_discriminators())
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
@@ -165,6 +181,9 @@ class Warm:
         self._server.stdin.flush()
         reply: dict[str, Any] = json.loads(self._server.stdout.readline())
         return reply
+
+    def on_terminal(self, terminal: str, args: Sequence[str]) -> Done:
+        return self.wait(self._start("tests.support.warm:on_terminal", [terminal, list(args)]))
 
     def start(self, args: Sequence[str], *faults: Fault, folder: Path | None = None) -> tuple[int, str]:
         """(process id, where its output goes); `folder` is where disk points are counted."""

@@ -17,13 +17,19 @@ from qcrd_fast.score import load_discriminator
 from qcrd_fast.train.judging import DiscriminatorJudge
 from qcrd_fast.train.trainer import Trainer, train
 from qcrd_fast.utils.files import sha256, write_json
-from tests.support.short_runs import metrics, same, settings, weights
+from tests.support import short_runs
+from tests.support.short_runs import metrics, same, weights
 
 UNSET = dict(discriminator_folds=None, discriminator_min_auc=None)
 
 
 class Killed(BaseException):
     pass
+
+
+def settings(*args, **changes) -> TrainConfig:
+    """Without validation, which takes a good part of a short run."""
+    return short_runs.settings(*args, **({"validation_fraction": 0.0} | changes))
 
 
 def killed_and_resumed(monkeypatch, config: TrainConfig, at: int = 4, between=lambda run: None, **changes) -> Path:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import pty
 import struct
-import subprocess
-import sys
 import termios
+import threading
 from pathlib import Path
 
 import pytest
@@ -152,23 +152,24 @@ def test_piped_it_is_plain_lines(args, tmp_path, capfd):
     )
 
 
-def test_on_a_terminal_there_is_a_bar(args):
+def test_on_a_terminal_there_is_a_bar(args, warm):
     """The lines of progress are left to the bar, and other lines stand above it."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    process = subprocess.Popen([sys.executable, "-m", "qcrd_fast", *args], stderr=theirs, stdout=subprocess.DEVNULL)
+    seen = bytearray()
+
+    def read():
+        with contextlib.suppress(OSError):  # the other end is closed
+            while block := os.read(ours, 1 << 16):
+                seen.extend(block)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    done = warm.on_terminal(os.ttyname(theirs), args)
     os.close(theirs)
-    seen = b""
-    while True:
-        try:
-            block = os.read(ours, 1 << 16)
-        except OSError:  # the other end is closed
-            break
-        if not block:
-            break
-        seen += block
+    reader.join()
     os.close(ours)
-    assert process.wait() == 0
+    assert done.code == 0
     text = seen.decode()
     assert "3/3 [" in text and "step/s" in text and "step 1/3 (" not in text
     line = next(line for line in text.splitlines() if "validation accuracy" in line)
