@@ -163,7 +163,7 @@ def test_on_a_terminal_there_is_a_bar(args, warm):
             while block := os.read(ours, 1 << 16):
                 seen.extend(block)
 
-    reader = threading.Thread(target=read)
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
     done = warm.on_terminal(os.ttyname(theirs), args)
     os.close(theirs)
