@@ -36,7 +36,7 @@ IN_FP32 = ("log p, every option", "loss of known weights", "tokens, top-k 50")  
 SLOW = (
     *("log p", "log p, softcap", "log p, log-sum-exp and entropy", "log p, sizes that tiles divide"),
     *("log p, a tile of ignored rows", "log p of few rows"),
-    *("loss of known weights, bias", "KL", "KL, reverse", "tokens, greedy"),
+    *("loss of known weights, bias", "KL, reverse", "tokens, greedy"),
 )
 CASES = [
     *(
