@@ -79,6 +79,7 @@ JUDGED = (
     *("none", "vote", "text", "checks", "equations", "traced", "consensus", "consensus2", "consensus4"),
     *("vote*consensus2", "equations*consensus2", "traced*consensus2", "traced*consensus4", "oracle", "faithful"),
 )
+NEGATIVE_JUDGES = ("vote", "text", "oracle")
 SOFT = {"method": "qcrd", "positive_select": "softmin", "quality": "none", "negative_source": "none"}
 CHECKED = {"positive_quality": "checks", "negative_quality": "vote", "agreeing_negatives": "drop"}
 # with the rate: an advantage from one sample a token is so noisy that 1.5e-3 drives the student away from its teacher
@@ -126,18 +127,16 @@ ARMS: dict[str, Arm] = {
     },
     # negatives beside the mean of positives
     "minority": _negatives("minority"),
-    **{f"minority {judge}": _negatives("minority", negative_judge=judge) for judge in ("vote", "text", "oracle")},
+    **{f"minority {judge}": _negatives("minority", negative_judge=judge) for judge in NEGATIVE_JUDGES},
     "minority beta 0.02": _negatives("minority", beta=0.02),
     "lagged": _negatives("lagged"),
     "lagged lag 1": _lagged(negative_lag=1),
     "lagged lag 4": _lagged(negative_lag=4),
     "lagged temperature 0.7": _lagged(negative_temperature=0.7),
-    **{f"lagged {judge}": _negatives("lagged", negative_judge=judge) for judge in ("vote", "text", "oracle")},
+    **{f"lagged {judge}": _negatives("lagged", negative_judge=judge) for judge in NEGATIVE_JUDGES},
     "lagged drop": _negatives("lagged", agreeing="drop"),
     "both": _negatives("both"),
-    "both vote": _negatives("both", negative_judge="vote"),
-    "both text": _negatives("both", negative_judge="text"),
-    "both oracle": _negatives("both", negative_judge="oracle"),
+    **{f"both {judge}": _negatives("both", negative_judge=judge) for judge in NEGATIVE_JUDGES},
     "both drop": _negatives("both", agreeing="drop"),
     "both max": _negatives("both", negative_select="max"),
     "both max-active": _negatives("both", negative_select="max-active"),

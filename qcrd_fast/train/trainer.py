@@ -475,18 +475,18 @@ class Trainer:
         judge = self.state.judges.name or "the judge"
         # where qualities share out a question's weight, their level is nothing
         shared = self.config.method != "qcrd" or SELECTIONS[self.config.selects[0]].by_quality
-        if not shared and seen["quality_positive"] < IDLE_WEIGHT * seen["num_positive"]:
+        positive, negative = (mean(seen, f"quality_{kind}", f"num_{kind}") for kind in ("positive", "negative"))
+        if not shared and positive is not None and positive < IDLE_WEIGHT:
             log.warning(
                 "iteration %d: %s rates positives %.3f on average, so they weigh as much and teach little, while "
                 "negatives may push the student away from all rationales (see --quality vote, --discriminator-loss)",
-                iteration, judge, seen["quality_positive"] / seen["num_positive"],
+                iteration, judge, positive,
             )  # fmt: skip
-        if seen["quality_negative"] > (1 - IDLE_WEIGHT) * seen["num_negative"]:
-            score = seen["quality_negative"] / seen["num_negative"]
+        if negative is not None and negative > 1 - IDLE_WEIGHT:
             log.warning(
                 "iteration %d: %s rates negatives %.2f on average, so they weigh %.2f and teach little "
                 "(see --quality vote, --discriminator-pretrain-steps, --discriminator-loss)",
-                iteration, judge, score, 1 - score,
+                iteration, judge, negative, 1 - negative,
             )  # fmt: skip
         agrees, differs = (
             mean(seen, f"weight_lagged_{kind}", f"weighed_lagged_{kind}") for kind in ("agrees", "differs")
